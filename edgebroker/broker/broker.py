@@ -1,0 +1,313 @@
+"""The composition root: loop, engine, publishing, delivery, groups, listeners and admin, wired together.
+
+start() recovers and listens; run() turns until stop() was called (a signal, the tests), then drains: no new
+connections, publishes answered SHUTTING_DOWN, what is staged is synced, group offsets stored, the stop marked clean.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from edgebroker.broker.admin import Admin
+from edgebroker.broker.delivery import Delivery
+from edgebroker.broker.groups import Groups
+from edgebroker.broker.metrics import Metrics
+from edgebroker.broker.publishing import Publishing, PublishLimits
+from edgebroker.broker.session import Session
+from edgebroker.common.clock import Clock
+from edgebroker.common.config import Config, is_loopback
+from edgebroker.common.errors import Code, EdgeBrokerError
+from edgebroker.common.types import TopicSettings
+from edgebroker.network import frames
+from edgebroker.network.connection import ReceiveBuffer
+from edgebroker.network.http import HttpServer
+from edgebroker.network.loop import Loop
+from edgebroker.network.transport import Listener, listen
+from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.housekeeping import HousekeepingSettings
+from edgebroker.storage.memory import MemoryEngine
+from edgebroker.storage.staging import Chunk
+from edgebroker.storage.store import SegmentStore, StoreSettings
+
+log = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 1.0
+STOP_SECONDS = 20.0
+STALL_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLimits:
+    """What a session grants its client."""
+
+    heartbeat_ms: int
+    idle_ms: int
+    max_frame: int
+    max_batch: int
+    max_record: int
+    window_batches: int
+    window_bytes: int
+    window_records: int
+    auto_create: bool
+    new_topics: TopicSettings
+
+
+class Broker:
+    """One node. Built from its configuration; everything but stop_threadsafe() belongs to the thread that runs it."""
+
+    def __init__(self, config: Config, clock: Clock) -> None:
+        self.config, self.clock = config, clock
+        limits, topics = config.limits, config.topics
+        new_topics = TopicSettings(kind=topics.kind, partitions=topics.partitions)
+        self.limits = SessionLimits(
+            heartbeat_ms=limits.heartbeat_ms,
+            idle_ms=limits.idle_timeout_ms,
+            max_frame=limits.max_batch_bytes + 4096,
+            max_batch=limits.max_batch_bytes,
+            max_record=limits.max_record_bytes,
+            window_batches=limits.publish_window_batches,
+            window_bytes=limits.publish_window_bytes,
+            window_records=limits.consume_window_records,
+            auto_create=topics.auto_create,
+            new_topics=new_topics,
+        )
+        self.loop = Loop(clock)
+        self.receive_buffer = ReceiveBuffer()
+        self.metrics = Metrics()
+        self.groups = Groups()
+        self.engine = self._make_engine()
+        self.publishing = Publishing(
+            self.engine,
+            self.loop,
+            self.metrics,
+            PublishLimits(
+                limits.staged_high_bytes,
+                limits.staged_high_bytes // 2,
+                limits.max_record_bytes,
+                limits.max_inflated_bytes,
+                topics.auto_create,
+                new_topics,
+            ),
+        )
+        self.delivery = Delivery(self.engine, self.groups, self.loop, self.metrics)
+        self.sessions: dict[Session, None] = {}
+        self.started_at = clock.monotonic()
+        self.ready = False
+        self.tcp_address = self.http_address = ("", 0)
+        self._listeners: list[Listener] = []
+        self._http: HttpServer | None = None
+        self._stop_deadline = 0.0
+        self._ended = False
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Recover, then listen. Raises EdgeBrokerError when an address cannot be had."""
+        self.engine.open(self)
+        now = self.loop.now()
+        for (group, topic, partition), offset in self.engine.group_offsets().items():
+            self.groups.restore(group, topic, partition, offset, now)
+        self._listen()
+        self.ready = True
+        self.loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def run(self) -> bool:
+        """Turn until stopped. True when the stop was clean."""
+        self.loop.run()
+        return self._close()
+
+    def stop(self) -> None:
+        """Begin to stop: drain, sync, end."""
+        if self._stop_deadline:
+            return
+        log.info("stopping")
+        self.ready = False
+        self._stop_deadline = self.loop.now() + STOP_SECONDS
+        for listener in self._listeners:
+            listener.close()
+        self.publishing.draining = True
+        self.loop.call_later(0.0, self._drain)
+
+    def stop_threadsafe(self) -> None:
+        """stop() from a signal handler or another thread."""
+        self.loop.call_soon_threadsafe(self.stop)
+
+    def _drain(self) -> None:
+        idle = self.engine.hurry() and not self.publishing.waiting_bytes
+        if not idle and self.loop.now() < self._stop_deadline:
+            self.loop.call_later(0.005, self._drain)
+            return
+        for session in list(self.sessions):
+            session.send(frames.write_answer(0, Code.SHUTTING_DOWN, "this node is stopping"))
+            session.transport.close_when_drained("the node is stopping")
+        self.loop.call_later(0.02, self.loop.stop)
+
+    def _close(self) -> bool:
+        for session in list(self.sessions):
+            session.transport.close("the node is stopping")
+        if self._http is not None:
+            self._http.close()
+        self.publishing.stop()
+        clean = self.engine.close(5.0)
+        self.loop.close()
+        return clean
+
+    # ---- connections ----
+
+    def _listen(self) -> None:
+        listen_config = self.config.listen
+        for key, address in (("tcp", listen_config.tcp), ("http", listen_config.http)):
+            if not is_loopback(address):
+                log.warning(
+                    "listen.%s = %s is reachable from other machines without TLS or authentication "
+                    "(allow_insecure = true)",
+                    key,
+                    address,
+                )
+        tcp = self._bind("listen.tcp", listen_config.tcp)
+        self.tcp_address = tcp.getsockname()[:2]
+        self._listeners.append(Listener(self.loop, tcp, self._accept, self._rested))
+        self._http = HttpServer(self.loop, Admin(self).handle, on_request=self._count_request)
+        http = self._bind("listen.http", listen_config.http)
+        self.http_address = http.getsockname()[:2]
+        self._listeners.append(Listener(self.loop, http, self._http.accept, self._rested))
+        path = self.socket_path()
+        self._listeners.append(Listener(self.loop, _listen_unix(path), self._http.accept, self._rested))
+
+    def socket_path(self) -> Path:
+        """The unix socket of the admin interface: data directory or, under systemd, the runtime directory."""
+        return Path(self.config.listen.socket or Path(self.config.node.data_dir) / "ctl.sock")
+
+    def _bind(self, key: str, address: str) -> socket.socket:
+        host, _, port = address.rpartition(":")
+        try:
+            return listen(host.strip("[]"), int(port))
+        except OSError as error:
+            raise EdgeBrokerError(
+                f"{key} = {address} cannot be used: {error.strerror}; choose another address"
+            ) from error
+
+    def _accept(self, sock: socket.socket, peer: str) -> None:
+        if len(self.sessions) >= self.config.limits.max_connections:
+            self.metrics.connections_refused += 1
+            sock.close()
+            self._listeners[0].rest()
+            return
+        self.metrics.connections_opened += 1
+        self.sessions[Session(self, sock, peer)] = None
+
+    def _rested(self) -> None:
+        self.metrics.accept_rests += 1
+        log.warning("no room for more connections (descriptors or limits.max_connections); accepting again shortly")
+
+    def _count_request(self) -> None:
+        self.metrics.http_requests += 1
+
+    def session_closed(self, session: Session, reason: str) -> None:
+        self.sessions.pop(session, None)
+        self.metrics.connections_closed += 1
+        log.debug("%s (%s): %s", session.transport.peer, session.client_id, reason)
+
+    def _sweep(self) -> None:
+        """Once a second: cut peers that are silent, stuck or never said CONNECT; send heartbeats."""
+        self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        now, limits = self.loop.now(), self.config.limits
+        idle, heartbeat = limits.idle_timeout_ms / 1000, limits.heartbeat_ms / 1000
+        for session in list(self.sessions):
+            transport = session.transport
+            silent = now - transport.last_received
+            if not session.granted and silent > limits.connect_timeout_ms / 1000:
+                transport.close("no CONNECT in time")
+            elif transport.backlog and now - transport.last_progress > limits.stuck_timeout_ms / 1000:
+                transport.close("the peer takes nothing")
+            elif silent > idle and not transport.paused:
+                self.metrics.idle_timeouts += 1
+                transport.close("idle for too long")
+            elif session.granted and int(now / heartbeat) != int((now - SWEEP_SECONDS) / heartbeat):
+                cursors = session.cursors.values() if session.cursors else ()
+                ends = [(cursor.log.topic, cursor.log.partition, cursor.log.durable_end) for cursor in cursors]
+                session.send(frames.write_heartbeat(ends[:1000]))
+
+    # ---- the engine's listener ----
+
+    def on_written(self, log: Log) -> None:
+        self.publishing.on_written(log)
+
+    def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
+        self.publishing.on_durable(log)
+        self.delivery.on_durable(log, chunks)
+
+    def on_failed(self, log: Log, code: Code, message: str) -> None:
+        self.publishing.on_failed(log, code, message)
+
+    def retention_floor(self, log: Log) -> int | None:
+        return self.groups.floor(log, self.loop.now())
+
+    # ---- making the engine ----
+
+    def _make_engine(self) -> Engine:
+        return ENGINES[self.config.storage.engine](self)
+
+
+def _segment_engine(broker: Broker) -> Engine:
+    config = broker.config
+    storage, limits = config.storage, config.limits
+    return SegmentStore(
+        Path(config.node.data_dir),
+        broker.loop,
+        broker.clock,
+        StoreSettings(
+            level=config.node.level,
+            segment_bytes=storage.segment_bytes,
+            max_batch=limits.max_batch_bytes,
+            max_record=limits.max_record_bytes,
+            window=limits.publish_window_batches,
+            commit_interval=storage.commit_interval_ms / 1000,
+            read_timeout=storage.read_timeout_ms / 1000,
+            housekeeping=HousekeepingSettings(
+                retention_bytes=storage.retention_bytes,
+                retention_ms=storage.retention_ms,
+                segment_ms=storage.segment_ms,
+                max_bytes=storage.max_bytes,
+                soft_free_bytes=storage.soft_free_bytes,
+                hard_free_bytes=storage.hard_free_bytes,
+                scrub_bytes_per_second=storage.verify_bytes_per_second,
+            ),
+        ),
+    )
+
+
+def _memory_engine(broker: Broker) -> Engine:
+    limits = broker.config.limits
+    return MemoryEngine(
+        broker.loop,
+        broker.clock,
+        max_batch=limits.max_batch_bytes,
+        max_record=limits.max_record_bytes,
+        window=limits.publish_window_batches,
+    )
+
+
+ENGINES: dict[str, Callable[[Broker], Engine]] = {"segment": _segment_engine, "memory": _memory_engine}
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """The admin socket, for its owner only (0600); one left behind by a crash is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    except OSError as error:
+        sock.close()
+        raise EdgeBrokerError(f"the admin socket {path} cannot be made: {error}; set listen.socket") from error
+    finally:
+        os.umask(previous)
+    sock.listen(64)
+    return sock

@@ -1,0 +1,23 @@
+"""What topics and groups may be called."""
+
+import re
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\Z")
+
+
+def check_topic_name(name: str) -> str:
+    """Why this is no name for a topic that users write to; "" when it is one."""
+    if not _NAME.match(name) or name in (".", ".."):
+        return f"topic names are 1 to 200 of A-Z a-z 0-9 . _ -, and not . or ..; {name!r} is not"
+    if name.endswith(".dlq"):
+        return f"the suffix .dlq is reserved for dead letters; {name!r} cannot be used"
+    if name.startswith("__"):
+        return f"the prefix __ is reserved for the broker; {name!r} cannot be used"
+    return ""
+
+
+def check_group_name(name: str) -> str:
+    """Why this is no name for a consumer group; "" when it is one."""
+    if not _NAME.match(name):
+        return f"group names are 1 to 200 of A-Z a-z 0-9 . _ -; {name!r} is not"
+    return ""

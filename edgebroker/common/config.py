@@ -1,0 +1,273 @@
+"""The configuration: one frozen tree, read once from TOML and environment, checked as a whole.
+
+Precedence: defaults < file < EDGEBROKER_<SECTION>_<KEY> < command-line flags. Every problem is found before anything
+is refused: each names its key, what is allowed, and what was probably meant. docs/configuration.md lists every key
+(a test holds the two together).
+"""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+import tomli
+from msgspec import Meta, Struct
+
+from edgebroker.common.errors import ConfigError
+
+MIB = 1 << 20
+Level = Literal["root", "l2", "l3", "pos", "local"]
+EngineName = Literal["segment", "memory"]
+
+_Bytes = Annotated[int, Meta(ge=0)]
+_Ms = Annotated[int, Meta(ge=0)]
+
+
+class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Annotated[str, Meta(description="display name of the node; empty: the host name")] = ""
+    level: Annotated[Level, Meta(description="place of the node in the tree")] = "root"
+    data_dir: Annotated[str, Meta(min_length=1, description="where everything is stored")] = "edgebroker-data"
+
+
+class ListenConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    tcp: Annotated[str, Meta(description="HOST:PORT of the binary protocol; port 0 takes a free one")] = (
+        "127.0.0.1:7420"
+    )
+    http: Annotated[str, Meta(description="HOST:PORT of the admin and health interface")] = "127.0.0.1:7421"
+    socket: Annotated[str, Meta(description="unix socket of the admin interface; empty: ctl.sock in $RUNTIME_DIRECTORY or data_dir")] = ""  # fmt: skip  # noqa: E501
+    allow_insecure: Annotated[bool, Meta(description="allow addresses off loopback without TLS and authentication")] = False  # fmt: skip  # noqa: E501
+
+
+class StorageConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    engine: Annotated[EngineName, Meta(description="segment: the durable log; memory: for tests, nothing survives a stop")] = "segment"  # fmt: skip  # noqa: E501
+    segment_bytes: Annotated[int, Meta(ge=64 << 10, le=1 << 30, description="size at which a segment is sealed")] = 64 * MIB  # fmt: skip  # noqa: E501
+    segment_ms: Annotated[_Ms, Meta(description="age at which a segment is sealed; 0: never by age")] = 7 * 86_400_000
+    retention_bytes: Annotated[_Bytes, Meta(description="keep at most this much per partition; 0: no limit")] = 0
+    retention_ms: Annotated[_Ms, Meta(description="remove segments sealed longer ago than this; 0: never")] = 0
+    max_bytes: Annotated[_Bytes, Meta(description="budget of all logs together; 0: only the file system limits")] = 0
+    soft_free_bytes: Annotated[int, Meta(ge=-1, description="below this much free space what all live groups have passed is removed early; -1: 5 % or 512 MiB")] = -1  # fmt: skip  # noqa: E501
+    hard_free_bytes: Annotated[int, Meta(ge=-1, description="below this much free space producers get DISK_FULL; -1: 2 % or 128 MiB")] = -1  # fmt: skip  # noqa: E501
+    commit_interval_ms: Annotated[int, Meta(ge=0, le=1000, description="collect writes this long before a sync (spares flash); 0: sync at once; urgent topics always at once")] = 0  # fmt: skip  # noqa: E501
+    read_timeout_ms: Annotated[int, Meta(ge=100, description="a disk read that takes longer is answered STORAGE_TIMEOUT")] = 5000  # fmt: skip  # noqa: E501
+    verify_bytes_per_second: Annotated[_Bytes, Meta(description="rate of the background check of stored segments after a start; 0: as fast as it goes")] = 32 * MIB  # fmt: skip  # noqa: E501
+
+
+class TopicsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    auto_create: Annotated[bool, Meta(description="create a topic at its first PUBLISH")] = True
+    kind: Annotated[Literal["stream", "table"], Meta(description="kind of topics created that way")] = "stream"
+    partitions: Annotated[int, Meta(ge=1, le=1024, description="partitions of topics created that way")] = 1
+
+
+class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    max_connections: Annotated[int, Meta(ge=1, description="client connections at a time")] = 12_000
+    max_record_bytes: Annotated[int, Meta(ge=1024, le=16 * MIB, description="largest record")] = MIB
+    max_batch_bytes: Annotated[int, Meta(ge=4096, le=16 * MIB, description="largest record batch, as sent")] = 4 * MIB
+    max_inflated_bytes: Annotated[int, Meta(ge=4096, le=256 * MIB, description="largest record batch after decompression")] = 16 * MIB  # fmt: skip  # noqa: E501
+    publish_window_batches: Annotated[int, Meta(ge=1, le=65_536, description="unacknowledged batches granted to a producer, and remembered to recognise duplicates")] = 16_384  # fmt: skip  # noqa: E501
+    publish_window_bytes: Annotated[int, Meta(ge=64 << 10, description="unacknowledged bytes granted to a producer")] = 8 * MIB  # fmt: skip  # noqa: E501
+    consume_window_records: Annotated[int, Meta(ge=1, le=1 << 20, description="records in flight to a consumer that asks for no window of its own")] = 10_000  # fmt: skip  # noqa: E501
+    consume_window_bytes: Annotated[int, Meta(ge=64 << 10, le=64 * MIB, description="the same in bytes")] = 8 * MIB
+    staged_high_bytes: Annotated[int, Meta(ge=MIB, description="bytes waiting for the disk above which producers are not read")] = 64 * MIB  # fmt: skip  # noqa: E501
+    heartbeat_ms: Annotated[int, Meta(ge=100, description="interval of heartbeats to clients")] = 10_000
+    idle_timeout_ms: Annotated[int, Meta(ge=200, description="a client that sends nothing for this long is cut")] = (
+        30_000
+    )
+    connect_timeout_ms: Annotated[int, Meta(ge=100, description="time until CONNECT must have come")] = 2_000
+    stuck_timeout_ms: Annotated[int, Meta(ge=100, description="a client that takes nothing for this long is cut")] = 10_000  # fmt: skip  # noqa: E501
+
+
+class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least severe lines that are logged")] = "info"  # fmt: skip  # noqa: E501
+
+
+class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The whole tree; sections are TOML tables."""
+
+    node: NodeConfig = NodeConfig()
+    listen: ListenConfig = ListenConfig()
+    storage: StorageConfig = StorageConfig()
+    topics: TopicsConfig = TopicsConfig()
+    limits: LimitsConfig = LimitsConfig()
+    log: LogConfig = LogConfig()
+
+
+SECTIONS: dict[str, type[Struct]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
+ENV_PREFIX = "EDGEBROKER_"
+
+
+def load_config(
+    path: Path | None = None,
+    overrides: Mapping[str, object] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Config:
+    """Read file, environment and flags ("section.key" -> value). Raises ConfigError with every problem found."""
+    environment = os.environ if environment is None else environment
+    tree: dict[str, Any] = {}
+    problems: list[str] = []
+    if path is not None:
+        try:
+            tree = tomli.loads(path.read_text())
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    _merge_environment(tree, environment, problems)
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        tree.setdefault(section, {})[name] = value
+    problems += _check_tree(tree)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    config = msgspec.convert(tree, Config)
+    problems = _check_meaning(config)
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return _fill(config, environment)
+
+
+def is_loopback(address: str) -> bool:
+    """True when only this machine can reach HOST:PORT."""
+    host = address.rpartition(":")[0].strip("[]")
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _merge_environment(tree: dict[str, Any], environment: Mapping[str, str], problems: list[str]) -> None:
+    for variable, raw in environment.items():
+        if not variable.startswith(ENV_PREFIX):
+            continue
+        section, _, key = variable[len(ENV_PREFIX) :].lower().partition("_")
+        if section not in SECTIONS:
+            continue  # EDGEBROKER_ variables of clients and tools are not the node's
+        fields = {field.name: field for field in msgspec.structs.fields(SECTIONS[section])}
+        if key not in fields:
+            problems.append(f"{variable}: [{section}] has no key {key}{_hint(key, list(fields))}")
+            continue
+        value: object = raw
+        kind = _plain_type(fields[key].type)
+        if kind is int:
+            try:
+                value = int(raw)
+            except ValueError:
+                problems.append(f"{variable}: a whole number is expected, not {raw!r}")
+                continue
+        elif kind is bool:
+            if raw.lower() not in ("true", "false", "1", "0"):
+                problems.append(f"{variable}: true or false is expected, not {raw!r}")
+                continue
+            value = raw.lower() in ("true", "1")
+        if not isinstance(tree.setdefault(section, {}), dict):
+            continue
+        tree[section][key] = value
+
+
+def _check_tree(tree: dict[str, Any]) -> list[str]:
+    problems = []
+    for section, table in tree.items():
+        if section not in SECTIONS:
+            problems.append(f"[{section}]: there is no such section{_hint(section, list(SECTIONS))}")
+            continue
+        if not isinstance(table, dict):
+            problems.append(f"{section}: a table [{section}] is expected")
+            continue
+        fields = {field.name: field for field in msgspec.structs.fields(SECTIONS[section])}
+        for key, value in table.items():
+            if key not in fields:
+                problems.append(f"{section}.{key}: there is no such key{_hint(key, list(fields))}")
+                continue
+            try:
+                msgspec.convert(value, fields[key].type)
+            except msgspec.ValidationError as error:
+                problems.append(f"{section}.{key} = {value!r}: {_explain(fields[key].type, error, value)}")
+    return problems
+
+
+def _check_meaning(config: Config) -> list[str]:
+    problems = []
+    for key in ("tcp", "http"):
+        address = getattr(config.listen, key)
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isdigit() or int(port) > 65535:
+            problems.append(f"listen.{key} = {address!r}: HOST:PORT is expected, for example 127.0.0.1:7420")
+        elif not is_loopback(address) and not config.listen.allow_insecure:
+            problems.append(
+                f"listen.{key} = {address!r}: other machines could read and write everything, there is no TLS or "
+                "authentication yet; listen on 127.0.0.1, or set listen.allow_insecure = true"
+            )
+    limits = config.limits
+    if limits.max_record_bytes > limits.max_batch_bytes:
+        problems.append("limits.max_record_bytes: a record cannot be larger than limits.max_batch_bytes")
+    if limits.idle_timeout_ms < 2 * limits.heartbeat_ms:
+        problems.append("limits.idle_timeout_ms: at least two heartbeats (limits.heartbeat_ms) must fit into it")
+    return problems
+
+
+def _fill(config: Config, environment: Mapping[str, str]) -> Config:
+    node = config.node if config.node.name else msgspec.structs.replace(config.node, name=socket.gethostname())
+    runtime = environment.get("RUNTIME_DIRECTORY", "")
+    listen = config.listen
+    if not listen.socket:
+        base = Path(runtime.split(":")[0]) if runtime else Path(node.data_dir)
+        listen = msgspec.structs.replace(listen, socket=str(base / "ctl.sock"))
+    return msgspec.structs.replace(config, node=node, listen=listen)
+
+
+def _plain_type(annotation: Any) -> Any:
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    return annotation
+
+
+def allowed(annotation: Any) -> str:
+    """What a key may hold, in words."""
+    plain = _plain_type(annotation)
+    if get_origin(plain) is Literal:
+        return "one of " + ", ".join(get_args(plain))
+    if plain is bool:
+        return "true or false"
+    if plain is int:
+        low, high = None, None
+        for meta in getattr(annotation, "__metadata__", ()):
+            if isinstance(meta, Meta):
+                low = meta.ge if meta.ge is not None else low
+                high = meta.le if meta.le is not None else high
+        bounds = (f" from {low}" if low is not None else "") + (f" to {high}" if high is not None else "")
+        return "a whole number" + bounds
+    return "a text"
+
+
+def _explain(annotation: Any, error: msgspec.ValidationError, value: object) -> str:
+    plain = _plain_type(annotation)
+    hint = ""
+    if get_origin(plain) is Literal and isinstance(value, str):
+        hint = _hint(value, list(get_args(plain)))
+    return f"{allowed(annotation)} is expected{hint}"
+
+
+def _hint(word: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(word, known, 1, 0.6)
+    return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"
+
+
+def describe_keys() -> list[tuple[str, str, object, str]]:
+    """(section.key, allowed, default, description) of every key, for `config init`, the docs and their test."""
+    rows = []
+    for section, struct in SECTIONS.items():
+        hints = get_type_hints(struct, include_extras=True)
+        for field in msgspec.structs.fields(struct):
+            metas = getattr(hints[field.name], "__metadata__", ())
+            words = [meta.description for meta in metas if isinstance(meta, Meta) and meta.description]
+            rows.append(
+                (f"{section}.{field.name}", allowed(hints[field.name]), field.default, words[-1] if words else "")
+            )
+    return rows

@@ -1,0 +1,30 @@
+"""What the loop offers to those who live on it. The loop itself is edgebroker.network.loop; storage must not know it."""
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Timer(Protocol):
+    def cancel(self) -> None:
+        """The callback will not run. Idempotent."""
+
+
+class Scheduler(Protocol):
+    """All calls but call_soon_threadsafe belong to the loop thread."""
+
+    def now(self) -> float:
+        """Monotonic seconds, read once per turn of the loop."""
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        """Run a callback on the loop, not before `seconds` have passed."""
+
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+        """Run a callback on the loop as soon as possible; from any thread."""
+
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        """Run a callback whenever a descriptor is readable."""
+
+    def remove_reader(self, fd: int) -> None: ...
+
+    def at_end_of_turn(self, callback: Callable[[], None]) -> None:
+        """Run a callback at the end of every turn, after all events of the turn were handled."""

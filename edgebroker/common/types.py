@@ -1,0 +1,54 @@
+"""Plain data that crosses floors. Nothing here does anything."""
+
+from enum import IntEnum
+from typing import Literal, NamedTuple
+
+import msgspec
+
+TopicKind = Literal["stream", "table"]
+OnDamage = Literal["wait", "skip"]
+
+
+class TopicSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What an origin decides about a topic; travels with the partition's identity."""
+
+    kind: TopicKind = "stream"
+    partitions: int = 1
+    retention_ms: int = 0
+    retention_bytes: int = 0
+    segment_bytes: int = 0
+    segment_ms: int = 0
+    urgent: bool = False
+    on_damage: OnDamage = "wait"
+
+
+class AckLevel(IntEnum):
+    """What a producer waits for: nothing, the write (survives the process), the sync (survives the power)."""
+
+    NONE = 0
+    WRITTEN = 1
+    DURABLE = 2
+
+
+class Start(IntEnum):
+    """Where a subscription begins."""
+
+    COMMITTED = 0
+    EARLIEST = 1
+    LATEST = 2
+    OFFSET = 3
+    TIME = 4
+    POSITION = 5
+
+
+class Position(NamedTuple):
+    """A reader's own place in a log: which log, which history of it, and the next offset it wants."""
+
+    log_id: bytes
+    epoch: int
+    next_offset: int
+
+
+class TopicPartition(NamedTuple):
+    topic: str
+    partition: int

@@ -1,0 +1,424 @@
+"""The bodies of the eight frame types, written and read (docs/protocol.md draws every byte).
+
+Writing returns whole frames. Reading takes a body and raises RemoteProtocolError when it does not fit.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import IntEnum
+from typing import NamedTuple
+
+from edgebroker.common.errors import Code, RemoteProtocolError
+from edgebroker.common.types import Start
+
+PROTOCOL_VERSION = 1
+MAGIC = b"EDGE"
+HEADER = struct.Struct(">IBBHQ")
+HEADER_BYTES = HEADER.size
+NO_LOG_ID = bytes(16)
+
+WANT_PRODUCER, NEW_EPOCH = 1, 2
+
+
+class FrameType(IntEnum):
+    CONNECT = 1
+    PUBLISH = 2
+    SUBSCRIBE = 3
+    DELIVER = 4
+    ACK = 5
+    HEARTBEAT = 6
+    RESET = 7
+    READY = 8
+
+
+class AckKind(IntEnum):
+    """What an ACK is: the answer to a request, or a consumer's word about its records."""
+
+    ANSWER = 0
+    CUMULATIVE = 1
+    NEGATIVE = 2
+    IN_PROGRESS = 3
+
+
+class GapReason(IntEnum):
+    RETENTION = 1
+    DAMAGED = 2
+    EXPIRED = 3
+
+
+class Connect(NamedTuple):
+    version: int
+    flags: int
+    client_id: str
+    token: bytes
+    producer_id: int
+    producer_epoch: int
+    topics: list[str]
+
+
+class TopicMetadata(NamedTuple):
+    name: str
+    code: Code
+    partitions: int
+    kind: str
+
+
+class Grants(NamedTuple):
+    """What the answer to CONNECT allows. Sizes in bytes, times in milliseconds."""
+
+    version: int
+    node_uid: bytes
+    heartbeat_ms: int
+    idle_ms: int
+    max_frame: int
+    max_batch: int
+    max_record: int
+    window_batches: int
+    window_bytes: int
+    producer_id: int
+    producer_epoch: int
+    topics: list[TopicMetadata]
+
+
+class Wanted(NamedTuple):
+    """One line of a SUBSCRIBE; partition -1 means all of the topic's."""
+
+    topic: str
+    partition: int
+    start: Start
+    log_id: bytes
+    epoch: int
+    value: int
+
+
+class Subscribe(NamedTuple):
+    leave: bool
+    group: str
+    window_records: int
+    window_bytes: int
+    wanted: list[Wanted]
+
+
+class Gap(NamedTuple):
+    first: int
+    last: int
+    reason: GapReason
+
+
+class Deliver(NamedTuple):
+    """`batches_start` is where the batches begin in the body."""
+
+    topic: str
+    partition: int
+    log_id: bytes
+    epoch: int
+    generation: int
+    lease: int
+    first: int
+    last: int
+    durable_end: int
+    gaps: list[Gap]
+    batches_start: int
+
+
+class Answer(NamedTuple):
+    code: Code
+    offset: int
+    message: str
+    extra_start: int
+
+
+class ConsumerAck(NamedTuple):
+    """`offset` is the next offset wanted: everything before it is acknowledged."""
+
+    kind: AckKind
+    topic: str
+    partition: int
+    generation: int
+    lease: int
+    offset: int
+
+
+class Reset(NamedTuple):
+    reset_id: bytes
+    log_id: bytes
+    topic: str
+    partition: int
+    from_offset: int
+    target: int
+
+
+class Reader:
+    """Reads fields one after the other and never past the end."""
+
+    __slots__ = ("_data", "position")
+
+    def __init__(self, data: memoryview, position: int = 0) -> None:
+        self._data, self.position = data, position
+
+    def take(self, layout: struct.Struct) -> tuple[int, ...]:
+        start = self.position
+        if start + layout.size > len(self._data):
+            raise RemoteProtocolError("a frame body is shorter than its fields")
+        self.position += layout.size
+        return layout.unpack_from(self._data, start)
+
+    def raw(self, length: int) -> bytes:
+        start = self.position
+        if start + length > len(self._data):
+            raise RemoteProtocolError("a frame body is shorter than its fields")
+        self.position += length
+        return bytes(self._data[start : self.position])
+
+    def text(self) -> str:
+        (length,) = self.take(_U8)
+        try:
+            return self.raw(length).decode()
+        except UnicodeDecodeError as error:
+            raise RemoteProtocolError("a name is not UTF-8") from error
+
+    def end(self) -> None:
+        if self.position != len(self._data):
+            raise RemoteProtocolError("a frame body is longer than its fields")
+
+
+_U8 = struct.Struct(">B")
+_U16 = struct.Struct(">H")
+_CONNECT_HEAD = struct.Struct(">4sHH")
+_PRODUCER = struct.Struct(">qh")
+_GRANTS = struct.Struct(">H16sIIIIIIIqhH")
+_TOPIC = struct.Struct(">HIB")
+_SUBSCRIBE = struct.Struct(">B")
+_WINDOW = struct.Struct(">IIH")
+_WANTED = struct.Struct(">iB16siq")
+_DELIVER = struct.Struct(">I16siIQqqqB")
+_GAP = struct.Struct(">qqB")
+_ANSWER = struct.Struct(">BBHqH")
+_CONSUMER_ACK = struct.Struct(">IIQq")
+_RESET = struct.Struct(">16s16s")
+_RESET_RANGE = struct.Struct(">Iqq")
+_LAG = struct.Struct(">Iq")
+
+
+def frame(frame_type: FrameType, correlation: int, *parts: bytes) -> bytes:
+    """A whole frame."""
+    body = b"".join(parts)
+    return HEADER.pack(len(body) + 12, frame_type, 0, 0, correlation) + body
+
+
+def _text(value: str) -> bytes:
+    raw = value.encode()
+    if len(raw) > 255:
+        raise ValueError(f"a name may take 255 bytes, this one takes {len(raw)}")
+    return _U8.pack(len(raw)) + raw
+
+
+def write_connect(correlation: int, connect: Connect) -> bytes:
+    return frame(
+        FrameType.CONNECT,
+        correlation,
+        _CONNECT_HEAD.pack(MAGIC, connect.version, connect.flags),
+        _text(connect.client_id),
+        _U16.pack(len(connect.token)) + connect.token,
+        _PRODUCER.pack(connect.producer_id, connect.producer_epoch),
+        _U16.pack(len(connect.topics)),
+        *(_text(topic) for topic in connect.topics),
+    )
+
+
+def read_connect(body: memoryview) -> Connect:
+    reader = Reader(body)
+    if reader.raw(4) != MAGIC:
+        raise RemoteProtocolError("a connection begins with a CONNECT frame that carries the magic EDGE")
+    version, flags = reader.take(struct.Struct(">HH"))
+    client_id = reader.text()
+    (token_length,) = reader.take(_U16)
+    token = reader.raw(token_length)
+    producer_id, producer_epoch = reader.take(_PRODUCER)
+    (count,) = reader.take(_U16)
+    topics = [reader.text() for _ in range(count)]
+    reader.end()
+    return Connect(version, flags, client_id, token, producer_id, producer_epoch, topics)
+
+
+def write_grants(correlation: int, grants: Grants) -> bytes:
+    """The answer OK to a CONNECT."""
+    return frame(
+        FrameType.ACK,
+        correlation,
+        _ANSWER.pack(AckKind.ANSWER, 0, Code.OK, -1, 0),
+        _GRANTS.pack(*grants[:11], len(grants.topics)),
+        *(
+            _text(topic.name) + _TOPIC.pack(topic.code, topic.partitions, topic.kind == "table")
+            for topic in grants.topics
+        ),
+    )
+
+
+def read_grants(body: memoryview, start: int) -> Grants:
+    reader = Reader(body, start)
+    *fields, count = reader.take(_GRANTS)
+    topics = []
+    for _ in range(count):
+        name = reader.text()
+        code, partitions, table = reader.take(_TOPIC)
+        topics.append(TopicMetadata(name, Code(code), partitions, "table" if table else "stream"))
+    reader.end()
+    return Grants._make([*fields, topics])
+
+
+def write_publish(correlation: int, prefix: bytes, batches: bytes) -> bytes:
+    return HEADER.pack(len(prefix) + len(batches) + 12, FrameType.PUBLISH, 0, 0, correlation) + prefix + batches
+
+
+def publish_prefix(level: int, topic: str, partition: int) -> bytes:
+    return _U8.pack(level) + _text(topic) + struct.pack(">I", partition)
+
+
+def read_publish_prefix(prefix: memoryview) -> tuple[int, str, int]:
+    """(ack level, topic, partition)."""
+    reader = Reader(prefix)
+    (level,) = reader.take(_U8)
+    topic = reader.text()
+    (partition,) = reader.take(struct.Struct(">I"))
+    if level > 2:
+        raise RemoteProtocolError(f"ack level {level} is unknown; use 0 none, 1 written or 2 durable")
+    return level, topic, partition
+
+
+def write_subscribe(correlation: int, subscribe: Subscribe) -> bytes:
+    return frame(
+        FrameType.SUBSCRIBE,
+        correlation,
+        _SUBSCRIBE.pack(subscribe.leave),
+        _text(subscribe.group),
+        _WINDOW.pack(subscribe.window_records, subscribe.window_bytes, len(subscribe.wanted)),
+        *(
+            _text(line.topic) + _WANTED.pack(line.partition, line.start, line.log_id, line.epoch, line.value)
+            for line in subscribe.wanted
+        ),
+    )
+
+
+def read_subscribe(body: memoryview) -> Subscribe:
+    reader = Reader(body)
+    (leave,) = reader.take(_SUBSCRIBE)
+    group = reader.text()
+    window_records, window_bytes, count = reader.take(_WINDOW)
+    wanted = []
+    for _ in range(count):
+        topic = reader.text()
+        partition, start, log_id, epoch, value = reader.take(_WANTED)
+        if start > Start.POSITION:
+            raise RemoteProtocolError(f"start {start} is unknown")
+        wanted.append(Wanted(topic, partition, Start(start), log_id, epoch, value))  # type: ignore[arg-type]
+    reader.end()
+    return Subscribe(bool(leave), group, window_records, window_bytes, wanted)
+
+
+def deliver_head(deliver: Deliver, batch_bytes: int) -> bytes:
+    """Everything of a DELIVER frame before its batches, which follow from memory or by sendfile."""
+    body = (
+        _text(deliver.topic)
+        + _DELIVER.pack(
+            deliver.partition,
+            deliver.log_id,
+            deliver.epoch,
+            deliver.generation,
+            deliver.lease,
+            deliver.first,
+            deliver.last,
+            deliver.durable_end,
+            len(deliver.gaps),
+        )
+        + b"".join(_GAP.pack(*gap) for gap in deliver.gaps)
+    )
+    return HEADER.pack(len(body) + batch_bytes + 12, FrameType.DELIVER, 0, 0, 0) + body
+
+
+def read_deliver(body: memoryview) -> Deliver:
+    reader = Reader(body)
+    topic = reader.text()
+    *fields, count = reader.take(_DELIVER)
+    gaps = []
+    for _ in range(count):
+        first, last, reason = reader.take(_GAP)
+        gaps.append(Gap(first, last, GapReason(reason)))
+    return Deliver._make([topic, *fields, gaps, reader.position])
+
+
+def write_answer(correlation: int, code: Code, message: str = "", offset: int = -1) -> bytes:
+    raw = message.encode()[:60000]
+    return frame(FrameType.ACK, correlation, _ANSWER.pack(AckKind.ANSWER, 0, code, offset, len(raw)), raw)
+
+
+def write_consumer_ack(correlation: int, ack: ConsumerAck) -> bytes:
+    return frame(
+        FrameType.ACK,
+        correlation,
+        _U8.pack(ack.kind),
+        _text(ack.topic),
+        _CONSUMER_ACK.pack(ack.partition, ack.generation, ack.lease, ack.offset),
+    )
+
+
+def read_ack(body: memoryview) -> Answer | ConsumerAck:
+    if not body:
+        raise RemoteProtocolError("an ACK without a body")
+    kind = body[0]
+    if kind == AckKind.ANSWER:
+        reader = Reader(body)
+        _, _, code, offset, length = reader.take(_ANSWER)
+        try:
+            return Answer(Code(code), offset, reader.raw(length).decode(errors="replace"), reader.position)
+        except ValueError as error:
+            raise RemoteProtocolError(f"answer code {code} is unknown") from error
+    if kind > AckKind.IN_PROGRESS:
+        raise RemoteProtocolError(f"ACK kind {kind} is unknown")
+    reader = Reader(body, 1)
+    topic = reader.text()
+    fields = reader.take(_CONSUMER_ACK)
+    reader.end()
+    return ConsumerAck(AckKind(kind), topic, *fields)
+
+
+def write_heartbeat(ends: list[tuple[str, int, int]]) -> bytes:
+    """`ends`: (topic, partition, durable end) of what the peer is subscribed to."""
+    return frame(
+        FrameType.HEARTBEAT,
+        0,
+        _U16.pack(len(ends)),
+        *(_text(topic) + _LAG.pack(partition, end) for topic, partition, end in ends),
+    )
+
+
+def read_heartbeat(body: memoryview) -> list[tuple[str, int, int]]:
+    reader = Reader(body)
+    (count,) = reader.take(_U16)
+    ends = []
+    for _ in range(count):
+        topic = reader.text()
+        partition, end = reader.take(_LAG)
+        ends.append((topic, partition, end))
+    reader.end()
+    return ends
+
+
+def write_reset(correlation: int, reset: Reset) -> bytes:
+    return frame(
+        FrameType.RESET,
+        correlation,
+        _RESET.pack(reset.reset_id, reset.log_id),
+        _text(reset.topic),
+        _RESET_RANGE.pack(reset.partition, reset.from_offset, reset.target),
+    )
+
+
+def read_reset(body: memoryview) -> Reset:
+    reader = Reader(body)
+    reset_id, log_id = reader.raw(16), reader.raw(16)
+    topic = reader.text()
+    partition, from_offset, target = reader.take(_RESET_RANGE)
+    reader.end()
+    return Reset(reset_id, log_id, topic, partition, from_offset, target)

@@ -1,0 +1,164 @@
+"""The loop: one thread, one selector, timers, and a door for other threads.
+
+A turn is: wait, run what is ready, run what other threads posted, run due timers, then the end-of-turn callbacks
+(the group commit). Callbacks must not wait for anything; one that takes more than 20 ms is counted and logged.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import selectors
+import socket
+from collections import deque
+from collections.abc import Callable
+
+from edgebroker.common.clock import Clock
+
+log = logging.getLogger(__name__)
+
+SLOW_SECONDS = 0.02
+LOG_SLOW_EVERY_SECONDS = 1.0
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+Ready = Callable[[int], None]
+
+
+class TimerHandle:
+    """A timer; cancel() may be called at any time."""
+
+    __slots__ = ("callback", "due")
+
+    def __init__(self, due: float, callback: Callable[[], None]) -> None:
+        self.due = due
+        self.callback: Callable[[], None] | None = callback
+
+    def __lt__(self, other: TimerHandle) -> bool:
+        return self.due < other.due
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class Loop:
+    """Implements edgebroker.common.scheduler.Scheduler. Only call_soon_threadsafe may be called by other threads."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._selector = selectors.DefaultSelector()
+        self._timers: list[TimerHandle] = []
+        self._posted: deque[Callable[[], None]] = deque()
+        self._end_of_turn: list[Callable[[], None]] = []
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
+        self._selector.register(self._woken, READ, self._drain_wakeups)
+        self._wake_pending = False
+        self._stopping = False
+        self._now = clock.monotonic()
+        self._slow_logged = 0.0
+        self.slow_callbacks = 0
+        self.turns = 0
+
+    # ---- the scheduler ----
+
+    def now(self) -> float:
+        return self._now
+
+    def clock_now(self) -> float:
+        """Monotonic seconds at this moment; for loops whose turns may be long apart."""
+        return self._clock.monotonic()
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> TimerHandle:
+        timer = TimerHandle(self._clock.monotonic() + seconds, callback)
+        heapq.heappush(self._timers, timer)
+        return timer
+
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+        self._posted.append(callback)
+        if not self._wake_pending:
+            self._wake_pending = True
+            try:
+                self._waker.send(b"x")
+            except (BlockingIOError, OSError):
+                pass  # a full pipe wakes as well; a closed one has nobody to wake
+
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        self._selector.register(fd, READ, lambda mask: callback())
+
+    def remove_reader(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    def at_end_of_turn(self, callback: Callable[[], None]) -> None:
+        self._end_of_turn.append(callback)
+
+    # ---- descriptors ----
+
+    def register(self, fd: int, events: int, ready: Ready) -> None:
+        self._selector.register(fd, events, ready)
+
+    def modify(self, fd: int, events: int, ready: Ready) -> None:
+        self._selector.modify(fd, events, ready)
+
+    def unregister(self, fd: int) -> None:
+        self._selector.unregister(fd)
+
+    # ---- running ----
+
+    def run(self) -> None:
+        """Turn until stop()."""
+        while not self._stopping:
+            self.turn()
+
+    def stop(self) -> None:
+        self._stopping = True
+
+    def turn(self, timeout: float | None = None) -> None:
+        """One turn; waits at most `timeout` seconds for something to do (None: until there is)."""
+        timers = self._timers
+        while timers and timers[0].callback is None:
+            heapq.heappop(timers)
+        if self._posted:
+            timeout = 0.0
+        elif timers:
+            due = max(0.0, timers[0].due - self._clock.monotonic())
+            timeout = due if timeout is None else min(timeout, due)
+        ready = self._selector.select(timeout)
+        self._now = began = self._clock.monotonic()
+        for key, mask in ready:
+            key.data(mask)
+        if ready:
+            began = self._watch(began, "the events of a turn", len(ready))
+        for _ in range(len(self._posted)):
+            self._posted.popleft()()
+        while timers and timers[0].due <= self._now:
+            callback = heapq.heappop(timers).callback
+            if callback is not None:
+                callback()
+                began = self._watch(began, getattr(callback, "__qualname__", str(callback)), 1)
+        for callback in self._end_of_turn:
+            callback()
+        self.turns += 1
+
+    def _watch(self, began: float, name: str, count: int) -> float:
+        now = self._clock.monotonic()
+        if now - began > SLOW_SECONDS * max(1, count):
+            self.slow_callbacks += 1
+            if now - self._slow_logged > LOG_SLOW_EVERY_SECONDS:
+                self._slow_logged = now
+                log.warning("%s kept the loop for %.0f ms", name, (now - began) * 1000)
+        return now
+
+    def _drain_wakeups(self, mask: int) -> None:
+        try:
+            self._woken.recv(4096)
+        except BlockingIOError:
+            pass
+        # Only after the pipe is empty: cleared earlier, a wake-up sent in between would be swallowed while the flag
+        # says that one is under way. What was posted until here runs later in this turn.
+        self._wake_pending = False
+
+    def close(self) -> None:
+        self._selector.close()
+        self._woken.close()
+        self._waker.close()

@@ -1,0 +1,137 @@
+"""The data directory as a whole: its lock, its format version, the node's identity, the mark of a clean stop.
+
+Opening is the only thing that may refuse to start: in use (75), unreadable or unwritable (1), newer format (2).
+"""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from edgebroker.common.errors import DataDirectoryError, FormatTooNewError
+from edgebroker.storage import files
+
+FORMAT_VERSION = 1
+RESERVE_BYTES = 8 << 20
+
+
+class Format(msgspec.Struct, forbid_unknown_fields=False):
+    """FORMAT: what a release has to understand. An unknown `incompat` flag means: do not touch; an unknown
+    `ro_compat` flag: read only; unknown `compat` flags are harmless."""
+
+    version: int
+    compat: list[str] = []
+    ro_compat: list[str] = []
+    incompat: list[str] = []
+
+
+class Node(msgspec.Struct, forbid_unknown_fields=False):
+    """node: made once, never changed by itself."""
+
+    uid: str
+    level: str
+
+
+class DataDirectory:
+    """An opened and locked data directory. `was_clean` says how the last run ended."""
+
+    def __init__(self, path: Path, level: str) -> None:
+        self.path = path
+        try:
+            files.make_directory(path)
+        except OSError as error:
+            raise DataDirectoryError(
+                f"{path}: cannot be created: {error.strerror}; choose another --data-dir"
+            ) from error
+        self._lock = files.lock(path / "LOCK")
+        try:
+            self._check_format()
+            self.was_clean = (path / "CLEAN").exists()
+            if self.was_clean:
+                # First of all: a crash from here on must not look like a clean stop.
+                files.remove(path / "CLEAN")
+                files.sync_directory(path)
+            self.node = self._node(level)
+            for name in ("topics", "quarantine"):
+                files.make_directory(path / name)
+            self._keep_reserve()
+        except PermissionError as error:
+            files.close(self._lock)
+            raise DataDirectoryError(f"{error.filename}: {error.strerror}; check owner and rights") from error
+        except BaseException:
+            files.close(self._lock)
+            raise
+
+    @property
+    def topics(self) -> Path:
+        return self.path / "topics"
+
+    @property
+    def quarantine(self) -> Path:
+        return self.path / "quarantine"
+
+    def spend_reserve(self) -> bool:
+        """Give the reserved space to whoever must still write small things on a full disk. True when there was any."""
+        reserve = self.path / "reserve"
+        if not reserve.exists():
+            return False
+        files.remove(reserve)
+        return True
+
+    def close(self, *, clean: bool) -> None:
+        """Release the lock; with `clean` everything was stored and the next start may rely on it."""
+        if clean:
+            files.write_durable(self.path / "CLEAN", b"")
+        files.close(self._lock)
+
+    def _check_format(self) -> None:
+        path = self.path / "FORMAT"
+        try:
+            found = msgspec.json.decode(path.read_bytes(), type=Format)
+        except (FileNotFoundError, msgspec.DecodeError):
+            # Absent or torn at the very first start; the segments themselves carry the batch format.
+            self._write_full_proof(path, msgspec.json.encode(Format(FORMAT_VERSION)) + b"\n")
+            return
+        unknown = [*found.incompat, *found.ro_compat]
+        if found.version > FORMAT_VERSION or unknown:
+            what = f"format version {found.version}" + (f" with {', '.join(unknown)}" if unknown else "")
+            raise FormatTooNewError(
+                f"{self.path}: written by a newer release ({what}; this one knows {FORMAT_VERSION}); "
+                "nothing was changed, install the newer release again"
+            )
+
+    def _node(self, level: str) -> Node:
+        path = self.path / "node"
+        try:
+            node = msgspec.json.decode(path.read_bytes(), type=Node)
+            if len(bytes.fromhex(node.uid)) == 16:
+                return node
+        except (FileNotFoundError, msgspec.DecodeError, ValueError):
+            pass
+        node = Node(os.urandom(16).hex(), level)
+        self._write_full_proof(path, msgspec.json.encode(node) + b"\n")
+        return node
+
+    def _write_full_proof(self, path: Path, data: bytes) -> None:
+        try:
+            files.write_durable(path, data)
+        except OSError as error:
+            if error.errno not in files.FULL or not self.spend_reserve():
+                raise DataDirectoryError(f"{path}: cannot be written: {error.strerror}") from error
+            files.write_durable(path, data)
+
+    def _keep_reserve(self) -> None:
+        """Hold a little space back; a disk too full for it is no reason not to start."""
+        reserve = self.path / "reserve"
+        if reserve.exists():
+            return
+        free, size = files.free_space(self.path)
+        if free < 8 * RESERVE_BYTES or size // 50 < RESERVE_BYTES:
+            return
+        fd = os.open(reserve, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        try:
+            os.posix_fallocate(fd, 0, RESERVE_BYTES)
+        except OSError:
+            files.remove(reserve)
+        finally:
+            os.close(fd)

@@ -1,0 +1,115 @@
+"""What the broker asks of a storage engine. The segment log is the real one; the in-memory one serves tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, Protocol
+
+from edgebroker.common.errors import Code
+from edgebroker.common.types import AckLevel, TopicSettings
+from edgebroker.storage.identity import Identity
+from edgebroker.storage.log import Found
+from edgebroker.storage.meta import GroupKey, GroupOffset
+from edgebroker.storage.reader import ColdRead
+from edgebroker.storage.recovery import Hole
+from edgebroker.storage.segment import Segment
+from edgebroker.storage.staging import Chunk
+
+
+class Log(Protocol):
+    """One partition, as the loop sees it."""
+
+    topic: str
+    partition: int
+    name: str
+    identity: Identity
+    epoch: int
+    written_end: int
+    durable_end: int
+    holes: list[Hole]
+    records_in: int
+    bytes_in: int
+
+    @property
+    def log_start(self) -> int: ...
+    @property
+    def settings(self) -> TopicSettings: ...
+    @property
+    def size_bytes(self) -> int: ...
+    def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Found: ...
+    def end_hint(self) -> tuple[int, int] | None: ...
+    def describe(self) -> dict[str, object]: ...
+
+
+class Listener(Protocol):
+    """Who is told, on the loop, what became of staged batches."""
+
+    def on_written(self, log: Log) -> None: ...
+    def on_durable(self, log: Log, chunks: list[Chunk]) -> None: ...
+    def on_failed(self, log: Log, code: Code, message: str) -> None: ...
+    def retention_floor(self, log: Log) -> int | None:
+        """The offset that every live group has passed; None when there is no live group."""
+
+
+class Appended(NamedTuple):
+    """What became of a run of PUBLISH frames: packed answers (staging.pyi), how many frames were handled, and the
+    end that must be written or durable before the answers are true."""
+
+    answers: bytes
+    frames: int
+    wait: int
+    records: int
+
+
+Done = Callable[[Code, str], None]
+
+
+class Engine(Protocol):
+    """Everything is called on the loop; callbacks come back on the loop."""
+
+    node_uid: str
+
+    def open(self, listener: Listener) -> None:
+        """Recover what is stored. Blocks; before the loop runs."""
+
+    def close(self, timeout: float) -> bool:
+        """Store and release everything. True when the stop was clean."""
+
+    def hurry(self) -> bool:
+        """Store what is staged without waiting for intervals; True when nothing is left to do (stop)."""
+
+    def topics(self) -> Iterable[str]: ...
+    def log(self, topic: str, partition: int) -> Log | None: ...
+    def logs(self) -> Iterable[Log]: ...
+    def partitions(self, topic: str) -> list[Log]: ...
+    def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None: ...
+    def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None: ...
+    def refusal(self) -> tuple[Code, str] | None:
+        """Why publishing is refused now; None when it is not."""
+
+    def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended: ...
+    def append_numbered(self, log: Log, data: memoryview) -> tuple[int, int]:
+        """Append batches that carry their offsets (a mirror): (bytes taken, reason it stopped)."""
+
+    @property
+    def staged_bytes(self) -> int:
+        """What waits for the disk, over all partitions."""
+
+    def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None: ...
+    def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
+        """Read stored bytes that left the page cache while they were being sent: done(data, error)."""
+
+    def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
+        """The first offset whose record is not older than a timestamp (the end when all are): done(offset, error)."""
+
+    def group_offsets(self) -> dict[GroupKey, GroupOffset]: ...
+    def commit_offset(self, key: GroupKey, offset: GroupOffset | None) -> None: ...
+    def when_stored(self, callback: Callable[[], None]) -> None:
+        """Call back once everything committed so far is durable."""
+
+    def producer(self, client_id: str) -> tuple[int, int] | None: ...
+    def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None: ...
+    def problems(self) -> dict[str, str]:
+        """What is wrong with the storage now, by name; empty when all is well."""
+
+    def describe(self) -> dict[str, object]: ...

@@ -1,0 +1,172 @@
+"""Everything that touches data files outside the commit extension: open, sync, rename, remove, lock.
+
+Durability promises stand at each function. A new or renamed file is durable only after its directory was synced:
+the functions that promise durability do that themselves.
+"""
+
+import errno
+import fcntl
+import os
+from pathlib import Path
+
+from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+def sync_directory(path: Path) -> None:
+    """Make the entries of a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(fd: int) -> None:
+    """Make a file's data and the size needed to read it durable. After an OSError the file must not be trusted."""
+    os.fdatasync(fd)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and its parents, durably. Existing ones are fine."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    for child in reversed(missing):
+        child.mkdir(exist_ok=True)
+        sync_directory(child.parent)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Replace a small file: when this returns the new content survives a power cut; before, the old one does."""
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    try:
+        _write_all(fd, data)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+    sync_directory(path.parent)
+
+
+def write_hint(path: Path, data: bytes) -> None:
+    """Replace a small file that can be rebuilt: whole or absent after a crash of the process, no promise beyond."""
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    try:
+        _write_all(fd, data)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def write_at(fd: int, data: memoryview, position: int) -> None:
+    """Write a whole buffer at a position; not durable before sync_file."""
+    while data:
+        written = os.pwrite(fd, data, position)
+        data = data[written:]
+        position += written
+
+
+def create_log(path: Path) -> int:
+    """Create an empty segment file; its directory entry is durable when this returns. Returns a descriptor."""
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+    try:
+        os.fsync(fd)
+        sync_directory(path.parent)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def open_log(path: Path, *, writable: bool = False) -> int:
+    """Open an existing segment file."""
+    return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC)
+
+
+def close(fd: int) -> None:
+    os.close(fd)
+
+
+def size_of(fd: int) -> int:
+    return os.fstat(fd).st_size
+
+
+def read_at(fd: int, length: int, position: int) -> bytes:
+    """Read up to `length` bytes; fewer only at the end of the file. May wait for the disk."""
+    pieces = []
+    while length > 0:
+        piece = os.pread(fd, length, position)
+        if not piece:
+            break
+        pieces.append(piece)
+        length -= len(piece)
+        position += len(piece)
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+
+def read_cached(fd: int, length: int, position: int) -> bytes | None:
+    """Read from the page cache only: None when a page would have to come from the disk. Never waits."""
+    buffer = bytearray(length)
+    try:
+        count = os.preadv(fd, [buffer], position, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # tmpfs and friends live in memory anyway
+            return os.pread(fd, length, position)
+        raise
+    if count < length and position + count < os.fstat(fd).st_size:
+        return None
+    return bytes(buffer[:count]) if count < length else bytes(buffer)
+
+
+def drop_cache(fd: int) -> None:
+    """Ask the kernel to forget clean cached pages, so that the next read comes from the device."""
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def truncate(fd: int, size: int) -> None:
+    """Cut a file (and free what was preallocated behind its end)."""
+    os.ftruncate(fd, size)
+
+
+def remove(path: Path) -> None:
+    """Remove a file; one that is gone already is fine."""
+    path.unlink(missing_ok=True)
+
+
+def free_space(path: Path) -> tuple[int, int]:
+    """(bytes available to us, size of the file system in bytes)."""
+    info = os.statvfs(path)
+    return info.f_bavail * info.f_frsize, info.f_blocks * info.f_frsize
+
+
+def lock(path: Path) -> int:
+    """Take the exclusive lock of a data directory; it is released when the process ends, however it ends."""
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    except OSError as error:
+        raise DataDirectoryError(
+            f"{path.parent}: cannot be written: {error.strerror}; check owner and rights"
+        ) from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            raise DataDirectoryInUseError(
+                f"{path.parent}: another edgebroker uses this data directory; stop it or choose another --data-dir"
+            ) from error
+        raise DataDirectoryError(f"{path}: cannot be locked: {error.strerror}") from error
+    return fd

@@ -1,0 +1,62 @@
+"""The identity of a log: one small file per partition, replaced durably before anything that depends on it.
+
+line 1   JSON: log_id, origin (node uid), epochs [[epoch, first offset], ...], log_start, chain, settings
+line 2   CRC-32C of line 1 as eight hex digits
+"""
+
+import os
+from pathlib import Path
+
+import msgspec
+
+from edgebroker.common.crc32c import crc32c
+from edgebroker.common.errors import DamagedDataError
+from edgebroker.common.types import TopicSettings
+from edgebroker.storage import files
+
+FILE_NAME = "identity"
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Who made this log, its histories, and where it begins now. `chain` is the chain checksum at `log_start`."""
+
+    log_id: str
+    origin: str
+    epochs: list[tuple[int, int]]
+    log_start: int
+    chain: int
+    settings: TopicSettings
+
+    @property
+    def epoch(self) -> int:
+        return self.epochs[-1][0]
+
+    @property
+    def log_id_bytes(self) -> bytes:
+        return bytes.fromhex(self.log_id)
+
+
+def make_identity(origin: str, settings: TopicSettings) -> Identity:
+    """A new log of this node: a fresh log_id, epoch 1 from offset 0, the chain that begins with the log_id."""
+    log_id = os.urandom(16)
+    return Identity(
+        log_id=log_id.hex(), origin=origin, epochs=[(1, 0)], log_start=0, chain=crc32c(log_id), settings=settings
+    )
+
+
+def write_identity(directory: Path, identity: Identity) -> None:
+    """Replace the identity file; durable when this returns."""
+    line = msgspec.json.encode(identity)
+    files.write_durable(directory / FILE_NAME, line + b"\n%08x\n" % crc32c(line))
+
+
+def read_identity(directory: Path) -> Identity:
+    """Raises FileNotFoundError when there is none, DamagedDataError when it is not what was written."""
+    path = directory / FILE_NAME
+    line, _, checksum = path.read_bytes().partition(b"\n")
+    try:
+        if int(checksum, 16) != crc32c(line):
+            raise DamagedDataError(f"{path}: the checksum does not match")
+        return msgspec.json.decode(line, type=Identity)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise DamagedDataError(f"{path}: {error}") from error

@@ -1,0 +1,348 @@
+"""One partition's log as the loop sees it: staged, written, durable; segments and holes; what to read from where.
+
+    staged    numbered in memory (stage.next_offset)
+    written   in the page cache (written_end): survives the process
+    durable   synced (durable_end): survives the power; only this is served to anybody
+
+The committer drives writing; this file owns the state and never waits for the disk.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgebroker.common.types import TopicSettings
+from edgebroker.storage import files, segscan
+from edgebroker.storage.identity import Identity
+from edgebroker.storage.index import INTERVAL_BYTES, POINT_BYTES, SealedIndex
+from edgebroker.storage.reader import SegmentView
+from edgebroker.storage.recovery import Checkpoint, Hole, RecoveredLog
+from edgebroker.storage.segment import Segment
+from edgebroker.storage.staging import Chunk, Stage
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+PEEK_BYTES = 64 << 10
+PREALLOCATE_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 8 << 20
+
+
+class Extent(NamedTuple):
+    """Whole stored batches that are in the page cache: what one DELIVER carries. hold() it before sending."""
+
+    segment: Segment
+    position: int
+    length: int
+    first_offset: int
+    next_offset: int
+
+
+class Inline(NamedTuple):
+    """Whole stored batches in memory."""
+
+    data: memoryview
+    first_offset: int
+    next_offset: int
+
+
+class NeedsDisk(NamedTuple):
+    """The bytes have to come through the reader thread."""
+
+    view: SegmentView
+
+
+Found = Extent | Inline | NeedsDisk | Hole | None
+
+
+class Layout(NamedTuple):
+    """The result of walking one chunk as it will lie in the active segment."""
+
+    chunk: Chunk
+    size: int
+    chain: int
+    max_timestamp: int
+    points: bytes
+
+
+class PartitionLog:
+    """Owned by the loop thread. `name` is topic/partition, for messages."""
+
+    def __init__(
+        self,
+        topic: str,
+        partition: int,
+        directory: Path,
+        identity: Identity,
+        recovered: RecoveredLog,
+        stage: Stage,
+        *,
+        max_batch: int,
+        segment_bytes: int,
+        born: float,
+    ) -> None:
+        self.topic, self.partition, self.name = topic, partition, f"{topic}/{partition}"
+        self.directory, self.identity = directory, identity
+        self.segments: list[Segment] = recovered.segments
+        self.holes: list[Hole] = list(recovered.holes)
+        self.stage = stage
+        self.max_batch, self.segment_bytes = max_batch, segment_bytes
+        self.written_end = self.durable_end = recovered.next_offset
+        self.chain = self.durable_chain = recovered.chain
+        self.durable_position = self.active.size
+        self.epoch = recovered.epoch
+        self.unsynced: list[Chunk] = []
+        self.rolling = False
+        self.wants_sync = False
+        self.wants_announcement = False
+        self.checkpointed = -1
+        self.producer_state_at = recovered.next_offset
+        self.records_in = self.bytes_in = 0
+        self.active.born = born
+        self._preallocate = PREALLOCATE_BYTES
+
+    @property
+    def active(self) -> Segment:
+        return self.segments[-1]
+
+    @property
+    def log_start(self) -> int:
+        return self.identity.log_start
+
+    @property
+    def settings(self) -> TopicSettings:
+        return self.identity.settings
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(segment.size for segment in self.segments)
+
+    # ---- writing: driven by the committer ----
+
+    def needs_roll(self) -> bool:
+        """True when what is staged should begin a new segment."""
+        size = self.active.size
+        return size > 0 and size + min(self.stage.pending_bytes, INTERVAL_BYTES) > self.segment_bytes
+
+    def take_chunk(self) -> Chunk | None:
+        """What is staged and fits into the active segment."""
+        return self.stage.take(min(max(self.segment_bytes - self.active.size, INTERVAL_BYTES), MAX_CHUNK_BYTES))
+
+    def lay_out(self, chunk: Chunk, wall_ms: int, monotonic_ms: int) -> Layout:
+        """How a chunk will lie at the end of the active segment; pass the result to written() once it does."""
+        active = self.active
+        size, reason, _, chain, _, max_timestamp, points = segscan.scan(
+            chunk,
+            chunk.first_offset,
+            self.chain,
+            0,
+            1 << 31,
+            verify=False,
+            base_offset=active.base,
+            base_position=active.size,
+            interval=INTERVAL_BYTES,
+            last_point=active.last_point_position,
+            max_timestamp=active.max_timestamp,
+            wall_ms=wall_ms,
+            monotonic_ms=monotonic_ms,
+        )
+        assert reason == 0 and size == len(chunk), (self.name, reason)
+        return Layout(chunk, size, chain, max_timestamp, points)
+
+    def preallocation(self, length: int) -> tuple[int, int]:
+        """(from, bytes) to reserve before writing `length` bytes; bytes 0 when there is room already."""
+        active = self.active
+        end = active.size + length
+        if end <= active.allocated_end:
+            return 0, 0
+        return active.allocated_end, end + self._preallocate - active.allocated_end
+
+    def written(self, layout: Layout, allocated: int) -> None:
+        """The chunk is in the page cache."""
+        active = self.active
+        active.size += layout.size
+        active.allocated_end = max(active.allocated_end, allocated, active.size)
+        active.end_chain = self.chain = layout.chain
+        active.max_timestamp = layout.max_timestamp
+        active.end_offset = self.written_end = layout.chunk.next_offset
+        assert isinstance(active.points, bytearray)
+        active.points += layout.points
+        self.unsynced.append(layout.chunk)
+
+    def synced(self) -> list[Chunk]:
+        """Everything written is durable now. Returns the chunks that became so."""
+        chunks, self.unsynced = self.unsynced, []
+        self.durable_end, self.durable_position = self.written_end, self.active.size
+        self.durable_chain = self.chain
+        self.stage.settle(self.durable_end)
+        return chunks
+
+    def drop_unwritten(self) -> None:
+        """A write failed: forget what is not in the file."""
+        self.stage.rollback(self.written_end)
+
+    def fall_back(self) -> None:
+        """Storing failed for good: forget what is not durable; the file may hold more, the log does not."""
+        active = self.active
+        self.unsynced = []
+        self.written_end, self.chain = self.durable_end, self.durable_chain
+        active.size = active.allocated_end = self.durable_position
+        active.end_offset, active.end_chain = self.durable_end, self.durable_chain
+        assert isinstance(active.points, bytearray)
+        while active.last_point_position >= active.size:
+            del active.points[-POINT_BYTES:]
+        self.drop_unwritten()
+
+    def begin_segment(self, segment: Segment, *, sealed_ms: int, now: float) -> None:
+        """A new active segment was created durably; the old one is sealed."""
+        old = self.active
+        old.sealed_ms = sealed_ms
+        old.points = bytes(old.points) if old.points is not None else None
+        segment.born = now
+        self.segments.append(segment)
+        self.durable_position = segment.size
+        if old.users == 0:
+            old.close()
+
+    def checkpoint(self) -> Checkpoint:
+        """The durable place, for the next metadata transaction."""
+        active = self.active
+        return Checkpoint(
+            self.identity.log_id, active.base, self.durable_position, self.durable_end, self.durable_chain, self.epoch
+        )
+
+    # ---- reading ----
+
+    def segment_of(self, offset: int) -> Segment:
+        """The segment that holds an offset."""
+        return self.segments[max(0, bisect_right(self.segments, offset, key=lambda segment: segment.base) - 1)]
+
+    def hole_at(self, offset: int) -> Hole | None:
+        for hole in self.holes:
+            if hole.first <= offset < hole.next:
+                return hole
+        return None
+
+    def add_hole(self, hole: Hole) -> None:
+        """Note damage found while reading; overlapping holes become one."""
+        first, following = hole
+        kept = []
+        for other in self.holes:
+            if other.next < first or other.first > following:
+                kept.append(other)
+            else:
+                first, following = min(first, other.first), max(following, other.next)
+        self.holes = sorted([*kept, Hole(first, following)])
+
+    def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Found:
+        """What to send a reader that stands at `offset`: at most max_bytes and max_records, but at least one batch.
+
+        `hint` is (segment base, position) of the batch at `offset`, kept by a reader that came here by an extent.
+        None: the reader has everything that is durable. The extent may begin below `offset` without a hint.
+        """
+        if offset >= self.durable_end:
+            return None
+        if self.holes:
+            hole = self.hole_at(offset)
+            if hole is not None:
+                return hole
+        segment = self.segment_of(offset)
+        active = segment is self.active
+        end = self.durable_position if active else segment.size
+        if hint is not None and hint[0] == segment.base:
+            position, first = hint[1], offset
+        else:
+            point = None
+            if segment.points is not None:
+                point = segscan.floor_offset(segment.points, offset - segment.base)
+            if point is None and (segment.points is None or segment.points_from):
+                return NeedsDisk(self.view(segment))
+            relative, position, _, _ = point or (0, 0, 0, 0)
+            first = segment.base + relative
+        if position < segment.unverified_end or segment.fd < 0 or segment.points is None:
+            return NeedsDisk(self.view(segment))
+        end_offset = min(segment.end_offset, self.durable_end)
+        if self.holes:
+            end_offset = min([end_offset, *(hole.first for hole in self.holes if hole.first > offset)])
+        if end - position <= max_bytes and end_offset - first <= max_records and end_offset == segment.end_offset:
+            return Extent(segment, position, end - position, first, end_offset)
+        return self._cut(segment, position, end, first, end_offset, max_bytes, max_records)
+
+    def end_hint(self) -> tuple[int, int] | None:
+        """Where the batch at durable_end will lie: the hint of a reader that has everything."""
+        return self.active.base, self.durable_position
+
+    def _cut(
+        self, segment: Segment, position: int, end: int, first: int, end_offset: int, max_bytes: int, max_records: int
+    ) -> Found:
+        """End an extent at the last index point that fits, else at the last batch that does."""
+        assert segment.points is not None
+        by_bytes = segscan.floor_position(segment.points, min(position + max_bytes, end))
+        by_records = segscan.floor_offset(segment.points, min(first + max_records, end_offset) - segment.base)
+        if by_bytes is not None and by_records is not None:
+            relative, cut_at, _, _ = min(by_bytes, by_records)
+            if cut_at > position:
+                return Extent(segment, position, cut_at - position, first, segment.base + relative)
+        head = files.read_cached(segment.fd, min(end - position, PEEK_BYTES), position)
+        if head is None:
+            return NeedsDisk(self.view(segment))
+        length, following = segscan.cut(head, max_bytes, min(end_offset, first + max_records))
+        if following < 0:
+            return NeedsDisk(self.view(segment))
+        return Extent(segment, position, length, first, following)
+
+    def view(self, segment: Segment) -> SegmentView:
+        """A segment for the reader thread."""
+        active = segment is self.active
+        return SegmentView(
+            name=self.name,
+            path=segment.path,
+            log_id=self.identity.log_id_bytes,
+            base=segment.base,
+            end_offset=min(segment.end_offset, self.durable_end),
+            size=self.durable_position if active else segment.size,
+            base_chain=segment.base_chain,
+            sealed=not active,
+            sealed_ms=segment.sealed_ms,
+            points=bytes(segment.points) if segment.points is not None and not segment.points_from else None,
+            max_batch=self.max_batch,
+        )
+
+    def take_index(self, segment: Segment, index: SealedIndex, verified_end: int) -> None:
+        """An index was loaded or rebuilt for a segment, and (perhaps) its bytes verified up to a position."""
+        if segment is not self.active:
+            segment.adopt(index)
+        elif segment.points_from:
+            newer = segscan.points_from(segment.points or b"", index.size)
+            segment.points, segment.points_from = bytearray(index.points) + newer, 0
+        if verified_end >= segment.unverified_end:
+            segment.unverified_end = 0
+
+    def removable(self, keep_bytes: int, keep_ms: int, now_ms: int) -> Sequence[Segment]:
+        """Sealed segments, oldest first, that retention no longer keeps (0: no such limit)."""
+        total, gone = self.size_bytes, []
+        for segment in self.segments[:-1]:
+            too_much = keep_bytes > 0 and total - segment.size >= keep_bytes
+            too_old = keep_ms > 0 and segment.sealed_ms > 0 and now_ms - segment.sealed_ms >= keep_ms
+            if not (too_much or too_old):
+                break
+            gone.append(segment)
+            total -= segment.size
+        return gone
+
+    def describe(self) -> dict[str, object]:
+        """For /v1/topics."""
+        return {
+            "segments": len(self.segments),
+            "bytes": self.size_bytes,
+            "producers": self.stage.producer_count,
+            "staged_bytes": self.stage.pending_bytes,
+            "checkpoint": self.checkpointed,
+            "damaged": [{"first": hole.first, "last": hole.next - 1} for hole in self.holes],
+        }
+
+    def close(self) -> None:
+        for segment in self.segments:
+            segment.close()

@@ -1,0 +1,175 @@
+"""The in-memory engine: the same promises as far as a process lives. For tests and for handlers tried on a desk.
+
+Nothing survives a stop. Batches become durable at the end of the turn in which they were published.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+
+from edgebroker.common.clock import Clock
+from edgebroker.common.errors import Code
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.types import AckLevel, TopicSettings
+from edgebroker.storage import segscan
+from edgebroker.storage.engine import Appended, Done, Listener, Log
+from edgebroker.storage.identity import Identity, make_identity
+from edgebroker.storage.log import Inline
+from edgebroker.storage.meta import GroupKey, GroupOffset
+from edgebroker.storage.reader import ColdRead
+from edgebroker.storage.recovery import Hole
+from edgebroker.storage.segment import Segment
+from edgebroker.storage.staging import Chunk, Stage
+
+
+class MemoryLog:
+    """A list of chunks."""
+
+    def __init__(self, topic: str, partition: int, identity: Identity, stage: Stage) -> None:
+        self.topic, self.partition, self.name = topic, partition, f"{topic}/{partition}"
+        self.identity, self.stage, self.epoch = identity, stage, identity.epoch
+        self.chunks: list[Chunk] = []
+        self.written_end = self.durable_end = 0
+        self.holes: list[Hole] = []
+        self.records_in = self.bytes_in = 0
+
+    @property
+    def log_start(self) -> int:
+        return 0
+
+    @property
+    def settings(self) -> TopicSettings:
+        return self.identity.settings
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(len(chunk) for chunk in self.chunks)
+
+    def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Inline | None:
+        if offset >= self.durable_end:
+            return None
+        chunk = self.chunks[bisect_right(self.chunks, offset, key=lambda chunk: chunk.first_offset) - 1]
+        view = memoryview(chunk)
+        found = segscan.seek(view, offset)
+        assert found is not None
+        start, first, _ = found
+        length, following = segscan.cut(view[start:], max_bytes, min(chunk.next_offset, first + max_records))
+        return Inline(view[start : start + length], first, following)
+
+    def end_hint(self) -> tuple[int, int] | None:
+        return None
+
+    def describe(self) -> dict[str, object]:
+        return {"chunks": len(self.chunks), "bytes": self.size_bytes}
+
+
+class MemoryEngine:
+    def __init__(self, scheduler: Scheduler, clock: Clock, *, max_batch: int, max_record: int, window: int) -> None:
+        self._scheduler, self._clock = scheduler, clock
+        self._limits = (max_batch, max_record, window)
+        self._topics: dict[str, list[MemoryLog]] = {}
+        self._dirty: dict[MemoryLog, None] = {}
+        self._offsets: dict[GroupKey, GroupOffset] = {}
+        self._producers: dict[str, tuple[int, int]] = {}
+        self.node_uid = "00" * 16
+
+    def open(self, listener: Listener) -> None:
+        self._listener = listener
+        self._scheduler.at_end_of_turn(self._flush)
+
+    def close(self, timeout: float) -> bool:
+        return True
+
+    def hurry(self) -> bool:
+        return not self._dirty
+
+    def topics(self) -> Iterable[str]:
+        return self._topics
+
+    def log(self, topic: str, partition: int) -> MemoryLog | None:
+        logs = self._topics.get(topic, [])
+        return logs[partition] if 0 <= partition < len(logs) else None
+
+    def logs(self) -> Iterable[Log]:
+        return [log for logs in self._topics.values() for log in logs]
+
+    def partitions(self, topic: str) -> list[Log]:
+        return list(self._topics.get(topic, []))
+
+    def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
+        self._topics[name] = [
+            MemoryLog(name, number, make_identity(self.node_uid, settings), Stage(0, 1, *self._limits))
+            for number in range(settings.partitions)
+        ]
+        done(Code.OK, "")
+
+    def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
+        done(Code.READ_ONLY, "the in-memory engine cannot alter topics")
+
+    def refusal(self) -> tuple[Code, str] | None:
+        return None
+
+    def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
+        assert isinstance(log, MemoryLog)
+        appended = Appended(*log.stage.append(data, spans, self._scheduler.now(), inflated))
+        self._dirty[log] = None
+        return appended
+
+    def append_numbered(self, log: Log, data: memoryview) -> tuple[int, int]:
+        assert isinstance(log, MemoryLog)
+        self._dirty[log] = None
+        return log.stage.append_numbered(data, self._scheduler.now())
+
+    @property
+    def staged_bytes(self) -> int:
+        return sum(log.stage.pending_bytes for log in self._dirty)
+
+    def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
+        raise AssertionError("memory is never cold")
+
+    def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
+        raise AssertionError("memory is never cold")
+
+    def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
+        assert isinstance(log, MemoryLog)
+        for chunk in log.chunks:
+            found = segscan.seek(chunk, 0, timestamp)
+            if found is not None:
+                done(found[1], "")
+                return
+        done(log.durable_end, "")
+
+    def group_offsets(self) -> dict[GroupKey, GroupOffset]:
+        return self._offsets
+
+    def commit_offset(self, key: GroupKey, offset: GroupOffset | None) -> None:
+        if offset is None:
+            self._offsets.pop(key, None)
+        else:
+            self._offsets[key] = offset
+
+    def when_stored(self, callback: Callable[[], None]) -> None:
+        callback()
+
+    def producer(self, client_id: str) -> tuple[int, int] | None:
+        return self._producers.get(client_id)
+
+    def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
+        self._producers[client_id] = (producer_id, epoch)
+
+    def problems(self) -> dict[str, str]:
+        return {}
+
+    def describe(self) -> dict[str, object]:
+        return {"engine": "memory"}
+
+    def _flush(self) -> None:
+        dirty, self._dirty = self._dirty, {}
+        for log in dirty:
+            chunk = log.stage.take(1 << 62)
+            if chunk is not None:
+                log.chunks.append(chunk)
+                log.written_end = log.durable_end = chunk.next_offset
+                self._listener.on_written(log)
+                self._listener.on_durable(log, [chunk])

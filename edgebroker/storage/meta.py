@@ -1,0 +1,268 @@
+"""meta.db: what can be rebuilt, and group offsets (whose second copy is offsets.snap).
+
+SQLite in WAL mode with synchronous=FULL, one connection, owned by the metadata thread. Nothing here is on the path of
+an acknowledgement: changes are collected on the loop and written in one transaction at most every 50 ms.
+
+A database that cannot be used is moved aside (meta.db.corrupt-<ms>) and begun anew: no log depends on it, and
+group offsets come back from offsets.snap, at most five seconds old and never ahead.
+"""
+
+import logging
+import sqlite3
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from edgebroker.common.clock import Clock
+from edgebroker.common.crc32c import crc32c
+from edgebroker.storage import files
+from edgebroker.storage.recovery import Checkpoint, Hole
+
+log = logging.getLogger(__name__)
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS checkpoints (topic TEXT, partition INTEGER, log_id TEXT, base INTEGER, position INTEGER,
+    next_offset INTEGER, chain INTEGER, epoch INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS segments (topic TEXT, partition INTEGER, base INTEGER, end_offset INTEGER, size INTEGER,
+    base_chain INTEGER, end_chain INTEGER, max_timestamp INTEGER, sealed_ms INTEGER,
+    PRIMARY KEY (topic, partition, base)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS holes (topic TEXT, partition INTEGER, first INTEGER, next INTEGER,
+    PRIMARY KEY (topic, partition, first)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS group_offsets (grp TEXT, topic TEXT, partition INTEGER, log_id TEXT, epoch INTEGER,
+    next_offset INTEGER, PRIMARY KEY (grp, topic, partition)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS producers (client_id TEXT PRIMARY KEY, producer_id INTEGER, epoch INTEGER) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS windows (topic TEXT, partition INTEGER, producer_id INTEGER, epoch INTEGER, age REAL,
+    entries BLOB, PRIMARY KEY (topic, partition, producer_id)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS window_marks (topic TEXT, partition INTEGER, below INTEGER,
+    PRIMARY KEY (topic, partition)) WITHOUT ROWID;
+"""
+VERSION = 1
+
+PartitionKey = tuple[str, int]
+# What Stage.dump() gives for a producer: id, epoch, last seen (here: age in seconds), packed entries.
+ProducerDump = tuple[int, int, float, bytes]
+GroupKey = tuple[str, str, int]
+
+
+class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
+    """A group's place in one partition: every record before next_offset was acknowledged."""
+
+    log_id: str
+    epoch: int
+    next_offset: int
+
+
+class SegmentRow(NamedTuple):
+    end_offset: int
+    size: int
+    base_chain: int
+    end_chain: int
+    max_timestamp: int
+    sealed_ms: int
+
+
+class Windows(NamedTuple):
+    """The producer windows of a partition as of the batches below an offset."""
+
+    below: int
+    producers: list[ProducerDump]
+
+
+class MetaState:
+    """Everything meta.db held when the node started. Empty when it was missing or unusable."""
+
+    def __init__(self) -> None:
+        self.checkpoints: dict[PartitionKey, Checkpoint] = {}
+        self.segments: dict[PartitionKey, dict[int, SegmentRow]] = {}
+        self.holes: dict[PartitionKey, list[Hole]] = {}
+        self.group_offsets: dict[GroupKey, GroupOffset] = {}
+        self.producers: dict[str, tuple[int, int]] = {}
+        self.windows: dict[PartitionKey, Windows] = {}
+
+
+class MetaChanges:
+    """What the next transaction writes; the loop fills it, the metadata thread empties it."""
+
+    def __init__(self) -> None:
+        self.checkpoints: dict[PartitionKey, Checkpoint] = {}
+        self.segments: dict[tuple[str, int, int], SegmentRow | None] = {}
+        self.holes: dict[PartitionKey, list[Hole]] = {}
+        self.group_offsets: dict[GroupKey, GroupOffset | None] = {}
+        self.producers: dict[str, tuple[int, int]] = {}
+        self.windows: dict[PartitionKey, Windows] = {}
+
+    def __bool__(self) -> bool:
+        return bool(
+            self.checkpoints or self.segments or self.holes or self.group_offsets or self.producers or self.windows
+        )
+
+    def absorb(self, later: "MetaChanges") -> None:
+        """Put later changes on top of these (after a transaction that failed)."""
+        self.checkpoints.update(later.checkpoints)
+        self.segments.update(later.segments)
+        self.holes.update(later.holes)
+        self.group_offsets.update(later.group_offsets)
+        self.producers.update(later.producers)
+        self.windows.update(later.windows)
+
+
+class MetaDatabase:
+    """The connection. Every method runs on the metadata thread."""
+
+    def __init__(self, path: Path, clock: Clock) -> None:
+        self._path, self._clock = path, clock
+        self._connection: sqlite3.Connection | None = None
+
+    def load(self) -> MetaState:
+        """Open, check and read everything; an unusable database is moved aside first. Never raises for its content."""
+        try:
+            return self._open_and_read()
+        except sqlite3.Error as error:
+            log.error("%s cannot be used (%s); it is kept as .corrupt and rebuilt from the logs", self._path, error)
+            self._move_aside()
+        try:
+            return self._open_and_read()
+        except sqlite3.Error as error:
+            log.error("%s cannot be created (%s); going on without it", self._path, error)
+            self._close()
+            return MetaState()
+
+    def write(self, changes: MetaChanges) -> None:
+        """One durable transaction. Raises sqlite3.Error when it was not stored."""
+        if self._connection is None:
+            self._connect()
+        assert self._connection is not None
+        cursor = self._connection.cursor()
+        cursor.execute("BEGIN IMMEDIATE")
+        try:
+            self._apply(cursor, changes)
+            cursor.execute("COMMIT")
+        except sqlite3.Error:
+            if self._connection.in_transaction:
+                self._connection.rollback()
+            raise
+
+    def close(self) -> None:
+        self._close()
+
+    def _apply(self, cursor: sqlite3.Cursor, changes: MetaChanges) -> None:
+        cursor.executemany(
+            "REPLACE INTO checkpoints VALUES (?,?,?,?,?,?,?,?)",
+            [(*key, *row) for key, row in changes.checkpoints.items()],
+        )
+        for (topic, partition, base), segment in changes.segments.items():
+            if segment is None:
+                cursor.execute(
+                    "DELETE FROM segments WHERE topic=? AND partition=? AND base=?", (topic, partition, base)
+                )
+            else:
+                cursor.execute("REPLACE INTO segments VALUES (?,?,?,?,?,?,?,?,?)", (topic, partition, base, *segment))
+        for key, holes in changes.holes.items():
+            cursor.execute("DELETE FROM holes WHERE topic=? AND partition=?", key)
+            cursor.executemany("INSERT INTO holes VALUES (?,?,?,?)", [(*key, *hole) for hole in holes])
+        for group_key, offset in changes.group_offsets.items():
+            if offset is None:
+                cursor.execute("DELETE FROM group_offsets WHERE grp=? AND topic=? AND partition=?", group_key)
+            else:
+                cursor.execute(
+                    "REPLACE INTO group_offsets VALUES (?,?,?,?,?,?)",
+                    (*group_key, offset.log_id, offset.epoch, offset.next_offset),
+                )
+        cursor.executemany(
+            "REPLACE INTO producers VALUES (?,?,?)", [(client, *row) for client, row in changes.producers.items()]
+        )
+        for key, windows in changes.windows.items():
+            cursor.execute("DELETE FROM windows WHERE topic=? AND partition=?", key)
+            cursor.executemany("INSERT INTO windows VALUES (?,?,?,?,?,?)", [(*key, *row) for row in windows.producers])
+            cursor.execute("REPLACE INTO window_marks VALUES (?,?,?)", (*key, windows.below))
+
+    def _open_and_read(self) -> MetaState:
+        self._connect()
+        connection = self._connection
+        assert connection is not None
+        if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
+            raise sqlite3.DatabaseError("quick_check found damage")
+        state = MetaState()
+        for topic, partition, *row in connection.execute("SELECT * FROM checkpoints"):
+            state.checkpoints[topic, partition] = Checkpoint(*row)
+        for topic, partition, base, *row in connection.execute("SELECT * FROM segments"):
+            state.segments.setdefault((topic, partition), {})[base] = SegmentRow(*row)
+        for topic, partition, *row in connection.execute("SELECT * FROM holes ORDER BY first"):
+            state.holes.setdefault((topic, partition), []).append(Hole(*row))
+        for group, topic, partition, *row in connection.execute("SELECT * FROM group_offsets"):
+            state.group_offsets[group, topic, partition] = GroupOffset(*row)
+        for client, *row in connection.execute("SELECT * FROM producers"):
+            state.producers[client] = (row[0], row[1])
+        for topic, partition, below in connection.execute("SELECT * FROM window_marks"):
+            state.windows[topic, partition] = Windows(below, [])
+        for topic, partition, *row in connection.execute("SELECT * FROM windows"):
+            state.windows[topic, partition].producers.append((row[0], row[1], row[2], row[3]))
+        return state
+
+    def _connect(self) -> None:
+        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
+        self._connection = connection
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+        connection.execute("PRAGMA mmap_size=0")
+        connection.execute("PRAGMA cache_size=-1024")
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > VERSION:
+            raise sqlite3.DatabaseError(f"schema {version} is newer than this release knows")
+        connection.executescript(_SCHEMA)
+        connection.execute(f"PRAGMA user_version={VERSION}")
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            try:
+                self._connection.close()
+            except sqlite3.Error as error:
+                log.warning("%s: closing failed: %s", self._path, error)
+            self._connection = None
+
+    def _move_aside(self) -> None:
+        self._close()
+        stamp = self._clock.wall_ms()
+        for suffix in ("", "-wal", "-shm"):
+            path = self._path.with_name(self._path.name + suffix)
+            if path.exists():
+                path.rename(path.with_name(f"{self._path.name}.corrupt-{stamp}{suffix}"))
+
+
+class _Snapshot(msgspec.Struct):
+    offsets: list[tuple[str, str, int, GroupOffset]]
+
+
+def write_offsets_snapshot(path: Path, offsets: dict[GroupKey, GroupOffset]) -> None:
+    """offsets.snap: JSON, then its CRC-32C on a line of its own. Durable when this returns."""
+    line = msgspec.json.encode(_Snapshot([(*key, offset) for key, offset in offsets.items()]))
+    files.write_durable(path, line + b"\n%08x\n" % crc32c(line))
+
+
+def read_offsets_snapshot(path: Path) -> dict[GroupKey, GroupOffset]:
+    """The snapshot, or nothing when it is missing or damaged (which is logged)."""
+    try:
+        line, _, checksum = path.read_bytes().partition(b"\n")
+        if int(checksum, 16) != crc32c(line):
+            raise ValueError("the checksum does not match")
+        snapshot = msgspec.json.decode(line, type=_Snapshot)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, msgspec.DecodeError) as error:
+        log.error("%s cannot be used: %s", path, error)
+        return {}
+    return {(group, topic, partition): offset for group, topic, partition, offset in snapshot.offsets}
+
+
+def newest_offsets(
+    database: dict[GroupKey, GroupOffset], snapshot: dict[GroupKey, GroupOffset]
+) -> dict[GroupKey, GroupOffset]:
+    """The further of the two copies per group and partition, where both speak of the same log and epoch."""
+    merged = dict(snapshot)
+    for key, offset in database.items():
+        other = merged.get(key)
+        same_log = other is not None and (other.log_id, other.epoch) == (offset.log_id, offset.epoch)
+        if not (same_log and other is not None and other.next_offset > offset.next_offset):
+            merged[key] = offset
+    return merged

@@ -1,0 +1,159 @@
+"""The loop's side of meta.db and offsets.snap: collects changes, hands them to the metadata thread, keeps time.
+
+A change is stored at once when the thread is idle, else together with the others at most 50 ms later. While the
+database cannot be written, changes are kept and tried again every second; offsets.snap goes on meanwhile.
+"""
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+
+from edgebroker.common.clock import Clock
+from edgebroker.common.scheduler import Scheduler, Timer
+from edgebroker.common.threads import Worker
+from edgebroker.storage.meta import (
+    GroupKey,
+    GroupOffset,
+    MetaChanges,
+    MetaDatabase,
+    MetaState,
+    newest_offsets,
+    read_offsets_snapshot,
+    write_offsets_snapshot,
+)
+
+log = logging.getLogger(__name__)
+
+BUSY_SECONDS = 0.03
+RETRY_SECONDS = 1.0
+SNAPSHOT_SECONDS = 4.0
+
+
+class Metadata:
+    """`changes` may be filled by the loop at any time; call touch() afterwards. `failed` says why writing fails now."""
+
+    def __init__(self, directory: Path, scheduler: Scheduler, clock: Clock) -> None:
+        self._scheduler = scheduler
+        self._database = MetaDatabase(directory / "meta.db", clock)
+        self._snapshot_path = directory / "offsets.snap"
+        self._worker = Worker("metadata")
+        self.changes = MetaChanges()
+        self.group_offsets: dict[GroupKey, GroupOffset] = {}
+        self.failed = ""
+        self.transactions = 0
+        self._busy = False
+        self._last_end = 0.0
+        self._timer: Timer | None = None
+        self._snapshot_timer: Timer | None = None
+        self._waiting: list[Callable[[], None]] = []
+
+    def load(self) -> MetaState:
+        """Read both files, waiting for the metadata thread; before the loop runs."""
+        state = self._database.load()
+        self.group_offsets = newest_offsets(state.group_offsets, read_offsets_snapshot(self._snapshot_path))
+        state.group_offsets = self.group_offsets
+        return state
+
+    def commit_offset(self, key: GroupKey, offset: GroupOffset | None) -> None:
+        """Remember a group's place (None: forget it); stored within 50 ms."""
+        if offset is None:
+            self.group_offsets.pop(key, None)
+        else:
+            self.group_offsets[key] = offset
+        self.changes.group_offsets[key] = offset
+        if self._snapshot_timer is None:
+            self._snapshot_timer = self._scheduler.call_later(SNAPSHOT_SECONDS, self._snapshot)
+        self.touch()
+
+    def touch(self, stored: Callable[[], None] | None = None) -> None:
+        """Something changed; `stored` is called on the loop once it is durable."""
+        if stored is not None:
+            self._waiting.append(stored)
+        if self._busy or self._timer is not None:
+            return
+        wait = self._last_end + BUSY_SECONDS - self._scheduler.now()
+        if wait <= 0:
+            self._flush()
+        else:
+            self._timer = self._scheduler.call_later(wait, self._flush)
+
+    def stop(self, timeout: float) -> bool:
+        """Store what is left and end the thread. True when all of it is durable."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._snapshot_timer is not None:
+            self._snapshot_timer.cancel()
+        stored = []
+
+        def finish() -> None:
+            try:
+                write_offsets_snapshot(self._snapshot_path, self.group_offsets)
+                if self.changes:
+                    self._database.write(self.changes)
+                self._database.close()
+                stored.append(True)
+            except (OSError, sqlite3.Error) as error:
+                log.error("metadata could not be stored at stop: %s", error)
+
+        self._worker.submit(finish)
+        return self._worker.stop(timeout) and bool(stored)
+
+    def _flush(self) -> None:
+        self._timer = None
+        if not self.changes:
+            self._tell(self._take_waiting())
+            return
+        changes, self.changes, waiting = self.changes, MetaChanges(), self._take_waiting()
+        self._busy = True
+
+        def write() -> None:
+            error = ""
+            try:
+                self._database.write(changes)
+            except sqlite3.Error as caught:
+                error = str(caught)
+            self._scheduler.call_soon_threadsafe(lambda: self._written(changes, waiting, error))
+
+        self._worker.submit(write)
+
+    def _written(self, changes: MetaChanges, waiting: list[Callable[[], None]], error: str) -> None:
+        self._busy = False
+        self._last_end = self._scheduler.now()
+        if error:
+            if error != self.failed:
+                log.error("meta.db cannot be written (%s); trying again every second, offsets.snap goes on", error)
+            self.failed = error
+            changes.absorb(self.changes)
+            self.changes = changes
+            self._waiting = waiting + self._waiting
+            self._timer = self._scheduler.call_later(RETRY_SECONDS, self._flush)
+            return
+        if self.failed:
+            log.warning("meta.db can be written again")
+            self.failed = ""
+        self.transactions += 1
+        self._tell(waiting)
+        if self.changes or self._waiting:
+            self.touch()
+
+    def _snapshot(self) -> None:
+        self._snapshot_timer = None
+        offsets = dict(self.group_offsets)
+
+        def write() -> None:
+            try:
+                write_offsets_snapshot(self._snapshot_path, offsets)
+            except OSError as error:
+                log.error("offsets.snap cannot be written: %s", error.strerror)
+
+        self._worker.submit(write)
+
+    def _take_waiting(self) -> list[Callable[[], None]]:
+        waiting, self._waiting = self._waiting, []
+        return waiting
+
+    @staticmethod
+    def _tell(waiting: list[Callable[[], None]]) -> None:
+        for callback in waiting:
+            callback()
