@@ -6,6 +6,7 @@ subscribes to it as well waits as standby, in order, and follows when the holder
 
 from __future__ import annotations
 
+import secrets
 from collections import deque
 from typing import Protocol
 
@@ -106,7 +107,8 @@ class Groups:
 
     def __init__(self) -> None:
         self._groups: dict[str, Group] = {}
-        self._leases = 0
+        # Leases of an earlier run of this node must not be taken for one of this run.
+        self._leases = secrets.randbits(48)
 
     def group(self, name: str, now: float) -> Group:
         """The group of this name, made when it is new."""

@@ -69,14 +69,14 @@ def parse_from(value: From) -> tuple[Start, int]:
 class _Place:
     """Where this consumer stands in one partition."""
 
-    __slots__ = ("acked", "epoch", "generation", "lease", "log_id", "next_offset", "subscribed_after", "wanted")
+    __slots__ = ("acked", "epoch", "generation", "lease", "log_id", "next_offset", "old_lease", "wanted")
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
         self.log_id = frames.NO_LOG_ID
         self.epoch = self.generation = self.lease = 0
         self.acked = self.next_offset = -1
-        self.subscribed_after = -1
+        self.old_lease = -1
 
 
 @dataclass(slots=True)
@@ -245,7 +245,7 @@ class Consumer:
             if place is None:
                 place = self._places[key] = _Place(wanted)
             place.wanted, place.acked, place.next_offset = wanted, -1, -1
-            place.subscribed_after, place.lease = max(place.lease, place.subscribed_after), 0
+            place.old_lease, place.lease = place.lease or place.old_lease, 0
             with self._ready:
                 self._arrived = deque(
                     item
@@ -349,7 +349,7 @@ class Consumer:
 
     def _resumed(self, place: _Place) -> Wanted:
         """Where to go on after a reconnect: behind what was acknowledged here."""
-        place.subscribed_after, place.lease = max(place.lease, place.subscribed_after), 0
+        place.old_lease, place.lease = -1, 0
         if place.acked >= 0:
             place.next_offset = -1
             wanted = place.wanted
@@ -396,8 +396,8 @@ class Consumer:
                 Wanted(deliver.topic, deliver.partition, *self._start[:1], frames.NO_LOG_ID, -1, self._start[1])
             )
         if place.lease == 0:
-            if deliver.lease <= place.subscribed_after:
-                return
+            if deliver.lease == place.old_lease:
+                return  # sent before the broker heard of the seek
             place.lease, place.generation = deliver.lease, deliver.generation
             place.log_id, place.epoch = deliver.log_id, deliver.epoch
             if place.acked < 0:

@@ -1,6 +1,8 @@
 from typing_extensions import Buffer
 
-def split(data: Buffer, start: int, max_frame: int) -> tuple[list[tuple[int, int, int, int] | tuple[int, int, int, bytes]], int, int, tuple[int, int, int]]:
+def split(
+    data: Buffer, start: int, max_frame: int
+) -> tuple[list[tuple[int, int, int, int] | tuple[int, int, int, bytes]], int, int, tuple[int, int, int]]:
     """Split data[start:] into frames: (events, good_end, reason, (type, correlation, size)).
 
     An event is (type, correlation, body start, body end); a run of PUBLISH frames to one place is

@@ -11,7 +11,9 @@ class GroupCommit:
     def idle(self) -> bool: ...
     @property
     def seconds_in_flight(self) -> float: ...
-    def submit(self, jobs: list[tuple[int, int, int, int, int, int, object]], sync: bool, announce_written: bool) -> None:
+    def submit(
+        self, jobs: list[tuple[int, int, int, int, int, int, object]], sync: bool, announce_written: bool
+    ) -> None:
         """Write, then (sync) sync each file: (fd, position, address, length, allocate from, allocate bytes, owner).
 
         The owners are kept alive until collect() returned the end of the group. RuntimeError while one is in flight.

@@ -1,0 +1,43 @@
+"""The command line's way to a node: its admin interface, over TCP or the unix socket."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import socket
+from typing import Any
+
+from edgebroker.common.errors import EdgeBrokerError, UnreachableError
+
+TIMEOUT_SECONDS = 30.0
+
+
+class _UnixConnection(http.client.HTTPConnection):
+    def __init__(self, path: str) -> None:
+        super().__init__("localhost", timeout=TIMEOUT_SECONDS)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(TIMEOUT_SECONDS)
+        self.sock.connect(self._path)
+
+
+def call(admin: str, method: str, path: str, body: object = None) -> Any:
+    """One request; the decoded JSON. Raises UnreachableError, or EdgeBrokerError with what the node answered."""
+    connection: http.client.HTTPConnection
+    if admin.startswith("unix:"):
+        connection = _UnixConnection(admin[5:])
+    else:
+        connection = http.client.HTTPConnection(admin, timeout=TIMEOUT_SECONDS)
+    try:
+        connection.request(method, path, json.dumps(body) if body is not None else None)
+        response = connection.getresponse()
+        data = json.loads(response.read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise UnreachableError(f"no broker answers at {admin}: {error}; is it running, is --admin right?") from error
+    finally:
+        connection.close()
+    if response.status >= 400:
+        raise EdgeBrokerError(str(data.get("error", f"HTTP {response.status}")))
+    return data

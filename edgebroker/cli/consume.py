@@ -1,0 +1,72 @@
+"""`edgebroker consume`: values to stdout, one a line; with --json everything about each record."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import sys
+
+from edgebroker.common.errors import ConfigError, GapError
+from edgebroker.common.records import Record
+from edgebroker.network.consumer import Consumer, parse_from
+
+
+def consume(options: argparse.Namespace) -> int:
+    try:
+        parse_from(options.start)
+    except ValueError as error:
+        raise ConfigError(f"--from {error}") from error
+    seen = 0
+    with Consumer(
+        options.server,
+        options.topic,
+        options.group,
+        start=options.start,
+        on_gap=_tell_gap,
+        timeout=options.timeout or 30.0,
+        auto_ack=False,
+    ) as consumer:
+        while not options.count or seen < options.count:
+            records = consumer.poll(options.timeout or None)
+            if not records:
+                print(f"edgebroker: nothing came for {options.timeout:g} s", file=sys.stderr)
+                return 1
+            if options.count:
+                records = records[: options.count - seen]
+            sys.stdout.buffer.write(b"".join(_line(record, options.json) for record in records))
+            sys.stdout.buffer.flush()
+            seen += len(records)
+            # Printed is handled: acknowledge what went out, not what is still in hand.
+            consumer.ack(records[-1])
+        consumer.commit()
+    return 0
+
+
+def _line(record: Record, as_json: bool) -> bytes:
+    if not as_json:
+        return (record.value or b"") + b"\n"
+    fields = {
+        "topic": record.topic,
+        "partition": record.partition,
+        "offset": record.offset,
+        "timestamp": record.timestamp,
+        "key": _text(record.key),
+        "value": _text(record.value),
+        "headers": [[name, _text(value)] for name, value in record.headers],
+    }
+    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+
+
+def _text(data: bytes | None) -> object:
+    """Bytes as text where they are UTF-8, else as {"base64": ...}."""
+    if data is None:
+        return None
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(data).decode()}
+
+
+def _tell_gap(gap: GapError) -> None:
+    print(f"edgebroker: {gap}", file=sys.stderr)

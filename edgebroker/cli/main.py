@@ -1,0 +1,216 @@
+"""The command line: which verbs there are. Each verb's module is imported only when it runs.
+
+Data goes to stdout, progress and logs to stderr. Exit codes: 0 ok, 1 failure, 2 usage or configuration,
+3 unreachable, 4 damaged data found, 75 data directory in use, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.version import __version__
+
+SERVER = "127.0.0.1:7420"
+Parser = argparse.ArgumentParser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    parser = build_parser()
+    options = parser.parse_args(arguments)
+    if not hasattr(options, "run"):
+        options.parser.print_help(sys.stderr)
+        return 2
+    try:
+        module, function = options.run
+        command: Callable[[argparse.Namespace], int] = getattr(import_module(f"edgebroker.cli.{module}"), function)
+        return command(options)
+    except EdgeBrokerError as error:
+        print(f"edgebroker: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output went away: no error, but nothing may be written at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="edgebroker", description="A durable message broker, from the cloud to the store terminal.")
+    parser.add_argument("--version", action="version", version=f"edgebroker {__version__}")
+    parser.set_defaults(parser=parser)
+    verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
+    _serve(verbs)
+    _publish(verbs)
+    _consume(verbs)
+    _topic(verbs)
+    _group(verbs)
+    _log(verbs)
+    _config(verbs)
+    _bench(verbs)
+    demo = _verb(verbs, "demo", "run the demonstration on real retail data and check it", "demo", "demo")
+    demo.add_argument("--rate", type=int, default=5000, help="records published a second (default 5000)")
+    demo.add_argument("--json", action="store_true", help="print the result as JSON")
+    _verb(verbs, "selftest", "check that this program is complete and works here", "selftest", "selftest")
+    version = _verb(verbs, "version", "print the version", "version", "version")
+    version.add_argument("--json", action="store_true")
+    return parser
+
+
+def _verb(verbs, name: str, text: str, module: str, function: str) -> Parser:  # type: ignore[no-untyped-def]
+    parser: Parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(run=(module, function))
+    return parser
+
+
+def _family(verbs, name: str, text: str):  # type: ignore[no-untyped-def]
+    parser = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    parser.set_defaults(parser=parser)
+    return parser.add_subparsers(title="commands", metavar="COMMAND")
+
+
+def _serve(verbs) -> None:  # type: ignore[no-untyped-def]
+    serve = _verb(verbs, "serve", "run a broker", "serve", "serve")
+    serve.add_argument("-c", "--config", metavar="FILE", help="TOML file; without one, safe defaults on 127.0.0.1")
+    serve.add_argument("--data-dir", metavar="DIR", help="where everything is stored")
+    serve.add_argument("--listen", metavar="HOST:PORT", help="address of the binary protocol")
+    serve.add_argument("--http", metavar="HOST:PORT", help="address of the admin and health interface")
+    serve.add_argument("--ports-file", metavar="FILE", help="write the addresses here once both answer (for port 0)")
+
+
+def _server(parser: Parser) -> None:
+    parser.add_argument("--server", default=os.environ.get("EDGEBROKER_SERVER", SERVER), metavar="HOST:PORT")
+
+
+def _admin(parser: Parser) -> None:
+    default = os.environ.get("EDGEBROKER_ADMIN", "127.0.0.1:7421")
+    parser.add_argument("--admin", default=default, metavar="HOST:PORT|unix:PATH", help="admin interface of the broker")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _publish(verbs) -> None:  # type: ignore[no-untyped-def]
+    publish = _verb(verbs, "publish", "publish lines of stdin, or rows of a CSV file as JSON", "publish", "publish")
+    publish.add_argument("topic")
+    _server(publish)
+    publish.add_argument("--key", help="key of every record")
+    publish.add_argument("--csv", metavar="FILE", help="publish each row as JSON (.gz is read too)")
+    publish.add_argument("--key-column", metavar="C", help="with --csv: the column that is the key")
+    publish.add_argument("--line-header", metavar="NAME", help="put the line number into a header of this name")
+    publish.add_argument("--rate", type=float, default=0.0, metavar="N", help="records a second; 0: as fast as it goes")
+    publish.add_argument("--partition", type=int, default=-1, help="partition; -1: by key, or one after the other")
+    publish.add_argument("--ack", choices=("durable", "written", "none"), default="durable")
+    publish.add_argument("--compression", choices=("none", "gzip", "lz4", "zstd"), default="none")
+    publish.add_argument("--client-id", default="", help="name of this producer")
+    publish.add_argument("--json", action="store_true", help="print a line for each acknowledged batch")
+    publish.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _consume(verbs) -> None:  # type: ignore[no-untyped-def]
+    consume = _verb(verbs, "consume", "print the records of a topic as they come", "consume", "consume")
+    consume.add_argument("topic", nargs="+")
+    _server(consume)
+    consume.add_argument("--group", default="", help="consumer group; without one a fresh group is used")
+    consume.add_argument(
+        "--from",
+        dest="start",
+        default="committed",
+        metavar="WHERE",
+        help="earliest, latest, committed (the default; earliest for a new group), OFFSET, or @TIME (ms since 1970)",
+    )
+    consume.add_argument("--count", type=int, default=0, metavar="N", help="stop after N records; 0: never")
+    consume.add_argument(
+        "--timeout", type=float, default=0.0, metavar="S", help="stop with 1 when nothing came for S seconds"
+    )
+    consume.add_argument("--json", action="store_true", help="offset, key, timestamp and headers too, one JSON a line")
+
+
+def _topic(verbs) -> None:  # type: ignore[no-untyped-def]
+    topic = _family(verbs, "topic", "create, list, describe and alter topics")
+    create = _verb(topic, "create", "create a topic", "topic", "create")
+    create.add_argument("name")
+    create.add_argument("--partitions", type=int, default=1)
+    create.add_argument("--kind", choices=("stream", "table"), default="stream")
+    _topic_settings(create)
+    _admin(create)
+    alter = _verb(topic, "alter", "change settings of a topic", "topic", "alter")
+    alter.add_argument("name")
+    _topic_settings(alter)
+    _admin(alter)
+    _admin(_verb(topic, "list", "list the topics of a node", "topic", "list_topics"))
+    describe = _verb(topic, "describe", "show one topic with its partitions", "topic", "describe")
+    describe.add_argument("name")
+    _admin(describe)
+
+
+def _topic_settings(parser: Parser) -> None:
+    parser.add_argument("--retention-ms", type=int, help="remove segments sealed longer ago; 0: the node's default")
+    parser.add_argument("--retention-bytes", type=int, help="keep this much per partition; 0: the node's default")
+    parser.add_argument("--segment-bytes", type=int, help="size at which a segment is sealed; 0: the node's default")
+    parser.add_argument("--segment-ms", type=int, help="age at which a segment is sealed; 0: the node's default")
+    parser.add_argument("--urgent", choices=("true", "false"), help="sync at once, whatever the commit interval")
+    parser.add_argument("--on-damage", choices=("wait", "skip"), help="what readers do at damaged records")
+
+
+def _group(verbs) -> None:  # type: ignore[no-untyped-def]
+    group = _family(verbs, "group", "list and describe consumer groups")
+    _admin(_verb(group, "list", "list the groups of a node with their lag", "group", "list_groups"))
+    describe = _verb(group, "describe", "show one group: places, lag, members", "group", "describe")
+    describe.add_argument("name")
+    _admin(describe)
+
+
+def _log(verbs) -> None:  # type: ignore[no-untyped-def]
+    log = _family(verbs, "log", "look into segment files, also of a stopped node")
+    for name, text in (
+        ("dump", "print the batches (and records) of segment files"),
+        ("verify", "check every checksum of segment files"),
+    ):
+        verb = _verb(log, name, text, "logs", name)
+        verb.add_argument("path", help="a .log file, a partition directory, or a data directory")
+        verb.add_argument("--json", action="store_true", help="print JSON, one object a line")
+        if name == "dump":
+            verb.add_argument("--records", action="store_true", help="print the records, not only the batches")
+
+
+def _config(verbs) -> None:  # type: ignore[no-untyped-def]
+    config = _family(verbs, "config", "check, show and write configuration files")
+    check = _verb(config, "check", "check a configuration file and name every problem", "configure", "check")
+    check.add_argument("file")
+    show = _verb(config, "show", "print the configuration that would be used", "configure", "show")
+    show.add_argument("-c", "--config", metavar="FILE")
+    show.add_argument("--json", action="store_true")
+    init = _verb(config, "init", "print a commented configuration file with every key", "configure", "init")
+    init.add_argument("file", nargs="?", help="write it here instead (never over an existing file)")
+
+
+def _bench(verbs) -> None:  # type: ignore[no-untyped-def]
+    bench = _family(verbs, "bench", "measure a running broker or a disk")
+    for name, text in (
+        ("produce", "publish as fast as it goes"),
+        ("consume", "drain a topic as fast as it goes"),
+        ("latency", "time from publishing to the push, at a fixed rate"),
+        ("connections", "many connections, one record at a time each"),
+    ):
+        verb = _verb(bench, name, text, "bench", name)
+        _server(verb)
+        verb.add_argument("--json", action="store_true")
+        verb.add_argument("--topic", default="bench")
+        verb.add_argument("--size", type=int, default=128, help="bytes of a value")
+        verb.add_argument("--count", type=int, default=100_000, help="records")
+        verb.add_argument("--batch", type=int, default=100, help="records in a batch")
+        verb.add_argument("--unacked", type=int, default=10_000, help="unacknowledged records at most")
+        verb.add_argument("--ack", choices=("durable", "written", "none"), default="durable")
+        verb.add_argument("--client", choices=("c", "python"), default="c", help="the C client or the Python client")
+        if name == "latency":
+            verb.add_argument("--rate", type=float, default=1000.0, help="records a second")
+        if name == "connections":
+            verb.add_argument("--connections", type=int, default=64)
+    disk = _verb(bench, "disk", "what this disk can do: append and sync, sequential writes", "bench", "disk")
+    disk.add_argument("directory", nargs="?", default=".")
+    disk.add_argument("--json", action="store_true")
