@@ -110,7 +110,7 @@ class Delivery:
         while cursor.state == "live" and not member.transport.backlog and not member.transport.closed:
             records = cursor.window_records - cursor.in_flight
             size = cursor.window_bytes - cursor.in_flight_bytes
-            if records <= 0 or size <= 0:
+            if records <= 0 or size <= 0 or self._should_wait(cursor, records, size):
                 return
             if cursor.next_offset < cursor.log.log_start:
                 self._gap(cursor, cursor.log.log_start, GapReason.RETENTION)
@@ -127,6 +127,12 @@ class Delivery:
                 self._send(cursor, found.data, found.first_offset, found.next_offset)
             else:
                 self._send_extent(cursor, found)
+
+    @staticmethod
+    def _should_wait(cursor: Cursor, records: int, size: int) -> bool:
+        """True while a full window opens a crack: many small deliveries would cost more than they bring."""
+        crack = records < cursor.window_records >> 2 or size < cursor.window_bytes >> 2
+        return crack and cursor.in_flight > 0 and cursor.log.durable_end - cursor.next_offset > records
 
     def _fits(self, cursor: Cursor, chunk: Chunk) -> bool:
         member: DeliveryMember = cursor.member  # type: ignore[assignment]

@@ -77,8 +77,6 @@ class Publishing:
 
     def submit(self, session: Publisher, run: PublishRun, *, inflated: bool = False) -> PublishRun | None:
         """Handle a run of frames. Returns what has to wait (a copy): the session is held and calls resubmit later."""
-        count = len(run.spans) // _SPAN.size
-        self._metrics.publish_frames += count
         log = self._engine.log(run.topic, run.partition)
         if log is None:
             return self._without_log(session, run)
@@ -92,12 +90,13 @@ class Publishing:
             return None
         level = AckLevel(run.level)
         appended = self._engine.append(log, run.data, run.spans, level, inflated)
+        self._metrics.publish_frames += appended.frames
         self._metrics.records_published += appended.records
-        if appended.frames:
-            self._await(session, log, run, appended.answers, appended.wait, level)
-        if appended.frames == count:
+        handled, rest = run.spans[: appended.frames * _SPAN.size], run.spans[appended.frames * _SPAN.size :]
+        if handled:
+            self._await(session, log, run._replace(spans=handled), appended.answers, appended.wait, level)
+        if not rest:
             return None
-        rest = run.spans[appended.frames * _SPAN.size :]
         return run._replace(data=memoryview(bytes(run.data)), spans=rest)
 
     def inflate(self, session: Publisher, run: PublishRun, done: Callable[[], None]) -> None:
@@ -111,6 +110,7 @@ class Publishing:
             self._scheduler.call_soon_threadsafe(partial(finish, good, bad))
 
         def finish(good: bytes, bad: list[tuple[int, Reason, str]]) -> None:
+            self._metrics.publish_frames += len(bad)
             for correlation, reason, why in bad:
                 self._count_refused(reason.code, 1)
                 if run.level != AckLevel.NONE:
@@ -151,7 +151,7 @@ class Publishing:
     # ---- inside ----
 
     def _await(self, session: Publisher, log: Log, run: PublishRun, answers: bytes, wait: int, level: AckLevel) -> None:
-        size = len(run.data) if level != AckLevel.NONE or wait else 0
+        size = _SPAN.unpack_from(run.spans, len(run.spans) - _SPAN.size)[2] - _SPAN.unpack_from(run.spans)[1]
         waiting = Waiting(wait, session, run.spans, answers, size, level)
         self.waiting_bytes += size
         self._metrics.bytes_published += size
@@ -216,6 +216,7 @@ class Publishing:
 
     def _refuse_all(self, session: Publisher, run: PublishRun, code: Code, message: str) -> None:
         count = len(run.spans) // _SPAN.size
+        self._metrics.publish_frames += count
         self._count_refused(code, count)
         if run.level == AckLevel.NONE:
             return

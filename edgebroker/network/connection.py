@@ -123,18 +123,17 @@ class Connection:
             data = memoryview(bytes(tail))
         found, end, reason, (frame_type, correlation, size) = framing.split(data, 0, self.max_frame)
         events = [self._event(data, raw) for raw in found]
-        if reason > 1:
+        while reason > 1:
             if reason != 4 or size > SKIP_BYTES or not self.granted:
                 raise self._fail(_REASONS.get(reason, f"a frame of {size} bytes; the limit is {self.max_frame}"))
             events.append(Refused(frame_type, correlation, size))
-            self._skip = size - (len(data) - end)
-            if self._skip < 0:
-                # The refused frame is here already: what follows it is still to be read.
-                rest = data[end + size :]
-                self._skip, self._tail = 0, b""
-                buffer.room[: len(rest)] = bytes(rest)
-                return events + self.receive(buffer, len(rest))
-            end = len(data)
+            end += size
+            if end >= len(data):
+                self._skip, self._tail = end - len(data), b""
+                return events
+            # The refused frame is here already: what follows it is still to be read.
+            found, end, reason, (frame_type, correlation, size) = framing.split(data, end, self.max_frame)
+            events += [self._event(data, raw) for raw in found]
         rest_length = len(data) - end
         self._needed = size
         if rest_length == 0:
@@ -152,7 +151,10 @@ class Connection:
                 raise self._fail("a PUBLISH frame is not allowed here")
             prefix = data[run_start:run_end]
             if prefix != self._prefix:
-                self._prefix_fields = frames.read_publish_prefix(prefix)
+                try:
+                    self._prefix_fields = frames.read_publish_prefix(prefix)
+                except RemoteProtocolError as error:
+                    raise self._fail(str(error)) from error
                 self._prefix = bytes(prefix)
             return PublishRun(*self._prefix_fields, data, spans)
         frame_type, correlation, start, end = cast(tuple[int, int, int, int], raw)

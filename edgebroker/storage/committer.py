@@ -24,7 +24,7 @@ from edgebroker.storage import files
 from edgebroker.storage.groupcommit import GroupCommit
 from edgebroker.storage.index import write_index
 from edgebroker.storage.log import Layout, PartitionLog
-from edgebroker.storage.segment import Segment, segment_path
+from edgebroker.storage.segment import UNKNOWN_CHAIN, Segment, segment_path
 from edgebroker.storage.staging import Chunk
 
 log = logging.getLogger(__name__)
@@ -256,7 +256,7 @@ class Committer:
         wall_ms = self._clock.wall_ms()
         self.rolls += 1
         index = None
-        if rescue is None and old.points is not None and not old.points_from:
+        if rescue is None and old.points is not None and not old.points_from and old.base_chain != UNKNOWN_CHAIN:
             index = old.to_index(partition.identity.log_id_bytes)._replace(sealed_ms=wall_ms)
 
         def work() -> Segment:
@@ -283,6 +283,7 @@ class Committer:
         partition.rolling = False
         if not isinstance(result, Segment):
             if rescue is None and getattr(result, "errno", 0) in files.FULL:
+                partition.must_roll = True
                 self._disk_is_full(partition, f"a new segment of {partition.name} cannot be made: {result}")
             else:
                 self._turn_read_only(partition, result)

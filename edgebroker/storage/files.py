@@ -78,9 +78,14 @@ def write_at(fd: int, data: memoryview, position: int) -> None:
 
 
 def create_log(path: Path) -> int:
-    """Create an empty segment file; its directory entry is durable when this returns. Returns a descriptor."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o640)
+    """Create an empty segment file; its directory entry is durable when this returns. Returns a descriptor.
+
+    An empty file that an earlier attempt left is taken over; one with bytes in it raises FileExistsError.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
+        if os.fstat(fd).st_size:
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         os.fsync(fd)
         sync_directory(path.parent)
     except OSError:

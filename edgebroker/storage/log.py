@@ -95,6 +95,8 @@ class PartitionLog:
         self.epoch = recovered.epoch
         self.unsynced: list[Chunk] = []
         self.rolling = False
+        # A roll was begun and failed: the next segment may exist, so that nothing more belongs into this one.
+        self.must_roll = False
         self.wants_sync = False
         self.wants_announcement = False
         self.checkpointed = -1
@@ -124,7 +126,8 @@ class PartitionLog:
     def needs_roll(self) -> bool:
         """True when what is staged should begin a new segment."""
         size = self.active.size
-        return size > 0 and size + min(self.stage.pending_bytes, INTERVAL_BYTES) > self.segment_bytes
+        full = size + min(self.stage.pending_bytes, INTERVAL_BYTES) > self.segment_bytes
+        return size > 0 and (full or self.must_roll)
 
     def take_chunk(self) -> Chunk | None:
         """What is staged and fits into the active segment."""
@@ -201,6 +204,7 @@ class PartitionLog:
         old.sealed_ms = sealed_ms
         old.points = bytes(old.points) if old.points is not None else None
         segment.born = now
+        self.must_roll = False
         self.segments.append(segment)
         self.durable_position = segment.size
         if old.users == 0:
@@ -210,7 +214,13 @@ class PartitionLog:
         """The durable place, for the next metadata transaction."""
         active = self.active
         return Checkpoint(
-            self.identity.log_id, active.base, self.durable_position, self.durable_end, self.durable_chain, self.epoch
+            self.identity.log_id,
+            active.base,
+            self.durable_position,
+            self.durable_end,
+            self.durable_chain,
+            self.stage.epoch,
+            active.max_timestamp,
         )
 
     # ---- reading ----
@@ -312,11 +322,13 @@ class PartitionLog:
 
     def take_index(self, segment: Segment, index: SealedIndex, verified_end: int) -> None:
         """An index was loaded or rebuilt for a segment, and (perhaps) its bytes verified up to a position."""
-        if segment is not self.active:
+        if index.size == segment.size and segment is not self.active:
             segment.adopt(index)
         elif segment.points_from:
+            # The segment grew, and was perhaps sealed, while the index was made.
             newer = segscan.points_from(segment.points or b"", index.size)
-            segment.points, segment.points_from = bytearray(index.points) + newer, 0
+            points = bytearray(index.points) + newer
+            segment.points, segment.points_from = points if segment is self.active else bytes(points), 0
         if verified_end >= segment.unverified_end:
             segment.unverified_end = 0
 

@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS checkpoints (topic TEXT, partition INTEGER, log_id TEXT, base INTEGER, position INTEGER,
-    next_offset INTEGER, chain INTEGER, epoch INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
+    next_offset INTEGER, chain INTEGER, epoch INTEGER, max_timestamp INTEGER,
+    PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS segments (topic TEXT, partition INTEGER, base INTEGER, end_offset INTEGER, size INTEGER,
     base_chain INTEGER, end_chain INTEGER, max_timestamp INTEGER, sealed_ms INTEGER,
     PRIMARY KEY (topic, partition, base)) WITHOUT ROWID;
@@ -118,7 +119,7 @@ class MetaDatabase:
         """Open, check and read everything; an unusable database is moved aside first. Never raises for its content."""
         try:
             return self._open_and_read()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, TypeError, KeyError) as error:
             log.error("%s cannot be used (%s); it is kept as .corrupt and rebuilt from the logs", self._path, error)
             self._move_aside()
         try:
@@ -148,7 +149,7 @@ class MetaDatabase:
 
     def _apply(self, cursor: sqlite3.Cursor, changes: MetaChanges) -> None:
         cursor.executemany(
-            "REPLACE INTO checkpoints VALUES (?,?,?,?,?,?,?,?)",
+            "REPLACE INTO checkpoints VALUES (?,?,?,?,?,?,?,?,?)",
             [(*key, *row) for key, row in changes.checkpoints.items()],
         )
         for (topic, partition, base), segment in changes.segments.items():

@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 
 
 class Checkpoint(NamedTuple):
-    """A durable place: the log was synced at least up to here, and this was the chain."""
+    """A durable place: the log was synced at least up to here, and this was the chain, and the newest timestamp of
+    the segment up to here."""
 
     log_id: str
     base: int
@@ -34,6 +35,7 @@ class Checkpoint(NamedTuple):
     offset: int
     chain: int
     epoch: int
+    max_timestamp: int
 
 
 class Hole(NamedTuple):
@@ -107,7 +109,8 @@ class Recovery:
             elif path.suffix == SUFFIX and path.stem.isdigit() and len(path.stem) == 20:
                 segment = Segment(path, int(path.stem), size=path.stat().st_size)
                 segment.points, segment.points_from = None, segment.size
-                segment.unverified_end, segment.base_chain = segment.size, UNKNOWN_CHAIN
+                segment.unverified_end = segment.size
+                segment.base_chain = segment.end_chain = UNKNOWN_CHAIN
                 segments.append(segment)
         start = self._identity.log_start
         # Retention writes the identity first and removes the files after it: finish what was begun.
@@ -131,8 +134,13 @@ class Recovery:
         if checkpoint is not None:
             for rank, segment in enumerate(segments):
                 if segment.base == checkpoint.base and checkpoint.position <= segment.size:
+                    segment.base_chain = self._base_chain(segments, rank)
                     start = walk_start(
-                        checkpoint.offset, checkpoint.chain, position=checkpoint.position, epoch=checkpoint.epoch
+                        checkpoint.offset,
+                        checkpoint.chain,
+                        position=checkpoint.position,
+                        epoch=checkpoint.epoch,
+                        max_timestamp=checkpoint.max_timestamp,
                     )
                     return rank, start
         log_id = self._identity.log_id_bytes
@@ -143,6 +151,17 @@ class Recovery:
                 before.sealed_ms = index.sealed_ms
                 return rank, walk_start(segments[rank].base, index.end_chain)
         return 0, walk_start(segments[0].base, self._identity.chain)
+
+    def _base_chain(self, segments: list[Segment], rank: int) -> int:
+        """The chain at the base of a segment, where the identity or the index before it tells."""
+        if segments[rank].base == self._identity.log_start:
+            return self._identity.chain
+        if rank:
+            before = segments[rank - 1]
+            index = read_index(before.path, self._identity.log_id_bytes, before.base, before.size)
+            if index is not None and index.end_offset == segments[rank].base:
+                return index.end_chain
+        return UNKNOWN_CHAIN
 
     def _walk(self, segment: Segment, state: Walked, limit: int, vouched: int) -> Walked:
         """Walk one segment to its end, around damage that lies below `vouched`, and cut a torn tail above it."""
@@ -207,7 +226,7 @@ class Recovery:
 
     def _seal(self, segment: Segment, state: Walked) -> None:
         files.sync_file(segment.fd)
-        segment.end_offset, segment.end_chain = state.next_offset, state.chain
+        segment.size, segment.end_offset, segment.end_chain = state.position, state.next_offset, state.chain
 
     def _begin(self, base: int) -> RecoveredLog:
         chain = self._identity.chain

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from edgebroker.common.batch import STORED_BATCH_BYTES
@@ -23,13 +24,14 @@ from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
 from edgebroker.storage.identity import Identity, make_identity, read_identity, write_identity
+from edgebroker.storage.index import SealedIndex, read_index
 from edgebroker.storage.log import PartitionLog
-from edgebroker.storage.meta import GroupKey, GroupOffset, MetaState
+from edgebroker.storage.meta import GroupKey, GroupOffset, MetaState, SegmentRow
 from edgebroker.storage.metadata import Metadata
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.reader import ColdRead, Reader, read_cold
 from edgebroker.storage.recovery import RecoveredLog, Recovery
-from edgebroker.storage.segment import Segment, segment_path
+from edgebroker.storage.segment import UNKNOWN_CHAIN, Segment, segment_path
 from edgebroker.storage.staging import Chunk, Stage
 from edgebroker.storage.timesearch import find_time
 
@@ -76,7 +78,8 @@ class SegmentStore:
         state = self._metadata.load()
         self._producers = state.producers
         for topic_path in sorted(self._directory.topics.iterdir()):
-            self._recover_topic(topic_path, state)
+            if topic_path.is_dir():
+                self._recover_topic(topic_path, state)
         self._housekeeping = Housekeeping(
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, self._committer,
             self._metadata, self._reader, self._quarantine,
@@ -329,9 +332,13 @@ class SegmentStore:
     def _recover_topic(self, path: Path, state: MetaState) -> None:
         logs: dict[int, PartitionLog] = {}
         for directory in path.iterdir():
-            if directory.name.isdigit():
+            if directory.name.isdigit() and directory.is_dir():
                 number = int(directory.name)
-                recovered = self._recover_partition(path.name, number, directory, state)
+                try:
+                    recovered = self._recover_partition(path.name, number, directory, state)
+                except OSError as error:
+                    log.error("%s/%d cannot be read or written: %s", path.name, number, error)
+                    continue
                 if recovered is not None:
                     logs[number] = recovered
         wanted = max((found.settings.partitions for found in logs.values()), default=0)
@@ -349,7 +356,9 @@ class SegmentStore:
         try:
             identity = read_identity(directory)
         except (FileNotFoundError, DamagedDataError) as error:
-            if not any(path.suffix == ".log" for path in directory.iterdir()) and checkpoint is None:
+            sizes = [path.stat().st_size for path in directory.iterdir() if path.suffix == SUFFIX]
+            began = any(sizes) or (sizes and isinstance(error, DamagedDataError))
+            if not began and checkpoint is None:
                 return None  # a topic whose creation did not finish: nobody was told about it
             log.error("%s: %s; the identity is made again", name, error)
             identity = make_identity(self.node_uid, TopicSettings())
@@ -366,11 +375,10 @@ class SegmentStore:
         )
         recovery = Recovery(directory, identity, self._quarantine, max_batch=STORED_BATCH_BYTES, name=name)
         recovered = recovery.run(checkpoint, watermark)
+        rows = state.segments.get(key, {})
         for segment in recovered.segments[:-1]:
-            row = state.segments.get(key, {}).get(segment.base)
-            if row is not None and (row.size, row.end_offset) == (segment.size, segment.end_offset):
-                segment.base_chain, segment.end_chain = row.base_chain, row.end_chain
-                segment.max_timestamp, segment.sealed_ms = row.max_timestamp, row.sealed_ms
+            self._describe_sealed(segment, rows.get(segment.base), identity)
+        _link_chains(recovered.segments, identity)
         partition = self._make_log(topic, number, identity, recovered)
         for hole in state.holes.get(key, []):
             partition.add_hole(hole)
@@ -380,6 +388,17 @@ class SegmentStore:
             partition.stage.load([(pid, epoch, now - age, entries) for pid, epoch, age, entries in windows.producers])
         _replay_producers(partition, windows.below if windows is not None else -1, now)
         return partition
+
+    def _describe_sealed(self, segment: Segment, row: SegmentRow | None, identity: Identity) -> None:
+        """What meta.db or else the index says; a segment that neither knows counts as sealed now (never too early)."""
+        if row is not None and (row.size, row.end_offset) == (segment.size, segment.end_offset):
+            known: SegmentRow | SealedIndex | None = row
+        else:
+            known = read_index(segment.path, identity.log_id_bytes, segment.base, segment.size)
+        if known is not None and known.end_offset == segment.end_offset:
+            segment.base_chain, segment.end_chain = known.base_chain, known.end_chain
+            segment.max_timestamp, segment.sealed_ms = known.max_timestamp, known.sealed_ms
+        segment.sealed_ms = segment.sealed_ms or self._clock.wall_ms()
 
     def _make_log(self, topic: str, number: int, identity: Identity, recovered: RecoveredLog) -> PartitionLog:
         stage = Stage(
@@ -400,6 +419,15 @@ class SegmentStore:
             segment_bytes=identity.settings.segment_bytes or self._settings.segment_bytes,
             born=self._scheduler.now(),
         )
+
+
+def _link_chains(segments: list[Segment], identity: Identity) -> None:
+    """A segment begins with the chain that the one before it ends with."""
+    if segments[0].base == identity.log_start:
+        segments[0].base_chain = identity.chain
+    for before, segment in pairwise(segments):
+        if segment.base_chain == UNKNOWN_CHAIN and before.end_chain != UNKNOWN_CHAIN:
+            segment.base_chain = before.end_chain
 
 
 def _with_settings(identity: Identity, settings: TopicSettings) -> Identity:

@@ -1,0 +1,65 @@
+# Every target sets up what it needs. On a fresh Debian 12: `make run` shows the broker, `make test` checks it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
+
+.PHONY: run test lint bench build cover clean test-faults test-kill test-power test-fuzz packages
+
+run: build
+	$(BIN)/edgebroker demo
+
+test: build
+	$(BIN)/python -m pytest
+
+lint: build
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: build
+	$(BIN)/python -m benchmarks
+
+build: $(VENV)/built
+
+$(VENV)/built: $(VENV)/ready $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace
+	touch $@
+
+# The mypyc wheels of tomli cannot be frozen; the pure Python form is small and fast enough.
+$(VENV)/ready: pyproject.toml
+	$(MAKE) packages
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" "Cython>=3.1,<4"
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-binary tomli --no-build-isolation --editable ".[dev]"
+	touch $@
+
+# Installs the Debian packages when allowed to, else says what to run.
+packages:
+	@./packaging/packages.sh
+
+# Five-second delays on every kind of disk access in turn.
+test-faults: build
+	EB_DELAY_MS=5000 EB_FAULTS_FULL=1 $(BIN)/python -m pytest tests/faults -k "delay or fault"
+
+test-kill: build
+	EB_KILL_CYCLES=500 $(BIN)/python -m pytest tests/faults/test_kill.py
+
+# Power cuts on an ext4 image (root, loop mounts); then the same without syncs, which must lose records.
+test-power: build
+	EB_POWER_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_power.py -s
+
+test-fuzz: build
+	tests/fuzz/run.sh 60
+
+cover: export EDGEBROKER_TRACE = 1
+cover: build
+	$(BIN)/pip install --quiet coverage
+	$(BIN)/python setup.py --quiet build_ext --inplace --force
+	$(BIN)/coverage run -m pytest; $(BIN)/coverage report
+	env -u EDGEBROKER_TRACE $(BIN)/python setup.py --quiet build_ext --inplace --force
+	rm -f cext/*.c
+
+clean:
+	rm -rf build $(VENV) *.egg-info cext/*.c
+	find edgebroker -name '*.so' -delete

@@ -1,0 +1,24 @@
+"""The suite runs against the built extensions, never against anything else."""
+
+import importlib
+
+import pytest
+
+EXTENSIONS = (
+    "edgebroker.common.crc32c",
+    "edgebroker.common.records",
+    "edgebroker.network.accumulator",
+    "edgebroker.network.framing",
+    "edgebroker.network.sendpath",
+    "edgebroker.storage.groupcommit",
+    "edgebroker.storage.segscan",
+    "edgebroker.storage.staging",
+    "edgebroker.cli.rawclient",
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for name in EXTENSIONS:
+        path = importlib.import_module(name).__file__ or ""
+        if not path.endswith(".so"):
+            raise pytest.UsageError(f"{name} is {path}, not a built extension; run make build")

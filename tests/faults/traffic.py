@@ -1,0 +1,203 @@
+"""Clients at work while faults happen: writers and a follower in threads, and a broker whose faults can be switched.
+
+    with Traffic(broker, history, "orders", seed=1) as traffic:
+        traffic.wait(lambda: len(history.acks) > 100)
+        broker.kill(), broker.start()
+    traffic.drain()     # everything acknowledged and followed to the end
+"""
+
+import logging
+import random
+import threading
+from collections.abc import Callable
+from types import TracebackType
+
+from edgebroker.cli.adminclient import call
+from edgebroker.cli.process import BrokerProcess
+from edgebroker.common.clock import SystemClock, sleep
+from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.network.consumer import Consumer
+from edgebroker.network.producer import Producer, Sent
+
+from .checker import Ack, ConsumerHistory, History, value_of
+
+CLOCK = SystemClock()
+
+# What every broker under faults is told: small segments, no free-space watermarks, a quick check after a start.
+SETTINGS = {
+    "EDGEBROKER_STORAGE_SEGMENT_BYTES": str(64 << 10),
+    "EDGEBROKER_STORAGE_HARD_FREE_BYTES": "0",
+    "EDGEBROKER_STORAGE_SOFT_FREE_BYTES": "0",
+    "EDGEBROKER_TOPICS_PARTITIONS": "4",
+}
+PARTITIONS = 4
+
+for _name in ("edgebroker.network.producer", "edgebroker.network.consumer", "edgebroker.network.link"):
+    logging.getLogger(_name).setLevel(logging.ERROR)
+
+
+def until(condition: Callable[[], bool], seconds: float, what: str) -> float:
+    """Poll until a condition holds; how long it took. Raises TimeoutError saying what did not happen."""
+    begun = CLOCK.monotonic()
+    while not condition():
+        if CLOCK.monotonic() - begun > seconds:
+            raise TimeoutError(f"not within {seconds:g} s: {what}")
+        sleep(0.005)
+    return CLOCK.monotonic() - begun
+
+
+class Writer:
+    """A thread that publishes unique values in small bursts and notes every answer."""
+
+    def __init__(
+        self,
+        history: History,
+        server: str,
+        name: str,
+        topic: str,
+        *,
+        seed: int,
+        pause: float = 0.004,
+        sizes: tuple[int, int] = (24, 600),
+        level: str = "durable",
+    ) -> None:
+        self._history, self._name, self._topic, self._level = history, name, topic, level
+        self._rng, self._pause, self._sizes = random.Random(seed), pause, sizes
+        self._producer = Producer(server, ack=level, client_id=f"writer-{name}", batch_records=20, timeout=90.0)
+        self._stop = threading.Event()
+        self.n = history.sent[name]
+        self.error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.wait(self._pause):
+                last = None
+                for _ in range(self._rng.randint(1, 20)):
+                    last = self._send()
+                while last is not None and not last.done() and not self._stop.wait(0.001):
+                    pass
+        except BaseException as error:
+            self.error = error
+
+    def _send(self) -> Sent:
+        n, partition = self.n, self._rng.randrange(PARTITIONS)
+        self.n += 1
+        self._history.sending(self._name, n)
+        sent = self._producer.send(
+            self._topic, value_of(self._name, n, self._rng.randint(*self._sizes)), partition=partition
+        )
+        sent.add_done_callback(lambda sent: self._answered(sent, n))
+        return sent
+
+    def _answered(self, sent: Sent, n: int) -> None:
+        error = sent.exception(0)
+        if error is not None:
+            self._history.failed(error)
+            return
+        ack = Ack(sent.topic, sent.partition, sent.result(0), self._name, n, self._level)
+        self._history.acknowledged(ack)
+
+    def stop(self, timeout: float = 30.0) -> None:
+        """No more sends; wait for the answers to what was sent."""
+        self._stop.set()
+        self._thread.join(timeout)
+        self._producer.close(timeout)
+        if self.error is not None:
+            raise self.error
+
+    def drop(self) -> None:
+        """End at once: what is not answered stays unknown."""
+        self._stop.set()
+        self._producer.close(0.0)
+        self._thread.join(5.0)
+
+
+class Follower:
+    """A thread that consumes as a group, acknowledges, and now and then waits until that is stored."""
+
+    def __init__(self, history: ConsumerHistory, server: str, topic: str, *, seed: int) -> None:
+        self.history = history
+        self._rng = random.Random(seed)
+        self._consumer = Consumer(server, [topic], history.group, auto_ack=False, client_id=f"c-{history.group}")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                records = self._consumer.poll(0.1)
+                for record in records:
+                    self.history.saw(record.partition, record.offset, record.value or b"")
+                if records and self._rng.random() < 0.9:
+                    upto = records[self._rng.randrange(len(records))]
+                    self.history.acknowledged(upto.partition, upto.offset + 1)
+                    self._consumer.ack(upto)
+                if self._rng.random() < 0.05:
+                    self._commit(0.5)
+            except EdgeBrokerError as error:
+                self.history.problems.append(f"group {self.history.group}: {error!r}")
+                return
+
+    def _commit(self, timeout: float) -> None:
+        ends = dict(self.history.acked)
+        try:
+            self._consumer.commit(timeout)
+        except TimeoutError:
+            return
+        self.history.confirmed(ends)
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join(10.0)
+        self._consumer.close()
+
+
+class Traffic:
+    """Writers and one follower on a topic; a context manager that lets go of them without waiting on an error."""
+
+    def __init__(
+        self, broker: BrokerProcess, history: History, topic: str, *, seed: int, writers: int = 2, pause: float = 0.004
+    ) -> None:
+        self._broker, self._history, self._topic = broker, history, topic
+        if topic not in [line["name"] for line in call(broker.admin, "GET", "/v1/topics")["topics"]]:
+            call(broker.admin, "POST", "/v1/topics", {"name": topic, "partitions": PARTITIONS})
+        group = ConsumerHistory("followers")
+        if not any(consumer.group == group.group for consumer in history.consumers):
+            history.consumers.append(group)
+        self.writers = [
+            Writer(history, broker.server, f"p{rank}", topic, seed=seed * 10 + rank, pause=pause)
+            for rank in range(writers)
+        ]
+        self.follower = Follower(history.consumers[0], broker.server, topic, seed=seed)
+
+    def acked(self, more: int, seconds: float = 15.0) -> float:
+        """Wait for this many further acknowledgements."""
+        wanted = len(self._history.acks) + more
+        return until(lambda: len(self._history.acks) >= wanted, seconds, f"{more} further acknowledgements")
+
+    def drain(self) -> None:
+        """Stop writing, wait for every answer, let the follower see everything, then end it."""
+        for writer in self.writers:
+            writer.stop()
+        parts = call(self._broker.admin, "GET", f"/v1/topics/{self._topic}")["partitions"]
+        seen = self.follower.history.next_offset
+        until(
+            lambda: all(seen.get(p["partition"], p["log_start"]) >= p["durable_end"] for p in parts)
+            or bool(self.follower.history.problems),
+            20.0,
+            "the follower comes to the end",
+        )
+        self.follower.stop()
+
+    def __enter__(self) -> "Traffic":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for writer in self.writers:
+            writer.drop()
+        self.follower.stop()
