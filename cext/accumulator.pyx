@@ -186,10 +186,12 @@ cdef class Topic:
 cdef class Accumulator:
     """Base of Producer: what happens in the caller's thread for each record.
 
-    A subclass gives open_topic(name) -> Topic, batch_full(batch), batch_begun(batch), wait_for_room(), and counts
-    `unacked` down as batches are acknowledged.
+    A subclass gives open_topic(name) -> Topic, batch_full(), batch_begun(), wait_for_room() which raises when `closed`,
+    and counts `unacked` down as batches are acknowledged.
     """
     cdef dict topics
+    cdef list sealed
+    cdef public bint closed
     cdef public int64_t unacked, unacked_bytes
     cdef readonly int64_t max_unacked, max_unacked_bytes
     cdef readonly int32_t batch_records
@@ -198,6 +200,7 @@ cdef class Accumulator:
     def __init__(self, int32_t batch_records, size_t batch_bytes, int64_t max_unacked, int64_t max_unacked_bytes,
                  size_t max_record):
         self.topics = {}
+        self.sealed = []
         self.batch_records, self.batch_bytes = batch_records, batch_bytes
         self.max_unacked, self.max_unacked_bytes = max_unacked, max_unacked_bytes
         self.max_record = max_record
@@ -205,8 +208,8 @@ cdef class Accumulator:
     cdef Topic topic_of(self, str name):
         topic = self.topics.get(name)
         if topic is None:
-            topic = self.open_topic(name)
-            self.topics[name] = topic
+            # Several threads may ask at once; all must get the same one.
+            topic = self.topics.setdefault(name, self.open_topic(name))
         return <Topic>topic
 
     def send(self, str topic not None, bytes value, bytes key=None, *, headers=None, int32_t partition=-1,
@@ -217,7 +220,7 @@ cdef class Accumulator:
         cdef size_t size = 32
         cdef Topic place
         cdef Sent sent
-        if self.unacked >= self.max_unacked or self.unacked_bytes >= self.max_unacked_bytes:
+        if self.closed or self.unacked >= self.max_unacked or self.unacked_bytes >= self.max_unacked_bytes:
             self.wait_for_room()
         place = self.topic_of(topic)
         if value is not None:
@@ -240,7 +243,8 @@ cdef class Accumulator:
         batch = <Batch>place.open[partition]
         if batch is not None and batch.used + size > self.batch_bytes:
             place.open[partition] = None
-            self.batch_full(batch)
+            self.sealed.append(batch)
+            self.batch_full()
             batch = <Batch>place.open[partition]
         if batch is None:
             batch = Batch.__new__(Batch, self, topic, partition, self.batch_bytes)
@@ -253,11 +257,12 @@ cdef class Accumulator:
         sent.index = batch.count - 1
         if batch.count >= self.batch_records or batch.used >= self.batch_bytes:
             place.open[partition] = None
+            self.sealed.append(batch)
             if key is None and place.partitions > 1:
                 place.sticky = (partition + 1) % place.partitions
-            self.batch_full(batch)
+            self.batch_full()
         elif batch.count == 1:
-            self.batch_begun(batch)
+            self.batch_begun()
         return sent
 
     def send_many(self, str topic not None, values, bytes key=None, *, int32_t partition=-1):
@@ -272,12 +277,14 @@ cdef class Accumulator:
         self.max_record = max_record
         self.batch_bytes = min(self.batch_bytes, max_batch)
 
-    def take_open(self, double older_than):
-        """Close the batches begun before a monotonic time; the time of the oldest that stays open (0: none)."""
+    def take(self, double older_than):
+        """The full batches and those begun before a monotonic time, in order; when the oldest that stays was begun
+        (0: none stays)."""
         cdef Topic place
         cdef Batch batch
         cdef double oldest = 0.0
-        taken = []
+        taken = self.sealed
+        self.sealed = []
         for value in list(self.topics.values()):
             place = <Topic>value
             for partition in range(place.partitions):

@@ -76,7 +76,7 @@ cdef class GroupCommit:
     cdef Write *writes
     cdef size_t count
     cdef int sync, announce_written
-    cdef volatile int state
+    cdef volatile int state, called
     cdef int64_t started_ns, written_ns, synced_ns
     cdef object keep
 
@@ -129,6 +129,7 @@ cdef class GroupCommit:
 
     def call(self):
         """Make run() return once, so that the commit thread runs a closure."""
+        self.called = 1
         _signal(self.wake_fd)
 
     def run(self):
@@ -136,6 +137,9 @@ cdef class GroupCommit:
         with nogil:
             while self._wait():
                 self._work()
+                if self.called:
+                    break  # one wake-up may have stood for a group and for a call
+        self.called = 0
 
     cdef bint _wait(self) noexcept nogil:
         cdef uint64_t count

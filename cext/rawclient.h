@@ -10,6 +10,7 @@
 #include <errno.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -656,6 +657,53 @@ end:
     free(wait);
     free(producers);
     free(sequences);
+    return error;
+}
+
+static void *eb_raw_echo(void *argument)
+{
+    int fd = *(int *)argument;
+    char data[64];
+    ssize_t n;
+    while ((n = recv(fd, data, sizeof data, 0)) > 0)
+        if (send(fd, data, (size_t)n, MSG_NOSIGNAL) != n)
+            break;
+    return NULL;
+}
+
+/* The reference for latencies: 64 bytes there and back between two threads over loopback, blocking calls. */
+static int eb_raw_ping(int64_t count, uint64_t *latencies)
+{
+    struct sockaddr_in address = {.sin_family = AF_INET};
+    socklen_t size = sizeof address;
+    char data[64] = {0};
+    int one = 1, error = EB_RAW_IO, listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0), client = -1, server = -1;
+    pthread_t thread;
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+    if (listener < 0 || bind(listener, (struct sockaddr *)&address, size) || listen(listener, 1) ||
+        getsockname(listener, (struct sockaddr *)&address, &size))
+        goto end;
+    client = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+    if (client < 0 || connect(client, (struct sockaddr *)&address, size) || (server = accept(listener, NULL, NULL)) < 0)
+        goto end;
+    setsockopt(client, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    setsockopt(server, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    if (pthread_create(&thread, NULL, eb_raw_echo, &server))
+        goto end;
+    error = 0;
+    for (int64_t i = 0; i < count && !error; i++) {
+        uint64_t began = eb_raw_now();
+        if (send(client, data, sizeof data, MSG_NOSIGNAL) != sizeof data ||
+            recv(client, data, sizeof data, MSG_WAITALL) != sizeof data)
+            error = EB_RAW_IO;
+        latencies[i] = eb_raw_now() - began;
+    }
+    shutdown(client, SHUT_RDWR);
+    pthread_join(thread, NULL);
+end:
+    if (client >= 0) close(client);
+    if (server >= 0) close(server);
+    if (listener >= 0) close(listener);
     return error;
 }
 #endif

@@ -1,7 +1,6 @@
 """The measuring client (cext/rawclient.h) for Python callers; the GIL is released while it runs."""
 from cpython.mem cimport PyMem_Free, PyMem_Malloc
 from libc.stdint cimport int64_t, uint32_t, uint64_t
-from libc.string cimport memset
 
 cdef extern from "rawclient.h" nogil:
     void eb_crc32c_init()
@@ -15,6 +14,7 @@ cdef extern from "rawclient.h" nogil:
                     double rate, int level, const char *name, uint64_t *latencies)
     int eb_raw_many(const char *host, int port, const char *topic, int connections, int64_t count, size_t size,
                     int level, const char *name, uint64_t *elapsed)
+    int eb_raw_ping(int64_t count, uint64_t *latencies)
 
 eb_crc32c_init()
 
@@ -103,6 +103,20 @@ def push(bytes host, int port, bytes topic, bytes group, int64_t count, size_t s
     try:
         with nogil:
             error = eb_raw_push(h, port, t, g, count, size, rate, level, n, latencies)
+        _check(error)
+        return _seconds(latencies, count)
+    finally:
+        PyMem_Free(latencies)
+
+
+def ping(int64_t count):
+    cdef int error
+    cdef uint64_t *latencies = <uint64_t *>PyMem_Malloc(max(1, count) * sizeof(uint64_t))
+    if latencies == NULL:
+        raise MemoryError()
+    try:
+        with nogil:
+            error = eb_raw_ping(count, latencies)
         _check(error)
         return _seconds(latencies, count)
     finally:

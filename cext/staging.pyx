@@ -8,9 +8,12 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyB
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy
 
 from recordbatch cimport *
+
+cdef extern from "<malloc.h>" nogil:
+    int malloc_trim(size_t pad)
 
 eb_crc32c_init()
 
@@ -87,6 +90,7 @@ def trim():
         _pooled -= 1
         free(_pool[_pooled].buffer)
     _pooled_bytes = 0
+    malloc_trim(0)
     return freed
 
 

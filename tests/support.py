@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +32,8 @@ from edgebroker.storage.store import SegmentStore, StoreSettings
 TOPIC = "prices"
 START_WALL_MS = 1_700_000_000_000
 MAX = 1 << 20
-TURNS = 2000
-TURN_SECONDS = 0.05
+TURNS = 300
+TURN_SECONDS = 0.02
 
 
 class ManualClock:
@@ -181,9 +182,18 @@ class Harness:
     ) -> list[Placed]:
         """Append and turn until all of it is durable."""
         answers = self.stage(*frames, level=level, topic=topic, partition=partition)
-        log = self.log(topic, partition)
-        self.until(lambda: log.durable_end >= log.stage.next_offset)
+        self.durable(topic, partition)
         return answers
+
+    def durable(self, topic: str = TOPIC, partition: int = 0) -> None:
+        """Turn until all that was appended is durable; the clock goes on, for what nobody waits for is synced later."""
+        log = self.log(topic, partition)
+        for number in range(TURNS):
+            if log.durable_end >= log.stage.next_offset:
+                return
+            self.loop.turn(TURN_SECONDS if number else 0.0)
+            self.clock.advance(0.006)
+        raise AssertionError("waited in vain")
 
     def read(self, start: int | None = None, *, max_bytes: int = MAX, max_records: int = 1 << 30, topic: str = TOPIC,
              partition: int = 0) -> tuple[list[Message], list[Hole]]:  # fmt: skip
@@ -253,7 +263,7 @@ class Harness:
         for _ in range(TURNS):
             if done:
                 return
-            self.loop.turn(0.0)
+            self.loop.turn(0.005)
             self.clock.advance(0.01)
         raise AssertionError("waited in vain")
 
@@ -299,10 +309,22 @@ class StoreHarness(Harness):
     def crash(self) -> None:
         """Kill the process: what it wrote stays, nothing more is written."""
         copy = self.path.with_name(self.path.name + ".crash")
+        self.quiesce()
         snapshot(self.path, copy)
         self.close()
         shutil.rmtree(self.path)
         copy.rename(self.path)
+
+    def quiesce(self) -> None:
+        """Let the threads finish what they are at, so that the copy of the directory is one moment of it."""
+        self.until(lambda: not self.store._committer._in_flight)
+        for submit in (self.store._metadata._worker.submit, self._on_commit_thread):
+            finished = threading.Event()
+            submit(finished.set)
+            assert finished.wait(10.0)
+
+    def _on_commit_thread(self, work: Callable[[], None]) -> None:
+        self.store._committer.call(work, lambda _: None)
 
     def restart(self, settings: StoreSettings | None = None) -> None:
         """Crash and come back."""
@@ -352,6 +374,4 @@ def snapshot(source: Path, target: Path) -> None:
 
 def tree(path: Path) -> dict[str, bytes | None]:
     """Every file of a directory with its bytes, to show that nothing changed."""
-    return {
-        str(entry.relative_to(path)): entry.read_bytes() if entry.is_file() else None for entry in path.rglob("*")
-    }
+    return {str(entry.relative_to(path)): entry.read_bytes() if entry.is_file() else None for entry in path.rglob("*")}

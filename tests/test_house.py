@@ -26,7 +26,7 @@ HOMES = {
     "fcntl": {"storage/files.py"},
     "threading.Thread": {"common/threads.py"},
     "os.fsync": {"storage/files.py"},
-    "os.fdatasync": {"storage/files.py"},
+    "os.fdatasync": {"storage/files.py", "cli/disk.py"},
     "os.pwrite": {"storage/files.py", "cli/disk.py"},
     "os.pread": {"storage/files.py"},
     "os.rename": {"storage/files.py"},

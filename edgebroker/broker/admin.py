@@ -212,6 +212,8 @@ class Admin:
 
         def done(code: Code, message: str) -> None:
             if code is Code.OK:
+                for log in logs:
+                    self._broker.delivery.settings_changed(log)
                 reply(Response(200, self._topic(name)))
             else:
                 reply(Response(503, {"error": message, "code": code.name}))

@@ -52,7 +52,8 @@ class SessionLimits:
     max_record: int
     window_batches: int
     window_bytes: int
-    window_records: int
+    consume_records: int
+    consume_bytes: int
     auto_create: bool
     new_topics: TopicSettings
 
@@ -72,7 +73,8 @@ class Broker:
             max_record=limits.max_record_bytes,
             window_batches=limits.publish_window_batches,
             window_bytes=limits.publish_window_bytes,
-            window_records=limits.consume_window_records,
+            consume_records=limits.consume_window_records,
+            consume_bytes=limits.consume_window_bytes,
             auto_create=topics.auto_create,
             new_topics=new_topics,
         )
@@ -101,7 +103,7 @@ class Broker:
         self.tcp_address = self.http_address = ("", 0)
         self._listeners: list[Listener] = []
         self._http: HttpServer | None = None
-        self._stop_deadline = 0.0
+        self._stop_deadline = self._heartbeat_due = 0.0
         self._ended = False
 
     # ---- life ----
@@ -114,7 +116,7 @@ class Broker:
             self.groups.restore(group, topic, partition, offset, now)
         self._listen()
         self.ready = True
-        self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        self._sweep()
 
     def run(self) -> bool:
         """Turn until stopped. True when the stop was clean."""
@@ -214,21 +216,25 @@ class Broker:
         log.debug("%s (%s): %s", session.transport.peer, session.client_id, reason)
 
     def _sweep(self) -> None:
-        """Once a second: cut peers that are silent, stuck or never said CONNECT; send heartbeats."""
-        self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        """Once a second or heartbeat: cut peers that are silent, stuck or never said CONNECT; send heartbeats."""
         now, limits = self.loop.now(), self.config.limits
         idle, heartbeat = limits.idle_timeout_ms / 1000, limits.heartbeat_ms / 1000
+        interval = min(SWEEP_SECONDS, heartbeat)
+        self.loop.call_later(interval, self._sweep)
+        beat = now >= self._heartbeat_due
+        if beat:
+            self._heartbeat_due = now + heartbeat - interval
         for session in list(self.sessions):
             transport = session.transport
             silent = now - transport.last_received
-            if not session.granted and silent > limits.connect_timeout_ms / 1000:
+            if not session.granted and now - session.opened_at > limits.connect_timeout_ms / 1000:
                 transport.close("no CONNECT in time")
             elif transport.backlog and now - transport.last_progress > limits.stuck_timeout_ms / 1000:
                 transport.close("the peer takes nothing")
-            elif silent > idle and not transport.paused:
+            elif silent > idle and transport.reading:
                 self.metrics.idle_timeouts += 1
                 transport.close("idle for too long")
-            elif session.granted and int(now / heartbeat) != int((now - SWEEP_SECONDS) / heartbeat):
+            elif session.granted and beat:
                 cursors = session.cursors.values() if session.cursors else ()
                 ends = [(cursor.log.topic, cursor.log.partition, cursor.log.durable_end) for cursor in cursors]
                 session.send(frames.write_heartbeat(ends[:1000]))

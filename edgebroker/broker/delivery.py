@@ -96,6 +96,13 @@ class Delivery:
         self.pump(cursor)
         return True
 
+    def settings_changed(self, partition: Log) -> None:
+        """Who waits before damage may be allowed to go on now."""
+        for cursor in list(self._cursors.get(partition, ())):
+            if cursor.state == "damaged":
+                cursor.state = "live"
+                self.pump(cursor)
+
     def commit(self, cursor: Cursor, offset: int) -> None:
         """Remember a group's place; stored within 50 ms, never ahead of what was acknowledged."""
         place = GroupOffset(cursor.log.identity.log_id, cursor.log.epoch, offset)
@@ -235,7 +242,7 @@ class Delivery:
             if cursor.next_offset != wanted:
                 self.pump(cursor)
             elif result.error:
-                code = Code.STORAGE_TIMEOUT if result.timed_out else Code.CORRUPT
+                code = Code.STORAGE_TIMEOUT if result.timed_out else Code.DAMAGED
                 self._tell(cursor, code, f"{cursor.log.name}: {result.error}; trying again")
                 cursor.state = "reading"
                 self._scheduler.call_later(RETRY_SECONDS, again)

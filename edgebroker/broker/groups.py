@@ -126,10 +126,14 @@ class Groups:
         self.group(group, now).offsets[topic, partition] = offset
 
     def join(self, cursor: Cursor) -> bool:
-        """Take the partition for a member; False when another holds it: the cursor waits as standby."""
+        """Take the partition for a member; False when another holds it: the cursor waits as standby.
+
+        A member that holds it already goes on with the new cursor under a new lease.
+        """
         key = (cursor.log.topic, cursor.log.partition)
         group = cursor.group
-        if key in group.holders:
+        holder = group.holders.get(key)
+        if holder is not None and holder.member is not cursor.member:
             cursor.state = "standby"
             group.standbys.setdefault(key, deque()).append(cursor)
             return False
@@ -166,6 +170,8 @@ class Groups:
         places = [
             group.offsets[key].next_offset
             for group in self._groups.values()
-            if key in group.offsets and now - group.last_seen < LIVE_SECONDS
+            if key in group.offsets
+            and group.offsets[key].log_id == log.identity.log_id
+            and (now - group.last_seen < LIVE_SECONDS or key in group.holders)
         ]
         return min(places, default=None)

@@ -2,7 +2,7 @@
 
     submit() -> engine.append (staged) -> ... commit thread ... -> on_written / on_durable -> ACK frames
 
-Answers leave in the order in which the frames came. Compressed batches are inflated and checked by the checker
+Answers of one partition and ack level leave in the order in which the frames came; refusals may overtake them. Compressed batches are inflated and checked by the checker
 thread first; meanwhile the session reads no further. Above the high watermark of what waits for the disk, publishing
 sessions are not read until it is below the low one.
 """
@@ -19,7 +19,7 @@ from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.naming import check_topic_name
 from edgebroker.common import codecs, records
 from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason, read_header
-from edgebroker.common.errors import Code, CorruptBatchError
+from edgebroker.common.errors import Code, CorruptBatchError, InflatedTooLargeError
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.threads import Worker
 from edgebroker.common.types import AckLevel, TopicSettings
@@ -258,7 +258,8 @@ def check_compressed(
             except CorruptBatchError as error:
                 if position == start and header_is_unreadable(data[position:end]):
                     break  # staging says exactly what is wrong with it
-                reason, why = Reason.BAD_RECORD, str(error)
+                too_large = isinstance(error, InflatedTooLargeError)
+                reason, why = Reason.TOO_LARGE if too_large else Reason.BAD_RECORD, str(error)
         if reason:
             bad.append((correlation, reason, why))
         else:

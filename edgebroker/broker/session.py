@@ -47,6 +47,7 @@ class Session:
         "client_id",
         "cursors",
         "group_name",
+        "opened_at",
         "transport",
     )
 
@@ -57,6 +58,7 @@ class Session:
         self._holds = 0
         self.client_id = ""
         self.group_name = ""
+        self.opened_at = broker.loop.now()
         self.cursors: dict[tuple[str, int], Cursor] | None = None
         tune(sock)
         self.transport = Transport(broker.loop, sock, broker.receive_buffer, self, peer)
@@ -68,7 +70,11 @@ class Session:
     # ---- the transport's owner ----
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
-        events = self._connection.receive(buffer, received)
+        try:
+            events = self._connection.receive(buffer, received)
+        except RemoteProtocolError:
+            self._broker.metrics.protocol_errors += 1
+            raise
         for rank, event in enumerate(events):
             if self._holds:
                 self._defer(events[rank:])
@@ -177,6 +183,14 @@ class Session:
         self.client_id = connect.client_id
         producer_id, producer_epoch = -1, -1
         if connect.flags & frames.WANT_PRODUCER:
+            known = self._broker.engine.producer(connect.client_id)
+            if known is not None and known[0] == connect.producer_id and 0 <= connect.producer_epoch < known[1]:
+                self._answer(
+                    event.correlation,
+                    Code.FENCED,
+                    f"another producer named {connect.client_id} began after this one; give each its own client id",
+                )
+                return
             producer_id, producer_epoch = self._grant_producer(connect)
         limits = self._broker.limits
         grants = Grants(
@@ -200,11 +214,12 @@ class Session:
         """The id bound to this client id; a client that was here before keeps its epoch, another fences it."""
         engine = self._broker.engine
         known = engine.producer(connect.client_id)
-        mine = connect.producer_id >= 0 and (known is None or known[0] == connect.producer_id)
+        named = min(connect.producer_id, connect.producer_epoch) >= 0
+        mine = named and (known is None or known[0] == connect.producer_id)
         if mine and not connect.flags & frames.NEW_EPOCH and (known is None or known[1] <= connect.producer_epoch):
             granted = (connect.producer_id, connect.producer_epoch)
         else:
-            producer_id, epoch = known or (connect.producer_id, connect.producer_epoch)
+            producer_id, epoch = known or ((connect.producer_id, connect.producer_epoch) if mine else (-1, -1))
             epoch = max(epoch, connect.producer_epoch if mine else -1) + 1
             if producer_id < 0 or epoch > MAX_EPOCH:
                 producer_id, epoch = secrets.randbits(63), 0
@@ -239,7 +254,7 @@ class Session:
             return
         if not subscribe.wanted:
             raise RemoteProtocolError("SUBSCRIBE without topics")
-        lines: list[tuple[Log, Wanted]] = []
+        lines: dict[Log, Wanted] = {}  # a later line about a partition replaces an earlier one
         for wanted in subscribe.wanted:
             logs = self._broker.engine.partitions(wanted.topic)
             chosen = logs if wanted.partition == -1 else logs[wanted.partition : wanted.partition + 1]
@@ -247,21 +262,23 @@ class Session:
                 what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if logs else "")
                 self._answer(correlation, Code.UNKNOWN_TOPIC, f"{what} does not exist on this node")
                 return
-            lines.extend((log, wanted) for log in chosen)
+            lines.update((log, wanted) for log in chosen)
         self.group_name = subscribe.group
         self._answer(correlation, Code.OK)
-        for log, wanted in lines:
+        for log, wanted in lines.items():
             self._subscribe(correlation, subscribe, log, wanted)
 
     def _subscribe(self, correlation: int, subscribe: Subscribe, log: Log, wanted: Wanted) -> None:
         self.cursors = self.cursors if self.cursors is not None else {}
         key = (log.topic, log.partition)
         old = self.cursors.get(key)
-        if old is not None:
+        if old is not None and old.state == "standby":
             self._leave(old)
+        elif old is not None:
+            self._broker.delivery.stop(old)
         group = self._broker.groups.group(subscribe.group, self._broker.loop.now())
-        records = max(1, min(subscribe.window_records or self._broker.limits.window_records, 1 << 20))
-        size = max(1, min(subscribe.window_bytes or self._broker.limits.window_bytes, 64 << 20))
+        records = max(1, min(subscribe.window_records or self._broker.limits.consume_records, 1 << 20))
+        size = max(1, min(subscribe.window_bytes or self._broker.limits.consume_bytes, 64 << 20))
         cursor = Cursor(group, log, self, records, size)
         cursor.subscribe_correlation, cursor.start = correlation, wanted
         self.cursors[key] = cursor
@@ -303,8 +320,9 @@ class Session:
             return
         wanted = cursor.start
         assert isinstance(wanted, Wanted)
-        if wanted.start != Start.COMMITTED and 0 <= offset <= cursor.log.durable_end:
-            # Where a group was told to begin is its place, also when it never acknowledges anything.
+        fresh = (cursor.log.topic, cursor.log.partition) not in cursor.group.offsets
+        if (fresh or wanted.start != Start.COMMITTED) and 0 <= offset <= cursor.log.durable_end:
+            # Where a group begins is its place, also when it never acknowledges anything.
             self._broker.delivery.commit(cursor, offset)
         self._broker.delivery.start(cursor, max(0, offset))
 

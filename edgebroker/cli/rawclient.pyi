@@ -18,3 +18,6 @@ def push(
     host: bytes, port: int, topic: bytes, group: bytes, count: int, size: int, rate: float, level: int, name: bytes
 ) -> list[float]:
     """Publish at `rate` a second and time each push on another connection; seconds each, in order."""
+
+def ping(count: int) -> list[float]:
+    """The reference for latencies: 64 bytes there and back over loopback between two threads; seconds each."""

@@ -7,7 +7,7 @@ Snappy has a code in the format but no codec here; a batch that uses it is answe
 import zlib
 from typing import Literal
 
-from edgebroker.common.errors import CorruptBatchError
+from edgebroker.common.errors import CorruptBatchError, InflatedTooLargeError
 
 CodecName = Literal["none", "gzip", "lz4", "zstd"]
 CODEC_BITS: dict[CodecName, int] = {"none": 0, "gzip": 1, "lz4": 3, "zstd": 4}
@@ -48,7 +48,7 @@ def inflate(codec: int, packed: bytes, limit: int = 16 << 20) -> bytes:
 
 def _finish(plain: bytes, ended: bool, limit: int) -> bytes:
     if len(plain) > limit:
-        raise CorruptBatchError(f"the records inflate to more than {limit} bytes")
+        raise InflatedTooLargeError(f"the records inflate to more than {limit} bytes")
     if not ended:
         raise CorruptBatchError("the compressed records are cut off")
     return plain
@@ -74,6 +74,6 @@ def _inflate_zstd(packed: bytes, limit: int) -> bytes:
     # The window is memory that the sender chooses: bound it with the output. One call, because a stream reader does not
     # tell a frame that is cut off from one that ended.
     if zstandard.frame_content_size(packed) > limit:
-        raise CorruptBatchError(f"the records inflate to more than {limit} bytes")
+        raise InflatedTooLargeError(f"the records inflate to more than {limit} bytes")
     unpacker = zstandard.ZstdDecompressor(max_window_size=max(limit, 1 << 20))
     return unpacker.decompress(packed, max_output_size=limit, allow_extra_data=False)

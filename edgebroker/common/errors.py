@@ -122,6 +122,10 @@ class CorruptBatchError(EdgeBrokerError):
     exit_code = 4
 
 
+class InflatedTooLargeError(CorruptBatchError):
+    """Compressed records grow beyond the limit when they are inflated."""
+
+
 class ResetRequiredError(EdgeBrokerError):
     """The position belongs to another log than the broker's: the data has to be loaded afresh from `log_start`."""
 

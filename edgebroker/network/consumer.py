@@ -69,13 +69,13 @@ def parse_from(value: From) -> tuple[Start, int]:
 class _Place:
     """Where this consumer stands in one partition."""
 
-    __slots__ = ("acked", "epoch", "generation", "lease", "log_id", "next_offset", "old_lease", "wanted")
+    __slots__ = ("acked", "epoch", "expected", "generation", "lease", "log_id", "next_offset", "old_lease", "wanted")
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
         self.log_id = frames.NO_LOG_ID
         self.epoch = self.generation = self.lease = 0
-        self.acked = self.next_offset = -1
+        self.acked = self.next_offset = self.expected = -1
         self.old_lease = -1
 
 
@@ -369,8 +369,15 @@ class Consumer:
         else:
             self._put(AnswerError(answer.code, answer.message))
 
+    def on_answer(self, correlation: int, answer: Answer) -> None:
+        if correlation and answer.code in (Code.OK, Code.STALE):
+            with self._ready:
+                self._stored.add(correlation)
+                self._ready.notify_all()
+
     def on_event(self, event: Event) -> None:
         if not isinstance(event, Frame):
+            self._link.reconnect("the broker sent a frame that is too large, or of a kind it must not send")
             return
         if event.type == FrameType.DELIVER:
             self._on_deliver(event)
@@ -380,12 +387,6 @@ class Consumer:
         elif event.type == FrameType.RESET:
             reset = frames.read_reset(event.body)
             self._put(ResetRequiredError(reset.topic, reset.partition, reset.log_id, reset.from_offset))
-        elif event.type == FrameType.ACK and event.correlation:
-            answer = frames.read_ack(event.body)
-            if isinstance(answer, Answer) and answer.code in (Code.OK, Code.STALE):
-                with self._ready:
-                    self._stored.add(event.correlation)
-                    self._ready.notify_all()
 
     def _on_deliver(self, event: Frame) -> None:
         deliver = frames.read_deliver(event.body)
@@ -404,6 +405,10 @@ class Consumer:
                 place.acked = deliver.first
         elif deliver.lease != place.lease:
             return
+        elif deliver.first != place.expected:
+            self._link.reconnect(f"{deliver.topic}/{deliver.partition}: offset {place.expected} was expected next")
+            return
+        place.expected = deliver.last + 1
         self._resuming = True
         self.durable_ends[key] = deliver.durable_end
         self._put(_Arrived(deliver, bytes(event.body[deliver.batches_start :])))

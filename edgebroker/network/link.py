@@ -31,6 +31,9 @@ class LinkOwner(Protocol):
     """Called on the I/O thread."""
 
     def connected(self, grants: Grants) -> None: ...
+    def on_answer(self, correlation: int, answer: Answer) -> None:
+        """An answer that no request() waits for."""
+
     def on_event(self, event: Event) -> None: ...
     def lost(self, reason: str) -> None: ...
     def unreachable(self, error: EdgeBrokerError) -> None:
@@ -151,27 +154,28 @@ class Link:
     def _on_event(self, event: Event) -> None:
         if isinstance(event, Frame) and event.type == FrameType.ACK:
             answer = frames.read_ack(event.body)
-            if isinstance(answer, Answer) and self._on_answer(event, answer):
-                return
-        elif isinstance(event, Frame) and event.type == FrameType.HEARTBEAT and self.grants is None:
+            if isinstance(answer, Answer):
+                self._on_answer(event, answer)
+            return
+        if isinstance(event, Frame) and event.type == FrameType.HEARTBEAT and self.grants is None:
             return
         self._owner.on_event(event)
 
-    def _on_answer(self, event: Frame, answer: Answer) -> bool:
-        if event.correlation == self._connect_correlation and self.grants is None:
+    def _on_answer(self, event: Frame, answer: Answer) -> None:
+        if self.grants is None and event.correlation == self._connect_correlation:
             if answer.code is not Code.OK:
                 self._owner.unreachable(AnswerError(answer.code, answer.message))
-                return True
+                return
             self.grants = frames.read_grants(event.body, answer.extra_start)
             self._pause = FIRST_PAUSE
             self._beat()
             self._owner.connected(self.grants)
-            return True
+            return
         done = self._requests.get(event.correlation)
         if done is None:
-            return False
-        done(answer, event.body)
-        return True
+            self._owner.on_answer(event.correlation, answer)
+        else:
+            done(answer, event.body)
 
     def _beat(self) -> None:
         """Keep the connection alive, and end it when the broker has been silent for too long."""

@@ -22,7 +22,7 @@ from edgebroker.common.threads import start_thread
 from edgebroker.common.types import AckLevel
 from edgebroker.network import frames
 from edgebroker.network.accumulator import Accumulator, Batch, Sent, Topic
-from edgebroker.network.connection import Event, Frame, Refused
+from edgebroker.network.connection import Event, Refused
 from edgebroker.network.frames import Answer, Connect, Grants
 from edgebroker.network.link import Link
 from edgebroker.network.loop import Loop
@@ -91,11 +91,9 @@ class Producer(Accumulator):
         self._new_epoch = False
         self._lanes: dict[tuple[str, int], Lane] = {}
         self._waiting_for: dict[int, tuple[Lane, Batch]] = {}
-        self._sealed: deque[Batch] = deque()
         self._pumping = self._lingering = False
         self._changed = threading.Condition()
         self._waiters = 0
-        self._closed = False
         self._metadata: dict[str, frames.TopicMetadata] = {}
         self._asked_topics: list[str] = []
         self._last_error: EdgeBrokerError | None = None
@@ -116,22 +114,23 @@ class Producer(Accumulator):
 
     def close(self, timeout: float | None = 30.0) -> None:
         """flush(), then end. What could not be sent within `timeout` seconds fails."""
-        if self._closed:
+        if self.closed:
             return
         try:
             self.flush(timeout)
         except TimeoutError:
             log.error("%d records were not acknowledged when the producer was closed", self.unacked)
-        self._closed = True
+        self.closed = True
 
         def end() -> None:
-            self._fail_all(UnreachableError("the producer was closed; the outcome of this record is unknown"))
+            self._fail_all(_closed_error())
             self._link.close()
             self._loop.stop()
 
         self._loop.call_soon_threadsafe(end)
         self._thread.join(5.0)
         self._loop.close()
+        self._notify()
 
     def __enter__(self) -> Producer:
         return self
@@ -157,19 +156,21 @@ class Producer(Accumulator):
             self._wait(lambda: name in self._metadata, self._timeout)
         except TimeoutError:
             raise self._last_error or UnreachableError(f"no broker at {self._link.server} answered in time") from None
+        self._check_open()
         found = self._metadata[name]
         if found.partitions == 0:
             del self._metadata[name]
             raise AnswerError(found.code, f"topic {name} does not exist and the broker does not create it")
         return Topic(name, found.partitions)
 
-    def batch_full(self, batch: Batch) -> None:
-        self._sealed.append(batch)
+    def batch_full(self) -> None:
+        self._check_open()
         if not self._pumping:
             self._pumping = True
             self._loop.call_soon_threadsafe(self._pump)
 
-    def batch_begun(self, batch: Batch) -> None:
+    def batch_begun(self) -> None:
+        self._check_open()
         if not self._lingering:
             self._lingering = True
             self._loop.call_soon_threadsafe(self._linger_on)
@@ -177,7 +178,11 @@ class Producer(Accumulator):
     def wait_for_room(self) -> None:
         self._check_open()
         self._loop.call_soon_threadsafe(lambda: self._pump(everything=True))
-        self._wait(lambda: self.unacked < self.max_unacked and self.unacked_bytes < self.max_unacked_bytes, None)
+        # Until half of it is free: waking up for each acknowledgement would cost more than it brings.
+        self._wait(
+            lambda: self.unacked <= self.max_unacked // 2 and self.unacked_bytes <= self.max_unacked_bytes // 2, None
+        )
+        self._check_open()
 
     @staticmethod
     def encode_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[int, bytes]:
@@ -187,6 +192,8 @@ class Producer(Accumulator):
         """Wait for one batch, sending it now."""
         self._loop.call_soon_threadsafe(lambda: self._pump(everything=True))
         self._wait(lambda: batch.done, timeout)
+        if not batch.done:
+            raise _closed_error()
 
     def run_callbacks(self, batch: Batch) -> None:
         callbacks, batch.callbacks = batch.callbacks, None
@@ -197,14 +204,14 @@ class Producer(Accumulator):
                 log.exception("a callback of a sent record failed")
 
     def _check_open(self) -> None:
-        if self._closed:
+        if self.closed:
             raise ValueError("the producer is closed")
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
         with self._changed:
             self._waiters += 1
             try:
-                if not self._changed.wait_for(lambda: ready() or self._closed, timeout):
+                if not self._changed.wait_for(lambda: ready() or self.closed, timeout):
                     raise TimeoutError("the broker did not acknowledge in time")
             finally:
                 self._waiters -= 1
@@ -226,9 +233,7 @@ class Producer(Accumulator):
         """Move sealed and lingering batches into their lanes and send what may be sent."""
         self._pumping = self._lingering = False
         now = self._loop.clock_now()
-        taken, oldest = self.take_open(now if everything else now - self._linger)
-        while self._sealed:
-            self._enqueue(self._sealed.popleft())
+        taken, oldest = self.take(now if everything else now - self._linger)
         for batch in taken:
             self._enqueue(batch)
         if oldest and not self._lingering:
@@ -310,13 +315,13 @@ class Producer(Accumulator):
             self._producer_epoch, list(self._asked_topics),
         )  # fmt: skip
 
+    def on_answer(self, correlation: int, answer: Answer) -> None:
+        found = self._waiting_for.pop(correlation, None)
+        if found is not None:
+            self._answered(*found, answer)
+
     def on_event(self, event: Event) -> None:
-        if isinstance(event, Frame) and event.type == frames.FrameType.ACK:
-            answer = frames.read_ack(event.body)
-            found = self._waiting_for.pop(event.correlation, None)
-            if found is not None and isinstance(answer, Answer):
-                self._answered(*found, answer)
-        elif isinstance(event, Refused):
+        if isinstance(event, Refused):
             log.warning("the broker sent a frame of %d bytes; it was skipped", event.size)
 
     def _answered(self, lane: Lane, batch: Batch, answer: Answer) -> None:
@@ -385,6 +390,9 @@ class Producer(Accumulator):
 
     def unreachable(self, error: EdgeBrokerError) -> None:
         self._last_error = error
+        if isinstance(error, AnswerError) and not error.code.retryable:
+            # The broker will not have this producer: waiting does not help.
+            self._fail_all(error)
 
     def _expire(self) -> None:
         """Fail batches that waited longer than the timeout."""
@@ -409,15 +417,18 @@ class Producer(Accumulator):
             self._begin_epoch("a batch timed out")
 
     def _fail_all(self, error: EdgeBrokerError) -> None:
-        taken, _ = self.take_open(self._loop.clock_now())
-        for batch in [*self._sealed, *taken]:
+        taken, _ = self.take(self._loop.clock_now())
+        for batch in taken:
             self._finish(batch, -1, error)
-        self._sealed.clear()
         for lane in self._lanes.values():
             for batch in [*lane.in_flight, *lane.queue]:
                 self._finish(batch, -1, error)
             lane.in_flight.clear()
             lane.queue.clear()
+
+
+def _closed_error() -> UnreachableError:
+    return UnreachableError("the producer was closed; the outcome of this record is unknown")
 
 
 def _advice(code: Code) -> str:

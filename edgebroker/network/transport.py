@@ -156,7 +156,7 @@ class Transport:
             self._queue(head, len(head))
         self._queue(extent, extent.length)
         if self.backlog == extent.length:
-            self._flush()
+            self._flush(tell=False)  # the owner is sending just now: told, it would come here again and again
 
     def supply(self, extent: FileRange, data: memoryview | None, error: str) -> None:
         """The answer to extent.load: the rest of its bytes, or why they cannot be had (the peer is cut)."""
@@ -173,6 +173,11 @@ class Transport:
     def paused(self) -> bool:
         return self._paused
 
+    @property
+    def reading(self) -> bool:
+        """False while the peer is not read: it was paused, or takes too little of what is queued for it."""
+        return bool(self._interest & READ)
+
     def pause(self) -> None:
         """Stop reading the peer."""
         if not self._paused:
@@ -180,10 +185,9 @@ class Transport:
             self._update()
 
     def resume(self) -> None:
-        """Read the peer again; its idle clock begins anew, it could not know that we did not listen."""
+        """Read the peer again; its idle clock begins anew."""
         if self._paused:
             self._paused = False
-            self.last_received = self._loop.now()
             self._update()
 
     def close(self, reason: str) -> None:
@@ -225,6 +229,8 @@ class Transport:
             interest |= WRITE
         if interest == self._interest:
             return
+        if interest & READ and not self._interest & READ:
+            self.last_received = self._loop.now()  # it could not know that nobody listened
         if interest == 0:
             self._loop.unregister(self._fd)
         elif self._interest == 0:
@@ -257,7 +263,7 @@ class Transport:
         except ProtocolError as error:
             self.close_when_drained(str(error))
 
-    def _flush(self) -> None:
+    def _flush(self, tell: bool = True) -> None:
         out = self._out
         while out and not self.closed:
             item = out[0]
@@ -280,7 +286,7 @@ class Transport:
         if not self.backlog:
             if self.closing:
                 self.close(self.closing)
-            else:
+            elif tell:
                 self._owner.on_drained()
 
     def _send_bytes(self, item: bytes | memoryview) -> tuple[int, bool]:

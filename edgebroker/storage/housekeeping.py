@@ -93,7 +93,7 @@ class Housekeeping:
         self.clock_implausible = ""
         self.removed_segments = self.scrubbed_bytes = 0
 
-    def start(self, was_clean: bool) -> None:
+    def start(self) -> None:
         """Begin ticking; verify in the background what this process did not write itself."""
         for partition in self._store.logs():
             if partition.holes:
@@ -103,11 +103,10 @@ class Housekeeping:
         self._scrub_queue = [
             (partition, segment)
             for partition in self._store.logs()
-            for segment in partition.segments
+            for segment in reversed(partition.segments)
             if segment.unverified_end
         ]
-        if not was_clean or self._settings.scrub_bytes_per_second:
-            self._scrub_next()
+        self._scrub_next()
 
     def stop(self) -> None:
         """Put the last checkpoints and producer states into the changes that Metadata.stop() writes."""
@@ -308,23 +307,32 @@ class Housekeeping:
         while self._scrub_queue:
             partition, segment = self._scrub_queue.pop()
             if segment.unverified_end and not segment.retired:
-                state = walk_start(segment.base, max(segment.base_chain, 0))
+                epoch = partition.identity.epoch_at(segment.base)
+                state = walk_start(segment.base, max(segment.base_chain, 0), epoch=epoch)
                 self._scrub(partition, segment, state, False)
                 return
 
     def _scrub(self, partition: PartitionLog, segment: Segment, state: Walked, damaged: bool) -> None:
         """Verify one window of a segment; then wait as long as the allowed rate says, and go on."""
         size = min(segment.unverified_end, segment.size)
-        end_offset = segment.end_offset
+        end_offset, whole = segment.end_offset, size == segment.size
+        max_epoch = partition.identity.epoch
         found: list[tuple[Walked, Hole | None]] = []
 
         def work() -> ColdRead:
             fd = files.open_log(segment.path)
             try:
                 walked = walk_mapped(
-                    fd, size, state, base_offset=segment.base, max_batch=STORED_BATCH_BYTES, limit_offset=end_offset
+                    fd,
+                    size,
+                    state,
+                    base_offset=segment.base,
+                    max_batch=STORED_BATCH_BYTES,
+                    max_epoch=max_epoch,
+                    limit_offset=end_offset,
                 )
-                if walked.position > state.position or walked.position >= size:
+                ended_early = whole and walked.position >= size and walked.next_offset < end_offset
+                if (walked.position > state.position or walked.position >= size) and not ended_early:
                     found.append((walked, None))
                     return ColdRead()
                 at = next_good_batch(fd, walked.position, size, walked.next_offset, end_offset - 1, STORED_BATCH_BYTES)
@@ -353,6 +361,8 @@ class Housekeeping:
             if walked.position >= size or walked.next_offset >= end_offset:
                 if hole is None and not damaged:
                     segment.unverified_end = 0
+                    if whole:
+                        partition.verified(segment, walked.position, walked.chain)
                 self._scrub_next()
                 return
             rate = self._settings.scrub_bytes_per_second

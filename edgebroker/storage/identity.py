@@ -31,6 +31,10 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     def epoch(self) -> int:
         return self.epochs[-1][0]
 
+    def epoch_at(self, offset: int) -> int:
+        """The history that an offset belongs to."""
+        return max((epoch for epoch, first in self.epochs if first <= offset), default=0)
+
     @property
     def log_id_bytes(self) -> bytes:
         return bytes.fromhex(self.log_id)

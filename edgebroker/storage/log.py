@@ -19,14 +19,15 @@ from edgebroker.storage.identity import Identity
 from edgebroker.storage.index import INTERVAL_BYTES, POINT_BYTES, SealedIndex
 from edgebroker.storage.reader import SegmentView
 from edgebroker.storage.recovery import Checkpoint, Hole, RecoveredLog
-from edgebroker.storage.segment import Segment
+from edgebroker.storage.segment import UNKNOWN_CHAIN, Segment
 from edgebroker.storage.staging import Chunk, Stage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 PEEK_BYTES = 64 << 10
-PREALLOCATE_BYTES = 1 << 20
+# Reserved ahead of the end: little for a small segment, more for one that is filling.
+PREALLOCATE_BYTES, MAX_PREALLOCATE_BYTES = 512 << 10, 8 << 20
 MAX_CHUNK_BYTES = 8 << 20
 
 
@@ -103,7 +104,6 @@ class PartitionLog:
         self.producer_state_at = recovered.next_offset
         self.records_in = self.bytes_in = 0
         self.active.born = born
-        self._preallocate = PREALLOCATE_BYTES
 
     @property
     def active(self) -> Segment:
@@ -160,7 +160,8 @@ class PartitionLog:
         end = active.size + length
         if end <= active.allocated_end:
             return 0, 0
-        return active.allocated_end, end + self._preallocate - active.allocated_end
+        ahead = max(PREALLOCATE_BYTES, min(MAX_PREALLOCATE_BYTES, end // 8))
+        return active.allocated_end, end + ahead - active.allocated_end
 
     def written(self, layout: Layout, allocated: int) -> None:
         """The chunk is in the page cache."""
@@ -219,7 +220,7 @@ class PartitionLog:
             self.durable_position,
             self.durable_end,
             self.durable_chain,
-            self.stage.epoch,
+            self.epoch,
             active.max_timestamp,
         )
 
@@ -250,7 +251,7 @@ class PartitionLog:
         """What to send a reader that stands at `offset`: at most max_bytes and max_records, but at least one batch.
 
         `hint` is (segment base, position) of the batch at `offset`, kept by a reader that came here by an extent.
-        None: the reader has everything that is durable. The extent may begin below `offset` without a hint.
+        None: the reader has everything that is durable. The extent begins with the batch that holds `offset`.
         """
         if offset >= self.durable_end:
             return None
@@ -273,24 +274,29 @@ class PartitionLog:
             first = segment.base + relative
         if position < segment.unverified_end or segment.fd < 0 or segment.points is None:
             return NeedsDisk(self.view(segment))
+        if first < offset:
+            # The limits count from the batch that holds the offset; every batch this far behind a point is one itself.
+            head = files.read_cached(segment.fd, min(end - position, PEEK_BYTES), position)
+            found = segscan.seek(head, offset) if head is not None else None
+            if found is None:
+                return NeedsDisk(self.view(segment))
+            position, first = position + found[0], found[1]
         end_offset = min(segment.end_offset, self.durable_end)
         if self.holes:
             end_offset = min([end_offset, *(hole.first for hole in self.holes if hole.first > offset)])
-        if end - position <= max_bytes and end_offset - first <= max_records and end_offset == segment.end_offset:
+        if end - position <= max_bytes and end_offset - offset <= max_records and end_offset == segment.end_offset:
             return Extent(segment, position, end - position, first, end_offset)
-        return self._cut(segment, position, end, first, end_offset, max_bytes, max_records)
+        return self._cut(segment, position, end, first, min(end_offset, offset + max_records), max_bytes)
 
     def end_hint(self) -> tuple[int, int] | None:
         """Where the batch at durable_end will lie: the hint of a reader that has everything."""
         return self.active.base, self.durable_position
 
-    def _cut(
-        self, segment: Segment, position: int, end: int, first: int, end_offset: int, max_bytes: int, max_records: int
-    ) -> Found:
+    def _cut(self, segment: Segment, position: int, end: int, first: int, end_offset: int, max_bytes: int) -> Found:
         """End an extent at the last index point that fits, else at the last batch that does."""
         assert segment.points is not None
         by_bytes = segscan.floor_position(segment.points, min(position + max_bytes, end))
-        by_records = segscan.floor_offset(segment.points, min(first + max_records, end_offset) - segment.base)
+        by_records = segscan.floor_offset(segment.points, end_offset - segment.base)
         if by_bytes is not None and by_records is not None:
             relative, cut_at, _, _ = min(by_bytes, by_records)
             if cut_at > position:
@@ -298,7 +304,7 @@ class PartitionLog:
         head = files.read_cached(segment.fd, min(end - position, PEEK_BYTES), position)
         if head is None:
             return NeedsDisk(self.view(segment))
-        length, following = segscan.cut(head, max_bytes, min(end_offset, first + max_records))
+        length, following = segscan.cut(head, max_bytes, end_offset)
         if following < 0:
             return NeedsDisk(self.view(segment))
         return Extent(segment, position, length, first, following)
@@ -318,6 +324,8 @@ class PartitionLog:
             sealed_ms=segment.sealed_ms,
             points=bytes(segment.points) if segment.points is not None and not segment.points_from else None,
             max_batch=self.max_batch,
+            epoch=self.identity.epoch_at(segment.base),
+            max_epoch=self.identity.epoch,
         )
 
     def take_index(self, segment: Segment, index: SealedIndex, verified_end: int) -> None:
@@ -331,6 +339,17 @@ class PartitionLog:
             segment.points, segment.points_from = points if segment is self.active else bytes(points), 0
         if verified_end >= segment.unverified_end:
             segment.unverified_end = 0
+
+    def verified(self, segment: Segment, size: int, chain: int) -> None:
+        """All of a segment was found good: it ends at `size` (what follows was never acknowledged) with this chain."""
+        if segment is self.active:
+            return
+        segment.size = size
+        if segment.base_chain != UNKNOWN_CHAIN:
+            segment.end_chain = chain
+            following = self.segments[self.segments.index(segment) + 1]
+            if following.base_chain == UNKNOWN_CHAIN:
+                following.base_chain = chain
 
     def removable(self, keep_bytes: int, keep_ms: int, now_ms: int) -> Sequence[Segment]:
         """Sealed segments, oldest first, that retention no longer keeps (0: no such limit)."""

@@ -31,7 +31,7 @@ CREATE TABLE IF NOT EXISTS segments (topic TEXT, partition INTEGER, base INTEGER
 CREATE TABLE IF NOT EXISTS holes (topic TEXT, partition INTEGER, first INTEGER, next INTEGER,
     PRIMARY KEY (topic, partition, first)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS group_offsets (grp TEXT, topic TEXT, partition INTEGER, log_id TEXT, epoch INTEGER,
-    next_offset INTEGER, PRIMARY KEY (grp, topic, partition)) WITHOUT ROWID;
+    next_offset INTEGER, revision INTEGER, PRIMARY KEY (grp, topic, partition)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS producers (client_id TEXT PRIMARY KEY, producer_id INTEGER, epoch INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS windows (topic TEXT, partition INTEGER, producer_id INTEGER, epoch INTEGER, age REAL,
     entries BLOB, PRIMARY KEY (topic, partition, producer_id)) WITHOUT ROWID;
@@ -39,6 +39,8 @@ CREATE TABLE IF NOT EXISTS window_marks (topic TEXT, partition INTEGER, below IN
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 """
 VERSION = 1
+# Primary result codes that speak of the disk, not of what the file holds.
+_NOT_WRITABLE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 
 PartitionKey = tuple[str, int]
 # What Stage.dump() gives for a producer: id, epoch, last seen (here: age in seconds), packed entries.
@@ -52,6 +54,8 @@ class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
     log_id: str
     epoch: int
     next_offset: int
+    revision: int = 0
+    """Grows with every commit of the node: tells which of two copies is newer, also after a rewind."""
 
 
 class SegmentRow(NamedTuple):
@@ -116,10 +120,18 @@ class MetaDatabase:
         self._connection: sqlite3.Connection | None = None
 
     def load(self) -> MetaState:
-        """Open, check and read everything; an unusable database is moved aside first. Never raises for its content."""
+        """Open, check and read everything; an unusable database is moved aside first. Never raises for its content.
+
+        One that is only not writable (a full disk) is read as it is; write() tries to open it again.
+        """
         try:
             return self._open_and_read()
         except (sqlite3.Error, TypeError, KeyError) as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in _NOT_WRITABLE:
+                log.error("%s cannot be opened for writing: %s", self._path, error)
+                state = self._read_only()
+                if state is not None:
+                    return state
             log.error("%s cannot be used (%s); it is kept as .corrupt and rebuilt from the logs", self._path, error)
             self._move_aside()
         try:
@@ -167,8 +179,8 @@ class MetaDatabase:
                 cursor.execute("DELETE FROM group_offsets WHERE grp=? AND topic=? AND partition=?", group_key)
             else:
                 cursor.execute(
-                    "REPLACE INTO group_offsets VALUES (?,?,?,?,?,?)",
-                    (*group_key, offset.log_id, offset.epoch, offset.next_offset),
+                    "REPLACE INTO group_offsets VALUES (?,?,?,?,?,?,?)",
+                    (*group_key, offset.log_id, offset.epoch, offset.next_offset, offset.revision),
                 )
         cursor.executemany(
             "REPLACE INTO producers VALUES (?,?,?)", [(client, *row) for client, row in changes.producers.items()]
@@ -178,10 +190,29 @@ class MetaDatabase:
             cursor.executemany("INSERT INTO windows VALUES (?,?,?,?,?,?)", [(*key, *row) for row in windows.producers])
             cursor.execute("REPLACE INTO window_marks VALUES (?,?,?)", (*key, windows.below))
 
+    def _read_only(self) -> MetaState | None:
+        """What the database file itself holds, without its write-ahead log; None when that is not readable either.
+        It is an older state at worst, and no older state makes a group or a log go ahead of what is stored."""
+        self._close()
+        try:
+            uri = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
+            connection = sqlite3.connect(uri, uri=True, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error:
+            return None
+        try:
+            return self._read(connection)
+        except (sqlite3.Error, TypeError, KeyError):
+            return None
+        finally:
+            connection.close()
+
     def _open_and_read(self) -> MetaState:
         self._connect()
-        connection = self._connection
-        assert connection is not None
+        assert self._connection is not None
+        return self._read(self._connection)
+
+    @staticmethod
+    def _read(connection: sqlite3.Connection) -> MetaState:
         if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
             raise sqlite3.DatabaseError("quick_check found damage")
         state = MetaState()
@@ -212,7 +243,8 @@ class MetaDatabase:
         if version > VERSION:
             raise sqlite3.DatabaseError(f"schema {version} is newer than this release knows")
         connection.executescript(_SCHEMA)
-        connection.execute(f"PRAGMA user_version={VERSION}")
+        if version != VERSION:
+            connection.execute(f"PRAGMA user_version={VERSION}")
 
     def _close(self) -> None:
         if self._connection is not None:
@@ -259,11 +291,10 @@ def read_offsets_snapshot(path: Path) -> dict[GroupKey, GroupOffset]:
 def newest_offsets(
     database: dict[GroupKey, GroupOffset], snapshot: dict[GroupKey, GroupOffset]
 ) -> dict[GroupKey, GroupOffset]:
-    """The further of the two copies per group and partition, where both speak of the same log and epoch."""
+    """The newer of the two copies per group and partition."""
     merged = dict(snapshot)
     for key, offset in database.items():
         other = merged.get(key)
-        same_log = other is not None and (other.log_id, other.epoch) == (offset.log_id, offset.epoch)
-        if not (same_log and other is not None and other.next_offset > offset.next_offset):
+        if other is None or offset.revision >= other.revision:
             merged[key] = offset
     return merged

@@ -9,6 +9,8 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.common.threads import Worker
@@ -40,6 +42,7 @@ class Metadata:
         self._worker = Worker("metadata")
         self.changes = MetaChanges()
         self.group_offsets: dict[GroupKey, GroupOffset] = {}
+        self._revision = 0
         self.failed = ""
         self.transactions = 0
         self._busy = False
@@ -53,6 +56,7 @@ class Metadata:
         state = self._database.load()
         self.group_offsets = newest_offsets(state.group_offsets, read_offsets_snapshot(self._snapshot_path))
         state.group_offsets = self.group_offsets
+        self._revision = max((offset.revision for offset in self.group_offsets.values()), default=0)
         return state
 
     def commit_offset(self, key: GroupKey, offset: GroupOffset | None) -> None:
@@ -60,6 +64,8 @@ class Metadata:
         if offset is None:
             self.group_offsets.pop(key, None)
         else:
+            self._revision += 1
+            offset = msgspec.structs.replace(offset, revision=self._revision)
             self.group_offsets[key] = offset
         self.changes.group_offsets[key] = offset
         if self._snapshot_timer is None:
@@ -84,20 +90,23 @@ class Metadata:
             self._timer.cancel()
         if self._snapshot_timer is not None:
             self._snapshot_timer.cancel()
-        stored = []
+        failed: list[Exception] = []
 
-        def finish() -> None:
+        def attempt(step: Callable[[], None]) -> None:
             try:
-                write_offsets_snapshot(self._snapshot_path, self.group_offsets)
-                if self.changes:
-                    self._database.write(self.changes)
-                self._database.close()
-                stored.append(True)
+                step()
             except (OSError, sqlite3.Error) as error:
+                failed.append(error)
                 log.error("metadata could not be stored at stop: %s", error)
 
+        def finish() -> None:
+            attempt(lambda: write_offsets_snapshot(self._snapshot_path, self.group_offsets))
+            if self.changes:
+                attempt(lambda: self._database.write(self.changes))
+            attempt(self._database.close)
+
         self._worker.submit(finish)
-        return self._worker.stop(timeout) and bool(stored)
+        return self._worker.stop(timeout) and not failed
 
     def _flush(self) -> None:
         self._timer = None

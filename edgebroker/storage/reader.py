@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgebroker.common.batch import EXPLANATION, Reason
+from edgebroker.common.errors import CorruptBatchError
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.threads import Worker
 from edgebroker.storage import files, segscan
@@ -16,7 +17,7 @@ from edgebroker.storage.index import SealedIndex, read_index, write_index
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.recovery import Hole
 from edgebroker.storage.segment import UNKNOWN_CHAIN
-from edgebroker.storage.walk import next_good_batch, walk_file, walk_start
+from edgebroker.storage.walk import Walked, next_good_batch, walk_file, walk_start
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,8 @@ class SegmentView:
     sealed_ms: int
     points: bytes | None
     max_batch: int
+    epoch: int
+    max_epoch: int
 
 
 @dataclass(slots=True)
@@ -64,34 +67,49 @@ def read_cold(view: SegmentView, offset: int, max_bytes: int, quarantine: Quaran
             points = answer.index.points
         point = segscan.floor_offset(points, offset - view.base)
         relative, position, chain, _ = point or (0, 0, max(view.base_chain, 0), 0)
-        want = max_bytes + view_margin(points, position, view.size)
-        state = walk_start(view.base + relative, chain, position=position)
-        data = bytearray()
+        state = walk_start(view.base + relative, chain, position=position, epoch=view.epoch)
         while True:
-            end = min(view.size, position + want)
-            data.clear()
-            walked = walk_file(
-                fd,
-                state,
-                end,
-                base_offset=view.base,
-                max_batch=view.max_batch,
-                limit_offset=view.end_offset,
-                on_piece=data.extend,
-            )
-            cut_off = walked.reason in (Reason.TRUNCATED, Reason.ZEROES) and end < view.size
-            if walked.next_offset > offset or not cut_off or want > max_bytes + 2 * view.max_batch:
-                break
-            want += view.max_batch
-        found = segscan.seek(data, offset)
-        if found is not None:
-            start, answer.first_offset, _ = found
-            answer.data, answer.next_offset = bytes(memoryview(data)[start:]), walked.next_offset
-            return answer
-        answer.hole = _hole(view, fd, walked.position, walked.next_offset, walked.reason, quarantine)
-        return answer
+            want = max_bytes + view_margin(points, state.position, view.size)
+            walked, data = _read_good(view, fd, state, want, offset)
+            found = segscan.seek(data, offset)
+            if found is not None:
+                start, answer.first_offset, _ = found
+                wanted = memoryview(data)[start:]
+                length, answer.next_offset = segscan.cut(wanted, max_bytes, walked.next_offset)
+                answer.data = bytes(wanted[:length])
+                return answer
+            hole, end = _damage(view, fd, walked)
+            if hole.next > offset:
+                reason = EXPLANATION.get(walked.reason, "cut off")
+                quarantine.keep(view.name, view.path, fd, walked.position, end, reason)
+                answer.hole = hole
+                return answer
+            # The damage lies between the index point and what is wanted.
+            state = walk_start(hole.next, walked.chain, position=end, epoch=walked.epoch)
     finally:
         files.close(fd)
+
+
+def _read_good(view: SegmentView, fd: int, state: Walked, want: int, offset: int) -> tuple[Walked, bytearray]:
+    """Good batches from a place on: `want` bytes, or more when the batch with `offset` is longer."""
+    data, most = bytearray(), want + 2 * view.max_batch
+    while True:
+        end = min(view.size, state.position + want)
+        data.clear()
+        walked = walk_file(
+            fd,
+            state,
+            end,
+            base_offset=view.base,
+            max_batch=view.max_batch,
+            max_epoch=view.max_epoch,
+            limit_offset=view.end_offset,
+            on_piece=data.extend,
+        )
+        cut_off = walked.reason in (Reason.TRUNCATED, Reason.ZEROES) and end < view.size
+        if walked.next_offset > offset or not cut_off or want > most:
+            return walked, data
+        want += view.max_batch
 
 
 def view_margin(points: bytes, position: int, size: int) -> int:
@@ -100,13 +118,13 @@ def view_margin(points: bytes, position: int, size: int) -> int:
     return min(64 << 10, size - position) if after is not None else size - position
 
 
-def _hole(view: SegmentView, fd: int, position: int, first: int, reason: Reason, quarantine: Quarantine) -> Hole:
-    """Find how far the damage at `position` reaches, and keep a copy of it."""
-    found = next_good_batch(fd, position, view.size, first, view.end_offset - 1, view.max_batch)
-    end = found if found >= 0 else view.size
-    following = int.from_bytes(files.read_at(fd, 8, found), "big") if found >= 0 else view.end_offset
-    quarantine.keep(view.name, view.path, fd, position, end, EXPLANATION.get(reason, "cut off"))
-    return Hole(first, following)
+def _damage(view: SegmentView, fd: int, walked: Walked) -> tuple[Hole, int]:
+    """How far the damage reaches that a walk stopped at: (offsets, position behind it)."""
+    first = walked.next_offset
+    found = next_good_batch(fd, walked.position, view.size, first, view.end_offset - 1, view.max_batch)
+    if found < 0:
+        return Hole(first, view.end_offset), view.size
+    return Hole(first, int.from_bytes(files.read_at(fd, 8, found), "big")), found
 
 
 def load_index(view: SegmentView, fd: int) -> SealedIndex:
@@ -125,25 +143,23 @@ def verify_segment(view: SegmentView, fd: int) -> tuple[SealedIndex, list[Hole]]
     The chain after a hole is not known; it goes on from where it was. An index is written only when the chain at its
     base is known.
     """
-    state = walk_start(view.base, max(view.base_chain, 0))
+    state = walk_start(view.base, max(view.base_chain, 0), epoch=view.epoch)
     damage: list[Hole] = []
     points: list[bytes] = []
     while state.next_offset < view.end_offset:
         if state.reason or state.position >= view.size:
-            found = next_good_batch(
-                fd, state.position, view.size, state.next_offset, view.end_offset - 1, view.max_batch
-            )
-            following = int.from_bytes(files.read_at(fd, 8, found), "big") if found >= 0 else view.end_offset
-            damage.append(Hole(state.next_offset, following))
-            if found < 0:
+            hole, end = _damage(view, fd, state)
+            damage.append(hole)
+            if hole.next >= view.end_offset:
                 break
-            state = state._replace(position=found, next_offset=following, reason=Reason.OK)
+            state = state._replace(position=end, next_offset=hole.next, reason=Reason.OK)
         state = walk_file(
             fd,
             state._replace(points=b""),
             view.size,
             base_offset=view.base,
             max_batch=view.max_batch,
+            max_epoch=view.max_epoch,
             limit_offset=view.end_offset,
         )
         points.append(state.points)
@@ -199,6 +215,8 @@ class Reader:
                 result = job()
             except OSError as error:
                 result = ColdRead(error=f"{error.strerror or error} ({error.filename or 'segment'})")
+            except (ValueError, CorruptBatchError) as error:
+                result = ColdRead(error=f"the segment does not fit the log any more: {error}")
             self._scheduler.call_soon_threadsafe(lambda: answer(result))
 
         limit = self._timeout if timeout is None else timeout

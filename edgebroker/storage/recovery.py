@@ -118,6 +118,9 @@ class Recovery:
             gone = segments.pop(0)
             files.remove(gone.path)
             files.remove(gone.path.with_suffix(".index"))
+        for sealed in segments[:-1]:
+            # Until an index or meta.db says more exactly: when it was last written to.
+            sealed.sealed_ms = sealed.path.stat().st_mtime_ns // 1_000_000
         for earlier, later in zip(segments, segments[1:], strict=False):
             earlier.end_offset = later.base
         if segments:
@@ -149,8 +152,10 @@ class Recovery:
             index = read_index(before.path, log_id, before.base, before.size)
             if index is not None and index.end_offset == segments[rank].base:
                 before.sealed_ms = index.sealed_ms
-                return rank, walk_start(segments[rank].base, index.end_chain)
-        return 0, walk_start(segments[0].base, self._identity.chain)
+                base = segments[rank].base
+                return rank, walk_start(base, index.end_chain, epoch=self._identity.epoch_at(base))
+        base = segments[0].base
+        return 0, walk_start(base, self._identity.chain, epoch=self._identity.epoch_at(base))
 
     def _base_chain(self, segments: list[Segment], rank: int) -> int:
         """The chain at the base of a segment, where the identity or the index before it tells."""
@@ -175,6 +180,7 @@ class Recovery:
                     segment.size,
                     base_offset=segment.base,
                     max_batch=self._max_batch,
+                    max_epoch=self._identity.epoch,
                     limit_offset=limit,
                 )
                 ended = state.position == segment.size or (limit >= 0 and state.next_offset >= limit)

@@ -31,7 +31,7 @@ from edgebroker.storage.metadata import Metadata
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.reader import ColdRead, Reader, read_cold
 from edgebroker.storage.recovery import RecoveredLog, Recovery
-from edgebroker.storage.segment import UNKNOWN_CHAIN, Segment, segment_path
+from edgebroker.storage.segment import SUFFIX, UNKNOWN_CHAIN, Segment, segment_path
 from edgebroker.storage.staging import Chunk, Stage
 from edgebroker.storage.timesearch import find_time
 
@@ -75,6 +75,8 @@ class SegmentStore:
         self._metadata = Metadata(self._path, self._scheduler, self._clock)
         self._reader = Reader(self._scheduler, self._settings.read_timeout)
         self._committer = Committer(self._scheduler, self._clock, self, interval_seconds=self._settings.commit_interval)
+        if not self._directory.was_clean:
+            log.info("no clean stop before this start: the logs are checked from their last checkpoints on")
         state = self._metadata.load()
         self._producers = state.producers
         for topic_path in sorted(self._directory.topics.iterdir()):
@@ -84,7 +86,7 @@ class SegmentStore:
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, self._committer,
             self._metadata, self._reader, self._quarantine,
         )  # fmt: skip
-        self._housekeeping.start(self._directory.was_clean)
+        self._housekeeping.start()
 
     def close(self, timeout: float) -> bool:
         """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this."""
@@ -247,7 +249,8 @@ class SegmentStore:
         def answer(result: ColdRead) -> None:
             if result.index is not None and not segment.retired:
                 log.take_index(segment, result.index, -1)
-                self._housekeeping.index_loaded(segment)
+                if segment is not log.active:
+                    self._housekeeping.index_loaded(segment)
             if result.hole is not None:
                 log.add_hole(result.hole)
                 self._housekeeping.holes_changed(log)

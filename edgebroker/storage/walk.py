@@ -5,9 +5,10 @@ Everything here may wait for the disk: it runs before the node listens, on the r
 
 import mmap
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
-from edgebroker.common.batch import HEADER_BYTES, Reason
+from edgebroker.common.batch import HEADER_BYTES, Reason, read_header
 from edgebroker.storage import files, segscan
 from edgebroker.storage.index import INTERVAL_BYTES
 from edgebroker.storage.segment import NO_TIMESTAMP
@@ -35,12 +36,14 @@ def walk_file(
     *,
     base_offset: int,
     max_batch: int,
+    max_epoch: int = (1 << 31) - 1,
     limit_offset: int = -1,
     on_piece: Callable[[memoryview], object] | None = None,
 ) -> Walked:
     """Verify batches by pread from start.position to `end`; `on_piece` sees every run of good batches.
 
-    Memory stays at one piece plus one batch. Stops early at the first bad byte or at limit_offset.
+    Memory stays at one piece plus one batch. Stops early at the first bad byte or at limit_offset. `max_epoch` is the
+    newest history of the log: the epoch lies outside of the CRC, one beyond it is damage.
     """
     state, points = start, [start.points]
     last_point = -1
@@ -55,12 +58,12 @@ def walk_file(
         else:
             piece = b""
         data = carry + piece
-        good, reason, next_offset, chain, epoch, max_timestamp, found = segscan.scan(
-            data,
-            state.next_offset,
-            state.chain,
-            state.epoch,
-            max_batch,
+        check = partial(
+            segscan.scan,
+            expected=state.next_offset,
+            chain=state.chain,
+            epoch=state.epoch,
+            max_batch=max_batch,
             base_offset=base_offset,
             base_position=state.position,
             interval=INTERVAL_BYTES,
@@ -68,6 +71,7 @@ def walk_file(
             max_timestamp=state.max_timestamp,
             limit_offset=limit_offset,
         )
+        good, reason, next_offset, chain, epoch, max_timestamp, found = _within_epoch(check, data, max_epoch)
         if on_piece is not None and good:
             on_piece(memoryview(data)[:good])
         if found:
@@ -82,7 +86,9 @@ def walk_file(
             return state._replace(points=b"".join(points))
 
 
-def walk_mapped(fd: int, size: int, start: Walked, *, base_offset: int, max_batch: int, limit_offset: int) -> Walked:
+def walk_mapped(
+    fd: int, size: int, start: Walked, *, base_offset: int, max_batch: int, max_epoch: int, limit_offset: int
+) -> Walked:
     """Verify a window of a sealed file through a mapping, from start.position on; for the background check.
 
     A page that the device cannot read raises OSError (EIO), never SIGBUS. Call again from where it stopped; it is
@@ -94,12 +100,12 @@ def walk_mapped(fd: int, size: int, start: Walked, *, base_offset: int, max_batc
         memoryview(mapped) as view,
         view[start.position : start.position + WINDOW_BYTES + max_batch] as window,
     ):
-        good, reason, next_offset, chain, epoch, max_timestamp, points = segscan.scan(
-            window,
-            start.next_offset,
-            start.chain,
-            start.epoch,
-            max_batch,
+        check = partial(
+            segscan.scan,
+            expected=start.next_offset,
+            chain=start.chain,
+            epoch=start.epoch,
+            max_batch=max_batch,
             base_offset=base_offset,
             base_position=start.position,
             interval=INTERVAL_BYTES,
@@ -107,7 +113,23 @@ def walk_mapped(fd: int, size: int, start: Walked, *, base_offset: int, max_batc
             limit_offset=limit_offset,
             guarded=True,
         )
+        good, reason, next_offset, chain, epoch, max_timestamp, points = _within_epoch(check, window, max_epoch)
     return Walked(start.position + good, Reason(reason), next_offset, chain, epoch, max_timestamp, points)
+
+
+Scanned = tuple[int, int, int, int, int, int, bytes]
+
+
+def _within_epoch(check: Callable[..., Scanned], data: bytes | memoryview, max_epoch: int) -> Scanned:
+    """Scan, and stop before a batch whose epoch no history of the log has."""
+    scanned = check(data)
+    if scanned[4] <= max_epoch:
+        return scanned
+    end = 0
+    while (header := read_header(data, end)).epoch <= max_epoch:
+        end += header.size
+    good, _, *rest = check(memoryview(data)[:end])
+    return good, Reason.BAD_EPOCH, *rest  # type: ignore[return-value]
 
 
 def walk_start(

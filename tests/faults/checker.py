@@ -96,6 +96,13 @@ class ConsumerHistory:
         if before != origin:
             self._note(f"partition {partition}, offset {offset}: {before} first, {origin} later")
 
+    def gap(self, partition: int, first: int, last: int, reason: str) -> None:
+        """The broker said that these records will never come: true only of what retention removed."""
+        if reason != "RETENTION":
+            self._note(f"partition {partition}: {first} to {last} are gone: {reason}")
+        if self.next_offset.get(partition, first) >= first:
+            self.next_offset[partition] = last + 1
+
     def acknowledged(self, partition: int, next_offset: int) -> None:
         self.acked[partition] = max(self.acked[partition], next_offset)
 
@@ -151,9 +158,9 @@ class History:
             missing.append(ack)
         return missing
 
-    def problems(self, topic: str, content: Content, *, retention: bool = False, levels: bool = True) -> list[str]:
-        """Every broken promise, in words. `levels` False: do not ask for acknowledged records (a power cut)."""
-        found = [f"acknowledged, but lost: {ack}" for ack in self.lost(topic, content)] if levels else []
+    def problems(self, topic: str, content: Content, *, retention: bool = False) -> list[str]:
+        """Every broken promise, in words. `retention`: the beginning of a partition may have been removed."""
+        found = [f"acknowledged, but lost: {ack}" for ack in self.lost(topic, content)]
         for partition, part in sorted(content.items()):
             found += [f"partition {partition}: {problem}" for problem in self._partition(part, retention)]
         for consumer in self.consumers:
@@ -165,7 +172,8 @@ class History:
         """Raise AssertionError with every broken promise; `context` (the seed) leads the message."""
         found = self.problems(topic, content, retention=retention)
         if found:
-            raise AssertionError(f"{context}: {len(found)} problems\n" + "\n".join(found[:SHOWN]))
+            lost = f"{len(self.lost(topic, content))} of {len(self.acks)} acknowledged records lost"
+            raise AssertionError(f"{context}: {lost}, {len(found)} problems\n" + "\n".join(found[:SHOWN]))
 
     def _partition(self, part: PartitionContent, retention: bool) -> Iterable[str]:
         if part.log_start and not retention:
@@ -202,9 +210,13 @@ def _seen_otherwise(consumer: ConsumerHistory, content: Content) -> Iterable[str
 
 def check_groups(broker: BrokerProcess, history: History, topic: str, content: Content, context: object = "") -> None:
     """Group offsets: not before what was confirmed, not ahead of what was acknowledged nor of the durable end."""
-    wrong = []
+    wrong: list[str] = []
     for consumer in history.consumers:
-        lines = call(broker.admin, "GET", f"/v1/groups/{consumer.group}")["partitions"] if consumer.acked else []
+        groups = call(broker.admin, "GET", "/v1/groups")["groups"]
+        lines = [line for group in groups if group["name"] == consumer.group for line in group["partitions"]]
+        known = {line["partition"] for line in lines if line["topic"] == topic}
+        gone = [partition for partition, end in consumer.stored.items() if end and partition not in known]
+        wrong += [f"{consumer.group}: its place in partitions {gone} is gone"] if gone else []
         for line in lines:
             partition, committed = line["partition"], line["committed"]
             if line["topic"] != topic or committed < 0:
@@ -217,14 +229,15 @@ def check_groups(broker: BrokerProcess, history: History, topic: str, content: C
 
 def read_back(broker: BrokerProcess, topic: str, seconds: float = 30.0) -> Content:
     """Everything of a topic, through a consumer of its own. Raises TimeoutError when it does not come."""
-    described = call(broker.admin, "GET", f"/v1/topics/{topic}")["partitions"]
-    ends = {line["partition"]: line["durable_end"] for line in described}
-    starts = {line["partition"]: line["log_start"] for line in described}
+    def describe(key: str) -> dict[int, int]:
+        return {line["partition"]: line[key] for line in call(broker.admin, "GET", f"/v1/topics/{topic}")["partitions"]}
+
+    ends, starts = describe("durable_end"), describe("log_start")
     records: dict[int, list[tuple[int, bytes]]] = {partition: [] for partition in ends}
     missing = {partition for partition, end in ends.items() if end > starts[partition]}
     clock = SystemClock()
     deadline = clock.monotonic() + seconds
-    with Consumer(broker.server, [topic], start="earliest", auto_ack=False) as consumer:
+    with Consumer(broker.server, [topic], start="earliest", auto_ack=False, on_gap=lambda gap: None) as consumer:
         while missing:
             if clock.monotonic() > deadline:
                 raise TimeoutError(f"{topic}: partitions {sorted(missing)} did not come to their end {ends}")
@@ -235,9 +248,10 @@ def read_back(broker: BrokerProcess, topic: str, seconds: float = 30.0) -> Conte
                     missing.discard(record.partition)
             if batch_of_records:
                 consumer.ack(batch_of_records[-1])
-    # Writers may be at work: what came after the question does not count.
+    # Writers and retention may be at work: what came or went after the question does not count.
+    starts = describe("log_start")
     for partition, found in records.items():
-        records[partition] = [pair for pair in found if pair[0] < ends[partition]]
+        records[partition] = [pair for pair in found if starts[partition] <= pair[0] < ends[partition]]
     return {p: PartitionContent(starts[p], ends[p], records[p]) for p in ends}
 
 

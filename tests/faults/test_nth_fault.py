@@ -7,11 +7,9 @@ in the middle of any call: the next start finds everything. EB_FAULTS_FULL=1 tak
 
 import os
 import random
-import socket
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -22,8 +20,8 @@ from edgebroker.network.consumer import Consumer
 from edgebroker.network.producer import Producer, Sent
 
 from . import shim
-from .checker import Ack, ConsumerHistory, History, check_groups, read_back, value_of
-from .traffic import SETTINGS, until
+from .checker import ConsumerHistory, History, check_groups, read_back
+from .traffic import SETTINGS, send_value, until
 
 pytestmark = [pytest.mark.skipif(not shim.available(), reason="needs Linux and gcc"), pytest.mark.slow]
 
@@ -35,16 +33,7 @@ REFUSALS = {"DISK_FULL", "READ_ONLY"}
 ERRORS = ("ENOSPC", "EIO", "EROFS", "EDQUOT")
 OPS = ("write", "pwrite", "sync", "fallocate", "ftruncate", "open", "rename", "unlink", "mkdir")
 CLIENT_SECONDS = 20.0
-
-
-class Fault(NamedTuple):
-    """One run: rule and whether it is in force from the first start on or switched on under way."""
-
-    rule: str
-
-    @property
-    def error(self) -> str:
-        return self.rule.rpartition(":")[2]
+RESUME_SECONDS = 5.0 + 2.0
 
 
 class Run:
@@ -78,24 +67,18 @@ class Run:
         codes: set[str] = set()
         for _ in range(waves * 8):
             n, self.n = self.n, self.n + 1
-            self.history.sending("p", n)
-            value = value_of("p", n, (300, 9000, 40, 15000)[n % 4])
-            sent = producer.send(TOPIC, value, partition=n // 2 % PARTITIONS)
-            sent.add_done_callback(lambda sent, n=n: self._answered(sent, n))
+            size = (300, 9000, 40, 15000)[n % 4]
+            sent = send_value(self.history, producer, TOPIC, n // 2 % PARTITIONS, "p", n, size)
             if n % 3 == 0 and not codes:
                 codes |= self._outcome(producer, sent)
         return codes
-
-    def _answered(self, sent: Sent, n: int) -> None:
-        if sent.exception(0) is None:
-            self.history.acknowledged(Ack(TOPIC, sent.partition, sent.result(0), "p", n, "durable"))
 
     def _outcome(self, producer: Producer, sent: Sent) -> set[str]:
         """Wait for an answer, or until the producer was told that it is to try again later."""
         seen: set[str] = set()
 
         def told() -> bool:
-            error = producer.last_error
+            error = producer._last_error
             if isinstance(error, AnswerError):
                 seen.add(error.code.name)
             return sent.done() or bool(seen & REFUSALS) or not self.alive()
@@ -138,3 +121,145 @@ class Run:
             assert clean.stop() == 0, self.context
         finally:
             clean.kill()
+
+
+def workload(run: Run) -> set[str]:
+    """Topic, publishing with rolls, consuming, retention, a clean stop; the codes of refusals seen."""
+    codes: set[str] = set()
+    with Producer(run.broker.server, client_id="p", timeout=CLIENT_SECONDS) as producer:
+        try:
+            refusal = run.create()
+            if refusal and run.alive():
+                until(lambda: run.create() == "" or not run.alive(), RESUME_SECONDS, f"a topic is made ({run.context})")
+            for _ in range(2):
+                codes |= run.publish(producer, 3)
+            if codes <= {"DISK_FULL"}:
+                producer.flush(RESUME_SECONDS)
+            if run.alive():
+                run.consume()
+                until(lambda: retained(run) or bool(codes), 4.0, f"retention ({run.context})")
+        except (EdgeBrokerError, TimeoutError):
+            # A node that died on purpose, or one that is read-only, accepts nothing more.
+            if run.alive() and not read_only(run):
+                raise
+        finally:
+            producer.close(0.0)
+    return codes
+
+
+def read_only(run: Run) -> bool:
+    return "read_only" in call(run.broker.admin, "GET", "/v1/node")["problems"]
+
+
+def retained(run: Run) -> bool:
+    return bool(call(run.broker.admin, "GET", "/v1/node")["storage"]["removed_segments"])
+
+
+def one_fault(path: Path, rule: str, *, dies: bool = False) -> None:
+    """A run with one rule, then a start without it and the check."""
+    run = Run(path, [rule])
+    try:
+        try:
+            run.broker.start()
+        except EdgeBrokerError:
+            assert run.broker.process is not None
+            code = run.broker.process.returncode
+            assert dies or code in (1, 2, 75), f"exit code {code} ({run.context})"
+        else:
+            codes = workload(run)
+            assert codes <= REFUSALS, f"{codes} ({run.context})"
+            if run.alive():
+                assert run.broker.stop() in (0, 1), run.context
+            elif not dies:
+                raise AssertionError(f"the broker died ({run.context})")
+        run.verify()
+    finally:
+        run.broker.kill()
+
+
+def sample(rng: random.Random, points: int) -> Iterable[int]:
+    return range(1, points + 1) if FULL else [rng.randint(1, points)]
+
+
+def in_parallel(jobs: list[Callable[[], None]]) -> None:
+    """Mostly waiting for two processes: some at a time."""
+    with ThreadPoolExecutor(6) as pool:
+        errors = [error for error in (future.exception() for future in [pool.submit(job) for job in jobs]) if error]
+    if errors:
+        shown = "\n".join(f"{type(error).__name__}: {error}" for error in errors)
+        raise AssertionError(f"{len(errors)} of {len(jobs)} runs failed:\n{shown}") from errors[0]
+
+
+@pytest.fixture(scope="module")
+def points(tmp_path_factory: pytest.TempPathFactory) -> dict[str, int]:
+    """How many calls of each kind the workload makes when nothing fails."""
+    path = tmp_path_factory.mktemp("count")
+    run = Run(path, [])
+    with run.broker:
+        assert workload(run) == set()
+    found = shim.count_points(run.count)
+    found["sync"] = sum(found[op] for op in ("fsync", "fdatasync", "syncfs"))
+    run.verify()
+    assert all(found[op] for op in OPS), found
+    return dict(found)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_a_call_that_fails(tmp_path: Path, points: dict[str, int], error: str) -> None:
+    rng = random.Random(f"{SEED} {error}")
+    jobs: list[Callable[[], None]] = []
+    for op in OPS if FULL or error in ("ENOSPC", "EIO") else rng.sample(OPS, 5):
+        for n in sample(rng, points[op]):
+            path = tmp_path / f"{op}-{n}"
+            path.mkdir()
+            jobs.append(lambda path=path, op=op, n=n: one_fault(path, f"{op}::{n}:{error}"))  # type: ignore[misc]
+    in_parallel(jobs)
+
+
+def test_a_kill_or_a_torn_write_in_a_call(tmp_path: Path, points: dict[str, int]) -> None:
+    rng = random.Random(f"{SEED} kill")
+    kinds = [(op, "kill") for op in OPS] + [("pwrite", "torn=700"), ("write", "torn=9"), ("rename", "kill_after")]
+    jobs: list[Callable[[], None]] = []
+    for op, action in kinds:
+        for n in sample(rng, points[op]):
+            path = tmp_path / f"{op}-{action}-{n}"
+            path.mkdir()
+            jobs.append(lambda path=path, rule=f"{op}::{n}:{action}": one_fault(path, rule, dies=True))  # type: ignore[misc]
+    in_parallel(jobs)
+
+
+@pytest.mark.parametrize("rule", ["pwrite:.log$:*:short=1000", "write::*:short=7", "pwrite:.log$:3:short=1"])
+def test_short_writes_change_nothing(tmp_path: Path, rule: str) -> None:
+    run = Run(tmp_path, [rule])
+    with run.broker:
+        assert workload(run) == set()
+    run.verify()
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_every_call_fails_for_a_while(tmp_path: Path, error: str) -> None:
+    """Reads go on meanwhile; after a full disk writing resumes by itself, after the others at the latest restarted."""
+    run = Run(tmp_path, [f"{op}::*:{error}" for op in OPS], switched=True)
+    run.broker.start()
+    try:
+        with Producer(run.broker.server, client_id="p", timeout=60.0) as producer:
+            assert run.create() == ""
+            assert run.publish(producer, 2) == set()
+            producer.flush(CLIENT_SECONDS)
+            run.switch.touch()
+            codes = run.publish(producer, 3)
+            assert codes & REFUSALS, f"{codes} ({run.context})"
+            run.consume()
+            call(run.broker.admin, "GET", "/healthz")
+            assert run.alive()
+            run.switch.unlink()
+            if error in ("ENOSPC", "EDQUOT"):
+                # The producer asks again after at most two seconds.
+                producer.flush(RESUME_SECONDS)
+                assert not read_only(run), run.context
+            else:
+                producer.close(0.0)
+        assert run.alive()
+        run.verify()
+    finally:
+        run.broker.kill()

@@ -1,9 +1,10 @@
 """Clients at work while faults happen: writers and a follower in threads, and a broker whose faults can be switched.
 
-    with Traffic(broker, history, "orders", seed=1) as traffic:
-        traffic.wait(lambda: len(history.acks) > 100)
-        broker.kill(), broker.start()
-    traffic.drain()     # everything acknowledged and followed to the end
+with Traffic(broker, history, "orders", seed=1) as traffic:
+    traffic.acked(100)
+    broker.kill()
+    broker.start()
+    traffic.drain()  # everything acknowledged and followed to the end
 """
 
 import logging
@@ -46,6 +47,28 @@ def until(condition: Callable[[], bool], seconds: float, what: str) -> float:
     return CLOCK.monotonic() - begun
 
 
+def pass_time(seconds: float) -> None:
+    """Let the others work for a while."""
+    due = CLOCK.monotonic() + seconds
+    until(lambda: CLOCK.monotonic() >= due, seconds + 10.0, "time passes")
+
+
+def send_value(history: History, producer: Producer, topic: str, partition: int, name: str, n: int, size: int) -> Sent:
+    """Send value number n of a producer; its answer goes into the history."""
+
+    def answered(sent: Sent) -> None:
+        error = sent.exception(0)
+        if error is not None:
+            history.failed(error)
+        else:
+            history.acknowledged(Ack(topic, partition, sent.result(0), name, n, "durable"))
+
+    history.sending(name, n)
+    sent = producer.send(topic, value_of(name, n, size), partition=partition)
+    sent.add_done_callback(answered)
+    return sent
+
+
 class Writer:
     """A thread that publishes unique values in small bursts and notes every answer."""
 
@@ -59,11 +82,10 @@ class Writer:
         seed: int,
         pause: float = 0.004,
         sizes: tuple[int, int] = (24, 600),
-        level: str = "durable",
     ) -> None:
-        self._history, self._name, self._topic, self._level = history, name, topic, level
+        self._history, self._name, self._topic = history, name, topic
         self._rng, self._pause, self._sizes = random.Random(seed), pause, sizes
-        self._producer = Producer(server, ack=level, client_id=f"writer-{name}", batch_records=20, timeout=90.0)
+        self._producer = Producer(server, client_id=f"writer-{name}", batch_records=20, timeout=90.0)
         self._stop = threading.Event()
         self.n = history.sent[name]
         self.error: BaseException | None = None
@@ -82,22 +104,9 @@ class Writer:
             self.error = error
 
     def _send(self) -> Sent:
-        n, partition = self.n, self._rng.randrange(PARTITIONS)
+        n, partition, size = self.n, self._rng.randrange(PARTITIONS), self._rng.randint(*self._sizes)
         self.n += 1
-        self._history.sending(self._name, n)
-        sent = self._producer.send(
-            self._topic, value_of(self._name, n, self._rng.randint(*self._sizes)), partition=partition
-        )
-        sent.add_done_callback(lambda sent: self._answered(sent, n))
-        return sent
-
-    def _answered(self, sent: Sent, n: int) -> None:
-        error = sent.exception(0)
-        if error is not None:
-            self._history.failed(error)
-            return
-        ack = Ack(sent.topic, sent.partition, sent.result(0), self._name, n, self._level)
-        self._history.acknowledged(ack)
+        return send_value(self._history, self._producer, self._topic, partition, self._name, n, size)
 
     def stop(self, timeout: float = 30.0) -> None:
         """No more sends; wait for the answers to what was sent."""
@@ -120,7 +129,14 @@ class Follower:
     def __init__(self, history: ConsumerHistory, server: str, topic: str, *, seed: int) -> None:
         self.history = history
         self._rng = random.Random(seed)
-        self._consumer = Consumer(server, [topic], history.group, auto_ack=False, client_id=f"c-{history.group}")
+        self._consumer = Consumer(
+            server,
+            [topic],
+            history.group,
+            auto_ack=False,
+            client_id=f"c-{history.group}",
+            on_gap=lambda gap: history.gap(gap.partition, gap.first, gap.last, gap.reason),
+        )
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -183,13 +199,18 @@ class Traffic:
         for writer in self.writers:
             writer.stop()
         parts = call(self._broker.admin, "GET", f"/v1/topics/{self._topic}")["partitions"]
-        seen = self.follower.history.next_offset
-        until(
-            lambda: all(seen.get(p["partition"], p["log_start"]) >= p["durable_end"] for p in parts)
-            or bool(self.follower.history.problems),
-            20.0,
-            "the follower comes to the end",
-        )
+        ends = {part["partition"]: part["durable_end"] for part in parts if part["durable_end"] > part["log_start"]}
+        history = self.follower.history
+
+        def behind() -> dict[int, tuple[int | None, int]]:
+            seen = history.next_offset
+            return {p: (seen.get(p), end) for p, end in ends.items() if seen.get(p, -1) < end}
+
+        try:
+            until(lambda: not behind() or bool(history.problems), 20.0, "the follower comes to the end")
+        except TimeoutError as error:
+            groups = call(self._broker.admin, "GET", f"/v1/groups/{history.group}")
+            raise TimeoutError(f"{error}: {behind()}, {groups}") from None
         self.follower.stop()
 
     def __enter__(self) -> "Traffic":

@@ -1,0 +1,176 @@
+"""Memory, disk wear, many topics, look-ups: what a node costs, not how fast it is."""
+
+from __future__ import annotations
+
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import psutil
+
+from benchmarks.node import DIRECTORY, running
+from benchmarks.rows import DURABLE, Row, fill, scaled
+from edgebroker.cli import rawclient
+from edgebroker.cli.adminclient import call
+from edgebroker.cli.disk import percentile
+from edgebroker.common import batch
+from edgebroker.common.clock import SystemClock
+from edgebroker.network import frames
+from edgebroker.network.loop import Loop
+from edgebroker.network.producer import Producer
+from edgebroker.storage import files, segscan
+from edgebroker.storage.log import Extent, PartitionLog
+
+
+def memory(pinned: bool) -> list[Row]:
+    rows = []
+    with running(pinned=pinned) as node:
+        time.sleep(2.0)
+        idle, anonymous = node.memory()
+        rows.append(
+            Row("memory, idle", f"{idle:.0f} MiB resident, {anonymous:.0f} anonymous", "", idle, "32 MiB", idle <= 32)
+        )
+        count = fill(node, 1_000_000_000)
+        rawclient.consume(node.host, node.port, b"fill", b"drain", count, 0, b"drain")
+        time.sleep(3.0)
+        _, after = node.memory()
+        rows.append(
+            Row("anonymous memory after 1 GB in and out", f"+{after - anonymous:.1f} MiB", "idle", after - anonymous,
+                "+4 MiB", after - anonymous <= 4)
+        )  # fmt: skip
+    with running(pinned=pinned) as node:
+        sockets = []
+        for number in range(10_000):
+            sock = socket.create_connection((node.host.decode(), node.port))
+            connect = frames.Connect(frames.PROTOCOL_VERSION, 0, f"idle-{number}", b"", -1, -1, [])
+            sock.sendall(frames.write_connect(1, connect))
+            sockets.append(sock)
+        for sock in sockets:
+            sock.recv(4096)
+        time.sleep(2.0)
+        resident, _ = node.memory()
+        rows.append(
+            Row("memory with 10,000 idle connections", f"{resident:.0f} MiB", "", resident, "48 MiB", resident <= 48)
+        )
+        for sock in sockets:
+            sock.close()
+    return rows
+
+
+def many_topics(pinned: bool) -> list[Row]:
+    """64 topics with 50 records a second each, pushes timed on one of them."""
+    with running(pinned=pinned) as node:
+        rawclient.one_by_one(node.host, node.port, b"one", 1, 128, DURABLE, b"make")
+        count = scaled(500)
+        alone = percentile(
+            rawclient.push(node.host, node.port, b"one", b"g0", count, 128, 50.0, DURABLE, b"alone"), 0.99
+        )
+        before, _ = node.memory()
+        ended = threading.Event()
+        load = threading.Thread(target=_publish_to_many, args=(node.server, ended))
+        load.start()
+        time.sleep(1.0)
+        among = percentile(
+            rawclient.push(node.host, node.port, b"one", b"g1", count, 128, 50.0, DURABLE, b"among"), 0.99
+        )
+        resident, _ = node.memory()
+        topics = call(node.process.admin, "GET", "/v1/topics")["topics"]
+        data = sum(part["bytes"] for topic in topics for part in topic["partitions"])
+        used = sum(path.stat().st_blocks * 512 for path in node.process.directory.rglob("*.log"))
+        ended.set()
+        load.join()
+    return [
+        Row("64 topics x 50/s: push p99", f"{among * 1e6:.0f} us", f"one topic {alone * 1e6:.0f} us", among / alone, "3 x",
+            among / alone <= 3),
+        Row("64 topics: memory", f"+{resident - before:.1f} MiB", "one topic", resident - before, "+8 MiB",
+            resident - before <= 8),
+        Row("64 topics: disk beyond the data", f"{(used - data) / 2**20:.0f} MiB", "", (used - data) / 2**20, "64 MiB",
+            used - data <= 64 << 20),
+    ]  # fmt: skip
+
+
+def _publish_to_many(server: str, ended: threading.Event) -> None:
+    value = b"x" * 128
+    with Producer(server) as producer:
+        while not ended.is_set():
+            began = time.monotonic()
+            for number in range(63):
+                producer.send(f"many-{number}", value)
+            time.sleep(max(0.0, 0.02 - (time.monotonic() - began)))
+
+
+def wear(pinned: bool) -> list[Row]:
+    """Device bytes written for each payload byte; the whole device is counted, so the machine should be quiet."""
+    rows = []
+    for interval in (0, 20):
+        for rate in (1, 100, 1000):
+            settings = {"EDGEBROKER_STORAGE_COMMIT_INTERVAL_MS": str(interval)}
+            with running(pinned=pinned, settings=settings) as node, Producer(node.server) as producer:
+                producer.send("wear", b"x").result(10.0)
+                time.sleep(0.5)
+                count = max(5, int(rate * 10))
+                before = _device_bytes()
+                began = time.monotonic()
+                for number in range(count):
+                    time.sleep(max(0.0, began + number / rate - time.monotonic()))
+                    producer.send("wear", b"x" * 128)
+                producer.flush()
+                written = _device_bytes() - before
+            ratio = written / (count * 128)
+            rows.append(
+                Row(f"disk wear at {rate}/s, commit interval {interval} ms", f"{written / count / 1024:.1f} KiB a record",
+                    "device bytes per payload byte", ratio, "reported", True)
+            )  # fmt: skip
+    return rows
+
+
+def _device_bytes() -> int:
+    counters = psutil.disk_io_counters()
+    assert counters is not None
+    return int(counters.write_bytes)
+
+
+def lookups(pinned: bool) -> list[Row]:
+    """Look-ups by offset in active and sealed segments, and sequential reading, on the store itself."""
+    from tests.support import StoreHarness
+
+    with tempfile.TemporaryDirectory(dir=DIRECTORY) as directory:
+        harness = StoreHarness(Path(directory), clock=SystemClock(), loop=Loop(SystemClock()), segment_bytes=64 << 20)
+        records = scaled(1_000_000)
+        encoded = batch.encode([(None, b"x" * 128, 1)] * 100)
+        log = harness.fill("t", encoded, records // 100)
+        rows = []
+        for name, segment in (("sealed", log.segments[0]), ("active", log.active)):
+            low, high = segment.base, min(segment.end_offset, log.durable_end)
+            times = []
+            for number in range(5000):
+                offset = low + (number * 7919) % (high - low)
+                began = time.perf_counter()
+                _look_up(log, offset)
+                times.append(time.perf_counter() - began)
+            p99 = percentile(times, 0.99) * 1000
+            rows.append(Row(f"look-up by offset, {name}, p99", f"{p99:.3f} ms", "", p99, "0.2 ms", p99 < 0.2))
+            began, offset, seen = time.perf_counter(), low, 0
+            while offset < high:
+                found = log.find(offset, 1 << 20, 1 << 30)
+                assert isinstance(found, Extent)
+                data = files.read_at(found.segment.fd, found.length, found.position)
+                seen += len(batch.decode(data, first=offset))
+                offset = found.next_offset
+            speed = seen / (time.perf_counter() - began) / 1e6
+            rows.append(Row(f"sequential read, {name}", f"{speed:.1f} M records/s", "", speed, "2 M/s", speed >= 2))
+        harness.close()
+    return rows
+
+
+def _look_up(log: PartitionLog, offset: int) -> int:
+    """The position of the batch that holds an offset."""
+    found = log.find(offset, 16 << 10, 1 << 30)
+    assert isinstance(found, Extent), found
+    head = files.read_cached(found.segment.fd, found.length, found.position)
+    assert head is not None
+    place = segscan.seek(head, offset)
+    assert place is not None
+    return found.position + place[0]
