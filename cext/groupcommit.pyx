@@ -21,10 +21,22 @@ cdef extern from "<unistd.h>" nogil:
     int fdatasync(int fd)
     int syncfs(int fd)
     int close(int fd)
+cdef extern from "<sys/utsname.h>" nogil:
+    struct utsname:
+        char release[65]
+    int uname(utsname *name)
+cdef extern from "<stdio.h>" nogil:
+    int sscanf(const char *text, const char *layout, ...)
 cdef extern from "<fcntl.h>" nogil:
     int fallocate(int fd, int mode, int64_t offset, int64_t length)
     enum:
         FALLOC_FL_KEEP_SIZE
+
+cdef extern from *:
+    int __ATOMIC_ACQUIRE
+    int __ATOMIC_RELEASE
+    int __atomic_load_n(int *address, int order) nogil
+    void __atomic_store_n(int *address, int value, int order) nogil
 
 cdef enum:
     # From this many dirty files on, one syncfs is cheaper than a sync of each.
@@ -70,19 +82,29 @@ cdef int _write_all(Write *job) noexcept nogil:
     return 0
 
 
+cdef int syncfs_reports_errors() noexcept:
+    """Linux tells of a failed write-back or journal commit by syncfs only since 5.17."""
+    cdef utsname name
+    cdef int major = 0, minor = 0
+    if uname(&name) or sscanf(name.release, "%d.%d", &major, &minor) != 2:
+        return 0
+    return major > 5 or (major == 5 and minor >= 17)
+
+
 cdef class GroupCommit:
     """Submit from the loop thread, run() on the commit thread."""
     cdef readonly int wake_fd, done_fd
     cdef Write *writes
     cdef size_t count
-    cdef int sync, announce_written
-    cdef volatile int state, called
+    cdef int sync, announce_written, syncfs_reports
+    cdef int state, called
     cdef int64_t started_ns, written_ns, synced_ns
     cdef object keep
 
     def __cinit__(self):
         self.wake_fd = eventfd(0, EFD_CLOEXEC)
         self.done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)
+        self.syncfs_reports = syncfs_reports_errors()
         if self.wake_fd < 0 or self.done_fd < 0:
             raise OSError(errno, "cannot make an eventfd")
 
@@ -124,7 +146,7 @@ cdef class GroupCommit:
         self.sync, self.announce_written = sync, announce_written
         self.keep = jobs
         self.started_ns = _now_ns()
-        self.state = WRITING
+        __atomic_store_n(&self.state, WRITING, __ATOMIC_RELEASE)
         _signal(self.wake_fd)
 
     def call(self):
@@ -146,7 +168,7 @@ cdef class GroupCommit:
         while read(self.wake_fd, &count, 8) < 0:
             if errno != EINTR:
                 return False
-        return self.state == WRITING
+        return __atomic_load_n(&self.state, __ATOMIC_ACQUIRE) == WRITING
 
     cdef void _work(self) noexcept nogil:
         cdef size_t i
@@ -155,10 +177,10 @@ cdef class GroupCommit:
             self.writes[i].write_error = _write_all(&self.writes[i])
         self.written_ns = _now_ns()
         if self.announce_written:
-            self.state = WRITTEN
+            __atomic_store_n(&self.state, WRITTEN, __ATOMIC_RELEASE)
             _signal(self.done_fd)
         if self.sync:
-            if self.count > SYNCFS_ABOVE:
+            if self.count > SYNCFS_ABOVE and self.syncfs_reports:
                 error = errno if syncfs(self.writes[0].fd) < 0 else 0
                 for i in range(self.count):
                     self.writes[i].sync_error = error
@@ -167,7 +189,7 @@ cdef class GroupCommit:
                     if self.writes[i].write_error == 0 and fdatasync(self.writes[i].fd) < 0:
                         self.writes[i].sync_error = errno
         self.synced_ns = _now_ns()
-        self.state = DONE
+        __atomic_store_n(&self.state, DONE, __ATOMIC_RELEASE)
         _signal(self.done_fd)
 
     def collect(self):
@@ -176,8 +198,10 @@ cdef class GroupCommit:
         With done False only the writes are over (announce_written was asked); call again after the next signal.
         """
         cdef uint64_t count
-        cdef int state = self.state
+        cdef int state
+        # First empty the eventfd, then look: the other order would swallow a signal that comes in between.
         read(self.done_fd, &count, 8)
+        state = __atomic_load_n(&self.state, __ATOMIC_ACQUIRE)
         if state != WRITTEN and state != DONE:
             return None
         errors = [(self.writes[i].write_error, self.writes[i].sync_error) for i in range(self.count)]

@@ -179,10 +179,10 @@ cdef class Window:
             self.advance()
         return self.used > 0
 
-    cdef Entry *find(self, int32_t sequence) noexcept:
-        """The entry that begins with a sequence: sequences in the ring are contiguous and may wrap once."""
+    cdef Entry *find(self, int32_t sequence, size_t limit) noexcept:
+        """The entry of the last `limit` that begins with a sequence: sequences are contiguous and may wrap once."""
         cdef uint32_t oldest, wanted
-        cdef size_t low = 0, high = self.used, middle
+        cdef size_t low = self.used - min(self.used, limit), high = self.used, middle
         if self.used == 0:
             return NULL
         oldest = <uint32_t>self.at(0).sequence
@@ -270,7 +270,7 @@ cdef class Stage:
             return CODE_OK if batch.base_sequence == 0 else CODE_OUT_OF_ORDER
         if batch.base_sequence == window.next_sequence:
             return CODE_OK
-        entry = window.find(batch.base_sequence)
+        entry = window.find(batch.base_sequence, self.window)
         if entry != NULL and entry.count == batch.count and entry.crc == batch.crc:
             duplicate_of[0] = entry.offset
             return CODE_OK
@@ -506,6 +506,7 @@ cdef class Stage:
                 entry = window.at(i)
                 if entry.offset < below:
                     packed += (<const char *>entry)[:sizeof(Entry)]
+            packed = packed[max(0, len(packed) - <Py_ssize_t>(self.window * sizeof(Entry))):]
             if packed:
                 found.append((producer_id, window.epoch, window.last_seen, bytes(packed)))
         return found

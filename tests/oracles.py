@@ -308,15 +308,15 @@ class StageModel:
     window: int
     log: list[Sent] = field(default_factory=list)
 
-    def recent(self, producer_id: int) -> list[Sent]:
-        """The batches of a producer's latest epoch, at most as many as the window holds."""
+    def recent(self, producer_id: int, below: int = 1 << 62) -> list[Sent]:
+        """The batches of a producer's latest epoch below an offset, at most as many as the window holds."""
         found: list[Sent] = []
         for sent in self.log:
             if sent.header.producer_id == producer_id:
                 if found and found[-1].header.producer_epoch != sent.header.producer_epoch:
                     found = []
                 found.append(sent)
-        return found[-self.window :]
+        return [sent for sent in found if sent.offset < below][-self.window :]
 
     def admit(self, header: Header) -> tuple[Code, int]:
         """(code, offset of the earlier copy or -1)."""

@@ -148,8 +148,12 @@ class Harness:
         self.clock = clock or ManualClock()
         self.listener = Listener()
         self.loop = Loop(self.clock)
-        self.engine: Engine = self.make_engine()
-        self.engine.open(self.listener)
+        try:
+            self.engine: Engine = self.make_engine()
+            self.engine.open(self.listener)
+        except BaseException:
+            self.loop.close()
+            raise
 
     def make_engine(self) -> Engine:
         return MemoryEngine(self.loop, self.clock, max_batch=MAX, max_record=MAX, window=20)
@@ -296,8 +300,12 @@ class StoreHarness(Harness):
         assert not self.is_open
         self.settings = settings or self.settings
         self.listener, self.loop = Listener(), Loop(self.clock)
-        self.engine = self.make_engine()
-        self.engine.open(self.listener)
+        try:
+            self.engine = self.make_engine()
+            self.engine.open(self.listener)
+        except BaseException:
+            self.loop.close()
+            raise
         self.is_open = True
 
     def close(self) -> bool:

@@ -47,7 +47,7 @@ def committed(broker: RunningBroker, group: str, partition: int = 0) -> int:
 
 def test_iterating_acknowledges_what_was_handled(broker: RunningBroker) -> None:
     fill(broker, 10, each=5)
-    with broker.consumer(["t"], "g") as consumer:
+    with broker.consumer(["t"], "g", window_records=5) as consumer:
         found = iter(consumer)
         assert [next(found).offset for _ in range(6)] == [0, 1, 2, 3, 4, 5]
         consumer.commit(SECONDS)

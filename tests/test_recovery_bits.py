@@ -37,9 +37,10 @@ class Shelf(Quarantine):
         super().__init__(Path("/nowhere"), ManualClock())
         self.kept: list[Kept] = []
 
-    def keep(self, name: str, segment: Path, fd: int, start: int, end: int, reason: str) -> None:
+    def keep(self, name: str, segment: Path, fd: int, start: int, end: int, reason: str) -> int:
         assert reason
         self.kept.append(Kept(start, files.read_at(fd, end - start, start)))
+        return end - start
 
 
 @dataclass

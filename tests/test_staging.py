@@ -144,7 +144,7 @@ class Twin:
     def expected_dump(self, below: int) -> dict[int, tuple[int, list[tuple[int, ...]]]]:
         found = {}
         for producer in {s.header.producer_id for s in self.model.log} - {-1}:
-            known = [s for s in self.model.recent(producer) if s.offset < below]
+            known = self.model.recent(producer, below)
             rows = [(s.offset, s.header.base_sequence, s.header.count, s.header.crc) for s in known]
             if rows:
                 found[producer] = (known[-1].header.producer_epoch, rows)

@@ -88,7 +88,11 @@ class Admin:
             "uptime_seconds": round(broker.clock.monotonic() - broker.started_at, 3),
             "connections": len(broker.sessions),
             "problems": broker.engine.problems(),
-            "loop": {"turns": broker.loop.turns, "slow_callbacks": broker.loop.slow_callbacks},
+            "loop": {
+                "turns": broker.loop.turns,
+                "slow_callbacks": broker.loop.slow_callbacks,
+                "failed_callbacks": broker.loop.failed_callbacks,
+            },
             "publish_waiting_bytes": broker.publishing.waiting_bytes,
             "counters": broker.metrics.snapshot(),
             "storage": broker.engine.describe(),

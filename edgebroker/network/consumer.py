@@ -69,14 +69,33 @@ def parse_from(value: From) -> tuple[Start, int]:
 class _Place:
     """Where this consumer stands in one partition."""
 
-    __slots__ = ("acked", "epoch", "expected", "generation", "lease", "log_id", "next_offset", "old_lease", "wanted")
+    __slots__ = (
+        "acked",
+        "awaiting",
+        "epoch",
+        "expected",
+        "generation",
+        "lease",
+        "log_id",
+        "next_offset",
+        "passed",
+        "wanted",
+    )
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
         self.log_id = frames.NO_LOG_ID
         self.epoch = self.generation = self.lease = 0
         self.acked = self.next_offset = self.expected = -1
-        self.old_lease = -1
+        # What comes before the answer to this SUBSCRIBE belongs to an earlier one (-1: it is not sent yet).
+        self.awaiting = 0
+        # Ranges without a record for the handler, acknowledged together with the last record before them.
+        self.passed: deque[tuple[int, int]] = deque()
+
+    def start_over(self, wanted: Wanted) -> None:
+        """Nothing that was pushed so far counts any more."""
+        self.wanted, self.acked, self.next_offset = wanted, -1, -1
+        self.lease, self.awaiting, self.passed = 0, -1, deque()
 
 
 @dataclass(slots=True)
@@ -133,6 +152,7 @@ class Consumer:
         self._arrived: deque[_Arrived | EdgeBrokerError] = deque()
         self._ready = threading.Condition()
         self._resuming = False
+        self._handing: list[Record] = []
         self._closed = False
         self._up_since: float | None = None
         self._down_since: float | None = None
@@ -163,13 +183,14 @@ class Consumer:
             yield from self._one_by_one(records)
 
     def _one_by_one(self, records: list[Record]) -> Iterator[Record]:
-        if not self._auto_ack:
-            yield from records
-            return
         for start in range(0, len(records), AUTO_ACK_RECORDS):
-            piece = records[start : start + AUTO_ACK_RECORDS]
+            piece = self._handing = records[start : start + AUTO_ACK_RECORDS]
+            last = piece[-1]
             yield from piece
-            self.ack(piece[-1])
+            if not piece:
+                return  # seek() took the rest back
+            if self._auto_ack:
+                self.ack(last)
 
     def poll(self, timeout: float | None = None) -> list[Record]:
         """The records of the next delivery, in order; [] after `timeout` seconds or when the consumer was closed.
@@ -199,8 +220,11 @@ class Consumer:
                 return
             for start in range(0, len(records), batch_size):
                 piece = records[start : start + batch_size]
+                handing = self._handing = list(piece)
                 handler(piece)
-                self.ack(piece[-1])
+                if not handing:
+                    break  # seek() took the rest back
+                self.ack(handing[-1])
 
     def ack(self, record: Record) -> None:
         """Acknowledge this record and everything before it in its partition."""
@@ -209,6 +233,9 @@ class Consumer:
     def ack_to(self, topic: str, partition: int, next_offset: int) -> None:
         """Acknowledge everything before next_offset. Returns at once; commit() waits until it is stored."""
         place = self._places[TopicPartition(topic, partition)]
+        passed = place.passed
+        while passed and next_offset >= passed[0][0]:
+            next_offset = max(next_offset, passed.popleft()[1])
         if next_offset <= place.acked:
             return
         place.acked = next_offset
@@ -220,7 +247,7 @@ class Consumer:
         posted = threading.Event()
 
         def send() -> None:
-            for key, place in self._places.items():
+            for key, place in list(self._places.items()):
                 if place.acked >= 0 and place.lease:
                     correlation = self._link.next_correlation()
                     waiting.add(correlation)
@@ -238,29 +265,26 @@ class Consumer:
         """Go on elsewhere: what was pushed before and not handed out is dropped."""
         kind, value = parse_from(start)
         key = TopicPartition(topic, partition)
-
-        def subscribe() -> None:
+        wanted = Wanted(topic, partition, kind, frames.NO_LOG_ID, -1, value)
+        with self._ready:
             place = self._places.get(key)
-            wanted = Wanted(topic, partition, kind, frames.NO_LOG_ID, -1, value)
             if place is None:
                 place = self._places[key] = _Place(wanted)
-            place.wanted, place.acked, place.next_offset = wanted, -1, -1
-            place.old_lease, place.lease = place.lease or place.old_lease, 0
-            with self._ready:
-                self._arrived = deque(
-                    item
-                    for item in self._arrived
-                    if not isinstance(item, _Arrived) or (item.deliver.topic, item.deliver.partition) != key
-                )
-            self._subscribe([wanted])
-
-        self._loop.call_soon_threadsafe(subscribe)
+            place.start_over(wanted)
+            self._arrived = deque(
+                item
+                for item in self._arrived
+                if not isinstance(item, _Arrived) or (item.deliver.topic, item.deliver.partition) != key
+            )
+            if self._handing and (self._handing[0].topic, self._handing[0].partition) == key:
+                self._handing.clear()
+        self._loop.call_soon_threadsafe(lambda: self._subscribe([wanted]))
 
     def positions(self) -> dict[tuple[str, int], Position]:
         """The places behind the last acknowledged records, to be kept by the caller and given back as `positions`."""
         return {
             (key.topic, key.partition): Position(place.log_id, place.epoch, place.acked)
-            for key, place in self._places.items()
+            for key, place in list(self._places.items())
             if place.acked >= 0
         }
 
@@ -311,13 +335,14 @@ class Consumer:
         place = self._places[TopicPartition(deliver.topic, deliver.partition)]
         if deliver.lease != place.lease or deliver.first < place.next_offset:
             return []
-        for gap in deliver.gaps:
-            self._gap(deliver, gap)
         records = batch.decode(arrived.batches, deliver.topic, deliver.partition, deliver.first, deliver.last)
         place.next_offset = deliver.last + 1
-        if not records or deliver.gaps:
-            # Nothing for the handler in this range (control batches, gaps): it is done with.
-            self.ack_to(deliver.topic, deliver.partition, deliver.last + 1)
+        if not records:
+            # Nothing for the handler in this range (control batches, gaps): done with when all before it is.
+            place.passed.append((deliver.first, deliver.last + 1))
+            self.ack_to(deliver.topic, deliver.partition, place.acked)
+        for gap in deliver.gaps:
+            self._gap(deliver, gap)
         return records
 
     def _gap(self, deliver: Deliver, gap: Gap) -> None:
@@ -335,21 +360,17 @@ class Consumer:
 
     def connected(self, grants: Grants) -> None:
         self._down_since, self._last_error = None, None
-        known = {place.wanted.topic for place in self._places.values() if place.wanted.partition >= 0}
-        wanted = [self._resumed(place) for place in self._places.values()]
-        kind, value = self._start
-        fresh = [topic for topic in self._topics if topic not in known or not self._resuming]
-        given = {(place.wanted.topic, place.wanted.partition) for place in self._places.values()}
-        if not self._resuming:
-            wanted = [Wanted(topic, -1, kind, frames.NO_LOG_ID, -1, value) for topic in fresh] + [
-                line for line in wanted if (line.topic, line.partition) in given
-            ]
-        if wanted:
-            self._subscribe(wanted)
+        # A partition that delivered nothing yet goes on where its group was put by the first SUBSCRIBE.
+        kind, value = (Start.COMMITTED, 0) if self._resuming else self._start
+        wanted = [Wanted(topic, -1, kind, frames.NO_LOG_ID, -1, value) for topic in self._topics]
+        with self._ready:
+            # The broker takes the last line about a partition.
+            wanted += [self._resumed(place) for place in self._places.values()]
+        self._subscribe(wanted)
 
     def _resumed(self, place: _Place) -> Wanted:
         """Where to go on after a reconnect: behind what was acknowledged here."""
-        place.old_lease, place.lease = -1, 0
+        place.lease, place.passed = 0, deque()
         if place.acked >= 0:
             place.next_offset = -1
             wanted = place.wanted
@@ -359,12 +380,20 @@ class Consumer:
     def _subscribe(self, wanted: list[Wanted]) -> None:
         correlation = self._link.next_correlation()
         data = frames.write_subscribe(correlation, Subscribe(False, self._group, *self._window, wanted))
-        self._link.request(correlation, data, self._on_state)
+        for line in wanted:
+            place = self._places.get(TopicPartition(line.topic, line.partition))
+            if place is not None:
+                place.awaiting = correlation
+        self._link.request(correlation, data, lambda answer, body: self._on_state(correlation, answer))
 
-    def _on_state(self, answer: Answer, body: memoryview) -> None:
+    def _on_state(self, correlation: int, answer: Answer) -> None:
         if answer.code is Code.OK:
-            return
-        if answer.code.retryable:
+            self._resuming = True
+            with self._ready:
+                for place in self._places.values():
+                    if place.awaiting == correlation:
+                        place.awaiting = 0
+        elif answer.code.retryable:
             log.warning("%s: %s", answer.code.name, answer.message)
         else:
             self._put(AnswerError(answer.code, answer.message))
@@ -391,27 +420,26 @@ class Consumer:
     def _on_deliver(self, event: Frame) -> None:
         deliver = frames.read_deliver(event.body)
         key = TopicPartition(deliver.topic, deliver.partition)
-        place = self._places.get(key)
-        if place is None:
-            place = self._places[key] = _Place(
-                Wanted(deliver.topic, deliver.partition, *self._start[:1], frames.NO_LOG_ID, -1, self._start[1])
-            )
-        if place.lease == 0:
-            if deliver.lease == place.old_lease:
+        with self._ready:
+            place = self._places.get(key)
+            if place is None:
+                kind, value = self._start
+                place = self._places[key] = _Place(Wanted(*key, kind, frames.NO_LOG_ID, -1, value))
+            if place.awaiting:
                 return  # sent before the broker heard of the seek
-            place.lease, place.generation = deliver.lease, deliver.generation
-            place.log_id, place.epoch = deliver.log_id, deliver.epoch
-            if place.acked < 0:
-                place.acked = deliver.first
-        elif deliver.lease != place.lease:
-            return
-        elif deliver.first != place.expected:
-            self._link.reconnect(f"{deliver.topic}/{deliver.partition}: offset {place.expected} was expected next")
-            return
-        place.expected = deliver.last + 1
-        self._resuming = True
-        self.durable_ends[key] = deliver.durable_end
-        self._put(_Arrived(deliver, bytes(event.body[deliver.batches_start :])))
+            if place.lease == 0:
+                place.lease, place.generation = deliver.lease, deliver.generation
+                place.log_id, place.epoch = deliver.log_id, deliver.epoch
+                if place.acked < 0:
+                    place.acked = deliver.first
+            elif deliver.lease != place.lease:
+                return
+            elif deliver.first != place.expected:
+                self._link.reconnect(f"{deliver.topic}/{deliver.partition}: offset {place.expected} was expected next")
+                return
+            place.expected = deliver.last + 1
+            self.durable_ends[key] = deliver.durable_end
+            self._put(_Arrived(deliver, bytes(event.body[deliver.batches_start :])))
 
     def _send_ack(self, topic: str, partition: int, place: _Place, correlation: int) -> None:
         if place.lease:

@@ -89,6 +89,7 @@ class Link:
         self._connection = Connection(Role.CLIENT, MAX_FRAME)
         self._transport = Transport(self._loop, sock, self._buffer, self, self.server)
         self._connect_correlation = self.next_correlation()
+        self._heartbeat = self._loop.call_later(CONNECT_SECONDS, self._unanswered)
         self._transport.send(frames.write_connect(self._connect_correlation, self._asked()))
 
     def send(self, data: bytes) -> bool:
@@ -168,6 +169,8 @@ class Link:
                 return
             self.grants = frames.read_grants(event.body, answer.extra_start)
             self._pause = FIRST_PAUSE
+            if self._heartbeat is not None:
+                self._heartbeat.cancel()
             self._beat()
             self._owner.connected(self.grants)
             return
@@ -176,6 +179,11 @@ class Link:
             self._owner.on_answer(event.correlation, answer)
         else:
             done(answer, event.body)
+
+    def _unanswered(self) -> None:
+        """A peer that takes connections and says nothing is no broker, or a dead one."""
+        if self._transport is not None and self.grants is None:
+            self._transport.close("CONNECT was not answered")
 
     def _beat(self) -> None:
         """Keep the connection alive, and end it when the broker has been silent for too long."""

@@ -57,7 +57,7 @@ class Loop:
         self._stopping = False
         self._now = clock.monotonic()
         self._slow_logged = 0.0
-        self.slow_callbacks = 0
+        self.slow_callbacks = self.failed_callbacks = 0
         self.turns = 0
 
     # ---- the scheduler ----
@@ -126,19 +126,33 @@ class Loop:
         ready = self._selector.select(timeout)
         self._now = began = self._clock.monotonic()
         for key, mask in ready:
-            key.data(mask)
+            try:
+                key.data(mask)
+            except Exception:
+                self._failed(key.data)
         if ready:
             began = self._watch(began, "the events of a turn", len(ready))
         for _ in range(len(self._posted)):
-            self._posted.popleft()()
+            self._guarded(self._posted.popleft())
         while timers and timers[0].due <= self._now:
             callback = heapq.heappop(timers).callback
             if callback is not None:
-                callback()
+                self._guarded(callback)
                 began = self._watch(began, getattr(callback, "__qualname__", str(callback)), 1)
         for callback in self._end_of_turn:
-            callback()
+            self._guarded(callback)
         self.turns += 1
+
+    def _guarded(self, callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception:
+            self._failed(callback)
+
+    def _failed(self, callback: object) -> None:
+        """A defect in one callback must not end the node: it is logged and counted, the others go on."""
+        self.failed_callbacks += 1
+        log.exception("%s failed", getattr(callback, "__qualname__", callback))
 
     def _watch(self, began: float, name: str, count: int) -> float:
         now = self._clock.monotonic()

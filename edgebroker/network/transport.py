@@ -195,7 +195,8 @@ class Transport:
         if self.closed:
             return
         self.closed = True
-        self._loop.unregister(self._fd)
+        if self._interest:
+            self._loop.unregister(self._fd)
         self._socket.close()
         for item in self._out or ():
             if isinstance(item, FileRange):

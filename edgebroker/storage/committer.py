@@ -22,7 +22,7 @@ from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.groupcommit import GroupCommit
-from edgebroker.storage.index import write_index
+from edgebroker.storage.index import SealedIndex, write_index
 from edgebroker.storage.log import Layout, PartitionLog
 from edgebroker.storage.segment import UNKNOWN_CHAIN, Segment, segment_path
 from edgebroker.storage.staging import Chunk
@@ -263,18 +263,22 @@ class Committer:
             if rescue is None:
                 files.truncate(old.fd, size)
                 if index is not None:
-                    write_index(old.path, index)
+                    _write_index_if_possible(old, index)
             path = segment_path(partition.directory, base)
             if base == old.base:
                 # Nothing in the old file is durable: keep its bytes out of the way of the new one.
-                old.path.rename(old.path.with_suffix(".failed"))
+                files.set_aside(old.path, ".failed")
             segment = Segment(path, base, base_chain=chain, fd=files.create_log(path))
             segment.end_chain = chain
-            for chunk in rescue or ():
-                files.write_at(segment.fd, memoryview(chunk), segment.size)
-                segment.size += len(chunk)
-            if rescue:
-                files.sync_file(segment.fd)
+            try:
+                for chunk in rescue or ():
+                    files.write_at(segment.fd, memoryview(chunk), segment.size)
+                    segment.size += len(chunk)
+                if rescue:
+                    files.sync_file(segment.fd)
+            except OSError:
+                segment.close()
+                raise
             return segment
 
         self.call(work, lambda result: self._rolled(partition, result, rescue, wall_ms))
@@ -282,7 +286,7 @@ class Committer:
     def _rolled(self, partition: PartitionLog, result: object, rescue: list[Chunk] | None, wall_ms: int) -> None:
         partition.rolling = False
         if not isinstance(result, Segment):
-            if rescue is None and getattr(result, "errno", 0) in files.FULL:
+            if rescue is None and getattr(result, "errno", 0) in files.FULL | files.TRANSIENT:
                 partition.must_roll = True
                 self._disk_is_full(partition, f"a new segment of {partition.name} cannot be made: {result}")
             else:
@@ -346,3 +350,11 @@ class Committer:
             return False
         self._group.close()
         return True
+
+
+def _write_index_if_possible(segment: Segment, index: SealedIndex) -> None:
+    """The index is a hint: the roll goes on without it, and a reader rebuilds it from the log."""
+    try:
+        write_index(segment.path, index)
+    except OSError as error:
+        log.warning("%s: the index could not be written: %s", segment.path, error)

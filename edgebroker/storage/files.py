@@ -12,6 +12,8 @@ from pathlib import Path
 from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+# Not the disk's fault, and over when somebody gives something back.
+TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
 
 def sync_directory(path: Path) -> None:
@@ -128,12 +130,17 @@ def read_cached(fd: int, length: int, position: int) -> bytes | None:
     except BlockingIOError:
         return None
     except OSError as error:
-        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL):  # tmpfs and friends live in memory anyway
+        if error.errno in (errno.EOPNOTSUPP, errno.EINVAL) and _in_memory(fd):
             return os.pread(fd, length, position)
-        raise
+        return None  # the reader thread finds out what is wrong
     if count < length and position + count < os.fstat(fd).st_size:
         return None
     return bytes(buffer[:count]) if count < length else bytes(buffer)
+
+
+def _in_memory(fd: int) -> bool:
+    """True for tmpfs, which does not know RWF_NOWAIT and needs no disk: it reports no blocks of a device."""
+    return os.major(os.fstat(fd).st_dev) == 0
 
 
 def drop_cache(fd: int) -> None:
@@ -149,6 +156,14 @@ def truncate(fd: int, size: int) -> None:
 def remove(path: Path) -> None:
     """Remove a file; one that is gone already is fine."""
     path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path, suffix: str) -> Path:
+    """Give a file another suffix, durably; its bytes stay."""
+    aside = path.with_suffix(suffix)
+    os.rename(path, aside)
+    sync_directory(path.parent)
+    return aside
 
 
 def free_space(path: Path) -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -18,7 +19,7 @@ from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.storage import files, staging
 from edgebroker.storage.budget import Budget
 from edgebroker.storage.committer import Committer
-from edgebroker.storage.identity import Identity, write_identity
+from edgebroker.storage.identity import Identity, change_identity
 from edgebroker.storage.index import index_path
 from edgebroker.storage.log import PartitionLog
 from edgebroker.storage.meta import SegmentRow, Windows
@@ -85,6 +86,7 @@ class Housekeeping:
         self._indexed: OrderedDict[Segment, None] = OrderedDict()
         self._windows_at: dict[PartitionLog, tuple[float, int]] = {}
         self._timer: Timer | None = None
+        self._scrub_timer: Timer | None = None
         self._removing = False
         self._measuring = False
         self._idle_ticks = 0
@@ -110,8 +112,9 @@ class Housekeeping:
 
     def stop(self) -> None:
         """Put the last checkpoints and producer states into the changes that Metadata.stop() writes."""
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._scrub_timer):
+            if timer is not None:
+                timer.cancel()
         for partition in self._store.logs():
             self.checkpoint(partition)
             self._store_windows(partition)
@@ -149,8 +152,8 @@ class Housekeeping:
         self._open[segment] = None
         self._open.move_to_end(segment)
         for old in list(self._open)[: max(0, len(self._open) - OPEN_SEALED)]:
-            del self._open[old]
-            if old.users == 0 and old.sealed_ms:
+            if old.users == 0:
+                del self._open[old]
                 old.close()
 
     def index_loaded(self, segment: Segment) -> None:
@@ -264,40 +267,43 @@ class Housekeeping:
     def _remove(self, partition: PartitionLog, gone: list[Segment]) -> None:
         """Identity first, then the files: a crash in between leaves files that the next start removes."""
         first = partition.segments[len(gone)]
-        old = partition.identity
-        identity = Identity(
-            log_id=old.log_id,
-            origin=old.origin,
-            epochs=old.epochs,
-            log_start=first.base,
-            chain=first.base_chain,
-            settings=old.settings,
-        )
         self._removing = True
 
-        def work() -> None:
-            write_identity(partition.directory, identity)
+        def begin_later(old: Identity) -> Identity:
+            return Identity(
+                log_id=old.log_id,
+                origin=old.origin,
+                epochs=old.epochs,
+                log_start=first.base,
+                chain=first.base_chain,
+                settings=old.settings,
+            )
+
+        def work() -> Identity:
+            identity = change_identity(partition.directory, begin_later)
             for segment in gone:
                 files.remove(index_path(segment.path))
                 files.remove(segment.path)
             files.sync_directory(partition.directory)
+            return identity
 
         def done(result: object) -> None:
             self._removing = False
-            if isinstance(result, Exception):
+            if not isinstance(result, Identity):
                 log.error("%s: old segments could not be removed: %s", partition.name, result)
                 return
-            partition.identity = identity
+            partition.identity = result
             for segment in gone:
                 partition.segments.remove(segment)
                 self._open.pop(segment, None)
                 self._indexed.pop(segment, None)
                 segment.retire()
                 self._metadata.changes.segments[partition.topic, partition.partition, segment.base] = None
-            partition.holes = [hole for hole in partition.holes if hole.next > identity.log_start]
+            partition.holes = [hole for hole in partition.holes if hole.next > result.log_start]
+            self.holes_changed(partition)
             self.removed_segments += len(gone)
             self._metadata.touch()
-            log.info("%s: %d segments removed, the log starts at %d", partition.name, len(gone), identity.log_start)
+            log.info("%s: %d segments removed, the log starts at %d", partition.name, len(gone), result.log_start)
 
         self._committer.call(work, done)
 
@@ -363,11 +369,11 @@ class Housekeeping:
                     segment.unverified_end = 0
                     if whole:
                         partition.verified(segment, walked.position, walked.chain)
-                self._scrub_next()
-                return
+                again = self._scrub_next
+            else:
+                again = partial(self._scrub, partition, segment, walked, damaged or hole is not None)
             rate = self._settings.scrub_bytes_per_second
-            again = lambda: self._scrub(partition, segment, walked, damaged or hole is not None)  # noqa: E731
-            self._timer_scrub = self._scheduler.call_later(moved / rate if rate else 0.0, again)
+            self._scrub_timer = self._scheduler.call_later(moved / rate if rate else 0.0, again)
 
         if size == 0:
             self._scrub_next()

@@ -5,6 +5,7 @@ line 2   CRC-32C of line 1 as eight hex digits
 """
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
@@ -52,6 +53,13 @@ def write_identity(directory: Path, identity: Identity) -> None:
     """Replace the identity file; durable when this returns."""
     line = msgspec.json.encode(identity)
     files.write_durable(directory / FILE_NAME, line + b"\n%08x\n" % crc32c(line))
+
+
+def change_identity(directory: Path, change: Callable[[Identity], Identity]) -> Identity:
+    """Read, change, write durably; on the commit thread, where no other change can come in between."""
+    identity = change(read_identity(directory))
+    write_identity(directory, identity)
+    return identity
 
 
 def read_identity(directory: Path) -> Identity:

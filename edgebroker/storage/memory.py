@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 
+from edgebroker.common import batch
 from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
@@ -98,6 +99,9 @@ class MemoryEngine:
         return list(self._topics.get(topic, []))
 
     def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
+        if name in self._topics:
+            done(Code.NAME_CLASH, f"topic {name} exists")
+            return
         self._topics[name] = [
             MemoryLog(name, number, make_identity(self.node_uid, settings), Stage(0, 1, *self._limits))
             for number in range(settings.partitions)
@@ -113,6 +117,7 @@ class MemoryEngine:
     def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
         assert isinstance(log, MemoryLog)
         appended = Appended(*log.stage.append(data, spans, self._scheduler.now(), inflated))
+        log.records_in += appended.records
         self._dirty[log] = None
         return appended
 
@@ -136,7 +141,9 @@ class MemoryEngine:
         for chunk in log.chunks:
             found = segscan.seek(chunk, 0, timestamp)
             if found is not None:
-                done(found[1], "")
+                start, base, size = found
+                records = batch.decode(memoryview(chunk)[start : start + size])
+                done(next((record.offset for record in records if record.timestamp >= timestamp), base), "")
                 return
         done(log.durable_end, "")
 
@@ -170,6 +177,7 @@ class MemoryEngine:
             chunk = log.stage.take(1 << 62)
             if chunk is not None:
                 log.chunks.append(chunk)
+                log.bytes_in += len(chunk)
                 log.written_end = log.durable_end = chunk.next_offset
                 self._listener.on_written(log)
                 self._listener.on_durable(log, [chunk])

@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS windows (topic TEXT, partition INTEGER, producer_id I
 CREATE TABLE IF NOT EXISTS window_marks (topic TEXT, partition INTEGER, below INTEGER,
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 """
-VERSION = 1
+VERSION = 2
 # Primary result codes that speak of the disk, not of what the file holds.
 _NOT_WRITABLE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 
@@ -240,8 +240,8 @@ class MetaDatabase:
         connection.execute("PRAGMA mmap_size=0")
         connection.execute("PRAGMA cache_size=-1024")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version > VERSION:
-            raise sqlite3.DatabaseError(f"schema {version} is newer than this release knows")
+        if version not in (0, VERSION):
+            raise sqlite3.DatabaseError(f"schema {version} is not the one that this release knows")
         connection.executescript(_SCHEMA)
         if version != VERSION:
             connection.execute(f"PRAGMA user_version={VERSION}")

@@ -120,8 +120,8 @@ class Metadata:
             error = ""
             try:
                 self._database.write(changes)
-            except sqlite3.Error as caught:
-                error = str(caught)
+            except Exception as caught:  # whatever it is, the next attempt must not wait for ever
+                error = str(caught) or repr(caught)
             self._scheduler.call_soon_threadsafe(lambda: self._written(changes, waiting, error))
 
         self._worker.submit(write)

@@ -39,8 +39,11 @@ class Quarantine:
         self.ranges = 0
         self.bytes = 0
 
-    def keep(self, name: str, segment: Path, fd: int, start: int, end: int, reason: str) -> None:
-        """Copy [start, end) of a segment file aside, at most 16 MiB of it. Failing to is logged, never raised."""
+    def keep(self, name: str, segment: Path, fd: int, start: int, end: int, reason: str) -> int:
+        """Copy [start, end) of a segment file aside, at most 16 MiB of it; the bytes that are safe there.
+
+        Failing to is logged, never raised.
+        """
         self.ranges += 1
         wanted = min(end - start, RANGE_BYTES)
         used = sum(path.stat().st_size for path in self._path.iterdir() if path.suffix == ".bytes")
@@ -55,4 +58,6 @@ class Quarantine:
                 notes.write(msgspec.json.encode(note) + b"\n")
         except OSError as error:
             log.error("%s: damaged bytes %d to %d could not be kept: %s", segment, start, end, error.strerror)
+            kept = 0
         log.error("%s: bytes %d to %d are damaged (%s); %d bytes kept in %s", segment, start, end, reason, kept, file)
+        return kept

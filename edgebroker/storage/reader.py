@@ -43,13 +43,14 @@ class SegmentView:
 class ColdRead:
     """The answer: whole verified batches from the one that holds the wanted offset on.
 
-    `index` is set when it was loaded or rebuilt on the way; `hole` when the wanted offset is damaged; `error` when
+    `fd` is an open descriptor of the segment, for whoever takes the answer; `index` is set when it was loaded or rebuilt on the way; `hole` when the wanted offset is damaged; `error` when
     the disk refused or the timeout came first (then nothing else is set).
     """
 
     data: bytes = b""
     first_offset: int = -1
     next_offset: int = -1
+    fd: int = -1
     index: SealedIndex | None = None
     hole: Hole | None = None
     error: str = ""
@@ -58,36 +59,43 @@ class ColdRead:
 
 def read_cold(view: SegmentView, offset: int, max_bytes: int, quarantine: Quarantine) -> ColdRead:
     """Read and verify batches of one segment; on the reader thread. Raises OSError when the device refuses."""
-    answer = ColdRead()
     fd = files.open_log(view.path)
     try:
-        points = view.points
-        if points is None:
-            answer.index = load_index(view, fd)
-            points = answer.index.points
-        point = segscan.floor_offset(points, offset - view.base)
-        relative, position, chain, _ = point or (0, 0, max(view.base_chain, 0), 0)
-        state = walk_start(view.base + relative, chain, position=position, epoch=view.epoch)
-        while True:
-            want = max_bytes + view_margin(points, state.position, view.size)
-            walked, data = _read_good(view, fd, state, want, offset)
-            found = segscan.seek(data, offset)
-            if found is not None:
-                start, answer.first_offset, _ = found
-                wanted = memoryview(data)[start:]
-                length, answer.next_offset = segscan.cut(wanted, max_bytes, walked.next_offset)
-                answer.data = bytes(wanted[:length])
-                return answer
-            hole, end = _damage(view, fd, walked)
-            if hole.next > offset:
-                reason = EXPLANATION.get(walked.reason, "cut off")
-                quarantine.keep(view.name, view.path, fd, walked.position, end, reason)
-                answer.hole = hole
-                return answer
-            # The damage lies between the index point and what is wanted.
-            state = walk_start(hole.next, walked.chain, position=end, epoch=walked.epoch)
-    finally:
+        answer = _read_cold(view, fd, offset, max_bytes, quarantine)
+    except BaseException:
         files.close(fd)
+        raise
+    answer.fd = fd
+    return answer
+
+
+def _read_cold(view: SegmentView, fd: int, offset: int, max_bytes: int, quarantine: Quarantine) -> ColdRead:
+    answer = ColdRead()
+    points = view.points
+    if points is None:
+        answer.index = load_index(view, fd)
+        points = answer.index.points
+    point = segscan.floor_offset(points, offset - view.base)
+    relative, position, chain, _ = point or (0, 0, max(view.base_chain, 0), 0)
+    state = walk_start(view.base + relative, chain, position=position, epoch=view.epoch)
+    while True:
+        want = max_bytes + view_margin(points, state.position, view.size)
+        walked, data = _read_good(view, fd, state, want, offset)
+        found = segscan.seek(data, offset)
+        if found is not None:
+            start, answer.first_offset, _ = found
+            wanted = memoryview(data)[start:]
+            length, answer.next_offset = segscan.cut(wanted, max_bytes, walked.next_offset)
+            answer.data = bytes(wanted[:length])
+            return answer
+        hole, end = _damage(view, fd, walked)
+        if hole.next > offset:
+            reason = EXPLANATION.get(walked.reason, "cut off")
+            quarantine.keep(view.name, view.path, fd, walked.position, end, reason)
+            answer.hole = hole
+            return answer
+        # The damage lies between the index point and what is wanted.
+        state = walk_start(hole.next, walked.chain, position=end, epoch=walked.epoch)
 
 
 def _read_good(view: SegmentView, fd: int, state: Walked, want: int, offset: int) -> tuple[Walked, bytearray]:
@@ -206,13 +214,16 @@ class Reader:
                 self.stalled = False
                 timer.cancel()
                 if answered:
+                    if result.fd >= 0:
+                        files.close(result.fd)
                     return
             answered.append(True)
             done(result)
 
         def run() -> None:
             try:
-                result = job()
+                # Nobody waits any more for a job that timed out in the queue.
+                result = ColdRead() if answered else job()
             except OSError as error:
                 result = ColdRead(error=f"{error.strerror or error} ({error.filename or 'segment'})")
             except (ValueError, CorruptBatchError) as error:

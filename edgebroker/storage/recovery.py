@@ -11,6 +11,7 @@ a later segment (a segment is only begun when the one before it is durable).
 """
 
 import logging
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -66,6 +67,7 @@ class Recovery:
         self._max_batch, self._name = max_batch, name
         self._holes: list[Hole] = []
         self._torn = 0
+        self._leave_tail = False
 
     def run(self, checkpoint: Checkpoint | None, watermark: int) -> RecoveredLog:
         """`watermark`: the highest offset that a group or a child was seen to have; -1 when none is known."""
@@ -87,6 +89,13 @@ class Recovery:
                 segment.base_chain = state.chain
             state = self._walk(segment, state, limit, vouched if last else limit)
         active = segments[-1]
+        if self._leave_tail:
+            self._seal(active, state)
+            if active.base == state.next_offset:
+                active.path = files.set_aside(active.path, ".torn")
+                segments.pop().close()
+            active = self._create(state.next_offset, state.chain)
+            segments.append(active)
         if state.next_offset < vouched:
             # Everything after the last good byte is damaged, and somebody was told about it: go on after it.
             self._note_hole(state.next_offset, vouched, "the tail is damaged")
@@ -121,7 +130,7 @@ class Recovery:
         for sealed in segments[:-1]:
             # Until an index or meta.db says more exactly: when it was last written to.
             sealed.sealed_ms = sealed.path.stat().st_mtime_ns // 1_000_000
-        for earlier, later in zip(segments, segments[1:], strict=False):
+        for earlier, later in pairwise(segments):
             earlier.end_offset = later.base
         if segments:
             active = segments[-1]
@@ -218,10 +227,15 @@ class Recovery:
 
     def _cut_tail(self, segment: Segment, state: Walked) -> None:
         torn = segment.size - state.position
-        self._quarantine.keep(self._name, segment.path, segment.fd, state.position, segment.size, "torn tail")
-        files.truncate(segment.fd, state.position)
+        kept = self._quarantine.keep(self._name, segment.path, segment.fd, state.position, segment.size, "torn tail")
         segment.size = segment.allocated_end = state.position
         self._torn += torn
+        if kept < torn:
+            # Nothing is cut that is not safe elsewhere: the file stays as it is and the log goes on in another.
+            self._leave_tail = True
+            log.error("%s: the last %d bytes of %s are left in place", self._name, torn, segment.path.name)
+            return
+        files.truncate(segment.fd, state.position)
         log.warning(
             "%s: %d bytes after offset %d were not complete when the node stopped (%s); kept in quarantine and cut off",
             self._name,

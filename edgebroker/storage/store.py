@@ -15,6 +15,7 @@ from pathlib import Path
 
 from edgebroker.common.batch import STORED_BATCH_BYTES
 from edgebroker.common.clock import Clock
+from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code, DamagedDataError
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
@@ -23,7 +24,7 @@ from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
-from edgebroker.storage.identity import Identity, make_identity, read_identity, write_identity
+from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity, write_identity
 from edgebroker.storage.index import SealedIndex, read_index
 from edgebroker.storage.log import PartitionLog
 from edgebroker.storage.meta import GroupKey, GroupOffset, MetaState, SegmentRow
@@ -34,10 +35,12 @@ from edgebroker.storage.recovery import RecoveredLog, Recovery
 from edgebroker.storage.segment import SUFFIX, UNKNOWN_CHAIN, Segment, segment_path
 from edgebroker.storage.staging import Chunk, Stage
 from edgebroker.storage.timesearch import find_time
+from edgebroker.storage.walk import next_good_batch
 
 log = logging.getLogger(__name__)
 
 REPLAY_BYTES = 64 << 20
+REPLAY_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +66,7 @@ class SegmentStore:
         self.node_uid = self._directory.node.uid
         self._quarantine = Quarantine(self._directory.quarantine, clock)
         self._topics: dict[str, list[PartitionLog]] = {}
+        self._unserved: dict[str, str] = {}
         self._creating: dict[str, list[Done]] = {}
         self._producers: dict[str, tuple[int, int]] = {}
         self._path = path
@@ -92,9 +96,13 @@ class SegmentStore:
         """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this."""
         self._housekeeping.stop()
         clean = self._committer.idle and not self.problems()
-        clean = self._committer.stop(timeout) and clean
-        self._reader.stop(0.5)
+        stopped = self._committer.stop(timeout)
+        stopped = self._reader.stop(0.5) and stopped
         clean = self._metadata.stop(timeout) and clean
+        if not stopped:
+            # The disk holds a thread up: descriptors and lock stay with it until the process is gone.
+            log.error("the disk did not answer in time; the stop is not clean")
+            return False
         for partition in self.logs():
             partition.close()
         try:
@@ -132,6 +140,9 @@ class SegmentStore:
             return
         if name in self._topics:
             done(Code.NAME_CLASH, f"topic {name} exists")
+            return
+        if name in self._unserved:
+            done(Code.READ_ONLY, f"topic {name} lies on the disk and could not be opened: {self._unserved[name]}")
             return
         if name in self._creating:
             self._creating[name].append(done)
@@ -174,18 +185,18 @@ class SegmentStore:
         """Replace a topic's settings durably in every partition's identity."""
         logs = self._topics.get(name, [])
 
-        def work() -> None:
-            for partition in logs:
-                write_identity(partition.directory, changed[partition.partition])
-
-        changed = {partition.partition: _with_settings(partition.identity, settings) for partition in logs}
+        def work() -> list[Identity]:
+            return [
+                change_identity(partition.directory, lambda identity: _with_settings(identity, settings))
+                for partition in logs
+            ]
 
         def finished(result: object) -> None:
-            if isinstance(result, Exception):
+            if not isinstance(result, list):
                 done(Code.READ_ONLY, f"the settings cannot be stored: {result}")
                 return
-            for partition in logs:
-                partition.identity = _with_settings(partition.identity, settings)
+            for partition, identity in zip(logs, result, strict=True):
+                partition.identity = identity
                 partition.segment_bytes = settings.segment_bytes or self._settings.segment_bytes
             done(Code.OK, "")
 
@@ -254,9 +265,12 @@ class SegmentStore:
             if result.hole is not None:
                 log.add_hole(result.hole)
                 self._housekeeping.holes_changed(log)
-            if segment.fd < 0 and not segment.retired and not result.error:
-                segment.fd = files.open_log(segment.path)
-                self._housekeeping.opened(segment)
+            if result.fd >= 0:
+                if segment.fd < 0 and not segment.retired:
+                    segment.fd = result.fd
+                    self._housekeeping.opened(segment)
+                else:
+                    files.close(result.fd)
             done(result)
 
         self._reader.submit(lambda: read_cold(view, offset, max_bytes, self._quarantine), answer)
@@ -309,6 +323,8 @@ class SegmentStore:
         }
         if self._committer.stalled or self._reader.stalled:
             found["disk_stalled"] = "the disk does not answer"
+        if self._unserved:
+            found["unserved_topics"] = "; ".join(f"{topic}: {why}" for topic, why in self._unserved.items())
         damaged = [partition.name for partition in self.logs() if partition.holes]
         if damaged:
             found["damaged"] = ", ".join(damaged[:20])
@@ -341,12 +357,14 @@ class SegmentStore:
                     recovered = self._recover_partition(path.name, number, directory, state)
                 except OSError as error:
                     log.error("%s/%d cannot be read or written: %s", path.name, number, error)
+                    self._unserved[path.name] = str(error)
                     continue
                 if recovered is not None:
                     logs[number] = recovered
         wanted = max((found.settings.partitions for found in logs.values()), default=0)
         if sorted(logs) != list(range(len(logs))) or len(logs) < wanted:
-            log.error("topic %s: %d of %d partitions were found; it is not served", path.name, len(logs), wanted)
+            why = self._unserved.setdefault(path.name, f"{len(logs)} of {wanted} partitions were found")
+            log.error("topic %s is not served: %s", path.name, why)
             for found in logs.values():
                 found.close()
             return
@@ -450,7 +468,7 @@ def _with_log_id(identity: Identity, log_id: str, epoch: int) -> Identity:
         origin=identity.origin,
         epochs=[(epoch, 0)],
         log_start=identity.log_start,
-        chain=identity.chain,
+        chain=crc32c(bytes.fromhex(log_id)),
         settings=identity.settings,
     )
 
@@ -468,14 +486,21 @@ def _replay_producers(partition: PartitionLog, below: int, now: float) -> None:
     for segment in partition.segments[rank:]:
         fd = segment.fd if segment.fd >= 0 else files.open_log(segment.path)
         try:
-            position, carry = 0, b""
+            position, length = 0, REPLAY_PIECE_BYTES
             while position < segment.size:
-                data = carry + files.read_at(fd, min(1 << 20, segment.size - position), position)
-                position += len(data) - len(carry)
+                data = files.read_at(fd, min(length, segment.size - position), position)
                 used = partition.stage.replay(data, now, below)
-                if used == 0 and len(data) > STORED_BATCH_BYTES:
-                    break  # damage: what follows it is not needed to recognise a duplicate
-                carry = data[used:]
+                if used:
+                    position, length = position + used, REPLAY_PIECE_BYTES
+                elif length <= STORED_BATCH_BYTES and position + len(data) < segment.size:
+                    length = STORED_BATCH_BYTES + 1
+                else:
+                    # Damage: what follows it was acknowledged as well.
+                    position = next_good_batch(fd, position, segment.size, segment.base, 1 << 62, STORED_BATCH_BYTES)
+                    if position < 0:
+                        break
+        except OSError as error:
+            log.warning("%s: duplicates are not recognised behind an unreadable place: %s", partition.name, error)
         finally:
             if segment.fd < 0:
                 files.close(fd)

@@ -187,7 +187,7 @@ def test_without_the_syncs_records_are_lost(crash_lab: Lab, rule: str) -> None:
     for state in crash_lab.states(4):
         found = sum("lost" in problem for problem in crash_lab.problems(state))
         lossy, lost, count = lossy + bool(found), max(lost, found), count + 1
-        if count >= 150 and lossy:
+        if count >= 250 and lossy:
             break
     print(f"{rule}: {lossy} of {count} states lose acknowledged records, at most {lost} of them")
     assert lossy
