@@ -16,9 +16,7 @@ from edgebroker.cli import rawclient
 from edgebroker.cli.adminclient import call
 from edgebroker.cli.disk import percentile
 from edgebroker.common import batch
-from edgebroker.common.clock import SystemClock
 from edgebroker.network import frames
-from edgebroker.network.loop import Loop
 from edgebroker.network.producer import Producer
 from edgebroker.storage import files, segscan
 from edgebroker.storage.log import Extent, PartitionLog
@@ -82,8 +80,8 @@ def many_topics(pinned: bool) -> list[Row]:
         ended.set()
         load.join()
     return [
-        Row("64 topics x 50/s: push p99", f"{among * 1e6:.0f} us", f"one topic {alone * 1e6:.0f} us", among / alone, "3 x",
-            among / alone <= 3),
+        Row("64 topics x 50/s: push p99", f"{among * 1e6:.0f} us", f"one topic {alone * 1e6:.0f} us", among / alone,
+            "3 x", among / alone <= 3),
         Row("64 topics: memory", f"+{resident - before:.1f} MiB", "one topic", resident - before, "+8 MiB",
             resident - before <= 8),
         Row("64 topics: disk beyond the data", f"{(used - data) / 2**20:.0f} MiB", "", (used - data) / 2**20, "64 MiB",
@@ -120,8 +118,9 @@ def wear(pinned: bool) -> list[Row]:
                 written = _device_bytes() - before
             ratio = written / (count * 128)
             rows.append(
-                Row(f"disk wear at {rate}/s, commit interval {interval} ms", f"{written / count / 1024:.1f} KiB a record",
-                    "device bytes per payload byte", ratio, "reported", True)
+                Row(f"disk wear at {rate}/s, commit interval {interval} ms",
+                    f"{written / count / 1024:.1f} KiB/record", "device bytes per payload byte", ratio, "reported",
+                    True)
             )  # fmt: skip
     return rows
 
@@ -134,15 +133,19 @@ def _device_bytes() -> int:
 
 def lookups(pinned: bool) -> list[Row]:
     """Look-ups by offset in active and sealed segments, and sequential reading, on the store itself."""
-    from tests.support import StoreHarness
+    from tests.support import StoreHarness, store_settings
 
     with tempfile.TemporaryDirectory(dir=DIRECTORY) as directory:
-        harness = StoreHarness(Path(directory), clock=SystemClock(), loop=Loop(SystemClock()), segment_bytes=64 << 20)
-        records = scaled(1_000_000)
-        encoded = batch.encode([(None, b"x" * 128, 1)] * 100)
-        log = harness.fill("t", encoded, records // 100)
+        harness = StoreHarness(Path(directory) / "node", store_settings(segment_bytes=64 << 20))
+        harness.create()
+        run = [batch.encode([(None, b"x" * 128, 1)] * 100)] * 50
+        for _ in range(scaled(1_000_000) // 5000):
+            harness.append(*run)
+        log = harness.log()
         rows = []
         for name, segment in (("sealed", log.segments[0]), ("active", log.active)):
+            if segment.fd < 0:
+                harness.read_cold(segment.base)
             low, high = segment.base, min(segment.end_offset, log.durable_end)
             times = []
             for number in range(5000):

@@ -25,11 +25,11 @@ static inline int eb_read_frame(const uint8_t *p, size_t n, size_t max_frame, eb
     if (n < EB_FRAME_HEADER)
         return EB_FRAME_MORE;
     uint32_t length = eb_get32(p);
-    if (length < EB_FRAME_MIN_LENGTH)
-        return EB_FRAME_BAD_LENGTH;
     frame->type = p[4];
     frame->correlation = eb_get64(p + 8);
     frame->size = (size_t)length + 4;
+    if (length < EB_FRAME_MIN_LENGTH)
+        return EB_FRAME_BAD_LENGTH;
     if (frame->type == 0 || frame->type > EB_FRAME_LAST_TYPE || p[5] || p[6] || p[7])
         return EB_FRAME_BAD_TYPE;
     if (frame->size > max_frame)

@@ -543,8 +543,11 @@ static int eb_raw_push(const char *host, int port, const char *topic, const char
         }
         if (wait[1].revents) {
             error = eb_raw_fill(&p, MSG_DONTWAIT);
-            while (!error && (error = eb_raw_next(&p, &frame, &body)) == 1)
+            while (!error && (error = eb_raw_next(&p, &frame, &body)) == 1) {
                 error = frame.type == 5 && eb_get16(body + 2) ? EB_RAW_REFUSED : 0;
+                if (frame.type == 5 && base < 0)
+                    base = (int64_t)eb_get64(body + 4); /* what was there before is not ours to time */
+            }
         }
         if (!error && wait[0].revents) {
             error = eb_raw_fill(&c, MSG_DONTWAIT);
@@ -556,12 +559,14 @@ static int eb_raw_push(const char *host, int port, const char *topic, const char
                 uint64_t arrived = eb_raw_now();
                 if ((error = eb_raw_read_deliver(&frame, body, &d)))
                     break;
-                if (base < 0)
-                    base = d.first;
-                for (int64_t offset = d.first; offset <= d.last && seen < count; offset++, seen++) {
+                for (int64_t offset = d.first; offset <= d.last && seen < count; offset++) {
+                    if (base < 0 || offset < base)
+                        continue;
                     if (offset - base != seen)
                         error = EB_RAW_ORDER;
-                    latencies[seen] = arrived - sent_at[seen];
+                    else
+                        latencies[seen] = arrived - sent_at[seen];
+                    seen++;
                 }
                 if (!error)
                     error = eb_raw_ack(&c, topic, &d);

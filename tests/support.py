@@ -327,9 +327,14 @@ class StoreHarness(Harness):
         """Let the threads finish what they are at, so that the copy of the directory is one moment of it."""
         self.until(lambda: not self.store._committer._in_flight)
         for submit in (self.store._metadata._worker.submit, self._on_commit_thread):
-            finished = threading.Event()
-            submit(finished.set)
-            assert finished.wait(10.0)
+            self._finish(submit)
+
+    @staticmethod
+    def _finish(submit: Callable[[Callable[[], None]], None]) -> None:
+        """Wait until a thread did what it was given so far."""
+        finished = threading.Event()
+        submit(finished.set)
+        assert finished.wait(10.0)
 
     def _on_commit_thread(self, work: Callable[[], None]) -> None:
         self.store._committer.call(work, lambda _: None)
@@ -345,6 +350,8 @@ class StoreHarness(Harness):
         self.loop.turn(0.0)
         self.until(lambda: self.store.hurry())
         self.stored()
+        self._finish(self.store._reader._worker.submit)
+        self.loop.turn(0.0)
 
     def tick_until(self, condition: Callable[[], object]) -> None:
         for _ in range(60):

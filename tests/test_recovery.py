@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from support import TOPIC, StoreHarness, encode, snapshot, store_settings
 
 from edgebroker.common import batch
+from edgebroker.storage.identity import read_identity, write_identity
+from edgebroker.storage.index import read_index
 
 SEED = 20240611
 Start = Callable[..., StoreHarness]
@@ -209,3 +213,87 @@ def test_writing_goes_on_after_damage(name: str, thirty: Path, tmp_path: Path, s
     assert [message.value for message in found] == [value(o) for o in range(30) if o not in gone] + new
     assert {offset for hole in holes for offset in range(*hole)} == set(gone)
     assert "read_only" not in harness.store.problems()
+
+
+# ---- a crash between two steps ----
+
+
+def empty_segment(base: int) -> Damage:
+    return lambda path: (path / segment(base)).write_bytes(b"")
+
+
+def touch(name: str) -> Damage:
+    return lambda path: (path / name).write_bytes(b"half")
+
+
+ROLL: dict[str, Damage] = {
+    "before the index": remove(f"topics/{TOPIC}/0/{25:020d}.index"),
+    "while the index is written": touch(f"topics/{TOPIC}/0/{25:020d}.index.tmp"),
+    "index half written": touch(f"topics/{TOPIC}/0/{25:020d}.index"),
+    "segment begun, not used": empty_segment(30),
+    "segment begun, index lost": both(empty_segment(30), INDEXES),
+    "segment begun, meta.db lost": both(empty_segment(30), META),
+}
+
+
+@pytest.mark.parametrize("name", ROLL)
+def test_a_crash_while_rolling_costs_nothing(name: str, thirty: Path, tmp_path: Path, start: Start) -> None:
+    snapshot(thirty, tmp_path / "data")
+    ROLL[name](tmp_path / "data")
+    harness = start()
+    new = harness.fill(12)
+    for _ in range(2):
+        assert harness.values() == [value(offset) for offset in range(30)] + new
+        assert harness.store.problems() == {}
+        assert [s.end_offset for s in harness.segments()[:-1]] == harness.bases()[1:]
+        harness.restart()
+
+
+@pytest.mark.parametrize("meta", ["kept", "lost"])
+@pytest.mark.parametrize("steps", range(7))
+def test_a_crash_while_retention_removes(steps: int, meta: str, thirty: Path, tmp_path: Path, start: Start) -> None:
+    """The identity says where the log begins; after it, index and log of each segment go, oldest first."""
+    snapshot(thirty, tmp_path / "data")
+    directory = tmp_path / "data" / "topics" / TOPIC / "0"
+    old = read_identity(directory)
+    first = read_index(
+        directory / f"{15:020d}.log", old.log_id_bytes, 15, (directory / f"{15:020d}.log").stat().st_size
+    )
+    assert first is not None
+    write_identity(directory, msgspec.structs.replace(old, log_start=15, chain=first.base_chain))
+    names = [f"{base:020d}.{kind}" for base in (0, 5, 10) for kind in ("index", "log")]
+    for name in names[:steps]:
+        (directory / name).unlink()
+    if meta == "lost":
+        META(tmp_path / "data")
+    harness = start()
+    assert harness.bases() == [15, 20, 25]
+    assert harness.values() == [value(offset) for offset in range(15, 30)]
+    assert harness.store.problems() == {}
+    assert not any((directory / name).exists() for name in names), "what was begun was not finished"
+
+
+# ---- a file that fails while it is written ----
+
+
+@pytest.mark.parametrize("device", ["/dev/null", "read only"])
+def test_a_file_that_fails_is_left_and_nothing_is_lost(device: str, tmp_path: Path, start: Start) -> None:
+    """/dev/null takes the bytes and refuses the sync; what was not durable goes to a new segment, once."""
+    harness = start()
+    harness.create()
+    values = harness.fill(3)
+    active = harness.log().active
+    broken = os.open(
+        active.path if device == "read only" else device, os.O_RDONLY if device == "read only" else os.O_RDWR
+    )
+    os.dup2(broken, active.fd, inheritable=False)
+    os.close(broken)
+    values += harness.fill(3)
+    assert harness.bases()[:2] == [0, 3]
+    assert harness.values() == values
+    assert [event for event in harness.listener.events if event[0] == "failed"] == []
+    assert harness.store.refusal() is None
+    for _ in range(2):
+        harness.restart()
+        assert harness.values() == values
+        values += harness.fill(3)

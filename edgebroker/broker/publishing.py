@@ -2,9 +2,9 @@
 
     submit() -> engine.append (staged) -> ... commit thread ... -> on_written / on_durable -> ACK frames
 
-Answers of one partition and ack level leave in the order in which the frames came; refusals may overtake them. Compressed batches are inflated and checked by the checker
-thread first; meanwhile the session reads no further. Above the high watermark of what waits for the disk, publishing
-sessions are not read until it is below the low one.
+Answers of one partition and ack level leave in the order in which the frames came; refusals may overtake them.
+Compressed batches are inflated and checked by the checker thread first; meanwhile the session reads no further. Above
+the high watermark of what waits for the disk, publishing sessions are not read until it is below the low one.
 """
 
 from __future__ import annotations

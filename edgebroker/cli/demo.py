@@ -237,7 +237,8 @@ def _print(result: dict[str, object], problems: list[str]) -> None:
     print(f"acknowledged        {result['acknowledged']}, refused {result['refused']}")
     print(f"killed              with {result['unacknowledged_at_kill']} unacknowledged, back in {result['down_ms']} ms")
     print(
-        f"stored              {result['stored']} records in {PARTITIONS} partitions, {result['sealed_segments']} sealed segments"
+        f"stored              {result['stored']} records in {PARTITIONS} partitions, "
+        f"{result['sealed_segments']} sealed segments"
     )
     print(f"consumer saw        {result['distinct']} of {result['lines']} lines, {result['missing']} missing, "
           f"{result['out_of_order']} out of order, {result['redelivered']} delivered again")  # fmt: skip

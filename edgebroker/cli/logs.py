@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +104,7 @@ def walk(path: Path, limit: int) -> Iterator[tuple[int, BatchHeader, bytes] | Da
                 base_offset=base,
                 max_batch=STORED_BATCH_BYTES,
                 limit_offset=limit,
-                on_piece=lambda piece: pieces.append(bytes(piece)),
+                on_piece=partial(_keep, pieces),
             )
             position = began
             for piece in pieces:
@@ -121,6 +122,10 @@ def walk(path: Path, limit: int) -> Iterator[tuple[int, BatchHeader, bytes] | Da
                 state = state._replace(position=end, next_offset=following)
     finally:
         files.close(fd)
+
+
+def _keep(pieces: list[bytes], piece: memoryview) -> None:
+    pieces.append(bytes(piece))
 
 
 def _check_chain(path: Path) -> list[Damage]:

@@ -120,7 +120,8 @@ def load_config(
     _merge_environment(tree, environment, problems)
     for key, value in (overrides or {}).items():
         section, _, name = key.partition(".")
-        tree.setdefault(section, {})[name] = value
+        if isinstance(tree.setdefault(section, {}), dict):
+            tree[section][name] = value
     problems += _check_tree(tree)
     if problems:
         raise ConfigError("\n".join(problems))

@@ -1,4 +1,4 @@
-"""What the loop offers to those who live on it. The loop itself is edgebroker.network.loop; storage must not know it."""
+"""What the loop offers to those who live on it. Storage knows only this, not edgebroker.network.loop."""
 
 from collections.abc import Callable
 from typing import Protocol

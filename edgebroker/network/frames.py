@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from enum import IntEnum
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from edgebroker.common.errors import Code, RemoteProtocolError
 from edgebroker.common.types import Start
@@ -201,6 +201,16 @@ _RESET_RANGE = struct.Struct(">Iqq")
 _LAG = struct.Struct(">Iq")
 
 
+_E = TypeVar("_E", bound=IntEnum)
+
+
+def _known(kind: type[_E], value: int) -> _E:
+    try:
+        return kind(value)
+    except ValueError as error:
+        raise RemoteProtocolError(f"{kind.__name__} {value} is unknown") from error
+
+
 def frame(frame_type: FrameType, correlation: int, *parts: bytes) -> bytes:
     """A whole frame."""
     body = b"".join(parts)
@@ -263,7 +273,7 @@ def read_grants(body: memoryview, start: int) -> Grants:
     for _ in range(count):
         name = reader.text()
         code, partitions, table = reader.take(_TOPIC)
-        topics.append(TopicMetadata(name, Code(code), partitions, "table" if table else "stream"))
+        topics.append(TopicMetadata(name, _known(Code, code), partitions, "table" if table else "stream"))
     reader.end()
     return Grants._make([*fields, topics])
 
@@ -344,7 +354,7 @@ def read_deliver(body: memoryview) -> Deliver:
     gaps = []
     for _ in range(count):
         first, last, reason = reader.take(_GAP)
-        gaps.append(Gap(first, last, GapReason(reason)))
+        gaps.append(Gap(first, last, _known(GapReason, reason)))
     return Deliver._make([topic, *fields, gaps, reader.position])
 
 
@@ -370,10 +380,7 @@ def read_ack(body: memoryview) -> Answer | ConsumerAck:
     if kind == AckKind.ANSWER:
         reader = Reader(body)
         _, _, code, offset, length = reader.take(_ANSWER)
-        try:
-            return Answer(Code(code), offset, reader.raw(length).decode(errors="replace"), reader.position)
-        except ValueError as error:
-            raise RemoteProtocolError(f"answer code {code} is unknown") from error
+        return Answer(_known(Code, code), offset, reader.raw(length).decode(errors="replace"), reader.position)
     if kind > AckKind.IN_PROGRESS:
         raise RemoteProtocolError(f"ACK kind {kind} is unknown")
     reader = Reader(body, 1)

@@ -152,4 +152,5 @@ class HttpConnection:
             return
         if self._protocol.our_state is h11.DONE and self._protocol.their_state is h11.DONE:
             self._protocol.start_next_cycle()
+            self._request = None
             self._server.loop.call_soon_threadsafe(self._advance)

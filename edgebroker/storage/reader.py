@@ -43,8 +43,9 @@ class SegmentView:
 class ColdRead:
     """The answer: whole verified batches from the one that holds the wanted offset on.
 
-    `fd` is an open descriptor of the segment, for whoever takes the answer; `index` is set when it was loaded or rebuilt on the way; `hole` when the wanted offset is damaged; `error` when
-    the disk refused or the timeout came first (then nothing else is set).
+    `fd` is an open descriptor of the segment, for whoever takes the answer; `index` is set when it was loaded or
+    rebuilt on the way; `hole` when the wanted offset is damaged; `error` when the disk refused or the timeout came
+    first (then nothing else is set).
     """
 
     data: bytes = b""

@@ -10,13 +10,10 @@ import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
-from edgebroker.common.batch import STORED_BATCH_BYTES
 from edgebroker.common.clock import Clock
-from edgebroker.common.crc32c import crc32c
-from edgebroker.common.errors import Code, DamagedDataError
+from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
@@ -24,23 +21,19 @@ from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
-from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity, write_identity
-from edgebroker.storage.index import SealedIndex, read_index
+from edgebroker.storage.identity import Identity, change_identity, make_identity, write_identity
 from edgebroker.storage.log import PartitionLog
-from edgebroker.storage.meta import GroupKey, GroupOffset, MetaState, SegmentRow
+from edgebroker.storage.meta import GroupKey, GroupOffset
 from edgebroker.storage.metadata import Metadata
+from edgebroker.storage.opening import Opener
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.reader import ColdRead, Reader, read_cold
-from edgebroker.storage.recovery import RecoveredLog, Recovery
-from edgebroker.storage.segment import SUFFIX, UNKNOWN_CHAIN, Segment, segment_path
-from edgebroker.storage.staging import Chunk, Stage
+from edgebroker.storage.recovery import RecoveredLog
+from edgebroker.storage.segment import Segment, segment_path
+from edgebroker.storage.staging import Chunk
 from edgebroker.storage.timesearch import find_time
-from edgebroker.storage.walk import next_good_batch
 
 log = logging.getLogger(__name__)
-
-REPLAY_BYTES = 64 << 20
-REPLAY_PIECE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +59,15 @@ class SegmentStore:
         self.node_uid = self._directory.node.uid
         self._quarantine = Quarantine(self._directory.quarantine, clock)
         self._topics: dict[str, list[PartitionLog]] = {}
-        self._unserved: dict[str, str] = {}
+        self._opener = Opener(
+            self._directory.topics,
+            self.node_uid,
+            self._quarantine,
+            scheduler,
+            clock,
+            limits=(settings.max_batch, settings.max_record, settings.window),
+            segment_bytes=settings.segment_bytes,
+        )
         self._creating: dict[str, list[Done]] = {}
         self._producers: dict[str, tuple[int, int]] = {}
         self._path = path
@@ -85,7 +86,9 @@ class SegmentStore:
         self._producers = state.producers
         for topic_path in sorted(self._directory.topics.iterdir()):
             if topic_path.is_dir():
-                self._recover_topic(topic_path, state)
+                logs = self._opener.open_topic(topic_path, state)
+                if logs:
+                    self._topics[topic_path.name] = logs
         self._housekeeping = Housekeeping(
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, self._committer,
             self._metadata, self._reader, self._quarantine,
@@ -141,8 +144,10 @@ class SegmentStore:
         if name in self._topics:
             done(Code.NAME_CLASH, f"topic {name} exists")
             return
-        if name in self._unserved:
-            done(Code.READ_ONLY, f"topic {name} lies on the disk and could not be opened: {self._unserved[name]}")
+        if name in self._opener.unserved:
+            done(
+                Code.READ_ONLY, f"topic {name} lies on the disk and could not be opened: {self._opener.unserved[name]}"
+            )
             return
         if name in self._creating:
             self._creating[name].append(done)
@@ -168,7 +173,7 @@ class SegmentStore:
         waiting = self._creating.pop(name)
         if isinstance(result, list):
             self._topics[name] = [
-                self._make_log(
+                self._opener.make_log(
                     name, number, identity, RecoveredLog([segment], 0, identity.chain, identity.epoch, [], 0)
                 )
                 for number, (identity, segment) in enumerate(result)
@@ -323,8 +328,8 @@ class SegmentStore:
         }
         if self._committer.stalled or self._reader.stalled:
             found["disk_stalled"] = "the disk does not answer"
-        if self._unserved:
-            found["unserved_topics"] = "; ".join(f"{topic}: {why}" for topic, why in self._unserved.items())
+        if self._opener.unserved:
+            found["unserved_topics"] = "; ".join(f"{topic}: {why}" for topic, why in self._opener.unserved.items())
         damaged = [partition.name for partition in self.logs() if partition.holes]
         if damaged:
             found["damaged"] = ", ".join(damaged[:20])
@@ -346,110 +351,6 @@ class SegmentStore:
             **self._housekeeping.describe(),
         }
 
-    # ---- recovery ----
-
-    def _recover_topic(self, path: Path, state: MetaState) -> None:
-        logs: dict[int, PartitionLog] = {}
-        for directory in path.iterdir():
-            if directory.name.isdigit() and directory.is_dir():
-                number = int(directory.name)
-                try:
-                    recovered = self._recover_partition(path.name, number, directory, state)
-                except OSError as error:
-                    log.error("%s/%d cannot be read or written: %s", path.name, number, error)
-                    self._unserved[path.name] = str(error)
-                    continue
-                if recovered is not None:
-                    logs[number] = recovered
-        wanted = max((found.settings.partitions for found in logs.values()), default=0)
-        if sorted(logs) != list(range(len(logs))) or len(logs) < wanted:
-            why = self._unserved.setdefault(path.name, f"{len(logs)} of {wanted} partitions were found")
-            log.error("topic %s is not served: %s", path.name, why)
-            for found in logs.values():
-                found.close()
-            return
-        if logs:
-            self._topics[path.name] = [logs[number] for number in sorted(logs)]
-
-    def _recover_partition(self, topic: str, number: int, directory: Path, state: MetaState) -> PartitionLog | None:
-        key, name = (topic, number), f"{topic}/{number}"
-        checkpoint = state.checkpoints.get(key)
-        try:
-            identity = read_identity(directory)
-        except (FileNotFoundError, DamagedDataError) as error:
-            sizes = [path.stat().st_size for path in directory.iterdir() if path.suffix == SUFFIX]
-            began = any(sizes) or (sizes and isinstance(error, DamagedDataError))
-            if not began and checkpoint is None:
-                return None  # a topic whose creation did not finish: nobody was told about it
-            log.error("%s: %s; the identity is made again", name, error)
-            identity = make_identity(self.node_uid, TopicSettings())
-            if checkpoint is not None:
-                identity = _with_log_id(identity, checkpoint.log_id, checkpoint.epoch)
-            write_identity(directory, identity)
-        watermark = max(
-            (
-                offset.next_offset
-                for (_, group_topic, group_partition), offset in state.group_offsets.items()
-                if (group_topic, group_partition) == key and offset.log_id == identity.log_id
-            ),
-            default=-1,
-        )
-        recovery = Recovery(directory, identity, self._quarantine, max_batch=STORED_BATCH_BYTES, name=name)
-        recovered = recovery.run(checkpoint, watermark)
-        rows = state.segments.get(key, {})
-        for segment in recovered.segments[:-1]:
-            self._describe_sealed(segment, rows.get(segment.base), identity)
-        _link_chains(recovered.segments, identity)
-        partition = self._make_log(topic, number, identity, recovered)
-        for hole in state.holes.get(key, []):
-            partition.add_hole(hole)
-        windows = state.windows.get(key)
-        now = self._scheduler.now()
-        if windows is not None:
-            partition.stage.load([(pid, epoch, now - age, entries) for pid, epoch, age, entries in windows.producers])
-        _replay_producers(partition, windows.below if windows is not None else -1, now)
-        return partition
-
-    def _describe_sealed(self, segment: Segment, row: SegmentRow | None, identity: Identity) -> None:
-        """What meta.db or else the index says; a segment that neither knows counts as sealed now (never too early)."""
-        if row is not None and (row.size, row.end_offset) == (segment.size, segment.end_offset):
-            known: SegmentRow | SealedIndex | None = row
-        else:
-            known = read_index(segment.path, identity.log_id_bytes, segment.base, segment.size)
-        if known is not None and known.end_offset == segment.end_offset:
-            segment.base_chain, segment.end_chain = known.base_chain, known.end_chain
-            segment.max_timestamp, segment.sealed_ms = known.max_timestamp, known.sealed_ms
-        segment.sealed_ms = segment.sealed_ms or self._clock.wall_ms()
-
-    def _make_log(self, topic: str, number: int, identity: Identity, recovered: RecoveredLog) -> PartitionLog:
-        stage = Stage(
-            recovered.next_offset,
-            recovered.epoch,
-            self._settings.max_batch,
-            self._settings.max_record,
-            self._settings.window,
-        )
-        return PartitionLog(
-            topic,
-            number,
-            self._directory.topics / topic / str(number),
-            identity,
-            recovered,
-            stage,
-            max_batch=STORED_BATCH_BYTES,
-            segment_bytes=identity.settings.segment_bytes or self._settings.segment_bytes,
-            born=self._scheduler.now(),
-        )
-
-
-def _link_chains(segments: list[Segment], identity: Identity) -> None:
-    """A segment begins with the chain that the one before it ends with."""
-    if segments[0].base == identity.log_start:
-        segments[0].base_chain = identity.chain
-    for before, segment in pairwise(segments):
-        if segment.base_chain == UNKNOWN_CHAIN and before.end_chain != UNKNOWN_CHAIN:
-            segment.base_chain = before.end_chain
-
 
 def _with_settings(identity: Identity, settings: TopicSettings) -> Identity:
     return Identity(
@@ -460,47 +361,3 @@ def _with_settings(identity: Identity, settings: TopicSettings) -> Identity:
         chain=identity.chain,
         settings=settings,
     )
-
-
-def _with_log_id(identity: Identity, log_id: str, epoch: int) -> Identity:
-    return Identity(
-        log_id=log_id,
-        origin=identity.origin,
-        epochs=[(epoch, 0)],
-        log_start=identity.log_start,
-        chain=crc32c(bytes.fromhex(log_id)),
-        settings=identity.settings,
-    )
-
-
-def _replay_producers(partition: PartitionLog, below: int, now: float) -> None:
-    """Bring the producer windows up to the end of the log; without a stored state, from the last 64 MiB on."""
-    if below >= partition.durable_end:
-        return
-    covered = 0
-    for rank in range(len(partition.segments) - 1, -1, -1):
-        segment = partition.segments[rank]
-        covered += segment.size
-        if (below >= 0 and segment.base <= below) or covered >= REPLAY_BYTES:
-            break
-    for segment in partition.segments[rank:]:
-        fd = segment.fd if segment.fd >= 0 else files.open_log(segment.path)
-        try:
-            position, length = 0, REPLAY_PIECE_BYTES
-            while position < segment.size:
-                data = files.read_at(fd, min(length, segment.size - position), position)
-                used = partition.stage.replay(data, now, below)
-                if used:
-                    position, length = position + used, REPLAY_PIECE_BYTES
-                elif length <= STORED_BATCH_BYTES and position + len(data) < segment.size:
-                    length = STORED_BATCH_BYTES + 1
-                else:
-                    # Damage: what follows it was acknowledged as well.
-                    position = next_good_batch(fd, position, segment.size, segment.base, 1 << 62, STORED_BATCH_BYTES)
-                    if position < 0:
-                        break
-        except OSError as error:
-            log.warning("%s: duplicates are not recognised behind an unreadable place: %s", partition.name, error)
-        finally:
-            if segment.fd < 0:
-                files.close(fd)

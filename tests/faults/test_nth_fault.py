@@ -7,6 +7,7 @@ in the middle of any call: the next start finds everything. EB_FAULTS_FULL=1 tak
 
 import os
 import random
+import signal
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 
 from edgebroker.cli.adminclient import call
 from edgebroker.cli.process import BrokerProcess
-from edgebroker.common.errors import AnswerError, EdgeBrokerError
+from edgebroker.common.errors import AnswerError, EdgeBrokerError, UnreachableError
 from edgebroker.network.consumer import Consumer
 from edgebroker.network.producer import Producer, Sent
 
@@ -138,8 +139,10 @@ def workload(run: Run) -> set[str]:
             if run.alive():
                 run.consume()
                 until(lambda: retained(run) or bool(codes), 4.0, f"retention ({run.context})")
+        except UnreachableError:
+            until(lambda: not run.alive(), 5.0, f"a node that does not answer is dead ({run.context})")
         except (EdgeBrokerError, TimeoutError):
-            # A node that died on purpose, or one that is read-only, accepts nothing more.
+            # One that is read-only accepts nothing more.
             if run.alive() and not read_only(run):
                 raise
         finally:
@@ -169,7 +172,7 @@ def one_fault(path: Path, rule: str, *, dies: bool = False) -> None:
             codes = workload(run)
             assert codes <= REFUSALS, f"{codes} ({run.context})"
             if run.alive():
-                assert run.broker.stop() in (0, 1), run.context
+                assert run.broker.stop() in ((0, 1, -signal.SIGKILL) if dies else (0, 1)), run.context
             elif not dies:
                 raise AssertionError(f"the broker died ({run.context})")
         run.verify()

@@ -1,0 +1,206 @@
+"""Opening the logs of a data directory: identity, recovery, what meta.db remembers, duplicates.
+
+Blocking; runs before the node listens. One partition that cannot be opened takes its topic out of service until the
+next start, with a reason; it never keeps the others from being served.
+"""
+
+from __future__ import annotations
+
+import logging
+from itertools import pairwise
+from pathlib import Path
+
+from edgebroker.common.batch import STORED_BATCH_BYTES
+from edgebroker.common.clock import Clock
+from edgebroker.common.crc32c import crc32c
+from edgebroker.common.errors import DamagedDataError
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.types import TopicSettings
+from edgebroker.storage import files
+from edgebroker.storage.identity import Identity, make_identity, read_identity, write_identity
+from edgebroker.storage.index import SealedIndex, read_index
+from edgebroker.storage.log import PartitionLog
+from edgebroker.storage.meta import MetaState, SegmentRow
+from edgebroker.storage.quarantine import Quarantine
+from edgebroker.storage.recovery import RecoveredLog, Recovery
+from edgebroker.storage.segment import SUFFIX, UNKNOWN_CHAIN, Segment
+from edgebroker.storage.staging import Stage
+from edgebroker.storage.walk import next_good_batch
+
+log = logging.getLogger(__name__)
+
+REPLAY_BYTES = 64 << 20
+REPLAY_PIECE_BYTES = 1 << 20
+
+
+class Opener:
+    """Makes PartitionLogs, from what lies on the disk or from a topic that was just created.
+
+    `limits`: (largest batch, largest record, batches remembered per producer) for the stages. `unserved`: topics that
+    could not be opened, with the reason.
+    """
+
+    def __init__(
+        self,
+        topics: Path,
+        node_uid: str,
+        quarantine: Quarantine,
+        scheduler: Scheduler,
+        clock: Clock,
+        *,
+        limits: tuple[int, int, int],
+        segment_bytes: int,
+    ) -> None:
+        self._topics, self._node_uid, self._quarantine = topics, node_uid, quarantine
+        self._scheduler, self._clock = scheduler, clock
+        self._limits, self._segment_bytes = limits, segment_bytes
+        self.unserved: dict[str, str] = {}
+
+    def open_topic(self, path: Path, state: MetaState) -> list[PartitionLog]:
+        """The partitions of a topic in order; none when it cannot be served (then `unserved` says why)."""
+        logs: dict[int, PartitionLog] = {}
+        for directory in path.iterdir():
+            if directory.name.isdigit() and directory.is_dir():
+                number = int(directory.name)
+                try:
+                    recovered = self._open_partition(path.name, number, directory, state)
+                except OSError as error:
+                    log.error("%s/%d cannot be read or written: %s", path.name, number, error)
+                    self.unserved[path.name] = str(error)
+                    continue
+                if recovered is not None:
+                    logs[number] = recovered
+        wanted = max((found.settings.partitions for found in logs.values()), default=0)
+        if sorted(logs) != list(range(len(logs))) or len(logs) < wanted:
+            for found in logs.values():
+                found.close()
+            touched = any(found.size_bytes or found.durable_end for found in logs.values())
+            touched = touched or any((path.name, number) in state.checkpoints for number in logs)
+            if not touched and path.name not in self.unserved:
+                log.warning("topic %s: its creation did not finish, nobody was told about it", path.name)
+                return []
+            why = self.unserved.setdefault(path.name, f"{len(logs)} of {wanted} partitions were found")
+            log.error("topic %s is not served: %s", path.name, why)
+            return []
+        return [logs[number] for number in sorted(logs)]
+
+    def _open_partition(self, topic: str, number: int, directory: Path, state: MetaState) -> PartitionLog | None:
+        key, name = (topic, number), f"{topic}/{number}"
+        checkpoint = state.checkpoints.get(key)
+        try:
+            identity = read_identity(directory)
+        except (FileNotFoundError, DamagedDataError) as error:
+            sizes = [path.stat().st_size for path in directory.iterdir() if path.suffix == SUFFIX]
+            began = any(sizes) or (sizes and isinstance(error, DamagedDataError))
+            if not began and checkpoint is None:
+                return None  # a topic whose creation did not finish: nobody was told about it
+            log.error("%s: %s; the identity is made again", name, error)
+            identity = make_identity(self._node_uid, TopicSettings())
+            if checkpoint is not None:
+                identity = _with_log_id(identity, checkpoint.log_id, checkpoint.epoch)
+            write_identity(directory, identity)
+        watermark = max(
+            (
+                offset.next_offset
+                for (_, group_topic, group_partition), offset in state.group_offsets.items()
+                if (group_topic, group_partition) == key and offset.log_id == identity.log_id
+            ),
+            default=-1,
+        )
+        recovery = Recovery(directory, identity, self._quarantine, max_batch=STORED_BATCH_BYTES, name=name)
+        recovered = recovery.run(checkpoint, watermark)
+        rows = state.segments.get(key, {})
+        for segment in recovered.segments[:-1]:
+            self._describe_sealed(segment, rows.get(segment.base), identity)
+        _link_chains(recovered.segments, identity)
+        partition = self.make_log(topic, number, identity, recovered)
+        for hole in state.holes.get(key, []):
+            partition.add_hole(hole)
+        windows = state.windows.get(key)
+        now = self._scheduler.now()
+        if windows is not None:
+            partition.stage.load([(pid, epoch, now - age, entries) for pid, epoch, age, entries in windows.producers])
+        _replay_producers(partition, windows.below if windows is not None else -1, now)
+        return partition
+
+    def _describe_sealed(self, segment: Segment, row: SegmentRow | None, identity: Identity) -> None:
+        """What meta.db or else the index says; a segment that neither knows counts as sealed now (never too early)."""
+        if row is not None and (row.size, row.end_offset) == (segment.size, segment.end_offset):
+            known: SegmentRow | SealedIndex | None = row
+        else:
+            known = read_index(segment.path, identity.log_id_bytes, segment.base, segment.size)
+        if known is not None and known.end_offset == segment.end_offset:
+            segment.base_chain, segment.end_chain = known.base_chain, known.end_chain
+            segment.max_timestamp, segment.sealed_ms = known.max_timestamp, known.sealed_ms
+        segment.sealed_ms = segment.sealed_ms or self._clock.wall_ms()
+
+    def make_log(self, topic: str, number: int, identity: Identity, recovered: RecoveredLog) -> PartitionLog:
+        stage = Stage(
+            recovered.next_offset,
+            recovered.epoch,
+            *self._limits,
+        )
+        return PartitionLog(
+            topic,
+            number,
+            self._topics / topic / str(number),
+            identity,
+            recovered,
+            stage,
+            max_batch=STORED_BATCH_BYTES,
+            segment_bytes=identity.settings.segment_bytes or self._segment_bytes,
+            born=self._scheduler.now(),
+        )
+
+
+def _link_chains(segments: list[Segment], identity: Identity) -> None:
+    """A segment begins with the chain that the one before it ends with."""
+    if segments[0].base == identity.log_start:
+        segments[0].base_chain = identity.chain
+    for before, segment in pairwise(segments):
+        if segment.base_chain == UNKNOWN_CHAIN and before.end_chain != UNKNOWN_CHAIN:
+            segment.base_chain = before.end_chain
+
+
+def _with_log_id(identity: Identity, log_id: str, epoch: int) -> Identity:
+    return Identity(
+        log_id=log_id,
+        origin=identity.origin,
+        epochs=[(epoch, 0)],
+        log_start=identity.log_start,
+        chain=crc32c(bytes.fromhex(log_id)),
+        settings=identity.settings,
+    )
+
+
+def _replay_producers(partition: PartitionLog, below: int, now: float) -> None:
+    """Bring the producer windows up to the end of the log; without a stored state, from the last 64 MiB on."""
+    if below >= partition.durable_end:
+        return
+    covered = 0
+    for rank in range(len(partition.segments) - 1, -1, -1):
+        segment = partition.segments[rank]
+        covered += segment.size
+        if (below >= 0 and segment.base <= below) or covered >= REPLAY_BYTES:
+            break
+    for segment in partition.segments[rank:]:
+        fd = segment.fd if segment.fd >= 0 else files.open_log(segment.path)
+        try:
+            position, length = 0, REPLAY_PIECE_BYTES
+            while position < segment.size:
+                data = files.read_at(fd, min(length, segment.size - position), position)
+                used = partition.stage.replay(data, now, below)
+                if used:
+                    position, length = position + used, REPLAY_PIECE_BYTES
+                elif length <= STORED_BATCH_BYTES and position + len(data) < segment.size:
+                    length = STORED_BATCH_BYTES + 1
+                else:
+                    # Damage: what follows it was acknowledged as well.
+                    position = next_good_batch(fd, position, segment.size, segment.base, 1 << 62, STORED_BATCH_BYTES)
+                    if position < 0:
+                        break
+        except OSError as error:
+            log.warning("%s: duplicates are not recognised behind an unreadable place: %s", partition.name, error)
+        finally:
+            if segment.fd < 0:
+                files.close(fd)

@@ -1,0 +1,153 @@
+"""A client of edgebroker in one file: written from docs/protocol.md alone, with the standard library alone.
+
+    python tiny_client.py HOST:PORT publish TOPIC VALUE...
+    python tiny_client.py HOST:PORT consume TOPIC GROUP COUNT
+
+It has no thread: call it again within idle ms, or the broker cuts the connection.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from io import BytesIO
+from typing import NamedTuple
+
+CONNECT, PUBLISH, SUBSCRIBE, DELIVER, ACK, HEARTBEAT, RESET, READY = range(1, 9)
+COMMITTED, EARLIEST, LATEST, OFFSET, TIME, POSITION = range(6)
+FRAME = struct.Struct(">IBBHQ")  # length, type, flags, reserved, correlation
+ANSWER = struct.Struct(">BBHqH")  # kind, zero, code, offset, length of the message
+GRANTS = struct.Struct(">H16sIIIIIIIqhH")  # version ... producer id, epoch, count of topics
+HANDED = struct.Struct(">I16siIQqqqB")  # DELIVER behind its topic: partition ... count of gaps
+GAP = struct.Struct(">qqB")  # first, last, reason
+BATCH = struct.Struct(">qiibIhiqqqhii")  # the 61 bytes before the records
+LARGEST_FRAME = (16 << 20) + (64 << 10)
+NOBODY = (-1, -1)  # neither producer id nor epoch
+CRC_TABLE = list(range(256))
+for _ in range(8):
+    CRC_TABLE = [(entry >> 1) ^ (0x82F63B78 if entry & 1 else 0) for entry in CRC_TABLE]
+
+
+class Record(NamedTuple):
+    value: bytes | None
+    key: bytes | None = None
+    headers: tuple[tuple[str, bytes | None], ...] = ()
+    timestamp: int = 0
+    offset: int = -1
+
+
+class Answer(NamedTuple):
+    code: int
+    offset: int
+    message: str
+    extra: bytes
+
+
+class Delivery(NamedTuple):
+    topic: str
+    place: tuple  # partition, log id, epoch, generation, lease, first, last, durable end, count of gaps
+    gaps: list[tuple[int, int, int]]
+    records: list[Record]
+
+
+class Refused(Exception):
+    """The broker answered a code other than OK: args are the code and its message."""
+
+
+def crc32c(data: bytes) -> int:
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = (crc >> 8) ^ CRC_TABLE[(crc ^ byte) & 0xFF]
+    return crc ^ 0xFFFFFFFF
+
+
+def put_varint(number: int) -> bytes:
+    number, out = (number << 1) ^ (number >> 63), bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    return bytes([*out, number])
+
+
+def put_sized(data: bytes | None) -> bytes:
+    return put_varint(-1) if data is None else put_varint(len(data)) + data
+
+
+def put_text(text: str) -> bytes:
+    return bytes([len(text.encode())]) + text.encode()
+
+
+def take(body: BytesIO, layout: struct.Struct) -> tuple:
+    return layout.unpack(body.read(layout.size))
+
+
+def take_varint(body: BytesIO) -> int:
+    number = shift = 0
+    while (byte := body.read(1)[0]) & 0x80:
+        number, shift = number | (byte & 0x7F) << shift, shift + 7
+    number |= byte << shift
+    return (number >> 1) ^ -(number & 1)
+
+
+def take_sized(body: BytesIO) -> bytes | None:
+    return None if (length := take_varint(body)) < 0 else body.read(length)
+
+
+def encode_batch(records: list[Record], producer: tuple[int, int] = NOBODY, sequence: int = -1) -> bytes:
+    base, count, lines = records[0].timestamp, len(records), b""
+    for delta, record in enumerate(records):
+        line = b"\0" + put_varint(record.timestamp - base) + put_varint(delta)
+        line += put_sized(record.key) + put_sized(record.value) + put_varint(len(record.headers))
+        lines += put_sized(line + b"".join(put_sized(name.encode()) + put_sized(v) for name, v in record.headers))
+    fields = (0, count - 1, base, max(record.timestamp for record in records), *producer, sequence, count)
+    crc = crc32c(BATCH.pack(0, 0, 0, 2, 0, *fields)[21:] + lines)
+    return BATCH.pack(0, 49 + len(lines), 0, 2, crc, *fields) + lines
+
+
+def decode_batches(data: bytes) -> Iterator[Record]:
+    while data:
+        offset, length, _, magic, crc, attributes, _, base, _, _, _, _, count = BATCH.unpack_from(data)
+        batch, data = data[: 12 + length], data[12 + length :]
+        if magic != 2 or crc != crc32c(batch[21:]):
+            raise ValueError(f"the batch at offset {offset} is damaged")
+        if attributes & 7:
+            raise ValueError(f"the batch at offset {offset} is compressed")
+        lines = BytesIO(batch[BATCH.size :])
+        for _ in range(0 if attributes & 0x20 else count):  # nothing in a control batch is for us
+            line = BytesIO(take_sized(lines) or b"")
+            line.read(1)
+            timestamp, at, key, value = base + take_varint(line), take_varint(line), take_sized(line), take_sized(line)
+            headers = tuple(((take_sized(line) or b"").decode(), take_sized(line)) for _ in range(take_varint(line)))
+            yield Record(value, key, headers, timestamp, offset + at)
+
+
+def decode_delivery(body: bytes) -> Delivery:
+    """Without the records that this frame does not hand over."""
+    fields = BytesIO(body)
+    topic = fields.read(fields.read(1)[0]).decode()
+    place = take(fields, HANDED)
+    gaps = [take(fields, GAP) for _ in range(place[8])]
+    records = [record for record in decode_batches(fields.read()) if place[5] <= record.offset <= place[6]]
+    return Delivery(topic, place, gaps, records)
+
+
+class TinyClient:
+    def __init__(self, server: str, client_id: str, producer: tuple[int, int] = NOBODY) -> None:
+        host, port = server.rsplit(":", 1)
+        self.socket = socket.create_connection((host, int(port)), timeout=10)
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.socket.setblocking(False)
+        self.input, self.output = bytearray(), bytearray()
+        self.correlation, self.beat, self.idle, self.sent, self.heard = 0, 60.0, 60.0, time.monotonic(), time.monotonic()
+        self.answers: dict[int, Answer] = {}
+        self.deliveries: deque[Delivery] = deque()
+        self.sequences: dict[tuple[str, int], int] = {}
+        fields = struct.pack(">4sHH", b"EDGE", 1, 1) + put_text(client_id) + struct.pack(">HqhH", 0, *producer, 0)
+        grants = GRANTS.unpack_from(self.request(CONNECT, fields).extra)
+        self.beat, self.idle, self.producer = grants[2] / 2000, grants[3] / 1000, grants[9:11]
