@@ -3,7 +3,8 @@
     python tiny_client.py HOST:PORT publish TOPIC VALUE...
     python tiny_client.py HOST:PORT consume TOPIC GROUP COUNT
 
-It has no thread: call it again within idle ms, or the broker cuts the connection.
+It has no thread: it reads and beats only while it waits, so call it again within idle ms. It may write without reading
+because it has one request under way, and a window far below the 1 MiB at which the broker would stop reading.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import socket
 import struct
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections import deque, namedtuple
+from collections.abc import Iterator
 from io import BytesIO
 from typing import NamedTuple
 
@@ -33,6 +34,11 @@ CRC_TABLE = list(range(256))
 for _ in range(8):
     CRC_TABLE = [(entry >> 1) ^ (0x82F63B78 if entry & 1 else 0) for entry in CRC_TABLE]
 
+Answer = namedtuple("Answer", "code offset message extra")
+Delivery = namedtuple(
+    "Delivery", "topic partition log_id epoch generation lease first last durable_end gaps records"
+)
+
 
 class Record(NamedTuple):
     value: bytes | None
@@ -40,20 +46,6 @@ class Record(NamedTuple):
     headers: tuple[tuple[str, bytes | None], ...] = ()
     timestamp: int = 0
     offset: int = -1
-
-
-class Answer(NamedTuple):
-    code: int
-    offset: int
-    message: str
-    extra: bytes
-
-
-class Delivery(NamedTuple):
-    topic: str
-    place: tuple  # partition, log id, epoch, generation, lease, first, last, durable end, count of gaps
-    gaps: list[tuple[int, int, int]]
-    records: list[Record]
 
 
 class Refused(Exception):
@@ -100,12 +92,12 @@ def take_sized(body: BytesIO) -> bytes | None:
 
 
 def encode_batch(records: list[Record], producer: tuple[int, int] = NOBODY, sequence: int = -1) -> bytes:
-    base, count, lines = records[0].timestamp, len(records), b""
+    base, latest, count, lines = records[0].timestamp, max(r.timestamp for r in records), len(records), bytearray()
     for delta, record in enumerate(records):
         line = b"\0" + put_varint(record.timestamp - base) + put_varint(delta)
         line += put_sized(record.key) + put_sized(record.value) + put_varint(len(record.headers))
         lines += put_sized(line + b"".join(put_sized(name.encode()) + put_sized(v) for name, v in record.headers))
-    fields = (0, count - 1, base, max(record.timestamp for record in records), *producer, sequence, count)
+    fields = (0, count - 1, base, latest, *producer, sequence, count)  # from the attributes on
     crc = crc32c(BATCH.pack(0, 0, 0, 2, 0, *fields)[21:] + lines)
     return BATCH.pack(0, 49 + len(lines), 0, 2, crc, *fields) + lines
 
@@ -114,27 +106,23 @@ def decode_batches(data: bytes) -> Iterator[Record]:
     while data:
         offset, length, _, magic, crc, attributes, _, base, _, _, _, _, count = BATCH.unpack_from(data)
         batch, data = data[: 12 + length], data[12 + length :]
-        if magic != 2 or crc != crc32c(batch[21:]):
-            raise ValueError(f"the batch at offset {offset} is damaged")
-        if attributes & 7:
-            raise ValueError(f"the batch at offset {offset} is compressed")
+        if magic != 2 or crc != crc32c(batch[21:]) or attributes & 7:
+            raise ValueError(f"the batch at offset {offset} is damaged or compressed")
         lines = BytesIO(batch[BATCH.size :])
         for _ in range(0 if attributes & 0x20 else count):  # nothing in a control batch is for us
-            line = BytesIO(take_sized(lines) or b"")
-            line.read(1)
+            line = BytesIO(take_sized(lines)[1:])
             timestamp, at, key, value = base + take_varint(line), take_varint(line), take_sized(line), take_sized(line)
-            headers = tuple(((take_sized(line) or b"").decode(), take_sized(line)) for _ in range(take_varint(line)))
+            headers = tuple((take_sized(line).decode(), take_sized(line)) for _ in range(take_varint(line)))
             yield Record(value, key, headers, timestamp, offset + at)
 
 
 def decode_delivery(body: bytes) -> Delivery:
-    """Without the records that this frame does not hand over."""
     fields = BytesIO(body)
     topic = fields.read(fields.read(1)[0]).decode()
-    place = take(fields, HANDED)
-    gaps = [take(fields, GAP) for _ in range(place[8])]
-    records = [record for record in decode_batches(fields.read()) if place[5] <= record.offset <= place[6]]
-    return Delivery(topic, place, gaps, records)
+    *place, gap_count = take(fields, HANDED)
+    gaps, (first, last) = [take(fields, GAP) for _ in range(gap_count)], place[5:7]
+    records = [record for record in decode_batches(fields.read()) if first <= record.offset <= last]
+    return Delivery(topic, *place, gaps, records)
 
 
 class TinyClient:
@@ -142,12 +130,46 @@ class TinyClient:
         host, port = server.rsplit(":", 1)
         self.socket = socket.create_connection((host, int(port)), timeout=10)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self.socket.setblocking(False)
-        self.input, self.output = bytearray(), bytearray()
-        self.correlation, self.beat, self.idle, self.sent, self.heard = 0, 60.0, 60.0, time.monotonic(), time.monotonic()
-        self.answers: dict[int, Answer] = {}
+        self.correlation, self.beat, self.idle, self.sent, self.heard = 0, 60.0, 60.0, *[time.monotonic()] * 2
+        self.answers: dict[int, Answer] = {}  # that nobody has taken: by correlation, 0 or that of a SUBSCRIBE
         self.deliveries: deque[Delivery] = deque()
         self.sequences: dict[tuple[str, int], int] = {}
         fields = struct.pack(">4sHH", b"EDGE", 1, 1) + put_text(client_id) + struct.pack(">HqhH", 0, *producer, 0)
         grants = GRANTS.unpack_from(self.request(CONNECT, fields).extra)
         self.beat, self.idle, self.producer = grants[2] / 2000, grants[3] / 1000, grants[9:11]
+
+    def send(self, kind: int, body: bytes, correlation: int = 0) -> None:
+        self.socket.sendall(FRAME.pack(12 + len(body), kind, 0, 0, correlation) + body)
+        self.sent = time.monotonic()
+
+    def request(self, kind: int, body: bytes) -> Answer:
+        self.correlation += 1
+        self.send(kind, body, self.correlation)
+        while self.correlation not in self.answers:
+            self.handle_frame()
+        if (answer := self.answers.pop(self.correlation)).code:
+            raise Refused(answer.code, answer.message)
+        return answer
+
+    def exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            if not (part := self.socket.recv(size - len(data))):
+                raise ConnectionError("the broker closed the connection")
+            data += part
+        return bytes(data)
+
+    def handle_frame(self) -> None:
+        while not select.select([self.socket], [], [], max(0.0, self.sent + self.beat - time.monotonic()))[0]:
+            if time.monotonic() - self.heard > self.idle:
+                raise ConnectionError("the broker is silent")
+            self.send(HEARTBEAT, bytes(2))
+        length, kind, _, _, correlation = FRAME.unpack(self.exactly(FRAME.size))
+        if not 12 <= length <= LARGEST_FRAME:
+            raise ConnectionError(f"a frame of {length} bytes")
+        body, self.heard = self.exactly(length - 12), time.monotonic()
+        if kind == DELIVER:
+            self.deliveries.append(decode_delivery(body))
+        elif kind == ACK:
+            _, _, code, offset, size = ANSWER.unpack_from(body)
+            self.answers[correlation] = Answer(code, offset, body[14 : 14 + size].decode(), body[14 + size :])

@@ -229,6 +229,7 @@ def check_groups(broker: BrokerProcess, history: History, topic: str, content: C
 
 def read_back(broker: BrokerProcess, topic: str, seconds: float = 30.0) -> Content:
     """Everything of a topic, through a consumer of its own. Raises TimeoutError when it does not come."""
+
     def describe(key: str) -> dict[int, int]:
         return {line["partition"]: line[key] for line in call(broker.admin, "GET", f"/v1/topics/{topic}")["partitions"]}
 

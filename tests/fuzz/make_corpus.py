@@ -1,4 +1,4 @@
-"""Write the seed inputs of the fuzzer into corpus/ beside this file; the same bytes every time.
+"""Write the seed inputs of the fuzzers into corpus/ and corpus-frames/ beside this file; the same bytes every time.
 
 Run from the repository after building the extensions: python tests/fuzz/make_corpus.py
 """
@@ -8,6 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from edgebroker.common import batch, records
+from edgebroker.common.errors import Code
+from edgebroker.network import frames
+from edgebroker.network.frames import Connect, FrameType
 
 ROWS = [(b"key", b"value", 1_700_000_000_000), (None, b"", 1_699_999_999_000), (b"", None, 1_700_000_000_500)]
 HEADERS = [("trace", b"\x00\xff"), ("größe", None), ("", b"")]
@@ -43,12 +46,34 @@ def seeds() -> dict[str, bytes]:
     }
 
 
+def frame_seeds() -> dict[str, bytes]:
+    """Streams of frames; the two bytes in front are the largest frame allowed, less one."""
+
+    def publish(correlation: int, topic: str) -> bytes:
+        return frames.write_publish(correlation, frames.publish_prefix(2, topic, 0), b"batch")
+
+    run = publish(1, "t") + publish(2, "t")
+    connect = Connect(frames.PROTOCOL_VERSION, 1, "till", b"", -1, -1, ["t"])
+    streams = {
+        "connect": frames.write_connect(1, connect),
+        "run": run + publish(3, "u"),
+        "mixed": run + frames.write_heartbeat([]) + frames.write_answer(2, Code.OK),
+        "torn": run[:-10],
+        "short-publish": frames.frame(FrameType.PUBLISH, 1, b"\2\5ab"),
+        "too-large": frames.HEADER.pack(0x7FFFFFFF, FrameType.PUBLISH, 0, 0, 1),
+        "short-length": frames.HEADER.pack(11, FrameType.PUBLISH, 0, 0, 1),
+        "flags": frames.HEADER.pack(12, FrameType.HEARTBEAT, 1, 0, 1),
+    }
+    return {name: (999).to_bytes(2, "big") + stream for name, stream in streams.items()}
+
+
 def main() -> None:
-    corpus = Path(__file__).parent / "corpus"
-    corpus.mkdir(exist_ok=True)
-    for name, content in seeds().items():
-        (corpus / name).write_bytes(content)
-    print(f"{len(seeds())} seeds in {corpus}")
+    for folder, found in (("corpus", seeds()), ("corpus-frames", frame_seeds())):
+        corpus = Path(__file__).parent / folder
+        corpus.mkdir(exist_ok=True)
+        for name, content in found.items():
+            (corpus / name).write_bytes(content)
+        print(f"{len(found)} seeds in {corpus}")
 
 
 if __name__ == "__main__":
