@@ -51,6 +51,7 @@ log = logging.getLogger(__name__)
 From = int | str
 _NAMED = {"committed": Start.COMMITTED, "earliest": Start.EARLIEST, "latest": Start.LATEST}
 AUTO_ACK_RECORDS = 1000
+RETRY_SECONDS = 0.02
 
 
 def parse_from(value: From) -> tuple[Start, int]:
@@ -247,6 +248,10 @@ class Consumer:
         posted = threading.Event()
 
         def send() -> None:
+            if not self._link.up and not self._closed:
+                # The next subscription carries the places that have no lease then.
+                self._loop.call_later(RETRY_SECONDS, send)
+                return
             for key, place in list(self._places.items()):
                 if place.acked >= 0 and place.lease:
                     correlation = self._link.next_correlation()
@@ -384,7 +389,7 @@ class Consumer:
             place = self._places.get(TopicPartition(line.topic, line.partition))
             if place is not None:
                 place.awaiting = correlation
-        self._link.request(correlation, data, lambda answer, body: self._on_state(correlation, answer))
+        self._link.request(correlation, data, lambda answer, body: self._on_state(correlation, answer), once=False)
 
     def _on_state(self, correlation: int, answer: Answer) -> None:
         if answer.code is Code.OK:

@@ -55,6 +55,7 @@ class Link:
         self._asked: Callable[[], Connect] = self._plain_connect
         self._correlation = 0
         self._connect_correlation = 0
+        self._once: set[int] = set()
         self._requests: dict[int, Callable[[Answer, memoryview], None]] = {}
         self.grants: Grants | None = None
 
@@ -99,9 +100,13 @@ class Link:
         self._transport.send(data)
         return True
 
-    def request(self, correlation: int, data: bytes, done: Callable[[Answer, memoryview], None]) -> bool:
-        """send() something that is answered; `done` gets every answer with this correlation."""
+    def request(
+        self, correlation: int, data: bytes, done: Callable[[Answer, memoryview], None], *, once: bool = True
+    ) -> bool:
+        """send() something that is answered; `done` gets the answer (every one, for a request with more than one)."""
         self._requests[correlation] = done
+        if once:
+            self._once.add(correlation)
         return self.send(data)
 
     def reconnect(self, reason: str) -> None:
@@ -137,6 +142,7 @@ class Link:
     def on_closed(self, reason: str) -> None:
         was_up, self.grants, self._transport = self.grants is not None, None, None
         self._requests.clear()
+        self._once.clear()
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         if was_up:
@@ -175,6 +181,9 @@ class Link:
             self._owner.connected(self.grants)
             return
         done = self._requests.get(event.correlation)
+        if event.correlation in self._once:
+            self._once.remove(event.correlation)
+            del self._requests[event.correlation]
         if done is None:
             self._owner.on_answer(event.correlation, answer)
         else:

@@ -132,10 +132,10 @@ def workload(run: Run) -> set[str]:
             refusal = run.create()
             if refusal and run.alive():
                 until(lambda: run.create() == "" or not run.alive(), RESUME_SECONDS, f"a topic is made ({run.context})")
-            for _ in range(2):
+            for _ in range(2 if run.alive() else 0):
                 codes |= run.publish(producer, 3)
             if codes <= {"DISK_FULL"}:
-                producer.flush(RESUME_SECONDS)
+                until(lambda: not producer.unacked or not run.alive(), RESUME_SECONDS, f"writing ({run.context})")
             if run.alive():
                 run.consume()
                 until(lambda: retained(run) or bool(codes), 4.0, f"retention ({run.context})")
