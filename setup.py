@@ -28,7 +28,7 @@ extensions = [
         include_dirs=["cext"],
         depends=HEADERS,
         define_macros=[("_GNU_SOURCE", "1")] + ([("CYTHON_TRACE_NOGIL", "1")] if TRACE else []),
-        # Generated code: what gcc says of it concerns Cython. The headers are compiled with every warning by the fuzzer.
+        # What gcc says of generated code concerns Cython; the headers get every warning from the fuzzer.
         extra_compile_args=[
             "-O2",
             "-Wall",

@@ -106,7 +106,7 @@ class Reader:
             self.problems.append(f"{name}: damage at byte {position}, offset {expected} of {limit}")
         elif limit and path.with_suffix(".index").exists():
             self.index(path.with_suffix(".index"), identity, len(data), limit, chains)
-        return chain
+        return chain if limit in (None, expected) else None  # unknown behind damage
 
     def batch(self, path: Path, batch: bytes, offset: int, base: int, count: int, codec: int) -> Iterator[Record]:
         if codec > 1:
