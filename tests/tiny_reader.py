@@ -40,7 +40,7 @@ def group_offsets(directory: Path) -> dict[tuple[str, str, int], tuple[str, int,
     """From offsets.snap: (group, topic, partition) to (log id, epoch, next offset)."""
     path = directory / "offsets.snap"
     entries = read_checked(path)["offsets"] if path.exists() else []
-    return {(group, topic, partition): tuple(place) for group, topic, partition, place in entries}
+    return {(group, topic, partition): tuple(place[:3]) for group, topic, partition, place in entries}
 
 
 def varint(data: BytesIO) -> int:
