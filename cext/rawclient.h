@@ -11,6 +11,7 @@
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <sys/socket.h>
@@ -676,8 +677,9 @@ static void *eb_raw_echo(void *argument)
     return NULL;
 }
 
-/* The reference for latencies: 64 bytes there and back between two threads over loopback, blocking calls. */
-static int eb_raw_ping(int64_t count, uint64_t *latencies)
+/* The reference for latencies: 64 bytes there and back between two threads over loopback, blocking calls; the echoing
+ * thread on a CPU of its own when echo_cpu says so. */
+static int eb_raw_ping(int64_t count, int echo_cpu, uint64_t *latencies)
 {
     struct sockaddr_in address = {.sin_family = AF_INET};
     socklen_t size = sizeof address;
@@ -695,6 +697,12 @@ static int eb_raw_ping(int64_t count, uint64_t *latencies)
     setsockopt(server, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
     if (pthread_create(&thread, NULL, eb_raw_echo, &server))
         goto end;
+    if (echo_cpu >= 0) {
+        cpu_set_t cpus;
+        CPU_ZERO(&cpus);
+        CPU_SET(echo_cpu, &cpus);
+        pthread_setaffinity_np(thread, sizeof cpus, &cpus);
+    }
     error = 0;
     for (int64_t i = 0; i < count && !error; i++) {
         uint64_t began = eb_raw_now();

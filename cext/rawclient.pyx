@@ -14,7 +14,7 @@ cdef extern from "rawclient.h" nogil:
                     double rate, int level, const char *name, uint64_t *latencies)
     int eb_raw_many(const char *host, int port, const char *topic, int connections, int64_t count, size_t size,
                     int level, const char *name, uint64_t *elapsed)
-    int eb_raw_ping(int64_t count, uint64_t *latencies)
+    int eb_raw_ping(int64_t count, int echo_cpu, uint64_t *latencies)
 
 eb_crc32c_init()
 
@@ -109,14 +109,14 @@ def push(bytes host, int port, bytes topic, bytes group, int64_t count, size_t s
         PyMem_Free(latencies)
 
 
-def ping(int64_t count):
+def ping(int64_t count, int echo_cpu=-1):
     cdef int error
     cdef uint64_t *latencies = <uint64_t *>PyMem_Malloc(max(1, count) * sizeof(uint64_t))
     if latencies == NULL:
         raise MemoryError()
     try:
         with nogil:
-            error = eb_raw_ping(count, latencies)
+            error = eb_raw_ping(count, echo_cpu, latencies)
         _check(error)
         return _seconds(latencies, count)
     finally:

@@ -189,6 +189,15 @@ class Harness:
         self.durable(topic, partition)
         return answers
 
+    def append_inflated(self, frame: bytes) -> int:
+        """Append one batch, compressed or not, as the checker passes it on; its offset, once it is durable."""
+        data, spans = pack([frame])
+        appended = self.engine.append(self.log(), data, spans, AckLevel.DURABLE, True)
+        (answer,) = (Placed._make(row) for row in struct.iter_unpack("=qii", appended.answers))
+        assert answer.code == Code.OK, answer
+        self.durable()
+        return answer.offset
+
     def durable(self, topic: str = TOPIC, partition: int = 0) -> None:
         """Turn until all that was appended is durable; the clock goes on, for what nobody waits for is synced later."""
         log = self.log(topic, partition)

@@ -26,6 +26,7 @@ class _UnixConnection(http.client.HTTPConnection):
 def call(admin: str, method: str, path: str, body: object = None) -> Any:
     """One request; the decoded JSON. Raises UnreachableError, or EdgeBrokerError with what the node answered."""
     connection: http.client.HTTPConnection
+    admin = admin.removeprefix("http://").rstrip("/")
     if admin.startswith("unix:"):
         connection = _UnixConnection(admin[5:])
     else:

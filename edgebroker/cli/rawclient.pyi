@@ -19,5 +19,6 @@ def push(
 ) -> list[float]:
     """Publish at `rate` a second and time each push on another connection; seconds each, in order."""
 
-def ping(count: int) -> list[float]:
-    """The reference for latencies: 64 bytes there and back over loopback between two threads; seconds each."""
+def ping(count: int, echo_cpu: int = -1) -> list[float]:
+    """The reference for latencies: 64 bytes there and back over loopback between two threads (the echoing one on a CPU
+    of its own, if given); seconds each."""

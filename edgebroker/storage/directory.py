@@ -33,7 +33,7 @@ class Node(msgspec.Struct, forbid_unknown_fields=False):
 
 
 class DataDirectory:
-    """An opened and locked data directory. `was_clean` says how the last run ended."""
+    """An opened and locked data directory. `was_clean`: the last run ended well, or there was none."""
 
     def __init__(self, path: Path, level: str) -> None:
         self.path = path
@@ -45,9 +45,11 @@ class DataDirectory:
             ) from error
         self._lock = files.lock(path / "LOCK")
         try:
+            fresh = not (path / "FORMAT").exists()
             self._check_format()
-            self.was_clean = (path / "CLEAN").exists()
-            if self.was_clean:
+            marked = (path / "CLEAN").exists()
+            self.was_clean = marked or fresh
+            if marked:
                 # First of all: a crash from here on must not look like a clean stop.
                 files.remove(path / "CLEAN")
                 files.sync_directory(path)

@@ -43,23 +43,23 @@ def make_directory(path: Path) -> None:
 
 def write_durable(path: Path, data: bytes) -> None:
     """Replace a small file: when this returns the new content survives a power cut; before, the old one does."""
-    temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
-    try:
-        _write_all(fd, data)
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(temporary, path)
+    _replace(path, data, durable=True)
     sync_directory(path.parent)
 
 
 def write_hint(path: Path, data: bytes) -> None:
     """Replace a small file that can be rebuilt: whole or absent after a crash of the process, no promise beyond."""
+    _replace(path, data, durable=False)
+
+
+def _replace(path: Path, data: bytes, *, durable: bool) -> None:
+    """Write a temporary file, and put it in the place of the old one once it is whole (and synced)."""
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
     try:
         _write_all(fd, data)
+        if durable:
+            os.fsync(fd)
     finally:
         os.close(fd)
     os.rename(temporary, path)
@@ -77,6 +77,14 @@ def write_at(fd: int, data: memoryview, position: int) -> None:
         written = os.pwrite(fd, data, position)
         data = data[written:]
         position += written
+
+
+def make_private(path: Path) -> None:
+    """Create an empty file with the rights of all our files, where somebody else would choose others."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))
+    except OSError:
+        pass  # whoever opens it next says what is wrong
 
 
 def create_log(path: Path) -> int:

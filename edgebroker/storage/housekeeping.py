@@ -116,6 +116,7 @@ class Housekeeping:
             if timer is not None:
                 timer.cancel()
         for partition in self._store.logs():
+            self._note_sealed(partition)
             self.checkpoint(partition)
             self._store_windows(partition)
 

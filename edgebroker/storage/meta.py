@@ -233,6 +233,7 @@ class MetaDatabase:
         return state
 
     def _connect(self) -> None:
+        files.make_private(self._path)
         connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
         self._connection = connection
         connection.execute("PRAGMA journal_mode=WAL")

@@ -27,7 +27,7 @@ from edgebroker.storage.meta import (
 
 log = logging.getLogger(__name__)
 
-BUSY_SECONDS = 0.03
+BUSY_SECONDS = 0.04
 RETRY_SECONDS = 1.0
 SNAPSHOT_SECONDS = 4.0
 
