@@ -54,49 +54,32 @@ def scaled(count: int) -> int:
 
 
 def publish(pinned: bool) -> list[Row]:
-    best = number("publish_unsynced")
+    """Twice each: the volume that the peers were measured with, on a fresh broker, and runs of ten seconds or more."""
+    best, synced = number("publish_unsynced"), number("publish_synced")
     rows = []
-    with running(pinned=pinned) as node:
-        count = scaled(20_000_000)
-        values = median_of(
-            lambda run: count / rawclient.produce(
-                node.host, node.port, b"c%d" % run, count, 128, 100, 10_000, DURABLE, b"c%d" % run
-            )
-        )  # fmt: skip
-        rows.append(_peer_row("publish 128 B, C client", values, best, 8.0, "best unsynced peer"))
-        # The peers were measured with a million records: the same volume, before the page cache has to grow far.
-        values = median_of(
-            lambda run: 1_000_000 / rawclient.produce(
-                node.host, node.port, b"m%d" % run, 1_000_000, 128, 100, 10_000, DURABLE, b"m%d" % run
-            )
-        )  # fmt: skip
-        rows.append(_peer_row("the same, 1 M records as the peers", values, best, 8.0, "best unsynced peer"))
-    with running(pinned=pinned) as node:
-        count = scaled(10_000_000)
-        values = median_of(
-            lambda run: count / python_produce(node.server, f"p{run}", count, 128, 100, 10_000, "durable")
+
+    def raw(node: Node, count: int, batch: int, name: str) -> tuple[float, float, float]:
+        def measure(run: int) -> float:
+            topic = f"{name}{run}".encode()
+            return count / rawclient.produce(node.host, node.port, topic, count, 128, batch, 10_000, DURABLE, topic)
+
+        return median_of(measure)
+
+    def python(node: Node, count: int, name: str) -> tuple[float, float, float]:
+        return median_of(
+            lambda run: count / python_produce(node.server, f"{name}{run}", count, 128, 100, 10_000, "durable")
         )
-        rows.append(_peer_row("publish 128 B, Python client", values, best, 3.0, "best unsynced peer"))
-        values = median_of(
-            lambda run: 1_000_000 / python_produce(node.server, f"m{run}", 1_000_000, 128, 100, 10_000, "durable")
-        )
-        rows.append(_peer_row("the same, 1 M records as the peers", values, best, 3.0, "best unsynced peer"))
-    with running(pinned=pinned) as node:
-        count = scaled(10_000_000)
-        values = median_of(
-            lambda run: count / rawclient.produce(
-                node.host, node.port, b"s%d" % run, count, 128, 1, 10_000, DURABLE, b"s%d" % run
-            )
-        )  # fmt: skip
-        rows.append(_peer_row("publish one record per batch", values, number("publish_synced"), 10.0, "Redis synced"))
-        values = median_of(
-            lambda run: 1_000_000 / rawclient.produce(
-                node.host, node.port, b"t%d" % run, 1_000_000, 128, 1, 10_000, DURABLE, b"t%d" % run
-            )
-        )  # fmt: skip
-        rows.append(
-            _peer_row("the same, 1 M records as the peers", values, number("publish_synced"), 10.0, "Redis synced")
-        )
+
+    for label, scale in (("1 M records", 0), ("10 s or more", 1)):
+        with running(pinned=pinned) as node:
+            values = raw(node, scaled(20_000_000) if scale else 1_000_000, 100, "c")
+            rows.append(_peer_row(f"publish 128 B, C client, {label}", values, best, 8.0, "best unsynced peer"))
+        with running(pinned=pinned) as node:
+            values = python(node, scaled(10_000_000) if scale else 1_000_000, "p")
+            rows.append(_peer_row(f"publish 128 B, Python client, {label}", values, best, 3.0, "best unsynced peer"))
+        with running(pinned=pinned) as node:
+            values = raw(node, scaled(10_000_000) if scale else 1_000_000, 1, "s")
+            rows.append(_peer_row(f"publish one record per batch, {label}", values, synced, 10.0, "Redis synced"))
     return rows
 
 

@@ -79,7 +79,7 @@ class Delivery:
             if cursor.state == "behind" and cursor.next_offset <= partition.durable_end:
                 cursor.state = "live"
             if chunk is not None and self._fits(cursor, chunk):
-                self._send(cursor, memoryview(chunk), cursor.next_offset, chunk.next_offset)
+                self._send(cursor, memoryview(chunk), chunk.next_offset)
                 cursor.hint = partition.end_hint()
             else:
                 self.pump(cursor)
@@ -131,7 +131,7 @@ class Delivery:
             elif cursor.in_flight and (found.next_offset - cursor.next_offset > records or _length(found) > size):
                 return  # the next batch does not fit into what is left of the window
             elif isinstance(found, Inline):
-                self._send(cursor, found.data, found.first_offset, found.next_offset)
+                self._send(cursor, found.data, found.next_offset)
             else:
                 self._send_extent(cursor, found)
 
@@ -155,7 +155,7 @@ class Delivery:
         """Where the records that a DELIVER hands over end: a batch may hold more than the window has room for."""
         return min(next_offset, cursor.acked + cursor.window_records)
 
-    def _send(self, cursor: Cursor, data: memoryview, first: int, next_offset: int) -> None:
+    def _send(self, cursor: Cursor, data: memoryview, next_offset: int) -> None:
         member: DeliveryMember = cursor.member  # type: ignore[assignment]
         wanted = self._wanted(cursor, next_offset)
         head = self._head(cursor, wanted, len(data))
@@ -250,7 +250,7 @@ class Delivery:
                 self.pump(cursor)
             else:
                 limit = min(result.next_offset, cursor.log.durable_end)
-                self._send(cursor, memoryview(result.data), result.first_offset, limit)
+                self._send(cursor, memoryview(result.data), limit)
                 self.pump(cursor)
 
         def again() -> None:
