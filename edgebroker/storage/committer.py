@@ -127,7 +127,7 @@ class Committer:
         ready = bool(self._dirty) and (self._flush_due <= now or self._hurrying)
         sync = bool(self._sync_due and self._sync_due <= now) or self._hurrying
         if not (ready or sync):
-            self._wake_at(min(due for due in (self._flush_due, self._sync_due) if due > 0))
+            self._wake_at(min((due for due in (self._flush_due, self._sync_due) if due > 0), default=now))
             return
         jobs: list[tuple[int, int, int, int, int, int, object]] = []
         in_flight: list[tuple[PartitionLog, Layout | None, int]] = []
