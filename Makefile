@@ -17,8 +17,10 @@ lint: build
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# Broker and client where the kernel puts them, then on a core each.
 bench: build
 	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks publish publish-1k one-by-one drain push connections --pinned
 
 build: $(VENV)/built
 

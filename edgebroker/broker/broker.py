@@ -154,6 +154,7 @@ class Broker:
             session.transport.close("the node is stopping")
         if self._http is not None:
             self._http.close()
+            self.socket_path().unlink(missing_ok=True)
         self.publishing.stop()
         clean = self.engine.close(5.0)
         self.loop.close()
