@@ -116,7 +116,8 @@ class Consumer:
     start        where a group without a committed offset... or any reader begins: committed (else earliest),
                  earliest, latest, an offset, or @TIME
     positions    the reader's own places by (topic, partition): they win over what the group committed
-    auto_ack     acknowledge a record when the next one is asked for; else call ack()
+    auto_ack     acknowledge as the iteration moves on: what one delivery brought, at most 1,000 records at a time, when
+                 the record behind it is asked for; else call ack()
     window_records, window_bytes   how much may be in flight; 0: what the broker gives
     on_gap       called with a GapError instead of raising it
     timeout      seconds without any broker until iterating raises UnreachableError; None: wait for ever
