@@ -9,13 +9,15 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from support import TOPIC, ManualClock, StoreHarness, encode, snapshot, tree
 
 from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError, FormatTooNewError
+from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.directory import DataDirectory
-from edgebroker.storage.identity import read_identity
+from edgebroker.storage.identity import change_identity, make_identity, read_identity, write_identity
 from edgebroker.storage.meta import (
     GroupOffset,
     MetaDatabase,
@@ -382,3 +384,13 @@ def test_a_damaged_identity_costs_no_record(
     assert stopped.log().identity == new
     assert len(stopped.values()) == 12
     stopped.close()
+
+
+def test_changes_of_an_identity_do_not_undo_each_other(tmp_path: Path) -> None:
+    """Retention and new settings both rewrite it: each starts from what lies on the disk."""
+    made = make_identity("aa" * 16, TopicSettings())
+    write_identity(tmp_path, made)
+    change_identity(tmp_path, lambda old: msgspec.structs.replace(old, log_start=5, chain=7))
+    change_identity(tmp_path, lambda old: msgspec.structs.replace(old, settings=TopicSettings(urgent=True)))
+    found = read_identity(tmp_path)
+    assert (found.log_id, found.log_start, found.chain, found.settings.urgent) == (made.log_id, 5, 7, True)
