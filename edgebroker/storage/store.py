@@ -100,14 +100,15 @@ class SegmentStore:
         self._housekeeping.stop()
         clean = self._committer.idle and not self.problems()
         stopped = self._committer.stop(timeout)
-        stopped = self._reader.stop(0.5) and stopped
+        read = self._reader.stop(timeout)
         clean = self._metadata.stop(timeout) and clean
         if not stopped:
             # The disk holds a thread up: descriptors and lock stay with it until the process is gone.
             log.error("the disk did not answer in time; the stop is not clean")
             return False
-        for partition in self.logs():
-            partition.close()
+        if read:  # else a read that hangs still uses them; nothing that is stored depends on it
+            for partition in self.logs():
+                partition.close()
         try:
             self._directory.close(clean=clean)
         except OSError as error:
