@@ -93,9 +93,14 @@ class Committer:
         return self._group.seconds_in_flight
 
     @property
+    def stored(self) -> bool:
+        """True when everything that was published is durable; closures (measuring the disk) may be under way."""
+        return not (self._dirty or self._unsynced or self._in_flight)
+
+    @property
     def idle(self) -> bool:
         """True when nothing is staged, written without a sync, or in flight."""
-        return not (self._dirty or self._unsynced or self._in_flight or self._calls)
+        return self.stored and not self._calls
 
     def call(self, work: Callable[[], object], done: Callable[[object], None]) -> None:
         """Run file work on the commit thread between groups; `done` gets its result or its exception, on the loop."""

@@ -98,7 +98,7 @@ class SegmentStore:
     def close(self, timeout: float) -> bool:
         """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this."""
         self._housekeeping.stop()
-        clean = self._committer.idle and not self.problems()
+        clean = self._committer.stored and not self.problems()
         stopped = self._committer.stop(timeout)
         read = self._reader.stop(timeout)
         clean = self._metadata.stop(timeout) and clean
