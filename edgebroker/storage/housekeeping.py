@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from msgspec.structs import replace
+
 from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler, Timer
@@ -270,18 +272,10 @@ class Housekeeping:
         first = partition.segments[len(gone)]
         self._removing = True
 
-        def begin_later(old: Identity) -> Identity:
-            return Identity(
-                log_id=old.log_id,
-                origin=old.origin,
-                epochs=old.epochs,
-                log_start=first.base,
-                chain=first.base_chain,
-                settings=old.settings,
-            )
-
         def work() -> Identity:
-            identity = change_identity(partition.directory, begin_later)
+            identity = change_identity(
+                partition.directory, lambda old: replace(old, log_start=first.base, chain=first.base_chain)
+            )
             for segment in gone:
                 files.remove(index_path(segment.path))
                 files.remove(segment.path)

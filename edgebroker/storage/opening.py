@@ -10,6 +10,8 @@ import logging
 from itertools import pairwise
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from edgebroker.common.batch import STORED_BATCH_BYTES
 from edgebroker.common.clock import Clock
 from edgebroker.common.crc32c import crc32c
@@ -97,7 +99,10 @@ class Opener:
             log.error("%s: %s; the identity is made again", name, error)
             identity = make_identity(self._node_uid, TopicSettings())
             if checkpoint is not None:
-                identity = _with_log_id(identity, checkpoint.log_id, checkpoint.epoch)
+                log_id = checkpoint.log_id
+                identity = replace(
+                    identity, log_id=log_id, epochs=[(checkpoint.epoch, 0)], chain=crc32c(bytes.fromhex(log_id))
+                )
             write_identity(directory, identity)
         watermark = max(
             (
@@ -160,17 +165,6 @@ def _link_chains(segments: list[Segment], identity: Identity) -> None:
     for before, segment in pairwise(segments):
         if segment.base_chain == UNKNOWN_CHAIN and before.end_chain != UNKNOWN_CHAIN:
             segment.base_chain = before.end_chain
-
-
-def _with_log_id(identity: Identity, log_id: str, epoch: int) -> Identity:
-    return Identity(
-        log_id=log_id,
-        origin=identity.origin,
-        epochs=[(epoch, 0)],
-        log_start=identity.log_start,
-        chain=crc32c(bytes.fromhex(log_id)),
-        settings=identity.settings,
-    )
 
 
 def _replay_producers(partition: PartitionLog, below: int, now: float) -> None:

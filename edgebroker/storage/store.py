@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from msgspec.structs import replace
+
 from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
@@ -193,7 +195,7 @@ class SegmentStore:
 
         def work() -> list[Identity]:
             return [
-                change_identity(partition.directory, lambda identity: _with_settings(identity, settings))
+                change_identity(partition.directory, lambda identity: replace(identity, settings=settings))
                 for partition in logs
             ]
 
@@ -351,14 +353,3 @@ class SegmentStore:
             "quarantined_ranges": self._quarantine.ranges,
             **self._housekeeping.describe(),
         }
-
-
-def _with_settings(identity: Identity, settings: TopicSettings) -> Identity:
-    return Identity(
-        log_id=identity.log_id,
-        origin=identity.origin,
-        epochs=identity.epochs,
-        log_start=identity.log_start,
-        chain=identity.chain,
-        settings=settings,
-    )
