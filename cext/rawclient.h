@@ -168,10 +168,10 @@ static int eb_raw_connect(eb_raw *c, const char *name, int producer, int64_t *pr
     eb_put16(p + 12, 0);
     if ((error = eb_raw_flush(c, 0)) || (error = eb_raw_wait(c, &frame, &answer, 5)))
         return error;
-    if (frame.size < EB_FRAME_HEADER + 14 + 56 || eb_get16(answer + 2))
+    if (frame.size < EB_FRAME_HEADER + 14 + 60 || eb_get16(answer + 2))
         return EB_RAW_REFUSED;
-    *producer_id = (int64_t)eb_get64(answer + 14 + 46);
-    *producer_epoch = (int16_t)eb_get16(answer + 14 + 54);
+    *producer_id = (int64_t)eb_get64(answer + 14 + 50);
+    *producer_epoch = (int16_t)eb_get16(answer + 14 + 58);
     return 0;
 }
 
@@ -386,7 +386,7 @@ static int eb_raw_read_deliver(const eb_frame *frame, const uint8_t *body, eb_ra
     size_t n = frame->size - EB_FRAME_HEADER, head;
     if (n < 1)
         return EB_RAW_PROTOCOL;
-    head = 1 + (size_t)body[0] + 4 + 16 + 4 + 4 + 8 + 24 + 1;
+    head = 1 + (size_t)body[0] + 4 + 16 + 4 + 4 + 8 + 24 + 4 + 1;
     if (n < head)
         return EB_RAW_PROTOCOL;
     const uint8_t *p = body + 1 + body[0];
@@ -395,7 +395,7 @@ static int eb_raw_read_deliver(const eb_frame *frame, const uint8_t *body, eb_ra
     d->lease = eb_get64(p + 28);
     d->first = (int64_t)eb_get64(p + 36);
     d->last = (int64_t)eb_get64(p + 44);
-    head += 17 * (size_t)p[60];
+    head += 17 * (size_t)p[64];
     if (n < head)
         return EB_RAW_PROTOCOL;
     d->batches = body + head;

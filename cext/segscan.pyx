@@ -251,6 +251,23 @@ cdef object _point(points, int64_t wanted, size_t field):
     return found.relative_offset, found.position, found.chain, found.max_timestamp
 
 
+def stamps(points, int64_t relative_offset):
+    """(wall ms, monotonic ms) of the last point at or before a relative offset, or None."""
+    cdef Py_buffer view
+    cdef Point found
+    cdef size_t rank
+    PyObject_GetBuffer(points, &view, PyBUF_SIMPLE)
+    try:
+        rank = _floor(<const uint8_t *>view.buf, <size_t>view.len // POINT_BYTES,
+                      <uint32_t>min(max(relative_offset, 0), 0xFFFFFFFF), 0)
+        if rank == 0:
+            return None
+        memcpy(&found, <const uint8_t *>view.buf + (rank - 1) * POINT_BYTES, POINT_BYTES)
+    finally:
+        PyBuffer_Release(&view)
+    return found.wall_ms, found.monotonic_ms
+
+
 def points_from(points, int64_t position):
     """The packed points at or behind a position."""
     cdef Py_buffer view

@@ -1,18 +1,23 @@
 """The admin interface: JSON over HTTP for operators, scripts and the command line (docs/protocol.md lists it).
 
 GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients
-POST /v1/topics   PATCH /v1/topics/NAME
+POST /v1/topics   PATCH /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
+POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 from urllib.parse import unquote
 
 import msgspec
 
-from edgebroker.broker.groups import Cursor, Group
-from edgebroker.broker.naming import check_topic_name
+from edgebroker.broker.cursor import Cursor, Key
+from edgebroker.broker.groups import Group
+from edgebroker.broker.naming import check_group_name, check_topic_name
+from edgebroker.broker.operations import Move, MoveRequest, Operations, RefreshRequest
+from edgebroker.broker.snapshots import Snapshot
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.http import Reply, Request, Response
@@ -33,9 +38,16 @@ class NewTopic(TopicSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     name: str
 
 
+class SnapshotRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/topics/NAME/snapshot: the client id of the producer that will write it."""
+
+    client_id: str
+
+
 class Admin:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
+        self._operations = Operations(broker.engine, broker.groups, broker.leases, broker.refreshing)
 
     def handle(self, request: Request, reply: Reply) -> None:
         parts = [unquote(part) for part in request.path.split("?")[0].strip("/").split("/")]
@@ -54,11 +66,19 @@ class Admin:
                 self._create(request, reply)
             case "PATCH", ["v1", "topics", name]:
                 self._alter(name, request, reply)
+            case "POST", ["v1", "topics", name, "snapshot"]:
+                self._begin_snapshot(name, request, reply)
+            case "POST", ["v1", "topics", name, "snapshot", snapshot]:
+                self._broker.snapshots.complete(name, snapshot, _report(reply))
+            case "DELETE", ["v1", "topics", name, "snapshot", snapshot]:
+                self._broker.snapshots.abort(name, snapshot, _report(reply))
             case "GET", ["v1", "groups"]:
                 reply(Response(200, {"groups": [self._group(group) for group in self._sorted_groups()]}))
             case "GET", ["v1", "groups", name]:
-                found = [group for group in self._sorted_groups() if group.name == name]
-                reply(Response(200, self._group(found[0])) if found else Response(404, {"error": f"no group {name}"}))
+                found = self._broker.groups.find(name)
+                reply(Response(200, self._group(found)) if found is not None else _no_group(name))
+            case (("POST" | "DELETE"), ["v1", "groups", name, *verb]):
+                self._operate(name, [request.method, *verb], request, reply)
             case "GET", ["v1", "clients"]:
                 reply(Response(200, {"clients": [self._client(session) for session in self._broker.sessions]}))
             case _, ["healthz" | "readyz"] | ["v1", "node" | "topics" | "groups" | "clients", *_]:
@@ -103,6 +123,7 @@ class Admin:
         return {
             "name": name,
             "settings": msgspec.to_builtins(logs[0].settings),
+            "snapshot_in_progress": self._broker.snapshots.describe(name),
             "partitions": [self._partition(log) for log in logs],
         }
 
@@ -116,6 +137,9 @@ class Admin:
             "durable_end": log.durable_end,
             "written_end": log.written_end,
             "records_in": log.records_in,
+            "snapshot": {"first": log.identity.snapshot[0], "last": log.identity.snapshot[1] - 1}
+            if log.identity.snapshot[0] >= 0
+            else None,
             **log.describe(),
         }
 
@@ -123,24 +147,51 @@ class Admin:
         return sorted(self._broker.groups.all(), key=lambda group: group.name)
 
     def _group(self, group: Group) -> dict[str, object]:
-        partitions = []
-        for key in sorted(group.offsets.keys() | group.holders.keys()):
-            log = self._broker.engine.log(*key)
-            place, cursor = group.offsets.get(key), group.holders.get(key)
-            committed = place.next_offset if place is not None else -1
-            partitions.append(
-                {
-                    "topic": key[0],
-                    "partition": key[1],
-                    "committed": committed,
-                    "log_id": place.log_id if place is not None else "",
-                    "durable_end": log.durable_end if log is not None else -1,
-                    "lag": log.durable_end - max(committed, 0) if log is not None else -1,
-                    "standbys": len(group.standbys.get(key, ())),
-                    "member": self._cursor(cursor) if cursor is not None else None,
-                }
-            )
-        return {"name": group.name, "generation": group.generation, "partitions": partitions}
+        wanted = {
+            (topic, log.partition)
+            for entry in group.members.values()
+            for topic in entry.topics
+            for log in self._broker.engine.partitions(topic)
+        }
+        wanted.update(key for entry in group.members.values() for key in entry.pins)
+        return {
+            "name": group.name,
+            "generation": group.generation,
+            "members": [
+                {"client_id": member.client_id, "partitions": len(member.cursors), "hung": entry.hung}
+                for member, entry in group.members.items()
+            ],
+            "partitions": [
+                self._group_partition(group, key) for key in sorted(group.places.keys() | group.holders.keys() | wanted)
+            ],
+        }
+
+    def _group_partition(self, group: Group, key: Key) -> dict[str, object]:
+        log = self._broker.engine.log(*key)
+        place, cursor = group.places.get(key), group.holders.get(key)
+        committed = place.next_offset if place is not None else -1
+        wanted_by = len(self._broker.membership.candidates(group, key))
+        refresh = None
+        if place is not None and place.reset_id:
+            refresh = {
+                "reset_id": place.reset_id,
+                "from": place.reset_from,
+                "target": place.target if place.refreshing else None,
+                "state": "refreshing" if place.refreshing else "ready",
+            }
+        return {
+            "topic": key[0],
+            "partition": key[1],
+            "committed": committed,
+            "log_id": place.log_id if place is not None else "",
+            "durable_end": log.durable_end if log is not None else -1,
+            "lag": log.durable_end - max(committed, 0) if log is not None else -1,
+            "attempts": place.attempts if place is not None else 0,
+            "reason": group.reasons.get(key, ""),
+            "refresh": refresh,
+            "standbys": wanted_by - (1 if cursor is not None else 0),
+            "member": self._cursor(cursor) if cursor is not None else None,
+        }
 
     def _cursor(self, cursor: Cursor) -> dict[str, object]:
         now = self._broker.loop.now()
@@ -149,6 +200,9 @@ class Admin:
             "topic": cursor.log.topic,
             "partition": cursor.log.partition,
             "state": cursor.state,
+            "why": cursor.why,
+            "alone": cursor.alone,
+            "revoking": cursor.revoking,
             "next_offset": cursor.next_offset,
             "acked": cursor.acked,
             "in_flight": cursor.in_flight,
@@ -163,13 +217,13 @@ class Admin:
         return {
             "client_id": session.client_id,
             "address": transport.peer,
-            "group": session.group_name,
+            "group": session.group.name if session.group is not None else "",
             "bytes_in": transport.bytes_in,
             "bytes_out": transport.bytes_out,
             "backlog_bytes": transport.backlog,
             "paused": transport.paused,
             "idle_seconds": round(self._broker.loop.now() - transport.last_received, 3),
-            "partitions": [self._cursor(cursor) for cursor in (session.cursors or {}).values()],
+            "partitions": [self._cursor(cursor) for cursor in session.cursors.values()],
         }
 
     def _create(self, request: Request, reply: Reply) -> None:
@@ -194,6 +248,77 @@ class Admin:
                 reply(Response(status, {"error": message, "code": code.name}))
 
         self._broker.engine.create_topic(new.name, settings, done)
+
+    def _begin_snapshot(self, name: str, request: Request, reply: Reply) -> None:
+        if not self._broker.engine.partitions(name):
+            reply(_no_topic(name))
+            return
+        try:
+            client_id = msgspec.json.decode(request.body, type=SnapshotRequest).client_id
+        except msgspec.DecodeError as error:
+            reply(Response(400, {"error": str(error)}))
+            return
+
+        def done(code: Code, message: str, snapshot: Snapshot | None) -> None:
+            if code is Code.OK and snapshot is not None:
+                first = {str(log.partition): offset for log, offset in snapshot.begins.items()}
+                reply(Response(201, {"id": snapshot.id.hex(), "first": first}))
+            else:
+                reply(_refusal(code, message))
+
+        self._broker.snapshots.begin(name, client_id, done)
+
+    def _operate(self, name: str, verb: list[str], request: Request, reply: Reply) -> None:
+        group = self._broker.groups.find(name)
+        if verb not in (["DELETE"], ["POST", "offsets"], ["POST", "refresh"]):
+            reply(Response(405, {"error": f"{request.method} is not allowed for {request.path}"}))
+            return
+        if group is None and verb != ["POST", "offsets"]:
+            reply(_no_group(name))
+            return
+        if verb == ["DELETE"]:
+            assert group is not None
+            problem = self._operations.delete(group)
+            if problem:
+                reply(Response(409, {"error": problem}))
+            else:
+                self._broker.engine.when_stored(lambda: reply(Response(200, {})))
+            return
+        try:
+            if verb[1] == "refresh":
+                assert group is not None
+                self._operations.refresh(
+                    group, msgspec.json.decode(request.body, type=RefreshRequest), self._refreshed(group, reply)
+                )
+                return
+            wanted = msgspec.json.decode(request.body, type=MoveRequest)
+        except msgspec.DecodeError as error:
+            reply(Response(400, {"error": str(error)}))
+            return
+        problem = check_group_name(name) if name else "a group has a name"
+        if problem:
+            reply(Response(400, {"error": problem}))
+            return
+
+        def moved(moves: list[Move], error: str) -> None:
+            if error:
+                reply(Response(409, {"error": error}))
+                return
+            lines = [
+                {"topic": log.topic, "partition": log.partition, "from": before, "to": after}
+                for log, before, after in moves
+            ]
+            reply(Response(200, {"group": name, "dry_run": wanted.dry_run, "partitions": lines}))
+
+        # A group that is only looked at is not made by that.
+        found = group or (Group(name, 0.0) if wanted.dry_run else None)
+        self._operations.move(found or self._broker.groups.group(name, self._broker.loop.now()), wanted, moved)
+
+    def _refreshed(self, group: Group, reply: Reply) -> Callable[[Code, str], None]:
+        def done(code: Code, message: str) -> None:
+            reply(Response(200, self._group(group)) if code is Code.OK else _refusal(code, message))
+
+        return done
 
     def _alter(self, name: str, request: Request, reply: Reply) -> None:
         logs = self._broker.engine.partitions(name)
@@ -231,10 +356,25 @@ def check_settings(settings: TopicSettings) -> str:
         return f"partitions: 1 to {MAX_PARTITIONS}, not {settings.partitions}"
     if settings.segment_bytes and not MIN_SEGMENT_BYTES <= settings.segment_bytes <= 1 << 30:
         return f"segment_bytes: {MIN_SEGMENT_BYTES} to {1 << 30}, or 0 for the node's default"
-    for name in ("retention_ms", "retention_bytes", "segment_ms"):
+    if settings.message_ttl_ms and settings.kind == "table":
+        return "message_ttl_ms: a table keeps its records; only streams have a time to live"
+    for name in ("retention_ms", "retention_bytes", "segment_ms", "message_ttl_ms"):
         if getattr(settings, name) < 0:
             return f"{name}: at least 0"
     return ""
+
+
+def _no_group(name: str) -> Response:
+    return Response(404, {"error": f"there is no group {name} on this node"})
+
+
+def _refusal(code: Code, message: str) -> Response:
+    status = 404 if code is Code.UNKNOWN_TOPIC else 503 if code.retryable else 409
+    return Response(status, {"error": message, "code": code.name})
+
+
+def _report(reply: Reply) -> Callable[[Code, str], None]:
+    return lambda code, message: reply(Response(200, {}) if code is Code.OK else _refusal(code, message))
 
 
 def _no_topic(name: str) -> Response:

@@ -14,11 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgebroker.broker.admin import Admin
+from edgebroker.broker.deadletters import DeadLetters
 from edgebroker.broker.delivery import Delivery
 from edgebroker.broker.groups import Groups
+from edgebroker.broker.leases import LeaseLimits, Leases
+from edgebroker.broker.membership import Membership
 from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.publishing import Publishing, PublishLimits
+from edgebroker.broker.refreshing import Refreshing
 from edgebroker.broker.session import Session
+from edgebroker.broker.snapshots import Snapshots
 from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, is_loopback
 from edgebroker.common.errors import Code, EdgeBrokerError
@@ -52,6 +57,7 @@ class SessionLimits:
     max_record: int
     window_batches: int
     window_bytes: int
+    delivery_ms: int
     consume_records: int
     consume_bytes: int
     auto_create: bool
@@ -73,6 +79,7 @@ class Broker:
             max_record=limits.max_record_bytes,
             window_batches=limits.publish_window_batches,
             window_bytes=limits.publish_window_bytes,
+            delivery_ms=config.delivery.timeout_ms,
             consume_records=limits.consume_window_records,
             consume_bytes=limits.consume_window_bytes,
             auto_create=topics.auto_create,
@@ -81,8 +88,8 @@ class Broker:
         self.loop = Loop(clock)
         self.receive_buffer = ReceiveBuffer()
         self.metrics = Metrics()
-        self.groups = Groups()
         self.engine = self._make_engine()
+        self.groups = Groups(self.engine)
         self.publishing = Publishing(
             self.engine,
             self.loop,
@@ -96,7 +103,21 @@ class Broker:
                 new_topics,
             ),
         )
-        self.delivery = Delivery(self.engine, self.groups, self.loop, self.metrics)
+        pace = config.delivery
+        self.delivery = Delivery(self.engine, self.loop, self.metrics, pace.timeout_ms / 1000)
+        self.refreshing = Refreshing(self.engine, self.groups, self.delivery, self.metrics)
+        self.leases = Leases(
+            self.engine,
+            self.groups,
+            self.delivery,
+            self.refreshing,
+            DeadLetters(self.engine, self.publishing, clock),
+            self.loop,
+            self.metrics,
+            LeaseLimits(pace.timeout_ms / 1000, pace.backoff_ms / 1000, pace.max_backoff_ms / 1000, pace.max_attempts),
+        )
+        self.membership = Membership(self.engine, self.leases, self.metrics)
+        self.snapshots = Snapshots(self.engine, self.publishing, self.refreshing, self.loop, self.metrics)
         self.sessions: dict[Session, None] = {}
         self.started_at = clock.monotonic()
         self.ready = False
@@ -114,6 +135,7 @@ class Broker:
         now = self.loop.now()
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.groups.restore(group, topic, partition, offset, now)
+        self.loop.at_end_of_turn(self.membership.divide_changed)
         self._listen()
         self.ready = True
         self._sweep()
@@ -132,7 +154,7 @@ class Broker:
         self._stop_deadline = self.loop.now() + STOP_SECONDS
         for listener in self._listeners:
             listener.close()
-        self.publishing.draining = True
+        self.publishing.draining = self.membership.frozen = True
         self.loop.call_later(0.0, self._drain)
 
     def stop_threadsafe(self) -> None:
@@ -232,13 +254,17 @@ class Broker:
                 transport.close("no CONNECT in time")
             elif transport.backlog and now - transport.last_progress > limits.stuck_timeout_ms / 1000:
                 transport.close("the peer takes nothing")
-            elif silent > idle and transport.reading:
+            elif silent > idle and transport.reading and not any(c.deadline for c in session.cursors.values()):
+                # Who has records in flight may be busy with them: the delivery timeout judges it.
                 self.metrics.idle_timeouts += 1
                 transport.close("idle for too long")
             elif session.granted and beat:
-                cursors = session.cursors.values() if session.cursors else ()
-                ends = [(cursor.log.topic, cursor.log.partition, cursor.log.durable_end) for cursor in cursors]
+                ends = [(*key, cursor.log.durable_end) for key, cursor in session.cursors.items()]
                 session.send(frames.write_heartbeat(ends[:1000]))
+
+        for cursor in self.delivery.overdue(now):
+            self.membership.timed_out(cursor)
+        self.snapshots.sweep()
 
     # ---- the engine's listener ----
 
@@ -248,9 +274,11 @@ class Broker:
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
         self.publishing.on_durable(log)
         self.delivery.on_durable(log, chunks)
+        self.snapshots.on_durable(log)
 
     def on_failed(self, log: Log, code: Code, message: str) -> None:
         self.publishing.on_failed(log, code, message)
+        self.snapshots.on_failed(log, code, message)
 
     def retention_floor(self, log: Log) -> int | None:
         return self.groups.floor(log, self.loop.now())

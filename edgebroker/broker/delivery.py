@@ -3,7 +3,8 @@
     on_durable -> pump(cursor) -> DELIVER (from the chunk in memory, or by sendfile) -> consumer -> ACK -> pump
 
 There is no polling: a cursor is pumped when its log grew, when its member acknowledged, when its socket drained and
-when the reader thread brought cold bytes.
+when the reader thread brought cold bytes. Where a cursor begins, and what becomes of what it has in flight, is for
+leases.py.
 """
 
 from __future__ import annotations
@@ -12,16 +13,15 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from edgebroker.broker.groups import Cursor, Groups
+from edgebroker.broker.cursor import Cursor
 from edgebroker.broker.metrics import Metrics
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network import frames
-from edgebroker.network.frames import ConsumerAck, Deliver, Gap, GapReason, Reset
+from edgebroker.network.frames import Deliver, Gap, GapReason, Reset
 from edgebroker.network.transport import FileRange, Transport
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.log import Extent, Inline, NeedsDisk
-from edgebroker.storage.meta import GroupOffset
 from edgebroker.storage.reader import ColdRead
 from edgebroker.storage.recovery import Hole
 from edgebroker.storage.staging import Chunk
@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 DELIVER_BYTES = 1 << 20
 RETRY_SECONDS = 1.0
+MAX_AGE_MS = (1 << 32) - 1
 
 
 class DeliveryMember(Protocol):
@@ -42,32 +43,58 @@ class DeliveryMember(Protocol):
 
 
 class Delivery:
-    """Owned by the loop thread. A cursor's member is a DeliveryMember."""
+    """Owned by the loop thread. A cursor's member is a DeliveryMember. `timeout` in seconds."""
 
-    def __init__(self, engine: Engine, groups: Groups, scheduler: Scheduler, metrics: Metrics) -> None:
-        self._engine, self._groups, self._scheduler, self._metrics = engine, groups, scheduler, metrics
+    def __init__(self, engine: Engine, scheduler: Scheduler, metrics: Metrics, timeout: float) -> None:
+        self._engine, self._scheduler, self._metrics, self._timeout = engine, scheduler, metrics, timeout
         self._cursors: dict[Log, dict[Cursor, None]] = {}
+        self._history_lost: Callable[[Cursor], None] | None = None
+
+    def on_history_lost(self, callback: Callable[[Cursor], None]) -> None:
+        """Whom to tell that a cursor's table lost records which its refresh has not seen."""
+        self._history_lost = callback
 
     def start(self, cursor: Cursor, offset: int) -> None:
-        """Begin to push from an offset (the cursor holds its partition)."""
+        """Begin to push from an offset (the cursor holds its partition, under a lease)."""
         cursor.begin(offset)
-        cursor.state = "live"
+        self._set(cursor, "live")
         self._cursors.setdefault(cursor.log, {})[cursor] = None
-        if offset > cursor.log.durable_end:
-            cursor.state = "behind"
-            self._tell(
+        if self._is_behind(cursor):
+            self._set(cursor, "behind")
+            self.tell(
                 cursor,
                 Code.BEHIND,
-                f"{cursor.log.name} ends at {cursor.log.durable_end}, the position is {offset}; "
-                "nothing is delivered until the log has passed it",
+                f"{cursor.log.name} ends at {cursor.log.durable_end} of epoch {cursor.log.epoch}, the position is "
+                f"{offset}; nothing is delivered until the log has passed it",
             )
             return
         self.pump(cursor)
 
+    def pause(self, cursor: Cursor, state: str, why: str = "") -> None:
+        """Push nothing more until start(): the cursor waits in a state of leases.py."""
+        self._cursors.get(cursor.log, {}).pop(cursor, None)
+        self._set(cursor, state, why)
+
     def stop(self, cursor: Cursor) -> None:
         """The member left or lost the partition."""
-        self._cursors.get(cursor.log, {}).pop(cursor, None)
-        cursor.state = "gone"
+        self.pause(cursor, "gone")
+
+    def overdue(self, now: float) -> list[Cursor]:
+        """Cursors whose records in flight should have been acknowledged by now."""
+        return [
+            cursor
+            for cursors in self._cursors.values()
+            for cursor in cursors
+            if cursor.deadline and now >= cursor.deadline
+        ]
+
+    @staticmethod
+    def _set(cursor: Cursor, state: str, why: str = "") -> None:
+        cursor.state, cursor.why = state, why
+
+    @staticmethod
+    def _is_behind(cursor: Cursor) -> bool:
+        return cursor.next_offset > cursor.log.durable_end or cursor.position_epoch > cursor.log.epoch
 
     def on_durable(self, partition: Log, chunks: list[Chunk]) -> None:
         """A log grew: the cursors at its end get the new chunk from memory, the others are pumped."""
@@ -76,51 +103,40 @@ class Delivery:
             return
         chunk = chunks[0] if len(chunks) == 1 else None
         for cursor in list(cursors):
-            if cursor.state == "behind" and cursor.next_offset <= partition.durable_end:
-                cursor.state = "live"
+            if cursor.state == "behind" and not self._is_behind(cursor):
+                self._set(cursor, "live")
             if chunk is not None and self._fits(cursor, chunk):
                 self._send(cursor, memoryview(chunk), chunk.next_offset)
                 cursor.hint = partition.end_hint()
             else:
                 self.pump(cursor)
 
-    def acknowledge(self, cursor: Cursor, ack: ConsumerAck) -> bool:
-        """A cumulative acknowledgement; False when it is stale and changed nothing."""
-        self._metrics.acks_in += 1
-        fits = (ack.generation, ack.lease) == (cursor.generation, cursor.lease) and cursor.state != "standby"
-        if not fits or not cursor.acknowledge(ack.offset):
-            self._metrics.stale_acks += 1
-            return False
-        cursor.last_ack = self._scheduler.now()
-        self.commit(cursor, ack.offset)
-        self.pump(cursor)
-        return True
-
     def settings_changed(self, partition: Log) -> None:
         """Who waits before damage may be allowed to go on now."""
         for cursor in list(self._cursors.get(partition, ())):
             if cursor.state == "damaged":
-                cursor.state = "live"
+                self._set(cursor, "live")
                 self.pump(cursor)
-
-    def commit(self, cursor: Cursor, offset: int) -> None:
-        """Remember a group's place; stored within 50 ms, never ahead of what was acknowledged."""
-        place = GroupOffset(cursor.log.identity.log_id, cursor.log.epoch, offset)
-        key = (cursor.log.topic, cursor.log.partition)
-        if cursor.group.offsets.get(key) != place:
-            cursor.group.offsets[key] = place
-            self._engine.commit_offset((cursor.group.name, *key), place)
 
     def pump(self, cursor: Cursor) -> None:
         """Send as much as window and socket allow."""
         member: DeliveryMember = cursor.member  # type: ignore[assignment]
-        while cursor.state == "live" and not member.transport.backlog and not member.transport.closed:
-            records = cursor.window_records - cursor.in_flight
+        while (
+            cursor.state == "live"
+            and not cursor.revoking
+            and not member.transport.backlog
+            and not member.transport.closed
+        ):
+            records = cursor.window - cursor.in_flight
             size = cursor.window_bytes - cursor.in_flight_bytes
             if records <= 0 or size <= 0 or self._should_wait(cursor, records, size):
                 return
             if cursor.next_offset < cursor.log.log_start:
+                if self._lost_history(cursor):
+                    return
                 self._gap(cursor, cursor.log.log_start, GapReason.RETENTION)
+            if cursor.log.settings.message_ttl_ms:
+                self._skip_expired(cursor)
             found = cursor.log.find(cursor.next_offset, min(size, DELIVER_BYTES), records, cursor.hint)
             if found is None:
                 return
@@ -138,36 +154,37 @@ class Delivery:
     @staticmethod
     def _should_wait(cursor: Cursor, records: int, size: int) -> bool:
         """True while a full window opens a crack: many small deliveries would cost more than they bring."""
-        crack = records < cursor.window_records >> 2 or size < cursor.window_bytes >> 2
+        crack = records < cursor.window >> 2 or size < cursor.window_bytes >> 2
         return crack and cursor.in_flight > 0 and cursor.log.durable_end - cursor.next_offset > records
 
     def _fits(self, cursor: Cursor, chunk: Chunk) -> bool:
         member: DeliveryMember = cursor.member  # type: ignore[assignment]
         return (
             cursor.state == "live"
+            and not cursor.revoking
             and cursor.next_offset == chunk.first_offset
             and not member.transport.backlog
             and len(chunk) <= min(DELIVER_BYTES, cursor.window_bytes - cursor.in_flight_bytes)
-            and chunk.next_offset - chunk.first_offset <= cursor.window_records - cursor.in_flight
+            and chunk.next_offset - chunk.first_offset <= cursor.window - cursor.in_flight
         )
 
     def _wanted(self, cursor: Cursor, next_offset: int) -> int:
         """Where the records that a DELIVER hands over end: a batch may hold more than the window has room for."""
-        return min(next_offset, cursor.acked + cursor.window_records)
+        return min(next_offset, cursor.acked + cursor.window)
 
-    def _send(self, cursor: Cursor, data: memoryview, next_offset: int) -> None:
+    def _send(self, cursor: Cursor, data: memoryview, next_offset: int, age_ms: int = 0) -> None:
         member: DeliveryMember = cursor.member  # type: ignore[assignment]
         wanted = self._wanted(cursor, next_offset)
-        head = self._head(cursor, wanted, len(data))
-        cursor.delivered(wanted, len(data))
+        head = self._head(cursor, wanted, len(data), age_ms)
+        self._delivered(cursor, wanted, len(data))
         cursor.hint = None
         member.transport.send_pair(head, data)
 
     def _send_extent(self, cursor: Cursor, extent: Extent) -> None:
         member: DeliveryMember = cursor.member  # type: ignore[assignment]
         wanted = self._wanted(cursor, extent.next_offset)
-        head = self._head(cursor, wanted, extent.length)
-        cursor.delivered(wanted, extent.length)
+        head = self._head(cursor, wanted, extent.length, self._engine.age_ms(cursor.log, wanted))
+        self._delivered(cursor, wanted, extent.length)
         segment = extent.segment
         if wanted == extent.next_offset:
             cursor.hint = (segment.base, extent.position + extent.length)
@@ -185,7 +202,14 @@ class Delivery:
             ),
         )
 
-    def _head(self, cursor: Cursor, next_offset: int, size: int, gaps: list[Gap] | None = None) -> bytes:
+    def _delivered(self, cursor: Cursor, next_offset: int, size: int) -> None:
+        if not cursor.in_flight:
+            cursor.deadline = self._scheduler.now() + self._timeout
+        cursor.delivered(next_offset, size)
+
+    def _head(
+        self, cursor: Cursor, next_offset: int, size: int, age_ms: int = 0, gaps: list[Gap] | None = None
+    ) -> bytes:
         partition = cursor.log
         self._metrics.deliveries += 1
         self._metrics.records_delivered += next_offset - cursor.next_offset
@@ -200,6 +224,7 @@ class Delivery:
                 cursor.next_offset,
                 next_offset - 1,
                 partition.durable_end,
+                min(age_ms, MAX_AGE_MS),
                 gaps or [],
                 0,
             ),
@@ -211,75 +236,89 @@ class Delivery:
         member: DeliveryMember = cursor.member  # type: ignore[assignment]
         gap = Gap(cursor.next_offset, next_offset - 1, reason)
         self._metrics.gaps += 1
-        head = self._head(cursor, next_offset, 0, [gap])
+        head = self._head(cursor, next_offset, 0, gaps=[gap])
         if not cursor.in_flight:
             cursor.acked = next_offset
-        cursor.delivered(next_offset, 0)
+        self._delivered(cursor, next_offset, 0)
         cursor.hint = None
         member.send(head)
 
+    def _skip_expired(self, cursor: Cursor) -> None:
+        live = self._engine.live_from(cursor.log)
+        if cursor.next_offset < live:
+            self._metrics.records_expired += live - cursor.next_offset
+            self._gap(cursor, live, GapReason.EXPIRED)
+
+    def _lost_history(self, cursor: Cursor) -> bool:
+        """True when records are gone that a table's refresh needs: it has to begin again, not to go on with a gap."""
+        place = cursor.group.place(cursor.log)
+        if place is None or not place.refreshing or cursor.log.settings.kind != "table" or not self._history_lost:
+            return False
+        self._history_lost(cursor)
+        return True
+
     def _at_hole(self, cursor: Cursor, hole: Hole) -> None:
         if cursor.log.settings.on_damage == "skip":
-            self._gap(cursor, hole.next, GapReason.DAMAGED)
+            if not self._lost_history(cursor):
+                self._gap(cursor, hole.next, GapReason.DAMAGED)
             return
-        cursor.state = "damaged"
-        self._tell(
-            cursor,
-            Code.DAMAGED,
+        why = (
             f"{cursor.log.name}: records {hole.first} to {hole.next - 1} are damaged; delivery waits at {hole.first} "
-            f"(set on_damage = skip for the topic to go on without them)",
+            f"(set on_damage = skip for the topic to go on without them)"
         )
+        self._set(cursor, "damaged", why)
+        self.tell(cursor, Code.DAMAGED, why)
 
     def _fetch(self, cursor: Cursor, size: int) -> None:
-        cursor.state = "reading"
-        wanted = cursor.next_offset
+        self._set(cursor, "reading")
+        wanted, lease = cursor.next_offset, cursor.lease
         self._metrics.cold_deliveries += 1
 
         def done(result: ColdRead) -> None:
-            if cursor.state != "reading":
+            if cursor.state != "reading" or cursor.lease != lease:
                 return
-            cursor.state = "live"
-            if cursor.next_offset != wanted:
-                self.pump(cursor)
-            elif result.error:
+            if result.error:
                 code = Code.STORAGE_TIMEOUT if result.timed_out else Code.DAMAGED
-                self._tell(cursor, code, f"{cursor.log.name}: {result.error}; trying again")
-                cursor.state = "reading"
+                cursor.why = f"{cursor.log.name}: {result.error}; trying again"
+                self.tell(cursor, code, cursor.why)
                 self._scheduler.call_later(RETRY_SECONDS, again)
-            elif result.hole is not None:
-                self.pump(cursor)
-            else:
+                return
+            self._set(cursor, "live")
+            expired = self._engine.live_from(cursor.log) > wanted
+            if result.hole is None and cursor.next_offset == wanted and not cursor.revoking and not expired:
                 limit = min(result.next_offset, cursor.log.durable_end)
-                self._send(cursor, memoryview(result.data), limit)
-                self.pump(cursor)
+                self._send(cursor, memoryview(result.data), limit, self._engine.age_ms(cursor.log, limit))
+            self.pump(cursor)
 
         def again() -> None:
-            if cursor.state == "reading":
-                cursor.state = "live"
+            if cursor.state == "reading" and cursor.lease == lease:
+                self._set(cursor, "live")
                 self.pump(cursor)
 
         self._engine.read_cold(cursor.log, wanted, size, done)
 
     def announce_reset(self, cursor: Cursor) -> None:
-        """The member's position belongs to another log: tell it which log this is and where it begins."""
-        cursor.state = "reset"
+        """Tell the member that its partition has to be refreshed; it accepts with a RESET of its own."""
+        place = cursor.group.place(cursor.log)
+        assert place is not None
+        self.pause(cursor, "reset", f"refresh {place.reset_id} waits to be accepted")
+        cursor.begin(place.next_offset)
         self._metrics.resets_announced += 1
         partition = cursor.log
-        member: DeliveryMember = cursor.member  # type: ignore[assignment]
         reset = Reset(
-            frames.NO_LOG_ID,
+            bytes.fromhex(place.reset_id),
             partition.identity.log_id_bytes,
             partition.topic,
             partition.partition,
-            partition.log_start,
-            partition.durable_end,
+            place.reset_from,
+            place.target,
         )
-        member.send(frames.write_reset(cursor.subscribe_correlation, reset))
+        cursor.member.send(frames.write_reset(cursor.correlation, reset))
 
-    def _tell(self, cursor: Cursor, code: Code, message: str) -> None:
-        member: DeliveryMember = cursor.member  # type: ignore[assignment]
+    def tell(self, cursor: Cursor, code: Code, message: str) -> None:
+        """Tell the member in which state its partition is, as a further answer to its SUBSCRIBE."""
         self._metrics.refused(code.name)
-        member.send(frames.write_answer(cursor.subscribe_correlation, code, message, cursor.next_offset))
+        cursor.member.send(frames.write_answer(cursor.correlation, code, message, cursor.next_offset))
 
 
 def _length(found: Extent | Inline) -> int:

@@ -1,177 +1,155 @@
-"""Who reads what: groups, their places, and for each partition of a group the one member that holds it.
+"""Consumer groups: their places in every partition, who is a member, who holds what.
 
-No socket, file, thread or clock: `now` comes in, cursors come out. A partition of a group has one holder; who
-subscribes to it as well waits as standby, in order, and follows when the holder leaves.
+No socket, file, thread or clock. Places go to the engine, which stores them within 50 ms.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections import deque
-from typing import Protocol
+from dataclasses import dataclass, field
 
-from edgebroker.storage.engine import Log
+from msgspec.structs import replace
+
+from edgebroker.broker.cursor import Cursor, Key, Member
+from edgebroker.network.frames import Wanted
+from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.meta import GroupOffset
 
 LIVE_SECONDS = 7 * 24 * 3600.0
 
 
-class Member(Protocol):
-    """A session, as far as groups know it."""
+@dataclass(slots=True, eq=False)
+class Subscription:
+    """What one member wants. `topics` and `pins` hold the last line about a topic or a single partition; `left` are
+    partitions that it gave back although it wants their topic; `begun` those whose line has been followed; `hung`: it
+    let a delivery time out and was not heard since."""
 
-    client_id: str
+    correlation: int
+    window_records: int
+    window_bytes: int
+    topics: dict[str, Wanted] = field(default_factory=dict)
+    pins: dict[Key, Wanted] = field(default_factory=dict)
+    left: set[Key] = field(default_factory=set)
+    begun: set[Key] = field(default_factory=set)
+    hung: bool = False
 
+    def wants(self, key: Key) -> bool:
+        return key in self.pins or (key[0] in self.topics and key not in self.left)
 
-class Cursor:
-    """One member's place in one partition of its group. Slow readers cost this, not a queue.
-
-    committed <= acked <= next_offset; what lies between acked and next_offset is in flight. `hint` is where the
-    batch at next_offset lies. `state` is one of live, standby, starting, reading, behind, damaged, reset.
-    """
-
-    __slots__ = (
-        "acked",
-        "generation",
-        "group",
-        "hint",
-        "in_flight_bytes",
-        "last_ack",
-        "lease",
-        "log",
-        "member",
-        "next_offset",
-        "pieces",
-        "start",
-        "state",
-        "subscribe_correlation",
-        "window_bytes",
-        "window_records",
-    )
-
-    def __init__(self, group: Group, log: Log, member: Member, window_records: int, window_bytes: int) -> None:
-        self.group, self.log, self.member = group, log, member
-        self.window_records, self.window_bytes = window_records, window_bytes
-        self.next_offset = self.acked = 0
-        self.in_flight_bytes = 0
-        self.pieces: deque[tuple[int, int]] = deque()
-        self.hint: tuple[int, int] | None = None
-        self.state = "starting"
-        self.generation = self.lease = 0
-        self.last_ack = 0.0
-        self.subscribe_correlation = 0
-        self.start: object = None
-
-    @property
-    def in_flight(self) -> int:
-        return self.next_offset - self.acked
-
-    def begin(self, offset: int) -> None:
-        """Stand at an offset with nothing in flight."""
-        self.next_offset = self.acked = offset
-        self.in_flight_bytes = 0
-        self.pieces.clear()
-        self.hint = None
-
-    def delivered(self, next_offset: int, size: int) -> None:
-        """Records up to next_offset were sent, in `size` bytes."""
-        self.next_offset = next_offset
-        self.in_flight_bytes += size
-        self.pieces.append((next_offset, size))
-
-    def acknowledge(self, offset: int) -> bool:
-        """A cumulative acknowledgement; False when it is not about records in flight."""
-        if not self.acked <= offset <= self.next_offset:
-            return False
-        self.acked = offset
-        while self.pieces and self.pieces[0][0] <= offset:
-            self.in_flight_bytes -= self.pieces.popleft()[1]
-        return True
+    def line(self, key: Key) -> Wanted | None:
+        """What was said last about a partition; None when it was followed already: a line says it once."""
+        if key in self.begun:
+            return None
+        self.begun.add(key)
+        return self.pins.get(key) or self.topics.get(key[0])
 
 
 class Group:
-    """A consumer group: places of the past and holders of the present, by (topic, partition)."""
+    """A consumer group. One without a name belongs to one connection, and nothing of it is stored.
 
-    __slots__ = ("generation", "holders", "last_seen", "name", "offsets", "standbys")
+    `last_clients` are the client ids that held each partition last. `pauses` says until when a partition waits after a
+    failure, `reasons` why it failed; `lettering` are partitions whose next record is on its way into the dead-letter
+    topic.
+    """
+
+    __slots__ = (
+        "generation", "holders", "last_clients", "last_seen", "lettering", "members", "name", "pauses", "places",
+        "reasons",
+    )  # fmt: skip
 
     def __init__(self, name: str, now: float) -> None:
         self.name = name
-        self.offsets: dict[tuple[str, int], GroupOffset] = {}
-        self.holders: dict[tuple[str, int], Cursor] = {}
-        self.standbys: dict[tuple[str, int], deque[Cursor]] = {}
+        self.places: dict[Key, GroupOffset] = {}
+        self.members: dict[Member, Subscription] = {}
+        self.holders: dict[Key, Cursor] = {}
+        self.last_clients: dict[Key, str] = {}
+        self.pauses: dict[Key, float] = {}
+        self.reasons: dict[Key, str] = {}
+        self.lettering: set[Key] = set()
         self.generation = 0
         self.last_seen = now
+
+    def place(self, log: Log) -> GroupOffset | None:
+        """The group's place in this very log."""
+        place = self.places.get((log.topic, log.partition))
+        return place if place is not None and place.log_id == log.identity.log_id else None
 
 
 class Groups:
     """All groups of the node."""
 
-    def __init__(self) -> None:
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
         self._groups: dict[str, Group] = {}
         # Leases of an earlier run of this node must not be taken for one of this run.
         self._leases = secrets.randbits(48)
 
     def group(self, name: str, now: float) -> Group:
-        """The group of this name, made when it is new."""
+        """The group of this name, made when it is new; without a name a new one each time."""
         group = self._groups.get(name)
         if group is None:
-            group = self._groups[name] = Group(name, now)
+            group = Group(name, now)
+            if name:
+                self._groups[name] = group
         group.last_seen = now
         return group
+
+    def find(self, name: str) -> Group | None:
+        return self._groups.get(name)
 
     def all(self) -> list[Group]:
         return list(self._groups.values())
 
+    def forget(self, group: Group) -> None:
+        """Delete a group and every place it had."""
+        for topic, partition in group.places:
+            self._engine.commit_offset((group.name, topic, partition), None)
+        self._groups.pop(group.name, None)
+
     def restore(self, group: str, topic: str, partition: int, offset: GroupOffset, now: float) -> None:
         """A place stored by an earlier run."""
-        self.group(group, now).offsets[topic, partition] = offset
+        self.group(group, now).places[topic, partition] = offset
 
-    def join(self, cursor: Cursor) -> bool:
-        """Take the partition for a member; False when another holds it: the cursor waits as standby.
+    def commit(self, group: Group, log: Log, offset: int, *, attempts: int = 0, alone: bool = False) -> None:
+        """Move a group's place; what is known about its refresh stays."""
+        place = group.place(log)
+        if place is None:
+            moved = GroupOffset(log.identity.log_id, log.epoch, offset, 0, attempts, alone)
+        elif (place.next_offset, place.attempts, place.alone) == (offset, attempts, alone):
+            return
+        else:
+            moved = replace(place, epoch=log.epoch, next_offset=offset, attempts=attempts, alone=alone)
+        self.put(group, log, moved)
 
-        A member that holds it already goes on with the new cursor under a new lease.
-        """
-        key = (cursor.log.topic, cursor.log.partition)
-        group = cursor.group
-        holder = group.holders.get(key)
-        if holder is not None and holder.member is not cursor.member:
-            cursor.state = "standby"
-            group.standbys.setdefault(key, deque()).append(cursor)
-            return False
-        self._grant(cursor, key)
-        return True
+    def put(self, group: Group, log: Log, place: GroupOffset) -> None:
+        """Replace a group's place; stored within 50 ms (Engine.when_stored tells when)."""
+        key = (log.topic, log.partition)
+        group.places[key] = place
+        if group.name:
+            self._engine.commit_offset((group.name, *key), place)
 
-    def leave(self, cursor: Cursor) -> Cursor | None:
-        """A member gives a partition back; the standby that takes it over now, if there is one."""
-        key = (cursor.log.topic, cursor.log.partition)
-        group = cursor.group
-        waiting = group.standbys.get(key)
-        if group.holders.get(key) is not cursor:
-            if waiting is not None and cursor in waiting:
-                waiting.remove(cursor)
-            return None
-        del group.holders[key]
-        if not waiting:
-            group.standbys.pop(key, None)
-            return None
-        following = waiting.popleft()
-        self._grant(following, key)
-        return following
+    def grant(self, cursor: Cursor) -> None:
+        """Make a cursor the holder of its partition."""
+        cursor.group.generation += 1
+        cursor.generation = cursor.group.generation
+        cursor.group.last_clients[cursor.key] = cursor.member.client_id
+        cursor.group.holders[cursor.key] = cursor.member.cursors[cursor.key] = cursor
 
-    def _grant(self, cursor: Cursor, key: tuple[str, int]) -> None:
-        group = cursor.group
-        group.generation += 1
+    def revoke(self, cursor: Cursor) -> None:
+        """Nobody holds its partition any more."""
+        del cursor.group.holders[cursor.key], cursor.member.cursors[cursor.key]
+
+    def next_lease(self) -> int:
         self._leases += 1
-        group.holders[key] = cursor
-        cursor.generation, cursor.lease, cursor.state = group.generation, self._leases, "starting"
+        return self._leases
 
     def floor(self, log: Log, now: float) -> int | None:
         """The offset that every live group of this log has passed; None when there is no such group."""
         key = (log.topic, log.partition)
         places = [
-            group.offsets[key].next_offset
+            place.next_offset
             for group in self._groups.values()
-            if key in group.offsets
-            and group.offsets[key].log_id == log.identity.log_id
+            if (place := group.place(log)) is not None
             and (now - group.last_seen < LIVE_SECONDS or key in group.holders)
         ]
         return min(places, default=None)

@@ -9,22 +9,34 @@ class Metrics:
 
     accept_rests: int = 0
     acks_in: int = 0
+    assignments: int = 0
     bytes_published: int = 0
     cold_deliveries: int = 0
     connections_closed: int = 0
     connections_opened: int = 0
     connections_refused: int = 0
+    dead_letter_failures: int = 0
+    dead_letters: int = 0
     deliveries: int = 0
+    delivery_timeouts: int = 0
     frames_refused: int = 0
     gaps: int = 0
     http_requests: int = 0
     idle_timeouts: int = 0
+    in_progress_acks: int = 0
+    negative_acks: int = 0
     protocol_errors: int = 0
     publish_frames: int = 0
     publish_refused: int = 0
     records_delivered: int = 0
+    records_expired: int = 0
     records_published: int = 0
+    redeliveries: int = 0
+    refreshes_begun: int = 0
+    refreshes_done: int = 0
     resets_announced: int = 0
+    revocations: int = 0
+    snapshots_completed: int = 0
     stale_acks: int = 0
     refused_by_code: dict[str, int] = field(default_factory=dict)
 

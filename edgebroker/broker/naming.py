@@ -17,7 +17,7 @@ def check_topic_name(name: str) -> str:
 
 
 def check_group_name(name: str) -> str:
-    """Why this is no name for a consumer group; "" when it is one."""
-    if not _NAME.match(name):
+    """Why this is no name for a consumer group; "" when it is one (or empty: a reader without a group)."""
+    if name and not _NAME.match(name):
         return f"group names are 1 to 200 of A-Z a-z 0-9 . _ -; {name!r} is not"
     return ""

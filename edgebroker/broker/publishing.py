@@ -12,7 +12,6 @@ from __future__ import annotations
 import struct
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import NamedTuple, Protocol
 
 from edgebroker.broker.metrics import Metrics
@@ -22,7 +21,7 @@ from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason, read_head
 from edgebroker.common.errors import Code, CorruptBatchError, InflatedTooLargeError
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.threads import Worker
-from edgebroker.common.types import AckLevel, TopicSettings
+from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
 from edgebroker.network import frames, framing
 from edgebroker.network.connection import PublishRun
 from edgebroker.storage.engine import Engine, Log
@@ -33,6 +32,8 @@ _EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
 
 class Publisher(Protocol):
     """A session, as far as publishing knows it."""
+
+    client_id: str
 
     def send(self, data: bytes) -> None: ...
     def hold(self) -> None:
@@ -72,11 +73,17 @@ class Publishing:
         self._durable: dict[Log, deque[Waiting]] = {}
         self._written: dict[Log, deque[Waiting]] = {}
         self._held: dict[Publisher, None] = {}
+        self._exclusive: dict[Log, str] = {}
         self.waiting_bytes = 0
         self.draining = False
 
-    def submit(self, session: Publisher, run: PublishRun, *, inflated: bool = False) -> PublishRun | None:
-        """Handle a run of frames. Returns what has to wait (a copy): the session is held and calls resubmit later."""
+    def submit(
+        self, session: Publisher, run: PublishRun, *, inflated: bool = False, internal: bool = False
+    ) -> PublishRun | None:
+        """Handle a run of frames. Returns what has to wait (a copy): the session is held and calls resubmit later.
+
+        `internal`: the broker itself publishes, to a topic that clients cannot write to.
+        """
         log = self._engine.log(run.topic, run.partition)
         if log is None:
             return self._without_log(session, run)
@@ -85,6 +92,10 @@ class Publishing:
             refusal = (Code.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
         if log.identity.origin != self._engine.node_uid:
             refusal = (Code.NOT_ORIGIN, f"{log.name} is written by node {log.identity.origin} only; publish there")
+        if not internal and run.topic.endswith(DEAD_LETTERS):
+            refusal = (Code.UNKNOWN_TOPIC, check_topic_name(run.topic))
+        elif self._exclusive and self._exclusive.get(log, session.client_id) != session.client_id:
+            refusal = (Code.OVERLOADED, f"a snapshot is being written to {log.name}; try again in a moment")
         if refusal is not None:
             self._refuse_all(session, run, *refusal)
             return None
@@ -101,15 +112,15 @@ class Publishing:
 
     def inflate(self, session: Publisher, run: PublishRun, done: Callable[[], None]) -> None:
         """Check the compressed batches of a run on the checker thread, then append it and call done on the loop."""
-        if self._checker is None:
-            self._checker = Worker("checker")
         max_inflated, max_record = self._limits.max_inflated, self._limits.max_record
 
-        def check() -> None:
-            good, bad = check_compressed(run.data, run.spans, max_inflated, max_record)
-            self._scheduler.call_soon_threadsafe(partial(finish, good, bad))
+        found: list[tuple[bytes, list[tuple[int, Reason, str]]]] = []
 
-        def finish(good: bytes, bad: list[tuple[int, Reason, str]]) -> None:
+        def check() -> None:
+            found.append(check_compressed(run.data, run.spans, max_inflated, max_record))
+
+        def finish() -> None:
+            good, bad = found[0]
             self._metrics.publish_frames += len(bad)
             for correlation, reason, why in bad:
                 self._count_refused(reason.code, 1)
@@ -119,7 +130,29 @@ class Publishing:
                 self.submit(session, run._replace(spans=good), inflated=True)
             done()
 
-        self._checker.submit(check)
+        self.check(check, finish)
+
+    def check(self, work: Callable[[], None], done: Callable[[], None]) -> None:
+        """Run something that inflates or decodes on the checker thread, then done on the loop."""
+        if self._checker is None:
+            self._checker = Worker("checker")
+
+        def run() -> None:
+            work()
+            self._scheduler.call_soon_threadsafe(done)
+
+        self._checker.submit(run)
+
+    def reserve(self, log: Log, client_id: str) -> None:
+        """Only this client may publish to a log, until free()."""
+        self._exclusive[log] = client_id
+
+    def free(self, log: Log) -> None:
+        self._exclusive.pop(log, None)
+
+    def reserved(self, log: Log) -> str:
+        """Who alone may publish to a log; "" when everybody may."""
+        return self._exclusive.get(log, "")
 
     # ---- the engine's word ----
 

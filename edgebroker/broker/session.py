@@ -11,24 +11,14 @@ import socket
 from collections import deque
 from typing import TYPE_CHECKING
 
-from edgebroker.broker.groups import Cursor
+from edgebroker.broker.cursor import Cursor, Key
+from edgebroker.broker.groups import Group
 from edgebroker.broker.naming import check_group_name
 from edgebroker.common.errors import Code, RemoteProtocolError
-from edgebroker.common.types import Start
 from edgebroker.network import frames
 from edgebroker.network.connection import Connection, Event, Frame, PublishRun, ReceiveBuffer, Refused, Role
-from edgebroker.network.frames import (
-    AckKind,
-    Answer,
-    ConsumerAck,
-    FrameType,
-    Grants,
-    Subscribe,
-    TopicMetadata,
-    Wanted,
-)
+from edgebroker.network.frames import Answer, FrameType, Grants, Intent, Ready, Reset, Subscribe, TopicMetadata
 from edgebroker.network.transport import Transport, tune
-from edgebroker.storage.engine import Log
 
 if TYPE_CHECKING:
     from edgebroker.broker.broker import Broker
@@ -46,7 +36,7 @@ class Session:
         "_holds",
         "client_id",
         "cursors",
-        "group_name",
+        "group",
         "opened_at",
         "transport",
     )
@@ -57,9 +47,9 @@ class Session:
         self._deferred: deque[Event] | None = None
         self._holds = 0
         self.client_id = ""
-        self.group_name = ""
+        self.group: Group | None = None
         self.opened_at = broker.loop.now()
-        self.cursors: dict[tuple[str, int], Cursor] | None = None
+        self.cursors: dict[Key, Cursor] = {}
         tune(sock)
         self.transport = Transport(broker.loop, sock, broker.receive_buffer, self, peer)
 
@@ -84,13 +74,12 @@ class Session:
                 return
 
     def on_drained(self) -> None:
-        if self.cursors:
-            for cursor in list(self.cursors.values()):
-                self._broker.delivery.pump(cursor)
+        for cursor in list(self.cursors.values()):
+            self._broker.delivery.pump(cursor)
 
     def on_closed(self, reason: str) -> None:
-        for cursor in list((self.cursors or {}).values()):
-            self._leave(cursor)
+        if self.group is not None:
+            self._broker.membership.vanished(self, self.group)
         self._deferred = None
         self._broker.session_closed(self, reason)
 
@@ -158,10 +147,10 @@ class Session:
             self._on_subscribe(event.correlation, frames.read_subscribe(event.body))
         elif event.type == FrameType.CONNECT:
             self._on_connect(event)
+        elif event.type == FrameType.RESET:
+            self._on_reset(event.correlation, frames.read_reset(event.body))
         else:
-            self._answer(
-                event.correlation, Code.UNSUPPORTED_VERSION, "refreshing by RESET is not served by this release"
-            )
+            self._on_ready(event.correlation, frames.read_ready(event.body))
 
     def _answer(self, correlation: int, code: Code, message: str = "", offset: int = -1) -> None:
         if code is not Code.OK:
@@ -203,6 +192,7 @@ class Session:
             max_record=limits.max_record,
             window_batches=limits.window_batches,
             window_bytes=limits.window_bytes,
+            delivery_ms=limits.delivery_ms,
             producer_id=producer_id,
             producer_epoch=producer_epoch,
             topics=[self._metadata(topic) for topic in connect.topics],
@@ -240,127 +230,85 @@ class Session:
     # ---- consuming ----
 
     def _on_subscribe(self, correlation: int, subscribe: Subscribe) -> None:
+        broker = self._broker
         problem = check_group_name(subscribe.group)
         if problem:
             self._answer(correlation, Code.UNKNOWN_TOPIC, problem)
             return
-        if self.group_name not in ("", subscribe.group):
+        if self.group is not None and self.group.name != subscribe.group:
             self._answer(
-                correlation, Code.STALE, f"this connection reads for group {self.group_name}; use another connection"
+                correlation,
+                Code.STALE,
+                f"this connection reads for group {self.group.name or '(none)'}; use another connection",
             )
             return
-        if subscribe.leave:
-            self._on_leave(correlation, subscribe)
+        if subscribe.intent is not Intent.JOIN:
+            if self.group is not None and subscribe.intent is Intent.LEAVE:
+                broker.membership.leave(self, self.group, subscribe.wanted)
+            elif self.group is not None:
+                broker.membership.release(self, self.group, subscribe.wanted)
+            self._answer(correlation, Code.OK)
             return
         if not subscribe.wanted:
             raise RemoteProtocolError("SUBSCRIBE without topics")
-        lines: dict[Log, Wanted] = {}  # a later line about a partition replaces an earlier one
         for wanted in subscribe.wanted:
-            logs = self._broker.engine.partitions(wanted.topic)
-            chosen = logs if wanted.partition == -1 else logs[wanted.partition : wanted.partition + 1]
-            if not chosen or wanted.partition < -1:
+            logs = broker.engine.partitions(wanted.topic)
+            if not -1 <= wanted.partition < max(1, len(logs)) or not logs:
                 what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if logs else "")
                 self._answer(correlation, Code.UNKNOWN_TOPIC, f"{what} does not exist on this node")
                 return
-            lines.update((log, wanted) for log in chosen)
-        self.group_name = subscribe.group
+        if self.group is None:
+            self.group = broker.groups.group(subscribe.group, broker.loop.now())
+        records = max(1, min(subscribe.window_records or broker.limits.consume_records, 1 << 20))
+        size = max(1, min(subscribe.window_bytes or broker.limits.consume_bytes, 64 << 20))
         self._answer(correlation, Code.OK)
-        for log, wanted in lines.items():
-            self._subscribe(correlation, subscribe, log, wanted)
-
-    def _subscribe(self, correlation: int, subscribe: Subscribe, log: Log, wanted: Wanted) -> None:
-        self.cursors = self.cursors if self.cursors is not None else {}
-        key = (log.topic, log.partition)
-        old = self.cursors.get(key)
-        if old is not None and old.state == "standby":
-            self._leave(old)
-        elif old is not None:
-            self._broker.delivery.stop(old)
-        group = self._broker.groups.group(subscribe.group, self._broker.loop.now())
-        records = max(1, min(subscribe.window_records or self._broker.limits.consume_records, 1 << 20))
-        size = max(1, min(subscribe.window_bytes or self._broker.limits.consume_bytes, 64 << 20))
-        cursor = Cursor(group, log, self, records, size)
-        cursor.subscribe_correlation, cursor.start = correlation, wanted
-        self.cursors[key] = cursor
-        if self._broker.groups.join(cursor):
-            self.begin(cursor)
-
-    def begin(self, cursor: Cursor) -> None:
-        """The partition is this session's: find out where to begin, then push."""
-        wanted, log = cursor.start, cursor.log
-        assert isinstance(wanted, Wanted)
-        place = cursor.group.offsets.get((log.topic, log.partition))
-        match wanted.start:
-            case Start.POSITION if wanted.log_id not in (frames.NO_LOG_ID, log.identity.log_id_bytes):
-                self._broker.delivery.announce_reset(cursor)
-                return
-            case Start.POSITION | Start.OFFSET:
-                offset = wanted.value
-            case Start.LATEST:
-                offset = log.durable_end
-            case Start.EARLIEST:
-                offset = log.log_start
-            case Start.TIME:
-                self._broker.engine.offset_at_time(
-                    log, wanted.value, lambda offset, error: self._begin_at(cursor, offset, error)
-                )
-                return
-            case _:
-                offset = log.log_start
-                if place is not None and place.log_id == log.identity.log_id:
-                    offset = place.next_offset
-        self._begin_at(cursor, offset, "")
-
-    def _begin_at(self, cursor: Cursor, offset: int, error: str) -> None:
-        if cursor.state != "starting" or self.transport.closed:
-            return
-        if error:
-            self._answer(cursor.subscribe_correlation, Code.STORAGE_TIMEOUT, error)
-            self._leave(cursor)
-            return
-        wanted = cursor.start
-        assert isinstance(wanted, Wanted)
-        fresh = (cursor.log.topic, cursor.log.partition) not in cursor.group.offsets
-        if (fresh or wanted.start != Start.COMMITTED) and 0 <= offset <= cursor.log.durable_end:
-            # Where a group begins is its place, also when it never acknowledges anything.
-            self._broker.delivery.commit(cursor, offset)
-        self._broker.delivery.start(cursor, max(0, offset))
-
-    def _on_leave(self, correlation: int, subscribe: Subscribe) -> None:
-        for wanted in subscribe.wanted:
-            for key, cursor in list((self.cursors or {}).items()):
-                if key[0] == wanted.topic and wanted.partition in (-1, key[1]):
-                    self._leave(cursor)
-        self._answer(correlation, Code.OK)
-
-    def _leave(self, cursor: Cursor) -> None:
-        self._broker.delivery.stop(cursor)
-        if self.cursors is not None:
-            self.cursors.pop((cursor.log.topic, cursor.log.partition), None)
-        following = self._broker.groups.leave(cursor)
-        if following is not None:
-            following.member.begin(following)  # type: ignore[attr-defined]
+        broker.membership.subscribe(self, self.group, subscribe, correlation, (records, size))
 
     def _on_ack(self, event: Frame) -> None:
         ack = frames.read_ack(event.body)
         if isinstance(ack, Answer):
-            raise RemoteProtocolError("a client answers nothing that this release asks")
-        if ack.kind is not AckKind.CUMULATIVE:
+            raise RemoteProtocolError("a client answers nothing that a broker asks")
+        if self.group is None or not self._broker.membership.acknowledge(self, self.group, ack):
             self._answer(
-                event.correlation, Code.UNSUPPORTED_VERSION, f"{ack.kind.name} acknowledgements are not served yet"
-            )
-            return
-        self._on_consumer_ack(event.correlation, ack)
-
-    def _on_consumer_ack(self, correlation: int, ack: ConsumerAck) -> None:
-        cursor = (self.cursors or {}).get((ack.topic, ack.partition))
-        if cursor is None or not self._broker.delivery.acknowledge(cursor, ack):
-            self._answer(
-                correlation,
+                event.correlation,
                 Code.STALE,
                 f"{ack.topic}/{ack.partition}: the acknowledgement of {ack.offset} belongs to an earlier lease or to "
                 "records that are not in flight; it changed nothing",
             )
             return
-        if correlation:
-            self._broker.engine.when_stored(lambda: self._answer(correlation, Code.OK, offset=ack.offset))
+        if event.correlation:
+            correlation, offset = event.correlation, ack.offset
+            self._broker.engine.when_stored(lambda: self._answer(correlation, Code.OK, offset=offset))
+
+    # ---- refreshing ----
+
+    def _on_reset(self, correlation: int, reset: Reset) -> None:
+        cursor = self.cursors.get((reset.topic, reset.partition))
+        if cursor is None:
+            self._answer(correlation, Code.STALE, f"{reset.topic}/{reset.partition} is not held by this member")
+        elif reset.reset_id == frames.NO_RESET:
+            self._broker.refreshing.begin(
+                cursor.group, cursor.log, lambda code, message: self._answer(correlation, code, message)
+            )
+        elif self._broker.leases.accept(cursor, reset.reset_id, reset.from_offset):
+            self._answer(correlation, Code.OK)
+        else:
+            self._answer(
+                correlation,
+                Code.FENCED,
+                f"{cursor.log.name}: refresh {reset.reset_id.hex()} is not the one under way",
+            )
+
+    def _on_ready(self, correlation: int, ready: Ready) -> None:
+        cursor = self.cursors.get((ready.topic, ready.partition))
+        if cursor is None:
+            self._answer(correlation, Code.STALE, f"{ready.topic}/{ready.partition} is not held by this member")
+            return
+
+        def done(code: Code, message: str) -> None:
+            if code is Code.OK:
+                self.send(frames.write_ready(correlation, ready))
+            else:
+                self._answer(correlation, code, message)
+
+        self._broker.refreshing.ready(cursor.group, cursor.log, ready, done)

@@ -82,6 +82,13 @@ class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     stuck_timeout_ms: Annotated[int, Meta(ge=100, description="a client that takes nothing for this long is cut")] = 10_000  # fmt: skip  # noqa: E501
 
 
+class DeliveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    timeout_ms: Annotated[int, Meta(ge=100, description="time in which a consumer must acknowledge, negatively or not, what it was delivered, or say that it is in progress")] = 60_000  # fmt: skip  # noqa: E501
+    max_attempts: Annotated[int, Meta(ge=0, le=1_000_000, description="failed attempts after which a record goes to the dead-letter topic; 0: never")] = 5  # fmt: skip  # noqa: E501
+    backoff_ms: Annotated[int, Meta(ge=0, le=3_600_000, description="pause after the first failed attempt; it doubles with every further one")] = 500  # fmt: skip  # noqa: E501
+    max_backoff_ms: Annotated[int, Meta(ge=0, le=86_400_000, description="longest pause after a failed attempt")] = 30_000  # fmt: skip  # noqa: E501
+
+
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least severe lines that are logged")] = "info"  # fmt: skip  # noqa: E501
 
@@ -94,6 +101,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     storage: StorageConfig = StorageConfig()
     topics: TopicsConfig = TopicsConfig()
     limits: LimitsConfig = LimitsConfig()
+    delivery: DeliveryConfig = DeliveryConfig()
     log: LogConfig = LogConfig()
 
 

@@ -7,6 +7,8 @@ import msgspec
 
 TopicKind = Literal["stream", "table"]
 OnDamage = Literal["wait", "skip"]
+# Suffix of the topic, one per node and source topic, that holds what could not be handled.
+DEAD_LETTERS = ".dlq"
 
 
 class TopicSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -18,6 +20,7 @@ class TopicSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     retention_bytes: int = 0
     segment_bytes: int = 0
     segment_ms: int = 0
+    message_ttl_ms: int = 0
     urgent: bool = False
     on_damage: OnDamage = "wait"
 
@@ -39,6 +42,7 @@ class Start(IntEnum):
     OFFSET = 3
     TIME = 4
     POSITION = 5
+    RESUME = 6
 
 
 class Position(NamedTuple):

@@ -26,7 +26,11 @@ FROM_CLIENT = frozenset(
         FrameType.RESET, FrameType.READY,
     }
 )  # fmt: skip
-FROM_BROKER = frozenset({FrameType.DELIVER, FrameType.ACK, FrameType.HEARTBEAT, FrameType.RESET, FrameType.READY})
+FROM_BROKER = frozenset(
+    {
+        FrameType.SUBSCRIBE, FrameType.DELIVER, FrameType.ACK, FrameType.HEARTBEAT, FrameType.RESET, FrameType.READY,
+    }
+)  # fmt: skip
 
 _REASONS = {
     2: "a frame length below 12",

@@ -16,7 +16,7 @@ PROTOCOL_VERSION = 1
 MAGIC = b"EDGE"
 HEADER = struct.Struct(">IBBHQ")
 HEADER_BYTES = HEADER.size
-NO_LOG_ID = bytes(16)
+NO_LOG_ID = NO_RESET = bytes(16)
 
 WANT_PRODUCER, NEW_EPOCH = 1, 2
 
@@ -39,6 +39,22 @@ class AckKind(IntEnum):
     CUMULATIVE = 1
     NEGATIVE = 2
     IN_PROGRESS = 3
+
+
+class Intent(IntEnum):
+    """What a client's SUBSCRIBE wants: to join, to leave, or to release a partition that is being revoked."""
+
+    JOIN = 0
+    LEAVE = 1
+    RELEASE = 2
+
+
+class Holding(IntEnum):
+    """What a broker's SUBSCRIBE says about a partition of the member."""
+
+    ASSIGNED = 1
+    REVOKING = 2
+    REVOKED = 3
 
 
 class GapReason(IntEnum):
@@ -76,6 +92,7 @@ class Grants(NamedTuple):
     max_record: int
     window_batches: int
     window_bytes: int
+    delivery_ms: int
     producer_id: int
     producer_epoch: int
     topics: list[TopicMetadata]
@@ -93,7 +110,7 @@ class Wanted(NamedTuple):
 
 
 class Subscribe(NamedTuple):
-    leave: bool
+    intent: Intent
     group: str
     window_records: int
     window_bytes: int
@@ -106,8 +123,24 @@ class Gap(NamedTuple):
     reason: GapReason
 
 
+class Assignment(NamedTuple):
+    """One line of a broker's SUBSCRIBE: what the member holds now, under which lease, and from which offset on."""
+
+    topic: str
+    partition: int
+    holding: Holding
+    lease: int
+    offset: int
+
+
+class Assigned(NamedTuple):
+    group: str
+    generation: int
+    lines: list[Assignment]
+
+
 class Deliver(NamedTuple):
-    """`batches_start` is where the batches begin in the body."""
+    """`batches_start` is where the batches begin in the body; every record is at least age_ms old at this node."""
 
     topic: str
     partition: int
@@ -118,6 +151,7 @@ class Deliver(NamedTuple):
     first: int
     last: int
     durable_end: int
+    age_ms: int
     gaps: list[Gap]
     batches_start: int
 
@@ -130,7 +164,7 @@ class Answer(NamedTuple):
 
 
 class ConsumerAck(NamedTuple):
-    """`offset` is the next offset wanted: everything before it is acknowledged."""
+    """`offset` is the next offset wanted: everything before it is acknowledged. `reason` belongs to a NEGATIVE one."""
 
     kind: AckKind
     topic: str
@@ -138,15 +172,27 @@ class ConsumerAck(NamedTuple):
     generation: int
     lease: int
     offset: int
+    reason: str = ""
 
 
 class Reset(NamedTuple):
+    """A refresh. From a client: reset id NO_RESET asks for one; the id announced accepts it, from `from_offset` on."""
+
     reset_id: bytes
     log_id: bytes
     topic: str
     partition: int
     from_offset: int
     target: int
+
+
+class Ready(NamedTuple):
+    """A refresh is done: what readers see is the new data up to next_offset."""
+
+    reset_id: bytes
+    topic: str
+    partition: int
+    next_offset: int
 
 
 class Reader:
@@ -187,17 +233,20 @@ _U8 = struct.Struct(">B")
 _U16 = struct.Struct(">H")
 _CONNECT_HEAD = struct.Struct(">4sHH")
 _PRODUCER = struct.Struct(">qh")
-_GRANTS = struct.Struct(">H16sIIIIIIIqhH")
+_GRANTS = struct.Struct(">H16sIIIIIIIIqhH")
 _TOPIC = struct.Struct(">HIB")
 _SUBSCRIBE = struct.Struct(">B")
 _WINDOW = struct.Struct(">IIH")
 _WANTED = struct.Struct(">iB16siq")
-_DELIVER = struct.Struct(">I16siIQqqqB")
+_ASSIGNED = struct.Struct(">IH")
+_ASSIGNMENT = struct.Struct(">IBQq")
+_DELIVER = struct.Struct(">I16siIQqqqIB")
 _GAP = struct.Struct(">qqB")
 _ANSWER = struct.Struct(">BBHqH")
 _CONSUMER_ACK = struct.Struct(">IIQq")
 _RESET = struct.Struct(">16s16s")
 _RESET_RANGE = struct.Struct(">Iqq")
+_READY = struct.Struct(">Iq")
 _LAG = struct.Struct(">Iq")
 
 
@@ -258,7 +307,7 @@ def write_grants(correlation: int, grants: Grants) -> bytes:
         FrameType.ACK,
         correlation,
         _ANSWER.pack(AckKind.ANSWER, 0, Code.OK, -1, 0),
-        _GRANTS.pack(*grants[:11], len(grants.topics)),
+        _GRANTS.pack(*grants[:12], len(grants.topics)),
         *(
             _text(topic.name) + _TOPIC.pack(topic.code, topic.partitions, topic.kind == "table")
             for topic in grants.topics
@@ -301,7 +350,7 @@ def write_subscribe(correlation: int, subscribe: Subscribe) -> bytes:
     return frame(
         FrameType.SUBSCRIBE,
         correlation,
-        _SUBSCRIBE.pack(subscribe.leave),
+        _SUBSCRIBE.pack(subscribe.intent),
         _text(subscribe.group),
         _WINDOW.pack(subscribe.window_records, subscribe.window_bytes, len(subscribe.wanted)),
         *(
@@ -313,7 +362,7 @@ def write_subscribe(correlation: int, subscribe: Subscribe) -> bytes:
 
 def read_subscribe(body: memoryview) -> Subscribe:
     reader = Reader(body)
-    (leave,) = reader.take(_SUBSCRIBE)
+    (intent,) = reader.take(_SUBSCRIBE)
     group = reader.text()
     window_records, window_bytes, count = reader.take(_WINDOW)
     wanted = []
@@ -324,7 +373,31 @@ def read_subscribe(body: memoryview) -> Subscribe:
             raise RemoteProtocolError(f"start {start} is unknown")
         wanted.append(Wanted(topic, partition, Start(start), log_id, epoch, value))  # type: ignore[arg-type]
     reader.end()
-    return Subscribe(bool(leave), group, window_records, window_bytes, wanted)
+    return Subscribe(_known(Intent, intent), group, window_records, window_bytes, wanted)
+
+
+def write_assigned(assigned: Assigned) -> bytes:
+    """A broker's SUBSCRIBE."""
+    return frame(
+        FrameType.SUBSCRIBE,
+        0,
+        _text(assigned.group),
+        _ASSIGNED.pack(assigned.generation, len(assigned.lines)),
+        *(_text(line.topic) + _ASSIGNMENT.pack(*line[1:]) for line in assigned.lines),
+    )
+
+
+def read_assigned(body: memoryview) -> Assigned:
+    reader = Reader(body)
+    group = reader.text()
+    generation, count = reader.take(_ASSIGNED)
+    lines = []
+    for _ in range(count):
+        topic = reader.text()
+        partition, holding, lease, offset = reader.take(_ASSIGNMENT)
+        lines.append(Assignment(topic, partition, _known(Holding, holding), lease, offset))
+    reader.end()
+    return Assigned(group, generation, lines)
 
 
 def deliver_head(deliver: Deliver, batch_bytes: int) -> bytes:
@@ -340,6 +413,7 @@ def deliver_head(deliver: Deliver, batch_bytes: int) -> bytes:
             deliver.first,
             deliver.last,
             deliver.durable_end,
+            deliver.age_ms,
             len(deliver.gaps),
         )
         + b"".join(_GAP.pack(*gap) for gap in deliver.gaps)
@@ -370,7 +444,13 @@ def write_consumer_ack(correlation: int, ack: ConsumerAck) -> bytes:
         _U8.pack(ack.kind),
         _text(ack.topic),
         _CONSUMER_ACK.pack(ack.partition, ack.generation, ack.lease, ack.offset),
+        _text(_cut(ack.reason)) if ack.kind is AckKind.NEGATIVE else b"",
     )
+
+
+def _cut(text: str) -> str:
+    """As much of a text as fits."""
+    return text.encode()[:255].decode(errors="ignore")
 
 
 def read_ack(body: memoryview) -> Answer | ConsumerAck:
@@ -385,9 +465,10 @@ def read_ack(body: memoryview) -> Answer | ConsumerAck:
         raise RemoteProtocolError(f"ACK kind {kind} is unknown")
     reader = Reader(body, 1)
     topic = reader.text()
-    fields = reader.take(_CONSUMER_ACK)
+    partition, generation, lease, offset = reader.take(_CONSUMER_ACK)
+    reason = reader.text() if kind == AckKind.NEGATIVE else ""
     reader.end()
-    return ConsumerAck(AckKind(kind), topic, *fields)
+    return ConsumerAck(AckKind(kind), topic, partition, generation, lease, offset, reason)
 
 
 def write_heartbeat(ends: list[tuple[str, int, int]]) -> bytes:
@@ -429,3 +510,22 @@ def read_reset(body: memoryview) -> Reset:
     partition, from_offset, target = reader.take(_RESET_RANGE)
     reader.end()
     return Reset(reset_id, log_id, topic, partition, from_offset, target)
+
+
+def write_ready(correlation: int, ready: Ready) -> bytes:
+    return frame(
+        FrameType.READY,
+        correlation,
+        ready.reset_id,
+        _text(ready.topic),
+        _READY.pack(ready.partition, ready.next_offset),
+    )
+
+
+def read_ready(body: memoryview) -> Ready:
+    reader = Reader(body)
+    reset_id = reader.raw(16)
+    topic = reader.text()
+    partition, next_offset = reader.take(_READY)
+    reader.end()
+    return Ready(reset_id, topic, partition, next_offset)

@@ -19,6 +19,7 @@ from edgebroker.network.sendpath import send_cached
 
 HIGH_BYTES = 1 << 20
 LOW_BYTES = 256 << 10
+DEAD_HOST_SECONDS = 30
 
 
 class Owner(Protocol):
@@ -381,6 +382,11 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def tune(sock: socket.socket) -> None:
-    """Small frames go out at once; a host that vanished is noticed by the kernel too."""
+    """Small frames go out at once; a host that vanished is noticed by the kernel within DEAD_HOST_SECONDS, whether
+    there is something on its way to it (TCP_USER_TIMEOUT) or not (keepalive)."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_HOST_SECONDS // 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_HOST_SECONDS // 6)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_HOST_SECONDS * 1000)

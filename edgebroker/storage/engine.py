@@ -33,6 +33,10 @@ class Log(Protocol):
     @property
     def log_start(self) -> int: ...
     @property
+    def staged_end(self) -> int:
+        """The offset that the next record will get."""
+
+    @property
     def settings(self) -> TopicSettings: ...
     @property
     def size_bytes(self) -> int: ...
@@ -98,6 +102,15 @@ class Engine(Protocol):
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None: ...
     def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
         """Read stored bytes that left the page cache while they were being sent: done(data, error)."""
+
+    def live_from(self, log: Log) -> int:
+        """The first offset that the topic's time to live leaves; log_start without one."""
+
+    def age_ms(self, log: Log, next_offset: int) -> int:
+        """An age at this node that every record before next_offset has reached."""
+
+    def complete_snapshot(self, log: Log, first: int, following: int, done: Done) -> None:
+        """Note durably that [first, following) is a complete snapshot of a table: retention stops before it."""
 
     def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
         """The first offset whose record is not older than a timestamp (the end when all are): done(offset, error)."""

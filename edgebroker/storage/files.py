@@ -9,20 +9,14 @@ import fcntl
 import os
 from pathlib import Path
 
+from edgebroker.common.durable import sync_directory as sync_directory
+from edgebroker.common.durable import write_durable as write_durable
+from edgebroker.common.durable import write_hint as write_hint
 from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 # Not the disk's fault, and over when somebody gives something back.
 TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
-
-
-def sync_directory(path: Path) -> None:
-    """Make the entries of a directory durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def sync_file(fd: int) -> None:
@@ -39,36 +33,6 @@ def make_directory(path: Path) -> None:
     for child in reversed(missing):
         child.mkdir(exist_ok=True)
         sync_directory(child.parent)
-
-
-def write_durable(path: Path, data: bytes) -> None:
-    """Replace a small file: when this returns the new content survives a power cut; before, the old one does."""
-    _replace(path, data, durable=True)
-    sync_directory(path.parent)
-
-
-def write_hint(path: Path, data: bytes) -> None:
-    """Replace a small file that can be rebuilt: whole or absent after a crash of the process, no promise beyond."""
-    _replace(path, data, durable=False)
-
-
-def _replace(path: Path, data: bytes, *, durable: bool) -> None:
-    """Write a temporary file, and put it in the place of the old one once it is whole (and synced)."""
-    temporary = path.with_name(path.name + ".tmp")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
-    try:
-        _write_all(fd, data)
-        if durable:
-            os.fsync(fd)
-    finally:
-        os.close(fd)
-    os.rename(temporary, path)
-
-
-def _write_all(fd: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(fd, view) :]
 
 
 def write_at(fd: int, data: memoryview, position: int) -> None:
@@ -115,6 +79,11 @@ def close(fd: int) -> None:
 
 def size_of(fd: int) -> int:
     return os.fstat(fd).st_size
+
+
+def modified_ms(fd: int) -> int:
+    """Wall time of the last write to a file, in milliseconds."""
+    return os.fstat(fd).st_mtime_ns // 1_000_000
 
 
 def read_at(fd: int, length: int, position: int) -> bytes:

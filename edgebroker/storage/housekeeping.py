@@ -256,10 +256,14 @@ class Housekeeping:
                     now_ms,
                 )
             )
+            kept = partition.identity.snapshot[0]
+            if kept >= 0:
+                # A table is refreshed from its newest complete snapshot: it stays.
+                gone = [segment for segment in gone if segment.end_offset <= kept]
             if wanted > 0:
                 floor = self._store.retention_floor(partition)
                 for segment in partition.segments[len(gone) : -1]:
-                    if floor is None or segment.end_offset > floor or wanted <= 0:
+                    if floor is None or segment.end_offset > floor or wanted <= 0 or segment.end_offset > kept >= 0:
                         break
                     gone.append(segment)
                     wanted -= segment.size

@@ -19,7 +19,8 @@ FILE_NAME = "identity"
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
-    """Who made this log, its histories, and where it begins now. `chain` is the chain checksum at `log_start`."""
+    """Who made this log, its histories, and where it begins now. `chain` is the chain checksum at `log_start`;
+    `snapshot` is where the newest complete snapshot of a table begins and ends (-1: there is none)."""
 
     log_id: str
     origin: str
@@ -27,6 +28,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     log_start: int
     chain: int
     settings: TopicSettings
+    snapshot: tuple[int, int] = (-1, -1)
 
     @property
     def epoch(self) -> int:
@@ -35,6 +37,12 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     def epoch_at(self, offset: int) -> int:
         """The history that an offset belongs to."""
         return max((epoch for epoch, first in self.epochs if first <= offset), default=0)
+
+    def contains(self, epoch: int, next_offset: int) -> bool:
+        """True when a reader of that history could have come to next_offset by what this log holds: the history did
+        not end before. An epoch of -1 is any, one that this log has not reached yet is no contradiction."""
+        later = [first for known, first in self.epochs if known > epoch]
+        return epoch < 0 or not later or next_offset <= min(later)
 
     @property
     def log_id_bytes(self) -> bytes:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files, segscan
+from edgebroker.storage.ages import granularity_ms
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.index import INTERVAL_BYTES, POINT_BYTES, SealedIndex
 from edgebroker.storage.reader import SegmentView
@@ -101,6 +102,8 @@ class PartitionLog:
         self.wants_sync = False
         self.wants_announcement = False
         self.checkpointed = -1
+        # What Ages found out last: (time to live, first offset that is within it, when).
+        self.live = (0, 0, 0.0)
         self.producer_state_at = recovered.next_offset
         self.records_in = self.bytes_in = 0
         self.active.born = born
@@ -112,6 +115,10 @@ class PartitionLog:
     @property
     def log_start(self) -> int:
         return self.identity.log_start
+
+    @property
+    def staged_end(self) -> int:
+        return self.stage.next_offset
 
     @property
     def settings(self) -> TopicSettings:
@@ -136,6 +143,7 @@ class PartitionLog:
     def lay_out(self, chunk: Chunk, wall_ms: int, monotonic_ms: int) -> Layout:
         """How a chunk will lie at the end of the active segment; pass the result to written() once it does."""
         active = self.active
+        due = monotonic_ms - active.last_point_ms >= granularity_ms(self.settings.message_ttl_ms)
         size, reason, _, chain, _, max_timestamp, points = segscan.scan(
             chunk,
             chunk.first_offset,
@@ -146,7 +154,7 @@ class PartitionLog:
             base_offset=active.base,
             base_position=active.size,
             interval=INTERVAL_BYTES,
-            last_point=active.last_point_position,
+            last_point=-1 if due else active.last_point_position,
             max_timestamp=active.max_timestamp,
             wall_ms=wall_ms,
             monotonic_ms=monotonic_ms,

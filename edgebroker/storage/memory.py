@@ -5,8 +5,10 @@ Nothing survives a stop. Batches become durable at the end of the turn in which 
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable
+
+from msgspec.structs import replace
 
 from edgebroker.common import batch
 from edgebroker.common.clock import Clock
@@ -31,6 +33,7 @@ class MemoryLog:
         self.topic, self.partition, self.name = topic, partition, f"{topic}/{partition}"
         self.identity, self.stage, self.epoch = identity, stage, identity.epoch
         self.chunks: list[Chunk] = []
+        self.born: list[float] = []
         self.written_end = self.durable_end = 0
         self.holes: list[Hole] = []
         self.records_in = self.bytes_in = 0
@@ -38,6 +41,10 @@ class MemoryLog:
     @property
     def log_start(self) -> int:
         return 0
+
+    @property
+    def staged_end(self) -> int:
+        return self.stage.next_offset
 
     @property
     def settings(self) -> TopicSettings:
@@ -109,7 +116,9 @@ class MemoryEngine:
         done(Code.OK, "")
 
     def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
-        done(Code.READ_ONLY, "the in-memory engine cannot alter topics")
+        for log in self._topics[name]:
+            log.identity = replace(log.identity, settings=settings)
+        done(Code.OK, "")
 
     def refusal(self) -> tuple[Code, str] | None:
         return None
@@ -131,10 +140,29 @@ class MemoryEngine:
         return sum(log.stage.pending_bytes for log in self._dirty)
 
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
-        raise AssertionError("memory is never cold")
+        """Whoever wants stored bytes for itself asks here, in memory as well."""
+        found = log.find(offset, max_bytes, 1 << 31)
+        assert isinstance(found, Inline)
+        done(ColdRead(data=bytes(found.data), first_offset=found.first_offset, next_offset=found.next_offset))
 
     def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
         raise AssertionError("memory is never cold")
+
+    def live_from(self, log: Log) -> int:
+        assert isinstance(log, MemoryLog)
+        ttl = log.settings.message_ttl_ms
+        expired = bisect_left(log.born, self._clock.monotonic() - ttl / 1000) if ttl else 0
+        return log.chunks[expired - 1].next_offset if expired else 0
+
+    def age_ms(self, log: Log, next_offset: int) -> int:
+        assert isinstance(log, MemoryLog)
+        newest = bisect_right(log.chunks, next_offset - 1, key=lambda chunk: chunk.first_offset) - 1
+        return int((self._clock.monotonic() - log.born[newest]) * 1000)
+
+    def complete_snapshot(self, log: Log, first: int, following: int, done: Done) -> None:
+        assert isinstance(log, MemoryLog)
+        log.identity = replace(log.identity, snapshot=(first, following))
+        done(Code.OK, "")
 
     def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
         assert isinstance(log, MemoryLog)
@@ -177,6 +205,7 @@ class MemoryEngine:
             chunk = log.stage.take(1 << 62)
             if chunk is not None:
                 log.chunks.append(chunk)
+                log.born.append(self._clock.monotonic())
                 log.bytes_in += len(chunk)
                 log.written_end = log.durable_end = chunk.next_offset
                 self._listener.on_written(log)

@@ -10,7 +10,7 @@ group offsets come back from offsets.snap, at most five seconds old and never ah
 import logging
 import sqlite3
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -31,14 +31,23 @@ CREATE TABLE IF NOT EXISTS segments (topic TEXT, partition INTEGER, base INTEGER
 CREATE TABLE IF NOT EXISTS holes (topic TEXT, partition INTEGER, first INTEGER, next INTEGER,
     PRIMARY KEY (topic, partition, first)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS group_offsets (grp TEXT, topic TEXT, partition INTEGER, log_id TEXT, epoch INTEGER,
-    next_offset INTEGER, revision INTEGER, PRIMARY KEY (grp, topic, partition)) WITHOUT ROWID;
+    next_offset INTEGER, revision INTEGER, attempts INTEGER DEFAULT 0, alone INTEGER DEFAULT 0,
+    reset_id TEXT DEFAULT '', reset_from INTEGER DEFAULT -1, target INTEGER DEFAULT -1,
+    PRIMARY KEY (grp, topic, partition)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS producers (client_id TEXT PRIMARY KEY, producer_id INTEGER, epoch INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS windows (topic TEXT, partition INTEGER, producer_id INTEGER, epoch INTEGER, age REAL,
     entries BLOB, PRIMARY KEY (topic, partition, producer_id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS window_marks (topic TEXT, partition INTEGER, below INTEGER,
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 """
-VERSION = 2
+VERSION = 3
+_FROM_VERSION_2 = """
+ALTER TABLE group_offsets ADD COLUMN attempts INTEGER DEFAULT 0;
+ALTER TABLE group_offsets ADD COLUMN alone INTEGER DEFAULT 0;
+ALTER TABLE group_offsets ADD COLUMN reset_id TEXT DEFAULT '';
+ALTER TABLE group_offsets ADD COLUMN reset_from INTEGER DEFAULT -1;
+ALTER TABLE group_offsets ADD COLUMN target INTEGER DEFAULT -1;
+"""
 # Primary result codes that speak of the disk, not of what the file holds.
 _NOT_WRITABLE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
 
@@ -49,13 +58,28 @@ GroupKey = tuple[str, str, int]
 
 
 class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
-    """A group's place in one partition: every record before next_offset was acknowledged."""
+    """A group's place in one partition: every record before next_offset was acknowledged.
+
+    revision    grows with every commit of the node: tells which of two copies is newer, also after a rewind
+    attempts    how often the record at next_offset failed
+    alone       it is delivered alone until it is acknowledged
+    reset_id    the group's last refresh of this partition (hex, "" when there was none), begun at reset_from; it lasts
+    target      until READY says that the group has reached this offset (-1: the refresh is over)
+    """
 
     log_id: str
     epoch: int
     next_offset: int
     revision: int = 0
-    """Grows with every commit of the node: tells which of two copies is newer, also after a rewind."""
+    attempts: int = 0
+    alone: bool = False
+    reset_id: str = ""
+    reset_from: int = -1
+    target: int = -1
+
+    @property
+    def refreshing(self) -> bool:
+        return self.target >= 0
 
 
 class SegmentRow(NamedTuple):
@@ -179,8 +203,8 @@ class MetaDatabase:
                 cursor.execute("DELETE FROM group_offsets WHERE grp=? AND topic=? AND partition=?", group_key)
             else:
                 cursor.execute(
-                    "REPLACE INTO group_offsets VALUES (?,?,?,?,?,?,?)",
-                    (*group_key, offset.log_id, offset.epoch, offset.next_offset, offset.revision),
+                    "REPLACE INTO group_offsets VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                    (*group_key, *msgspec.structs.astuple(offset)),
                 )
         cursor.executemany(
             "REPLACE INTO producers VALUES (?,?,?)", [(client, *row) for client, row in changes.producers.items()]
@@ -223,7 +247,7 @@ class MetaDatabase:
         for topic, partition, *row in connection.execute("SELECT * FROM holes ORDER BY first"):
             state.holes.setdefault((topic, partition), []).append(Hole(*row))
         for group, topic, partition, *row in connection.execute("SELECT * FROM group_offsets"):
-            state.group_offsets[group, topic, partition] = GroupOffset(*row)
+            state.group_offsets[group, topic, partition] = _group_offset(row)
         for client, *row in connection.execute("SELECT * FROM producers"):
             state.producers[client] = (row[0], row[1])
         for topic, partition, below in connection.execute("SELECT * FROM window_marks"):
@@ -241,8 +265,10 @@ class MetaDatabase:
         connection.execute("PRAGMA mmap_size=0")
         connection.execute("PRAGMA cache_size=-1024")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, VERSION):
+        if version not in (0, 2, VERSION):
             raise sqlite3.DatabaseError(f"schema {version} is not the one that this release knows")
+        if version == 2:
+            connection.executescript(f"BEGIN;{_FROM_VERSION_2}PRAGMA user_version={VERSION};COMMIT;")
         connection.executescript(_SCHEMA)
         if version != VERSION:
             connection.execute(f"PRAGMA user_version={VERSION}")
@@ -262,6 +288,11 @@ class MetaDatabase:
             path = self._path.with_name(self._path.name + suffix)
             if path.exists():
                 path.rename(path.with_name(f"{self._path.name}.corrupt-{stamp}{suffix}"))
+
+
+def _group_offset(row: list[Any]) -> GroupOffset:
+    row[5] = bool(row[5])
+    return GroupOffset(*row)
 
 
 class _Snapshot(msgspec.Struct):

@@ -17,7 +17,7 @@ from edgebroker.common.clock import Clock
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.common.scheduler import Scheduler
-from edgebroker.common.types import TopicSettings
+from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.identity import Identity, make_identity, read_identity, write_identity
 from edgebroker.storage.index import SealedIndex, read_index
@@ -140,11 +140,9 @@ class Opener:
         segment.sealed_ms = segment.sealed_ms or self._clock.wall_ms()
 
     def make_log(self, topic: str, number: int, identity: Identity, recovered: RecoveredLog) -> PartitionLog:
-        stage = Stage(
-            recovered.next_offset,
-            recovered.epoch,
-            *self._limits,
-        )
+        # A dead letter is a record and what is said about it: it must fit whatever the limit of a record is.
+        limits = (STORED_BATCH_BYTES, STORED_BATCH_BYTES, 1) if topic.endswith(DEAD_LETTERS) else self._limits
+        stage = Stage(recovered.next_offset, recovered.epoch, *limits)
         return PartitionLog(
             topic,
             number,

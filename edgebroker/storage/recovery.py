@@ -135,6 +135,7 @@ class Recovery:
         if segments:
             active = segments[-1]
             active.fd = files.open_log(active.path, writable=True)
+            active.modified_ms = files.modified_ms(active.fd)
             # Pages left clean by a failed write-back are read from the device again.
             files.drop_cache(active.fd)
             if segments[0].base > start:

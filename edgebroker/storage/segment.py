@@ -23,6 +23,7 @@ class Segment:
     points          packed index points of the bytes from `points_from` on; None when they are not in memory
     points_from     position up to which points are missing: 0 when the index is whole
     unverified_end  bytes before it were not verified by this process: they are read through the reader thread only
+    modified_ms     wall time by which an earlier run had written it; 0 for what this process began
     base_chain      chain checksum at the base, UNKNOWN_CHAIN when neither an index nor meta.db tells
     users           extents being sent; the descriptor stays open while there are any
     """
@@ -36,6 +37,7 @@ class Segment:
         "end_offset",
         "fd",
         "max_timestamp",
+        "modified_ms",
         "path",
         "points",
         "points_from",
@@ -54,7 +56,7 @@ class Segment:
         self.points: bytearray | bytes | None = bytearray()
         self.points_from = 0
         self.unverified_end = 0
-        self.sealed_ms = 0
+        self.sealed_ms = self.modified_ms = 0
         self.allocated_end = size
         self.born = 0.0
         self.users = 0
@@ -66,6 +68,13 @@ class Segment:
         if not self.points:
             return -1
         return int.from_bytes(self.points[-36:-32], "little")
+
+    @property
+    def last_point_ms(self) -> int:
+        """Monotonic time of the newest index point; 0 when there is none, or when it is not known."""
+        if not self.points:
+            return 0
+        return int.from_bytes(self.points[-8:], "little", signed=True)
 
     def adopt(self, index: SealedIndex) -> None:
         """Take over what an index file (or a rebuild) says about a sealed segment."""

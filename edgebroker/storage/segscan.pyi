@@ -47,6 +47,9 @@ def floor_offset(points: Buffer, relative_offset: int) -> Point | None:
 def floor_position(points: Buffer, position: int) -> Point | None:
     """The last index point at or before a position."""
 
+def stamps(points: Buffer, relative_offset: int) -> tuple[int, int] | None:
+    """The times of the last index point at or before a relative offset: (wall ms, monotonic ms)."""
+
 def points_from(points: Buffer, position: int) -> bytes:
     """The packed points at or behind a position."""
 

@@ -19,6 +19,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
+from edgebroker.storage.ages import Ages
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
@@ -73,6 +74,7 @@ class SegmentStore:
         self._creating: dict[str, list[Done]] = {}
         self._producers: dict[str, tuple[int, int]] = {}
         self._path = path
+        self._ages = Ages(clock)
 
     # ---- life ----
 
@@ -294,6 +296,30 @@ class SegmentStore:
             done(result.data, result.error or ("a segment is shorter than its log" if short else ""))
 
         self._reader.submit(read, answer)
+
+    def live_from(self, log: Log) -> int:
+        assert isinstance(log, PartitionLog)
+        return self._ages.live_from(log)
+
+    def age_ms(self, log: Log, next_offset: int) -> int:
+        assert isinstance(log, PartitionLog)
+        return max(0, self._ages.oldest_below(log, next_offset))
+
+    def complete_snapshot(self, log: Log, first: int, following: int, done: Done) -> None:
+        assert isinstance(log, PartitionLog)
+        partition = log
+
+        def work() -> Identity:
+            return change_identity(partition.directory, lambda identity: replace(identity, snapshot=(first, following)))
+
+        def finished(result: object) -> None:
+            if not isinstance(result, Identity):
+                done(Code.READ_ONLY, f"the end of the snapshot cannot be stored: {result}")
+                return
+            partition.identity = result
+            done(Code.OK, "")
+
+        self._committer.call(work, finished)
 
     def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
         assert isinstance(log, PartitionLog)

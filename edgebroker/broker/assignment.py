@@ -1,0 +1,71 @@
+"""Dividing partitions among the members of a group: balanced, sticky, with as few moves as balance needs.
+
+Pure functions; members and partitions are whatever can be hashed. A partition stays with its holder unless another
+member that wants it holds at least two fewer; what nobody holds goes to whoever holds least. The order of members (who
+came first) breaks ties, so that the same facts give the same division.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
+
+M = TypeVar("M")
+P = TypeVar("P")
+
+
+def divide(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: Collection[P] = ()) -> dict[P, M]:
+    """Who should hold what. `wanted_by`: for each partition the members that want it, those who came first in front;
+    `holders`: who holds it now; `pinned`: partitions that do not move while their holder wants them."""
+    load: dict[M, int] = {}
+    order: dict[M, int] = {}
+    result: dict[P, M] = {}
+    for members in wanted_by.values():
+        for member in members:
+            load.setdefault(member, 0)
+            order.setdefault(member, len(order))
+    for partition, members in wanted_by.items():
+        holder = holders.get(partition)
+        if holder is not None and holder in load and holder in members:
+            result[partition] = holder
+            load[holder] += 1
+    for partition, members in wanted_by.items():
+        if partition not in result and members:
+            chosen = min(members, key=lambda member: (load[member], order[member]))
+            result[partition] = chosen
+            load[chosen] += 1
+    held: dict[M, list[P]] = {member: [] for member in load}
+    for partition, holder in result.items():
+        if partition not in pinned:
+            held[holder].append(partition)
+    while (move := _best_move(wanted_by, held, load, order)) is not None:
+        holder, partition, chosen = move
+        held[holder].remove(partition)
+        held[chosen].append(partition)
+        load[holder] -= 1
+        load[chosen] += 1
+        result[partition] = chosen
+    return result
+
+
+def _best_move(
+    wanted_by: Mapping[P, Sequence[M]],
+    held: Mapping[M, Sequence[P]],
+    load: Mapping[M, int],
+    order: Mapping[M, int],
+) -> tuple[M, P, M] | None:
+    """The move that evens out most, from the most loaded member that can give; None when moves only swap sides."""
+    least = min(load.values(), default=0)
+    for holder in sorted(load, key=lambda member: (-load[member], -order[member])):
+        if load[holder] - least < 2:
+            return None
+        best: tuple[int, P, M] | None = None
+        for partition in reversed(held[holder]):
+            chosen = min(wanted_by[partition], key=lambda member: (load[member], order[member]))
+            if load[holder] - load[chosen] >= 2 and (best is None or load[chosen] < best[0]):
+                best = (load[chosen], partition, chosen)
+                if load[chosen] == least:
+                    break
+        if best is not None:
+            return holder, best[1], best[2]
+    return None

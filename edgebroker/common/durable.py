@@ -1,0 +1,43 @@
+"""Replacing small files: whole or not at all, whenever the process or the power dies."""
+
+import os
+from pathlib import Path
+
+
+def sync_directory(path: Path) -> None:
+    """Make the entries of a directory durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_durable(path: Path, data: bytes) -> None:
+    """Replace a small file: when this returns the new content survives a power cut; before, the old one does."""
+    _replace(path, data, durable=True)
+    sync_directory(path.parent)
+
+
+def write_hint(path: Path, data: bytes) -> None:
+    """Replace a small file that can be rebuilt: whole or absent after a crash of the process, no promise beyond."""
+    _replace(path, data, durable=False)
+
+
+def _replace(path: Path, data: bytes, *, durable: bool) -> None:
+    """Write a temporary file, and put it in the place of the old one once it is whole (and synced)."""
+    temporary = path.with_name(path.name + ".tmp")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
+    try:
+        _write_all(fd, data)
+        if durable:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    os.rename(temporary, path)
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
