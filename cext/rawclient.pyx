@@ -16,6 +16,19 @@ cdef extern from "rawclient.h" nogil:
                     int level, const char *name, uint64_t *elapsed)
     int eb_raw_ping(int64_t count, int echo_cpu, uint64_t *latencies)
 
+cdef extern from "rawfan.h" nogil:
+    ctypedef struct eb_raw_fan:
+        const char *host
+        const char *topic
+        const char *name
+        int port, readers, batch
+        int64_t count
+        size_t size
+        double rate
+        uint64_t elapsed, ready
+        uint64_t *latencies
+    int eb_raw_run_fan(eb_raw_fan *fan)
+
 eb_crc32c_init()
 
 REASONS = {
@@ -69,8 +82,37 @@ def many(bytes host, int port, bytes topic, int connections, int64_t count, size
     return elapsed / 1e9
 
 
-cdef list _seconds(uint64_t *values, int64_t count):
-    return [values[i] / 1e9 for i in range(count)]
+cdef class _Times:
+    """Room for so many measured times, in ns."""
+    cdef uint64_t *ns
+    cdef int64_t count
+
+    def __cinit__(self, int64_t count):
+        self.count = count
+        self.ns = <uint64_t *>PyMem_Malloc(max(1, count) * sizeof(uint64_t))
+        if self.ns == NULL:
+            raise MemoryError()
+
+    def __dealloc__(self):
+        PyMem_Free(self.ns)
+
+    cdef list seconds(self):
+        return [self.ns[i] / 1e9 for i in range(self.count)]
+
+
+def fanout(bytes host, int port, bytes topic, int readers, int64_t count, size_t size, int batch, double rate,
+           bytes name):
+    cdef eb_raw_fan fan
+    cdef int error
+    cdef _Times times = _Times(count * readers if rate > 0 else 0)
+    fan.host, fan.port, fan.topic, fan.name = host, port, topic, name
+    fan.readers, fan.batch, fan.count, fan.size, fan.rate = readers, batch, count, size, rate
+    fan.elapsed = fan.ready = 0
+    fan.latencies = times.ns if rate > 0 else NULL
+    with nogil:
+        error = eb_raw_run_fan(&fan)
+    _check(error)
+    return fan.elapsed / 1e9, fan.ready / 1e9, times.seconds()
 
 
 def one_by_one(bytes host, int port, bytes topic, int64_t count, size_t size, int level, bytes name):
@@ -78,16 +120,11 @@ def one_by_one(bytes host, int port, bytes topic, int64_t count, size_t size, in
     cdef const char *h = host
     cdef const char *t = topic
     cdef const char *n = name
-    cdef uint64_t *latencies = <uint64_t *>PyMem_Malloc(max(1, count) * sizeof(uint64_t))
-    if latencies == NULL:
-        raise MemoryError()
-    try:
-        with nogil:
-            error = eb_raw_one_by_one(h, port, t, count, size, level, n, latencies)
-        _check(error)
-        return _seconds(latencies, count)
-    finally:
-        PyMem_Free(latencies)
+    cdef _Times times = _Times(count)
+    with nogil:
+        error = eb_raw_one_by_one(h, port, t, count, size, level, n, times.ns)
+    _check(error)
+    return times.seconds()
 
 
 def push(bytes host, int port, bytes topic, bytes group, int64_t count, size_t size, double rate, int level,
@@ -97,27 +134,17 @@ def push(bytes host, int port, bytes topic, bytes group, int64_t count, size_t s
     cdef const char *t = topic
     cdef const char *g = group
     cdef const char *n = name
-    cdef uint64_t *latencies = <uint64_t *>PyMem_Malloc(max(1, count) * sizeof(uint64_t))
-    if latencies == NULL:
-        raise MemoryError()
-    try:
-        with nogil:
-            error = eb_raw_push(h, port, t, g, count, size, rate, level, n, latencies)
-        _check(error)
-        return _seconds(latencies, count)
-    finally:
-        PyMem_Free(latencies)
+    cdef _Times times = _Times(count)
+    with nogil:
+        error = eb_raw_push(h, port, t, g, count, size, rate, level, n, times.ns)
+    _check(error)
+    return times.seconds()
 
 
 def ping(int64_t count, int echo_cpu=-1):
     cdef int error
-    cdef uint64_t *latencies = <uint64_t *>PyMem_Malloc(max(1, count) * sizeof(uint64_t))
-    if latencies == NULL:
-        raise MemoryError()
-    try:
-        with nogil:
-            error = eb_raw_ping(count, echo_cpu, latencies)
-        _check(error)
-        return _seconds(latencies, count)
-    finally:
-        PyMem_Free(latencies)
+    cdef _Times times = _Times(count)
+    with nogil:
+        error = eb_raw_ping(count, echo_cpu, times.ns)
+    _check(error)
+    return times.seconds()

@@ -1,4 +1,4 @@
-"""`edgebroker bench produce|consume|latency|connections|disk`: measure a running broker, or a disk.
+"""`edgebroker bench produce|consume|latency|connections|fanout|disk`: measure a running broker, or a disk.
 
 For comparisons with other brokers and with the limits of the machine see benchmarks/ in the source tree.
 """
@@ -84,6 +84,27 @@ def connections(options: argparse.Namespace) -> int:
         ),
     )
     return _print_rate(options, seconds)
+
+
+def fanout(options: argparse.Namespace) -> int:
+    """How long until every consumer has every record; the C client, whatever --client says."""
+    seconds, ready, _ = _raw(
+        options,
+        lambda host, port, name: rawclient.fanout(
+            host, port, options.topic.encode(), options.consumers, options.count, options.size, options.batch, 0.0, name
+        ),
+    )
+    rate = options.count * options.consumers / seconds
+    result = {
+        "consumers": options.consumers,
+        "records": options.count,
+        "seconds": round(seconds, 6),
+        "deliveries_per_second": round(rate),
+        "all_receiving_after_ms": round(ready * 1000, 1),
+    }
+    text = f"{rate:,.0f} deliveries/s; all consumers received {ready * 1000:.0f} ms after the first connected"
+    print(json.dumps(result) if options.json else text)
+    return 0
 
 
 def disk(options: argparse.Namespace) -> int:

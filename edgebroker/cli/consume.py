@@ -6,10 +6,12 @@ import argparse
 import base64
 import json
 import sys
+from collections.abc import Sequence
 
 from edgebroker.common.errors import ConfigError, GapError
 from edgebroker.common.records import Record
 from edgebroker.network.consumer import Consumer, parse_from
+from edgebroker.network.refresh import Refresh
 
 
 def consume(options: argparse.Namespace) -> int:
@@ -26,6 +28,7 @@ def consume(options: argparse.Namespace) -> int:
         on_gap=_tell_gap,
         timeout=options.timeout or 30.0,
         auto_ack=False,
+        staging=Printed(options.json),
     ) as consumer:
         while not options.count or seen < options.count:
             records = consumer.poll(options.timeout or None)
@@ -34,7 +37,7 @@ def consume(options: argparse.Namespace) -> int:
                 return 1
             if options.count:
                 records = records[: options.count - seen]
-            sys.stdout.buffer.write(b"".join(_line(record, options.json) for record in records))
+            sys.stdout.buffer.write(b"".join(line_of(record, options.json) for record in records))
             sys.stdout.buffer.flush()
             seen += len(records)
             # Printed is handled: acknowledge what went out, not what is still in hand.
@@ -43,9 +46,30 @@ def consume(options: argparse.Namespace) -> int:
     return 0
 
 
-def _line(record: Record, as_json: bool) -> bytes:
-    if not as_json:
-        return (record.value or b"") + b"\n"
+class Printed:
+    """A refresh of a group that only prints: everything is printed again."""
+
+    def __init__(self, json_wanted: bool) -> None:
+        self._json = json_wanted
+
+    def begin(self, refresh: Refresh) -> int:
+        print(f"edgebroker: {refresh.topic}/{refresh.partition} is read again, to {refresh.target}", file=sys.stderr)
+        return refresh.from_offset
+
+    def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
+        sys.stdout.buffer.write(b"".join(line_of(record, self._json) for record in records))
+        sys.stdout.buffer.flush()
+
+    def switch(self, refresh: Refresh) -> None:
+        print(f"edgebroker: {refresh.topic}/{refresh.partition} is refreshed", file=sys.stderr)
+
+
+def line_of(record: Record, json_wanted: bool) -> bytes:
+    return as_json(record) if json_wanted else (record.value or b"") + b"\n"
+
+
+def as_json(record: Record) -> bytes:
+    """Everything about a record, as one line."""
     fields = {
         "topic": record.topic,
         "partition": record.partition,

@@ -51,6 +51,7 @@ def build_parser() -> Parser:
     _consume(verbs)
     _topic(verbs)
     _group(verbs)
+    _dlq(verbs)
     _log(verbs)
     _config(verbs)
     _bench(verbs)
@@ -106,9 +107,31 @@ def _publish(verbs) -> None:  # type: ignore[no-untyped-def]
     publish.add_argument("--partition", type=int, default=-1, help="partition; -1: by key, or one after the other")
     publish.add_argument("--ack", choices=("durable", "written", "none"), default="durable")
     publish.add_argument("--compression", choices=("none", "gzip", "lz4", "zstd"), default="none")
+    publish.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="write a complete snapshot of a table: its live keys, or with --csv its whole new content (keys that are "
+        "not in the file are deleted)",
+    )
     publish.add_argument("--client-id", default="", help="name of this producer")
-    publish.add_argument("--json", action="store_true", help="print a line for each acknowledged batch")
+    _admin(publish)
     publish.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def _dlq(verbs) -> None:  # type: ignore[no-untyped-def]
+    dlq = _family(verbs, "dlq", "list, show, replay and drop dead letters: records that no attempt could handle")
+    _admin(_verb(dlq, "list", "list the topics with dead letters", "dlq", "list_letters"))
+    show = _verb(dlq, "show", "print the dead letters of a topic", "dlq", "show")
+    replay = _verb(dlq, "replay", "publish dead letters again to their topic, in order", "dlq", "replay")
+    replay.add_argument("--to", metavar="HOST:PORT", help="where to publish (default: --server; a mirror refuses)")
+    drop = _verb(dlq, "drop", "count dead letters as done", "dlq", "drop")
+    for verb in (show, replay, drop):
+        verb.add_argument("topic", help="the topic whose records failed, or its dead-letter topic")
+        verb.add_argument("--count", type=int, default=0, metavar="N", help="only the first N; 0: all of them")
+        _admin(verb)
+    for verb in (show, replay):
+        _server(verb)
+    show.add_argument("--all", action="store_true", help="those that were replayed or dropped, too")
 
 
 def _consume(verbs) -> None:  # type: ignore[no-untyped-def]
@@ -153,16 +176,28 @@ def _topic_settings(parser: Parser) -> None:
     parser.add_argument("--retention-bytes", type=int, help="keep this much per partition; 0: the node's default")
     parser.add_argument("--segment-bytes", type=int, help="size at which a segment is sealed; 0: the node's default")
     parser.add_argument("--segment-ms", type=int, help="age at which a segment is sealed; 0: the node's default")
+    parser.add_argument("--message-ttl-ms", type=int, help="deliver no record that is older at this node; 0: any age")
     parser.add_argument("--urgent", choices=("true", "false"), help="sync at once, whatever the commit interval")
     parser.add_argument("--on-damage", choices=("wait", "skip"), help="what readers do at damaged records")
 
 
 def _group(verbs) -> None:  # type: ignore[no-untyped-def]
-    group = _family(verbs, "group", "list and describe consumer groups")
+    group = _family(verbs, "group", "list, describe, reset, refresh and delete consumer groups")
     _admin(_verb(group, "list", "list the groups of a node with their lag", "group", "list_groups"))
     describe = _verb(group, "describe", "show one group: places, lag, members", "group", "describe")
-    describe.add_argument("name")
-    _admin(describe)
+    reset = _verb(group, "reset", "move a group to another place, also while it reads", "group", "reset")
+    refresh = _verb(group, "refresh", "have a group load a topic afresh, beside what it has", "group", "refresh")
+    delete = _verb(group, "delete", "forget a group and its places", "group", "delete")
+    for verb in (describe, reset, refresh, delete):
+        verb.add_argument("name")
+        _admin(verb)
+    for verb in (reset, refresh):
+        verb.add_argument("--topic", help="which topic; needed when the group reads more than one")
+        verb.add_argument("--partition", type=int, default=-1, help="which partition; -1: all")
+    where = reset.add_mutually_exclusive_group(required=True)
+    where.add_argument("--to", metavar="WHERE", help="earliest, latest, OFFSET, or @TIME (ms since 1970)")
+    where.add_argument("--shift", type=int, metavar="N", help="so many records on, or back (negative)")
+    reset.add_argument("--dry-run", action="store_true", help="only print where it would go")
 
 
 def _log(verbs) -> None:  # type: ignore[no-untyped-def]
@@ -196,6 +231,7 @@ def _bench(verbs) -> None:  # type: ignore[no-untyped-def]
         ("consume", "drain a topic as fast as it goes"),
         ("latency", "time from publishing to the push, at a fixed rate"),
         ("connections", "many connections, one record at a time each"),
+        ("fanout", "one producer, many consumers that all get everything"),
     ):
         verb = _verb(bench, name, text, "bench", name)
         _server(verb)
@@ -211,6 +247,9 @@ def _bench(verbs) -> None:  # type: ignore[no-untyped-def]
             verb.add_argument("--rate", type=float, default=1000.0, help="records a second")
         if name == "connections":
             verb.add_argument("--connections", type=int, default=64)
+        if name == "fanout":
+            verb.add_argument("--consumers", type=int, default=100)
+            verb.set_defaults(count=20_000)
     disk = _verb(bench, "disk", "what this disk can do: append and sync, sequential writes", "bench", "disk")
     disk.add_argument("directory", nargs="?", default=".")
     disk.add_argument("--json", action="store_true")

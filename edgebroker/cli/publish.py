@@ -26,6 +26,10 @@ def publish(options: argparse.Namespace) -> int:
     if options.key_column and not options.csv:
         raise ConfigError("--key-column names a column of --csv FILE")
     messages = _rows(options.csv, options.key_column) if options.csv else _lines(options.key)
+    if options.snapshot:
+        from edgebroker.cli.snapshot import write_snapshot
+
+        return write_snapshot(options, _rows(options.csv, options.key_column) if options.csv else None)
     reports = Reports(options.json)
     with Producer(
         options.server,

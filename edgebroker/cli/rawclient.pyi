@@ -11,6 +11,12 @@ def many(
 ) -> float:
     """`connections` clients, one record at a time each, `count` records in all; seconds."""
 
+def fanout(
+    host: bytes, port: int, topic: bytes, readers: int, count: int, size: int, batch: int, rate: float, name: bytes
+) -> tuple[float, float, list[float]]:
+    """Bring `count` records to `readers` connections: (seconds from the first publish to the last delivery, seconds
+    from the first connect until every reader had received a record, with a rate above 0 seconds of each delivery)."""
+
 def one_by_one(host: bytes, port: int, topic: bytes, count: int, size: int, level: int, name: bytes) -> list[float]:
     """One record at a time; the seconds each took."""
 

@@ -54,7 +54,7 @@ def describe(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:
     given: dict[str, object] = {}
-    for name in ("retention_ms", "retention_bytes", "segment_bytes", "segment_ms", "on_damage"):
+    for name in ("retention_ms", "retention_bytes", "segment_bytes", "segment_ms", "message_ttl_ms", "on_damage"):
         if getattr(options, name) is not None:
             given[name] = getattr(options, name)
     if options.urgent is not None:

@@ -253,6 +253,11 @@ class Consumer:
     def resume(self, topic: str, partition: int) -> None:
         self._subscriber.set_paused(TopicPartition(topic, partition), False)
 
+    def handed(self) -> dict[TopicPartition, int]:
+        """The next offset that each partition held will hand out."""
+        with self._subscriber.ready:
+            return {key: place.handed for key, place in self._subscriber.places.items() if place.held}
+
     def positions(self) -> dict[tuple[str, int], Position]:
         """The places behind the last acknowledged records, to be kept by the caller and given back as `positions`."""
         with self._subscriber.ready:
@@ -389,14 +394,10 @@ class Consumer:
         age_ms = deliver.age_ms + (self._subscriber.loop.clock_now() - item.at) * 1000
         if age_ms >= 1.0:
             records = self._within_ttl(records, age_ms)
-        if not records:
-            # Nothing for the handler in this range (control batches, gaps): done with when all before it is.
-            key = TopicPartition(deliver.topic, deliver.partition)
-            with self._subscriber.ready:
-                place = self._subscriber.places[key]
-                place.passed.append((deliver.first, deliver.last + 1))
-                done = place.acked
-            self._subscriber.acknowledge(key, done)
+        seen = records[-1].offset + 1 if records else deliver.first
+        if seen <= deliver.last:
+            # Nothing for the handler behind here (control batches, gaps, expired): done with when all before it is.
+            self._subscriber.passed(TopicPartition(deliver.topic, deliver.partition), seen, deliver.last + 1)
         for gap in deliver.gaps:
             self._gap(deliver.topic, deliver.partition, gap)
         return records

@@ -51,8 +51,8 @@ class Place:
     """
 
     __slots__ = (
-        "acked", "asked", "awaiting", "epoch", "expected", "generation", "handed", "held", "kept", "lease", "leaving", "log_id",
-        "parked", "passed", "paused", "resuming", "revoking", "stored", "wanted",
+        "acked", "asked", "awaiting", "epoch", "expected", "generation", "handed", "held", "kept", "lease", "leaving",
+        "log_id", "parked", "passed", "paused", "resuming", "revoking", "stored", "wanted",
     )  # fmt: skip
 
     def __init__(self, wanted: Wanted | None = None) -> None:
@@ -141,6 +141,14 @@ class Subscriber:
             place.acked = next_offset
         self.loop.call_soon_threadsafe(lambda: self._acknowledge(key, place))
         return True
+
+    def passed(self, key: TopicPartition, first: int, following: int) -> None:
+        """There is no record for the handler in [first, following)."""
+        with self.ready:
+            place = self.places[key]
+            place.passed.append((first, following))
+            done = place.acked
+        self.acknowledge(key, done)
 
     def refuse(self, key: TopicPartition, offset: int, reason: str) -> None:
         """The record at this offset could not be handled: it is delivered again, after a pause, and alone."""
