@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import peers, resources, rows
+from benchmarks import delivery, peers, resources, rows
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -16,6 +16,10 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "drain": rows.drain,
     "push": rows.push,
     "connections": rows.connections,
+    "fanout": delivery.fanout,
+    "acknowledged": delivery.acknowledged,
+    "laggards": delivery.laggards,
+    "rebalance": delivery.rebalance,
     "start": rows.start_after_kill,
     "memory": resources.memory,
     "topics": resources.many_topics,

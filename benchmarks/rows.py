@@ -73,13 +73,13 @@ def publish(pinned: bool) -> list[Row]:
     for label, scale in (("1 M records", 0), ("10 s or more", 1)):
         with running(pinned=pinned) as node:
             values = raw(node, scaled(20_000_000) if scale else 1_000_000, 100, "c")
-            rows.append(_peer_row(f"publish 128 B, C client, {label}", values, best, 8.0, "best unsynced peer"))
+            rows.append(peer_row(f"publish 128 B, C client, {label}", values, best, 8.0, "best unsynced peer"))
         with running(pinned=pinned) as node:
             values = python(node, scaled(10_000_000) if scale else 1_000_000, "p")
-            rows.append(_peer_row(f"publish 128 B, Python client, {label}", values, best, 3.0, "best unsynced peer"))
+            rows.append(peer_row(f"publish 128 B, Python client, {label}", values, best, 3.0, "best unsynced peer"))
         with running(pinned=pinned) as node:
             values = raw(node, scaled(10_000_000) if scale else 1_000_000, 1, "s")
-            rows.append(_peer_row(f"publish one record per batch, {label}", values, synced, 10.0, "Redis synced"))
+            rows.append(peer_row(f"publish one record per batch, {label}", values, synced, 10.0, "Redis synced"))
     return rows
 
 
@@ -135,7 +135,7 @@ def drain(pinned: bool) -> list[Row]:
                 )
             )
             name = f"drain 1 M, batches of {batch}"
-            rows.append(_peer_row(f"{name}, C client", values, best, c_target, "best peer"))
+            rows.append(peer_row(f"{name}, C client", values, best, c_target, "best peer"))
             values = median_of(lambda run, topic=topic: count / python_consume(node.server, topic.decode(), count))
             reached = values[0] >= python_target * 1e6
             rows.append(
@@ -216,6 +216,6 @@ def fill(node: Node, size: int) -> int:
     return count
 
 
-def _peer_row(work: str, values: tuple[float, float, float], best: float, target: float, against: str) -> Row:
+def peer_row(work: str, values: tuple[float, float, float], best: float, target: float, against: str) -> Row:
     ratio = values[0] / best
     return Row(work, rate(values), f"{against} {best / 1e6:.2f} M/s", ratio, f"{target:g} x", ratio >= target)

@@ -18,7 +18,7 @@ from edgebroker.broker.metrics import Metrics
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network import frames
-from edgebroker.network.frames import Deliver, Gap, GapReason, Reset
+from edgebroker.network.frames import Gap, GapReason, Reset
 from edgebroker.network.transport import FileRange, Transport
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.log import Extent, Inline, NeedsDisk
@@ -48,6 +48,8 @@ class Delivery:
     def __init__(self, engine: Engine, scheduler: Scheduler, metrics: Metrics, timeout: float) -> None:
         self._engine, self._scheduler, self._metrics, self._timeout = engine, scheduler, metrics, timeout
         self._cursors: dict[Log, dict[Cursor, None]] = {}
+        # What DELIVER frames of a log begin with, and of which epoch.
+        self._prefixes: dict[Log, tuple[int, bytes]] = {}
         self._history_lost: Callable[[Cursor], None] | None = None
 
     def on_history_lost(self, callback: Callable[[Cursor], None]) -> None:
@@ -120,6 +122,8 @@ class Delivery:
 
     def pump(self, cursor: Cursor) -> None:
         """Send as much as window and socket allow."""
+        if cursor.next_offset >= cursor.log.durable_end:
+            return
         member: DeliveryMember = cursor.member  # type: ignore[assignment]
         while (
             cursor.state == "live"
@@ -213,21 +217,21 @@ class Delivery:
         partition = cursor.log
         self._metrics.deliveries += 1
         self._metrics.records_delivered += next_offset - cursor.next_offset
+        known = self._prefixes.get(partition)
+        if known is None or known[0] != partition.epoch:
+            prefix = frames.deliver_prefix(
+                partition.topic, partition.partition, partition.identity.log_id_bytes, partition.epoch
+            )
+            known = self._prefixes[partition] = (partition.epoch, prefix)
         return frames.deliver_head(
-            Deliver(
-                partition.topic,
-                partition.partition,
-                partition.identity.log_id_bytes,
-                partition.epoch,
-                cursor.generation,
-                cursor.lease,
-                cursor.next_offset,
-                next_offset - 1,
-                partition.durable_end,
-                min(age_ms, MAX_AGE_MS),
-                gaps or [],
-                0,
-            ),
+            known[1],
+            cursor.generation,
+            cursor.lease,
+            cursor.next_offset,
+            next_offset - 1,
+            partition.durable_end,
+            min(age_ms, MAX_AGE_MS),
+            gaps or [],
             size,
         )
 

@@ -113,10 +113,10 @@ class Groups:
     def commit(self, group: Group, log: Log, offset: int, *, attempts: int = 0, alone: bool = False) -> None:
         """Move a group's place; what is known about its refresh stays."""
         place = group.place(log)
-        if place is None:
-            moved = GroupOffset(log.identity.log_id, log.epoch, offset, 0, attempts, alone)
-        elif (place.next_offset, place.attempts, place.alone) == (offset, attempts, alone):
+        if place is not None and (place.next_offset, place.attempts, place.alone) == (offset, attempts, alone):
             return
+        if place is None or not place.reset_id:
+            moved = GroupOffset(log.identity.log_id, log.epoch, offset, 0, attempts, alone)
         else:
             moved = replace(place, epoch=log.epoch, next_offset=offset, attempts=attempts, alone=alone)
         self.put(group, log, moved)

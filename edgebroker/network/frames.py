@@ -241,6 +241,8 @@ _WANTED = struct.Struct(">iB16siq")
 _ASSIGNED = struct.Struct(">IH")
 _ASSIGNMENT = struct.Struct(">IBQq")
 _DELIVER = struct.Struct(">I16siIQqqqIB")
+_DELIVER_LOG = struct.Struct(">I16si")
+_DELIVER_REST = struct.Struct(">IQqqqIB")
 _GAP = struct.Struct(">qqB")
 _ANSWER = struct.Struct(">BBHqH")
 _CONSUMER_ACK = struct.Struct(">IIQq")
@@ -369,9 +371,7 @@ def read_subscribe(body: memoryview) -> Subscribe:
     for _ in range(count):
         topic = reader.text()
         partition, start, log_id, epoch, value = reader.take(_WANTED)
-        if start > Start.POSITION:
-            raise RemoteProtocolError(f"start {start} is unknown")
-        wanted.append(Wanted(topic, partition, Start(start), log_id, epoch, value))  # type: ignore[arg-type]
+        wanted.append(Wanted(topic, partition, _known(Start, start), log_id, epoch, value))  # type: ignore[arg-type]
     reader.end()
     return Subscribe(_known(Intent, intent), group, window_records, window_bytes, wanted)
 
@@ -400,25 +400,28 @@ def read_assigned(body: memoryview) -> Assigned:
     return Assigned(group, generation, lines)
 
 
-def deliver_head(deliver: Deliver, batch_bytes: int) -> bytes:
+def deliver_prefix(topic: str, partition: int, log_id: bytes, epoch: int) -> bytes:
+    """What every DELIVER of a log begins with."""
+    return _text(topic) + _DELIVER_LOG.pack(partition, log_id, epoch)
+
+
+def deliver_head(
+    prefix: bytes,
+    generation: int,
+    lease: int,
+    first: int,
+    last: int,
+    durable_end: int,
+    age_ms: int,
+    gaps: list[Gap],
+    batch_bytes: int,
+) -> bytes:
     """Everything of a DELIVER frame before its batches, which follow from memory or by sendfile."""
-    body = (
-        _text(deliver.topic)
-        + _DELIVER.pack(
-            deliver.partition,
-            deliver.log_id,
-            deliver.epoch,
-            deliver.generation,
-            deliver.lease,
-            deliver.first,
-            deliver.last,
-            deliver.durable_end,
-            deliver.age_ms,
-            len(deliver.gaps),
-        )
-        + b"".join(_GAP.pack(*gap) for gap in deliver.gaps)
-    )
-    return HEADER.pack(len(body) + batch_bytes + 12, FrameType.DELIVER, 0, 0, 0) + body
+    rest = _DELIVER_REST.pack(generation, lease, first, last, durable_end, age_ms, len(gaps))
+    if gaps:
+        rest += b"".join(_GAP.pack(*gap) for gap in gaps)
+    length = len(prefix) + len(rest) + batch_bytes + 12
+    return HEADER.pack(length, FrameType.DELIVER, 0, 0, 0) + prefix + rest
 
 
 def read_deliver(body: memoryview) -> Deliver:
@@ -457,6 +460,14 @@ def read_ack(body: memoryview) -> Answer | ConsumerAck:
     if not body:
         raise RemoteProtocolError("an ACK without a body")
     kind = body[0]
+    if kind == AckKind.CUMULATIVE:  # by far the most frequent one
+        end = 2 + body[1] if len(body) > 1 else 2
+        if len(body) != end + _CONSUMER_ACK.size:
+            raise RemoteProtocolError("a frame body is not as long as its fields")
+        try:
+            return ConsumerAck(AckKind.CUMULATIVE, str(body[2:end], "utf-8"), *_CONSUMER_ACK.unpack_from(body, end))
+        except UnicodeDecodeError as error:
+            raise RemoteProtocolError("a name is not UTF-8") from error
     if kind == AckKind.ANSWER:
         reader = Reader(body)
         _, _, code, offset, length = reader.take(_ANSWER)
