@@ -136,6 +136,7 @@ class Broker:
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.groups.restore(group, topic, partition, offset, now)
         self.loop.at_end_of_turn(self.membership.divide_changed)
+        self.loop.at_end_of_turn(self.delivery.turn_over)
         self._listen()
         self.ready = True
         self._sweep()

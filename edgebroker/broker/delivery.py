@@ -29,6 +29,9 @@ from edgebroker.storage.staging import Chunk
 log = logging.getLogger(__name__)
 
 DELIVER_BYTES = 1 << 20
+# What those who catch up are sent in one turn of the loop, all of them together: the others wait no longer than that.
+TURN_BYTES = 2 << 20
+LEAST_DELIVER_BYTES = 64 << 10
 RETRY_SECONDS = 1.0
 MAX_AGE_MS = (1 << 32) - 1
 
@@ -50,6 +53,9 @@ class Delivery:
         self._cursors: dict[Log, dict[Cursor, None]] = {}
         # What DELIVER frames of a log begin with, and of which epoch.
         self._prefixes: dict[Log, tuple[int, bytes]] = {}
+        # Cursors with more to send than this turn had room for, in the order in which they get their turn.
+        self._waiting: dict[Cursor, None] = {}
+        self._turn_bytes = TURN_BYTES
         self._history_lost: Callable[[Cursor], None] | None = None
 
     def on_history_lost(self, callback: Callable[[Cursor], None]) -> None:
@@ -75,6 +81,7 @@ class Delivery:
     def pause(self, cursor: Cursor, state: str, why: str = "") -> None:
         """Push nothing more until start(): the cursor waits in a state of leases.py."""
         self._cursors.get(cursor.log, {}).pop(cursor, None)
+        self._waiting.pop(cursor, None)
         self._set(cursor, state, why)
 
     def stop(self, cursor: Cursor) -> None:
@@ -121,9 +128,29 @@ class Delivery:
                 self.pump(cursor)
 
     def pump(self, cursor: Cursor) -> None:
-        """Send as much as window and socket allow."""
+        """Send what is stored, as much as window, socket and this turn allow; the rest in the turns that follow."""
         if cursor.next_offset >= cursor.log.durable_end:
             return
+        if self._waiting:
+            self._waiting[cursor] = None  # not before those who wait already
+        else:
+            self._pump(cursor)
+
+    def turn_over(self) -> None:
+        """The turn ends: whoever has more to send gets it in the next one."""
+        self._turn_bytes = TURN_BYTES
+        if self._waiting:
+            self._scheduler.call_later(0.0, self._serve_waiting)
+
+    def _serve_waiting(self) -> None:
+        for _ in range(len(self._waiting)):
+            if self._turn_bytes <= 0:
+                return
+            cursor = next(iter(self._waiting))
+            del self._waiting[cursor]
+            self._pump(cursor)
+
+    def _pump(self, cursor: Cursor) -> None:
         member: DeliveryMember = cursor.member  # type: ignore[assignment]
         while (
             cursor.state == "live"
@@ -135,13 +162,17 @@ class Delivery:
             size = cursor.window_bytes - cursor.in_flight_bytes
             if records <= 0 or size <= 0 or self._should_wait(cursor, records, size):
                 return
+            if self._turn_bytes <= 0:
+                self._waiting[cursor] = None
+                return
             if cursor.next_offset < cursor.log.log_start:
                 if self._lost_history(cursor):
                     return
                 self._gap(cursor, cursor.log.log_start, GapReason.RETENTION)
             if cursor.log.settings.message_ttl_ms:
                 self._skip_expired(cursor)
-            found = cursor.log.find(cursor.next_offset, min(size, DELIVER_BYTES), records, cursor.hint)
+            share = max(LEAST_DELIVER_BYTES, DELIVER_BYTES // (1 + len(self._waiting) // 2))
+            found = cursor.log.find(cursor.next_offset, min(size, share), records, cursor.hint)
             if found is None:
                 return
             if isinstance(found, Hole):
@@ -151,8 +182,10 @@ class Delivery:
             elif cursor.in_flight and (found.next_offset - cursor.next_offset > records or _length(found) > size):
                 return  # the next batch does not fit into what is left of the window
             elif isinstance(found, Inline):
+                self._turn_bytes -= len(found.data)
                 self._send(cursor, found.data, found.next_offset)
             else:
+                self._turn_bytes -= found.length
                 self._send_extent(cursor, found)
 
     @staticmethod
