@@ -279,14 +279,14 @@ def test_two_sides_talk() -> None:
     assert (kind, correlation) == (FrameType.CONNECT, 1)
     assert frames.read_connect(memoryview(body)) == connect  # type: ignore[arg-type]
     broker.connection.granted = True
-    grants = Grants(1, bytes(16), 1000, 3000, MAX, MAX, 1000, 10, 1000, -1, -1, [])
+    grants = Grants(1, bytes(16), 1000, 3000, MAX, MAX, 1000, 10, 1000, 60_000, -1, -1, [])
     [(kind, correlation, body)] = client.feed(frames.write_grants(1, grants))
     assert (kind, correlation) == (FrameType.ACK, 1)
     for number in range(2, 200):
         [(*_, payload)] = broker.feed(publish(number, payload=b"%d" % number))
         assert payload == b"%d" % number
         answer = frames.write_answer(number, Code.OK, "", number)
-        head = frames.deliver_head(frames.Deliver("t", 0, bytes(16), 1, 1, 1, 0, 0, 1, [], 0), 5)
+        head = frames.deliver_head(frames.deliver_prefix("t", 0, bytes(16), 1), 1, 1, 0, 0, 1, 0, [], 5)
         found = client.feed(answer + head + b"bytes", 13)
         assert [event[:2] for event in found] == [(FrameType.ACK, number), (FrameType.DELIVER, 0)]
         assert isinstance(found[1][2], bytes)

@@ -15,12 +15,17 @@ from edgebroker.common.types import Start
 from edgebroker.network import frames
 from edgebroker.network.frames import (
     AckKind,
+    Assigned,
+    Assignment,
     Connect,
     ConsumerAck,
     Deliver,
     Gap,
     GapReason,
     Grants,
+    Holding,
+    Intent,
+    Ready,
     Reset,
     Subscribe,
     TopicMetadata,
@@ -34,19 +39,27 @@ I64 = (1 << 63) - 1
 
 CONNECT = Connect(1, 3, "till ü", b"\0token", I64, 32767, ["a", "b" * 255])
 GRANTS = Grants(
-    1, ID, 10_000, 30_000, 1 << 22, 1 << 22, 1 << 20, 16384, 8 << 20, I64, 7,
+    1, ID, 10_000, 30_000, 1 << 22, 1 << 22, 1 << 20, 16384, 8 << 20, 60_000, I64, 7,
     [TopicMetadata("a", Code.OK, 4, "table"), TopicMetadata("b", Code.UNKNOWN_TOPIC, 0, "stream")],
 )  # fmt: skip
 SUBSCRIBE = Subscribe(
-    False, "g", 10, 1 << 20,
+    Intent.JOIN, "g", 10, 1 << 20,
     [Wanted("t", rank - 1, start, ID, -1, -rank) for rank, start in enumerate(Start)],
 )  # fmt: skip
-DELIVER = Deliver(
-    "t", 7, ID, 3, 5, 1 << 63, 10, 20, I64, [Gap(1, 2, GapReason.EXPIRED), Gap(3, 4, GapReason.DAMAGED)], 0
-)
-ACKS = [ConsumerAck(kind, "t", 4, 5, 1 << 63, I64) for kind in list(AckKind)[1:]]
+ASSIGNED = Assigned(
+    "g", (1 << 32) - 1,
+    [Assignment("t", rank, holding, (1 << 64) - 1, I64 - rank) for rank, holding in enumerate(Holding)],
+)  # fmt: skip
+AGE = (1 << 32) - 1
+GAPS = [Gap(1, 2, GapReason.EXPIRED), Gap(3, 4, GapReason.DAMAGED)]
+DELIVER = Deliver("t", 7, ID, 3, 5, 1 << 63, 10, 20, I64, AGE, GAPS, 0)
+DELIVER_HEAD = frames.deliver_head(frames.deliver_prefix("t", 7, ID, 3), 5, 1 << 63, 10, 20, I64, AGE, GAPS, 0)
+ACKS = [
+    ConsumerAck(kind, "t", 4, 5, 1 << 63, I64, "why ü" if kind is AckKind.NEGATIVE else "") for kind in list(AckKind)[1:]
+]
 HEARTBEAT = [("t", 0, 5), ("u", 1 << 31, -1)]
 RESET = Reset(ID, ID[::-1], "t", 3, 0, I64)
+READY = Ready(ID, "t", 3, I64)
 
 
 def body(frame: bytes) -> memoryview:
@@ -69,12 +82,16 @@ CASES: list[tuple[str, bytes, Callable[[memoryview], Any], Any]] = [
      Connect(1, 0, "", b"", -1, -1, [])),
     ("grants", frames.write_grants(2, GRANTS), read_grants, GRANTS),
     ("subscribe", frames.write_subscribe(3, SUBSCRIBE), frames.read_subscribe, SUBSCRIBE),
-    ("leave", frames.write_subscribe(3, Subscribe(True, "g", 0, 0, [])), frames.read_subscribe,
-     Subscribe(True, "g", 0, 0, [])),
-    ("deliver", frames.deliver_head(DELIVER, 0), frames.read_deliver, DELIVER),
+    *((intent.name, frames.write_subscribe(3, Subscribe(intent, "g", 0, 0, [])), frames.read_subscribe,
+       Subscribe(intent, "g", 0, 0, [])) for intent in Intent),
+    ("assigned", frames.write_assigned(ASSIGNED), frames.read_assigned, ASSIGNED),
+    ("deliver", DELIVER_HEAD, frames.read_deliver, DELIVER),
+    ("bare deliver", frames.deliver_head(frames.deliver_prefix("t", 0, ID, 1), 1, 1, 0, 0, 1, 0, [], 0),
+     frames.read_deliver, Deliver("t", 0, ID, 1, 1, 1, 0, 0, 1, 0, [], 0)),
     *((f"ack {ack.kind.name}", frames.write_consumer_ack(4, ack), frames.read_ack, ack) for ack in ACKS),
     ("heartbeat", frames.write_heartbeat(HEARTBEAT), frames.read_heartbeat, HEARTBEAT),
     ("reset", frames.write_reset(5, RESET), frames.read_reset, RESET),
+    ("ready", frames.write_ready(6, READY), frames.read_ready, READY),
 ]  # fmt: skip
 
 
@@ -95,8 +112,8 @@ def test_every_truncation_and_trailing_byte(
     for cut in range(len(whole)):
         with pytest.raises(RemoteProtocolError):
             read(whole[:cut])
-    if name != "deliver":  # batches follow its head
-        with pytest.raises(RemoteProtocolError, match="longer"):
+    if read is not frames.read_deliver:  # batches follow its head
+        with pytest.raises(RemoteProtocolError, match=r"longer|not as long as"):
             read(memoryview(bytes(whole) + b"\0"))
 
 
@@ -133,6 +150,11 @@ def test_names_have_a_limit() -> None:
         frames.publish_prefix(2, "ü" * 128, 0)
 
 
+def test_a_reason_that_is_too_long_is_cut() -> None:
+    ack = ACKS[1]._replace(reason="ü" * 200)
+    assert frames.read_ack(body(frames.write_consumer_ack(4, ack))) == ack._replace(reason="ü" * 127)
+
+
 def patched(frame: bytes, position: int, value: int) -> memoryview:
     data = bytearray(body(frame))
     data[position] = value
@@ -140,15 +162,21 @@ def patched(frame: bytes, position: int, value: int) -> memoryview:
 
 
 def test_values_that_mean_nothing() -> None:
-    deliver = frames.deliver_head(DELIVER, 0)
+    deliver = DELIVER_HEAD
+    subscribe, assigned = frames.write_subscribe(1, SUBSCRIBE), frames.write_assigned(ASSIGNED)
     cases: list[tuple[Callable[[memoryview], Any], memoryview]] = [
         (frames.read_deliver, patched(deliver, len(deliver) - 16 - 1, 0)),
         (frames.read_deliver, patched(deliver, len(deliver) - 16 - 1, 99)),
         (read_grants, patched(frames.write_grants(1, GRANTS), 74, 0xFF)),
-        (frames.read_subscribe, patched(frames.write_subscribe(1, SUBSCRIBE), 19, 200)),
+        (frames.read_subscribe, patched(subscribe, 19, len(Start))),
+        (frames.read_subscribe, patched(subscribe, 19, 200)),
+        (frames.read_subscribe, patched(subscribe, 0, len(Intent))),
+        (frames.read_assigned, patched(assigned, 14, 0)),
+        (frames.read_assigned, patched(assigned, 14, len(Holding) + 1)),
         (frames.read_ack, patched(frames.write_answer(1, Code.OK), 2, 0xFF)),
         (frames.read_ack, patched(frames.write_answer(1, Code.OK), 0, 4)),
         (frames.read_ack, memoryview(b"")),
+        *((frames.read_ack, patched(frames.write_consumer_ack(1, ack), 2, 0xFF)) for ack in ACKS),
         (frames.read_connect, patched(frames.write_connect(1, CONNECT), 0, 0)),
         (frames.read_connect, patched(frames.write_connect(1, CONNECT), 9, 0xFF)),
     ]
@@ -159,7 +187,7 @@ def test_values_that_mean_nothing() -> None:
 
 READERS = [
     frames.read_connect, read_grants, frames.read_publish_prefix, frames.read_subscribe, frames.read_deliver,
-    frames.read_ack, frames.read_heartbeat, frames.read_reset,
+    frames.read_ack, frames.read_heartbeat, frames.read_reset, frames.read_assigned, frames.read_ready,
 ]  # fmt: skip
 
 

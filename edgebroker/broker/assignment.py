@@ -20,15 +20,20 @@ def divide(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: C
     load: dict[M, int] = {}
     order: dict[M, int] = {}
     result: dict[P, M] = {}
-    for members in wanted_by.values():
+    for members in {id(members): members for members in wanted_by.values()}.values():
         for member in members:
             load.setdefault(member, 0)
             order.setdefault(member, len(order))
+    # The partitions of a topic mostly share one list: a group may have a thousand members.
+    wishes = {id(members): frozenset(members) for members in wanted_by.values()}
     for partition, members in wanted_by.items():
         holder = holders.get(partition)
-        if holder is not None and holder in load and holder in members:
+        if holder is not None and holder in wishes[id(members)]:
             result[partition] = holder
             load[holder] += 1
+    if len(set(wishes.values())) == 1 and not pinned:
+        _even_out(wanted_by, result, load, order)
+        return result
     for partition, members in wanted_by.items():
         if partition not in result and members:
             chosen = min(members, key=lambda member: (load[member], order[member]))
@@ -46,6 +51,24 @@ def divide(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: C
         load[chosen] += 1
         result[partition] = chosen
     return result
+
+
+def _even_out(
+    wanted_by: Mapping[P, Sequence[M]], result: dict[P, M], load: dict[M, int], order: Mapping[M, int]
+) -> None:
+    """Everybody wants the same: who holds most keeps the larger share, the rest goes to those below theirs."""
+    share, larger = divmod(len(wanted_by), len(load))
+    ranked = sorted(load, key=lambda member: (-load[member], order[member]))
+    quota = {member: share + (rank < larger) for rank, member in enumerate(ranked)}
+    for partition in reversed(list(result)):
+        holder = result[partition]
+        if load[holder] > quota[holder]:
+            load[holder] -= 1
+            del result[partition]
+    takers = iter([member for member in reversed(ranked) for _ in range(quota[member] - load[member])])
+    for partition in wanted_by:
+        if partition not in result:
+            result[partition] = next(takers)
 
 
 def _best_move(

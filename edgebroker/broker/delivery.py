@@ -30,8 +30,8 @@ log = logging.getLogger(__name__)
 
 DELIVER_BYTES = 1 << 20
 # What those who catch up are sent in one turn of the loop, all of them together: the others wait no longer than that.
-TURN_BYTES = 2 << 20
-LEAST_DELIVER_BYTES = 64 << 10
+TURN_BYTES = 4 << 20
+LEAST_DELIVER_BYTES = 256 << 10
 RETRY_SECONDS = 1.0
 MAX_AGE_MS = (1 << 32) - 1
 

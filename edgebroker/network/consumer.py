@@ -107,7 +107,7 @@ class Consumer:
         self._handing: list[Record] = []
         self._refreshes: dict[TopicPartition, Refresh] = {}
         self._switched: set[str] = set()
-        self.redelivered = self.expired = 0
+        self.expired = 0
         name = client_id or f"consumer-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         self._subscriber = Subscriber(
             server, name, token, group, topics, begin, {**stored, **(positions or {})}, (window_records, window_bytes)
@@ -222,7 +222,6 @@ class Consumer:
         pause and alone, nothing behind it before; with the broker's attempts used up it becomes a dead letter."""
         key = TopicPartition(record.topic, record.partition)
         self._subscriber.refuse(key, record.offset, reason)
-        self.redelivered += 1
         self._take_back(key)
 
     def in_progress(self) -> None:

@@ -153,11 +153,30 @@ class Transport:
             self.bytes_out += sent
             if sent < len(head):
                 self._queue(head[sent:], len(head) - sent)
+            elif self._sent_at_once(extent):
+                return
         else:
             self._queue(head, len(head))
         self._queue(extent, extent.length)
-        if self.backlog == extent.length:
-            self._flush(tell=False)  # the owner is sending just now: told, it would come here again and again
+        if self._waiting_for_disk:
+            extent.load(extent)
+
+    def _sent_at_once(self, extent: FileRange) -> bool:
+        """Send what the socket takes now, before anything is queued. True when nothing is left (or all is over)."""
+        try:
+            sent, state = send_cached(self._fd, extent.fd, extent.position, extent.length)
+        except OSError as error:
+            extent.release()
+            self.close(error.strerror or "sending failed")
+            return True
+        extent.position += sent
+        extent.length -= sent
+        self.bytes_out += sent
+        self._waiting_for_disk = state == 2
+        if extent.length:
+            return False
+        extent.release()
+        return True
 
     def supply(self, extent: FileRange, data: memoryview | None, error: str) -> None:
         """The answer to extent.load: the rest of its bytes, or why they cannot be had (the peer is cut)."""
@@ -265,7 +284,7 @@ class Transport:
         except ProtocolError as error:
             self.close_when_drained(str(error))
 
-    def _flush(self, tell: bool = True) -> None:
+    def _flush(self) -> None:
         out = self._out
         while out and not self.closed:
             item = out[0]
@@ -288,7 +307,7 @@ class Transport:
         if not self.backlog:
             if self.closing:
                 self.close(self.closing)
-            elif tell:
+            else:
                 self._owner.on_drained()
 
     def _send_bytes(self, item: bytes | memoryview) -> tuple[int, bool]:
