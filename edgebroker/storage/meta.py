@@ -78,6 +78,11 @@ class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
     target: int = -1
 
     @property
+    def deleted(self) -> bool:
+        """The group was deleted: kept until no older copy of its place can come back."""
+        return self.next_offset < 0
+
+    @property
     def refreshing(self) -> bool:
         return self.target >= 0
 

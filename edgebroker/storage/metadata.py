@@ -43,6 +43,7 @@ class Metadata:
         self.changes = MetaChanges()
         self.group_offsets: dict[GroupKey, GroupOffset] = {}
         self._revision = 0
+        self._deleted: list[GroupKey] = []
         self.failed = ""
         self.transactions = 0
         self._busy = False
@@ -54,17 +55,24 @@ class Metadata:
     def load(self) -> MetaState:
         """Read both files, waiting for the metadata thread; before the loop runs."""
         state = self._database.load()
-        self.group_offsets = newest_offsets(state.group_offsets, read_offsets_snapshot(self._snapshot_path))
+        newest = newest_offsets(state.group_offsets, read_offsets_snapshot(self._snapshot_path))
+        self._revision = max((offset.revision for offset in newest.values()), default=0)
+        self.group_offsets = {key: offset for key, offset in newest.items() if not offset.deleted}
         state.group_offsets = self.group_offsets
-        self._revision = max((offset.revision for offset in self.group_offsets.values()), default=0)
+        self._deleted = [key for key, offset in newest.items() if offset.deleted]
+        if self._deleted:
+            self._snapshot_timer = self._scheduler.call_later(SNAPSHOT_SECONDS, self._snapshot)
         return state
 
     def commit_offset(self, key: GroupKey, offset: GroupOffset | None) -> None:
         """Remember a group's place (None: forget it); stored within 50 ms."""
+        self._revision += 1
         if offset is None:
+            # offsets.snap may still hold it: its row says that it is gone, until a later snapshot is stored.
             self.group_offsets.pop(key, None)
+            self._deleted.append(key)
+            offset = GroupOffset("", 0, -1, self._revision)
         else:
-            self._revision += 1
             offset = msgspec.structs.replace(offset, revision=self._revision)
             self.group_offsets[key] = offset
         self.changes.group_offsets[key] = offset
@@ -149,14 +157,26 @@ class Metadata:
     def _snapshot(self) -> None:
         self._snapshot_timer = None
         offsets = dict(self.group_offsets)
+        deleted, self._deleted = self._deleted, []
 
         def write() -> None:
             try:
                 write_offsets_snapshot(self._snapshot_path, offsets)
             except OSError as error:
                 log.error("offsets.snap cannot be written: %s", error.strerror)
+                self._scheduler.call_soon_threadsafe(lambda: self._deleted.extend(deleted))
+            else:
+                self._scheduler.call_soon_threadsafe(lambda: self._forget(deleted))
 
         self._worker.submit(write)
+
+    def _forget(self, deleted: list[GroupKey]) -> None:
+        """Nothing holds these places any more: their rows may go."""
+        for key in deleted:
+            if key not in self.group_offsets:
+                self.changes.group_offsets[key] = None
+        if deleted:
+            self.touch()
 
     def _take_waiting(self) -> list[Callable[[], None]]:
         waiting, self._waiting = self._waiting, []
