@@ -167,7 +167,7 @@ def test_values_that_mean_nothing() -> None:
     cases: list[tuple[Callable[[memoryview], Any], memoryview]] = [
         (frames.read_deliver, patched(deliver, len(deliver) - 16 - 1, 0)),
         (frames.read_deliver, patched(deliver, len(deliver) - 16 - 1, 99)),
-        (read_grants, patched(frames.write_grants(1, GRANTS), 74, 0xFF)),
+        (read_grants, patched(frames.write_grants(1, GRANTS), 78, 0xFF)),
         (frames.read_subscribe, patched(subscribe, 19, len(Start))),
         (frames.read_subscribe, patched(subscribe, 19, 200)),
         (frames.read_subscribe, patched(subscribe, 0, len(Intent))),

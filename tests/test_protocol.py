@@ -17,7 +17,7 @@ from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
 from edgebroker.network import frames
-from edgebroker.network.frames import AckKind, FrameType, GapReason, Reset, Subscribe, Wanted
+from edgebroker.network.frames import AckKind, FrameType, GapReason, Intent, Reset, Subscribe, Wanted
 
 
 @pytest.fixture
@@ -71,10 +71,14 @@ def test_snappy_is_named_as_unsupported(broker: RunningBroker) -> None:
 
 def test_unknown_topic(broker: RunningBroker) -> None:
     client = broker.raw()
-    for answer in (client.subscribe("nowhere"), client.publish("a b", GOOD), client.subscribe("t", group="")):
+    for answer in (client.subscribe("nowhere"), client.publish("a b", GOOD)):
         assert answer.code is Code.UNKNOWN_TOPIC
-    assert broker.refused(Code.UNKNOWN_TOPIC) == 3
+    assert broker.refused(Code.UNKNOWN_TOPIC) == 2
     broker.create("t", partitions=2)
+    for group in ("a b", "a/b", "ü", "g" * 201):
+        answer = client.subscribe("t", group)
+        assert answer.code is Code.UNKNOWN_TOPIC
+        assert repr(group) in answer.message
     for partition in (2, -2, 1 << 30):
         assert client.subscribe("t", partition=partition).code is Code.UNKNOWN_TOPIC
     assert client.subscribe("t", partition=1).code is Code.OK
@@ -115,25 +119,25 @@ def test_unsupported_version(broker: RunningBroker) -> None:
     assert broker.refused(Code.UNSUPPORTED_VERSION) == 1
 
 
-def test_what_this_release_does_not_serve(broker: RunningBroker) -> None:
+def test_a_refresh_is_for_who_holds_the_partition(broker: RunningBroker) -> None:
     client = broker.raw()
     client.publish("t", GOOD)
-    client.send(frames.write_reset(7, Reset(bytes(16), bytes(16), "t", 0, 0, 0)))
-    assert client.answer(7).code is Code.UNSUPPORTED_VERSION
-    client.send(frames.frame(FrameType.READY, 8))
-    assert client.answer(8).code is Code.UNSUPPORTED_VERSION
+    stranger = Reset(b"\x07" * 16, bytes(16), "t", 0, 0, 3)
+    for answer in (client.ask_reset("t"), client.accept(stranger), client.answer(client.send_ready(stranger, 3))):
+        assert answer.code is Code.STALE
     client.subscribe("t")
     head = client.deliver().head
-    for kind in (AckKind.NEGATIVE, AckKind.IN_PROGRESS):
-        answer = client.ack(head, 1, kind=kind)
-        assert answer is not None
-        assert answer.code is Code.UNSUPPORTED_VERSION
+    for answer in (client.accept(stranger), client.answer(client.send_ready(stranger, 3))):
+        assert answer.code is Code.FENCED
+        assert stranger.reset_id.hex() in answer.message
+    # Neither did anything to the lease.
+    assert client.acked(head, 3) is Code.OK
 
 
 def test_disk_full(tmp_path: Path) -> None:
     with running(tmp_path / "data", {"storage.max_bytes": 1 << 20}) as broker:
         client = broker.raw()
-        client.subscribe_raw(Subscribe(True, "g", 0, 0, []))
+        client.subscribe_raw(Subscribe(Intent.LEAVE, "g", 0, 0, []))
         answer, stored = client.publish("t", numbered(0, 100, 1000)), 0
         while answer.code is Code.OK:
             assert stored < 200 << 20
@@ -156,7 +160,7 @@ def test_behind_until_the_log_has_passed_the_position(broker: RunningBroker) -> 
     client.publish("t", GOOD)
     correlation = client.next_correlation()
     wanted = Wanted("t", 0, Start.OFFSET, frames.NO_LOG_ID, -1, 5)
-    client.send(frames.write_subscribe(correlation, Subscribe(False, "g", 0, 0, [wanted])))
+    client.send(frames.write_subscribe(correlation, Subscribe(Intent.JOIN, "g", 0, 0, [wanted])))
     assert client.answer(correlation).code is Code.OK
     answer = client.answer(correlation)
     assert (answer.code, answer.offset) == (Code.BEHIND, 5)
@@ -174,24 +178,24 @@ def test_stale_acknowledgements_change_nothing(broker: RunningBroker) -> None:
     client.subscribe("t", records=2)
     head = client.deliver().head
     assert (head.first, head.last) == (0, 1)
-    stale = [
-        client.ack(head, 1, lease=head.lease + 1),
-        client.ack(head, 1, generation=head.generation + 1),
-        client.ack(head, 3),  # not in flight
-        client.ack(head, -1),
-        client.ack(head, 1, topic="u"),
-        client.ack(head, 1, partition=3),
-    ]
-    assert [answer.code for answer in stale if answer] == [Code.STALE] * 6
-    assert broker.refused(Code.STALE) == 6
+    for kind in (AckKind.CUMULATIVE, AckKind.NEGATIVE, AckKind.IN_PROGRESS):
+        assert client.acked(head, 1, kind=kind, lease=head.lease + 1) is Code.STALE
+        assert client.acked(head, 1, kind=kind, generation=head.generation + 1) is Code.STALE
+        assert client.acked(head, 1, kind=kind, topic="u") is Code.STALE
+        assert client.acked(head, 1, kind=kind, partition=3) is Code.STALE
+    for outside in (3, -1):  # not in flight
+        assert client.acked(head, outside) is Code.STALE
+    for outside in (2, -1):  # nothing of the kind can have failed
+        assert client.nack(head, outside) is Code.STALE
+    assert broker.refused(Code.STALE) == 16
+    assert broker.counters()["stale_acks"] == 10  # those that name a partition which is held
     assert broker.http("GET", "/v1/groups/group")[1]["partitions"][0]["committed"] == 0
-    assert client.subscribe_raw(Subscribe(False, "other", 0, 0, [])).code is Code.STALE
+    assert client.subscribe_raw(Subscribe(Intent.JOIN, "other", 0, 0, [])).code is Code.STALE
     good = client.ack(head, 2)
     assert good is not None
     assert good[:2] == (Code.OK, 2)
-    late = client.ack(head, 1)
-    assert late is not None
-    assert late.code is Code.STALE
+    assert client.acked(head, 1) is Code.STALE
+    assert client.nack(head, 1) is Code.STALE
 
 
 def idempotent(client: RawClient, client_id: str) -> tuple[int, int]:

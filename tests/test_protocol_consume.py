@@ -12,7 +12,7 @@ from edgebroker.common import batch
 from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, Start
 from edgebroker.network import frames
-from edgebroker.network.frames import FrameType, Subscribe, Wanted
+from edgebroker.network.frames import FrameType, Holding, Intent, Subscribe, Wanted
 
 
 @pytest.fixture(params=["segment", "memory"])
@@ -143,8 +143,8 @@ def test_cumulative_acknowledgement_inside_a_batch(broker: RunningBroker) -> Non
     assert len(batch.decode(delivered.batches)) == 10  # whole stored batches travel
 
 
-@pytest.mark.parametrize("how", ["leave", "close"])
-def test_a_standby_takes_over(broker: RunningBroker, how: str) -> None:
+@pytest.mark.parametrize(("how", "expected"), [("leave", [4, 5, 6, 7, 8, 9]), ("close", [4])])
+def test_a_standby_takes_over(broker: RunningBroker, how: str, expected: list[int]) -> None:
     holder, standby, third = broker.raw("holder"), broker.raw("standby"), broker.raw("third")
     holder.publish("t", numbered(0, 10))
     for client in (holder, standby, third):
@@ -158,15 +158,14 @@ def test_a_standby_takes_over(broker: RunningBroker, how: str) -> None:
     else:
         holder.close()
     delivered = standby.deliver()
-    assert delivered.offsets == list(range(4, 10))
+    assert delivered.offsets == expected
     assert delivered.head.generation > head.generation
     assert delivered.head.lease != head.lease
     assert third.silent(FrameType.DELIVER)
-    late = standby.ack(head, 8)  # under the lease of the holder that is gone
-    assert late is not None
-    assert late.code is Code.STALE
+    assert standby.acked(head, 8) is Code.STALE  # under the lease of the holder that is gone
     standby.close()
-    assert third.deliver().offsets == list(range(4, 10))
+    # Whoever vanishes with records in flight may have died of the first one: it comes alone now.
+    assert third.deliver().offsets == [4]
 
 
 def test_a_standby_that_leaves_is_forgotten(broker: RunningBroker) -> None:
@@ -176,7 +175,7 @@ def test_a_standby_that_leaves_is_forgotten(broker: RunningBroker) -> None:
         client.subscribe("t", "g")
     standby.leave("t")
     holder.close()
-    assert third.deliver().offsets == [0, 1, 2]
+    assert read(third, 3) == [0, 1, 2]
     assert standby.silent(FrameType.DELIVER)
 
 
@@ -186,13 +185,17 @@ def test_a_holder_that_subscribes_again_keeps_its_partition(broker: RunningBroke
     holder.subscribe("t", "g")
     standby.subscribe("t", "g")
     first = holder.deliver().head
+    assert holder.assigned()[-2:] == (first.lease, 0)
     assert holder.subscribe("t", "g", start=Start.OFFSET, value=5).code is Code.OK
     delivered = holder.deliver()
     assert delivered.offsets == [5, 6, 7, 8, 9]
     assert delivered.head.lease != first.lease
+    assert delivered.head.generation == first.generation
+    assert holder.assigned()[-2:] == (delivered.head.lease, 5)
     assert standby.silent(FrameType.DELIVER)
+    assert standby.notices() == []
     holder.close()
-    assert standby.deliver().offsets[-1] == 9
+    assert read(standby, 5) == [5, 6, 7, 8, 9]
 
 
 def test_the_last_line_about_a_partition_counts(broker: RunningBroker) -> None:
@@ -201,7 +204,7 @@ def test_the_last_line_about_a_partition_counts(broker: RunningBroker) -> None:
     log_id = bytes.fromhex(broker.http("GET", "/v1/topics/t")[1]["partitions"][0]["log_id"])
     everything = Wanted("t", -1, Start.EARLIEST, frames.NO_LOG_ID, -1, 0)
     mine = Wanted("t", 0, Start.POSITION, log_id, 1, 6)
-    assert client.subscribe_raw(Subscribe(False, "g", 0, 0, [everything, mine])).code is Code.OK
+    assert client.subscribe_raw(Subscribe(Intent.JOIN, "g", 0, 0, [everything, mine])).code is Code.OK
     assert client.deliver().offsets == [6, 7, 8, 9]
     assert client.silent(FrameType.DELIVER)
 
@@ -216,8 +219,12 @@ def test_a_position_of_another_log_gets_reset(broker: RunningBroker) -> None:
     assert (reset.topic, reset.partition, reset.from_offset, reset.target) == ("t", 0, 0, 10)
     assert client.silent(FrameType.DELIVER)
     assert broker.counters()["resets_announced"] == 1
+    # It goes on in this log only through the refresh: a place of its own does not count before.
     client.subscribe("t", start=Start.POSITION, value=4, partition=0, log_id=reset.log_id)
-    assert client.deliver().offsets == list(range(4, 10))
+    assert client.reset() == reset
+    assert client.silent(FrameType.DELIVER)
+    assert client.accept(reset).code is Code.OK
+    assert client.deliver().offsets == list(range(10))
 
 
 def test_starts(broker: RunningBroker) -> None:
@@ -268,12 +275,13 @@ def test_a_group_offset_survives_reconnect_and_restart(tmp_path: Path) -> None:
         client.close()
         again = broker.raw("again")
         again.subscribe("t", "g", start=Start.COMMITTED)
-        assert again.deliver().offsets == [6, 7, 8, 9]
+        assert again.deliver().offsets == [6]  # alone: the client before vanished with it
+        again.leave("t")
     with running(tmp_path / "data") as broker:
         client = broker.raw()
         assert place_of(broker, "g")["committed"] == 6
         client.subscribe("t", "g", start=Start.COMMITTED)
-        assert client.deliver().offsets == [6, 7, 8, 9]
+        assert read(client, 4) == [6, 7, 8, 9]
 
 
 def test_an_acknowledgement_is_answered_when_it_is_stored(tmp_path: Path) -> None:
