@@ -50,11 +50,9 @@ def test_a_deleted_place_does_not_come_back(harness: StoreHarness) -> None:
     assert harness.committed() is None
     assert b"tills" in (harness.path / "offsets.snap").read_bytes()
     harness.tick_until(lambda: b"tills" not in (harness.path / "offsets.snap").read_bytes())
-    harness.stored()
-    harness.close()
     with sqlite3.connect(harness.path / "meta.db") as database:
-        assert database.execute("SELECT count(*) FROM group_offsets").fetchone() == (0,)
-    harness.open()
+        harness.tick_until(lambda: database.execute("SELECT count(*) FROM group_offsets").fetchone() == (0,))
+    harness.restart()
     assert harness.committed() is None
 
 
