@@ -142,7 +142,8 @@ class Leases:
                 return
         cursor.lease = self._groups.next_lease()
         self._notify(cursor, Holding.ASSIGNED)
-        self._delivery.start(cursor, offset)
+        if group.holders.get(key) is cursor:  # telling it may have shown that the connection is over
+            self._delivery.start(cursor, offset)
 
     def move(self, cursor: Cursor, offset: int) -> None:
         """The operator moved the group's place while this member holds the partition."""

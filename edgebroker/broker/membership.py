@@ -114,6 +114,8 @@ class Membership:
     def timed_out(self, cursor: Cursor) -> None:
         """What the cursor has in flight is overdue: another member gets the partition, if there is one."""
         group = cursor.group
+        if group.holders.get(cursor.key) is not cursor:
+            return
         self._leases.timed_out(cursor)
         group.members[cursor.member].hung = True
         if cursor.revoking:
@@ -147,10 +149,10 @@ class Membership:
             if holder is not None and holder.member is not member and not holder.revoking:
                 self._metrics.revocations += 1
                 self._leases.revoke(holder)
-                if not holder.in_flight:
+                if not holder.in_flight and group.holders.get(key) is holder:
                     self._leases.release(holder, tell=True)
-                    holder = None
-            if holder is None:
+                holder = group.holders.get(key)
+            if holder is None and member in group.members:  # telling it may have shown that it is gone
                 self._grant(group, logs[key], member, member in fresh)
 
     def _wishes(self, group: Group) -> tuple[dict[Key, list[Member]], dict[Key, Log]]:

@@ -262,6 +262,8 @@ class Session:
         records = max(1, min(subscribe.window_records or broker.limits.consume_records, 1 << 20))
         size = max(1, min(subscribe.window_bytes or broker.limits.consume_bytes, 64 << 20))
         self._answer(correlation, Code.OK)
+        if self.transport.closed:
+            return
         broker.membership.subscribe(self, self.group, subscribe, correlation, (records, size))
 
     def _on_ack(self, event: Frame) -> None:
