@@ -6,7 +6,9 @@
 #include "rawclient.h"
 #include <sys/epoll.h>
 
-enum { EB_RAW_FAN_UNACKED = 10000 };
+/* Records without an answer, and in flight to each reader; bytes in flight, and room for one delivery of them: the memory
+ * that a hundred readers touch for the first time would else be what is measured. */
+enum { EB_RAW_FAN_UNACKED = 100000, EB_RAW_FAN_WINDOW = 384 << 10, EB_RAW_FAN_BUFFER = 512 << 10 };
 
 typedef struct {
     const char *host, *topic, *name;
@@ -139,10 +141,10 @@ static int eb_raw_fan_open(eb_raw_fanout *f)
         char own[64];
         eb_raw *c = &f->readers[f->opened].raw;
         snprintf(own, sizeof own, "%.40s-%d", fan->name, f->opened);
-        error = eb_raw_open(c, fan->host, fan->port, 2 << 20);
+        error = eb_raw_open(c, fan->host, fan->port, EB_RAW_FAN_BUFFER);
         event.data.u32 = (uint32_t)f->opened++;
         if (error || (error = eb_raw_connect(c, own, 0, &id, &none)) ||
-            (error = eb_raw_subscribe(c, fan->topic, "", 2, 0, 0)))
+            (error = eb_raw_subscribe(c, fan->topic, "", 2, EB_RAW_FAN_UNACKED, EB_RAW_FAN_WINDOW)))
             return error;
         if (epoll_ctl(f->poller, EPOLL_CTL_ADD, c->fd, &event))
             return EB_RAW_IO;
