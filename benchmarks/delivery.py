@@ -72,7 +72,7 @@ def acknowledged(pinned: bool) -> list[Row]:
                 5.0,
                 "best of Redis XACK, NATS explicit",
             )
-            for window in (100_000, 10_000)
+            for window in (10_000, 1_000)
         ]
 
 
