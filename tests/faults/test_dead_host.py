@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 from brokers import RunningBroker, numbered, running
-from faults.traffic import until
 
 from edgebroker.network import transport
+
+from .traffic import until
 
 NAME, HERE, THERE = f"eb{os.getpid()}", "10.213.47.1", "10.213.47.2"
 SECONDS = 6
@@ -55,6 +56,8 @@ def far_host() -> Iterator[None]:
     ip("-n", NAME, "addr", "add", f"{THERE}/30", "dev", f"{NAME}b")
     ip("-n", NAME, "link", "set", f"{NAME}b", "up")
     yield
+    # The namespace lives on while the kernel still has something to tell its sockets; the link must not.
+    subprocess.run(["ip", "link", "del", f"{NAME}a"], check=False, capture_output=True)
     subprocess.run(["ip", "netns", "del", NAME], check=False, capture_output=True)
 
 
