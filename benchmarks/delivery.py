@@ -173,6 +173,7 @@ class _Member:
         self.socket = socket.create_connection((node.host.decode(), node.port))
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.held: dict[int, int] = {}
+        self.leaving = self.left = False
         self._connection = Connection(Role.CLIENT, 1 << 24)
         self._buffer = ReceiveBuffer()
         self.socket.sendall(
@@ -185,6 +186,11 @@ class _Member:
         line = Wanted("shared", -1, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
         self.socket.sendall(frames.write_subscribe(2, Subscribe(Intent.JOIN, "crew", 0, 0, [line])))
 
+    def leave(self) -> None:
+        self.leaving = True
+        line = Wanted("shared", -1, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
+        self.socket.sendall(frames.write_subscribe(3, Subscribe(Intent.LEAVE, "crew", 0, 0, [line])))
+
     def _events(self) -> list[Frame]:
         received = self.socket.recv_into(self._buffer.room)
         return [event for event in self._connection.receive(self._buffer, received) if isinstance(event, Frame)]
@@ -193,7 +199,9 @@ class _Member:
         """Handle what came; (partition, offset) of the records that were handled."""
         handled = []
         for event in self._events():
-            if event.type == FrameType.DELIVER:
+            if event.type == FrameType.ACK and event.correlation == 3:
+                self.left = True
+            elif event.type == FrameType.DELIVER and not self.leaving:
                 deliver = frames.read_deliver(event.body)
                 handled += [(deliver.partition, offset) for offset in range(deliver.first, deliver.last + 1)]
                 ack = ConsumerAck(
@@ -225,7 +233,9 @@ class _Crew:
         member.join()
 
     def remove(self, member: _Member) -> None:
-        """As a process does that ends: what it was given is acknowledged, the connection closes."""
+        """As a process does that ends well: it leaves, handles nothing more, and closes the connection."""
+        member.leave()
+        self.until(lambda: member.left)
         self._selector.unregister(member.socket)
         member.socket.close()
 
