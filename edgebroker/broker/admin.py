@@ -7,8 +7,8 @@ POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
 import msgspec
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from edgebroker.broker.broker import Broker
     from edgebroker.broker.session import Session
 
+T = TypeVar("T")
+# Items of a list that are rendered in one turn of the loop.
+SLICE = 50
 MAX_PARTITIONS = 1024
 MIN_SEGMENT_BYTES = 64 << 10
 
@@ -59,7 +62,7 @@ class Admin:
             case "GET", ["v1", "node"]:
                 reply(Response(200, self._node()))
             case "GET", ["v1", "topics"]:
-                reply(Response(200, {"topics": [self._topic(name) for name in sorted(self._broker.engine.topics())]}))
+                self._list("topics", sorted(self._broker.engine.topics()), self._topic, reply)
             case "GET", ["v1", "topics", name]:
                 reply(Response(200, self._topic(name)) if self._broker.engine.partitions(name) else _no_topic(name))
             case "POST", ["v1", "topics"]:
@@ -73,18 +76,31 @@ class Admin:
             case "DELETE", ["v1", "topics", name, "snapshot", snapshot]:
                 self._broker.snapshots.abort(name, snapshot, _report(reply))
             case "GET", ["v1", "groups"]:
-                reply(Response(200, {"groups": [self._group(group) for group in self._sorted_groups()]}))
+                self._list("groups", self._sorted_groups(), self._group, reply)
             case "GET", ["v1", "groups", name]:
                 found = self._broker.groups.find(name)
                 reply(Response(200, self._group(found)) if found is not None else _no_group(name))
             case (("POST" | "DELETE"), ["v1", "groups", name, *verb]):
                 self._operate(name, [request.method, *verb], request, reply)
             case "GET", ["v1", "clients"]:
-                reply(Response(200, {"clients": [self._client(session) for session in self._broker.sessions]}))
+                self._list("clients", list(self._broker.sessions), self._client, reply)
             case _, ["healthz" | "readyz"] | ["v1", "node" | "topics" | "groups" | "clients", *_]:
                 reply(Response(405, {"error": f"{request.method} is not allowed for {request.path}"}))
             case _:
                 reply(Response(404, {"error": f"there is no {request.path}"}))
+
+    def _list(self, name: str, items: Sequence[T], render: Callable[[T], object], reply: Reply) -> None:
+        """Answer with a list, rendering a slice of it a turn: thousands of groups must not hold up the pushes."""
+        found: list[object] = []
+
+        def turn() -> None:
+            found.extend(render(item) for item in items[len(found) : len(found) + SLICE])
+            if len(found) < len(items):
+                self._broker.loop.call_later(0.0, turn)
+            else:
+                reply(Response(200, {name: found}))
+
+        turn()
 
     def _ready(self) -> Response:
         broker = self._broker

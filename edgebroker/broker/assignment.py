@@ -31,7 +31,7 @@ def divide(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: C
         if holder is not None and holder in wishes[id(members)]:
             result[partition] = holder
             load[holder] += 1
-    if len(set(wishes.values())) == 1 and not pinned:
+    if load and len(set(wishes.values())) == 1 and not pinned:
         _even_out(wanted_by, result, load, order)
         return result
     for partition, members in wanted_by.items():

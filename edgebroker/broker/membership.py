@@ -146,6 +146,7 @@ class Membership:
         refreshing = {key for key, place in group.places.items() if place.refreshing}
         for key, member in divide(wanted_by, holders, refreshing).items():
             holder = group.holders.get(key)
+            free = holder is None
             if holder is not None and holder.member is not member and not holder.revoking:
                 self._metrics.revocations += 1
                 self._leases.revoke(holder)
@@ -153,7 +154,7 @@ class Membership:
                     self._leases.release(holder, tell=True)
                 holder = group.holders.get(key)
             if holder is None and member in group.members:  # telling it may have shown that it is gone
-                self._grant(group, logs[key], member, member in fresh)
+                self._grant(group, logs[key], member, free and member in fresh)
 
     def _wishes(self, group: Group) -> tuple[dict[Key, list[Member]], dict[Key, Log]]:
         """For each partition the members that want it (those that hang only when there is no other), and its log."""

@@ -127,12 +127,12 @@ class InflatedTooLargeError(CorruptBatchError):
 
 
 class ResetRequiredError(EdgeBrokerError):
-    """The position belongs to another log than the broker's: the data has to be loaded afresh from `log_start`."""
+    """The data has to be loaded afresh from `log_start`, through a staging store, and the consumer was given none."""
 
     def __init__(self, topic: str, partition: int, log_id: bytes, log_start: int) -> None:
         super().__init__(
-            f"{topic}/{partition}: the position kept here belongs to another log; drop the local copy and subscribe "
-            f"again from offset {log_start} of log {log_id.hex()}"
+            f"{topic}/{partition} has to be loaded afresh from offset {log_start} of log {log_id.hex()}; give the "
+            "consumer a staging store that takes it (staging=)"
         )
         self.topic, self.partition, self.log_id, self.log_start = topic, partition, log_id, log_start
 
