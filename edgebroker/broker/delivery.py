@@ -183,7 +183,7 @@ class Delivery:
                 return  # the next batch does not fit into what is left of the window
             elif isinstance(found, Inline):
                 self._turn_bytes -= len(found.data)
-                self._send(cursor, found.data, found.next_offset)
+                self._send(cursor, found.data, found.next_offset, self._engine.age_ms(cursor.log, found.next_offset))
             else:
                 self._turn_bytes -= found.length
                 self._send_extent(cursor, found)

@@ -87,7 +87,7 @@ class Leases:
             case Start.RESUME:
                 assert wanted is not None
                 same = wanted.log_id == partition.identity.log_id_bytes
-                known = partition.identity.contains(wanted.epoch, wanted.value)
+                known = wanted.epoch <= partition.epoch and partition.identity.contains(wanted.epoch, wanted.value)
                 if same and known and wanted.value <= partition.durable_end:
                     offset = max(offset, wanted.value)
             case Start.OFFSET:
@@ -140,6 +140,8 @@ class Leases:
             if wait > 0:
                 self._pause(cursor, wait)
                 return
+        if cursor.revoking:
+            return  # nothing is in flight any more: it is released at the end of this turn
         cursor.lease = self._groups.next_lease()
         self._notify(cursor, Holding.ASSIGNED)
         if group.holders.get(key) is cursor:  # telling it may have shown that the connection is over
@@ -149,6 +151,7 @@ class Leases:
         """The operator moved the group's place while this member holds the partition."""
         self._delivery.pause(cursor, "starting")
         cursor.position_epoch = -1
+        cursor.revoking = False  # nothing is in flight any more that it could be waiting for
         self.resume(cursor, offset)
 
     def accept(self, cursor: Cursor, reset_id: bytes, offset: int) -> bool:
@@ -157,6 +160,7 @@ class Leases:
         if start is None:
             return False
         self._delivery.pause(cursor, "starting")
+        cursor.revoking = False  # it stays until the refresh is over
         self.resume(cursor, start)
         return True
 

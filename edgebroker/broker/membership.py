@@ -23,6 +23,7 @@ class Membership:
     def __init__(self, engine: Engine, leases: Leases, metrics: Metrics) -> None:
         self._engine, self._leases, self._metrics = engine, leases, metrics
         self._dirty: dict[Group, set[Member]] = {}
+        self._revoking: dict[Cursor, None] = {}
         self.frozen = False
 
     def subscribe(
@@ -124,6 +125,10 @@ class Membership:
             self._leases.resume(cursor, cursor.acked)
         self._changed(group)
 
+    def refreshed(self, group: Group) -> None:
+        """A refresh is over: its partition may move again."""
+        self._changed(group)
+
     def candidates(self, group: Group, key: Key) -> list[Member]:
         """Who wants a partition, those who came first in front."""
         return [member for member, entry in group.members.items() if entry.wants(key)]
@@ -136,25 +141,37 @@ class Membership:
 
     def divide_changed(self) -> None:
         """Hand out what is free and revoke what has to move; many changes of one turn cost one division."""
+        if self._revoking and not self.frozen:
+            self._release_idle()
         while self._dirty and not self.frozen:
             group, fresh = self._dirty.popitem()
             self._divide(group, fresh)
+
+    def _release_idle(self) -> None:
+        """What was in flight of a partition that is being revoked may be void: its place was moved, or a refresh began."""
+        for cursor in list(self._revoking):
+            if cursor.state == "gone" or not cursor.revoking:
+                del self._revoking[cursor]
+            elif not cursor.in_flight:
+                self._leases.release(cursor, tell=True)
+                self._changed(cursor.group)
 
     def _divide(self, group: Group, fresh: set[Member]) -> None:
         wanted_by, logs = self._wishes(group)
         holders = {key: cursor.member for key, cursor in group.holders.items() if not cursor.revoking}
         refreshing = {key for key, place in group.places.items() if place.refreshing}
+        held = set(group.holders)
         for key, member in divide(wanted_by, holders, refreshing).items():
             holder = group.holders.get(key)
-            free = holder is None
             if holder is not None and holder.member is not member and not holder.revoking:
                 self._metrics.revocations += 1
                 self._leases.revoke(holder)
                 if not holder.in_flight and group.holders.get(key) is holder:
                     self._leases.release(holder, tell=True)
+                self._revoking[holder] = None
                 holder = group.holders.get(key)
             if holder is None and member in group.members:  # telling it may have shown that it is gone
-                self._grant(group, logs[key], member, free and member in fresh)
+                self._grant(group, logs[key], member, key not in held and member in fresh)
 
     def _wishes(self, group: Group) -> tuple[dict[Key, list[Member]], dict[Key, Log]]:
         """For each partition the members that want it (those that hang only when there is no other), and its log."""

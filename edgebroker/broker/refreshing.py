@@ -93,6 +93,10 @@ class Refreshing:
             if ready.next_offset < place.target:
                 done(Code.BEHIND, f"{partition.name}: the refresh goes to {place.target}, not to {ready.next_offset}")
                 return
+            holder = group.holders.get((partition.topic, partition.partition))
+            if holder is not None and holder.state == "reset":
+                done(Code.BEHIND, f"{partition.name}: refresh {place.reset_id} was not accepted since it was announced")
+                return
             self._metrics.refreshes_done += 1
             self._groups.put(group, partition, replace(place, target=-1))
             log.info("group %s has refreshed %s up to %d", group.name, partition.name, ready.next_offset)

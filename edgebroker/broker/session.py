@@ -309,6 +309,7 @@ class Session:
 
         def done(code: Code, message: str) -> None:
             if code is Code.OK:
+                self._broker.membership.refreshed(cursor.group)
                 self.send(frames.write_ready(correlation, ready))
             else:
                 self._answer(correlation, code, message)
