@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench build cover clean test-faults test-kill test-power test-fuzz packages
+.PHONY: run test lint bench build cover clean test-faults test-kill test-groups test-power test-fuzz packages
 
 run: build
 	$(BIN)/edgebroker demo
@@ -46,6 +46,10 @@ test-faults: build
 
 test-kill: build
 	EB_KILL_CYCLES=500 $(BIN)/python -m pytest tests/faults/test_kill.py
+
+# Consumer groups under every fault at random, and refreshes interrupted by every process at every step.
+test-groups: build
+	EB_GROUP_CYCLES=400 EB_FAULTS_FULL=1 $(BIN)/python -m pytest tests/faults/test_groups_real.py tests/faults/test_refresh.py -s
 
 # Power cuts on an ext4 image (root, loop mounts); then the same without syncs, which must lose records.
 test-power: build

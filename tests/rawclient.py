@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from typing import Any, NamedTuple
 
 from edgebroker.common import batch
@@ -150,13 +151,20 @@ class RawClient:
             self._watch.delivered(body)
         return RawFrame(kind, correlation, body)
 
+    def _frame_before(self, deadline: float) -> RawFrame:
+        """The next frame; heartbeats do not put the deadline off."""
+        if time.monotonic() > deadline:
+            raise TimeoutError("what was waited for did not come")
+        return self.frame()
+
     def take(self, kind: FrameType, correlation: int | None = None) -> RawFrame:
         """The next frame of a type (and correlation); others are kept for later takes, in order."""
         for rank, found in enumerate(self._aside):
             if found.type == kind and correlation in (None, found.correlation):
                 return self._aside.pop(rank)
+        deadline = time.monotonic() + SECONDS
         while True:
-            found = self.frame()
+            found = self._frame_before(deadline)
             if found.type == kind and correlation in (None, found.correlation):
                 return found
             if found.type != FrameType.SUBSCRIBE:
@@ -178,11 +186,12 @@ class RawClient:
 
     def notice(self, holding: Holding | None = None, partition: int | None = None) -> Notice:
         """What the broker said next about a partition (this one, that) that comes or goes; others are kept."""
+        deadline = time.monotonic() + SECONDS
         while True:
             for rank, found in enumerate(self._notices):
                 if holding in (None, found.holding) and partition in (None, found.partition):
                     return self._notices.pop(rank)
-            frame = self.frame()
+            frame = self._frame_before(deadline)
             if frame.type != FrameType.SUBSCRIBE:
                 self._aside.append(frame)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,31 @@ from brokers import SECONDS, RunningBroker, batch_of, config_for, numbered, runn
 from edgebroker import Consumer, Record
 from edgebroker.common.errors import GapError, ResetRequiredError
 from edgebroker.common.types import Position
+from edgebroker.network.refresh import Refresh
 
 
 @pytest.fixture
 def broker(tmp_path: Path) -> Iterator[RunningBroker]:
     with running(tmp_path / "data") as found:
         yield found
+
+
+class Loading:
+    """A staging store in memory."""
+
+    def __init__(self) -> None:
+        self.loaded: list[int] = []
+        self.visible: list[int] = []
+
+    def begin(self, refresh: Refresh) -> int:
+        self.loaded = []
+        return refresh.from_offset
+
+    def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
+        self.loaded += [record.offset for record in records]
+
+    def switch(self, refresh: Refresh) -> None:
+        self.visible = self.loaded
 
 
 def fill(broker: RunningBroker, count: int, topic: str = "t", each: int = 1, partition: int = 0) -> None:
@@ -115,8 +134,20 @@ def test_a_position_in_another_log(broker: RunningBroker) -> None:
         with pytest.raises(ResetRequiredError) as reset:
             consumer.poll(SECONDS)
         assert (reset.value.topic, reset.value.partition, reset.value.log_start) == ("t", 0, 0)
-        consumer.seek("t", 0, reset.value.log_start)
-        assert offsets(take(consumer, 3)) == [0, 1, 2]
+        consumer.seek("t", 0, reset.value.log_start)  # that is no way around the refresh
+        with pytest.raises(ResetRequiredError, match="staging store"):
+            consumer.poll(SECONDS)
+    loading = Loading()
+    with broker.consumer(["t"], "g", positions=positions, staging=loading) as consumer:
+        deadline = time.monotonic() + SECONDS
+        while not loading.visible:
+            assert time.monotonic() < deadline
+            assert consumer.poll(0.02) == []
+        assert loading.visible == [0, 1, 2]
+        # What comes behind the refresh is for the caller again.
+        broker.raw().publish("t", numbered(3, 1))
+        assert offsets(take(consumer, 1)) == [3]
+        assert consumer.positions()["t", 0].log_id == reset.value.log_id
 
 
 def test_seek(broker: RunningBroker) -> None:
@@ -224,6 +255,11 @@ def test_a_gap_is_told(tmp_path: Path) -> None:
             # The gap is larger than the window: it must not stand in its own way.
             assert offsets([next(iter(consumer))]) == [start]
             assert [(gap.first, gap.last) for gap in told] == [(3, start - 1)]
+        with broker.consumer(["t"], "passed", start=3, on_gap=told.append, auto_ack=False) as consumer:
+            # Nobody handles a gap: that it was seen is stored with nothing else acknowledged.
+            assert consumer.poll(SECONDS)[0].offset == start
+            consumer.commit(SECONDS)
+            assert committed(broker, "passed") == start
         with broker.consumer(["t"], "patient", start=3, window_records=10) as consumer:
             with pytest.raises(GapError):
                 consumer.poll(SECONDS)

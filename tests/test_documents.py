@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
+import json
 import re
 import socket
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
+from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 import tiny_client
 import tiny_reader
+from brokers import RunningBroker, batch_of, numbered, running
 from tiny_client import Record, TinyClient
 
+import edgebroker
+from edgebroker.broker.deadletters import HEADERS
+from edgebroker.broker.metrics import Metrics
+from edgebroker.broker.operations import MoveRequest
+from edgebroker.broker.snapshots import BEGIN, END
+from edgebroker.cli.main import build_parser
 from edgebroker.cli.process import BrokerProcess
+from edgebroker.common.errors import Code
+from edgebroker.common.types import AckLevel, Start, TopicSettings
+from edgebroker.network.frames import AckKind, FrameType, GapReason, Holding, Intent
+from edgebroker.storage import meta
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -43,11 +58,6 @@ def client_of(broker: BrokerProcess, name: str, producer: tuple[int, int] = tiny
     return closing(client)
 
 
-def run_client(*arguments: str) -> list[str]:
-    command = [sys.executable, str(TESTS / "tiny_client.py"), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=30).stdout.splitlines()
-
-
 @pytest.fixture(scope="module")
 def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """What the tiny client saw of a broker that is stopped by now."""
@@ -65,8 +75,6 @@ def story(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             client.subscribe(TOPIC, GROUP)
             story.consumed = list(client.consume(len(sent)))
             story.left_over = len(client.deliveries)
-        story.printed = run_client(broker.server, "publish", "greetings", "good", "morning")
-        story.printed += run_client(broker.server, "consume", "greetings", "door", "2")
         broker.stop()
     story.reader = tiny_reader.Reader(story.directory)
     story.stored = list(story.reader)
@@ -84,15 +92,10 @@ def test_the_same_sequences_of_the_same_producer_are_recognised(story: SimpleNam
     assert story.second_answers == story.answers
 
 
-def test_the_client_as_a_program(story: SimpleNamespace) -> None:
-    assert story.printed == ["0", "0 good", "1 morning"]
-
-
 def test_the_files_hold_exactly_what_was_published(story: SimpleNamespace) -> None:
     assert story.reader.problems == []
     stored = [record for record in story.stored if record.topic == TOPIC]
     assert [Record(r.value, r.key, r.headers, r.timestamp, r.offset) for r in stored] == story.consumed
-    assert [record.value for record in story.stored if record.topic == "greetings"] == [b"good", b"morning"]
     indexes = [line for line in story.reader.found if ".index: " in line]
     assert len(indexes) >= 2, "no segment was sealed"
 
@@ -101,7 +104,6 @@ def test_the_snapshot_holds_the_places_of_the_groups(story: SimpleNamespace) -> 
     log_id = tiny_reader.read_checked(story.directory / "topics" / TOPIC / "0" / "identity")["log_id"]
     places = tiny_reader.group_offsets(story.directory)
     assert places[GROUP, TOPIC, 0] == (log_id, 1, 1000)
-    assert places["door", "greetings", 0][1:] == (1, 2)
 
 
 def test_the_reader_notices_a_bit(story: SimpleNamespace, tmp_path: Path) -> None:
@@ -133,22 +135,46 @@ def worked_example() -> list[bytes]:
 
 def test_the_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client sends the frames that the document shows, when it is answered with those that it shows."""
-    connect, granted, publish, stored, subscribe, subscribed, deliver, ack, acknowledged = worked_example()
+    connect, granted, publish, stored, subscribe, subscribed, assigned, deliver, *rest = worked_example()
+    refuse, refused, assigned_again, ack, acknowledged, *refresh = rest
+    ask, announced, asked, accept, assigned_anew, accepted, ready, done = refresh
+
+    def under(notice: bytes) -> bytes:
+        """The DELIVER that is not shown again, under the lease of a notice."""
+        return deliver.replace(assigned[-16:-8], notice[-16:-8])
+
+    def numbered(frame: bytes, correlation: int) -> bytes:
+        return frame[:8] + correlation.to_bytes(8, "big") + frame[16:]
+
     with socket.create_server(("127.0.0.1", 0)) as server:
-        near = socket.create_connection(server.getsockname(), timeout=SILENCE)
+        near = socket.create_connection(server.getsockname(), timeout=None)
         far = server.accept()[0]
-    monkeypatch.setattr(tiny_client.socket, "create_connection", lambda address, timeout: near)
+    monkeypatch.setattr(tiny_client.socket, "create_connection", lambda address: near)
     monkeypatch.setattr(tiny_client, "WINDOW", (100, 65536))
     record = Record(b'{"total":499}', b"store-17", (("v", b"1"),), 1_700_000_000_000)
+    seen: list[Record] = []
     with far:
-        far.sendall(granted + stored + subscribed + deliver + acknowledged)
+        far.settimeout(SILENCE)
+        far.sendall(granted + stored + subscribed + assigned + deliver)
+        far.sendall(refused + assigned_again + under(assigned_again) + acknowledged)
+        far.sendall(
+            announced + asked + assigned_anew + under(assigned_anew) + accepted + numbered(acknowledged, 8) + done
+        )
         with closing(TinyClient("nowhere:7420", "till-7")) as client:
             assert client.publish("sales", 0, [record]) == 0
             client.subscribe("sales", "billing")
-            assert list(client.consume(1)) == [record._replace(offset=0)]
+            assert client.ack(client.next_delivery(), 0, tiny_client.NEGATIVE, "no such till")
+            assert client.ack(client.next_delivery(), 1)
+            client.ask_refresh("sales", 0)
+            client.refresh(seen.extend, lambda: seen.append(record))
         sent = b"".join(iter(lambda: far.recv(65536), b""))
+    assert seen == [record._replace(offset=0), record]
     no_topics = connect[:-8] + bytes(2)  # it does not ask about topics
-    assert sent == (len(no_topics) - 4).to_bytes(4, "big") + no_topics[4:] + publish + subscribe + ack
+    expected = (
+        (len(no_topics) - 4).to_bytes(4, "big") + no_topics[4:] + publish + subscribe + refuse + ack + ask + accept
+    )
+    loaded = numbered(ack, 8).replace(assigned_again[-16:-8], assigned_anew[-16:-8])
+    assert sent == expected + loaded + ready
 
 
 def test_the_checksums_of_the_document() -> None:
@@ -171,6 +197,191 @@ def test_they_are_tiny_and_need_the_standard_library_only(name: str, lines: int)
         elif isinstance(node, ast.ImportFrom):
             imported.add((node.module or "").partition(".")[0] if not node.level else ".")
     assert imported <= sys.stdlib_module_names | {"__future__"}
+
+
+PROTOCOL = (ROOT / "docs" / "protocol.md").read_text()
+
+
+def table(header: str, document: str = PROTOCOL) -> list[list[str]]:
+    """The rows of the one table whose head begins with these cells."""
+    found = re.findall(rf"^\| *{header}.*\n\|[-:| ]+\n((?:\|.*\n)+)", document, re.MULTILINE)
+    assert len(found) == 1, (header, len(found))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in found[0].splitlines()]
+
+
+def ticked(rows: list[list[str]], column: int = 0) -> list[str]:
+    return [name for row in rows for name in re.findall(r"`([^`]+)`", row[column])]
+
+
+@pytest.mark.parametrize(
+    ("header", "kind"),
+    [
+        (r"Type \| Name", FrameType),
+        (r"Level \| Name", AckLevel),
+        (r"Intent \| Name", Intent),
+        (r"Holding \| Name", Holding),
+        (r"Start \| Name", Start),
+        (r"Gap reason \| Name", GapReason),
+        (r"Kind \| Name", AckKind),
+    ],
+)
+def test_numbers_and_names(header: str, kind: type[IntEnum]) -> None:
+    written = {(int(row[0]), row[1].upper()) for row in table(header)}
+    assert written == {(member.value, member.name) for member in kind} - {(0, "ANSWER")}
+
+
+def test_every_code(story: SimpleNamespace) -> None:
+    rows = table(r"Code \| Name")
+    assert [(int(row[0]), row[1].strip("`")) for row in rows] == [(code.value, code.name) for code in Code]
+    assert {row[1].strip("`") for row in rows if row[2] == "yes"} == {code.name for code in Code if code.retryable}
+    source = "".join(path.read_text() for path in (ROOT / "edgebroker").glob("[bs][rt]*/*.py"))  # broker, storage
+    # What a batch is refused for has its code from a table.
+    sent = {*re.findall(r"\bCode\.([A-Z_]+)\b", source), "TOO_LARGE", "UNSUPPORTED_CODEC", "OUT_OF_ORDER"}
+    assert {row[1].strip("`") for row in rows if "not sent" not in row[3]} == sent
+
+
+def test_every_state_of_a_partition() -> None:
+    source = "".join(path.read_text() for path in (ROOT / "edgebroker" / "broker").glob("*.py"))
+    states = set(re.findall(r"(?:_set|pause)\((?:cursor|holder), \"(\w+)\"", source)) - {"gone"}
+    assert set(ticked(table("State "))) == states
+
+
+def test_settings_moves_letters_and_snapshots() -> None:
+    def fields_of(struct: type[msgspec.Struct]) -> list[str]:
+        return sorted(field.name for field in msgspec.structs.fields(struct))
+
+    settings = ticked(table(r"Field +\| Type +\| Default"))
+    assert sorted(settings) == fields_of(TopicSettings)
+    configuration = (ROOT / "docs" / "configuration.md").read_text()
+    assert sorted(ticked(table("setting ", configuration))) == sorted(settings)
+    assert sorted(ticked(json_table("Move"))) == fields_of(MoveRequest)
+    assert tuple(ticked(table("Header "))) == HEADERS
+    assert f"{BEGIN} BEGIN, {END} END" in PROTOCOL
+
+
+def test_every_counter() -> None:
+    assert sorted(ticked(json_table("Counters"))) == sorted(field.name for field in fields(Metrics))
+
+
+def json_table(name: str) -> list[list[str]]:
+    """The table of an object of the admin interface."""
+    return table("(?:Field|Counter) ", PROTOCOL.partition(f"\n**{name}**")[2].partition("\n**")[0])
+
+
+def test_every_field_of_the_admin_interface(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as broker:
+        for name, found in objects_of(broker).items():
+            assert sorted(ticked(json_table(name))) == sorted(found), name
+            for line in json_table(name):  # objects within: {"one", "other"} in the text
+                if inner := re.search(r"\{(\"[^}]*)\}", line[1]):
+                    value = found[ticked([line])[0]]
+                    value = value[0] if isinstance(value, list) else value
+                    assert set(re.findall(r"\"(\w+)\"", inner[1])) == set(value), line
+
+
+def objects_of(broker: RunningBroker) -> dict[str, dict]:
+    """One of each, with all that can be in it."""
+    broker.create("t", kind="table")
+    client = broker.raw("raw")
+    status, begun = broker.http("POST", "/v1/topics/t/snapshot", {"client_id": "raw"})
+    assert (status, set(begun), begun["first"]) == (201, {"id", "first"}, {"0": 0})
+    client.publish("t", numbered(0, 3))
+    assert broker.http("POST", f"/v1/topics/t/snapshot/{begun['id']}") == (200, {})
+    assert broker.http("POST", "/v1/topics/t/snapshot", {"client_id": "raw"})[0] == 201
+    client.subscribe("t", "g")
+    client.deliver()
+    assert client.ask_reset("t").code is Code.OK
+    status, moved = broker.http("POST", "/v1/groups/other/offsets", {"topic": "t", "to": "1"})
+    assert status == 200
+    answer = re.search(r"The answer is `(.*?)`; `from`", PROTOCOL, re.DOTALL)
+    assert answer is not None
+    assert set(re.findall(r"\"(\w+)\"", answer[1])) == {*moved, *moved["partitions"][0]}
+    topic, group = (broker.http("GET", path)[1] for path in ("/v1/topics/t", "/v1/groups/g"))
+    assert broker.http("GET", "/v1/topics")[1]["topics"][0].keys() == topic.keys()
+    client_object = broker.http("GET", "/v1/clients")[1]["clients"][0]
+    partition, node = topic["partitions"][0], broker.http("GET", "/v1/node")[1]
+    damaged = {**partition, "damaged": [{"first": 0, "last": 0}]}
+    held = group["partitions"][0]
+    return {
+        "Topic": topic, "Partition": damaged, "Group": group, "Partition of a group": held, "Holder": held["member"],
+        "Client": client_object, "Node": node, "Counters": node["counters"], "Storage": node["storage"],
+    }  # fmt: skip
+
+
+def test_every_path_of_the_admin_interface() -> None:
+    source = (ROOT / "edgebroker" / "broker" / "admin.py").read_text().partition('"""')[2].partition('"""')[0]
+    listed: set[tuple[str, str]] = set()
+    methods: list[str] = []
+    for word in source.partition("\n\n")[2].split():
+        if word.startswith("/"):
+            listed.update((method, word) for method in methods)
+        else:
+            methods = word.split("|")
+    assert {tuple(name.split()) for name in ticked(table("Method, path "))} == listed
+
+
+def test_the_columns_of_group_offsets() -> None:
+    storage = (ROOT / "docs" / "storage.md").read_text()
+    names = [field.name for field in msgspec.structs.fields(meta.GroupOffset)]
+    row = next(row for row in table(r"Table +\| Key", storage) if row[0] == "`group_offsets`")
+    assert row[2].split(", ") == names
+    assert f"`user_version` {meta.VERSION}" in storage
+    assert ticked(table(r"Place in the entry", storage), 1) == names
+    example = re.search(r"^(\{\"offsets\".*\})\n([0-9a-f]{8})$", storage, re.MULTILINE)
+    assert example is not None
+    assert f"{tiny_reader.crc32c(example[1].encode()):08x}" == example[2]
+    assert len(json.loads(example[1])["offsets"][0][3]) == len(names)
+
+
+def test_every_command_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text().replace("\\|", "|")
+
+    def verbs(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+        actions = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        return dict(actions[0].choices) if actions else {}
+
+    written = {
+        name: set(inner[1:].split("|")) for name, inner in re.findall(r"^\| `(\w+)((?: \w+(?:\|\w+)+)?)", readme, re.M)
+    }
+    for name, parser in verbs(build_parser()).items():
+        if verbs(parser):
+            assert written[name] == set(verbs(parser)), name
+        else:
+            assert re.search(rf"^\| .*`{name}\b", readme, re.MULTILINE), name
+
+
+def test_the_python_of_the_readme(tmp_path: Path) -> None:
+    first, workers, refresh = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    booked: list[bytes] = []
+
+    def book(record: edgebroker.Record) -> None:
+        assert record.value is not None
+        booked.append(record.value)
+        if record.value == b"bad":
+            raise ValueError("no such till")
+        if record.value == b"end":
+            raise EOFError
+
+    shelf = SimpleNamespace(data={})
+    names = {"book": book, "shelf": shelf, **vars(edgebroker)}
+    settings = {"delivery.backoff_ms": 0, "delivery.max_attempts": 2}
+    with running(tmp_path / "data", settings) as broker:
+        for program in (first, workers, refresh):
+            exec(program.replace("127.0.0.1:7420", broker.server), names)
+        with names["consumer"] as consumer:
+            while not consumer.assignment:
+                consumer.poll(0.1)
+            consumer.refresh("prices", 0)
+            while not shelf.data:
+                consumer.poll(0.1)
+        assert shelf.data == {b"4711": b'{"price": 199}'}
+        broker.raw().publish("sales", batch_of(b"good", b"bad", b"end"))
+        with pytest.raises(EOFError):
+            names["work"]()
+        assert booked == [b"good", b"bad", b"bad", b"end"]
+        with broker.consumer(["sales.dlq"]) as consumer:
+            letter = next(iter(consumer))
+        assert (letter.value, dict(letter.headers)["eb-dlq-reason"]) == (b"bad", b"no such till")
 
 
 def prose(document: Path) -> str:

@@ -54,9 +54,8 @@ AGE = (1 << 32) - 1
 GAPS = [Gap(1, 2, GapReason.EXPIRED), Gap(3, 4, GapReason.DAMAGED)]
 DELIVER = Deliver("t", 7, ID, 3, 5, 1 << 63, 10, 20, I64, AGE, GAPS, 0)
 DELIVER_HEAD = frames.deliver_head(frames.deliver_prefix("t", 7, ID, 3), 5, 1 << 63, 10, 20, I64, AGE, GAPS, 0)
-ACKS = [
-    ConsumerAck(kind, "t", 4, 5, 1 << 63, I64, "why ü" if kind is AckKind.NEGATIVE else "") for kind in list(AckKind)[1:]
-]
+ACKS = [ConsumerAck(kind, "t", 4, 5, 1 << 63, I64) for kind in list(AckKind)[1:]]
+ACKS[1] = ACKS[1]._replace(reason="why ü")
 HEARTBEAT = [("t", 0, 5), ("u", 1 << 31, -1)]
 RESET = Reset(ID, ID[::-1], "t", 3, 0, I64)
 READY = Ready(ID, "t", 3, I64)

@@ -12,7 +12,7 @@ from edgebroker.common import batch
 from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, Start
 from edgebroker.network import frames
-from edgebroker.network.frames import FrameType, Holding, Intent, Subscribe, Wanted
+from edgebroker.network.frames import FrameType, Intent, Subscribe, Wanted
 
 
 @pytest.fixture(params=["segment", "memory"])

@@ -1,4 +1,5 @@
-"""Peers that are many, slow, silent, stuck or rude: nobody else notices, and none of them costs more than a cursor."""
+"""Peers that are many, slow, silent, stuck or rude: nobody else notices, and none of them costs more than a cursor. And
+one that was written from the document alone, in its dealings with groups, failures and refreshes."""
 
 from __future__ import annotations
 
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import tiny_client
 from brokers import SECONDS, RawClient, RunningBroker, batch_of, numbered, running
+from tiny_client import Record, TinyClient
 
 from edgebroker.cli.process import BrokerProcess
 from edgebroker.common.errors import Code
@@ -119,7 +122,11 @@ def test_a_peer_that_takes_nothing_is_cut(fast: RunningBroker) -> None:
         frames.write_subscribe(
             1,
             frames.Subscribe(
-                False, "g", 0, 64 << 20, [frames.Wanted("t", 0, frames.Start.EARLIEST, frames.NO_LOG_ID, -1, 0)]
+                frames.Intent.JOIN,
+                "g",
+                0,
+                64 << 20,
+                [frames.Wanted("t", 0, frames.Start.EARLIEST, frames.NO_LOG_ID, -1, 0)],
             ),
         )
     )
@@ -164,7 +171,7 @@ def test_many_partitions_behind_a_slow_socket(tmp_path: Path) -> None:
             producer.publish("big", numbered(first, 1, 1_000_000))
         slow = broker.raw("slow", receive_buffer=4096)
         lines = [frames.Wanted(topic, -1, frames.Start.EARLIEST, frames.NO_LOG_ID, -1, 0) for topic in ("big", "many")]
-        slow.send(frames.write_subscribe(1, frames.Subscribe(False, "g", 0, 0, lines)))
+        slow.send(frames.write_subscribe(1, frames.Subscribe(frames.Intent.JOIN, "g", 0, 0, lines)))
         deadline = time.monotonic() + SECONDS
         while not any(session.transport.backlog for session in list(broker.broker.sessions)):
             assert time.monotonic() < deadline
@@ -254,3 +261,132 @@ def test_a_broker_that_runs_out_of_descriptors_lives(tmp_path: Path) -> None:
                 sock.close()
     assert broker.process is not None
     assert broker.process.returncode == 0
+
+
+class Watched(TinyClient):
+    """One that does not wait for ever; heartbeats wake it."""
+
+    def handle_frame(self) -> None:
+        super().handle_frame()
+        assert time.monotonic() < self.deadline, "what was waited for did not come"
+
+
+def tiny(broker: RunningBroker, name: str) -> contextlib.closing[TinyClient]:
+    Watched.deadline = time.monotonic() + SECONDS
+    return contextlib.closing(Watched(broker.server, name))
+
+
+def listen(client: TinyClient) -> None:
+    """Handle what came before the answer to a request that changes nothing."""
+    client.subscribe("t", "g", partition=9, intent=tiny_client.RELEASE)
+
+
+def values(delivery: tiny_client.Delivery) -> list[bytes | None]:
+    return [record.value for record in delivery.records]
+
+
+def test_tiny_clients_divide_a_topic(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as broker, tiny(broker, "one") as one, tiny(broker, "two") as two:
+        broker.create("t", partitions=4)
+        for partition in range(4):
+            one.publish("t", partition, [Record(b"%d" % partition)])
+        one.subscribe("t", "g")
+        assert len(list(one.consume(4))) == 4
+        two.subscribe("t", "g")
+        while len(two.leases) < 2:
+            listen(one)
+            listen(two)
+        assert not one.leases.keys() & two.leases.keys()
+        assert len(one.leases) == 2
+        for partition in range(4):
+            one.publish("t", partition, [Record(b"again")])
+        # Each gets its own; what the first one had handled does not come again.
+        for client in (one, two):
+            deliveries = [client.next_delivery(), client.next_delivery()]
+            assert {delivery[:2] for delivery in deliveries} == set(client.leases)
+            assert [values(delivery) for delivery in deliveries] == [[b"again"], [b"again"]]
+            assert all(client.ack(delivery, delivery.last + 1) for delivery in deliveries)
+        one.close()
+        while len(two.leases) < 4:
+            listen(two)
+
+
+def test_a_tiny_client_gives_back_what_it_has_at_hand(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as broker, tiny(broker, "one") as one, tiny(broker, "two") as two:
+        broker.create("t", partitions=2)
+        for partition in range(2):
+            one.publish("t", partition, [Record(b"%d" % partition)])
+        one.subscribe("t", "g")
+        held = [one.next_delivery(), one.next_delivery()]
+        two.subscribe("t", "g")
+        while len(one.leases) == 2:
+            listen(one)
+        given = two.next_delivery()
+        (lost,) = (delivery for delivery in held if delivery[:2] == given[:2])
+        assert (values(given), one.ack(lost, 1), two.ack(given, 1)) == (values(lost), False, True)
+        kept = next(delivery for delivery in held if delivery is not lost)
+        assert one.ack(kept, 0, tiny_client.IN_PROGRESS)
+        assert one.ack(kept, 1)
+
+
+def test_a_tiny_client_refuses_a_record(tmp_path: Path) -> None:
+    settings = {"delivery.backoff_ms": 1, "delivery.max_attempts": 2}
+    with running(tmp_path / "data", settings) as broker, tiny(broker, "one") as client:
+        client.publish("t", 0, [Record(b"good"), Record(b"bad", b"key", (("h", b"v"),), 5), Record(b"next")])
+        client.subscribe("t", "g")
+        first = client.next_delivery()
+        assert values(first) == [b"good", b"bad", b"next"]
+        assert client.ack(first, 1, tiny_client.NEGATIVE, "no")
+        alone = client.next_delivery()
+        assert values(alone) == [b"bad"]
+        assert not client.ack(first, 3)  # that lease is over
+        assert client.ack(alone, 1, tiny_client.NEGATIVE, "never")
+        behind = client.next_delivery()
+        assert values(behind) == [b"next"]
+        assert client.ack(behind, 3)
+        client.subscribe("t", "g", intent=tiny_client.LEAVE)
+        with tiny(broker, "two") as reader:
+            reader.subscribe("t.dlq", "")
+            (letter,) = reader.consume(1)
+        assert letter._replace(headers=letter.headers[:1]) == Record(b"bad", b"key", (("h", b"v"),), 5, 0)
+        said = {name.removeprefix("eb-dlq-"): value for name, value in letter.headers[1:]}
+        assert int(said.pop("time")) > 0
+        assert said == {
+            "topic": b"t", "partition": b"0", "offset": b"1", "group": b"g", "attempts": b"2", "reason": b"never",
+        }  # fmt: skip
+
+
+def test_a_tiny_client_is_refreshed(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as broker, tiny(broker, "one") as client:
+        client.publish("t", 0, [Record(b"%d" % number) for number in range(100)])
+        client.subscribe("t", "g")
+        assert len(list(client.consume(100))) == 100
+        staging: list[Record] = []
+        visible: list[Record] = []
+        client.ask_refresh("t", 0)
+        client.refresh(staging.extend, lambda: visible.extend(staging))
+        assert [record.offset for record in visible] == list(range(100))
+        refresh = broker.http("GET", "/v1/groups/g")[1]["partitions"][0]["refresh"]
+        assert (refresh["state"], refresh["from"], refresh["target"]) == ("ready", 0, None)
+        # An operator asks as well; what comes behind the refresh is delivered as ever.
+        assert broker.http("POST", "/v1/groups/g/refresh", {"topic": "t"})[0] == 200
+        while not client.resets:
+            client.handle_frame()
+        client.refresh(lambda records: None, lambda: None)
+        client.publish("t", 0, [Record(b"new")])
+        assert [record.value for record in client.consume(1)] == [b"new"]
+
+
+def test_a_tiny_client_whose_place_is_in_another_log(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as broker, tiny(broker, "one") as client:
+        client.publish("t", 0, [Record(b"a"), Record(b"b")])
+        line = tiny_client.put_text("t") + tiny_client.pack(">iB16siq", 0, tiny_client.POSITION, b"\x07" * 16, 3, 9)
+        client.request(tiny_client.SUBSCRIBE, b"\0" + tiny_client.put_text("g") + bytes(9) + b"\1" + line)
+        loaded: list[Record] = []
+        while not client.resets:
+            client.handle_frame()
+        client.refresh(loaded.extend, lambda: None)
+        assert [record.value for record in loaded] == [b"a", b"b"]
+        with pytest.raises(tiny_client.Refused) as refused:
+            client.ask_refresh("t", 5)
+        assert refused.value.args[0] == Code.STALE

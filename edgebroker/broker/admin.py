@@ -326,9 +326,8 @@ class Admin:
             ]
             reply(Response(200, {"group": name, "dry_run": wanted.dry_run, "partitions": lines}))
 
-        # A group that is only looked at is not made by that.
-        found = group or (Group(name, 0.0) if wanted.dry_run else None)
-        self._operations.move(found or self._broker.groups.group(name, self._broker.loop.now()), wanted, moved)
+        # What is refused or only looked at makes no group.
+        self._operations.move(group or Group(name, self._broker.loop.now()), wanted, moved)
 
     def _refreshed(self, group: Group, reply: Reply) -> Callable[[Code, str], None]:
         def done(code: Code, message: str) -> None:

@@ -64,9 +64,12 @@ class DeadLetters:
         self._engine, self._publishing, self._clock = engine, publishing, clock
 
     def write(self, source: Log, offset: int, failure: Failure, done: Done) -> None:
-        """Make a letter of one record; done(OK) once it is durable. Nothing is done for an offset without a record."""
+        """Make a letter of one record; done(OK, "") once it is durable, done(OK, why) when there is no record left."""
 
         def read(result: ColdRead) -> None:
+            if result.hole is not None and source.settings.on_damage == "skip":
+                done(Code.OK, "it is damaged, and on_damage is skip")
+                return
             if result.error or result.hole is not None:
                 code = Code.STORAGE_TIMEOUT if result.timed_out else Code.DAMAGED
                 done(code, result.error or "the record is damaged")
@@ -84,7 +87,7 @@ class DeadLetters:
                 if isinstance(letter, str):
                     done(Code.CORRUPT, letter)
                 elif not letter:
-                    done(Code.OK, "")
+                    done(Code.OK, "there is no record any more")
                 else:
                     self._publish(source.topic + DEAD_LETTERS, letter, done)
 

@@ -321,6 +321,8 @@ class Delivery:
                 self._scheduler.call_later(RETRY_SECONDS, again)
                 return
             self._set(cursor, "live")
+            if cursor.in_flight and len(result.data) > cursor.window_bytes - cursor.in_flight_bytes:
+                return  # one batch, larger than what is left of the window
             expired = self._engine.live_from(cursor.log) > wanted
             if result.hole is None and cursor.next_offset == wanted and not cursor.revoking and not expired:
                 limit = min(result.next_offset, cursor.log.durable_end)

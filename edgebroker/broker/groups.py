@@ -94,6 +94,10 @@ class Groups:
         group.last_seen = now
         return group
 
+    def adopt(self, group: Group) -> Group:
+        """The group of this name that is known; from now on this one, when there is none."""
+        return self._groups.setdefault(group.name, group) if group.name else group
+
     def find(self, name: str) -> Group | None:
         return self._groups.get(name)
 
@@ -104,6 +108,7 @@ class Groups:
         """Delete a group and every place it had."""
         for topic, partition in group.places:
             self._engine.commit_offset((group.name, topic, partition), None)
+        group.places.clear()  # what was under way for it (a dead letter) finds no place to move
         self._groups.pop(group.name, None)
 
     def restore(self, group: str, topic: str, partition: int, offset: GroupOffset, now: float) -> None:

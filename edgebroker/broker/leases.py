@@ -130,6 +130,7 @@ class Leases:
             # Where a group begins is its place, also when it never acknowledges anything.
             if offset <= partition.durable_end and cursor.position_epoch <= partition.epoch:
                 self._groups.commit(group, partition, offset)
+                self._forget_failure(group, key)  # it was about another record
             cursor.alone = False
         else:
             cursor.alone = place.alone
@@ -151,7 +152,6 @@ class Leases:
         """The operator moved the group's place while this member holds the partition."""
         self._delivery.pause(cursor, "starting")
         cursor.position_epoch = -1
-        cursor.revoking = False  # nothing is in flight any more that it could be waiting for
         self.resume(cursor, offset)
 
     def accept(self, cursor: Cursor, reset_id: bytes, offset: int) -> bool:
@@ -160,7 +160,7 @@ class Leases:
         if start is None:
             return False
         self._delivery.pause(cursor, "starting")
-        cursor.revoking = False  # it stays until the refresh is over
+        cursor.position_epoch = -1
         self.resume(cursor, start)
         return True
 
@@ -196,10 +196,10 @@ class Leases:
             self._metrics.stale_acks += 1
             return False
         cursor.last_ack = now
-        if cursor.acked > before:
+        if cursor.acked > before or self._stands_behind(cursor):
             cursor.alone = False
-            if cursor.group.pauses:
-                cursor.group.pauses.pop(cursor.key, None)
+            if cursor.group.reasons:
+                self._forget_failure(cursor.group, cursor.key)
             self._groups.commit(cursor.group, cursor.log, cursor.acked)
         if negative:
             self._metrics.negative_acks += 1
@@ -210,6 +210,12 @@ class Leases:
         cursor.deadline = now + self._limits.timeout if cursor.in_flight else 0.0
         self._delivery.pump(cursor)
         return True
+
+    @staticmethod
+    def _stands_behind(cursor: Cursor) -> bool:
+        """True when the cursor went over a gap with nothing in flight: the group's place is still before it."""
+        place = cursor.group.place(cursor.log)
+        return place is not None and place.next_offset < cursor.acked
 
     def failed(self, cursor: Cursor, reason: str, *, counts: bool, pause: bool = True) -> None:
         """What was in flight was not handled: its lease is over. The caller resumes or releases the cursor."""
@@ -227,6 +233,12 @@ class Leases:
         self._delivery.pause(cursor, "backoff", reason)
         cursor.begin(offset)
         cursor.lease = self._groups.next_lease()
+
+    @staticmethod
+    def _forget_failure(group: Group, key: Key) -> None:
+        """Another record stands first now."""
+        group.reasons.pop(key, None)
+        group.pauses.pop(key, None)
 
     def timed_out(self, cursor: Cursor) -> None:
         """The deadline of what is in flight has passed."""
@@ -288,10 +300,10 @@ class Leases:
                 self.place(waits, None)
             return
         if code is Code.OK:
-            self._metrics.dead_letters += 1
-            log.warning("group %s: record %d of %s is a dead letter", group.name, offset, partition.name)
-            group.reasons.pop(key, None)
-            group.pauses.pop(key, None)
+            self._metrics.dead_letters += not message
+            what = f"no dead letter: {message}" if message else "a dead letter"
+            log.warning("group %s: record %d of %s is %s", group.name, offset, partition.name, what)
+            self._forget_failure(group, key)
             self._groups.commit(group, partition, offset + 1)
             if waits is not None:
                 self.resume(waits, offset + 1)

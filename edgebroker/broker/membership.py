@@ -7,6 +7,8 @@ A member that let a delivery time out gets no partition that another wants, unti
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from edgebroker.broker.assignment import divide
 from edgebroker.broker.cursor import Cursor, Key, Member
 from edgebroker.broker.groups import Group, Subscription
@@ -22,7 +24,7 @@ class Membership:
 
     def __init__(self, engine: Engine, leases: Leases, metrics: Metrics) -> None:
         self._engine, self._leases, self._metrics = engine, leases, metrics
-        self._dirty: dict[Group, set[Member]] = {}
+        self._dirty: dict[Group, set[tuple[Member, Key]]] = {}
         self._revoking: dict[Cursor, None] = {}
         self.frozen = False
 
@@ -59,7 +61,7 @@ class Membership:
                 cursor.window_records, cursor.window_bytes = windows
                 cursor.revoking = False
                 self._leases.place(cursor, entry.line(key))
-        self._changed(group, member)
+        self._changed(group, {(member, key) for key in named})
 
     def release(self, member: Member, group: Group, wanted: list[Wanted]) -> None:
         """Give partitions back now that are being revoked; what is in flight will be delivered to the next holder."""
@@ -119,7 +121,8 @@ class Membership:
             return
         self._leases.timed_out(cursor)
         group.members[cursor.member].hung = True
-        if cursor.revoking:
+        others = (member for member in self.candidates(group, cursor.key) if not group.members[member].hung)
+        if cursor.revoking or next(others, None) is not None:
             self._leases.release(cursor, tell=True)
         else:
             self._leases.resume(cursor, cursor.acked)
@@ -133,11 +136,9 @@ class Membership:
         """Who wants a partition, those who came first in front."""
         return [member for member, entry in group.members.items() if entry.wants(key)]
 
-    def _changed(self, group: Group, fresh: Member | None = None) -> None:
-        """Divide the group's partitions anew at the end of this turn. `fresh`: its lines say where it begins."""
-        found = self._dirty.setdefault(group, set())
-        if fresh is not None:
-            found.add(fresh)
+    def _changed(self, group: Group, fresh: Collection[tuple[Member, Key]] = ()) -> None:
+        """Divide the group's partitions anew at the end of this turn. `fresh`: lines that say where a member begins."""
+        self._dirty.setdefault(group, set()).update(fresh)
 
     def divide_changed(self) -> None:
         """Hand out what is free and revoke what has to move; many changes of one turn cost one division."""
@@ -148,7 +149,7 @@ class Membership:
             self._divide(group, fresh)
 
     def _release_idle(self) -> None:
-        """What was in flight of a partition that is being revoked may be void: its place was moved, or a refresh began."""
+        """What was in flight of a revoked partition may be void: its place was moved, or a refresh began."""
         for cursor in list(self._revoking):
             if cursor.state == "gone" or not cursor.revoking:
                 del self._revoking[cursor]
@@ -156,12 +157,14 @@ class Membership:
                 self._leases.release(cursor, tell=True)
                 self._changed(cursor.group)
 
-    def _divide(self, group: Group, fresh: set[Member]) -> None:
+    def _divide(self, group: Group, fresh: set[tuple[Member, Key]]) -> None:
         wanted_by, logs = self._wishes(group)
         holders = {key: cursor.member for key, cursor in group.holders.items() if not cursor.revoking}
         refreshing = {key for key, place in group.places.items() if place.refreshing}
         held = set(group.holders)
         for key, member in divide(wanted_by, holders, refreshing).items():
+            if member not in group.members:
+                continue  # telling it showed that it is gone: another division follows
             holder = group.holders.get(key)
             if holder is not None and holder.member is not member and not holder.revoking:
                 self._metrics.revocations += 1
@@ -170,8 +173,8 @@ class Membership:
                     self._leases.release(holder, tell=True)
                 self._revoking[holder] = None
                 holder = group.holders.get(key)
-            if holder is None and member in group.members:  # telling it may have shown that it is gone
-                self._grant(group, logs[key], member, key not in held and member in fresh)
+            if holder is None:
+                self._grant(group, logs[key], member, key not in held and (member, key) in fresh)
 
     def _wishes(self, group: Group) -> tuple[dict[Key, list[Member]], dict[Key, Log]]:
         """For each partition the members that want it (those that hang only when there is no other), and its log."""

@@ -111,7 +111,7 @@ class Operations:
             return min(log.durable_end, max(log.log_start, (place.next_offset if place else 0) + request.shift))
         if request.to in ("earliest", "latest"):
             return log.log_start if request.to == "earliest" else log.durable_end
-        if not request.to.isdigit():
+        if not _is_number(request.to):
             raise RefusedError(f"to: earliest, latest, an offset, or @TIME in ms since 1970, not {request.to!r}")
         offset = int(request.to)
         if not log.log_start <= offset <= log.durable_end:
@@ -121,7 +121,7 @@ class Operations:
     def _by_time(
         self, group: Group, logs: list[Log], request: MoveRequest, done: Callable[[list[Move], str], None]
     ) -> None:
-        if not request.to[1:].isdigit():
+        if not _is_number(request.to[1:]):
             raise RefusedError(f"to: @TIME is a number of milliseconds since 1970, not {request.to!r}")
         found: dict[Log, int] = {}
         errors: list[str] = []
@@ -148,6 +148,8 @@ class Operations:
         self, group: Group, found: dict[Log, int], dry_run: bool, done: Callable[[list[Move], str], None]
     ) -> None:
         moves = []
+        if not dry_run:
+            group = self._groups.adopt(group)
         for log, offset in found.items():
             place = group.place(log)
             moves.append(Move(log, place.next_offset if place is not None else -1, offset))
@@ -155,6 +157,7 @@ class Operations:
                 continue
             key = (log.topic, log.partition)
             group.pauses.pop(key, None)
+            group.reasons.pop(key, None)
             group.last_clients[key] = ""  # no client resumes behind what it acknowledged before
             self._groups.commit(group, log, offset)
             holder = group.holders.get(key)
@@ -164,3 +167,8 @@ class Operations:
             done(moves, "")
         else:
             self._engine.when_stored(lambda: done(moves, ""))
+
+
+def _is_number(text: str) -> bool:
+    """True for what fits the 64 bits of offsets and times."""
+    return text.isascii() and text.isdigit() and len(text) <= 18

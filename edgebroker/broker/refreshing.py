@@ -78,10 +78,7 @@ class Refreshing:
         place = cursor.group.place(cursor.log)
         if place is None or not place.refreshing or place.reset_id != reset_id.hex():
             return None
-        offset = max(offset, place.reset_from)
-        if offset <= cursor.log.durable_end:
-            self._groups.commit(cursor.group, cursor.log, offset)
-        return offset
+        return max(offset, place.reset_from)
 
     def ready(self, group: Group, partition: Log, ready: Ready, done: Done) -> None:
         """The member shows the new data; done once that is stored. FENCED: an earlier refresh; BEHIND: too early."""
@@ -115,6 +112,7 @@ class Refreshing:
             target=partition.durable_end,
         )
         self._groups.put(group, partition, place)
+        group.pauses.pop((partition.topic, partition.partition), None)
 
     def _announce_when_stored(self, group: Group, partition: Log, then: Callable[[], None]) -> None:
         key = (partition.topic, partition.partition)

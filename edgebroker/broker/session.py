@@ -257,7 +257,8 @@ class Session:
                 what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if logs else "")
                 self._answer(correlation, Code.UNKNOWN_TOPIC, f"{what} does not exist on this node")
                 return
-        if self.group is None:
+        if self.group is None or subscribe.group:
+            # Looked up again: when this connection has left its group, an operator may have deleted it.
             self.group = broker.groups.group(subscribe.group, broker.loop.now())
         records = max(1, min(subscribe.window_records or broker.limits.consume_records, 1 << 20))
         size = max(1, min(subscribe.window_bytes or broker.limits.consume_bytes, 64 << 20))
