@@ -137,6 +137,7 @@ class GroupModel:
         self.spots: dict[Key, Spot] = {}
         self.generations: set[int] = set()
         self.held_before: set[Key] = set()
+        self.divisions = 0
 
     def eligible(self, key: Key) -> list[Member]:
         """Who may get a partition: who wants it and does not hang; if all hang, all who want it."""
@@ -260,14 +261,18 @@ class Model:
         else:
             self.resume(spot, spot.acked)
 
-    def dividing(self) -> None:
-        for spot in self.spots():
-            if spot.holder is not None:
-                spot.group.held_before.add(spot.key)
+    def dividing(self, group: Group) -> None:
+        found = self.group(group)
+        found.held_before |= {spot.key for spot in found.spots.values() if spot.holder is not None}
+        found.divisions += 1
+        if found.divisions > 1:
+            for entry in found.entries.values():  # somebody vanished while it was told what it got
+                entry.fresh.clear()
 
     def divided(self) -> None:
         for group in (*self.groups.values(), *self.private.values()):
             group.held_before.clear()
+            group.divisions = 0
             for entry in group.entries.values():
                 entry.fresh.clear()
 
@@ -371,7 +376,8 @@ class Model:
         negative = ack.kind is AckKind.NEGATIVE
         if not spot.acked <= ack.offset <= spot.next - negative:
             return Code.STALE
-        if ack.offset > spot.acked:
+        came_late = not spot.behind and spot.place is not None and spot.place < spot.acked
+        if ack.offset > spot.acked or came_late:
             spot.acked, spot.single = ack.offset, False
             spot.commit(ack.offset)
             spot.pieces = [piece for piece in spot.pieces if piece[0] > ack.offset]

@@ -208,7 +208,8 @@ class DeliveryMachine(RuleBasedStateMachine):
         """A client goes on behind what it acknowledged: on its connection, or on another; the old one may linger."""
         member = self.member(choice)
         views = {key: view for key, view in self.look(member).items() if view.lease}
-        lines = [Wanted(*key, start, self.world.log(key).identity.log_id_bytes, 1, view.acked) for key, view in views.items()]
+        ids = {key: self.world.log(key).identity.log_id_bytes for key in views}
+        lines = [Wanted(*key, start, ids[key], 1, view.acked) for key, view in views.items()]
         if not lines:
             return
         assert member.group is not None

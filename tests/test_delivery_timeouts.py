@@ -114,7 +114,7 @@ def test_the_only_member_gets_it_again_itself(broker: RunningBroker) -> None:
     assert client.deliver().offsets == [4]
     assert client.acked(lease, 10) is Code.STALE
     assert client.acked(again, 5) is Code.OK
-    assert client.deliver().offsets == [5, 6, 7, 8, 9]
+    assert client.deliver().offsets == [5, 6]
 
 
 def test_when_all_hang_the_partitions_are_held_all_the_same(broker: RunningBroker) -> None:
@@ -184,7 +184,10 @@ def test_a_revoked_partition_does_not_wait_for_who_hangs(broker: RunningBroker) 
     assert {notice.partition for notice in old.notices() if notice.holding is Holding.REVOKED} == {0, 1}
     assert shares(broker) == {"new": 2}
     broker.advance(3601)
-    assert {new.deliver().head.partition for _ in range(2)} == {going, 1 - going}
+    first = new.deliver()
+    assert new.silent(FrameType.DELIVER), "one of the two is what it hung on: they come one after the other"
+    assert new.acked(first.head, 1) is Code.OK
+    assert {first.head.partition, new.deliver().head.partition} == {going, 1 - going}
 
 
 def test_the_idle_clock_stands_still_for_who_has_records_in_its_hands(tmp_path: Path) -> None:

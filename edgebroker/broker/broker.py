@@ -155,6 +155,7 @@ class Broker:
         self._stop_deadline = self.loop.now() + STOP_SECONDS
         for listener in self._listeners:
             listener.close()
+        self.membership.divide_changed()  # who was told OK in this turn begins where it said
         self.publishing.draining = self.membership.frozen = True
         self.loop.call_later(0.0, self._drain)
 

@@ -29,16 +29,17 @@ class Cursor:
 
     committed <= acked <= next_offset; what lies between acked and next_offset is in flight. `hint` is where the
     batch at next_offset lies. `deadline` is when what is in flight must have been acknowledged (0: nothing is).
-    `alone`: one record at a time, because it failed before. `revoking`: given up as soon as nothing is in flight.
+    `failed_at`: the record that failed before and comes alone (-1: none); behind it the window opens again with every
+    record that is acknowledged. `revoking`: given up as soon as nothing is in flight.
     `state` is one of (docs/protocol.md tells what each waits for)
     starting, live, reading, behind, damaged, backoff, dead_lettering, reset, no_snapshot, gone.
     """
 
     __slots__ = (
         "acked",
-        "alone",
         "correlation",
         "deadline",
+        "failed_at",
         "generation",
         "group",
         "hint",
@@ -67,7 +68,8 @@ class Cursor:
         self.state, self.why = "starting", ""
         self.generation = self.lease = 0
         self.last_ack = self.deadline = 0.0
-        self.alone = self.revoking = False
+        self.failed_at = -1
+        self.revoking = False
         self.correlation = 0
         self.position_epoch = -1
 
@@ -81,8 +83,22 @@ class Cursor:
 
     @property
     def window(self) -> int:
-        """Records that may be in flight."""
-        return 1 if self.alone else self.window_records
+        """Records that may be in flight. Behind a failure it begins with one: a record that ends its handler again and
+        again costs a few more members then, not one for each record before it in the window."""
+        if self.failed_at < 0:
+            return self.window_records
+        return min(self.window_records, 1 + self.acked - self.failed_at)
+
+    @property
+    def alone(self) -> bool:
+        """The record that failed is the only one that may be in flight, here and for this member."""
+        return self.acked == self.failed_at
+
+    @property
+    def wants_turn(self) -> bool:
+        """Alone, and there is a record to deliver or to wait for."""
+        ready = self.state in ("live", "reading") and not self.revoking and self.next_offset < self.log.durable_end
+        return self.alone and (ready or self.in_flight > 0)
 
     def begin(self, offset: int) -> None:
         """Stand at an offset with nothing in flight."""

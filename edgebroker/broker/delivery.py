@@ -97,9 +97,23 @@ class Delivery:
             if cursor.deadline and now >= cursor.deadline
         ]
 
-    @staticmethod
-    def _set(cursor: Cursor, state: str, why: str = "") -> None:
+    def wake_others(self, cursor: Cursor) -> None:
+        """What the member's other partitions waited for, a record that comes alone, is over: they go on next turn."""
+        for other in cursor.member.cursors.values():
+            if other is not cursor and other.state == "live":
+                self._waiting[other] = None
+
+    def _set(self, cursor: Cursor, state: str, why: str = "") -> None:
         cursor.state, cursor.why = state, why
+        if cursor.group.suspects and state not in ("live", "reading"):
+            self.wake_others(cursor)
+
+    @staticmethod
+    def _held_back(cursor: Cursor) -> bool:
+        """True while the cursor's member is to have one record in flight and no other: one at which it fell silent."""
+        if cursor in cursor.group.suspects and cursor.alone:
+            return any(other.in_flight for other in cursor.member.cursors.values() if other is not cursor)
+        return any(suspect.member is cursor.member and suspect.wants_turn for suspect in cursor.group.suspects)
 
     @staticmethod
     def _is_behind(cursor: Cursor) -> bool:
@@ -158,6 +172,8 @@ class Delivery:
             and not member.transport.backlog
             and not member.transport.closed
         ):
+            if cursor.group.suspects and self._held_back(cursor):
+                return
             records = cursor.window - cursor.in_flight
             size = cursor.window_bytes - cursor.in_flight_bytes
             if records <= 0 or size <= 0 or self._should_wait(cursor, records, size):
@@ -199,6 +215,7 @@ class Delivery:
         return (
             cursor.state == "live"
             and not cursor.revoking
+            and not cursor.group.suspects
             and cursor.next_offset == chunk.first_offset
             and not member.transport.backlog
             and len(chunk) <= min(DELIVER_BYTES, cursor.window_bytes - cursor.in_flight_bytes)
@@ -276,6 +293,8 @@ class Delivery:
         head = self._head(cursor, next_offset, 0, gaps=[gap])
         if not cursor.in_flight:
             cursor.acked = next_offset
+            if cursor.group.suspects:
+                self.wake_others(cursor)
         self._delivered(cursor, next_offset, 0)
         cursor.hint = None
         member.send(head)
@@ -323,8 +342,8 @@ class Delivery:
             self._set(cursor, "live")
             if cursor.in_flight and len(result.data) > cursor.window_bytes - cursor.in_flight_bytes:
                 return  # one batch, larger than what is left of the window
-            expired = self._engine.live_from(cursor.log) > wanted
-            if result.hole is None and cursor.next_offset == wanted and not cursor.revoking and not expired:
+            later = self._engine.live_from(cursor.log) > wanted or cursor.revoking or self._held_back(cursor)
+            if result.hole is None and cursor.next_offset == wanted and not later:
                 limit = min(result.next_offset, cursor.log.durable_end)
                 self._send(cursor, memoryview(result.data), limit, self._engine.age_ms(cursor.log, limit))
             self.pump(cursor)

@@ -49,12 +49,12 @@ class Group:
 
     `last_clients` are the client ids that held each partition last. `pauses` says until when a partition waits after a
     failure, `reasons` why it failed; `lettering` are partitions whose next record is on its way into the dead-letter
-    topic.
+    topic, `suspects` the cursors that stand before a record at which a member fell silent.
     """
 
     __slots__ = (
         "generation", "holders", "last_clients", "last_seen", "lettering", "members", "name", "pauses", "places",
-        "reasons",
+        "reasons", "suspects",
     )  # fmt: skip
 
     def __init__(self, name: str, now: float) -> None:
@@ -66,6 +66,7 @@ class Group:
         self.pauses: dict[Key, float] = {}
         self.reasons: dict[Key, str] = {}
         self.lettering: set[Key] = set()
+        self.suspects: dict[Cursor, None] = {}
         self.generation = 0
         self.last_seen = now
 
@@ -143,6 +144,7 @@ class Groups:
     def revoke(self, cursor: Cursor) -> None:
         """Nobody holds its partition any more."""
         del cursor.group.holders[cursor.key], cursor.member.cursors[cursor.key]
+        cursor.group.suspects.pop(cursor, None)
 
     def next_lease(self) -> int:
         self._leases += 1

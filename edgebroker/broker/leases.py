@@ -4,9 +4,9 @@
           -> acknowledged | negative | timed out | disconnected | revoked
 
 Order wins: a failure at record n ends the lease, nothing behind n is delivered until n is done. After a failure n is
-delivered alone. A negative acknowledgement names n and counts as an attempt; a timeout or a disconnect count only when
-n was delivered alone, because else nobody knows which record it was. With max_attempts used up, n goes to the
-dead-letter topic, durably, before the group's place passes it.
+delivered alone; behind it the window opens bit by bit. A negative acknowledgement names n and counts as an attempt. A
+timeout or a disconnect names nobody: it counts only when n was alone, and after one, n is alone for its member, in all
+its partitions. With max_attempts used up, n goes to the dead-letter topic, durably, before the group's place passes it.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from edgebroker.storage.engine import Engine, Log
 log = logging.getLogger(__name__)
 
 LETTER_RETRY_SECONDS = 1.0
+# Failures that name no record.
+SILENT, VANISHED = "not acknowledged in time", "the consumer disconnected"
 
 
 class LeaseLimits(NamedTuple):
@@ -131,9 +133,12 @@ class Leases:
             if offset <= partition.durable_end and cursor.position_epoch <= partition.epoch:
                 self._groups.commit(group, partition, offset)
                 self._forget_failure(group, key)  # it was about another record
-            cursor.alone = False
+            cursor.failed_at = -1
+            group.suspects.pop(cursor, None)
         else:
-            cursor.alone = place.alone
+            cursor.failed_at = offset if place.alone else -1
+            if place.alone and group.reasons.get(key, SILENT) in (SILENT, VANISHED):
+                group.suspects[cursor] = None
             if key in group.lettering or 0 < self._limits.max_attempts <= place.attempts:
                 self._bury(cursor, place.attempts)
                 return
@@ -197,7 +202,8 @@ class Leases:
             return False
         cursor.last_ack = now
         if cursor.acked > before or self._stands_behind(cursor):
-            cursor.alone = False
+            if cursor.failed_at >= 0:
+                self._recover(cursor)
             if cursor.group.reasons:
                 self._forget_failure(cursor.group, cursor.key)
             self._groups.commit(cursor.group, cursor.log, cursor.acked)
@@ -208,14 +214,24 @@ class Leases:
                 self.resume(cursor, cursor.acked)
             return True
         cursor.deadline = now + self._limits.timeout if cursor.in_flight else 0.0
+        if cursor.group.suspects and not cursor.in_flight:
+            self._delivery.wake_others(cursor)
         self._delivery.pump(cursor)
         return True
+
+    def _recover(self, cursor: Cursor) -> None:
+        """The record that failed is done: the member's other partitions go on, this one's window opens bit by bit."""
+        if cursor in cursor.group.suspects:
+            del cursor.group.suspects[cursor]
+            self._delivery.wake_others(cursor)
+        if cursor.window == cursor.window_records:
+            cursor.failed_at = -1
 
     @staticmethod
     def _stands_behind(cursor: Cursor) -> bool:
         """True when the cursor went over a gap with nothing in flight: the group's place is still before it."""
         place = cursor.group.place(cursor.log)
-        return place is not None and place.next_offset < cursor.acked
+        return place is not None and place.next_offset < cursor.acked and cursor.state != "behind"
 
     def failed(self, cursor: Cursor, reason: str, *, counts: bool, pause: bool = True) -> None:
         """What was in flight was not handled: its lease is over. The caller resumes or releases the cursor."""
@@ -247,12 +263,12 @@ class Leases:
             "group %s: %s held records of %s from %d on for longer than the delivery timeout",
             cursor.group.name, cursor.member.client_id, cursor.log.name, cursor.acked,
         )  # fmt: skip
-        self.failed(cursor, "not acknowledged in time", counts=cursor.alone)
+        self.failed(cursor, SILENT, counts=cursor.alone)
 
     def disconnected(self, cursor: Cursor) -> None:
         """The member is gone without having given its partition back."""
         if cursor.in_flight:
-            self.failed(cursor, "the consumer disconnected", counts=cursor.alone, pause=False)
+            self.failed(cursor, VANISHED, counts=cursor.alone, pause=False)
 
     # ---- ending ----
 
@@ -262,7 +278,9 @@ class Leases:
         self._notify(cursor, Holding.REVOKING)
 
     def release(self, cursor: Cursor, *, tell: bool) -> None:
-        """The partition is free."""
+        """The partition is free. Nothing is done when it is not the cursor's any more."""
+        if cursor.group.holders.get(cursor.key) is not cursor:
+            return
         self._delivery.stop(cursor)
         self._groups.revoke(cursor)
         if tell:

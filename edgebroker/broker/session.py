@@ -251,6 +251,9 @@ class Session:
             return
         if not subscribe.wanted:
             raise RemoteProtocolError("SUBSCRIBE without topics")
+        if broker.membership.frozen:
+            self._answer(correlation, Code.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
+            return
         for wanted in subscribe.wanted:
             logs = broker.engine.partitions(wanted.topic)
             if not -1 <= wanted.partition < max(1, len(logs)) or not logs:

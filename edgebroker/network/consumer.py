@@ -175,7 +175,9 @@ class Consumer:
                 refresh = self._refreshes.get(TopicPartition(item.deliver.topic, item.deliver.partition))
                 if refresh is not None:
                     self._load(refresh, records, item.deliver.last + 1)
-                elif records:
+                for gap in item.deliver.gaps:
+                    self._gap(item.deliver.topic, item.deliver.partition, gap)
+                if records and refresh is None:
                     return records
 
     def run(self, handler: Callable[[list[Record]], object], batch_size: int = 10, *, retry: bool = False) -> None:
@@ -397,8 +399,6 @@ class Consumer:
         if seen <= deliver.last:
             # Nothing for the handler behind here (control batches, gaps, expired): done with when all before it is.
             self._subscriber.passed(TopicPartition(deliver.topic, deliver.partition), seen, deliver.last + 1)
-        for gap in deliver.gaps:
-            self._gap(deliver.topic, deliver.partition, gap)
         return records
 
     def _within_ttl(self, records: list[Record], age_ms: float) -> list[Record]:

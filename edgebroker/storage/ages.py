@@ -1,9 +1,10 @@
-"""How old stored batches are at this node: never more than they truly are, whatever the clocks say.
+"""How old stored batches are at this node; where clocks and index points leave a doubt, they are younger.
 
 An index point is stamped with the wall and the monotonic time of its append. Of what this process stored itself the
 monotonic clock tells the age; of what an earlier run stored the wall clock does, as far as it can be believed: not
-before EARLIEST_WALL_MS, and the lower of what it shows and what it should show since the start. The age of what lies
-between two points is known to granularity_ms().
+before EARLIEST_WALL_MS, and the lower of what it shows and what it should show since the start; so jumps while the node
+runs change nothing. A clock that stood wrong when an earlier run stored, or when this one began, and looked plausible,
+cannot be recognised. The age of what lies between two points is known to granularity_ms().
 """
 
 from __future__ import annotations

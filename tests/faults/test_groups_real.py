@@ -192,10 +192,7 @@ def test_members_that_come_and_go_repeat_nothing(broker: BrokerProcess, tmp_path
     assert journals.first_times == len(history.acks)
 
 
-NEIGHBOUR = "what is in flight in another partition of the same member counts as an attempt of its own"
-
-
-@pytest.mark.parametrize("partitions", [1, pytest.param(2, marks=pytest.mark.xfail(reason=NEIGHBOUR, strict=True))])
+@pytest.mark.parametrize("partitions", [1, 2])
 def test_a_record_that_kills_its_handler_is_buried(broker: BrokerProcess, tmp_path: Path, partitions: int) -> None:
     """It dies once with others in flight, which counts for nobody, and then alone until the attempts are used up."""
     history, topic = History(), "poisoned"
