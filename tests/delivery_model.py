@@ -56,7 +56,8 @@ class Refresh:
 
 @dataclass(eq=False)
 class Spot:
-    """One partition of one group. `waits` says why its holder has no lease."""
+    """One partition of one group. `waits` says why its holder has no lease. `failed_at` failed and comes alone, behind
+    it the window opens bit by bit; `suspect`: its failure was silent (as far as is known), it is alone for its member."""
 
     key: Key
     log: Log
@@ -65,6 +66,7 @@ class Spot:
     attempts: int = 0
     alone: bool = False
     reason: str = "it failed in an earlier run"
+    silent: bool = True
     pause: tuple[int, float] = (-1, 0.0)
     lettering: int | None = None
     retry_at: float = 0.0
@@ -78,7 +80,8 @@ class Spot:
     waits: str = ""
     acked: int = 0
     next: int = 0
-    single: bool = False
+    failed_at: int = -1
+    suspect: bool = False
     revoking: bool = False
     deadline: float = 0.0
     window: tuple[int, int] = (0, 0)
@@ -95,6 +98,21 @@ class Spot:
     @property
     def bytes_in_flight(self) -> int:
         return sum(size for _, size in self.pieces)
+
+    @property
+    def room(self) -> int:
+        """Records that may be in flight."""
+        return self.window[0] if self.failed_at < 0 else min(self.window[0], 1 + self.acked - self.failed_at)
+
+    @property
+    def single(self) -> bool:
+        return self.acked == self.failed_at
+
+    @property
+    def quiets(self) -> bool:
+        """The other partitions of its holder wait for it."""
+        ready = self.lease is not None and not self.revoking and not self.behind and self.next < self.log.durable_end
+        return self.suspect and self.single and (ready or self.in_flight > 0)
 
     @property
     def refreshing(self) -> bool:
@@ -298,7 +316,7 @@ class Model:
         if spot.giving_back != "quietly":
             spot.tell = spot.holder
         spot.giving_back = ""
-        spot.holder, spot.announced = None, True
+        spot.holder, spot.announced, spot.suspect = None, True, False
         spot.stand(spot.acked)
 
     # ---- leases ----
@@ -338,22 +356,25 @@ class Model:
     def resume(self, spot: Spot, offset: int) -> None:
         """The holder goes on at an offset: now, behind a pause, or behind a dead letter."""
         spot.stand(offset)
-        spot.single = False
+        spot.failed_at = -1
         if spot.place != offset:
+            spot.suspect = False
             if not spot.behind:
                 spot.commit(offset)
                 spot.pause = (-1, 0.0)
             return
-        spot.single = spot.alone
+        if spot.alone:
+            spot.failed_at = offset
+            spot.suspect = spot.suspect or spot.silent
         if spot.lettering is not None or spot.attempts >= LIMITS.max_attempts:
             spot.waits, spot.retry_at = "letter", self.now
         elif spot.pause[0] == offset and spot.pause[1] > self.now:
             spot.waits = "backoff"
 
-    def fail(self, spot: Spot, reason: str, *, counts: bool, pause: bool = True) -> None:
+    def fail(self, spot: Spot, reason: str, *, counts: bool, silent: bool = True, pause: bool = True) -> None:
         known = spot.attempts if spot.place == spot.acked else 0
         spot.commit(spot.acked, known + counts, alone=True)
-        spot.reason = reason
+        spot.reason, spot.silent = reason, silent
         if pause or spot.attempts:
             seconds = min(LIMITS.max_backoff, LIMITS.backoff * 2 ** max(0, spot.attempts - 1))
             spot.pause = (spot.acked, self.now + seconds)
@@ -378,12 +399,14 @@ class Model:
             return Code.STALE
         came_late = not spot.behind and spot.place is not None and spot.place < spot.acked
         if ack.offset > spot.acked or came_late:
-            spot.acked, spot.single = ack.offset, False
+            spot.acked, spot.suspect = ack.offset, False
+            if spot.room == spot.window[0]:
+                spot.failed_at = -1
             spot.commit(ack.offset)
             spot.pieces = [piece for piece in spot.pieces if piece[0] > ack.offset]
         spot.deadline = self.now + LIMITS.timeout if spot.in_flight else 0.0
         if negative:
-            self.fail(spot, ack.reason or "the handler failed", counts=True)
+            self.fail(spot, ack.reason or "the handler failed", counts=True, silent=False)
             if not spot.revoking:
                 self.resume(spot, spot.acked)
         return Code.OK
@@ -512,10 +535,10 @@ class Model:
         assert (deliver.log_id, deliver.epoch, deliver.gaps) == (identity.log_id_bytes, spot.log.epoch, [])
         assert deliver.durable_end == spot.log.durable_end == len(self.records[spot.key])
         assert spot.next == deliver.first <= deliver.last < deliver.durable_end, "dense and in order"
-        count, size = spot.window
-        room = 1 if spot.single else count
-        assert deliver.last + 1 - spot.acked <= room, "delivered outside the window"
-        assert not spot.in_flight or spot.bytes_in_flight + len(data) <= size, "more bytes than the window has"
+        assert deliver.last + 1 - spot.acked <= spot.room, "delivered outside the window"
+        fits = spot.bytes_in_flight + len(data) <= spot.window[1]
+        assert fits or not spot.in_flight, "more bytes than the window has"
+        assert not self.held_back(spot), "delivered beside a record at which a member fell silent"
         found = batch.decode(data, *spot.key, deliver.first, deliver.last)
         wanted = self.records[spot.key][deliver.first : deliver.last + 1]
         assert [record.value for record in found] == wanted
@@ -523,6 +546,15 @@ class Model:
             spot.deadline = self.now + LIMITS.timeout
         spot.next = deliver.last + 1
         spot.pieces.append((spot.next, len(data)))
+
+    def held_back(self, spot: Spot) -> bool:
+        """A record at which a member fell silent comes when nothing else is in flight to its member; nothing else
+        comes then."""
+        assert spot.holder is not None
+        others = [other for other in self.held(spot.holder) if other is not spot]
+        if spot.suspect and spot.single:
+            return any(other.in_flight for other in others)
+        return any(other.quiets for other in others)
 
     def _notice(self, member: Member, assigned: Assigned) -> None:
         (line,) = assigned.lines
@@ -659,5 +691,5 @@ class Model:
         elif spot.waits == "":
             assert (cursor.lease, cursor.generation, cursor.alone) == (spot.lease, spot.generation, spot.single)
             readable = not engine.unreadable and self.now >= self.readable_from
-            able = readable and not spot.holder.wire.backlog and not spot.behind
+            able = readable and not spot.holder.wire.backlog and not spot.behind and not self.held_back(spot)
             assert not able or spot.in_flight or spot.next == spot.log.durable_end, "there is something to deliver"

@@ -1,6 +1,6 @@
 """Delivery against an obvious model (delivery_model.py), whatever happens in whatever order.
 
-EB_MODEL_EXAMPLES=20000 looks at as many random histories; without it the same few hundred are looked at every time.
+EB_MODEL_EXAMPLES=20000 looks at as many random histories; without it the same hundred are looked at every time.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ DRAIN_ROUNDS = 60
 CHOICE = st.integers(0, 1 << 16)
 OFFSET = st.integers(0, 12)
 PARTITION = st.integers(-1, 2)
+WHOLE = [("prices", -1), ("prices", -1), ("items", -1), ("orders", -1)]
 LINES = st.lists(
-    st.tuples(st.sampled_from([*KEYS, ("prices", -1), ("prices", -1), ("items", -1), ("orders", -1)]), st.sampled_from(Start), OFFSET),
+    st.tuples(st.sampled_from(KEYS + WHOLE), st.sampled_from(Start), OFFSET),
     min_size=1,
     max_size=3,
 )
@@ -57,7 +58,10 @@ class View:
 
 
 class DeliveryMachine(RuleBasedStateMachine):
-    @initialize()
+    def __init__(self) -> None:
+        super().__init__()
+        self.start()
+
     def start(self) -> None:
         self.world = World()
         self.model = Model(self.world)
@@ -89,6 +93,14 @@ class DeliveryMachine(RuleBasedStateMachine):
         """Mostly one that the client knows of."""
         known = sorted(self.look(member))
         return known[choice // 7 % len(known)] if known and choice % 7 else KEYS[choice % len(KEYS)]
+
+    def holding(self, choice: int) -> tuple[Member, Key]:
+        """Somebody who has records in flight, if there is anybody, and the partition."""
+        found = [(spot.holder, spot.key) for spot in self.model.spots() if spot.holder is not None and spot.in_flight]
+        if found and choice % 8:
+            return found[choice // 8 % len(found)]
+        member = self.member(choice)
+        return member, self.some_key(member, choice)
 
     def look(self, member: Member) -> dict[Key, View]:
         """The client looks at what has arrived."""
@@ -156,6 +168,14 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     # ---- publishers ----
 
+    @initialize(counts=st.lists(st.integers(0, 6), min_size=len(KEYS), max_size=len(KEYS)), client=st.booleans())
+    def begin_with(self, counts: list[int], client: bool) -> None:
+        for number, count in enumerate(counts):
+            if count:
+                self.publish(number, [[count] * (count // 2 + 1), [0]])
+        if client:
+            self.arrive_for_all("a", (3, 400), Start.COMMITTED)
+
     @rule(choice=CHOICE, sizes=st.lists(st.lists(st.integers(0, 90), min_size=1, max_size=4), min_size=1, max_size=4))
     def publish(self, choice: int, sizes: list[list[int]]) -> None:
         key = KEYS[choice % len(KEYS)]
@@ -205,18 +225,21 @@ class DeliveryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.members)
     @rule(choice=CHOICE, window=WINDOW, start=st.sampled_from([Start.RESUME, Start.POSITION]), ends=st.booleans())
     def come_back(self, choice: int, window: tuple[int, int], start: Start, ends: bool) -> None:
-        """A client goes on behind what it acknowledged: on its connection, or on another; the old one may linger."""
+        """A client goes on behind what it acknowledged (as it remembers it), on its connection or on another."""
         member = self.member(choice)
         views = {key: view for key, view in self.look(member).items() if view.lease}
         ids = {key: self.world.log(key).identity.log_id_bytes for key in views}
-        lines = [Wanted(*key, start, ids[key], 1, view.acked) for key, view in views.items()]
+        old = choice % 2 == 0
+        lines = [
+            Wanted(*key, start, ids[key], 1, max(0, view.before[-1][2]) if old else view.acked) for key, view in views.items()
+        ]
         if not lines:
             return
         assert member.group is not None
         again, group = member, member.group.name
         if ends:
             member.wire.close("the peer is gone")
-        if ends or (choice % 2 and len(self.world.members) < MOST_MEMBERS):
+        if ends or (choice // 2 % 2 and len(self.world.members) < MOST_MEMBERS):
             again = self.world.connect(member.client_id)
         self.join(again, group, window, lines)
         self.over()
@@ -269,8 +292,7 @@ class DeliveryMachine(RuleBasedStateMachine):
     @rule(choice=CHOICE, part=st.integers(0, 5))
     def handle(self, choice: int, part: int) -> None:
         """A client that does as it should: it acknowledges some of what it has, or all of it."""
-        member = self.member(choice)
-        key = self.some_key(member, choice)
+        member, key = self.holding(choice)
         view = self.look(member).get(key)
         if view is None:
             return
@@ -282,8 +304,7 @@ class DeliveryMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.world.members)
     @rule(choice=CHOICE, part=st.integers(0, 2))
     def refuse(self, choice: int, part: int) -> None:
-        member = self.member(choice)
-        key = self.some_key(member, choice)
+        member, key = self.holding(choice)
         view = self.look(member).get(key)
         if view is None:
             return
@@ -293,10 +314,36 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.over()
 
     @precondition(lambda self: self.world.members)
+    @rule(choice=CHOICE, times=st.integers(2, 3))
+    def refuse_again(self, choice: int, times: int) -> None:
+        """A record that nobody can handle."""
+        for _ in range(times):
+            if self.world.members:
+                self.refuse(choice, 0)
+                self.let_time_pass(8)
+
+    @precondition(lambda self: self.world.members)
+    @rule(choice=CHOICE, times=st.integers(1, 3))
+    def die_again(self, choice: int, times: int) -> None:
+        """A record that ends or hangs each of its handlers."""
+        for number in range(times):
+            if not self.world.members:
+                return
+            member, key = self.holding(choice | 1)
+            assert member.group is not None
+            name, client = member.group.name, member.client_id
+            if (choice >> number) % 2:
+                member.wire.close("the peer is gone")
+                line = Wanted(*key, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
+                self.join(self.world.connect(client), name, (5, 1 << 20), [line])
+                self.let_time_pass(8)
+            else:
+                self.let_time_pass(36)
+
+    @precondition(lambda self: self.world.members)
     @rule(choice=CHOICE)
     def be_busy(self, choice: int) -> None:
-        member = self.member(choice)
-        key = self.some_key(member, choice)
+        member, key = self.holding(choice)
         view = self.look(member).get(key, View())
         self.acknowledge(member, ConsumerAck(AckKind.IN_PROGRESS, *key, view.generation, view.lease, view.acked))
         self.over()
@@ -445,8 +492,11 @@ class DeliveryMachine(RuleBasedStateMachine):
     def fall_together(self, count: int) -> None:
         self.together = count
 
-    @rule()
-    def restart(self) -> None:
+    @precondition(lambda self: self.world.members)
+    @rule(really=st.sampled_from([True, False, False, False]))
+    def restart(self, really: bool) -> None:
+        if not really:
+            return
         self.model.restarted()
         self.together = 0
         self.world.start(self.model)
@@ -479,8 +529,6 @@ class DeliveryMachine(RuleBasedStateMachine):
     # ---- once all is well, everything is handled ----
 
     def teardown(self) -> None:
-        if not hasattr(self, "world"):
-            return
         self.together = 0
         self.change_disk(refused=None, unreadable=False)
         self.change_pace(slow=False)

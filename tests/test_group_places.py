@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from brokers import RunningBroker, numbered, running
+from brokers import SECONDS, RunningBroker, config_for, numbered, running
 from rawclient import RawClient
 
 from edgebroker.common.errors import Code
@@ -190,3 +191,32 @@ def test_a_reader_without_a_group(tmp_path: Path) -> None:
         assert broker.raw("reader-0").subscribe("t", "", start=Start.COMMITTED).code is Code.OK
     with running(tmp_path / "data") as broker:
         assert broker.http("GET", "/v1/groups")[1] == {"groups": []}
+
+
+@pytest.mark.parametrize(("before", "code", "expected"), [(True, Code.OK, 10), (False, Code.SHUTTING_DOWN, -1)])
+def test_joining_while_the_node_stops(tmp_path: Path, before: bool, code: Code, expected: int) -> None:
+    """Who is told OK has its place, also when the node stops in the same turn."""
+    broker = RunningBroker(config_for(tmp_path / "data"))
+    try:
+        client = broker.raw()
+        client.publish("t", numbered(0, 10))
+        here, sent = threading.Event(), threading.Event()
+
+        def hold_the_loop() -> None:
+            here.set()
+            assert sent.wait(SECONDS)
+            if not before:
+                broker.broker.stop()
+
+        broker.broker.loop.call_soon_threadsafe(hold_the_loop)
+        assert here.wait(SECONDS)
+        line = Wanted("t", -1, Start.LATEST, frames.NO_LOG_ID, -1, 0)
+        client.send(frames.write_subscribe(9, Subscribe(Intent.JOIN, "g", 0, 0, [line])))
+        broker.broker.stop_threadsafe()  # done behind what the sockets brought
+        sent.set()
+        assert client.answer(9).code is code
+    finally:
+        assert broker.stop()
+    with running(tmp_path / "data") as again:
+        status, group = again.http("GET", "/v1/groups/g")
+        assert (group["partitions"][0]["committed"] if status == 200 else -1) == expected

@@ -41,7 +41,7 @@ def test_a_deleted_place_does_not_come_back(harness: StoreHarness) -> None:
     harness.fill(5)
     key = harness.commit(3)
     harness.tick(5.0)
-    harness.tick_until(lambda: (harness.path / "offsets.snap").exists())
+    harness.quiesce()
     assert b"tills" in (harness.path / "offsets.snap").read_bytes()
     harness.engine.commit_offset(key, None)
     harness.stored()
@@ -62,7 +62,7 @@ def test_a_deleted_group_may_begin_again(harness: StoreHarness) -> None:
     harness.engine.commit_offset(key, None)
     harness.commit(2)
     harness.tick(5.0)
-    harness.tick_until(lambda: (harness.path / "offsets.snap").exists())
+    harness.quiesce()
     harness.crash()
     harness.open()
     assert harness.committed() == 2

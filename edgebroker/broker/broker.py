@@ -117,7 +117,14 @@ class Broker:
             LeaseLimits(pace.timeout_ms / 1000, pace.backoff_ms / 1000, pace.max_backoff_ms / 1000, pace.max_attempts),
         )
         self.membership = Membership(self.engine, self.leases, self.metrics)
-        self.snapshots = Snapshots(self.engine, self.publishing, self.refreshing, self.loop, self.metrics)
+        self.snapshots = Snapshots(
+            self.engine,
+            self.publishing,
+            self.refreshing,
+            self.loop,
+            self.metrics,
+            lambda client_id: any(session.client_id == client_id for session in self.sessions),
+        )
         self.sessions: dict[Session, None] = {}
         self.started_at = clock.monotonic()
         self.ready = False

@@ -158,7 +158,7 @@ class Delivery:
 
     def _serve_waiting(self) -> None:
         for _ in range(len(self._waiting)):
-            if self._turn_bytes <= 0:
+            if self._turn_bytes <= 0 or not self._waiting:  # a member that is found gone waits no more
                 return
             cursor = next(iter(self._waiting))
             del self._waiting[cursor]

@@ -71,6 +71,7 @@ class Leases:
     def place(self, cursor: Cursor, wanted: Wanted | None) -> None:
         """Find out where a holder begins, then resume()."""
         self._delivery.pause(cursor, "starting")
+        cursor.begin(cursor.acked)
         cursor.lease = self._groups.next_lease()
         partition, stored = cursor.log, cursor.group.place(cursor.log)
         if stored is not None and stored.refreshing:

@@ -60,7 +60,7 @@ class Membership:
                 cursor.correlation = correlation
                 cursor.window_records, cursor.window_bytes = windows
                 cursor.revoking = False
-                self._leases.place(cursor, entry.line(key))
+                self._leases.place(cursor, self._line(group, cursor, entry, fresh=True))
         self._changed(group, {(member, key) for key in named})
 
     def release(self, member: Member, group: Group, wanted: list[Wanted]) -> None:
@@ -199,18 +199,17 @@ class Membership:
         entry = group.members[member]
         cursor = Cursor(group, log, member, entry.window_records, entry.window_bytes)
         cursor.correlation = entry.correlation
-        line = entry.line(cursor.key)
-        if line is not None and not self._counts(group, cursor, line, fresh):
-            line = None
         self._metrics.assignments += 1
-        self._leases.grant(cursor, line)
+        self._leases.grant(cursor, self._line(group, cursor, entry, fresh))
 
     @staticmethod
-    def _counts(group: Group, cursor: Cursor, line: Wanted, fresh: bool) -> bool:
-        """True when a line says where its member begins, not the group's place."""
-        last = group.last_clients.get(cursor.key)
+    def _line(group: Group, cursor: Cursor, entry: Subscription, fresh: bool) -> Wanted | None:
+        """Where a member said that it begins; None when that does not count, but the group's place."""
+        line, last = entry.line(cursor.key), group.last_clients.get(cursor.key)
+        if line is None:
+            return None
         # A client whose old connection lingered takes over from itself.
         own = last == cursor.member.client_id
         if line.start is Start.RESUME:
-            return own or last is None
-        return fresh or (own and line.start is Start.POSITION)
+            return line if own or last is None else None
+        return line if fresh or (own and line.start is Start.POSITION) else None

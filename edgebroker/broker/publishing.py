@@ -74,6 +74,7 @@ class Publishing:
         self._written: dict[Log, deque[Waiting]] = {}
         self._held: dict[Publisher, None] = {}
         self._exclusive: dict[Log, str] = {}
+        self._refused: set[tuple[Log, str]] = set()
         self.waiting_bytes = 0
         self.draining = False
 
@@ -96,6 +97,8 @@ class Publishing:
             refusal = (Code.UNKNOWN_TOPIC, check_topic_name(run.topic))
         elif self._exclusive and self._exclusive.get(log, session.client_id) != session.client_id:
             refusal = (Code.OVERLOADED, f"a snapshot is being written to {log.name}; try again in a moment")
+        if self._refused and (log, session.client_id) in self._refused:
+            refusal = (Code.FENCED, f"the snapshot of {run.topic} was given up; begin it again")
         if refusal is not None:
             self._refuse_all(session, run, *refusal)
             return None
@@ -146,6 +149,10 @@ class Publishing:
     def reserve(self, log: Log, client_id: str) -> None:
         """Only this client may publish to a log, until free()."""
         self._exclusive[log] = client_id
+
+    def refuse(self, log: Log, client_id: str) -> None:
+        """This client may not publish to a log any more."""
+        self._refused.add((log, client_id))
 
     def free(self, log: Log) -> None:
         self._exclusive.pop(log, None)

@@ -48,7 +48,6 @@ class Snapshot:
     ends: dict[Log, int] = field(default_factory=dict)
     waiting: set[Log] = field(default_factory=set)
     done: Done | None = None
-    written: int = 0
     active_at: float = 0.0
 
 
@@ -56,10 +55,16 @@ class Snapshots:
     """Owned by the loop thread."""
 
     def __init__(
-        self, engine: Engine, publishing: Publishing, refreshing: Refreshing, scheduler: Scheduler, metrics: Metrics
+        self,
+        engine: Engine,
+        publishing: Publishing,
+        refreshing: Refreshing,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        connected: Callable[[str], bool],
     ) -> None:
         self._engine, self._publishing, self._refreshing = engine, publishing, refreshing
-        self._scheduler, self._metrics = scheduler, metrics
+        self._scheduler, self._metrics, self._connected = scheduler, metrics, connected
         self._snapshots: dict[str, Snapshot] = {}
         self._marking: dict[Log, list[Snapshot]] = {}
 
@@ -130,15 +135,17 @@ class Snapshots:
             done(Code.OK, "")
 
     def sweep(self) -> None:
-        """Give up snapshots whose client went silent."""
+        """Give up snapshots whose client is gone. What it would still publish is refused: it could be older than what
+        others publish from now on."""
         now = self._scheduler.now()
         for topic, snapshot in list(self._snapshots.items()):
-            written = sum(partition.written_end for partition in snapshot.logs)
-            if written != snapshot.written or not snapshot.active_at:
-                snapshot.written, snapshot.active_at = written, now
+            if not snapshot.active_at or self._connected(snapshot.client_id):
+                snapshot.active_at = now
             elif now - snapshot.active_at > IDLE_SECONDS:
-                log.warning("the snapshot of %s by %s was given up: nothing came", topic, snapshot.client_id)
+                log.warning("the snapshot of %s by %s was given up: its client is gone", topic, snapshot.client_id)
                 self._free(topic)
+                for partition in snapshot.logs:
+                    self._publishing.refuse(partition, snapshot.client_id)
 
     def on_durable(self, partition: Log) -> None:
         """A log grew."""

@@ -40,8 +40,6 @@ def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | 
     topic = call(options.admin, "GET", f"/v1/topics/{quote(options.topic)}")
     client_id = f"snapshot-{secrets.token_hex(8)}"
     path = f"/v1/topics/{quote(options.topic)}/snapshot"
-    begun = call(options.admin, "POST", path, {"client_id": client_id})
-    path = f"{path}/{begun['id']}"
     failures: list[Exception] = []
 
     def note(sent: Sent) -> None:
@@ -49,17 +47,21 @@ def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | 
         if error is not None:
             failures.append(error)
 
-    try:
-        starts = {
-            part["partition"]: max(part["log_start"], part["snapshot"]["first"] if part["snapshot"] else 0)
-            for part in topic["partitions"]
-        }
-        ends = {int(number): int(offset) for number, offset in begun["first"].items()}
-        live = read_live(options.server, options.topic, starts, ends)
-        rows, gone = _plan(live, content)
-        with Producer(
-            options.server, client_id=client_id, compression=options.compression, timeout=TIMEOUT_SECONDS
-        ) as producer:
+    # The broker holds the topic for this client as long as it is connected: so it is from the beginning.
+    with Producer(
+        options.server, client_id=client_id, compression=options.compression, timeout=TIMEOUT_SECONDS
+    ) as producer:
+        producer.open_topic(options.topic)
+        begun = call(options.admin, "POST", path, {"client_id": client_id})
+        path = f"{path}/{begun['id']}"
+        try:
+            starts = {
+                part["partition"]: max(part["log_start"], part["snapshot"]["first"] if part["snapshot"] else 0)
+                for part in topic["partitions"]
+            }
+            ends = {int(number): int(offset) for number, offset in begun["first"].items()}
+            live = read_live(options.server, options.topic, starts, ends)
+            rows, gone = _plan(live, content)
             for record in gone:
                 producer.send(options.topic, None, record.key, partition=record.partition).add_done_callback(note)
             for row in rows:
@@ -69,11 +71,11 @@ def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | 
                 )  # fmt: skip
                 sent.add_done_callback(note)
             producer.flush(TIMEOUT_SECONDS)
-        if failures:
-            raise failures[0]
-    except BaseException:
-        call(options.admin, "DELETE", path)
-        raise
+            if failures:
+                raise failures[0]
+        except BaseException:
+            call(options.admin, "DELETE", path)
+            raise
     call(options.admin, "POST", path)
     result = {"topic": options.topic, "keys": len(rows), "deleted": len(gone)}
     print(json.dumps(result) if options.json else f"{options.topic}: {len(rows)} keys, {len(gone)} deleted")

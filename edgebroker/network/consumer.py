@@ -105,8 +105,10 @@ class Consumer:
         stored = self._position_file.read() if self._position_file is not None else {}
         self._positions_due = 0.0
         self._handing: list[Record] = []
+        # Records that were handed out of a delivery only in part, and the lease that they came under.
+        self._left: tuple[int, list[Record]] = (0, [])
         self._refreshes: dict[TopicPartition, Refresh] = {}
-        self._switched: set[str] = set()
+        self._switched: dict[str, int] = {}
         self.expired = 0
         name = client_id or f"consumer-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
         self._subscriber = Subscriber(
@@ -144,14 +146,34 @@ class Consumer:
             yield from self._one_by_one(records)
 
     def _one_by_one(self, records: list[Record]) -> Iterator[Record]:
-        for start in range(0, len(records), AUTO_ACK_RECORDS):
-            piece = self._handing = records[start : start + AUTO_ACK_RECORDS]
-            last = piece[-1]
-            yield from piece
-            if not piece:
-                return  # seek() or nack() took the rest back
-            if self._auto_ack:
-                self.ack(last)
+        handed = 0
+        lease = self._lease_of(records[0])
+        try:
+            for start in range(0, len(records), AUTO_ACK_RECORDS):
+                piece = self._handing = records[start : start + AUTO_ACK_RECORDS]
+                last = piece[-1]
+                for record in piece:
+                    handed += 1
+                    yield record
+                if not piece:
+                    handed = len(records)
+                    return  # seek() or nack() took the rest back
+                if self._auto_ack:
+                    self.ack(last)
+        finally:
+            # Whoever leaves the loop gets the rest when asking again: nothing is passed over.
+            if handed < len(records) and self._handing:
+                self._left = (lease, records[handed:])
+
+    def _lease_of(self, record: Record) -> int:
+        place = self._subscriber.places.get(TopicPartition(record.topic, record.partition))
+        return place.lease if place is not None else 0
+
+    def _take_left(self) -> list[Record]:
+        """What an iteration left over, as long as it is still this consumer's."""
+        lease, records = self._left
+        self._left = (0, [])
+        return records if records and lease and self._lease_of(records[0]) == lease else []
 
     def poll(self, timeout: float | None = None) -> list[Record]:
         """The records of the next delivery, in order; [] after `timeout` seconds or when the consumer was closed.
@@ -159,6 +181,9 @@ class Consumer:
         With auto_ack the caller must acknowledge by asking again through iteration or run(); poll() itself does not.
         Raises GapError (without on_gap), ResetRequiredError (without staging), AnswerError, UnreachableError.
         """
+        left = self._take_left()
+        if left:
+            return left
         deadline = None if timeout is None else self._subscriber.loop.clock_now() + timeout
         while True:
             item = self._next(deadline)
@@ -183,9 +208,9 @@ class Consumer:
     def run(self, handler: Callable[[list[Record]], object], batch_size: int = 10, *, retry: bool = False) -> None:
         """Call the handler with up to batch_size records of one partition at a time; acknowledge when it returns.
 
-        An exception of the handler ends run(); what it was given is delivered again later. With `retry` it is a
-        negative acknowledgement instead: the first of these records comes again, after a pause and alone, until it
-        succeeds or the broker makes it a dead letter.
+        An exception of the handler is a negative acknowledgement of the first record that it was given: that comes
+        again, after a pause and alone, until it succeeds or the broker makes it a dead letter. With `retry` run() goes
+        on meanwhile; else the exception ends it, and calling it again goes on.
         """
         while True:
             records = self.poll(None)
@@ -197,9 +222,9 @@ class Consumer:
                 try:
                     handler(piece)
                 except Exception as error:
+                    self.nack(piece[0], f"{type(error).__name__}: {error}")
                     if not retry:
                         raise
-                    self.nack(piece[0], f"{type(error).__name__}: {error}")
                 if not handing:
                     break  # seek() or nack() took the rest back
                 self.ack(handing[-1])
@@ -265,12 +290,13 @@ class Consumer:
             return {
                 (key.topic, key.partition): Position(place.log_id, place.epoch, place.acked)
                 for key, place in self._subscriber.places.items()
-                if place.acked >= 0 and any(place.log_id)
+                # While a refresh is loaded, what readers see stands where it stood before.
+                if place.acked >= 0 and any(place.log_id) and key not in self._refreshes
             }
 
     def _write_positions(self) -> None:
         if self._position_file is not None:
-            self._position_file.write(self.positions())
+            self._position_file.update(self.positions())
             self._positions_due = self._subscriber.loop.clock_now() + POSITIONS_SECONDS
 
     # ---- refreshing ----
@@ -294,9 +320,13 @@ class Consumer:
         if self._staging is None:
             raise ResetRequiredError(reset.topic, reset.partition, reset.log_id, reset.from_offset)
         if refresh.reset_id in self._switched:
-            refresh.next_offset = max(reset.target, self._subscriber.places[key].acked)
+            refresh.next_offset = self._switched[refresh.reset_id]
         else:
-            refresh.next_offset = self._staging.begin(refresh)
+            try:
+                refresh.next_offset = self._staging.begin(refresh)
+            except BaseException:
+                self._begin_again(refresh)
+                raise
         accept = reset._replace(from_offset=refresh.next_offset)
         self._subscriber.request(lambda correlation: frames.write_reset(correlation, accept), lambda answer: None)
         self._refreshes[key] = refresh
@@ -306,7 +336,11 @@ class Consumer:
     def _load(self, refresh: Refresh, records: list[Record], next_offset: int) -> None:
         assert self._staging is not None
         refresh.next_offset = next_offset
-        self._staging.load(refresh, records)
+        try:
+            self._staging.load(refresh, records)
+        except BaseException:
+            self._begin_again(refresh)
+            raise
         self.ack_to(refresh.topic, refresh.partition, next_offset)
         if refresh.complete:
             self._finish(refresh)
@@ -315,11 +349,21 @@ class Consumer:
         """Switch, once for a refresh, and say READY; unanswered, the broker announces it again after a reconnect."""
         assert self._staging is not None
         if refresh.reset_id not in self._switched:
-            self._staging.switch(refresh)
-            self._switched.add(refresh.reset_id)
+            try:
+                self._staging.switch(refresh)
+            except BaseException:
+                self._begin_again(refresh)
+                raise
+            self._switched[refresh.reset_id] = refresh.next_offset
         self._refreshes.pop(TopicPartition(refresh.topic, refresh.partition), None)
         ready = Ready(bytes.fromhex(refresh.reset_id), refresh.topic, refresh.partition, refresh.next_offset)
         self._subscriber.request(lambda correlation: frames.write_ready(correlation, ready), lambda answer: None)
+
+    def _begin_again(self, refresh: Refresh) -> None:
+        """The staging store failed: the broker announces the refresh again, and begin() says where it stands."""
+        self._refreshes.pop(TopicPartition(refresh.topic, refresh.partition), None)
+        wanted = Wanted(refresh.topic, refresh.partition, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
+        self._subscriber.seek(wanted)
 
     def _ask(self, write: Callable[[int], bytes], timeout: float | None) -> Answer:
         found: list[Answer | None] = []
@@ -418,17 +462,23 @@ class Consumer:
             if self._on_assigned is not None:
                 self._on_assigned([notice.partition])
             return
-        if self._on_revoked is not None:
-            self._on_revoked([notice.partition])
-        if notice.holding is Holding.REVOKING:
-            self._subscriber.give_back(notice.partition)
-        else:
-            self._refreshes.pop(notice.partition, None)
+        self._refreshes.pop(notice.partition, None)
+        try:
+            if self._on_revoked is not None:
+                self._on_revoked([notice.partition])
+        finally:
+            if notice.holding is Holding.REVOKING:
+                self._subscriber.give_back(notice.partition)
+            else:
+                self._subscriber.show_up(notice.partition)
 
     def _take_back(self, key: TopicPartition) -> None:
         """What is being handed out of a partition ends here."""
         if self._handing and (self._handing[0].topic, self._handing[0].partition) == key:
             self._handing.clear()
+        left = self._left[1]
+        if left and (left[0].topic, left[0].partition) == key:
+            self._left = (0, [])
 
 
 def _expired(record: Record, age_ms: float) -> bool:

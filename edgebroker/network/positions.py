@@ -52,8 +52,10 @@ class PositionFile:
             ) from error
         return dict(self._written)
 
-    def write(self, positions: Mapping[tuple[str, int], Position]) -> None:
-        """Store places; durable when this returns. Nothing is written when nothing moved."""
+    def update(self, moved: Mapping[tuple[str, int], Position]) -> None:
+        """Store places, beside those of other partitions; durable when this returns. Nothing is written when nothing
+        moved."""
+        positions = {**self._written, **moved}
         if positions == self._written:
             return
         lines = [
@@ -61,4 +63,4 @@ class PositionFile:
             for (topic, partition), position in positions.items()
         ]
         write_durable(self._path, msgspec.json.encode(_File(lines)) + b"\n")
-        self._written = dict(positions)
+        self._written = positions

@@ -52,7 +52,7 @@ class Place:
 
     __slots__ = (
         "acked", "asked", "awaiting", "epoch", "expected", "generation", "handed", "held", "kept", "lease", "leaving",
-        "log_id", "parked", "passed", "paused", "resuming", "revoking", "stored", "wanted",
+        "log_id", "old_lease", "parked", "passed", "paused", "resuming", "revoking", "stored", "wanted",
     )  # fmt: skip
 
     def __init__(self, wanted: Wanted | None = None) -> None:
@@ -60,6 +60,7 @@ class Place:
         self.kept = wanted is not None and wanted.start is Start.POSITION
         self.log_id, self.epoch = (wanted.log_id, wanted.epoch) if wanted is not None else (frames.NO_LOG_ID, -1)
         self.generation = self.lease = 0
+        self.old_lease = (0, 0)
         self.acked = self.handed = self.expected = self.stored = -1
         self.awaiting = self.asked = 0
         self.held = self.leaving = self.resuming = self.revoking = self.paused = False
@@ -68,6 +69,8 @@ class Place:
 
     def void(self) -> None:
         """The lease is over; nothing that was pushed under it counts any more."""
+        if self.lease:
+            self.old_lease = (self.generation, self.lease)
         self.lease = 0
         self.passed.clear()
         self.parked.clear()
@@ -163,6 +166,13 @@ class Subscriber:
             self._drop(key)
         self._post(frames.write_consumer_ack(0, ack))
 
+    def show_up(self, key: TopicPartition) -> None:
+        """Tell the broker, which took a partition away for silence, that this member is there: by a stale ACK."""
+        with self.ready:
+            generation, lease = self.places[key].old_lease
+        ack = ConsumerAck(AckKind.IN_PROGRESS, *key, generation, lease, 0)
+        self._post(frames.write_consumer_ack(0, ack))
+
     def in_progress(self, *, paused: bool = False) -> None:
         """The handler is busy with what it was handed: the broker shall wait on."""
         with self.ready:
@@ -184,6 +194,7 @@ class Subscriber:
             if place is None:
                 place = self.places[key] = Place()
             place.wanted = wanted
+            place.acked = place.handed = -1
             place.void()
             place.awaiting = -1
             self._drop(key)
@@ -388,6 +399,7 @@ class Subscriber:
             place = self.places.setdefault(key, Place())
             place.void()
             place.log_id, place.epoch = reset.log_id, -1
+            place.acked = place.handed = -1  # what was acknowledged before is of other data
             self._drop(key)
             self.arrived.append(reset)
             self.ready.notify()

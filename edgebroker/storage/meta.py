@@ -296,7 +296,9 @@ class MetaDatabase:
 
 
 def _group_offset(row: list[Any]) -> GroupOffset:
-    row[5] = bool(row[5])
+    """A row, also one of the schema before, which a full disk keeps from being upgraded."""
+    if len(row) > 5:
+        row[5] = bool(row[5])
     return GroupOffset(*row)
 
 
