@@ -214,7 +214,7 @@ class Model:
         entry = self.group(group).entries.setdefault(member, Entry())
         entry.hung, entry.correlation = False, correlation
         entry.window = (subscribe.window_records, subscribe.window_bytes)
-        named: set[Key] = set()
+        named: dict[Key, None] = {}
         for line in subscribe.wanted:
             keys = self.keys(line)
             if line.partition < 0:
@@ -225,8 +225,8 @@ class Model:
                 entry.pins[keys[0]] = line
             for key in keys:
                 entry.said[key] = line
-            named |= set(keys)
-        entry.fresh |= named
+            named.update(dict.fromkeys(keys))
+        entry.fresh.update(named)
         for key in named:
             spot = self.spot(self.group(group), key)
             if spot.holder is member:
@@ -363,9 +363,9 @@ class Model:
                 spot.commit(offset)
                 spot.pause = (-1, 0.0)
             return
+        spot.suspect = spot.alone and spot.silent
         if spot.alone:
             spot.failed_at = offset
-            spot.suspect = spot.suspect or spot.silent
         if spot.lettering is not None or spot.attempts >= LIMITS.max_attempts:
             spot.waits, spot.retry_at = "letter", self.now
         elif spot.pause[0] == offset and spot.pause[1] > self.now:

@@ -231,7 +231,8 @@ class DeliveryMachine(RuleBasedStateMachine):
         ids = {key: self.world.log(key).identity.log_id_bytes for key in views}
         old = choice % 2 == 0
         lines = [
-            Wanted(*key, start, ids[key], 1, max(0, view.before[-1][2]) if old else view.acked) for key, view in views.items()
+            Wanted(*key, start, ids[key], 1, max(0, view.before[-1][2]) if old else view.acked)
+            for key, view in views.items()
         ]
         if not lines:
             return

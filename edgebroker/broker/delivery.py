@@ -128,6 +128,8 @@ class Delivery:
         for cursor in list(cursors):
             if cursor.state == "behind" and not self._is_behind(cursor):
                 self._set(cursor, "live")
+            elif cursor.state == "damaged" and cursor.next_offset < partition.log_start:
+                self._set(cursor, "live")  # retention has removed the damage
             if chunk is not None and self._fits(cursor, chunk):
                 self._send(cursor, memoryview(chunk), chunk.next_offset)
                 cursor.hint = partition.end_hint()

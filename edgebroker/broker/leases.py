@@ -140,6 +140,8 @@ class Leases:
             cursor.failed_at = offset if place.alone else -1
             if place.alone and group.reasons.get(key, SILENT) in (SILENT, VANISHED):
                 group.suspects[cursor] = None
+            else:
+                group.suspects.pop(cursor, None)
             if key in group.lettering or 0 < self._limits.max_attempts <= place.attempts:
                 self._bury(cursor, place.attempts)
                 return

@@ -41,7 +41,7 @@ class Membership:
             entry = group.members[member] = Subscription(correlation, *windows)
         entry.correlation, entry.hung = correlation, False
         entry.window_records, entry.window_bytes = windows
-        named: set[Key] = set()
+        named: dict[Key, None] = {}
         for line in subscribe.wanted:
             keys = [(line.topic, log.partition) for log in self._engine.partitions(line.topic)]
             if line.partition == -1:
@@ -52,8 +52,8 @@ class Membership:
             else:
                 keys = [(line.topic, line.partition)]
                 entry.pins[keys[0]] = line
-            named.update(keys)
-        entry.begun -= named
+            named.update(dict.fromkeys(keys))
+        entry.begun.difference_update(named)
         for key in named:
             cursor = group.holders.get(key)
             if cursor is not None and cursor.member is member:

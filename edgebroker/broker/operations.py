@@ -147,6 +147,11 @@ class Operations:
     def _apply(
         self, group: Group, found: dict[Log, int], dry_run: bool, done: Callable[[list[Move], str], None]
     ) -> None:
+        for log in found:
+            place = group.place(log)
+            if place is not None and place.refreshing:  # it may have begun while a time was looked up
+                done([], f"{log.name} is being refreshed by this group; its place moves with that")
+                return
         moves = []
         if not dry_run:
             group = self._groups.adopt(group)

@@ -355,6 +355,7 @@ class Consumer:
                 self._begin_again(refresh)
                 raise
             self._switched[refresh.reset_id] = refresh.next_offset
+        self._subscriber.refreshed(TopicPartition(refresh.topic, refresh.partition))
         self._refreshes.pop(TopicPartition(refresh.topic, refresh.partition), None)
         ready = Ready(bytes.fromhex(refresh.reset_id), refresh.topic, refresh.partition, refresh.next_offset)
         self._subscriber.request(lambda correlation: frames.write_ready(correlation, ready), lambda answer: None)

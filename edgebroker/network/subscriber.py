@@ -52,7 +52,7 @@ class Place:
 
     __slots__ = (
         "acked", "asked", "awaiting", "epoch", "expected", "generation", "handed", "held", "kept", "lease", "leaving",
-        "log_id", "old_lease", "parked", "passed", "paused", "resuming", "revoking", "stored", "wanted",
+        "log_id", "old_lease", "parked", "passed", "paused", "refreshing", "resuming", "revoking", "stored", "wanted",
     )  # fmt: skip
 
     def __init__(self, wanted: Wanted | None = None) -> None:
@@ -61,6 +61,7 @@ class Place:
         self.log_id, self.epoch = (wanted.log_id, wanted.epoch) if wanted is not None else (frames.NO_LOG_ID, -1)
         self.generation = self.lease = 0
         self.old_lease = (0, 0)
+        self.refreshing = False
         self.acked = self.handed = self.expected = self.stored = -1
         self.awaiting = self.asked = 0
         self.held = self.leaving = self.resuming = self.revoking = self.paused = False
@@ -210,6 +211,11 @@ class Subscriber:
             line = Wanted(*key, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
         self.loop.call_soon_threadsafe(lambda: self._tell_group(Intent.RELEASE, [line]))
 
+    def refreshed(self, key: TopicPartition) -> None:
+        """The refresh of a partition is over."""
+        with self.ready:
+            self.places[key].refreshing = False
+
     def set_paused(self, key: TopicPartition, paused: bool) -> None:
         with self.ready:
             place = self.places.setdefault(key, Place())
@@ -326,8 +332,8 @@ class Subscriber:
 
     def _resumed(self, key: TopicPartition, place: Place) -> Wanted | None:
         """Where to go on after a reconnect: behind what was acknowledged here, unless another member went on since."""
-        if place.acked < 0:
-            return place.wanted
+        if place.acked < 0 or (place.refreshing and not self._group):
+            return place.wanted  # a reader of its own has to be told of its refresh again
         kind = Start.POSITION if place.kept or not self._group else Start.RESUME
         return Wanted(*key, kind, place.log_id, place.epoch, place.acked) if place.resuming else None
 
@@ -400,6 +406,7 @@ class Subscriber:
             place.void()
             place.log_id, place.epoch = reset.log_id, -1
             place.acked = place.handed = -1  # what was acknowledged before is of other data
+            place.refreshing = True
             self._drop(key)
             self.arrived.append(reset)
             self.ready.notify()
