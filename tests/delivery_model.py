@@ -57,7 +57,7 @@ class Refresh:
 @dataclass(eq=False)
 class Spot:
     """One partition of one group. `waits` says why its holder has no lease. `failed_at` failed and comes alone, behind
-    it the window opens bit by bit; `suspect`: its failure was silent (as far as is known), it is alone for its member."""
+    it the window opens bit by bit; `suspect`: its failure was silent (as far as is known): alone for its member."""
 
     key: Key
     log: Log
