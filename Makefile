@@ -32,7 +32,7 @@ $(VENV)/built: $(VENV)/ready $(SOURCES)
 $(VENV)/ready: pyproject.toml
 	$(MAKE) packages
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" "Cython>=3.1,<4"
+	$(BIN)/pip install --quiet --disable-pip-version-check "setuptools>=77" "Cython>=3.1,<4" "flit_core>=3.2,<4"
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-binary tomli --no-build-isolation --editable ".[dev]"
 	touch $@
 

@@ -492,6 +492,15 @@ cdef class Stage:
     def producer_count(self):
         return len(self.producers)
 
+    def epochs(self):
+        """{producer id: epoch} of everybody remembered."""
+        cdef Window window
+        found = {}
+        for producer_id, value in self.producers.items():
+            window = value
+            found[producer_id] = window.epoch
+        return found
+
     def dump(self, int64_t below):
         """[(producer id, epoch, age stamp, packed (i64 offset, i32 sequence, i32 count, u32 crc, u32 0) entries)] of
         batches below an offset."""

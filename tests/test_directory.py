@@ -13,7 +13,7 @@ import msgspec
 import pytest
 from support import TOPIC, ManualClock, StoreHarness, encode, snapshot, tree
 
-from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError, FormatTooNewError
+from edgebroker.common.errors import Code, DataDirectoryError, DataDirectoryInUseError, FormatTooNewError
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.directory import DataDirectory
@@ -304,6 +304,26 @@ def test_an_old_copy_of_the_database_takes_no_group_back(running: Path, tmp_path
     harness.open()
     assert harness.committed() == 8
     assert len(harness.values()) == 10
+    harness.close()
+
+
+def test_a_producer_goes_on_from_the_epoch_that_only_the_log_knows(tmp_path: Path) -> None:
+    """The power went before the grant was stored: who comes again with the same name must not be fenced for ever."""
+    harness = StoreHarness(tmp_path / "data")
+    harness.create()
+    harness.engine.grant_producer("keeper", 7, 0)
+    harness.append(encode(b"a", sequence=0))
+    harness.close()
+    old = (harness.path / "meta.db").read_bytes()
+    harness.open()
+    harness.engine.grant_producer("keeper", 7, 1)
+    harness.append(encode(b"b", sequence=0, epoch=1))
+    harness.close()
+    (harness.path / "meta.db").write_bytes(old)
+    harness.open()
+    assert harness.engine.producer("keeper") == (7, 1)
+    (placed,) = harness.append(encode(b"c", sequence=0, epoch=2))
+    assert (placed.code, placed.offset) == (Code.OK, 2)
     harness.close()
 
 

@@ -55,6 +55,9 @@ class Stage:
 
     @property
     def producer_count(self) -> int: ...
+    def epochs(self) -> dict[int, int]:
+        """The epoch of every producer that is remembered, by its id."""
+
     def dump(self, below: int) -> list[tuple[int, int, float, bytes]]:
         """What is remembered of batches below an offset: (producer id, epoch, last seen, packed entries)."""
 

@@ -93,11 +93,22 @@ class SegmentStore:
                 logs = self._opener.open_topic(topic_path, state)
                 if logs:
                     self._topics[topic_path.name] = logs
+        self._raise_epochs()
         self._housekeeping = Housekeeping(
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, self._committer,
             self._metadata, self._reader, self._quarantine,
         )  # fmt: skip
         self._housekeeping.start()
+
+    def _raise_epochs(self) -> None:
+        """A record can be older on the disk than its producer's grant, which is stored behind the answer: who comes
+        again under that name must get a newer epoch than any in the logs, or is fenced by its own past."""
+        clients = {producer_id: client for client, (producer_id, _) in self._producers.items()}
+        for partition in self.logs():
+            for producer_id, epoch in partition.stage.epochs().items():
+                client = clients.get(producer_id)
+                if client is not None and self._producers[client][1] < epoch:
+                    self._producers[client] = (producer_id, epoch)
 
     def close(self, timeout: float) -> bool:
         """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this."""

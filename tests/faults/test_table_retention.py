@@ -39,12 +39,14 @@ class Table:
     def publish(self, count: int) -> None:
         """Change `count` rows; each fills some of a segment. Key 0 is written once and never again."""
         with Producer(self.broker.server, client_id="keeper", timeout=30.0) as producer:
+            sent = []
             for _ in range(count):
                 key = f"k{self._n % KEYS or (0 if self._n == 0 else 1)}"
                 self.live[key] = f"{self._n}{FILLER}"
-                producer.send(TOPIC, self.live[key].encode(), key.encode(), partition=0)
+                sent.append(producer.send(TOPIC, self.live[key].encode(), key.encode(), partition=0))
                 self._n += 1
-            producer.flush(SECONDS)
+            for each in sent:
+                each.result(SECONDS)
 
     def part(self) -> dict[str, Any]:
         (found,) = call(self.broker.admin, "GET", f"/v1/topics/{TOPIC}")["partitions"]
@@ -67,9 +69,11 @@ class Table:
         """Announce one by a client of this test and publish every live row; it is not complete yet."""
         begun = dict(call(self.broker.admin, "POST", f"/v1/topics/{TOPIC}/snapshot", {"client_id": "copyist"}))
         with Producer(self.broker.server, client_id="copyist", timeout=30.0) as producer:
-            for key, value in self.live.items():
-                producer.send(TOPIC, value.encode(), key.encode(), partition=0)
-            producer.flush(SECONDS)
+            sent = [
+                producer.send(TOPIC, value.encode(), key.encode(), partition=0) for key, value in self.live.items()
+            ]
+            for each in sent:
+                each.result(SECONDS)
         return begun
 
     def complete(self, begun: dict[str, Any]) -> None:
