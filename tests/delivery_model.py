@@ -73,6 +73,7 @@ class Spot:
     refresh: Refresh | None = None
     announced: bool = True
     last_client: str | None = None
+    moved_end: int = -1
     # what concerns its holder
     holder: Member | None = None
     generation: int = -1
@@ -226,7 +227,7 @@ class Model:
             for key in keys:
                 entry.said[key] = line
             named.update(dict.fromkeys(keys))
-        entry.fresh.update(named)
+        entry.fresh.update(key for key in named if self.spot(self.group(group), key).holder is None)
         for key in named:
             spot = self.spot(self.group(group), key)
             if spot.holder is member:
@@ -327,7 +328,7 @@ class Model:
         own = spot.last_client == spot.holder.client_id
         start = line.start if line is not None else Start.COMMITTED
         if start is Start.RESUME:
-            counts = own or spot.last_client is None
+            counts = (own or spot.last_client is None) and (spot.place or 0) >= spot.moved_end
         else:
             counts = fresh or (own and start is Start.POSITION)
         spot.epoch = -1
@@ -413,7 +414,7 @@ class Model:
 
     def moved(self, spot: Spot, offset: int) -> None:
         spot.commit(offset)
-        spot.pause, spot.last_client = (-1, 0.0), ""
+        spot.pause, spot.last_client, spot.moved_end = (-1, 0.0), "", spot.log.durable_end
         if spot.holder is not None:
             spot.epoch = -1
             self.resume(spot, offset)
@@ -474,7 +475,7 @@ class Model:
             if any(hole.next > start for hole in spot.log.holes):
                 return Code.NO_SNAPSHOT
         spot.commit(start)
-        spot.pause = (-1, 0.0)
+        spot.pause, spot.moved_end = (-1, 0.0), -1
         spot.refresh = Refresh(start, spot.log.durable_end)
         if spot.holder is not None:
             spot.stand(start, "reset")
@@ -615,6 +616,7 @@ class Model:
             fresh = self.groups[name] = GroupModel(name)
             for key, old in group.spots.items():
                 spot = Spot(key, old.log, fresh, old.place, old.attempts, old.alone, refresh=old.refresh)
+                spot.moved_end = old.moved_end
                 fresh.spots[key] = spot
 
     # ---- what holds whenever nothing is left to do ----

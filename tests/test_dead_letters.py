@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,11 @@ from rawclient import RawClient
 
 from edgebroker.broker.deadletters import HEADERS
 from edgebroker.common import batch, codecs
+from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
-from edgebroker.common.records import Record
+from edgebroker.common.records import Record, restamp
 from edgebroker.common.types import AckLevel, Start
+from edgebroker.network import frames
 from edgebroker.network.frames import FrameType, GapReason
 
 # Two attempts without a pause between them; time passes only when a test lets it.
@@ -355,3 +358,34 @@ def test_a_record_that_is_damaged_by_now(tmp_path: Path, on_damage: str) -> None
         assert client.deliver().offsets[0] == 10
         assert broker.http("GET", "/v1/topics/t.dlq")[0] == 404
         assert broker.counters()["dead_letters"] == 0
+
+
+@pytest.mark.parametrize("on_damage", ["wait", "skip"])
+def test_a_record_that_cannot_be_decoded(broker: RunningBroker, on_damage: str) -> None:
+    """What a mirror takes over is checked by its CRC only: such a record waits for the operator, and says so."""
+    broker.create("t", on_damage=on_damage)
+    broker.raw("producer").publish("t", numbered(0, 1))
+    log = broker.broker.engine.log("t", 0)
+    assert log is not None
+    bad = bytearray(restamp(batch_of(b"bad"), 1, log.epoch))
+    bad[batch.HEADER_BYTES] = 0x7E  # a record longer than its batch
+    struct.pack_into(">I", bad, 17, crc32c(bad[21:]))
+    taken = broker.call(lambda: broker.broker.engine.append_numbered(log, memoryview(bytes(bad))))
+    assert taken == (len(bad), 0)
+    broker.raw("producer").publish("t", numbered(2, 1))
+    client = broker.raw("client")
+    correlation = client.next_correlation() + 1
+    client.subscribe("t", "g")
+    for _ in range(2):
+        head = frames.read_deliver(memoryview(client.take(FrameType.DELIVER).body))
+        while not head.first <= 1 <= head.last:
+            head = frames.read_deliver(memoryview(client.take(FrameType.DELIVER).body))
+        assert client.nack(head, 1) is Code.OK
+    if on_damage == "wait":
+        told = client.answer(correlation)
+        assert (told.code, "on_damage = skip" in told.message) == (Code.CORRUPT, True)
+        assert line_of(broker)["member"]["state"] == "dead_lettering"
+        assert broker.http("PATCH", "/v1/topics/t", {"on_damage": "skip"})[0] == 200
+        broker.advance(2)
+    assert client.deliver().offsets == [2]
+    assert broker.counters()["dead_letters"] == 0

@@ -283,11 +283,11 @@ def objects_of(broker: RunningBroker) -> dict[str, dict]:
     """One of each, with all that can be in it."""
     broker.create("t", kind="table")
     client = broker.raw("raw")
-    status, begun = broker.http("POST", "/v1/topics/t/snapshot", {"client_id": "raw"})
+    status, begun = broker.http("POST", "/v1/topics/t/snapshot", {"client_id": "__snapshot-1"})
     assert (status, set(begun), begun["first"]) == (201, {"id", "first"}, {"0": 0})
-    client.publish("t", numbered(0, 3))
+    broker.raw("__snapshot-1").publish("t", numbered(0, 3))
     assert broker.http("POST", f"/v1/topics/t/snapshot/{begun['id']}") == (200, {})
-    assert broker.http("POST", "/v1/topics/t/snapshot", {"client_id": "raw"})[0] == 201
+    assert broker.http("POST", "/v1/topics/t/snapshot", {"client_id": "__snapshot-1"})[0] == 201
     client.subscribe("t", "g")
     client.deliver()
     assert client.ask_reset("t").code is Code.OK

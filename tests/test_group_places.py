@@ -110,6 +110,7 @@ def test_what_nobody_held_begins_where_the_member_says(
         (7, 4, "another epoch"),
         (7, 4, "another member"),
         (7, 4, "an operator"),
+        (7, 4, "an operator and a restart"),
         (7, 7, "a restart"),
     ],
 )
@@ -129,10 +130,10 @@ def test_resume(tmp_path: Path, value: int, expected: int, why: str) -> None:
             other = join(broker, "other", FROM_START._replace(start=Start.COMMITTED))
             other.deliver()
             other.leave("t", 1)
-        elif why == "an operator":
+        elif why.startswith("an operator"):
             move = {"topic": "t", "partition": 1, "to": "4"}
             assert broker.http("POST", "/v1/groups/g/offsets", move)[0] == 200
-        if why != "a restart":
+        if not why.endswith("a restart"):
             assert join(broker, "client", line).assigned().offset == expected
             return
     with running(tmp_path / "data") as broker:
@@ -220,3 +221,19 @@ def test_joining_while_the_node_stops(tmp_path: Path, before: bool, code: Code, 
     with running(tmp_path / "data") as again:
         status, group = again.http("GET", "/v1/groups/g")
         assert (group["partitions"][0]["committed"] if status == 200 else -1) == expected
+
+
+@pytest.mark.parametrize(("first", "expected"), [("join", 4), ("leave", 10)])
+def test_who_held_a_partition_when_the_line_came(broker: RunningBroker, first: str, expected: int) -> None:
+    """Also when its holder goes in the same turn: the partition is handed on with the group's place, nothing passed."""
+    holder = join(broker, "holder", FROM_START)
+    assert holder.acked(holder.deliver().head, 4) is Code.OK
+    newcomer = broker.raw("newcomer")
+    sessions = {session.client_id: session for session in broker.broker.sessions}
+    latest = Subscribe(Intent.JOIN, "g", 0, 0, [FROM_START._replace(start=Start.LATEST)])
+    steps = [
+        lambda: sessions["newcomer"]._on_subscribe(99, latest),
+        lambda: sessions["holder"].transport.close("gone"),
+    ]
+    broker.call(lambda: [step() for step in (steps if first == "join" else reversed(steps))])
+    assert newcomer.assigned().offset == expected

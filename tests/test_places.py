@@ -72,19 +72,24 @@ def test_a_deleted_group_may_begin_again(harness: StoreHarness) -> None:
     assert harness.committed() == 2
 
 
-def test_places_of_the_schema_before(harness: StoreHarness) -> None:
-    """Version 2 knew neither attempts nor refreshes."""
+COLUMNS = ("attempts", "alone", "reset_id", "reset_from", "target", "moved_end")
+
+
+@pytest.mark.parametrize(("version", "lacking"), [(2, COLUMNS), (3, COLUMNS[-1:])])
+def test_places_of_the_schemas_before(harness: StoreHarness, version: int, lacking: tuple[str, ...]) -> None:
+    """Version 2 knew neither attempts nor refreshes, 3 no moves by an operator."""
     harness.fill(5)
     harness.commit(3)
     harness.close()
     (harness.path / "offsets.snap").unlink()
     with sqlite3.connect(harness.path / "meta.db") as database:
-        for column in ("attempts", "alone", "reset_id", "reset_from", "target"):
+        for column in lacking:
             database.execute(f"ALTER TABLE group_offsets DROP COLUMN {column}")
-        database.execute("PRAGMA user_version=2")
+        database.execute(f"PRAGMA user_version={version}")
     harness.open()
     assert harness.committed() == 3
-    assert not harness.engine.group_offsets()["tills", TOPIC, 0].refreshing
+    place = harness.engine.group_offsets()["tills", TOPIC, 0]
+    assert (place.refreshing, place.moved_end) == (False, -1)
     harness.close()
     with sqlite3.connect(harness.path / "meta.db") as database:
         assert database.execute("PRAGMA user_version").fetchone() == (VERSION,)

@@ -84,8 +84,12 @@ class DeadLetters:
 
             def encoded() -> None:
                 letter = found[0]
-                if isinstance(letter, str):
-                    done(Code.CORRUPT, letter)
+                if isinstance(letter, str) and source.settings.on_damage == "skip":
+                    done(Code.OK, f"it cannot be decoded ({letter}), and on_damage is skip")
+                elif isinstance(letter, str):
+                    done(
+                        Code.CORRUPT, f"it cannot be decoded ({letter}); set on_damage = skip for the topic to pass it"
+                    )
                 elif not letter:
                     done(Code.OK, "there is no record any more")
                 else:

@@ -117,15 +117,22 @@ class Groups:
         self.group(group, now).places[topic, partition] = offset
 
     def commit(self, group: Group, log: Log, offset: int, *, attempts: int = 0, alone: bool = False) -> None:
-        """Move a group's place; what is known about its refresh stays."""
+        """Move a group's place; what is known about its refreshes and moves stays."""
         place = group.place(log)
         if place is not None and (place.next_offset, place.attempts, place.alone) == (offset, attempts, alone):
             return
-        if place is None or not place.reset_id:
+        if place is None:
             moved = GroupOffset(log.identity.log_id, log.epoch, offset, 0, attempts, alone)
         else:
             moved = replace(place, epoch=log.epoch, next_offset=offset, attempts=attempts, alone=alone)
         self.put(group, log, moved)
+
+    def move(self, group: Group, log: Log, offset: int) -> None:
+        """commit() by an operator: what members acknowledged before does not take the group past the new place."""
+        self.commit(group, log, offset)
+        place = group.place(log)
+        assert place is not None
+        self.put(group, log, replace(place, moved_end=log.durable_end))
 
     def put(self, group: Group, log: Log, place: GroupOffset) -> None:
         """Replace a group's place; stored within 50 ms (Engine.when_stored tells when)."""

@@ -91,7 +91,8 @@ class Leases:
                 assert wanted is not None
                 same = wanted.log_id == partition.identity.log_id_bytes
                 known = wanted.epoch <= partition.epoch and partition.identity.contains(wanted.epoch, wanted.value)
-                if same and known and wanted.value <= partition.durable_end:
+                rewound = stored is not None and stored.rewound
+                if same and known and wanted.value <= partition.durable_end and not rewound:
                     offset = max(offset, wanted.value)
             case Start.OFFSET:
                 assert wanted is not None

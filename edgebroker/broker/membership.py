@@ -61,7 +61,7 @@ class Membership:
                 cursor.window_records, cursor.window_bytes = windows
                 cursor.revoking = False
                 self._leases.place(cursor, self._line(group, cursor, entry, fresh=True))
-        self._changed(group, {(member, key) for key in named})
+        self._changed(group, {(member, key) for key in named if key not in group.holders})
 
     def release(self, member: Member, group: Group, wanted: list[Wanted]) -> None:
         """Give partitions back now that are being revoked; what is in flight will be delivered to the next holder."""
@@ -137,7 +137,8 @@ class Membership:
         return [member for member, entry in group.members.items() if entry.wants(key)]
 
     def _changed(self, group: Group, fresh: Collection[tuple[Member, Key]] = ()) -> None:
-        """Divide the group's partitions anew at the end of this turn. `fresh`: lines that say where a member begins."""
+        """Divide the group's partitions anew at the end of this turn. `fresh`: lines that say where a member begins, as
+        nobody held the partition when they came."""
         self._dirty.setdefault(group, set()).update(fresh)
 
     def divide_changed(self) -> None:
@@ -161,7 +162,6 @@ class Membership:
         wanted_by, logs = self._wishes(group)
         holders = {key: cursor.member for key, cursor in group.holders.items() if not cursor.revoking}
         refreshing = {key for key, place in group.places.items() if place.refreshing}
-        held = set(group.holders)
         for key, member in divide(wanted_by, holders, refreshing).items():
             if member not in group.members:
                 continue  # telling it showed that it is gone: another division follows
@@ -174,7 +174,7 @@ class Membership:
                 self._revoking[holder] = None
                 holder = group.holders.get(key)
             if holder is None:
-                self._grant(group, logs[key], member, key not in held and (member, key) in fresh)
+                self._grant(group, logs[key], member, (member, key) in fresh)
 
     def _wishes(self, group: Group) -> tuple[dict[Key, list[Member]], dict[Key, Log]]:
         """For each partition the members that want it (those that hang only when there is no other), and its log."""

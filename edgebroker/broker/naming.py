@@ -2,6 +2,8 @@
 
 import re
 
+# What the client id of a producer that writes a snapshot of a table begins with.
+SNAPSHOT_CLIENTS = "__snapshot-"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\Z")
 
 

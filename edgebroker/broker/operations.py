@@ -164,7 +164,7 @@ class Operations:
             group.pauses.pop(key, None)
             group.reasons.pop(key, None)
             group.last_clients[key] = ""  # no client resumes behind what it acknowledged before
-            self._groups.commit(group, log, offset)
+            self._groups.move(group, log, offset)
             holder = group.holders.get(key)
             if holder is not None:
                 self._leases.move(holder, offset)

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from edgebroker.broker.metrics import Metrics
-from edgebroker.broker.naming import check_topic_name
+from edgebroker.broker.naming import SNAPSHOT_CLIENTS, check_topic_name
 from edgebroker.common import codecs, records
 from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason, read_header
 from edgebroker.common.errors import Code, CorruptBatchError, InflatedTooLargeError
@@ -74,7 +74,6 @@ class Publishing:
         self._written: dict[Log, deque[Waiting]] = {}
         self._held: dict[Publisher, None] = {}
         self._exclusive: dict[Log, str] = {}
-        self._refused: set[tuple[Log, str]] = set()
         self.waiting_bytes = 0
         self.draining = False
 
@@ -97,8 +96,8 @@ class Publishing:
             refusal = (Code.UNKNOWN_TOPIC, check_topic_name(run.topic))
         elif self._exclusive and self._exclusive.get(log, session.client_id) != session.client_id:
             refusal = (Code.OVERLOADED, f"a snapshot is being written to {log.name}; try again in a moment")
-        if self._refused and (log, session.client_id) in self._refused:
-            refusal = (Code.FENCED, f"the snapshot of {run.topic} was given up; begin it again")
+        elif session.client_id.startswith(SNAPSHOT_CLIENTS) and self.reserved(log) != session.client_id:
+            refusal = (Code.FENCED, f"the snapshot of {run.topic} is not under way any more; begin it again")
         if refusal is not None:
             self._refuse_all(session, run, *refusal)
             return None
@@ -149,10 +148,6 @@ class Publishing:
     def reserve(self, log: Log, client_id: str) -> None:
         """Only this client may publish to a log, until free()."""
         self._exclusive[log] = client_id
-
-    def refuse(self, log: Log, client_id: str) -> None:
-        """This client may not publish to a log any more."""
-        self._refused.add((log, client_id))
 
     def free(self, log: Log) -> None:
         self._exclusive.pop(log, None)

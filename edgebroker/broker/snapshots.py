@@ -5,7 +5,9 @@
     complete() an END batch into every partition; once it is durable the identity says where the snapshot lies
 
 While it is written nobody else can publish to the topic (OVERLOADED, retryable): else a snapshot could put an old value
-behind a newer one. A snapshot without END is none: its records are ordinary ones. Control batches are those of Kafka
+behind a newer one. For the same reason the client's name tells that it writes a snapshot (SNAPSHOT_CLIENTS): what it
+publishes when that is over, or after a restart of the node, is FENCED. A snapshot without END is none: its records are
+ordinary ones. Control batches are those of Kafka
 (attribute bit 5; one record whose key is i16 version 0, i16 type) with the types 100 and 101, and the value is the
 snapshot's id (16 bytes) and the offset of its BEGIN batch (i64).
 """
@@ -19,6 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from edgebroker.broker.metrics import Metrics
+from edgebroker.broker.naming import SNAPSHOT_CLIENTS
 from edgebroker.broker.publishing import Publishing
 from edgebroker.broker.refreshing import Refreshing
 from edgebroker.common.batch import CONTROL_BIT
@@ -72,7 +75,9 @@ class Snapshots:
         """Reserve a table for a client and write BEGIN; done with the snapshot once that is durable."""
         logs = self._engine.partitions(topic)
         refusal = self._engine.refusal()
-        if logs[0].settings.kind != "table":
+        if not client_id.startswith(SNAPSHOT_CLIENTS):
+            refusal = (Code.INVALID_BATCH, f"the client id of who writes a snapshot begins with {SNAPSHOT_CLIENTS}")
+        elif logs[0].settings.kind != "table":
             refusal = (Code.INVALID_BATCH, f"{topic} is a stream; only tables have snapshots")
         elif logs[0].identity.origin != self._engine.node_uid:
             refusal = (Code.NOT_ORIGIN, f"{topic} is written by node {logs[0].identity.origin} only; do it there")
@@ -102,13 +107,16 @@ class Snapshots:
             if code is not Code.OK:
                 done(code, message)
                 return
-            rest = set(snapshot.logs)
+            answers: list[tuple[Code, str]] = []
 
-            def noted(partition: Log, code: Code, message: str) -> None:
-                rest.discard(partition)
-                if code is not Code.OK:
-                    done(code, message)
-                elif not rest:
+            def noted(code: Code, message: str) -> None:
+                answers.append((code, message))
+                if len(answers) < len(snapshot.logs):
+                    return
+                failed = next((answer for answer in answers if answer[0] is not Code.OK), None)
+                if failed is not None:
+                    done(*failed)
+                else:
                     self._metrics.snapshots_completed += 1
                     log.info("a snapshot of %s is complete", topic)
                     for each in snapshot.logs:
@@ -120,7 +128,7 @@ class Snapshots:
                     partition,
                     snapshot.begins[partition],
                     snapshot.ends[partition],
-                    lambda code, message, partition=partition: noted(partition, code, message),  # type: ignore[misc]
+                    noted,
                 )
 
         for partition in snapshot.logs:
@@ -135,8 +143,7 @@ class Snapshots:
             done(Code.OK, "")
 
     def sweep(self) -> None:
-        """Give up snapshots whose client is gone. What it would still publish is refused: it could be older than what
-        others publish from now on."""
+        """Give up snapshots whose client is gone."""
         now = self._scheduler.now()
         for topic, snapshot in list(self._snapshots.items()):
             if not snapshot.active_at or self._connected(snapshot.client_id):
@@ -144,8 +151,6 @@ class Snapshots:
             elif now - snapshot.active_at > IDLE_SECONDS:
                 log.warning("the snapshot of %s by %s was given up: its client is gone", topic, snapshot.client_id)
                 self._free(topic)
-                for partition in snapshot.logs:
-                    self._publishing.refuse(partition, snapshot.client_id)
 
     def on_durable(self, partition: Log) -> None:
         """A log grew."""

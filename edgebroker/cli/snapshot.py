@@ -38,7 +38,7 @@ class Row(NamedTuple):
 def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | None, bytes]] | None) -> int:
     """`content`: (key, value) of the whole table, None: what is live in it now."""
     topic = call(options.admin, "GET", f"/v1/topics/{quote(options.topic)}")
-    client_id = f"snapshot-{secrets.token_hex(8)}"
+    client_id = f"__snapshot-{secrets.token_hex(8)}"
     path = f"/v1/topics/{quote(options.topic)}/snapshot"
     failures: list[Exception] = []
 

@@ -33,6 +33,7 @@ CREATE TABLE IF NOT EXISTS holes (topic TEXT, partition INTEGER, first INTEGER, 
 CREATE TABLE IF NOT EXISTS group_offsets (grp TEXT, topic TEXT, partition INTEGER, log_id TEXT, epoch INTEGER,
     next_offset INTEGER, revision INTEGER, attempts INTEGER DEFAULT 0, alone INTEGER DEFAULT 0,
     reset_id TEXT DEFAULT '', reset_from INTEGER DEFAULT -1, target INTEGER DEFAULT -1,
+    moved_end INTEGER DEFAULT -1,
     PRIMARY KEY (grp, topic, partition)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS producers (client_id TEXT PRIMARY KEY, producer_id INTEGER, epoch INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS windows (topic TEXT, partition INTEGER, producer_id INTEGER, epoch INTEGER, age REAL,
@@ -40,13 +41,15 @@ CREATE TABLE IF NOT EXISTS windows (topic TEXT, partition INTEGER, producer_id I
 CREATE TABLE IF NOT EXISTS window_marks (topic TEXT, partition INTEGER, below INTEGER,
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 """
-VERSION = 3
-_FROM_VERSION_2 = """
+VERSION = 4
+_FROM_VERSION_3 = "ALTER TABLE group_offsets ADD COLUMN moved_end INTEGER DEFAULT -1;"
+_FROM_VERSION_2 = f"""
 ALTER TABLE group_offsets ADD COLUMN attempts INTEGER DEFAULT 0;
 ALTER TABLE group_offsets ADD COLUMN alone INTEGER DEFAULT 0;
 ALTER TABLE group_offsets ADD COLUMN reset_id TEXT DEFAULT '';
 ALTER TABLE group_offsets ADD COLUMN reset_from INTEGER DEFAULT -1;
 ALTER TABLE group_offsets ADD COLUMN target INTEGER DEFAULT -1;
+{_FROM_VERSION_3}
 """
 # Primary result codes that speak of the disk, not of what the file holds.
 _NOT_WRITABLE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY}
@@ -65,6 +68,8 @@ class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
     alone       it is delivered alone until it is acknowledged
     reset_id    the group's last refresh of this partition (hex, "" when there was none), begun at reset_from; it lasts
     target      until READY says that the group has reached this offset (-1: the refresh is over)
+    moved_end   where the log ended when an operator moved the place (-1: nobody did): what members had acknowledged
+                before that lies below
     """
 
     log_id: str
@@ -76,6 +81,7 @@ class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
     reset_id: str = ""
     reset_from: int = -1
     target: int = -1
+    moved_end: int = -1
 
     @property
     def deleted(self) -> bool:
@@ -85,6 +91,11 @@ class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
     @property
     def refreshing(self) -> bool:
         return self.target >= 0
+
+    @property
+    def rewound(self) -> bool:
+        """An operator moved the place, and the group has not come to where the log ended then."""
+        return self.next_offset < self.moved_end
 
 
 class SegmentRow(NamedTuple):
@@ -208,7 +219,7 @@ class MetaDatabase:
                 cursor.execute("DELETE FROM group_offsets WHERE grp=? AND topic=? AND partition=?", group_key)
             else:
                 cursor.execute(
-                    "REPLACE INTO group_offsets VALUES (?,?,?,?,?,?,?,?,?,?,?,?)",
+                    "REPLACE INTO group_offsets VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (*group_key, *msgspec.structs.astuple(offset)),
                 )
         cursor.executemany(
@@ -270,10 +281,11 @@ class MetaDatabase:
         connection.execute("PRAGMA mmap_size=0")
         connection.execute("PRAGMA cache_size=-1024")
         version = connection.execute("PRAGMA user_version").fetchone()[0]
-        if version not in (0, 2, VERSION):
+        if version not in (0, 2, 3, VERSION):
             raise sqlite3.DatabaseError(f"schema {version} is not the one that this release knows")
-        if version == 2:
-            connection.executescript(f"BEGIN;{_FROM_VERSION_2}PRAGMA user_version={VERSION};COMMIT;")
+        if version in (2, 3):
+            upgrade = _FROM_VERSION_2 if version == 2 else _FROM_VERSION_3
+            connection.executescript(f"BEGIN;{upgrade}PRAGMA user_version={VERSION};COMMIT;")
         connection.executescript(_SCHEMA)
         if version != VERSION:
             connection.execute(f"PRAGMA user_version={VERSION}")

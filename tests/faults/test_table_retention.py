@@ -66,12 +66,10 @@ class Table:
         until(gone, SECONDS, "retention removes the beginning")
 
     def begin_snapshot(self) -> dict[str, Any]:
-        """Announce one by a client of this test and publish every live row; it is not complete yet."""
-        begun = dict(call(self.broker.admin, "POST", f"/v1/topics/{TOPIC}/snapshot", {"client_id": "copyist"}))
-        with Producer(self.broker.server, client_id="copyist", timeout=30.0) as producer:
-            sent = [
-                producer.send(TOPIC, value.encode(), key.encode(), partition=0) for key, value in self.live.items()
-            ]
+        """Announce one and publish every live row; it is not complete yet."""
+        begun = dict(call(self.broker.admin, "POST", f"/v1/topics/{TOPIC}/snapshot", {"client_id": "__snapshot-test"}))
+        with Producer(self.broker.server, client_id="__snapshot-test", timeout=30.0) as producer:
+            sent = [producer.send(TOPIC, value.encode(), key.encode(), partition=0) for key, value in self.live.items()]
             for each in sent:
                 each.result(SECONDS)
         return begun
