@@ -19,6 +19,7 @@ cdef extern from "recordbatch.h" nogil:
         EB_BAD_CRC
         EB_BAD_RECORD
         EB_BAD_OFFSET
+        EB_BAD_EPOCH
     ctypedef struct eb_batch:
         int64_t base_offset, base_timestamp, max_timestamp, producer_id
         int32_t length, epoch, last_delta, base_sequence, count

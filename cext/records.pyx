@@ -3,7 +3,7 @@ cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
-from libc.stdint cimport INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t, uint16_t
+from libc.stdint cimport INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
 from libc.string cimport memcpy
 
 from recordbatch cimport *
@@ -128,6 +128,22 @@ def header(data, size_t position=0):
     return reason, (batch.base_offset, batch.size, batch.epoch, batch.crc, batch.attributes, batch.count,
                     batch.base_timestamp, batch.max_timestamp, batch.producer_id, batch.producer_epoch,
                     batch.base_sequence)
+
+
+def chain(data, uint32_t value):
+    cdef Py_buffer view
+    cdef eb_batch batch
+    cdef size_t position = 0
+    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
+    try:
+        while position < <size_t>view.len:
+            if eb_frame_batch(<const uint8_t *>view.buf + position, <size_t>view.len - position, 1 << 31, &batch):
+                raise ValueError("whole batches are expected")
+            value = eb_chain(value, <const uint8_t *>view.buf + position)
+            position += batch.size
+    finally:
+        PyBuffer_Release(&view)
+    return value
 
 
 def check_inflated(batch_bytes, plain, size_t max_record):

@@ -378,7 +378,7 @@ cdef class Stage:
             PyBuffer_Release(&view)
         return answers, frames, wait, records
 
-    def append_numbered(self, data, double now):
+    def append_numbered(self, data, double now, int32_t max_epoch=0x7FFFFFFF):
         """Stage batches that carry their offsets already: CRC, density and epoch order are checked, bytes kept.
 
         Returns (bytes taken, reason it stopped).
@@ -392,6 +392,8 @@ cdef class Stage:
             while position < <size_t>view.len:
                 reason = eb_check_stored_batch(<const uint8_t *>view.buf + position, <size_t>view.len - position,
                                                self.max_batch, self.next_offset, self.epoch, 1, &batch)
+                if reason == EB_OK and batch.epoch > max_epoch:
+                    reason = EB_BAD_EPOCH
                 if reason:
                     break
                 self.reserve(batch.size)

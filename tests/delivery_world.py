@@ -407,5 +407,6 @@ class World:
     def on_failed(self, log: Log, code: Code, message: str) -> None:
         raise AssertionError("memory does not fail")
 
+    def on_topic(self, name: str) -> None: ...
     def retention_floor(self, log: Log) -> int | None:
         return self.groups.floor(log, self.loop.now())

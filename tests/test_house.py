@@ -14,8 +14,9 @@ MAY_IMPORT = {
     "common": set(),
     "storage": {"common"},
     "network": {"common"},
-    "broker": {"common", "storage", "network", "version"},
-    "cli": {"common", "storage", "network", "broker", "version"},
+    "pipe": {"common"},
+    "broker": {"common", "storage", "network", "pipe", "version"},
+    "cli": {"common", "storage", "network", "pipe", "broker", "version"},
 }
 
 # Modules and calls that only these files may use.
@@ -33,11 +34,12 @@ HOMES = {
     "os.ftruncate": {"storage/files.py"},
     "os.environ": {"common/config.py", "cli/main.py", "cli/process.py"},
     "time": {"common/clock.py"},
-    "h11": {"network/http.py"},
+    "h11": {"network/http.py", "network/httpclient.py"},
 }
 SOCKETS = {
-    "network/loop.py", "network/transport.py", "network/http.py", "network/link.py", "network/producer.py",
-    "network/consumer.py", "broker/broker.py", "broker/session.py", "cli/adminclient.py", "common/config.py",
+    "network/loop.py", "network/transport.py", "network/http.py", "network/httpclient.py", "network/link.py",
+    "network/producer.py", "network/consumer.py", "broker/broker.py", "broker/session.py", "cli/adminclient.py",
+    "common/config.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600

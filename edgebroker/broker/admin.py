@@ -1,8 +1,9 @@
 """The admin interface: JSON over HTTP for operators, scripts and the command line (docs/protocol.md lists it).
 
-GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients
+GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients  /v1/pipe
 POST /v1/topics   PATCH /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
 POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
+POST /v1/topics/NAME/accept   POST /v1/pipe
 """
 
 from __future__ import annotations
@@ -75,6 +76,12 @@ class Admin:
                 self._broker.snapshots.complete(name, snapshot, _report(reply))
             case "DELETE", ["v1", "topics", name, "snapshot", snapshot]:
                 self._broker.snapshots.abort(name, snapshot, _report(reply))
+            case "POST", ["v1", "topics", name, "accept"]:
+                self._accept(name, _report(reply))
+            case "GET", ["v1", "pipe"]:
+                reply(Response(200, self._pipe()))
+            case "POST", ["v1", "pipe"]:
+                self._broker.feeding.answer(request, reply)
             case "GET", ["v1", "groups"]:
                 self._list("groups", self._sorted_groups(), self._group, reply)
             case "GET", ["v1", "groups", name]:
@@ -84,7 +91,7 @@ class Admin:
                 self._operate(name, [request.method, *verb], request, reply)
             case "GET", ["v1", "clients"]:
                 self._list("clients", list(self._broker.sessions), self._client, reply)
-            case _, ["healthz" | "readyz"] | ["v1", "node" | "topics" | "groups" | "clients", *_]:
+            case _, ["healthz" | "readyz"] | ["v1", "node" | "topics" | "groups" | "clients" | "pipe", *_]:
                 reply(Response(405, {"error": f"{request.method} is not allowed for {request.path}"}))
             case _:
                 reply(Response(404, {"error": f"there is no {request.path}"}))
@@ -104,7 +111,7 @@ class Admin:
 
     def _ready(self) -> Response:
         broker = self._broker
-        problems = broker.engine.problems()
+        problems = broker.problems()
         checks = {"started": "ok" if broker.ready else "stopping or starting", "storage": "ok"}
         blocking = {name: why for name, why in problems.items() if name in ("read_only", "disk_full", "disk_stalled")}
         if blocking:
@@ -123,7 +130,7 @@ class Admin:
             "version": __version__,
             "uptime_seconds": round(broker.clock.monotonic() - broker.started_at, 3),
             "connections": len(broker.sessions),
-            "problems": broker.engine.problems(),
+            "problems": broker.problems(),
             "loop": {
                 "turns": broker.loop.turns,
                 "slow_callbacks": broker.loop.slow_callbacks,
@@ -265,6 +272,23 @@ class Admin:
 
         self._broker.engine.create_topic(new.name, settings, done)
 
+    def _pipe(self) -> dict[str, object]:
+        broker = self._broker
+        parent = broker.piping.describe() if broker.piping is not None else None
+        return {"parent": parent, "children": broker.feeding.describe()}
+
+    def _accept(self, name: str, done: Callable[[Code, str], None]) -> None:
+        """An operator accepts what cannot be undone: that records are lost, or that the parent has another log."""
+        broker = self._broker
+        logs = broker.engine.partitions(name)
+        lost = [log for log in logs if log in broker.publishing.lost]
+        if lost:
+            self._operations.accept_loss(name, lost, broker.publishing.loss_accepted, done)
+        elif logs and broker.piping is not None:
+            broker.piping.accept(name, done)
+        else:
+            done(Code.UNKNOWN_TOPIC, f"there is nothing to accept about topic {name} on this node")
+
     def _begin_snapshot(self, name: str, request: Request, reply: Reply) -> None:
         if not self._broker.engine.partitions(name):
             reply(_no_topic(name))
@@ -339,6 +363,10 @@ class Admin:
         logs = self._broker.engine.partitions(name)
         if not logs:
             reply(_no_topic(name))
+            return
+        if logs[0].identity.origin != self._broker.engine.node_uid:
+            origin = logs[0].identity.origin
+            reply(_refusal(Code.NOT_ORIGIN, f"{name} is written by node {origin} only; change its settings there"))
             return
         try:
             changes = msgspec.json.decode(request.body, type=dict[str, object])

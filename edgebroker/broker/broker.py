@@ -8,24 +8,28 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgebroker.broker.admin import Admin
 from edgebroker.broker.deadletters import DeadLetters
 from edgebroker.broker.delivery import Delivery
+from edgebroker.broker.feeding import Feeding, Node
 from edgebroker.broker.groups import Groups
 from edgebroker.broker.leases import LeaseLimits, Leases
 from edgebroker.broker.membership import Membership
 from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.publishing import Publishing, PublishLimits
+from edgebroker.broker.readers import Readers
 from edgebroker.broker.refreshing import Refreshing
 from edgebroker.broker.session import Session
 from edgebroker.broker.snapshots import Snapshots
 from edgebroker.common.clock import Clock
-from edgebroker.common.config import Config, is_loopback
+from edgebroker.common.config import Config, is_loopback, split_list
 from edgebroker.common.errors import Code, EdgeBrokerError
 from edgebroker.common.types import TopicSettings
 from edgebroker.network import frames
@@ -33,14 +37,20 @@ from edgebroker.network.connection import ReceiveBuffer
 from edgebroker.network.http import HttpServer
 from edgebroker.network.loop import Loop
 from edgebroker.network.transport import Listener, listen
+from edgebroker.pipe.candidates import Candidates
+from edgebroker.pipe.stream import LogPosition
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.housekeeping import HousekeepingSettings
 from edgebroker.storage.memory import MemoryEngine
 from edgebroker.storage.staging import Chunk
 from edgebroker.storage.store import SegmentStore, StoreSettings
 
+if TYPE_CHECKING:
+    from edgebroker.broker.piping import Piping
+
 log = logging.getLogger(__name__)
 
+MAX_POLL_BYTES = 8 << 20
 SWEEP_SECONDS = 1.0
 STOP_SECONDS = 20.0
 STALL_SECONDS = 10.0
@@ -125,6 +135,29 @@ class Broker:
             self.metrics,
             lambda client_id: any(session.client_id == client_id for session in self.sessions),
         )
+        self.readers = Readers(
+            self.engine,
+            self.groups,
+            self.leases,
+            self.delivery,
+            self.refreshing,
+            lambda log: [
+                cursor
+                for session in self.sessions
+                if (cursor := session.cursors.get((log.topic, log.partition))) is not None
+            ],
+        )
+        node = Node(self.engine.node_uid, config.node.name, config.node.level)
+        self.feeding = Feeding(
+            self.engine,
+            self.loop,
+            self.metrics,
+            node,
+            lambda: self.piping.path if self.piping is not None else [],
+            config.pipe.max_children,
+        )
+        self.feeding.on_history_lost(self._history_lost)
+        self.piping = self._make_piping(node) if config.pipe.parents else None
         self.sessions: dict[Session, None] = {}
         self.started_at = clock.monotonic()
         self.ready = False
@@ -144,9 +177,12 @@ class Broker:
             self.groups.restore(group, topic, partition, offset, now)
         self.loop.at_end_of_turn(self.membership.divide_changed)
         self.loop.at_end_of_turn(self.delivery.turn_over)
+        self.loop.at_end_of_turn(self.feeding.turn_over)
         self._listen()
         self.ready = True
         self._sweep()
+        if self.piping is not None:
+            self.piping.start()
 
     def run(self) -> bool:
         """Turn until stopped. True when the stop was clean."""
@@ -164,6 +200,8 @@ class Broker:
             listener.close()
         self.membership.divide_changed()  # who was told OK in this turn begins where it said
         self.publishing.draining = self.membership.frozen = True
+        if self.piping is not None:
+            self.piping.stop()
         self.loop.call_later(0.0, self._drain)
 
     def stop_threadsafe(self) -> None:
@@ -206,7 +244,9 @@ class Broker:
         tcp = self._bind("listen.tcp", listen_config.tcp)
         self.tcp_address = tcp.getsockname()[:2]
         self._listeners.append(Listener(self.loop, tcp, self._accept, self._rested))
-        self._http = HttpServer(self.loop, Admin(self).handle, on_request=self._count_request)
+        self._http = HttpServer(
+            self.loop, Admin(self).handle, self._count_request, body_limits={"/v1/pipe": MAX_POLL_BYTES}
+        )
         http = self._bind("listen.http", listen_config.http)
         self.http_address = http.getsockname()[:2]
         self._listeners.append(Listener(self.loop, http, self._http.accept, self._rested))
@@ -283,14 +323,50 @@ class Broker:
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
         self.publishing.on_durable(log)
         self.delivery.on_durable(log, chunks)
+        self.feeding.on_durable(log)
         self.snapshots.on_durable(log)
+        if self.piping is not None:
+            self.piping.on_durable(log)
 
     def on_failed(self, log: Log, code: Code, message: str) -> None:
         self.publishing.on_failed(log, code, message)
         self.snapshots.on_failed(log, code, message)
+        if self.piping is not None:
+            self.piping.on_failed(log)
+
+    def on_topic(self, name: str) -> None:
+        self.feeding.on_topic(name)
 
     def retention_floor(self, log: Log) -> int | None:
-        return self.groups.floor(log, self.loop.now())
+        now = self.loop.now()
+        passed = [floor for floor in (self.groups.floor(log, now), self.feeding.floor(log, now)) if floor is not None]
+        return min(passed, default=None)
+
+    # ---- the tree ----
+
+    def _make_piping(self, node: Node) -> Piping:
+        from edgebroker.broker.piping import Moves, Piping  # with its HTTP client, for nodes that have a parent
+
+        pipe, engine = self.config.pipe, self.engine
+        assert isinstance(engine, SegmentStore)
+        candidates = Candidates(split_list(pipe.parents), random.uniform)
+        moves = Moves(self.readers.cutting, self.readers.cut, self.readers.restarted)
+        return Piping(
+            engine, self.loop, self.metrics, node, candidates, split_list(pipe.topics), pipe.bytes_per_second, moves
+        )
+
+    def _history_lost(self, log: Log, position: LogPosition) -> None:
+        """A child has more of a log of ours than we: nothing may be written over what we acknowledged."""
+        self.publishing.history_lost(log, position.offset)
+
+    def problems(self) -> dict[str, str]:
+        """What is wrong now, by name, for an operator."""
+        found = self.engine.problems()
+        if self.publishing.lost:
+            found["history_lost"] = "; ".join(self.publishing.lost.values())
+        if self.piping is not None:
+            found.update(self.piping.problems())
+        return found
 
     # ---- making the engine ----
 

@@ -143,6 +143,10 @@ class Delivery:
                 self._set(cursor, "live")
                 self.pump(cursor)
 
+    def forget(self, partition: Log) -> None:
+        """The log is another one now."""
+        self._prefixes.pop(partition, None)
+
     def pump(self, cursor: Cursor) -> None:
         """Send what is stored, as much as window, socket and this turn allow; the rest in the turns that follow."""
         if cursor.next_offset >= cursor.log.durable_end:

@@ -25,6 +25,17 @@ class Metrics:
     idle_timeouts: int = 0
     in_progress_acks: int = 0
     negative_acks: int = 0
+    pipe_bytes_in: int = 0
+    pipe_bytes_out: int = 0
+    pipe_bytes_wasted: int = 0
+    pipe_cuts: int = 0
+    pipe_failovers: int = 0
+    pipe_frames_out: int = 0
+    pipe_lost: int = 0
+    pipe_polls: int = 0
+    pipe_polls_refused: int = 0
+    pipe_polls_sent: int = 0
+    pipe_restarts: int = 0
     protocol_errors: int = 0
     publish_frames: int = 0
     publish_refused: int = 0

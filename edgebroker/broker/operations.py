@@ -6,12 +6,14 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from edgebroker.broker.groups import Group, Groups
 from edgebroker.broker.leases import Leases
 from edgebroker.broker.refreshing import Refreshing
 from edgebroker.common.errors import Code
 from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.identity import Identity
 
 
 class MoveRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,6 +90,24 @@ class Operations:
 
         for log in logs:
             self._refreshing.begin(group, log, one)
+
+    def accept_loss(
+        self, topic: str, lost: list[Log], accepted: Callable[[Log], None], done: Callable[[Code, str], None]
+    ) -> None:
+        """Go on from the ends there are, in a new history: who has more of the old one finds out, and cuts it off."""
+
+        def change(log: Log) -> Callable[[Identity], Identity]:
+            return lambda old: replace(old, epochs=[*old.epochs, (old.epoch + 1, log.durable_end)])
+
+        def changed(code: Code, message: str) -> None:
+            if code is Code.OK:
+                for log in lost:
+                    accepted(log)
+            done(code, message)
+
+        keep: Callable[[Identity], Identity] = lambda old: old  # noqa: E731
+        changes = [change(log) if log in lost else keep for log in self._engine.partitions(topic)]
+        self._engine.change_identities(topic, changes, changed)
 
     def delete(self, group: Group) -> str:
         """Forget a group; why not, when it has members."""

@@ -9,6 +9,7 @@ the high watermark of what waits for the disk, publishing sessions are not read 
 
 from __future__ import annotations
 
+import logging
 import struct
 from collections import deque
 from collections.abc import Callable
@@ -26,6 +27,7 @@ from edgebroker.network import frames, framing
 from edgebroker.network.connection import PublishRun
 from edgebroker.storage.engine import Engine, Log
 
+_logger = logging.getLogger(__name__)
 _SPAN = struct.Struct("=QII")
 _EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
 
@@ -74,6 +76,8 @@ class Publishing:
         self._written: dict[Log, deque[Waiting]] = {}
         self._held: dict[Publisher, None] = {}
         self._exclusive: dict[Log, str] = {}
+        # Logs of this node of which it lost acknowledged records, and what is known about it.
+        self.lost: dict[Log, str] = {}
         self.waiting_bytes = 0
         self.draining = False
 
@@ -98,6 +102,8 @@ class Publishing:
             refusal = (Code.OVERLOADED, f"a snapshot is being written to {log.name}; try again in a moment")
         elif session.client_id.startswith(SNAPSHOT_CLIENTS) and self.reserved(log) != session.client_id:
             refusal = (Code.FENCED, f"the snapshot of {run.topic} is not under way any more; begin it again")
+        elif self.lost and log in self.lost:
+            refusal = (Code.HISTORY_LOST, self.lost[log])
         if refusal is not None:
             self._refuse_all(session, run, *refusal)
             return None
@@ -148,6 +154,19 @@ class Publishing:
     def reserve(self, log: Log, client_id: str) -> None:
         """Only this client may publish to a log, until free()."""
         self._exclusive[log] = client_id
+
+    def history_lost(self, log: Log, end: int) -> None:
+        """Somebody has records of this log up to `end` that this node, its origin, lost: publish nothing over them."""
+        if log not in self.lost:
+            self.lost[log] = (
+                f"{log.name} ends at {log.durable_end}, but a child has it up to {end}: acknowledged records were lost "
+                f"here; accept the loss with: edgebroker topic accept {log.topic}"
+            )
+            self._metrics.refused(Code.HISTORY_LOST.name)
+            _logger.critical("%s", self.lost[log])
+
+    def loss_accepted(self, log: Log) -> None:
+        self.lost.pop(log, None)
 
     def free(self, log: Log) -> None:
         self._exclusive.pop(log, None)

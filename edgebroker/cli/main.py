@@ -50,6 +50,7 @@ def build_parser() -> Parser:
     _publish(verbs)
     _consume(verbs)
     _topic(verbs)
+    _admin(_verb(verbs, "pipe", "show the parent of a node, what it lacks, and the children it feeds", "pipe", "pipe"))
     _group(verbs)
     _dlq(verbs)
     _log(verbs)
@@ -154,7 +155,7 @@ def _consume(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _topic(verbs) -> None:  # type: ignore[no-untyped-def]
-    topic = _family(verbs, "topic", "create, list, describe and alter topics")
+    topic = _family(verbs, "topic", "create, list, describe, alter and accept topics")
     create = _verb(topic, "create", "create a topic", "topic", "create")
     create.add_argument("name")
     create.add_argument("--partitions", type=int, default=1)
@@ -165,6 +166,9 @@ def _topic(verbs) -> None:  # type: ignore[no-untyped-def]
     alter.add_argument("name")
     _topic_settings(alter)
     _admin(alter)
+    accept = _verb(topic, "accept", "accept that records are lost here, or that the parent has another log", "topic", "accept")  # fmt: skip  # noqa: E501
+    accept.add_argument("name")
+    _admin(accept)
     _admin(_verb(topic, "list", "list the topics of a node", "topic", "list_topics"))
     describe = _verb(topic, "describe", "show one topic with its partitions", "topic", "describe")
     describe.add_argument("name")

@@ -1,4 +1,4 @@
-"""`edgebroker topic create|list|describe|alter`."""
+"""`edgebroker topic create|list|describe|alter|accept`."""
 
 from __future__ import annotations
 
@@ -49,6 +49,12 @@ def list_topics(options: argparse.Namespace) -> int:
 
 def describe(options: argparse.Namespace) -> int:
     _show(call(options.admin, "GET", f"/v1/topics/{quote(options.name)}"), options.json)
+    return 0
+
+
+def accept(options: argparse.Namespace) -> int:
+    call(options.admin, "POST", f"/v1/topics/{quote(options.name)}/accept")
+    print(json.dumps({"topic": options.name}) if options.json else f"{options.name}: accepted")
     return 0
 
 

@@ -89,6 +89,13 @@ class DeliveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     max_backoff_ms: Annotated[int, Meta(ge=0, le=86_400_000, description="longest pause after a failed attempt")] = 30_000  # fmt: skip  # noqa: E501
 
 
+class PipeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    parents: Annotated[str, Meta(description="HOST:PORT of the parent's HTTP interface; several with commas, the best first; empty: this node has none")] = ""  # fmt: skip  # noqa: E501
+    topics: Annotated[str, Meta(description="topics to mirror: names or patterns (*, ?, [...]), separated by commas")] = "*"  # fmt: skip  # noqa: E501
+    bytes_per_second: Annotated[_Bytes, Meta(description="take at most this much from the parent; 0: no limit")] = 0
+    max_children: Annotated[int, Meta(ge=0, le=100_000, description="children that are fed at a time; 0: none")] = 4096
+
+
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least severe lines that are logged")] = "info"  # fmt: skip  # noqa: E501
 
@@ -102,6 +109,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     topics: TopicsConfig = TopicsConfig()
     limits: LimitsConfig = LimitsConfig()
     delivery: DeliveryConfig = DeliveryConfig()
+    pipe: PipeConfig = PipeConfig()
     log: LogConfig = LogConfig()
 
 
@@ -213,6 +221,14 @@ def _check_meaning(config: Config) -> list[str]:
                 f"listen.{key} = {address!r}: other machines could read and write everything, there is no TLS or "
                 "authentication yet; listen on 127.0.0.1, or set listen.allow_insecure = true"
             )
+    for address in split_list(config.pipe.parents):
+        host, colon, port = address.rpartition(":")
+        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+            problems.append(f"pipe.parents: {address!r}: HOST:PORT is expected, for example hub.example:7421")
+    if config.pipe.parents and config.node.level == "root":
+        problems.append("pipe.parents: a root node has no parent; set node.level to l2, l3, pos or local")
+    if config.pipe.parents and config.storage.engine != "segment":
+        problems.append("pipe.parents: only the segment engine can mirror a parent; set storage.engine = segment")
     limits = config.limits
     if limits.max_record_bytes > limits.max_batch_bytes:
         problems.append("limits.max_record_bytes: a record cannot be larger than limits.max_batch_bytes")
@@ -229,6 +245,11 @@ def _fill(config: Config, environment: Mapping[str, str]) -> Config:
         base = Path(runtime.split(":")[0]) if runtime else Path(node.data_dir)
         listen = msgspec.structs.replace(listen, socket=str(base / "ctl.sock"))
     return msgspec.structs.replace(config, node=node, listen=listen)
+
+
+def split_list(text: str) -> list[str]:
+    """What stands between the commas of a text."""
+    return [part.strip() for part in text.split(",") if part.strip()]
 
 
 def _plain_type(annotation: Any) -> Any:

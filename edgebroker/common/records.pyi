@@ -32,6 +32,9 @@ def decode(
 def header(data: Buffer, position: int = 0) -> tuple[int, tuple[int, ...] | None]:
     """Return (reason, fields) of the batch header at `position`; edgebroker.common.batch names the fields."""
 
+def chain(data: Buffer, value: int) -> int:
+    """The chain checksum behind whole, checked batches that follow a place where it is `value`."""
+
 def check_inflated(batch_bytes: Buffer, plain: Buffer, max_record: int) -> int:
     """Check the inflated records of a compressed client batch; the reason, 0 when they are good."""
 

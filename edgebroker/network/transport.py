@@ -400,12 +400,12 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def tune(sock: socket.socket) -> None:
-    """Small frames go out at once; a host that vanished is noticed by the kernel within DEAD_HOST_SECONDS, whether
-    there is something on its way to it (TCP_USER_TIMEOUT) or not (keepalive)."""
+def tune(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> None:
+    """Small frames go out at once; a host that vanished is noticed by the kernel within DEAD_HOST_SECONDS when there is
+    something on its way to it (TCP_USER_TIMEOUT), else half of that after `quiet_seconds` of silence (keepalive)."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, DEAD_HOST_SECONDS // 2)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, quiet_seconds)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_HOST_SECONDS // 6)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_HOST_SECONDS * 1000)

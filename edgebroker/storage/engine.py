@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
 from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, TopicSettings
+from edgebroker.storage.chains import ChainPoint
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.log import Found
 from edgebroker.storage.meta import GroupKey, GroupOffset
@@ -29,6 +30,8 @@ class Log(Protocol):
     holes: list[Hole]
     records_in: int
     bytes_in: int
+    chain: int
+    """The chain checksum before written_end."""
 
     @property
     def log_start(self) -> int: ...
@@ -37,11 +40,18 @@ class Log(Protocol):
         """The offset that the next record will get."""
 
     @property
+    def staged_epoch(self) -> int:
+        """The history of the last record before staged_end."""
+
+    @property
     def settings(self) -> TopicSettings: ...
     @property
     def size_bytes(self) -> int: ...
     def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Found: ...
     def end_hint(self) -> tuple[int, int] | None: ...
+    def chain_at(self, offset: int) -> int | None:
+        """The chain before an offset, where it is known without the disk."""
+
     def describe(self) -> dict[str, object]: ...
 
 
@@ -51,8 +61,11 @@ class Listener(Protocol):
     def on_written(self, log: Log) -> None: ...
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None: ...
     def on_failed(self, log: Log, code: Code, message: str) -> None: ...
+    def on_topic(self, name: str) -> None:
+        """A topic was made, or the identity of its logs changed."""
+
     def retention_floor(self, log: Log) -> int | None:
-        """The offset that every live group has passed; None when there is no live group."""
+        """The offset that every live group and child has passed; None when there is none."""
 
 
 class Appended(NamedTuple):
@@ -87,7 +100,13 @@ class Engine(Protocol):
     def logs(self) -> Iterable[Log]: ...
     def partitions(self, topic: str) -> list[Log]: ...
     def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None: ...
+    def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
+        """For each offset the first batch boundary at or behind it and the chain there: done(points, error)."""
+
     def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None: ...
+    def change_identities(self, name: str, changes: Sequence[Callable[[Identity], Identity]], done: Done) -> None:
+        """Change the identities of a topic's partitions, one function for each; durable when done is called."""
+
     def refusal(self) -> tuple[Code, str] | None:
         """Why publishing is refused now; None when it is not."""
 
@@ -126,3 +145,12 @@ class Engine(Protocol):
         """What is wrong with the storage now, by name; empty when all is well."""
 
     def describe(self) -> dict[str, object]: ...
+
+
+class MirrorEngine(Engine, Protocol):
+    """An engine that can hold what another node has originated."""
+
+    def create_mirror(self, name: str, identities: Sequence[Identity], done: Done) -> None: ...
+    def change_identities(self, name: str, changes: Sequence[Callable[[Identity], Identity]], done: Done) -> None: ...
+    def cut(self, log: Log, offset: int, done: Done) -> None: ...
+    def restart(self, log: Log, identity: Identity, done: Done) -> None: ...

@@ -15,6 +15,7 @@ from edgebroker.common.durable import write_hint as write_hint
 from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+COPY_BYTES = 1 << 20
 # Not the disk's fault, and over when somebody gives something back.
 TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
@@ -141,6 +142,38 @@ def set_aside(path: Path, suffix: str) -> Path:
     os.rename(path, aside)
     sync_directory(path.parent)
     return aside
+
+
+def copy_start(source: int, target: Path, size: int) -> None:
+    """Copy the first bytes of an open file into a new one, durable but for its directory entry."""
+    target.unlink(missing_ok=True)
+    fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
+    try:
+        position = 0
+        while position < size:
+            piece = read_at(source, min(COPY_BYTES, size - position), position)
+            if not piece:
+                raise OSError(errno.EIO, "the file became shorter while it was copied", str(target))
+            write_at(fd, memoryview(piece), position)
+            position += len(piece)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file the name of another, which it replaces, durably."""
+    os.rename(source, target)
+    sync_directory(target.parent)
+
+
+def second_name(path: Path, suffix: str) -> None:
+    """Give a file another name beside it; where a file system knows no links, nothing happens."""
+    try:
+        os.link(path, path.with_suffix(suffix))
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
+            raise
 
 
 def free_space(path: Path) -> tuple[int, int]:

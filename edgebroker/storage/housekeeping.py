@@ -126,6 +126,8 @@ class Housekeeping:
 
     def checkpoint(self, partition: PartitionLog) -> None:
         """The durable end moved; the next metadata transaction says so, with the producers when they are due."""
+        if partition.rewriting:
+            return
         key = (partition.topic, partition.partition)
         self._metadata.changes.checkpoints[key] = partition.checkpoint()
         partition.checkpointed = partition.durable_end
@@ -248,6 +250,8 @@ class Housekeeping:
         now_ms = 0 if self.clock_implausible else self._clock.wall_ms()
         wanted = self._budget.wants_space
         for partition in self._store.logs():
+            if partition.rewriting:
+                continue
             settings = partition.settings
             gone = list(
                 partition.removable(

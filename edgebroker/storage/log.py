@@ -97,6 +97,8 @@ class PartitionLog:
         self.epoch = recovered.epoch
         self.unsynced: list[Chunk] = []
         self.rolling = False
+        # The files are being cut or begun anew: nobody else changes them meanwhile.
+        self.rewriting = False
         # A roll was begun and failed: the next segment may exist, so that nothing more belongs into this one.
         self.must_roll = False
         self.wants_sync = False
@@ -119,6 +121,10 @@ class PartitionLog:
     @property
     def staged_end(self) -> int:
         return self.stage.next_offset
+
+    @property
+    def staged_epoch(self) -> int:
+        return self.stage.epoch
 
     @property
     def settings(self) -> TopicSettings:
@@ -189,6 +195,8 @@ class PartitionLog:
         self.durable_end, self.durable_position = self.written_end, self.active.size
         self.durable_chain = self.chain
         self.stage.settle(self.durable_end)
+        if self.epoch != self.identity.epoch:
+            self.epoch = self.identity.epoch_at(self.durable_end)  # a mirror that comes to a newer history
         return chunks
 
     def drop_unwritten(self) -> None:
@@ -218,6 +226,29 @@ class PartitionLog:
         self.durable_position = segment.size
         if old.users == 0:
             old.close()
+
+    def rewritten(self, identity: Identity, recovered: RecoveredLog) -> list[Segment]:
+        """The files were cut or begun anew (nothing is staged): go on from there. The segments that are gone."""
+        known = {segment.base: segment for segment in self.segments[:-1]}
+        segments: list[Segment] = []
+        for found in recovered.segments[:-1]:
+            old = known.get(found.base)
+            same = old is not None and old.end_offset == found.end_offset
+            segments.append(old if same and old is not None else found)
+        active, before = recovered.segments[-1], known.get(recovered.segments[-1].base, self.active)
+        if active.base_chain == UNKNOWN_CHAIN and before.base == active.base:
+            active.base_chain = before.base_chain
+        segments.append(active)
+        gone = [segment for segment in self.segments if segment not in segments]
+        self.identity, self.segments, self.holes = identity, segments, list(recovered.holes)
+        self.written_end = self.durable_end = recovered.next_offset
+        self.chain = self.durable_chain = recovered.chain
+        self.durable_position = active.size
+        self.epoch = identity.epoch_at(self.durable_end)
+        self.stage.resume(self.durable_end, self.epoch)
+        self.must_roll = False
+        self.live = (0, 0, 0.0)
+        return gone
 
     def checkpoint(self) -> Checkpoint:
         """The durable place, for the next metadata transaction."""
@@ -295,6 +326,20 @@ class PartitionLog:
         if end - position <= max_bytes and end_offset - offset <= max_records and end_offset == segment.end_offset:
             return Extent(segment, position, end - position, first, end_offset)
         return self._cut(segment, position, end, first, min(end_offset, offset + max_records), max_bytes)
+
+    def chain_at(self, offset: int) -> int | None:
+        """The chain before an offset, where it is known without the disk: at the ends, at segments and index points."""
+        if offset == self.durable_end:
+            return self.durable_chain
+        if offset == self.log_start:
+            return self.identity.chain
+        segment = self.segment_of(offset)
+        if segment.base_chain == UNKNOWN_CHAIN or offset > self.durable_end:
+            return None
+        if offset == segment.base:
+            return segment.base_chain
+        point = segscan.floor_offset(segment.points, offset - segment.base) if segment.points is not None else None
+        return point[2] if point is not None and segment.base + point[0] == offset else None
 
     def end_hint(self) -> tuple[int, int] | None:
         """Where the batch at durable_end will lie: the hint of a reader that has everything."""

@@ -6,16 +6,17 @@ Nothing survives a stop. Batches become durable at the end of the turn in which 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from msgspec.structs import replace
 
-from edgebroker.common import batch
+from edgebroker.common import batch, records
 from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import segscan
+from edgebroker.storage.chains import ChainPoint
 from edgebroker.storage.engine import Appended, Done, Listener, Log
 from edgebroker.storage.identity import Identity, make_identity
 from edgebroker.storage.log import Inline
@@ -37,6 +38,8 @@ class MemoryLog:
         self.written_end = self.durable_end = 0
         self.holes: list[Hole] = []
         self.records_in = self.bytes_in = 0
+        self.chain = identity.chain
+        self.chains: list[int] = []
 
     @property
     def log_start(self) -> int:
@@ -45,6 +48,10 @@ class MemoryLog:
     @property
     def staged_end(self) -> int:
         return self.stage.next_offset
+
+    @property
+    def staged_epoch(self) -> int:
+        return self.stage.epoch
 
     @property
     def settings(self) -> TopicSettings:
@@ -67,6 +74,14 @@ class MemoryLog:
 
     def end_hint(self) -> tuple[int, int] | None:
         return None
+
+    def chain_at(self, offset: int) -> int | None:
+        if offset == self.durable_end:
+            return self.chain
+        if offset == 0:
+            return self.identity.chain
+        ends = [chunk.next_offset for chunk in self.chunks]
+        return self.chains[ends.index(offset)] if offset in ends else None
 
     def describe(self) -> dict[str, object]:
         return {"chunks": len(self.chunks), "bytes": self.size_bytes}
@@ -114,11 +129,26 @@ class MemoryEngine:
             for number in range(settings.partitions)
         ]
         done(Code.OK, "")
+        self._listener.on_topic(name)
+
+    def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
+        assert isinstance(log, MemoryLog)
+        ends = [0, *(chunk.next_offset for chunk in log.chunks)]
+        chains = [log.identity.chain, *log.chains]
+        edges = {bisect_left(ends, offset) for offset in offsets if offset <= log.durable_end}
+        done([ChainPoint(ends[edge], chains[edge]) for edge in sorted(edges)], "")
 
     def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
-        for log in self._topics[name]:
-            log.identity = replace(log.identity, settings=settings)
+        self.change_identities(name, [lambda old: replace(old, settings=settings)] * len(self._topics[name]), done)
+
+    def change_identities(self, name: str, changes: Sequence[Callable[[Identity], Identity]], done: Done) -> None:
+        for log, change in zip(self._topics[name], changes, strict=True):
+            log.identity = change(log.identity)
+            if log.epoch != log.identity.epoch:
+                log.epoch = log.identity.epoch
+                log.stage.resume(log.staged_end, log.epoch)
         done(Code.OK, "")
+        self._listener.on_topic(name)
 
     def refusal(self) -> tuple[Code, str] | None:
         return None
@@ -133,7 +163,7 @@ class MemoryEngine:
     def append_numbered(self, log: Log, data: memoryview) -> tuple[int, int]:
         assert isinstance(log, MemoryLog)
         self._dirty[log] = None
-        return log.stage.append_numbered(data, self._scheduler.now())
+        return log.stage.append_numbered(data, self._scheduler.now(), log.identity.epoch)
 
     @property
     def staged_bytes(self) -> int:
@@ -163,6 +193,7 @@ class MemoryEngine:
         assert isinstance(log, MemoryLog)
         log.identity = replace(log.identity, snapshot=(first, following))
         done(Code.OK, "")
+        self._listener.on_topic(log.topic)
 
     def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
         assert isinstance(log, MemoryLog)
@@ -205,6 +236,8 @@ class MemoryEngine:
             chunk = log.stage.take(1 << 62)
             if chunk is not None:
                 log.chunks.append(chunk)
+                log.chain = records.chain(chunk, log.chain)
+                log.chains.append(log.chain)
                 log.born.append(self._clock.monotonic())
                 log.bytes_in += len(chunk)
                 log.written_end = log.durable_end = chunk.next_offset

@@ -140,8 +140,14 @@ class Opener:
         segment.sealed_ms = segment.sealed_ms or self._clock.wall_ms()
 
     def make_log(self, topic: str, number: int, identity: Identity, recovered: RecoveredLog) -> PartitionLog:
-        # A dead letter is a record and what is said about it: it must fit whatever the limit of a record is.
-        limits = (STORED_BATCH_BYTES, STORED_BATCH_BYTES, 1) if topic.endswith(DEAD_LETTERS) else self._limits
+        limits = self._limits
+        if topic.endswith(DEAD_LETTERS):
+            # A dead letter is a record and what is said about it: it must fit whatever the limit of a record is.
+            limits = (STORED_BATCH_BYTES, STORED_BATCH_BYTES, 1)
+        if identity.origin != self._node_uid:
+            # What its origin took, a mirror takes; it comes to a newer history only by its records.
+            limits = (STORED_BATCH_BYTES, STORED_BATCH_BYTES, limits[2])
+            recovered = recovered._replace(epoch=identity.epoch_at(recovered.next_offset))
         stage = Stage(recovered.next_offset, recovered.epoch, *limits)
         return PartitionLog(
             topic,

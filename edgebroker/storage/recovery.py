@@ -88,6 +88,12 @@ class Recovery:
             if state.position == 0:
                 segment.base_chain = state.chain
             state = self._walk(segment, state, limit, vouched if last else limit)
+        if state.next_offset < self._identity.log_start:
+            # A log that was begun anew further on, and the power went before its old segments did.
+            for segment in segments:
+                segment.close()
+                files.set_aside(segment.path, ".before")
+            return self._begin(max(self._identity.log_start, vouched))
         active = segments[-1]
         if self._leave_tail:
             self._seal(active, state)

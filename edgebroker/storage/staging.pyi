@@ -32,8 +32,9 @@ class Stage:
         wait: the durable end that makes every answer true; records: how many were new. Nothing is durable yet.
         """
 
-    def append_numbered(self, data: Buffer, now: float) -> tuple[int, int]:
-        """Stage batches that carry their offsets: CRC, density and epoch order checked. (bytes taken, reason)."""
+    def append_numbered(self, data: Buffer, now: float, max_epoch: int = ...) -> tuple[int, int]:
+        """Stage batches that carry their offsets: CRC, density and epoch order checked, none beyond `max_epoch`.
+        (bytes taken, reason)."""
 
     def take(self, max_bytes: int) -> Chunk | None:
         """Hand over staged batches, whole ones, at most max_bytes unless the first is larger. None when empty."""

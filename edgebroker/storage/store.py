@@ -7,7 +7,7 @@ verifies. Everything here runs on the loop thread and leaves waiting to the comm
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,23 +20,28 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.ages import Ages
+from edgebroker.storage.chains import ChainPoint, find_chains
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
-from edgebroker.storage.identity import Identity, change_identity, make_identity, write_identity
+from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity
 from edgebroker.storage.log import PartitionLog
 from edgebroker.storage.meta import GroupKey, GroupOffset
 from edgebroker.storage.metadata import Metadata
+from edgebroker.storage.mirror import begin_log, cut_log, restart_log
 from edgebroker.storage.opening import Opener
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.reader import ColdRead, Reader, read_cold
-from edgebroker.storage.recovery import RecoveredLog
-from edgebroker.storage.segment import Segment, segment_path
+from edgebroker.storage.recovery import Checkpoint, RecoveredLog
+from edgebroker.storage.segment import Segment
 from edgebroker.storage.staging import Chunk
 from edgebroker.storage.timesearch import find_time
 
 log = logging.getLogger(__name__)
+
+# Belongs to no log: vouches for nothing.
+NO_CHECKPOINT = Checkpoint("", 0, 0, 0, 0, 0, 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -152,7 +157,11 @@ class SegmentStore:
         return list(self._topics.get(topic, []))
 
     def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
-        """Make the directories, identities and first segments durably on the commit thread, then call done."""
+        """A new topic of this node: its logs are made durably on the commit thread, then done is called."""
+        self.create_mirror(name, [make_identity(self.node_uid, settings) for _ in range(settings.partitions)], done)
+
+    def create_mirror(self, name: str, identities: Sequence[Identity], done: Done) -> None:
+        """Make the logs of a topic, a partition for each identity, durably on the commit thread, then call done."""
         refusal = self.refusal()
         if refusal is not None:
             done(*refusal)
@@ -171,17 +180,8 @@ class SegmentStore:
         self._creating[name] = [done]
 
         def work() -> list[tuple[Identity, Segment]]:
-            made = []
-            for number in range(settings.partitions):
-                directory = self._directory.topics / name / str(number)
-                files.make_directory(directory)
-                identity = make_identity(self.node_uid, settings)
-                path = segment_path(directory, 0)
-                segment = Segment(path, 0, base_chain=identity.chain, fd=files.create_log(path))
-                segment.end_chain = identity.chain
-                write_identity(directory, identity)
-                made.append((identity, segment))
-            return made
+            path = self._directory.topics / name
+            return [(identity, begin_log(path / str(number), identity)) for number, identity in enumerate(identities)]
 
         self._committer.call(work, partial(self._created, name))
 
@@ -190,11 +190,15 @@ class SegmentStore:
         if isinstance(result, list):
             self._topics[name] = [
                 self._opener.make_log(
-                    name, number, identity, RecoveredLog([segment], 0, identity.chain, identity.epoch, [], 0)
+                    name,
+                    number,
+                    identity,
+                    RecoveredLog([segment], identity.log_start, identity.chain, identity.epoch, [], 0),
                 )
                 for number, (identity, segment) in enumerate(result)
             ]
             answer = (Code.OK, "")
+            self._listener.on_topic(name)
         else:
             code = Code.DISK_FULL if getattr(result, "errno", 0) in files.FULL else Code.READ_ONLY
             answer = (code, f"topic {name} cannot be created: {result}")
@@ -204,24 +208,91 @@ class SegmentStore:
 
     def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
         """Replace a topic's settings durably in every partition's identity."""
+        self.change_identities(name, [partial(replace, settings=settings) for _ in self._topics.get(name, [])], done)
+
+    def change_identities(self, name: str, changes: Sequence[Callable[[Identity], Identity]], done: Done) -> None:
+        """Change the identities of a topic's partitions, one function for each; durable when done is called."""
         logs = self._topics.get(name, [])
 
         def work() -> list[Identity]:
             return [
-                change_identity(partition.directory, lambda identity: replace(identity, settings=settings))
-                for partition in logs
+                change_identity(partition.directory, change) for partition, change in zip(logs, changes, strict=True)
             ]
 
         def finished(result: object) -> None:
             if not isinstance(result, list):
-                done(Code.READ_ONLY, f"the settings cannot be stored: {result}")
+                done(Code.READ_ONLY, f"the identity of {name} cannot be stored: {result}")
                 return
             for partition, identity in zip(logs, result, strict=True):
                 partition.identity = identity
-                partition.segment_bytes = settings.segment_bytes or self._settings.segment_bytes
+                partition.segment_bytes = identity.settings.segment_bytes or self._settings.segment_bytes
+                if identity.origin == self.node_uid and identity.epoch != partition.epoch:
+                    partition.epoch = identity.epoch
+                    partition.stage.resume(partition.staged_end, identity.epoch)
             done(Code.OK, "")
+            self._listener.on_topic(name)
 
         self._committer.call(work, finished)
+
+    # ---- mirrors ----
+
+    def cut(self, log: Log, offset: int, done: Done) -> None:
+        """End a log at a batch boundary below its end, on the commit thread; nothing of it may be staged. What stands
+        behind it (groups, positions) has to be moved and stored before: it would vouch for what is gone."""
+        assert isinstance(log, PartitionLog)
+        partition, wall_ms = log, self._clock.wall_ms()
+
+        def work() -> tuple[Identity, RecoveredLog]:
+            identity = read_identity(partition.directory)
+            return identity, cut_log(partition.directory, identity, offset, self._quarantine, wall_ms)
+
+        self._rewrite(partition, work, done)
+
+    def restart(self, log: Log, identity: Identity, done: Done) -> None:
+        """Begin a log anew with another identity: further on, or as another log. Nothing of it may be staged."""
+        assert isinstance(log, PartitionLog)
+        partition, wall_ms = log, self._clock.wall_ms()
+
+        def work() -> tuple[Identity, RecoveredLog]:
+            return identity, restart_log(partition.directory, identity, self._quarantine, wall_ms)
+
+        self._rewrite(partition, work, done)
+
+    def _rewrite(self, partition: PartitionLog, work: Callable[[], tuple[Identity, RecoveredLog]], done: Done) -> None:
+        if partition.rewriting or partition.rolling or partition.staged_end != partition.durable_end:
+            done(Code.OVERLOADED, f"{partition.name}: something else is being stored; try again in a moment")
+            return
+        partition.rewriting = partition.rolling = True
+        key = (partition.topic, partition.partition)
+
+        def finished(result: object) -> None:
+            partition.rewriting = partition.rolling = False
+            if not isinstance(result, tuple):
+                done(Code.READ_ONLY, f"{partition.name} cannot be cut: {result}")
+                return
+            for segment in partition.rewritten(*result):
+                segment.retire()
+                self._metadata.changes.segments[*key, segment.base] = None
+            self._housekeeping.holes_changed(partition)
+            self._housekeeping.checkpoint(partition)
+            done(Code.OK, "")
+            self._listener.on_topic(partition.topic)
+
+        # The last checkpoint vouches for what goes.
+        self._metadata.changes.checkpoints[key] = NO_CHECKPOINT
+        self._metadata.touch(lambda: self._committer.call(work, finished))
+
+    def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
+        """For each offset the first batch boundary at or behind it and the chain there: done(points, error)."""
+        assert isinstance(log, PartitionLog)
+        views = [log.view(segment) for segment in log.segments]
+        found: list[ChainPoint] = []
+
+        def read() -> ColdRead:
+            found.extend(find_chains(views, offsets))
+            return ColdRead()
+
+        self._reader.submit(read, lambda result: done([] if result.error else found, result.error))
 
     # ---- writing ----
 
@@ -247,7 +318,7 @@ class SegmentStore:
 
     def append_numbered(self, log: Log, data: memoryview) -> tuple[int, int]:
         assert isinstance(log, PartitionLog)
-        taken = log.stage.append_numbered(data, self._scheduler.now())
+        taken = log.stage.append_numbered(data, self._scheduler.now(), log.identity.epoch)
         if log.stage.pending_bytes:
             self._committer.mark(log, durable=True, written=False, urgent=log.settings.urgent)
         return taken
@@ -329,6 +400,7 @@ class SegmentStore:
                 return
             partition.identity = result
             done(Code.OK, "")
+            self._listener.on_topic(partition.topic)
 
         self._committer.call(work, finished)
 

@@ -1,0 +1,52 @@
+"""Where two logs with the same log_id part: a search by comparing chain checksums at batch boundaries.
+
+The child names places at doubling distances from its end; the parent says which of them is the last that both have.
+Then the child names places inside the gap between that and the next one, until there is no boundary left in it: after
+log(n) rounds the last common boundary is found. Pure: no socket, file or clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgebroker.pipe.stream import Point
+
+POINTS = 32
+
+
+class Search:
+    """`low`: the last boundary known to be common (-1: none yet); `high`: the first known to differ."""
+
+    def __init__(self, log_start: int, end: int) -> None:
+        self._log_start = log_start
+        self.low, self.high = -1, end
+        self._given: list[Point] = []
+
+    def offsets(self) -> list[int]:
+        """At which offsets of its own log the child should look up boundaries for the next round."""
+        if self.low < 0:
+            distances = [1 << power for power in range(63)]
+            return sorted({self._log_start, *(self.high - d for d in distances if self.high - d > self._log_start)})
+        step = max(1, (self.high - self.low) // (POINTS + 1))
+        return list(range(self.low + 1, self.high, step))
+
+    def take(self, found: Sequence[Point]) -> list[Point]:
+        """The boundaries that were found there: what to ask the parent about; [] when the search is over at `low`."""
+        self._given = sorted({point for point in found if self.low < point.offset < self.high})
+        return self._given
+
+    def answered(self, matched: int) -> None:
+        """The parent has the given boundaries up to `matched` (-1: not even the first)."""
+        differing = [point.offset for point in self._given if point.offset > matched]
+        self.high = min([self.high, *differing])
+        self.low = max([self.low, *(point.offset for point in self._given if point.offset <= matched)])
+
+    @property
+    def hopeless(self) -> bool:
+        """Not even the beginning of the child's log is common."""
+        return self.low < 0 and self.high <= self._log_start
+
+
+def last_common(points: Sequence[Point], chains: dict[int, int]) -> int:
+    """The parent's side: the last of the child's points at which its own chain is the same; -1 when none is."""
+    return max((point.offset for point in points if chains.get(point.offset) == point.chain), default=-1)

@@ -1,0 +1,196 @@
+"""The parent's side of the pipe, without socket, file or clock: which child gets what next.
+
+A Feed is one answer to one poll: a cursor for each log that the child follows. judge() compares where the child stands
+with what this node has; next() says what to send. Urgent topics come first, the others take turns. A frame ends at the
+byte where the rate of the link says, also within a batch, so that nothing waits for a long one.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from edgebroker.pipe.divergence import last_common
+from edgebroker.pipe.stream import HEADER, Flags, Kind, LogPosition, Refusal
+
+MAX_FRAME_BYTES = 1 << 20
+LEAST_FRAME_BYTES = 4 << 10
+# How fast a link is taken to be before it was measured.
+FIRST_RATE = 256 << 10
+
+
+class LogFacts(NamedTuple):
+    """What of a log decides whether a child may go on."""
+
+    log_id: str
+    epoch: int
+    log_start: int
+    start_chain: int
+    durable_end: int
+    end_chain: int
+    contains: Callable[[int, int], bool]
+
+
+class Piece(NamedTuple):
+    """Stored bytes: `source` is whatever the node reads from, [position, position + length) of it."""
+
+    source: object
+    position: int
+    length: int
+    next_offset: int
+
+
+class Reading(Protocol):
+    """Where a cursor's bytes come from."""
+
+    def read(self, cursor: FeedCursor, max_bytes: int) -> Piece | Refusal | None:
+        """Whole batches from cursor.offset on (the first may be longer than max_bytes); a hole; None: nothing now."""
+
+    def chain_at(self, cursor: FeedCursor) -> int | None:
+        """The chain before cursor.offset, when that is known at once."""
+
+    def durable_end(self, cursor: FeedCursor) -> int: ...
+
+
+class FeedCursor:
+    """One log of one answer. `offset` is behind the batches that were begun, `skip` what of the first the child has
+    already; `piece` is what is left to send of them. `hint` belongs to whoever reads."""
+
+    __slots__ = ("chain", "continues", "hint", "line", "log", "offset", "piece", "skip", "urgent")
+
+    def __init__(self, line: int, log: object, position: LogPosition, urgent: bool) -> None:
+        self.line, self.log, self.urgent = line, log, urgent
+        self.offset, self.skip = position.offset, position.skip
+        self.chain: int | None = position.chain
+        self.piece: Piece | None = None
+        self.continues = False
+        self.hint: object = None
+
+
+class Outgoing(NamedTuple):
+    """A frame: header, and the stored bytes behind it. What is left of its batches stands in cursor.piece."""
+
+    cursor: FeedCursor
+    head: bytes
+    piece: Piece
+
+
+class Stopped(NamedTuple):
+    cursor: FeedCursor
+    refusal: Refusal
+
+
+class Rate:
+    """How fast a link takes bytes: a moving average over the time in which it had something to do."""
+
+    def __init__(self) -> None:
+        self.bytes_per_second = float(FIRST_RATE)
+
+    def sent(self, size: int, seconds: float) -> None:
+        if seconds > 0:
+            self.bytes_per_second += (size / seconds - self.bytes_per_second) / 4
+
+    @property
+    def frame_bytes(self) -> int:
+        """One second's worth."""
+        return max(LEAST_FRAME_BYTES, min(MAX_FRAME_BYTES, int(self.bytes_per_second)))
+
+
+def judge(position: LogPosition, facts: LogFacts | None) -> Refusal | None:
+    """May this child go on where it stands? None: yes, if the chain is the same (same_chain)."""
+    name = f"{position.topic}/{position.partition}"
+    if facts is None:
+        return Refusal(code="NOT_CARRIED", message=f"{name} is not here")
+    if facts.log_id != position.log_id:
+        return Refusal(code="LOG_ID", message=f"{name} is another log here", log_id=facts.log_id)
+    end, start = facts.durable_end, facts.log_start
+    ahead = position.offset > end or position.epoch > facts.epoch
+    if ahead and not position.points and facts.contains(position.epoch, position.offset):
+        return Refusal(
+            code="BEHIND", message=f"{name} ends at {end} (epoch {facts.epoch}) here", offset=end, chain=facts.end_chain
+        )
+    if position.offset < start:
+        return Refusal(code="GONE", message=f"{name} begins at {start} here", offset=start, chain=facts.start_chain)
+    return None
+
+
+def same_chain(position: LogPosition, facts: LogFacts, chains: dict[int, int]) -> Refusal | None:
+    """The second half of judge(): `chains` has this node's chain at position.offset and at the child's points, where
+    there is a boundary. None: the child's log is the beginning of this one."""
+    if chains.get(position.offset) == position.chain and facts.contains(position.epoch, position.offset):
+        return None
+    name = f"{position.topic}/{position.partition}"
+    return Refusal(
+        code="DIVERGED",
+        message=f"{name} is not the same before {position.offset} here",
+        offset=last_common(position.points, chains),
+        start=facts.log_start,
+        start_chain=facts.start_chain,
+    )
+
+
+class Feed:
+    """`frame_bytes` bounds a frame; it may be changed at any time."""
+
+    def __init__(self, reading: Reading) -> None:
+        self._reading = reading
+        self.frame_bytes = FIRST_RATE
+        self.cursors: dict[int, FeedCursor] = {}
+        self._urgent: deque[FeedCursor] = deque()
+        self._bulk: deque[FeedCursor] = deque()
+        self._queued: set[FeedCursor] = set()
+
+    def add(self, cursor: FeedCursor) -> None:
+        self.cursors[cursor.line] = cursor
+        self.wake(cursor)
+
+    def remove(self, cursor: FeedCursor) -> None:
+        del self.cursors[cursor.line]
+        self._queued.discard(cursor)
+
+    def wake(self, cursor: FeedCursor) -> None:
+        """There may be something to send for it."""
+        if cursor not in self._queued and cursor.line in self.cursors:
+            self._queued.add(cursor)
+            (self._urgent if cursor.urgent else self._bulk).append(cursor)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._queued)
+
+    def next(self) -> Outgoing | Stopped | None:
+        """The next frame, or why a cursor cannot go on (it is removed)."""
+        while self._urgent or self._bulk:
+            queue = self._urgent or self._bulk
+            cursor = queue.popleft()
+            if cursor not in self._queued:
+                continue
+            found = cursor.piece or self._reading.read(cursor, self.frame_bytes)
+            if found is None:
+                self._queued.discard(cursor)
+                continue
+            if isinstance(found, Refusal):
+                self.remove(cursor)
+                return Stopped(cursor, found)
+            if cursor.piece is None and cursor.skip >= found.length:
+                cursor.skip = 0  # it has nothing of this batch, whatever it says
+            if cursor.piece is None and cursor.skip:
+                found = found._replace(position=found.position + cursor.skip, length=found.length - cursor.skip)
+            queue.append(cursor)
+            return self._cut(cursor, found)
+        return None
+
+    def _cut(self, cursor: FeedCursor, piece: Piece) -> Outgoing:
+        size = min(piece.length, self.frame_bytes)
+        flags = Flags.CONTINUES if cursor.continues else Flags.CHAINED if cursor.chain is not None else Flags(0)
+        end = self._reading.durable_end(cursor)
+        head = HEADER.pack(size, Kind.DATA, flags, cursor.line, cursor.chain or 0, cursor.offset, cursor.skip, end)
+        now = piece._replace(length=size)
+        if size < piece.length:
+            cursor.piece = piece._replace(position=piece.position + size, length=piece.length - size)
+            cursor.continues = True
+        else:
+            cursor.offset, cursor.skip, cursor.piece, cursor.continues = piece.next_offset, 0, None, False
+            cursor.chain = self._reading.chain_at(cursor)
+        return Outgoing(cursor, head, now)

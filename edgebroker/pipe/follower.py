@@ -1,0 +1,304 @@
+"""The child's side of the pipe, without socket, file or clock: where it stands in its logs, what an answer leads to.
+
+    poll()  ->  (the parent answers)  ->  receive()  ->  batches to the sink; what has to be done, as events
+
+Nothing reaches the log that was not checked: a frame must continue the line (offset, chain, bytes of an unfinished
+batch), and the sink checks CRC, density and epoch of every batch. Bytes of an unfinished batch outlive the connection:
+the next poll asks for the rest. After an error (RemoteProtocolError) the answer is over; the lines stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple, Protocol, TypeVar
+
+import msgspec
+
+from edgebroker.common import records
+from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason
+from edgebroker.common.errors import RemoteProtocolError
+from edgebroker.common.types import DEAD_LETTERS, TopicPartition
+from edgebroker.pipe.divergence import Search
+from edgebroker.pipe.stream import Flags, Frame, FrameReader, Hello, Kind, LogPosition, Point, Poll, Refusal
+
+T = TypeVar("T", Hello, Refusal)
+LEVELS = ("root", "l2", "l3", "pos", "local")
+
+
+class Taken(NamedTuple):
+    """What a sink took: so many bytes, why not more, and where its log stands now."""
+
+    size: int
+    reason: Reason
+    next_offset: int
+    epoch: int
+
+
+class Sink(Protocol):
+    """Where batches go: the node's own log."""
+
+    def append(self, key: TopicPartition, data: memoryview) -> Taken:
+        """Take whole batches from the beginning of `data`."""
+
+
+class Line:
+    """One log. `state` is one of live, behind, damaged, not_carried, replaced, diverged, moving; `why` for people.
+    `offset` and `chain` are behind the last batch that the sink took, `partial` is the beginning of the next one."""
+
+    __slots__ = (
+        "chain", "epoch", "key", "log_id", "log_start", "offset", "parent_end", "partial", "points", "search", "state",
+        "why",
+    )  # fmt: skip
+
+    def __init__(self, key: TopicPartition, log_id: str, epoch: int, log_start: int, offset: int, chain: int) -> None:
+        self.key = key
+        self.parent_end = -1
+        self.begin(log_id, epoch, log_start, offset, chain)
+
+    def begin(self, log_id: str, epoch: int, log_start: int, offset: int, chain: int) -> None:
+        """Stand at a place."""
+        self.log_id, self.epoch, self.log_start, self.offset, self.chain = log_id, epoch, log_start, offset, chain
+        self.partial = bytearray()
+        self.points: list[Point] = []
+        self.search: Search | None = None
+        self.state, self.why = "live", ""
+
+
+class Greeted(NamedTuple):
+    hello: Hello
+
+
+class Compare(NamedTuple):
+    """The parent ends at `offset`: is the chain there the same in our log? Answer with compared()."""
+
+    line: Line
+    offset: int
+    chain: int
+
+
+class Look(NamedTuple):
+    """Look up the boundaries at or behind these offsets in our log; answer with looked()."""
+
+    line: Line
+    offsets: list[int]
+
+
+class Cut(NamedTuple):
+    """Our log and the parent's are the same up to `offset`: what lies behind it goes. Then follow() again."""
+
+    line: Line
+    offset: int
+
+
+class Restart(NamedTuple):
+    """The parent has nothing that continues our log: begin anew at `offset`. Then follow() again."""
+
+    line: Line
+    offset: int
+    chain: int
+
+
+class Changed(NamedTuple):
+    """A line is in another state; for logs and counters."""
+
+    line: Line
+    code: str
+
+
+Event = Greeted | Compare | Look | Cut | Restart | Changed
+
+
+class Follower:
+    """`patterns` are the topics that this node wants (shell wildcards)."""
+
+    def __init__(self, uid: str, name: str, level: str, patterns: Sequence[str], sink: Sink) -> None:
+        self._uid, self._name, self._level, self._patterns, self._sink = uid, name, level, list(patterns), sink
+        self.lines: dict[TopicPartition, Line] = {}
+        self.known: dict[str, int] = {}
+        self._polled: list[Line] = []
+        self._reader = FrameReader()
+        self._begun: set[Line] = set()
+        self.bytes_taken = self.bytes_wasted = 0
+
+    def wants(self, topic: str) -> bool:
+        """True for a topic that a pattern matches; what belongs to one node is matched by none."""
+        own = topic.startswith("__") or topic.endswith(DEAD_LETTERS)
+        return not own and any(fnmatchcase(topic, pattern) for pattern in self._patterns)
+
+    def follow(self, key: TopicPartition, log_id: str, epoch: int, log_start: int, offset: int, chain: int) -> None:
+        """Stand at a place of a log: new, moved, or after something that was taken could not be stored."""
+        line = self.lines.get(key)
+        if line is None:
+            self.lines[key] = Line(key, log_id, epoch, log_start, offset, chain)
+        else:
+            line.begin(log_id, epoch, log_start, offset, chain)
+
+    def poll(self) -> Poll:
+        """What to ask for now. What was under way before is over."""
+        self._reader = FrameReader()
+        self._begun.clear()
+        self._polled = [line for line in self.lines.values() if line.state != "moving"]
+        logs = [
+            LogPosition(*line.key, line.log_id, line.epoch, line.offset, line.chain, len(line.partial), line.points)
+            for line in self._polled
+        ]
+        return Poll(
+            uid=self._uid, name=self._name, level=self._level, topics=self._patterns, logs=logs, known=self.known
+        )
+
+    @property
+    def lacking(self) -> bool:
+        """The parent lacks something that this node has or wants."""
+        return any(line.state in ("behind", "not_carried", "damaged") for line in self.lines.values())
+
+    # ---- an answer ----
+
+    def receive(self, data: memoryview) -> Iterator[Event]:
+        """Take bytes of an answer. Raises RemoteProtocolError for what cannot be right."""
+        for frame, payload, first in self._reader.feed(data):
+            if frame.kind == Kind.DATA:
+                yield from self._data(frame, payload, first)
+            elif frame.kind == Kind.HELLO:
+                yield self._hello(_decode(payload, Hello))
+            elif frame.kind == Kind.STATE:
+                yield from self._refused(self._line(frame), _decode(payload, Refusal))
+
+    def _line(self, frame: Frame) -> Line:
+        if frame.line >= len(self._polled):
+            raise RemoteProtocolError(f"the parent answered line {frame.line} of {len(self._polled)}")
+        return self._polled[frame.line]
+
+    def _hello(self, hello: Hello) -> Greeted:
+        if self._uid in (hello.uid, *hello.path):
+            raise RemoteProtocolError(f"{hello.name} gets its data from this node: the tree must not be a circle")
+        if hello.level not in LEVELS or LEVELS.index(hello.level) >= LEVELS.index(self._level):
+            raise RemoteProtocolError(
+                f"{hello.name} is a {hello.level} node; the parent of a {self._level} node stands above it"
+            )
+        return Greeted(hello)
+
+    def _data(self, frame: Frame, payload: memoryview, first: bool) -> Iterator[Event]:
+        line = self._line(frame)
+        if line.state == "moving":
+            return
+        if first:
+            self._begins_right(line, frame)
+            line.parent_end = frame.durable_end
+            if line.state != "live":
+                line.state, line.why, line.search = "live", "", None
+                line.points = []
+                yield Changed(line, "OK")
+        if line.partial:
+            line.partial += payload
+            with memoryview(line.partial) as whole:
+                taken, reason = self._take(line, whole)
+            del line.partial[:taken]
+        else:
+            taken, reason = self._take(line, payload)
+            line.partial += payload[taken:]
+        cut_off = reason in (Reason.OK, Reason.TRUNCATED)
+        if not cut_off and not (reason == Reason.ZEROES and len(line.partial) < HEADER_BYTES):
+            self.bytes_wasted += len(line.partial)
+            line.partial = bytearray()
+            why = EXPLANATION.get(reason, "it is not a batch")
+            raise RemoteProtocolError(f"{_name(line)}: the batch at {line.offset} cannot be taken: {why}")
+
+    def flush(self) -> None:
+        """Offer the sink again what it did not take when it came."""
+        for line in self.lines.values():
+            if line.partial and line.state != "moving":
+                with memoryview(line.partial) as whole:
+                    taken, _ = self._take(line, whole)
+                del line.partial[:taken]
+
+    def _begins_right(self, line: Line, frame: Frame) -> None:
+        if frame.flags & Flags.CONTINUES and line in self._begun:
+            return
+        self._begun.add(line)
+        here = (line.offset, len(line.partial))
+        if (frame.offset, frame.skip) != here or (frame.flags & Flags.CHAINED and frame.chain != line.chain):
+            self.bytes_wasted += len(line.partial)
+            line.partial = bytearray()
+            raise RemoteProtocolError(
+                f"{_name(line)}: the parent goes on at {frame.offset}+{frame.skip} (chain {frame.chain:08x}), this "
+                f"node stands at {here[0]}+{here[1]} (chain {line.chain:08x})"
+            )
+
+    def _take(self, line: Line, data: memoryview) -> tuple[int, Reason]:
+        taken = self._sink.append(line.key, data)
+        if taken.size:
+            with data[: taken.size] as whole:
+                line.chain = records.chain(whole, line.chain)
+            line.offset, line.epoch = taken.next_offset, taken.epoch
+            self.bytes_taken += taken.size
+        return taken.size, taken.reason
+
+    # ---- refusals ----
+
+    def _refused(self, line: Line, refusal: Refusal) -> Iterator[Event]:
+        if line.state == "moving":
+            return
+        before, line.why = line.state, refusal.message
+        match refusal.code:
+            case "BEHIND":
+                line.state, line.parent_end = "behind", refusal.offset
+                if line.log_start <= refusal.offset < line.offset:
+                    yield Compare(line, refusal.offset, refusal.chain)
+            case "GONE":
+                line.state = "moving"
+                yield Restart(line, refusal.offset, refusal.chain)
+            case "LOG_ID":
+                line.state = "replaced"
+            case "DAMAGED":
+                line.state = "damaged"
+            case "NOT_CARRIED":
+                line.state = "not_carried"
+            case "DIVERGED":
+                line.state = "diverged"
+                yield from self._diverged(line, refusal)
+            case _:
+                raise RemoteProtocolError(f"{_name(line)}: the parent answered {refusal.code}")
+        if line.state != before:
+            yield Changed(line, refusal.code)
+
+    def compared(self, line: Line, same: bool, offset: int) -> Iterator[Event]:
+        """The answer to Compare. The same chain: the parent is only behind. Another one: the logs part before."""
+        if line.state == "behind" and not same:
+            line.state = "diverged"
+            line.search = Search(line.log_start, offset)
+            yield Changed(line, "DIVERGED")
+            yield Look(line, line.search.offsets())
+
+    def _diverged(self, line: Line, refusal: Refusal) -> Iterator[Event]:
+        if line.search is None:
+            line.search = Search(line.log_start, line.offset)
+        else:
+            line.search.answered(refusal.offset)
+        line.points = []
+        if line.search.hopeless and refusal.start >= 0:
+            line.state = "moving"
+            yield Restart(line, refusal.start, refusal.start_chain)
+        else:
+            yield Look(line, line.search.offsets())
+
+    def looked(self, line: Line, found: Sequence[Point]) -> Iterator[Event]:
+        """The answer to Look; without an event the next poll asks the parent about what was found."""
+        search = line.search
+        if line.state != "diverged" or search is None:
+            return
+        line.points = search.take(found)
+        if not line.points and search.low >= 0:
+            line.state = "moving"
+            yield Cut(line, search.low)
+
+
+def _name(line: Line) -> str:
+    return f"{line.key.topic}/{line.key.partition}"
+
+
+def _decode(payload: memoryview, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(payload, type=kind)
+    except msgspec.DecodeError as error:
+        raise RemoteProtocolError(f"the parent sent what is no {kind.__name__}: {error}") from error

@@ -1,0 +1,211 @@
+"""What goes over the pipe: the poll of a child, and the frames with which its parent answers (docs/pipe.md).
+
+The poll is JSON. The answer is a stream of frames; every frame begins with 32 bytes, big-endian:
+
+     0  u32  bytes of payload behind this header
+     4  u8   kind: 1 HELLO, 2 DATA, 3 STATE, 4 IDLE
+     5  u8   flags of DATA: 1 CONTINUES (goes on where the last DATA of this line ended), 2 CHAINED (`chain` is told)
+     6  u16  line: which entry of the poll's `logs` it is about
+     8  u32  chain checksum before the batch at `offset`
+    12  i64  offset of the batch in which the payload begins
+    20  u32  bytes of that batch before the payload
+    24  i64  durable end of the log at the parent
+
+HELLO and STATE carry JSON (Hello, Refusal), DATA stored bytes, which may end anywhere, IDLE nothing.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from enum import IntEnum, IntFlag
+from typing import NamedTuple
+
+import msgspec
+
+from edgebroker.common.crc32c import crc32c
+from edgebroker.common.errors import RemoteProtocolError
+from edgebroker.common.types import TopicSettings
+
+VERSION = 1
+HEADER = struct.Struct(">IBBHIqIq")
+HEADER_BYTES = HEADER.size
+assert HEADER_BYTES == 32
+# JSON in a frame; a thousand topics with a thousand partitions fit.
+MAX_JSON_BYTES = 64 << 20
+MAX_LINES = 1 << 16
+
+
+class Kind(IntEnum):
+    HELLO = 1
+    DATA = 2
+    STATE = 3
+    IDLE = 4
+
+
+class Flags(IntFlag):
+    CONTINUES = 1
+    CHAINED = 2
+
+
+class Point(NamedTuple):
+    """A batch boundary of a log, and the chain over everything before it."""
+
+    offset: int
+    chain: int
+
+
+class LogPosition(msgspec.Struct, frozen=True, array_like=True):
+    """Where a child stands in a log: it has everything before `offset`, and `skip` bytes of the batch there. `points`
+    are places behind which it looks for the end of what both have, after a DIVERGED."""
+
+    topic: str
+    partition: int
+    log_id: str
+    epoch: int
+    offset: int
+    chain: int
+    skip: int = 0
+    points: list[Point] = []
+
+
+class Poll(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /v1/pipe. `topics` are patterns; `known` says of which topics the child has the newest
+    description (its digest)."""
+
+    version: int = VERSION
+    uid: str
+    name: str
+    level: str
+    topics: list[str]
+    logs: list[LogPosition]
+    known: dict[str, int] = {}
+
+
+class PartitionInfo(msgspec.Struct, frozen=True, array_like=True):
+    """The identity of a log, and where it begins at this node."""
+
+    log_id: str
+    origin: str
+    epochs: list[tuple[int, int]]
+    log_start: int
+    chain: int
+    snapshot: tuple[int, int]
+
+
+class TopicInfo(msgspec.Struct, frozen=True):
+    """A topic as its origin made it. `digest` is another one when something differs that a child has to take over."""
+
+    name: str
+    settings: TopicSettings
+    partitions: list[PartitionInfo]
+    digest: int
+
+
+def describe_topic(name: str, settings: TopicSettings, partitions: list[PartitionInfo]) -> TopicInfo:
+    """The description of a topic with its digest. Where a log begins is not part of that: it moves all the time."""
+    lasting = [(part.log_id, part.origin, part.epochs, part.snapshot) for part in partitions]
+    return TopicInfo(name, settings, partitions, crc32c(msgspec.json.encode((settings, lasting))))
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True):
+    """The first frame of every answer, and again when a topic changed. `path` is the way to the top, from this node's
+    parent on (node uids); `topics` are those that match and differ from what the child knows."""
+
+    uid: str
+    name: str
+    level: str
+    path: list[str]
+    topics: list[TopicInfo]
+
+
+class Refusal(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a line gets no data: GONE, DIVERGED, LOG_ID, BEHIND, DAMAGED, NOT_CARRIED (what `offset` means depends on
+    it: where the log begins, the last of the points that both have, -, the durable end, the end of the damage)."""
+
+    code: str
+    message: str
+    offset: int = -1
+    chain: int = 0
+    log_id: str = ""
+    start: int = -1
+    start_chain: int = 0
+
+
+class Frame(NamedTuple):
+    """The header of a frame."""
+
+    size: int
+    kind: int
+    flags: int
+    line: int
+    chain: int
+    offset: int
+    skip: int
+    durable_end: int
+
+
+class Part(NamedTuple):
+    """A frame, or for DATA what has arrived of it: `first` piece of it or not. The payload is valid until the next
+    bytes are read."""
+
+    frame: Frame
+    payload: memoryview
+    first: bool
+
+
+def write_frame(kind: Kind, payload: bytes = b"", line: int = 0) -> bytes:
+    """A frame with JSON or nothing."""
+    return HEADER.pack(len(payload), kind, 0, line, 0, 0, 0, 0) + payload
+
+
+class FrameReader:
+    """Bytes in, frames out; DATA piece by piece, everything else whole. After an error it is of no use any more."""
+
+    def __init__(self) -> None:
+        self._head = bytearray()
+        self._body = bytearray()
+        self._frame: Frame | None = None
+        self._left = 0
+
+    def feed(self, data: memoryview) -> Iterator[Part]:
+        """Raises RemoteProtocolError for what is no frame."""
+        while len(data):
+            if self._frame is None:
+                data, begun = self._begin(data)
+                if begun and not self._left:
+                    yield self._whole(memoryview(b""))
+                continue
+            piece, data = data[: self._left], data[self._left :]
+            if self._frame.kind == Kind.DATA:
+                first = self._left == self._frame.size
+                self._left -= len(piece)
+                frame = self._frame
+                if not self._left:
+                    self._frame = None
+                yield Part(frame, piece, first)
+                continue
+            self._body += piece
+            self._left -= len(piece)
+            if not self._left:
+                yield self._whole(memoryview(bytes(self._body)))
+
+    def _begin(self, data: memoryview) -> tuple[memoryview, bool]:
+        missing = HEADER_BYTES - len(self._head)
+        self._head += data[:missing]
+        begun = len(self._head) == HEADER_BYTES
+        if begun:
+            frame = Frame._make(HEADER.unpack(self._head))
+            self._head.clear()
+            if frame.kind not in Kind._value2member_map_:
+                raise RemoteProtocolError(f"the parent sent a frame of kind {frame.kind}")
+            if frame.kind != Kind.DATA and frame.size > MAX_JSON_BYTES:
+                raise RemoteProtocolError(f"the parent announced {frame.size} bytes of JSON")
+            self._frame, self._left = frame, frame.size
+        return data[missing:], begun
+
+    def _whole(self, payload: memoryview) -> Part:
+        assert self._frame is not None
+        part = Part(self._frame, payload, True)
+        self._frame, self._body = None, bytearray()
+        return part

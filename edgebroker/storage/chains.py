@@ -1,0 +1,52 @@
+"""Chain checksums at places of a stored log: what two nodes compare to find where their logs are the same."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from edgebroker.storage import files, segscan
+from edgebroker.storage.reader import SegmentView, load_index
+from edgebroker.storage.segment import UNKNOWN_CHAIN
+from edgebroker.storage.walk import walk_file, walk_start
+
+
+class ChainPoint(NamedTuple):
+    """A batch boundary, and the chain over everything before it."""
+
+    offset: int
+    chain: int
+
+
+def find_chains(views: Sequence[SegmentView], offsets: Sequence[int]) -> list[ChainPoint]:
+    """For each offset the first batch boundary at or behind it, as far as it is known; on the reader thread.
+
+    `views` are all segments of a log in order. Raises OSError when the device refuses.
+    """
+    found: dict[int, ChainPoint] = {}
+    for offset in offsets:
+        view = next((view for view in reversed(views) if view.base <= offset), None)
+        if view is None or view.base_chain == UNKNOWN_CHAIN or offset > view.end_offset:
+            continue
+        point = ChainPoint(view.base, view.base_chain) if offset == view.base else _walk_to(view, offset)
+        if point is not None:
+            found[point.offset] = point
+    return [found[offset] for offset in sorted(found)]
+
+
+def _walk_to(view: SegmentView, offset: int) -> ChainPoint | None:
+    fd = files.open_log(view.path)
+    try:
+        points = view.points if view.points is not None else load_index(view, fd).points
+        point = segscan.floor_offset(points, offset - view.base)
+        relative, position, chain, _ = point or (0, 0, view.base_chain, 0)
+        state = walk_file(
+            fd,
+            walk_start(view.base + relative, chain, position=position, epoch=view.epoch),
+            view.size,
+            base_offset=view.base,
+            max_batch=view.max_batch,
+            max_epoch=view.max_epoch,
+            limit_offset=offset,
+        )
+        return ChainPoint(state.next_offset, state.chain) if state.next_offset >= offset else None
+    finally:
+        files.close(fd)

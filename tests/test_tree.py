@@ -1,0 +1,406 @@
+"""Real brokers that mirror each other: topics appear, records follow, and every difference is found and dealt with."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from brokers import SECONDS, RunningBroker, numbered, running
+
+from edgebroker.common.errors import Code
+
+pytestmark = pytest.mark.slow
+
+LEVELS = ["root", "l2", "l3", "pos", "local"]
+
+
+class Tree:
+    """Nodes that are started and stopped; each below the ones it names."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.nodes: dict[str, RunningBroker] = {}
+        self._stacks: dict[str, ExitStack] = {}
+        self._ports: dict[str, int] = {}
+
+    def start(self, name: str, *parents: str, level: str = "", **settings: object) -> RunningBroker:
+        """A node under one of LEVELS; a node that was here before comes back at its address."""
+        wanted: dict[str, object] = {
+            "node.name": name,
+            "node.level": level or name,
+            "listen.http": f"127.0.0.1:{self._ports.get(name, 0)}",
+            "storage.segment_bytes": 64 << 10,
+            **{key.replace("__", "."): value for key, value in settings.items()},
+        }
+        if parents:
+            wanted["pipe.parents"] = ",".join(self.address(parent) for parent in parents)
+        stack = self._stacks[name] = ExitStack()
+        node = self.nodes[name] = stack.enter_context(running(self.directory / name, wanted))
+        self._ports[name] = node.broker.http_address[1]
+        return node
+
+    def stop(self, name: str) -> None:
+        self._stacks.pop(name).close()
+        del self.nodes[name]
+
+    def address(self, name: str) -> str:
+        return f"127.0.0.1:{self._ports[name]}"
+
+    def close(self) -> None:
+        for name in list(self._stacks):
+            self.stop(name)
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[Tree]:
+    found = Tree(tmp_path)
+    yield found
+    found.close()
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.01)
+
+
+def end(node: RunningBroker, topic: str, partition: int = 0) -> int:
+    found = node.broker.engine.log(topic, partition)
+    return found.durable_end if found is not None else -1
+
+
+def chain(node: RunningBroker, topic: str) -> int:
+    found = node.broker.engine.log(topic, 0)
+    assert found is not None
+    return found.chain
+
+
+def digest(tree: Tree, name: str, topic: str, partition: int = 0) -> str:
+    """Over the batch bytes as they lie on the disk."""
+    directory = tree.directory / name / "topics" / topic / str(partition)
+    found = hashlib.sha256()
+    for path in sorted(directory.glob("*.log")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def follows(upper: RunningBroker, lower: RunningBroker, topic: str, partition: int = 0) -> None:
+    wait_for(
+        lambda: end(lower, topic, partition) == end(upper, topic, partition) >= 0,
+        f"{topic}/{partition} arrives: {end(lower, topic, partition)} of {end(upper, topic, partition)}; {pipe(lower)}",
+    )
+
+
+def pipe(node: RunningBroker) -> dict[str, Any]:
+    found: dict[str, Any] = node.http("GET", "/v1/pipe")[1]
+    return found
+
+
+def line(node: RunningBroker, topic: str) -> dict[str, Any]:
+    lines: list[dict[str, Any]] = [one for one in pipe(node)["parent"]["logs"] if one["topic"] == topic]
+    return lines[0] if lines else {"state": ""}
+
+
+def publish(node: RunningBroker, topic: str, first: int, count: int, partition: int = 0, size: int = 0) -> None:
+    client = node.raw("producer")
+    assert client.publish(topic, numbered(first, count, size), partition=partition).code is Code.OK
+    node.drop(client)
+
+
+def test_five_levels(tree: Tree) -> None:
+    """What is published at the top is at the bottom, byte for byte, also a topic that is made while they are up."""
+    nodes = [tree.start("root")]
+    publish(nodes[0], "prices", 0, 100, size=200)
+    nodes[0].create("items", partitions=3, kind="table", urgent=True)
+    for upper, lower in pairwise(LEVELS):
+        nodes.append(tree.start(lower, upper))
+    for number in range(30):
+        publish(nodes[0], "prices", 100 + number * 10, 10, size=1500)
+        publish(nodes[0], "items", number, 1, partition=number % 3)
+    publish(nodes[0], "late", 0, 5)
+    for upper, lower in pairwise(nodes):
+        for topic, partition in [("prices", 0), ("items", 0), ("items", 1), ("items", 2), ("late", 0)]:
+            follows(upper, lower, topic, partition)
+    bottom = nodes[-1]
+    assert (
+        bottom.http("GET", "/v1/topics/items")[1]["settings"] == nodes[0].http("GET", "/v1/topics/items")[1]["settings"]
+    )
+    client = bottom.raw("till")
+    client.subscribe("prices", "tills")
+    offsets: list[int] = []
+    while len(offsets) < 400:
+        offsets += client.deliver().offsets
+    assert offsets == list(range(400))
+    refused = client.publish("prices", numbered(0, 1))
+    assert (refused.code, nodes[0].broker.engine.node_uid in refused.message) == (Code.NOT_ORIGIN, True)
+    assert bottom.http("PATCH", "/v1/topics/prices", {"retention_ms": 5})[0] == 409
+    assert pipe(bottom)["parent"]["path"] == [node.broker.engine.node_uid for node in reversed(nodes[:-1])]
+    assert [child["name"] for child in pipe(nodes[0])["children"]] == ["l2"]
+    for name in reversed(LEVELS):
+        tree.stop(name)
+    for topic, partition in [("prices", 0), ("items", 0), ("items", 1), ("items", 2), ("late", 0)]:
+        assert len({digest(tree, name, topic, partition) for name in LEVELS}) == 1
+    assert (tree.directory / "local" / "topics" / "prices" / "0").glob("*.log")
+
+
+def test_settings_and_snapshots_travel(tree: Tree) -> None:
+    root = tree.start("root")
+    root.create("stock", kind="table")
+    child = tree.start("l2", "root")
+    publish(root, "stock", 0, 5)
+    follows(root, child, "stock")
+    assert root.http("PATCH", "/v1/topics/stock", {"retention_ms": 12345})[0] == 200
+    wait_for(lambda: child.broker.engine.partitions("stock")[0].settings.retention_ms == 12345, "the settings")
+    begun = root.http("POST", "/v1/topics/stock/snapshot", {"client_id": "__snapshot-1"})[1]
+    writer = root.raw("__snapshot-1")
+    writer.publish("stock", numbered(0, 3))
+    assert root.http("POST", f"/v1/topics/stock/snapshot/{begun['id']}")[0] == 200
+    wait_for(lambda: child.broker.engine.partitions("stock")[0].identity.snapshot == (5, 10), "the snapshot")
+    assert end(child, "stock") == 10
+
+
+def test_only_what_is_wanted(tree: Tree) -> None:
+    root = tree.start("root")
+    for topic in ("prices", "prices-old", "sales", "items"):
+        publish(root, topic, 0, 3)
+    child = tree.start("l2", "root", pipe__topics="prices*, items")
+    for topic in ("prices", "prices-old", "items"):
+        follows(root, child, topic)
+    assert sorted(child.broker.engine.topics()) == ["items", "prices", "prices-old"]
+
+
+def test_a_parent_that_comes_back(tree: Tree) -> None:
+    root = tree.start("root")
+    publish(root, "prices", 0, 50, size=2000)
+    child = tree.start("l2", "root")
+    follows(root, child, "prices")
+    tree.stop("root")
+    client = child.raw("till")
+    client.subscribe("prices", "tills")
+    assert client.deliver().offsets[0] == 0, "what is here is served without a parent"
+    root = tree.start("root")
+    publish(root, "prices", 50, 10)
+    follows(root, child, "prices")
+    assert child.counters()["pipe_bytes_wasted"] == 0
+    tree.stop("l2")
+    publish(root, "prices", 60, 10)
+    child = tree.start("l2", "root")
+    follows(root, child, "prices")
+
+
+def test_failover_to_the_next_parent(tree: Tree) -> None:
+    root = tree.start("root")
+    publish(root, "prices", 0, 5)
+    upper = tree.start("l2", "root")
+    follows(root, upper, "prices")
+    child = tree.start("l3", "l2", "root")
+    follows(root, child, "prices")
+    tree.stop("l2")
+    publish(root, "prices", 5, 5)
+    follows(root, child, "prices")
+    assert pipe(child)["parent"]["name"] == "root"
+    wait_for(lambda: child.counters()["pipe_failovers"] == 1, "it is counted")
+    tree.start("l2", "root")
+    child.advance(30.0)
+    wait_for(lambda: child.broker.piping._candidates._healthy_since, "it is seen again")  # type: ignore[union-attr]
+    child.advance(301.0)
+    child.advance(1.0)
+    wait_for(lambda: pipe(child)["parent"]["name"] == "l2" and pipe(child)["parent"]["connected"], "it is back")
+
+
+def test_a_restored_parent_that_went_on(tree: Tree) -> None:
+    """ROOT's directory is copied, goes on, is put back, and goes on differently: no log is a mixture of both."""
+    root = tree.start("root")
+    publish(root, "prices", 0, 100, size=300)
+    upper = tree.start("l2", "root")
+    lower = tree.start("l3", "l2")
+    follows(root, lower, "prices")
+    tree.stop("root")
+    shutil.copytree(tree.directory / "root", tree.directory / "copy", ignore=shutil.ignore_patterns("ctl.sock"))
+    root = tree.start("root")
+    for number in range(20):
+        publish(root, "prices", 1000 + number * 50, 50, size=100)
+    follows(root, lower, "prices")
+    client = lower.raw("till")
+    client.subscribe("prices", "tills")
+    while client.deliver().head.last < 1099:
+        pass
+    assert client.acked(client.assigned(), 1100) is Code.OK
+    tree.stop("root")
+    tree.stop("l2")
+    shutil.rmtree(tree.directory / "root")
+    (tree.directory / "copy").rename(tree.directory / "root")
+    root = tree.start("root")
+    for number in range(25):
+        publish(root, "prices", 5000 + number * 50, 50, size=90)
+    upper = tree.start("l2", "root")
+    follows(root, upper, "prices")
+    follows(root, lower, "prices")
+    wait_for(
+        lambda: lower.broker.engine.log("prices", 0).chain == root.broker.engine.log("prices", 0).chain, "the same"
+    )
+    again = client.deliver()
+    assert again.head.first == 100, "the group goes back to where the logs part"
+    assert lower.counters()["pipe_cuts"] == 1
+    for name in ("l3", "l2", "root"):
+        tree.stop(name)
+    assert len({digest(tree, name, "prices") for name in ("root", "l2", "l3")}) == 1
+
+
+def test_an_origin_that_lost_history(tree: Tree) -> None:
+    """Nothing is published over what children have, until an operator accepts the loss; then they cut it off."""
+    root = tree.start("root")
+    publish(root, "prices", 0, 10)
+    child = tree.start("l2", "root")
+    follows(root, child, "prices")
+    tree.stop("root")
+    shutil.copytree(tree.directory / "root", tree.directory / "copy", ignore=shutil.ignore_patterns("ctl.sock"))
+    root = tree.start("root")
+    publish(root, "prices", 10, 10)
+    follows(root, child, "prices")
+    tree.stop("root")
+    shutil.rmtree(tree.directory / "root")
+    (tree.directory / "copy").rename(tree.directory / "root")
+    root = tree.start("root")
+    wait_for(lambda: line(child, "prices")["state"] == "behind", "the child is ahead")
+    producer = root.raw("producer")
+    refused = producer.publish("prices", numbered(0, 1))
+    assert (refused.code, "topic accept prices" in refused.message) == (Code.HISTORY_LOST, True)
+    assert "prices/0" in root.http("GET", "/v1/node")[1]["problems"]["history_lost"]
+    assert end(child, "prices") == 20
+    assert root.http("POST", "/v1/topics/prices/accept")[0] == 200
+    assert producer.publish("prices", numbered(100, 3)).offset == 10
+    follows(root, child, "prices")
+    assert child.broker.engine.log("prices", 0).epoch == 2  # type: ignore[union-attr]
+    assert root.http("POST", "/v1/topics/prices/accept")[0] == 404
+
+
+def test_a_log_that_was_made_again(tree: Tree) -> None:
+    """Another log_id is not followed by itself; the old data is served on until an operator accepts the new one."""
+    root = tree.start("root")
+    publish(root, "prices", 0, 10)
+    child = tree.start("l2", "root")
+    follows(root, child, "prices")
+    tree.stop("root")
+    shutil.rmtree(tree.directory / "root")
+    root = tree.start("root")
+    publish(root, "prices", 500, 30)
+    wait_for(lambda: line(child, "prices")["state"] == "replaced", "it is noticed")
+    assert end(child, "prices") == 10
+    assert "prices" in child.http("GET", "/v1/node")[1]["problems"]["replaced"]
+    client = child.raw("till")
+    client.subscribe("prices", "tills")
+    assert client.deliver().offsets == list(range(10))
+    tree.stop("l2")
+    child = tree.start("l2", "root")
+    wait_for(lambda: line(child, "prices")["state"] == "replaced", "also after a restart")
+    client = child.raw("till")
+    client.subscribe("prices", "tills")
+    assert child.http("POST", "/v1/topics/prices/accept")[0] == 200
+    follows(root, child, "prices")
+    assert client.reset().topic == "prices", "its readers begin anew"
+    assert "replaced" not in child.http("GET", "/v1/node")[1]["problems"]
+
+
+def test_what_the_parent_has_removed(tree: Tree) -> None:
+    root = tree.start("root")
+    root.create("prices", retention_bytes=200_000)
+    publish(root, "prices", 0, 5)
+    child = tree.start("l2", "root")
+    follows(root, child, "prices")
+    tree.stop("l2")
+    for number in range(20):
+        publish(root, "prices", number, 20, size=2000)
+    wait_for(lambda: root.broker.engine.log("prices", 0).log_start > 5, "retention")  # type: ignore[union-attr]
+    child = tree.start("l2", "root")
+    follows(root, child, "prices")
+    start = child.broker.engine.log("prices", 0).log_start  # type: ignore[union-attr]
+    assert start > 5
+    assert child.counters()["pipe_restarts"] == 1
+    tree.stop("l2")
+    child = tree.start("l2", "root")
+    publish(root, "prices", 0, 1)
+    follows(root, child, "prices")
+
+
+def test_a_topic_of_both(tree: Tree) -> None:
+    root = tree.start("root")
+    child = tree.start("l2", "root")
+    publish(child, "local-notes", 0, 3)
+    publish(root, "local-notes", 0, 9)
+    publish(root, "prices", 0, 4)
+    follows(root, child, "prices")
+    wait_for(lambda: "name_clash" in child.http("GET", "/v1/node")[1]["problems"], "the clash is told")
+    assert end(child, "local-notes") == 3
+
+
+@pytest.mark.parametrize("file", ["meta.db*", "offsets.snap"])
+def test_without_metadata_nothing_is_fetched_twice(tree: Tree, file: str) -> None:
+    """On each node in turn: no new log_id, no refresh, no group moves forward."""
+    root = tree.start("root")
+    publish(root, "prices", 0, 200, size=1000)
+    tree.start("l2", "root")
+    lower = tree.start("l3", "l2")
+    follows(root, lower, "prices")
+    client = lower.raw("till")
+    client.subscribe("prices", "tills")
+    head = client.deliver().head
+    assert client.acked(head, 20) is Code.OK
+    for name, parents in [("l3", ["l2"]), ("l2", ["root"]), ("root", [])]:
+        tree.stop(name)
+        for path in (tree.directory / name).glob(file):
+            path.unlink()
+        node = tree.start(name, *parents)
+        publish(tree.nodes["root"], "prices", 0, 1)
+        follows(tree.nodes["root"], tree.nodes["l3"], "prices")
+        counters = node.counters()
+        assert (counters["pipe_cuts"], counters["pipe_restarts"], counters["pipe_bytes_wasted"]) == (0, 0, 0)
+        assert counters["pipe_bytes_in"] < 1000
+    assert len({tree.nodes[name].broker.engine.log("prices", 0).identity.log_id for name in tree.nodes}) == 1
+    lines = tree.nodes["l3"].http("GET", "/v1/groups/tills")[1]["partitions"]
+    assert lines[0]["committed"] <= 20
+
+
+def test_a_full_disk_pauses_the_pipe(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tree.start("root")
+    publish(root, "prices", 0, 5)
+    child = tree.start("l2", "root")
+    follows(root, child, "prices")
+    monkeypatch.setattr(child.broker.engine, "refusal", lambda: (Code.DISK_FULL, "as told by the test"))
+    publish(root, "prices", 5, 5, size=2000)
+    child.advance(2.0)
+    assert end(child, "prices") == 5
+    monkeypatch.undo()
+    child.advance(2.0)
+    follows(root, child, "prices")
+    assert child.counters()["pipe_bytes_wasted"] == 0
+
+
+def test_refused_parents(tree: Tree) -> None:
+    tree.start("pos")
+    child = tree.start("l2", "pos")
+    wait_for(lambda: "409" in pipe(child)["parent"]["error"], "a node below cannot be a parent")
+    assert tree.nodes["pos"].http("POST", "/v1/pipe", {"version": 7})[0] == 400
+    tree.stop("pos")
+    wait_for(lambda: "refused" in pipe(child)["parent"]["error"].lower(), "nobody is there")
+
+
+def test_too_many_children(tree: Tree) -> None:
+    tree.start("root", pipe__max_children=0)
+    child = tree.start("l2", "root")
+    wait_for(lambda: "503" in pipe(child)["parent"]["error"], "it is told to come later")
+
+
+def test_a_cap(tree: Tree) -> None:
+    root = tree.start("root")
+    publish(root, "prices", 0, 300, size=1000)
+    child = tree.start("l2", "root", pipe__bytes_per_second=1_000_000)
+    follows(root, child, "prices")
