@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import delivery, peers, resources, rows
+from benchmarks import delivery, peers, resources, rows, tree
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -20,6 +20,10 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "acknowledged": delivery.acknowledged,
     "laggards": delivery.laggards,
     "rebalance": delivery.rebalance,
+    "mirror": tree.catch_up,
+    "hops": tree.hops,
+    "children": tree.children,
+    "line": tree.narrow_line,
     "start": rows.start_after_kill,
     "memory": resources.memory,
     "topics": resources.many_topics,

@@ -227,6 +227,27 @@ def test_latest_misses_nothing_that_came_while_the_connection_was_down(tmp_path:
         consumer.close()
 
 
+@pytest.mark.parametrize("group", ["g", ""])
+@pytest.mark.parametrize(("target", "expected"), [(2, 2), (8, 8), ("earliest", 0)])
+def test_seeking_while_there_is_no_broker(tmp_path: Path, group: str, target: int | str, expected: int) -> None:
+    """What was acknowledged before does not count any more."""
+    first = RunningBroker(config_for(tmp_path / "data"))
+    fill(first, 10)
+    consumer = first.consumer(["t"], group, auto_ack=False)
+    try:
+        consumer.ack(take(consumer, 10)[5])
+        consumer.commit(SECONDS)
+        first.stop()
+        deadline = time.monotonic() + SECONDS
+        while consumer.assignment:
+            assert time.monotonic() < deadline
+        consumer.seek("t", 0, target)
+        with running(tmp_path / "data", {"listen.tcp": first.server}):
+            assert offsets(take(consumer, 10 - expected)) == list(range(expected, 10))
+    finally:
+        consumer.close()
+
+
 def cut_short(directory: Path) -> int:
     """A log whose first segments retention has removed; where it begins now."""
     settings = {"storage.segment_bytes": 64 << 10, "storage.retention_bytes": 100_000}

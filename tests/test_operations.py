@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
 from edgebroker.network import frames
 from edgebroker.network.frames import FrameType, Intent, Subscribe, Wanted
+from edgebroker.storage.engine import Log
 
 OFFSETS, REFRESH = "/v1/groups/g/offsets", "/v1/groups/g/refresh"
 
@@ -140,6 +141,31 @@ def test_moving_what_is_being_revoked_hands_it_over(broker: RunningBroker) -> No
     assert new.deliver().head.first == 3
     old.assigned(1 - lease.partition)
     assert committed(broker) == [3, 3]
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_refresh_that_begins_while_a_time_is_looked_up(
+    broker: RunningBroker, dry_run: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its place is the refresh's then: nothing moves, in the other partition neither."""
+    moved(broker, to="4")
+    engine, groups = broker.broker.engine, broker.broker.groups
+    look_up, refreshed = engine.offset_at_time, engine.log("t", 1)
+
+    def slowly(log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
+        def found(offset: int, error: str) -> None:
+            if log is refreshed:
+                broker.broker.refreshing.begin(groups.group("g", 0.0), log, lambda code, message: None)
+            done(offset, error)
+
+        look_up(log, timestamp, found)
+
+    monkeypatch.setattr(engine, "offset_at_time", slowly)
+    status, answer = broker.http("POST", OFFSETS, {"topic": "t", "to": "@6000", "dry_run": dry_run})
+    assert (status, "t/1 is being refreshed" in answer["error"]) == (409, True)
+    assert committed(broker) == [4, 0]
+    lines = group_of(broker)["partitions"]
+    assert [line["refresh"] and line["refresh"]["state"] for line in lines] == [None, "refreshing"]
 
 
 @pytest.mark.parametrize(

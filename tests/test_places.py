@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from support import TOPIC, StoreHarness, store_settings
 
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
-from edgebroker.storage.meta import VERSION, GroupOffset
+from edgebroker.storage.meta import VERSION, GroupOffset, MetaDatabase
 
 
 @pytest.fixture
@@ -95,6 +96,36 @@ def test_places_of_the_schemas_before(harness: StoreHarness, version: int, lacki
         assert database.execute("PRAGMA user_version").fetchone() == (VERSION,)
     assert not list(harness.path.glob("meta.db.corrupt*"))
     harness.open()
+
+
+def test_places_of_a_schema_before_that_a_full_disk_keeps(
+    harness: StoreHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It cannot be upgraded: its places count all the same, and the upgrade comes with the space."""
+    harness.fill(5)
+    harness.commit(3)
+    harness.close()
+    (harness.path / "offsets.snap").unlink()
+    with closing(sqlite3.connect(harness.path / "meta.db")) as database:
+        for _, column, *_ in database.execute("PRAGMA table_info(group_offsets)").fetchall()[7:]:
+            database.execute(f"ALTER TABLE group_offsets DROP COLUMN {column}")
+        database.execute("PRAGMA user_version=2")
+
+    def full(self: MetaDatabase) -> None:
+        error = sqlite3.OperationalError("database or disk is full")
+        error.sqlite_errorcode = sqlite3.SQLITE_FULL
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetaDatabase, "_connect", full)
+        harness.open()
+        assert harness.committed() == 3
+    harness.commit(4)
+    harness.restart()
+    assert harness.committed() == 4
+    assert not list(harness.path.glob("meta.db.corrupt*"))
+    with closing(sqlite3.connect(harness.path / "meta.db")) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (VERSION,)
 
 
 def test_retention_stops_at_the_newest_complete_snapshot(harness: StoreHarness) -> None:

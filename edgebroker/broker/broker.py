@@ -336,6 +336,8 @@ class Broker:
 
     def on_topic(self, name: str) -> None:
         self.feeding.on_topic(name)
+        for log in self.engine.partitions(name):
+            self.delivery.settings_changed(log)
 
     def retention_floor(self, log: Log) -> int | None:
         now = self.loop.now()

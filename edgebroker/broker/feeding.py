@@ -40,6 +40,7 @@ ANSWER_SECONDS = 90.0
 TURN_BYTES = 4 << 20
 LEAST_SHARE_BYTES = 64 << 10
 TURN_CHILDREN = 200
+SHARED_BYTES = 64 << 10
 RETRY_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 LIVE_SECONDS = 7 * 24 * 3600.0
@@ -75,6 +76,8 @@ class Feeding:
         # Children that are ahead of a log, and of what they have: when it comes there they are looked at again.
         self._ahead: dict[Log, dict[Child, int]] = {}
         self._waiting: dict[Child, None] = {}
+        # What stands behind an offset up to the end of a log, read once in a turn for many children.
+        self.news: dict[Log, tuple[int, Piece]] = {}
         self._serving = False
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
@@ -177,6 +180,7 @@ class Feeding:
             if left <= 0:
                 break
         self._serving = False
+        self.news.clear()
         if self._waiting:
             self.scheduler.call_later(0.0, lambda: None)
 
@@ -394,9 +398,17 @@ class Child:
 
     def read(self, cursor: FeedCursor, max_bytes: int) -> Piece | Refusal | None:
         partition: Log = cursor.log  # type: ignore[assignment]
+        news = self._feeding.news.get(partition)
+        if news is not None and news[0] == cursor.offset and news[1].length <= max_bytes:
+            cursor.hint = None
+            return news[1]
         hint: tuple[int, int] | None = cursor.hint  # type: ignore[assignment]
         found = partition.find(cursor.offset, max_bytes, 1 << 30, hint)
         if isinstance(found, Extent):
+            piece = self._shared(partition, cursor.offset, found)
+            if piece is not None:
+                cursor.hint = None
+                return piece
             found.segment.hold()
             cursor.hint = (found.segment.base, found.position + found.length)
             return Piece(found.segment, found.position, found.length, found.next_offset)
@@ -411,6 +423,17 @@ class Child:
         else:
             self._feeding.idle(self, cursor, partition)
         return None
+
+    def _shared(self, partition: Log, offset: int, found: Extent) -> Piece | None:
+        """The newest batches of a log, small enough to be read once for all the children that stand before them."""
+        if found.length > SHARED_BYTES or found.next_offset != partition.durable_end:
+            return None
+        data = self._feeding.engine.peek(found)
+        if data is None:
+            return None
+        piece = Piece(memoryview(data), 0, found.length, found.next_offset)
+        self._feeding.news[partition] = (offset, piece)
+        return piece
 
     def chain_at(self, cursor: FeedCursor) -> int | None:
         partition: Log = cursor.log  # type: ignore[assignment]

@@ -11,6 +11,7 @@ import os
 import secrets
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -105,8 +106,10 @@ class Consumer:
         stored = self._position_file.read() if self._position_file is not None else {}
         self._positions_due = 0.0
         self._handing: list[Record] = []
-        # Records that were handed out of a delivery only in part, and the lease that they came under.
-        self._left: tuple[int, list[Record]] = (0, [])
+        # What the iteration has not handed out of a delivery yet, the last record that it did, and their lease.
+        self._rest: deque[Record] = deque()
+        self._given: Record | None = None
+        self._given_count = self._rest_lease = 0
         self._refreshes: dict[TopicPartition, Refresh] = {}
         self._switched: dict[str, int] = {}
         self.expired = 0
@@ -138,42 +141,32 @@ class Consumer:
             return {key for key, place in self._subscriber.places.items() if place.held}
 
     def __iter__(self) -> Iterator[Record]:
-        """Records for ever; blocks while there are none. Ends after close()."""
-        while True:
-            records = self.poll(None)
-            if not records:
-                return
-            yield from self._one_by_one(records)
+        """Records for ever; blocks while there are none. Ends after close(). Whoever leaves the loop gets the rest when
+        asking again: the next loop, or poll()."""
+        while (record := self._next_record()) is not None:
+            yield record
 
-    def _one_by_one(self, records: list[Record]) -> Iterator[Record]:
-        handed = 0
-        lease = self._lease_of(records[0])
-        try:
-            for start in range(0, len(records), AUTO_ACK_RECORDS):
-                piece = self._handing = records[start : start + AUTO_ACK_RECORDS]
-                last = piece[-1]
-                for record in piece:
-                    handed += 1
-                    yield record
-                if not piece:
-                    handed = len(records)
-                    return  # seek() or nack() took the rest back
-                if self._auto_ack:
-                    self.ack(last)
-        finally:
-            # Whoever leaves the loop gets the rest when asking again: nothing is passed over.
-            if handed < len(records) and self._handing:
-                self._left = (lease, records[handed:])
+    def _next_record(self) -> Record | None:
+        """One record of the iteration; those before it are acknowledged a delivery, or 1,000 records, at a time."""
+        rest = self._rest
+        if rest and self._lease_of(rest[0]) != self._rest_lease:
+            rest.clear()  # the partition was lost, or moved: it comes again
+        if self._given is not None and (not rest or self._given_count >= AUTO_ACK_RECORDS):
+            given, self._given, self._given_count = self._given, None, 0
+            if self._auto_ack and self._lease_of(given) == self._rest_lease:
+                self.ack(given)
+        if not rest:
+            rest.extend(self._receive(None))
+            if not rest:
+                return None
+            self._rest_lease = self._lease_of(rest[0])
+        self._given = rest.popleft()
+        self._given_count += 1
+        return self._given
 
     def _lease_of(self, record: Record) -> int:
         place = self._subscriber.places.get(TopicPartition(record.topic, record.partition))
         return place.lease if place is not None else 0
-
-    def _take_left(self) -> list[Record]:
-        """What an iteration left over, as long as it is still this consumer's."""
-        lease, records = self._left
-        self._left = (0, [])
-        return records if records and lease and self._lease_of(records[0]) == lease else []
 
     def poll(self, timeout: float | None = None) -> list[Record]:
         """The records of the next delivery, in order; [] after `timeout` seconds or when the consumer was closed.
@@ -181,9 +174,12 @@ class Consumer:
         With auto_ack the caller must acknowledge by asking again through iteration or run(); poll() itself does not.
         Raises GapError (without on_gap), ResetRequiredError (without staging), AnswerError, UnreachableError.
         """
-        left = self._take_left()
-        if left:
-            return left
+        rest, self._rest = self._rest, deque()
+        if rest and self._lease_of(rest[0]) == self._rest_lease:
+            return list(rest)
+        return self._receive(timeout)
+
+    def _receive(self, timeout: float | None) -> list[Record]:
         deadline = None if timeout is None else self._subscriber.loop.clock_now() + timeout
         while True:
             item = self._next(deadline)
@@ -273,7 +269,8 @@ class Consumer:
         self._take_back(TopicPartition(topic, partition))
 
     def pause(self, topic: str, partition: int) -> None:
-        """Hand out nothing of a partition until resume(); it stays assigned."""
+        """Hand out nothing of a partition until resume(); it stays assigned. When a record of it comes alone after a
+        failure, this consumer's other partitions wait for that as well."""
         self._subscriber.set_paused(TopicPartition(topic, partition), True)
 
     def resume(self, topic: str, partition: int) -> None:
@@ -291,7 +288,7 @@ class Consumer:
                 (key.topic, key.partition): Position(place.log_id, place.epoch, place.acked)
                 for key, place in self._subscriber.places.items()
                 # While a refresh is loaded, what readers see stands where it stood before.
-                if place.acked >= 0 and any(place.log_id) and key not in self._refreshes
+                if place.acked >= 0 and any(place.log_id) and not place.refreshing
             }
 
     def _write_positions(self) -> None:
@@ -465,7 +462,7 @@ class Consumer:
             return
         self._refreshes.pop(notice.partition, None)
         try:
-            if self._on_revoked is not None:
+            if self._on_revoked is not None and not notice.late:
                 self._on_revoked([notice.partition])
         finally:
             if notice.holding is Holding.REVOKING:
@@ -477,9 +474,10 @@ class Consumer:
         """What is being handed out of a partition ends here."""
         if self._handing and (self._handing[0].topic, self._handing[0].partition) == key:
             self._handing.clear()
-        left = self._left[1]
-        if left and (left[0].topic, left[0].partition) == key:
-            self._left = (0, [])
+        if self._given is not None and (self._given.topic, self._given.partition) == key:
+            self._given, self._given_count = None, 0
+        if self._rest and (self._rest[0].topic, self._rest[0].partition) == key:
+            self._rest.clear()
 
 
 def _expired(record: Record, age_ms: float) -> bool:

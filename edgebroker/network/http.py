@@ -72,8 +72,7 @@ class BodyWriter:
 
     def send_data(self, head: bytes, data: memoryview) -> None:
         """One piece of a head and bytes in memory."""
-        self._transport.send_pair(b"%x\r\n%b" % (len(head) + len(data), head), data)
-        self._transport.send(b"\r\n")
+        self._transport.send_parts((b"%x\r\n%b" % (len(head) + len(data), head), data, b"\r\n"))
 
     def send_file(self, head: bytes, extent: FileRange) -> None:
         """One piece of a head and stored bytes, which go from the file to the socket."""

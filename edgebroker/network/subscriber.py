@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.02
 LEAVE_SECONDS = 1.0
+NOBODYS_LOG_ID = b"\xff" * 16
 
 
 class Place:
@@ -88,10 +89,11 @@ class Arrived:
 
 @dataclass(slots=True)
 class Notice:
-    """A partition was assigned, is being revoked, or was revoked."""
+    """A partition was assigned, is being revoked, or was revoked; `late`: after a REVOKING that was not followed."""
 
     holding: Holding
     partition: TopicPartition
+    late: bool = False
 
 
 Item = Arrived | Notice | Reset | EdgeBrokerError
@@ -114,6 +116,8 @@ class Subscriber:
         self._group, self._topics, self._start, self._window = group, list(topics), start, window
         self.places: dict[TopicPartition, Place] = {}
         for (topic, partition), place in positions.items():
+            if topic not in topics:
+                continue  # kept for another consumer
             wanted = Wanted(topic, partition, Start.POSITION, place.log_id, place.epoch, place.next_offset)
             self.places[TopicPartition(topic, partition)] = Place(wanted)
         self.arrived: deque[Item] = deque()
@@ -332,8 +336,11 @@ class Subscriber:
 
     def _resumed(self, key: TopicPartition, place: Place) -> Wanted | None:
         """Where to go on after a reconnect: behind what was acknowledged here, unless another member went on since."""
-        if place.acked < 0 or (place.refreshing and not self._group):
-            return place.wanted  # a reader of its own has to be told of its refresh again
+        if place.refreshing and not self._group:
+            # The broker has forgotten the refresh of a reader of its own: no log is its own, so it gets another.
+            return Wanted(*key, Start.POSITION, NOBODYS_LOG_ID, -1, 0)
+        if place.acked < 0:
+            return place.wanted
         kind = Start.POSITION if place.kept or not self._group else Start.RESUME
         return Wanted(*key, kind, place.log_id, place.epoch, place.acked) if place.resuming else None
 
@@ -394,9 +401,13 @@ class Subscriber:
                 self.ready.notify()
 
     def _lose(self, key: TopicPartition, place: Place) -> None:
-        if place.held and not place.leaving:
-            self.arrived.append(Notice(Holding.REVOKED, key))
+        if place.held and (not place.leaving or place.revoking):
+            self.arrived.append(Notice(Holding.REVOKED, key, late=place.leaving))
         place.held = place.leaving = place.revoking = False
+        if place.refreshing:
+            # Its place is one in a staging store. A group's refresh is announced to whoever holds the partition next.
+            place.acked = place.handed = -1
+            place.refreshing = not self._group
         place.void()
 
     def _on_reset(self, reset: Reset) -> None:

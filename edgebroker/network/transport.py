@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import socket
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from edgebroker.common.errors import ProtocolError
@@ -135,6 +135,29 @@ class Transport:
             sent = len(head)
         rest = data[sent - len(head) :]
         self._queue(rest, len(rest))
+
+    def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Send or queue several pieces, in one call to the kernel when possible."""
+        if self.closed:
+            return
+        sent = 0
+        if not self.backlog:
+            try:
+                sent = self._socket.sendmsg(parts)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self.close(error.strerror or "sending failed")
+                return
+            self.bytes_out += sent
+            self.last_progress = self._loop.now()
+        for part in parts:
+            if sent >= len(part):
+                sent -= len(part)
+            else:
+                rest = memoryview(part)[sent:]
+                sent = 0
+                self._queue(rest, len(rest))
 
     def send_file(self, head: bytes, extent: FileRange) -> None:
         """Send or queue a head and stored bytes behind it."""

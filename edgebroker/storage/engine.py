@@ -9,7 +9,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage.chains import ChainPoint
 from edgebroker.storage.identity import Identity
-from edgebroker.storage.log import Found
+from edgebroker.storage.log import Extent, Found
 from edgebroker.storage.meta import GroupKey, GroupOffset
 from edgebroker.storage.reader import ColdRead
 from edgebroker.storage.recovery import Hole
@@ -62,7 +62,7 @@ class Listener(Protocol):
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None: ...
     def on_failed(self, log: Log, code: Code, message: str) -> None: ...
     def on_topic(self, name: str) -> None:
-        """A topic was made, or the identity of its logs changed."""
+        """A topic was made, or the identity of its logs changed: settings, histories, where they begin."""
 
     def retention_floor(self, log: Log) -> int | None:
         """The offset that every live group and child has passed; None when there is none."""
@@ -119,6 +119,9 @@ class Engine(Protocol):
         """What waits for the disk, over all partitions."""
 
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None: ...
+    def peek(self, extent: Extent) -> bytes | None:
+        """The bytes of an extent, when all of them are in the page cache. Does not wait."""
+
     def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
         """Read stored bytes that left the page cache while they were being sent: done(data, error)."""
 

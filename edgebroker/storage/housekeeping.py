@@ -59,6 +59,8 @@ class HousekeepingSettings:
 class Logs(Protocol):
     def logs(self) -> list[PartitionLog]: ...
     def retention_floor(self, log: PartitionLog) -> int | None: ...
+    def on_removed(self, log: PartitionLog) -> None:
+        """The log begins further on."""
 
 
 class Housekeeping:
@@ -306,6 +308,7 @@ class Housekeeping:
             self.holes_changed(partition)
             self.removed_segments += len(gone)
             self._metadata.touch()
+            self._store.on_removed(partition)
             log.info("%s: %d segments removed, the log starts at %d", partition.name, len(gone), result.log_start)
 
         self._committer.call(work, done)

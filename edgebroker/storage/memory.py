@@ -19,7 +19,7 @@ from edgebroker.storage import segscan
 from edgebroker.storage.chains import ChainPoint
 from edgebroker.storage.engine import Appended, Done, Listener, Log
 from edgebroker.storage.identity import Identity, make_identity
-from edgebroker.storage.log import Inline
+from edgebroker.storage.log import Extent, Inline
 from edgebroker.storage.meta import GroupKey, GroupOffset
 from edgebroker.storage.reader import ColdRead
 from edgebroker.storage.recovery import Hole
@@ -174,6 +174,9 @@ class MemoryEngine:
         found = log.find(offset, max_bytes, 1 << 31)
         assert isinstance(found, Inline)
         done(ColdRead(data=bytes(found.data), first_offset=found.first_offset, next_offset=found.next_offset))
+
+    def peek(self, extent: Extent) -> bytes | None:
+        raise AssertionError("memory has no extents")
 
     def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
         raise AssertionError("memory is never cold")

@@ -26,7 +26,7 @@ from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
 from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity
-from edgebroker.storage.log import PartitionLog
+from edgebroker.storage.log import Extent, PartitionLog
 from edgebroker.storage.meta import GroupKey, GroupOffset
 from edgebroker.storage.metadata import Metadata
 from edgebroker.storage.mirror import begin_log, cut_log, restart_log
@@ -338,6 +338,9 @@ class SegmentStore:
     def on_failed(self, log: PartitionLog, code: Code, message: str) -> None:
         self._listener.on_failed(log, code, message)
 
+    def on_removed(self, log: PartitionLog) -> None:
+        self._listener.on_topic(log.topic)
+
     def retention_floor(self, log: PartitionLog) -> int | None:
         return self._listener.retention_floor(log)
 
@@ -366,6 +369,9 @@ class SegmentStore:
             done(result)
 
         self._reader.submit(lambda: read_cold(view, offset, max_bytes, self._quarantine), answer)
+
+    def peek(self, extent: Extent) -> bytes | None:
+        return files.read_cached(extent.segment.fd, extent.length, extent.position)
 
     def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
         fd = segment.fd
