@@ -83,9 +83,13 @@ class Line:
         with self._lock:
             self.cuts += 1
             self.seconds += time.monotonic() - first if first else 0.0
-        lower.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-        lower.close()
-        upper.close()
+        for sock in (lower, upper):
+            try:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+                sock.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+            sock.close()
 
     def close(self) -> None:
         self._listener.close()

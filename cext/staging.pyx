@@ -440,10 +440,11 @@ cdef class Stage:
         self.first_offset = next_offset
         return chunk
 
-    def rollback(self, int64_t next_offset):
+    def rollback(self, int64_t next_offset, int32_t epoch):
         """Forget everything from next_offset on, staged or taken: it was not stored. Producers may send it again."""
         cdef Window window
         self.pending_bytes = 0
+        self.epoch = epoch
         self.next_offset = self.first_offset = next_offset
         self.cached, self.cached_id = None, -1
         for producer_id in list(self.producers):

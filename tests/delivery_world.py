@@ -408,5 +408,6 @@ class World:
         raise AssertionError("memory does not fail")
 
     def on_topic(self, name: str) -> None: ...
+    def on_rewritten(self, log: Log) -> None: ...
     def retention_floor(self, log: Log) -> int | None:
         return self.groups.floor(log, self.loop.now())

@@ -85,8 +85,8 @@ class Listener:
     def on_failed(self, log: Log, code: Code, message: str) -> None:
         self.events.append(("failed", log.name, code))
 
-    def on_topic(self, name: str) -> None:
-        self.events.append(("topic", name, None))
+    def on_topic(self, name: str) -> None: ...
+    def on_rewritten(self, log: Log) -> None: ...
 
     def retention_floor(self, log: Log) -> int | None:
         return self.floor

@@ -24,7 +24,7 @@ HOMES = {
     "selectors": {"network/loop.py"},
     "sqlite3": {"storage/meta.py", "storage/metadata.py", "cli/selftest.py"},
     "mmap": {"storage/walk.py"},
-    "fcntl": {"storage/files.py"},
+    "fcntl": {"storage/files.py", "network/transport.py"},
     "threading.Thread": {"common/threads.py"},
     "os.fsync": {"common/durable.py", "storage/files.py"},
     "os.fdatasync": {"storage/files.py", "cli/disk.py"},

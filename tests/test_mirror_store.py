@@ -83,7 +83,7 @@ def cut(harness: StoreHarness, offset: int) -> Code:
 
 
 def restart(harness: StoreHarness, identity: Identity) -> Code:
-    return answer(harness, lambda done: harness.store.restart(harness.log(), identity, done))[0]
+    return answer(harness, lambda done: harness.store.restart(harness.log(), lambda old: identity, done))[0]
 
 
 def chains(harness: StoreHarness, offsets: list[int]) -> dict[int, int]:
@@ -154,7 +154,7 @@ def test_cut(harness: StoreHarness, offset: int, crash: bool) -> None:
     assert not list(harness.directory().glob(f"*{ASIDE}*"))
 
 
-@pytest.mark.parametrize("what", ["cut", "restart"])
+@pytest.mark.parametrize("what", ["cut", "restart", "another log"])
 def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """The log is there up to the cut or further, or begins anew: never with a hole, never an offset given twice."""
     for step in range(1, 40):
@@ -176,7 +176,7 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
 
             return call
 
-        further = identity_of(log_start=100, chain=5)
+        further = identity_of("cd" * 16 if what == "another log" else "ab" * 16, log_start=100, chain=5)
         with monkeypatch.context() as patch:
             for name in ("set_aside", "move", "copy_start", "remove", "second_name", "sync_directory"):
                 patch.setattr(files, name, failing(getattr(files, name)))
@@ -188,10 +188,12 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
         log = harness.log()
         assert log.holes == []
         if log.log_start == 100:
-            assert (what, log.durable_end, log.chain) == ("restart", 100, 5)
+            assert (what != "cut", log.durable_end, log.chain) == (True, 100, 5)
+            assert log.identity.log_id == further.log_id
             take(harness, *batches(100, 3))
         else:
-            assert log.durable_end == 30 if what == "restart" else log.durable_end >= 11
+            assert log.identity.log_id == "ab" * 16
+            assert log.durable_end == 30 if what != "cut" else log.durable_end >= 11
             assert bytes_of(harness) == b"".join(stored[: log.durable_end])
         harness.close()
         if code is Code.OK:
@@ -235,3 +237,34 @@ def test_chains(harness: StoreHarness) -> None:
         assert harness.log().chain_at(0) == expected[0]
         if not again:
             harness.restart()
+
+
+def test_what_a_rollback_gives_back_is_of_the_older_history(harness: StoreHarness) -> None:
+    log = harness.log()
+    log.identity = replace(log.identity, epochs=[(1, 0), (2, 3)])
+    data = b"".join([*batches(0, 3), *batches(3, 2, epoch=2)])
+    assert harness.engine.append_numbered(log, memoryview(data)) == (len(data), 0)
+    log.drop_unwritten()
+    assert (log.staged_end, log.staged_epoch) == (0, 1)
+    assert harness.engine.append_numbered(log, memoryview(data)) == (len(data), 0)
+    harness.durable()
+
+
+def test_a_group_beyond_the_end_makes_no_hole(harness: StoreHarness) -> None:
+    """What a mirror lacks it gets from its parent; the group waits."""
+    take(harness, *batches(0, 15))
+    harness.commit(15)
+    assert cut(harness, 5) is Code.OK
+    harness.restart()
+    assert (harness.log().durable_end, harness.log().holes) == (5, [])
+
+
+def test_what_was_set_aside_goes_by_itself(harness: StoreHarness) -> None:
+    take(harness, *batches(0, 30))
+    cut(harness, 8)
+    assert list(harness.directory().glob(f"*{ASIDE}*"))
+    harness.tick()
+    assert list(harness.directory().glob(f"*{ASIDE}*"))
+    harness.tick(ASIDE_MS / 1000 + 1)
+    harness.quiesce()
+    assert not list(harness.directory().glob(f"*{ASIDE}*"))

@@ -17,9 +17,10 @@ from edgebroker.pipe import feed as feeding
 from edgebroker.pipe.divergence import Search, last_common
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, judge, same_chain
 from edgebroker.pipe.follower import Changed, Compare, Cut, Follower, Greeted, Look, Restart, Taken
-from edgebroker.pipe.stream import Hello, Kind, LogPosition, Point, Refusal, write_frame
+from edgebroker.pipe.stream import Hello, Kind, LogPosition, Point, Poll, Refusal, write_frame
 
 LOG_ID = "ab" * 16
+UP, ME = "aa" * 16, "bb" * 16
 
 
 class ModelLog:
@@ -110,7 +111,7 @@ class Parent:
     def answer(self, child: Follower) -> bytes:
         poll = child.poll()
         poll = msgspec.json.decode(msgspec.json.encode(poll), type=type(poll))
-        hello = Hello(uid="aa", name="parent", level="root", path=[], topics=[])
+        hello = Hello(uid=UP, name="parent", level="root", path=[], topics=[])
         out = write_frame(Kind.HELLO, msgspec.json.encode(hello))
         feed = Feed(self)
         feed.frame_bytes = self.frame_bytes
@@ -136,7 +137,7 @@ class Child:
 
     def __init__(self, logs: dict[TopicPartition, ModelLog], level: str = "l2") -> None:
         self.logs = logs
-        self.follower = Follower("bb", "child", level, ["*"], self)
+        self.follower = Follower(ME, "child", level, ["*"], self)
         self.events: list[object] = []
         for key in logs:
             self.follow(key)
@@ -337,11 +338,11 @@ def test_a_topic_that_is_not_carried_deletes_nothing() -> None:
 @pytest.mark.parametrize(
     ("hello", "why"),
     [
-        (Hello(uid="bb", name="me", level="root", path=[], topics=[]), "circle"),
-        (Hello(uid="aa", name="up", level="root", path=["cc", "bb"], topics=[]), "circle"),
-        (Hello(uid="aa", name="peer", level="l2", path=[], topics=[]), "above"),
-        (Hello(uid="aa", name="below", level="pos", path=[], topics=[]), "above"),
-        (Hello(uid="aa", name="odd", level="l9", path=[], topics=[]), "above"),
+        (Hello(uid=ME, name="me", level="root", path=[], topics=[]), "circle"),
+        (Hello(uid=UP, name="up", level="root", path=["cc" * 16, ME], topics=[]), "circle"),
+        (Hello(uid=UP, name="peer", level="l2", path=[], topics=[]), "above"),
+        (Hello(uid=UP, name="below", level="pos", path=[], topics=[]), "above"),
+        (Hello(uid=UP, name="odd", level="l9", path=[], topics=[]), "above"),
     ],
 )
 def test_the_tree_has_a_direction(hello: Hello, why: str) -> None:
@@ -368,7 +369,7 @@ def test_frames_that_cannot_be() -> None:
 
 
 def test_patterns() -> None:
-    follower = Follower("bb", "child", "l2", ["prices", "store-*"], Child({}))
+    follower = Follower(ME, "child", "l2", ["prices", "store-*"], Child({}))
     assert [follower.wants(name) for name in ("prices", "store-7", "sales", "prices.dlq", "__own")] == [
         True, True, False, False, False,
     ]  # fmt: skip
@@ -386,7 +387,7 @@ def test_the_search_finds_the_last_common_boundary(seed: int) -> None:
     search, rounds = Search(0, one.end), 0
     chains = dict(zip(other.ends, other.chains, strict=True))
     while points := search.take(one.points(search.offsets())):
-        search.answered(last_common(points, chains))
+        search.answered(last_common(points, chains), Point(0, other.start_chain))
         rounds += 1
         assert rounds < 10
     expected = max(end for end in one.ends[:-1] if chains.get(end) == one.chains[one.ends.index(end)])
@@ -407,3 +408,66 @@ def test_a_position_beyond_the_end_of_its_history() -> None:
     newer = LogPosition("t", 0, LOG_ID, 3, 10, 0)
     refusal = judge(newer, log.facts())
     assert refusal is not None and refusal.code == "BEHIND"
+
+
+def test_a_log_whose_beginning_cannot_be_compared() -> None:
+    """No boundary is known to be common, and there are none left to ask about: it begins anew."""
+    one, other = ModelLog().publish(*[1] * 50, salt="old"), ModelLog().publish(*[1] * 60, salt="new")
+    child, parent = Child({ONE: one}), Parent({ONE: other})
+    whole = one.points
+    one.points = lambda offsets: [point for point in whole(offsets) if point.offset >= 10]  # type: ignore[method-assign]
+    assert settle(parent, child) < 10
+    assert child.logs[ONE].data == other.data
+
+
+def test_what_lies_before_the_parents_log_is_not_lost() -> None:
+    one, other = ModelLog().publish(*[1] * 130), ModelLog().publish(*[1] * 130)
+    one.publish(*[1] * 70, salt="old")
+    other.publish(*[1] * 100, salt="new").removed(100)
+    child, parent = Child({ONE: one}), Parent({ONE: other})
+    settle(parent, child)
+    assert [event.offset for event in child.events if isinstance(event, Cut)] == [130]
+    assert (child.logs[ONE].log_start, child.logs[ONE].end) == (0, 230)
+    assert child.logs[ONE].data.endswith(other.data)
+
+
+@pytest.mark.parametrize(
+    "topic",
+    [
+        {"name": "../../evil"},
+        {"name": "prices.dlq"},
+        {"name": "__own"},
+        {"settings": {"partitions": 2}},
+        {"partitions": []},
+        {"partitions": [[LOG_ID, UP, [], 0, 0, [-1, -1]]]},
+        {"partitions": [[LOG_ID, UP, [[2, 0], [1, 5]], 0, 0, [-1, -1]]]},
+        {"partitions": [[LOG_ID, UP, [[1, 0]], -5, 0, [-1, -1]]]},
+        {"partitions": [["x", UP, [[1, 0]], 0, 0, [-1, -1]]]},
+    ],
+)
+def test_topics_that_cannot_be(topic: dict[str, object]) -> None:
+    good = {"name": "t", "settings": {}, "partitions": [[LOG_ID, UP, [[1, 0]], 0, 0, [-1, -1]]], "digest": 1}
+    for changes, refused in ((topic, True), ({}, False)):
+        hello = {"uid": UP, "name": "up", "level": "root", "path": [], "topics": [{**good, **changes}]}
+        child = Child({})
+        child.follower.poll()
+        frame = write_frame(Kind.HELLO, msgspec.json.encode(hello))
+        if refused:
+            with pytest.raises(RemoteProtocolError):
+                child.receive(frame)
+        else:
+            child.receive(frame)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"skip": -1}, {"skip": 16 << 20}, {"offset": -1}, {"chain": 1 << 32}, {"epoch": -1}, {"log_id": "?"},
+        {"partition": -1}, {"points": [Point(1, 1)] * 129},
+    ],
+)  # fmt: skip
+def test_positions_that_cannot_be(changes: dict[str, object]) -> None:
+    position = msgspec.structs.replace(LogPosition("t", 0, LOG_ID, 1, 0, 0), **changes)
+    poll = Poll(uid=ME, name="child", level="l2", topics=["*"], logs=[position])
+    with pytest.raises(msgspec.ValidationError):
+        msgspec.json.decode(msgspec.json.encode(poll), type=Poll)

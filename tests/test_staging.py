@@ -114,7 +114,7 @@ class Twin:
         elif choice < 0.92 and model.log:
             point = rng.choice([*[s.offset for s in model.log if s.offset < self.staged_from][-4:], self.staged_from])
             if model.undoes_little(point):
-                stage.rollback(point)
+                stage.rollback(point, stage.epoch)
                 model.rollback(point)
                 self.staged_from = point
                 assert (stage.pending_bytes, stage.take(1)) == (0, None)
@@ -196,7 +196,7 @@ def test_a_rollback_of_more_than_the_window_lets_the_producer_send_again() -> No
     stage = Stage(0, 0, MAX, MAX, 5)
     sent = [one(i) for i in range(10)]
     assert codes(stage, *sent) == [0] * 10
-    stage.rollback(2)
+    stage.rollback(2, stage.epoch)
     assert codes(stage, one(3)) == [Code.OUT_OF_ORDER]
     assert send(stage, *sent[2:])[0] == [(i, 0, 0) for i in range(2, 10)]
 
@@ -204,7 +204,7 @@ def test_a_rollback_of_more_than_the_window_lets_the_producer_send_again() -> No
 def test_a_rollback_of_a_new_epoch_returns_to_the_old_one() -> None:
     stage = Stage(0, 0, MAX, MAX, 5)
     assert codes(stage, one(0), one(1), one(0, epoch=1)) == [0, 0, 0]
-    stage.rollback(2)
+    stage.rollback(2, stage.epoch)
     assert send(stage, one(1), one(2), one(0, epoch=1))[0] == [(1, 0, 0), (2, 0, 0), (3, 0, 0)]
 
 

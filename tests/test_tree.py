@@ -2,60 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
-from brokers import SECONDS, RunningBroker, numbered, running
+from brokers import numbered
+from trees import LEVELS, Tree, digest, end, follows, line, pipe, publish, wait_for
 
 from edgebroker.common.errors import Code
 
 pytestmark = pytest.mark.slow
-
-LEVELS = ["root", "l2", "l3", "pos", "local"]
-
-
-class Tree:
-    """Nodes that are started and stopped; each below the ones it names."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.nodes: dict[str, RunningBroker] = {}
-        self._stacks: dict[str, ExitStack] = {}
-        self._ports: dict[str, int] = {}
-
-    def start(self, name: str, *parents: str, level: str = "", **settings: object) -> RunningBroker:
-        """A node under one of LEVELS; a node that was here before comes back at its address."""
-        wanted: dict[str, object] = {
-            "node.name": name,
-            "node.level": level or name,
-            "listen.http": f"127.0.0.1:{self._ports.get(name, 0)}",
-            "storage.segment_bytes": 64 << 10,
-            **{key.replace("__", "."): value for key, value in settings.items()},
-        }
-        if parents:
-            wanted["pipe.parents"] = ",".join(self.address(parent) for parent in parents)
-        stack = self._stacks[name] = ExitStack()
-        node = self.nodes[name] = stack.enter_context(running(self.directory / name, wanted))
-        self._ports[name] = node.broker.http_address[1]
-        return node
-
-    def stop(self, name: str) -> None:
-        self._stacks.pop(name).close()
-        del self.nodes[name]
-
-    def address(self, name: str) -> str:
-        return f"127.0.0.1:{self._ports[name]}"
-
-    def close(self) -> None:
-        for name in list(self._stacks):
-            self.stop(name)
 
 
 @pytest.fixture
@@ -63,56 +21,6 @@ def tree(tmp_path: Path) -> Iterator[Tree]:
     found = Tree(tmp_path)
     yield found
     found.close()
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.01)
-
-
-def end(node: RunningBroker, topic: str, partition: int = 0) -> int:
-    found = node.broker.engine.log(topic, partition)
-    return found.durable_end if found is not None else -1
-
-
-def chain(node: RunningBroker, topic: str) -> int:
-    found = node.broker.engine.log(topic, 0)
-    assert found is not None
-    return found.chain
-
-
-def digest(tree: Tree, name: str, topic: str, partition: int = 0) -> str:
-    """Over the batch bytes as they lie on the disk."""
-    directory = tree.directory / name / "topics" / topic / str(partition)
-    found = hashlib.sha256()
-    for path in sorted(directory.glob("*.log")):
-        found.update(path.read_bytes())
-    return found.hexdigest()
-
-
-def follows(upper: RunningBroker, lower: RunningBroker, topic: str, partition: int = 0) -> None:
-    wait_for(
-        lambda: end(lower, topic, partition) == end(upper, topic, partition) >= 0,
-        f"{topic}/{partition} arrives: {end(lower, topic, partition)} of {end(upper, topic, partition)}; {pipe(lower)}",
-    )
-
-
-def pipe(node: RunningBroker) -> dict[str, Any]:
-    found: dict[str, Any] = node.http("GET", "/v1/pipe")[1]
-    return found
-
-
-def line(node: RunningBroker, topic: str) -> dict[str, Any]:
-    lines: list[dict[str, Any]] = [one for one in pipe(node)["parent"]["logs"] if one["topic"] == topic]
-    return lines[0] if lines else {"state": ""}
-
-
-def publish(node: RunningBroker, topic: str, first: int, count: int, partition: int = 0, size: int = 0) -> None:
-    client = node.raw("producer")
-    assert client.publish(topic, numbered(first, count, size), partition=partition).code is Code.OK
-    node.drop(client)
 
 
 def test_five_levels(tree: Tree) -> None:
@@ -224,7 +132,7 @@ def test_a_restored_parent_that_went_on(tree: Tree) -> None:
     lower = tree.start("l3", "l2")
     follows(root, lower, "prices")
     tree.stop("root")
-    shutil.copytree(tree.directory / "root", tree.directory / "copy", ignore=shutil.ignore_patterns("ctl.sock"))
+    tree.keep("root")
     root = tree.start("root")
     for number in range(20):
         publish(root, "prices", 1000 + number * 50, 50, size=100)
@@ -236,8 +144,7 @@ def test_a_restored_parent_that_went_on(tree: Tree) -> None:
     assert client.acked(client.assigned(), 1100) is Code.OK
     tree.stop("root")
     tree.stop("l2")
-    shutil.rmtree(tree.directory / "root")
-    (tree.directory / "copy").rename(tree.directory / "root")
+    tree.put_back("root")
     root = tree.start("root")
     for number in range(25):
         publish(root, "prices", 5000 + number * 50, 50, size=90)
@@ -262,13 +169,12 @@ def test_an_origin_that_lost_history(tree: Tree) -> None:
     child = tree.start("l2", "root")
     follows(root, child, "prices")
     tree.stop("root")
-    shutil.copytree(tree.directory / "root", tree.directory / "copy", ignore=shutil.ignore_patterns("ctl.sock"))
+    tree.keep("root")
     root = tree.start("root")
     publish(root, "prices", 10, 10)
     follows(root, child, "prices")
     tree.stop("root")
-    shutil.rmtree(tree.directory / "root")
-    (tree.directory / "copy").rename(tree.directory / "root")
+    tree.put_back("root")
     root = tree.start("root")
     wait_for(lambda: line(child, "prices")["state"] == "behind", "the child is ahead")
     producer = root.raw("producer")

@@ -3,7 +3,7 @@
 GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients  /v1/pipe
 POST /v1/topics   PATCH /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
 POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
-POST /v1/topics/NAME/accept   POST /v1/pipe
+POST /v1/topics/NAME/accept   POST /v1/pipe   POST /v1/pipe/range   POST /v1/heal
 """
 
 from __future__ import annotations
@@ -82,6 +82,10 @@ class Admin:
                 reply(Response(200, self._pipe()))
             case "POST", ["v1", "pipe"]:
                 self._broker.feeding.answer(request, reply)
+            case "POST", ["v1", "pipe", "range"]:
+                self._broker.ranges.answer(request, reply)
+            case "POST", ["v1", "heal"]:
+                self._heal(request, reply)
             case "GET", ["v1", "groups"]:
                 self._list("groups", self._sorted_groups(), self._group, reply)
             case "GET", ["v1", "groups", name]:
@@ -276,6 +280,23 @@ class Admin:
         broker = self._broker
         parent = broker.piping.describe() if broker.piping is not None else None
         return {"parent": parent, "children": broker.feeding.describe()}
+
+    def _heal(self, request: Request, reply: Reply) -> None:
+        from edgebroker.broker.healing import HealRequest  # with its HTTP client
+
+        try:
+            wanted = msgspec.json.decode(request.body, type=HealRequest)
+        except msgspec.DecodeError as error:
+            reply(Response(400, {"error": str(error)}))
+            return
+        if not wanted.source.rpartition(":")[2].isdigit():
+            reply(Response(400, {"error": f"from: HOST:PORT of a node's HTTP interface, not {wanted.source!r}"}))
+            return
+
+        def done(healed: dict[str, int], error: str) -> None:
+            reply(Response(409 if error else 200, {"healed": healed, "error": error}))
+
+        self._broker.healing.heal(wanted, done)
 
     def _accept(self, name: str, done: Callable[[Code, str], None]) -> None:
         """An operator accepts what cannot be undone: that records are lost, or that the parent has another log."""

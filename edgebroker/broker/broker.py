@@ -24,6 +24,7 @@ from edgebroker.broker.leases import LeaseLimits, Leases
 from edgebroker.broker.membership import Membership
 from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.publishing import Publishing, PublishLimits
+from edgebroker.broker.ranges import Ranges
 from edgebroker.broker.readers import Readers
 from edgebroker.broker.refreshing import Refreshing
 from edgebroker.broker.session import Session
@@ -46,6 +47,7 @@ from edgebroker.storage.staging import Chunk
 from edgebroker.storage.store import SegmentStore, StoreSettings
 
 if TYPE_CHECKING:
+    from edgebroker.broker.healing import Healing
     from edgebroker.broker.piping import Piping
 
 log = logging.getLogger(__name__)
@@ -158,6 +160,8 @@ class Broker:
         )
         self.feeding.on_history_lost(self._history_lost)
         self.piping = self._make_piping(node) if config.pipe.parents else None
+        self.ranges = Ranges(self.engine)
+        self._healing: Healing | None = None
         self.sessions: dict[Session, None] = {}
         self.started_at = clock.monotonic()
         self.ready = False
@@ -183,6 +187,7 @@ class Broker:
         self._sweep()
         if self.piping is not None:
             self.piping.start()
+            self.healing.start()
 
     def run(self) -> bool:
         """Turn until stopped. True when the stop was clean."""
@@ -339,6 +344,9 @@ class Broker:
         for log in self.engine.partitions(name):
             self.delivery.settings_changed(log)
 
+    def on_rewritten(self, log: Log) -> None:
+        self.feeding.on_rewritten(log)
+
     def retention_floor(self, log: Log) -> int | None:
         now = self.loop.now()
         passed = [floor for floor in (self.groups.floor(log, now), self.feeding.floor(log, now)) if floor is not None]
@@ -347,7 +355,8 @@ class Broker:
     # ---- the tree ----
 
     def _make_piping(self, node: Node) -> Piping:
-        from edgebroker.broker.piping import Moves, Piping  # with its HTTP client, for nodes that have a parent
+        from edgebroker.broker.mirrors import Moves
+        from edgebroker.broker.piping import Piping  # with its HTTP client, for nodes that have a parent
 
         pipe, engine = self.config.pipe, self.engine
         assert isinstance(engine, SegmentStore)
@@ -356,6 +365,18 @@ class Broker:
         return Piping(
             engine, self.loop, self.metrics, node, candidates, split_list(pipe.topics), pipe.bytes_per_second, moves
         )
+
+    @property
+    def healing(self) -> Healing:
+        """Made when it is first needed: it brings an HTTP client."""
+        if self._healing is None:
+            from edgebroker.broker.healing import Healing
+
+            def parent() -> str:
+                return self.piping.address if self.piping is not None and self.piping.connected else ""
+
+            self._healing = Healing(self.engine, self.loop, self.metrics, parent)
+        return self._healing
 
     def _history_lost(self, log: Log, position: LogPosition) -> None:
         """A child has more of a log of ours than we: nothing may be written over what we acknowledged."""

@@ -11,22 +11,20 @@ when the child has to do something first (GONE, DIVERGED, topics that are new to
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
-from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 import msgspec
 
 from edgebroker.broker.metrics import Metrics
 from edgebroker.common.scheduler import Scheduler
-from edgebroker.common.types import DEAD_LETTERS
 from edgebroker.network.http import BodyWriter, Reply, Request, Response
 from edgebroker.network.transport import FileRange
 from edgebroker.pipe import stream
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Rate, Stopped, judge, same_chain
 from edgebroker.pipe.follower import LEVELS
-from edgebroker.pipe.stream import Hello, Kind, LogPosition, PartitionInfo, Poll, Refusal, TopicInfo
+from edgebroker.pipe.stream import Hello, Kind, LogPosition, PartitionInfo, Patterns, Poll, Refusal, TopicInfo
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.log import Extent, Inline, NeedsDisk
@@ -37,11 +35,14 @@ from edgebroker.storage.segment import Segment
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 90.0
+IDLE_SECONDS = 45.0
 TURN_BYTES = 4 << 20
 LEAST_SHARE_BYTES = 64 << 10
 TURN_CHILDREN = 200
 SHARED_BYTES = 64 << 10
+MOST_COLD = 2
 RETRY_SECONDS = 1.0
+MEASURE_SECONDS, LEAST_SAMPLE_SECONDS = 1.0, 0.5
 RETRY_AFTER_SECONDS = 5
 LIVE_SECONDS = 7 * 24 * 3600.0
 # After these the child has something to do, and then polls again.
@@ -74,15 +75,15 @@ class Feeding:
         # Cursors that have everything, by log: only these are woken when it grows.
         self._idle: dict[Log, dict[FeedCursor, Child]] = {}
         # Children that are ahead of a log, and of what they have: when it comes there they are looked at again.
-        self._ahead: dict[Log, dict[Child, int]] = {}
+        self._ahead: dict[Log, dict[Child, LogPosition]] = {}
         self._waiting: dict[Child, None] = {}
         # What stands behind an offset up to the end of a log, read once in a turn for many children.
         self.news: dict[Log, tuple[int, Piece]] = {}
-        self._serving = False
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
         self._asked: dict[Log, dict[str, tuple[int, float]]] = {}
         self._history_lost: Callable[[Log, LogPosition], None] | None = None
+        scheduler.call_later(MEASURE_SECONDS, self._measure)
 
     def on_history_lost(self, callback: Callable[[Log, LogPosition], None]) -> None:
         """Whom to tell that a child has more of a log that this node originates than this node itself."""
@@ -111,8 +112,6 @@ class Feeding:
             return Response(409, {"error": why, "code": "LEVEL"})
         if poll.uid == self._node.uid or poll.uid in self._path():
             return Response(409, {"error": "the tree must not be a circle", "code": "LEVEL"})
-        if len(poll.logs) > stream.MAX_LINES:
-            return Response(400, {"error": f"a poll may name {stream.MAX_LINES} logs"})
         if len(self.children) >= self._max_children:
             why = f"this node feeds {len(self.children)} children already; try again in a moment, or elsewhere"
             return Response(503, {"error": why}, (("retry-after", str(RETRY_AFTER_SECONDS)),))
@@ -150,14 +149,21 @@ class Feeding:
             child.feed.wake(cursor)
             self._waiting[child] = None
         if partition in self._ahead:
-            for child, offset in list(self._ahead[partition].items()):
-                if partition.durable_end >= offset:
+            for child, position in list(self._ahead[partition].items()):
+                if partition.durable_end >= position.offset and partition.epoch >= position.epoch:
                     child.end()
 
     def on_topic(self, topic: str) -> None:
         """A topic was made or changed."""
         for child in list(self.children):
             child.topic_changed(topic)
+
+    def on_rewritten(self, partition: Log) -> None:
+        """A log was cut or begun anew: whoever follows it has to be judged again."""
+        self.news.pop(partition, None)
+        for child in list(self.children):
+            if child.follows(partition):
+                child.end()
 
     def floor(self, partition: Log, now: float) -> int | None:
         """The offset that every child seen within a week has asked for, and has passed; None without any."""
@@ -166,20 +172,27 @@ class Feeding:
             del asked[uid]
         return min((offset for offset, _ in asked.values()), default=None)
 
+    def _measure(self) -> None:
+        self.scheduler.call_later(MEASURE_SECONDS, self._measure)
+        for child in self.children:
+            child.measure()
+
     def turn_over(self) -> None:
         """The turn ends: serve those who wait, each its share; the rest in the next turn."""
-        if not self._waiting or self._serving:
+        if not self._waiting:
             return
-        self._serving = True
         share = max(LEAST_SHARE_BYTES, TURN_BYTES // len(self._waiting))
         left = TURN_BYTES
         for _ in range(min(TURN_CHILDREN, len(self._waiting))):
+            if not self._waiting or left <= 0:
+                break
             child = next(iter(self._waiting))
             del self._waiting[child]
-            left -= child.pump(share)
-            if left <= 0:
-                break
-        self._serving = False
+            try:
+                left -= child.pump(share)
+            except Exception:
+                log.exception("feeding %s failed", child.name)
+                child.cut("an internal error")
         self.news.clear()
         if self._waiting:
             self.scheduler.call_later(0.0, lambda: None)
@@ -190,11 +203,11 @@ class Feeding:
     def joined(self, child: Child) -> None:
         self.children[child] = None
 
-    def left(self, child: Child) -> None:
+    def left(self, child: Child, cursors: list[FeedCursor]) -> None:
         self.children.pop(child, None)
         self._waiting.pop(child, None)
-        for cursor in list(child.feed.cursors.values()):
-            self.forget(cursor)
+        for cursor in cursors:
+            self._idle.get(cursor.log, {}).pop(cursor, None)  # type: ignore[call-overload]
         for partition in [partition for partition, children in self._ahead.items() if child in children]:
             del self._ahead[partition][child]
             if not self._ahead[partition]:
@@ -208,17 +221,14 @@ class Feeding:
             self._rates.popitem(last=False)
         return rate
 
-    def ahead(self, child: Child, partition: Log, offset: int) -> None:
-        self._ahead.setdefault(partition, {})[child] = offset
+    def ahead(self, child: Child, partition: Log, position: LogPosition) -> None:
+        self._ahead.setdefault(partition, {})[child] = position
 
     def asked(self, uid: str, partition: Log, offset: int) -> None:
         self._asked.setdefault(partition, {})[uid] = (offset, self.scheduler.now())
 
     def idle(self, child: Child, cursor: FeedCursor, partition: Log) -> None:
         self._idle.setdefault(partition, {})[cursor] = child
-
-    def forget(self, cursor: FeedCursor) -> None:
-        self._idle.get(cursor.log, {}).pop(cursor, None)  # type: ignore[call-overload]
 
     def history_lost(self, partition: Log, position: LogPosition) -> None:
         if self._history_lost is not None and partition.identity.origin == self._node.uid:
@@ -242,21 +252,37 @@ class Child:
         self._ending = False
         self._out: BodyWriter | None = None
         self._known = dict(poll.known)
-        self._timer = feeding.scheduler.call_later(ANSWER_SECONDS, self.end)
+        self._wanted = Patterns(poll.topics)
+        # Cursors whose bytes come through the reader thread, and those that wait for their turn to.
+        self._cold: set[FeedCursor] = set()
+        self._colder: deque[FeedCursor] = deque()
+        self._timers = [feeding.scheduler.call_later(ANSWER_SECONDS, self.end)]
+        self._timers.append(feeding.scheduler.call_later(IDLE_SECONDS, self._idle))
+        self._said = 0
+
+    @property
+    def name(self) -> str:
+        return self._poll.name
+
+    def follows(self, partition: Log) -> bool:
+        key = (partition.topic, partition.partition)
+        return any((position.topic, position.partition) == key for position in self._poll.logs)
 
     # ---- Streamed ----
 
     def begin(self, out: BodyWriter) -> None:
         self._out = out
+        out.hold_back(self._rate.unsent_bytes)
         self._feeding.joined(self)
         fresh = [topic for topic in sorted(self._feeding.engine.topics()) if self._wants(topic)]
         out.send(self._feeding.hello(self._news(fresh)))
         for line, position in enumerate(self._poll.logs):
             self._judge(line, position)
+        self._said = out.bytes_out
         self._judged()
 
     def on_drained(self) -> None:
-        self._measure()
+        self.measure()
         self._feeding.wants_turn(self)
 
     def on_closed(self, reason: str) -> None:
@@ -265,8 +291,7 @@ class Child:
     # ---- who may go on ----
 
     def _wants(self, topic: str) -> bool:
-        own = topic.startswith("__") or topic.endswith(DEAD_LETTERS)
-        return not own and any(fnmatchcase(topic, pattern) for pattern in self._poll.topics)
+        return topic in self._wanted
 
     def _news(self, topics: list[str]) -> list[TopicInfo]:
         """Descriptions that the child does not have. One of a topic that it does not follow ends the answer."""
@@ -281,14 +306,18 @@ class Child:
         return found
 
     def _judge(self, line: int, position: LogPosition) -> None:
-        partition = self._feeding.engine.log(position.topic, position.partition)
+        partition = None
+        if self._wants(position.topic):
+            partition = self._feeding.engine.log(position.topic, position.partition)
+            if partition is not None and partition.rewriting:
+                partition = None  # it is judged when that is over
         facts = _facts(partition) if partition is not None else None
         refusal = judge(position, facts)
         if partition is None or facts is None or refusal is not None:
             assert refusal is not None
             self._refuse(line, refusal)
             if partition is not None and refusal.code == "BEHIND":
-                self._feeding.ahead(self, partition, position.offset)
+                self._feeding.ahead(self, partition, position)
                 self._feeding.history_lost(partition, position)
             return
         self._feeding.asked(self._poll.uid, partition, position.offset)
@@ -339,6 +368,12 @@ class Child:
             self._out.send(self._feeding.hello(news))
             self.end()
 
+    def _idle(self) -> None:
+        """Half of the answer's time is over: a child that has heard nothing shall know that the line is alive."""
+        out = self._out
+        if out is not None and not out.closed and out.bytes_out == self._said:
+            out.send(stream.write_frame(Kind.IDLE))
+
     # ---- sending ----
 
     def pump(self, share: int) -> int:
@@ -348,7 +383,7 @@ class Child:
             return 0
         self.feed.frame_bytes = self._rate.frame_bytes
         if not self._busy_since and self.feed.busy:
-            self._busy_since, self._busy_bytes = self._feeding.scheduler.now(), out.bytes_out
+            self._busy_since, self._busy_bytes = self._feeding.scheduler.now(), out.bytes_through
         while sent < share and not out.backlog and not out.closed:
             found = self.feed.next()
             if found is None:
@@ -356,6 +391,9 @@ class Child:
                 return sent
             if isinstance(found, Stopped):
                 self._refuse(found.cursor.line, found.refusal)
+                if self._ending:
+                    self.end()
+                    return sent
                 continue
             sent += found.piece.length
             self._send(out, found)
@@ -386,18 +424,26 @@ class Child:
         else:
             assert isinstance(piece.source, memoryview)
             out.send_data(found.head, piece.source[piece.position : piece.position + piece.length])
+            if cursor.piece is None and cursor in self._cold:
+                self._warm(cursor)
 
-    def _measure(self) -> None:
-        """The socket took everything that was queued: how fast?"""
-        if self._busy_since and self._out is not None:
-            now = self._feeding.scheduler.now()
-            self._rate.sent(self._out.bytes_out - self._busy_bytes, now - self._busy_since)
-            self._busy_since = 0.0
+    def measure(self) -> None:
+        """How fast did the line take what there was for it?"""
+        out, now = self._out, self._feeding.scheduler.now()
+        if self._busy_since and out is not None and not out.closed and now - self._busy_since > LEAST_SAMPLE_SECONDS:
+            through = out.bytes_through
+            self._rate.sent(through - self._busy_bytes, now - self._busy_since)
+            self._busy_since, self._busy_bytes = now, through
+            out.hold_back(self._rate.unsent_bytes)
 
     # ---- Reading ----
 
     def read(self, cursor: FeedCursor, max_bytes: int) -> Piece | Refusal | None:
         partition: Log = cursor.log  # type: ignore[assignment]
+        if cursor.offset < partition.log_start:
+            why = f"{partition.name} begins at {partition.log_start} here"
+            start, chain = partition.log_start, partition.identity.chain
+            return Refusal(code="GONE", message=why, offset=start, chain=chain)
         news = self._feeding.news.get(partition)
         if news is not None and news[0] == cursor.offset and news[1].length <= max_bytes:
             cursor.hint = None
@@ -444,11 +490,17 @@ class Child:
         return partition.durable_end
 
     def _fetch(self, cursor: FeedCursor, partition: Log, max_bytes: int) -> None:
-        """Through the reader thread; meanwhile the cursor waits outside of the queue."""
+        """Through the reader thread; meanwhile the cursor waits outside of the queue. What came is held in memory until
+        it is sent: so only for a few cursors at a time."""
+        if len(self._cold) >= MOST_COLD and cursor not in self._cold:
+            self._colder.append(cursor)
+            return
+        self._cold.add(cursor)
         wanted = cursor.offset
 
         def done(result: ColdRead) -> None:
             if self.feed.cursors.get(cursor.line) is not cursor or cursor.offset != wanted:
+                self._warm(cursor)
                 return
             if result.error:
                 self._feeding.scheduler.call_later(RETRY_SECONDS, again)
@@ -459,6 +511,8 @@ class Child:
                 cursor.skip = skip
                 data = memoryview(result.data)
                 cursor.piece = Piece(data, skip, len(data) - skip, following)
+            else:
+                self._warm(cursor)
             again()
 
         def again() -> None:
@@ -467,6 +521,14 @@ class Child:
                 self._feeding.wants_turn(self)
 
         self._feeding.engine.read_cold(partition, wanted, max(max_bytes, 1), done)
+
+    def _warm(self, cursor: FeedCursor) -> None:
+        """It is done with its bytes from the disk: the next one gets its turn."""
+        self._cold.discard(cursor)
+        if self._colder:
+            following = self._colder.popleft()
+            self.feed.wake(following)
+            self._feeding.wants_turn(self)
 
     # ---- ending ----
 
@@ -478,13 +540,19 @@ class Child:
         self._leave()
         out.end()
 
+    def cut(self, reason: str) -> None:
+        if self._out is not None:
+            self._out.cut(reason)
+
     def _leave(self) -> None:
-        self._timer.cancel()
-        self._feeding.left(self)
-        for cursor in self.feed.cursors.values():
+        for timer in self._timers:
+            timer.cancel()
+        cursors = self.feed.drop()
+        self._feeding.left(self, cursors)
+        for cursor in cursors:
             if cursor.piece is not None and isinstance(cursor.piece.source, Segment):
                 cursor.piece.source.release()
-        self.feed.cursors.clear()
+            cursor.piece = None
         self._out = None
 
     def describe(self) -> dict[str, object]:

@@ -21,6 +21,7 @@ class Metrics:
     delivery_timeouts: int = 0
     frames_refused: int = 0
     gaps: int = 0
+    healing_failures: int = 0
     http_requests: int = 0
     idle_timeouts: int = 0
     in_progress_acks: int = 0
@@ -41,6 +42,7 @@ class Metrics:
     publish_refused: int = 0
     records_delivered: int = 0
     records_expired: int = 0
+    records_healed: int = 0
     records_published: int = 0
     redeliveries: int = 0
     refreshes_begun: int = 0

@@ -11,40 +11,29 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 import msgspec
-from msgspec.structs import replace
 
 from edgebroker.broker.feeding import Node
 from edgebroker.broker.metrics import Metrics
+from edgebroker.broker.mirrors import Mirrors, Moves
+from edgebroker.broker.probe import Probe
 from edgebroker.common.batch import Reason
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicPartition
-from edgebroker.network.httpclient import HttpClient
+from edgebroker.network.httpclient import RECEIVE_BYTES, HttpClient
 from edgebroker.network.loop import Loop, TimerHandle
 from edgebroker.pipe.candidates import Candidates
-from edgebroker.pipe.follower import Changed, Compare, Cut, Event, Follower, Greeted, Line, Look, Restart, Taken
-from edgebroker.pipe.stream import PartitionInfo, Point, TopicInfo
+from edgebroker.pipe.follower import Changed, Event, Follower, Greeted, Line, Taken
 from edgebroker.storage.engine import Log, MirrorEngine
-from edgebroker.storage.identity import Identity
 
 log = logging.getLogger(__name__)
 
 STAGED_HIGH_BYTES, STAGED_LOW_BYTES = 16 << 20, 4 << 20
-# An answer lasts 90 seconds; who hears nothing for longer has lost its parent.
-SILENT_SECONDS = 120.0
+# A parent says something every 45 seconds; who hears nothing for longer has lost it, or the line.
+SILENT_SECONDS = 57.0
 RETRY_SECONDS = 1.0
-POLL_GAP_SECONDS = 0.02
-
-
-class Moves(NamedTuple):
-    """What the node does with its readers when a log changes under them. `cutting` moves places that stand behind an
-    offset and calls back once that is stored; `cut` and `restarted` are told when it is done."""
-
-    cutting: Callable[[Log, int, Callable[[], None]], None]
-    cut: Callable[[Log], None]
-    restarted: Callable[[Log, bool], None]
+POLL_GAP_SECONDS, LONGEST_GAP_SECONDS = 0.02, 2.0
 
 
 class Piping:
@@ -62,26 +51,27 @@ class Piping:
         moves: Moves,
     ) -> None:
         self._engine, self._loop, self._metrics, self._node = engine, loop, metrics, node
-        self._candidates, self._cap, self._moves = candidates, bytes_per_second, moves
+        self._candidates, self._cap = candidates, bytes_per_second
         self._follower = Follower(node.uid, node.name, node.level, patterns, self)
-        self._client = HttpClient(loop, self)
+        receive_bytes = max(4 << 10, min(RECEIVE_BYTES, bytes_per_second or RECEIVE_BYTES))
+        self._client = HttpClient(loop, self, receive_bytes)
+        self._mirrors = Mirrors(engine, loop, metrics, node.uid, self._follower, self, moves)
         self._timer: TimerHandle | None = None
         self._status = 0
         self._retry_after = 0.0
         self._error = bytearray()
         # Things to be finished before the next poll, and before more is read.
         self._busy = 0
-        self._complete = self._reconnecting = self._stopped = False
+        self._complete = self._reconnecting = self.stopped = False
         self._tokens, self._tokens_at = float(bytes_per_second), 0.0
         self._throttled = False
-        self._offered: dict[str, TopicInfo] = {}
-        self._changing: set[str] = set()
-        self._last_heard = 0.0
+        self._last_heard = self._polled_at = 0.0
+        self._pause_seconds = POLL_GAP_SECONDS
+        self._taken_before = -1
         self.connected = False
         self.path: list[str] = []
         self.parent_name = ""
         self.last_error = ""
-        self.clashes: dict[str, str] = {}
 
     # ---- life ----
 
@@ -89,30 +79,32 @@ class Piping:
         """Take up what this node mirrors already, and connect."""
         for partition in self._engine.logs():
             if partition.identity.origin != self._node.uid and self._follower.wants(partition.topic):
-                self._follow(partition)
+                self._mirrors.follow(partition)
         self._open()
         self._watch()
 
     def stop(self) -> None:
-        self._stopped = True
+        self.stopped = True
         self._client.stop()
 
     def _open(self) -> None:
         self._timer = None
-        if not self._stopped:
+        if not self.stopped:
             self._client.open(self._candidates.current)
 
     def _watch(self) -> None:
         """Once a second: a parent that fell silent, one that is behind for too long, a better one."""
         self._loop.call_later(1.0, self._watch)
         now = self._loop.now()
-        if self._stopped:
+        if self.stopped:
             return
-        if self.connected and now - self._last_heard > SILENT_SECONDS:
+        transport = self._client.transport
+        listening = transport is not None and not transport.paused
+        if listening and now - self._last_heard > SILENT_SECONDS:
             self._client.close("the parent is silent")
         if self._candidates.behind(now, self.connected and self._follower.lacking) and self._candidates.move_on():
             log.warning("%s lacks what this node has; trying %s", self.parent_name, self._candidates.current)
-            self._again("it is behind")
+            self.again("it is behind")
         for address in self._candidates.to_probe(now):
             Probe(self._loop, address, self._probed)
         self._flush()
@@ -121,15 +113,16 @@ class Piping:
         self._metrics.pipe_bytes_wasted = self._follower.bytes_wasted
 
     def _probed(self, address: str, healthy: bool) -> None:
-        if not self._stopped and self._candidates.probed(address, healthy, self._loop.now()):
+        if not self.stopped and self._candidates.probed(address, healthy, self._loop.now()):
             log.info("back to %s", address)
-            self._again("a better parent is back")
+            self.again("a better parent is back")
 
     # ---- the client's owner ----
 
     def on_connected(self) -> None:
         self._last_heard = self._loop.now()
-        self._poll()
+        self._complete = True
+        self._go_on()
 
     def on_response(self, status: int, retry_after: float) -> None:
         self._status, self._retry_after = status, retry_after
@@ -141,7 +134,7 @@ class Piping:
         if self._status != 200:
             self._error += data[:1000]
             return
-        self._events(self._follower.receive(data))
+        self.do(self._follower.receive(data))
         self._throttle(len(data))
         if self._engine.staged_bytes > STAGED_HIGH_BYTES:
             self._pause()
@@ -156,7 +149,7 @@ class Piping:
 
     def on_lost(self, reason: str) -> None:
         was, self.connected, self._complete = self.connected, False, False
-        if self._stopped:
+        if self.stopped:
             return
         if self._reconnecting:
             self._reconnecting = False
@@ -170,7 +163,7 @@ class Piping:
         if self._timer is None:
             self._timer = self._loop.call_later(wait, self._open)
 
-    def _again(self, reason: str) -> None:
+    def again(self, reason: str) -> None:
         """Poll anew, on another connection: what the parent was asked is not what has to be asked now."""
         if self._timer is None:
             self._reconnecting = True
@@ -179,21 +172,28 @@ class Piping:
     def _poll(self) -> None:
         if self._client.transport is None:
             return
-        if self._busy:
-            self._complete = True  # as soon as that is done
+        if self._busy or self._throttled:
+            self._complete = True  # as soon as that is over
             return
         self._complete = False
+        self._polled_at, self._taken_before = self._loop.now(), self._follower.bytes_taken
         self._metrics.pipe_polls_sent += 1
         self._client.request("POST", "/v1/pipe", msgspec.json.encode(self._follower.poll()))
 
     def _go_on(self) -> None:
         """Something was finished: read on, or poll again."""
-        if self._busy or self._stopped:
+        if self._busy or self.stopped:
             return
-        if self._complete:
+        if self._complete and not self._throttled:
             self._complete = False
-            self._loop.call_later(POLL_GAP_SECONDS, self._poll)
+            self._loop.call_later(self._gap(), self._poll)
         self._resume()
+
+    def _gap(self) -> float:
+        """How long to wait with the next poll: the longer, the more of them led to nothing."""
+        idle = self._loop.now() - self._polled_at < 1.0 and self._follower.bytes_taken == self._taken_before
+        self._pause_seconds = min(LONGEST_GAP_SECONDS, self._pause_seconds * 2) if idle else POLL_GAP_SECONDS
+        return self._pause_seconds
 
     def _pause(self) -> None:
         if self._client.transport is not None:
@@ -212,13 +212,14 @@ class Piping:
         now = self._loop.now()
         self._tokens = min(float(self._cap), self._tokens + (now - self._tokens_at) * self._cap) - size
         self._tokens_at = now
+        if self._tokens < 0:
+            self._pause()
         if self._tokens < 0 and not self._throttled:
             self._throttled = True
-            self._pause()
 
             def over() -> None:
                 self._throttled = False
-                self._resume()
+                self._go_on()
 
             self._loop.call_later(-self._tokens / self._cap, over)
 
@@ -244,34 +245,24 @@ class Piping:
 
     def on_durable(self, partition: Log) -> None:
         self._resume()
-        offered = self._offered.get(partition.topic)
-        if offered is not None and offered.name not in self._changing and partition.partition < len(offered.partitions):
-            first, following = offered.partitions[partition.partition].snapshot
-            if partition.identity.snapshot[0] < first and partition.durable_end >= following:
-                self._change(offered)
+        self._mirrors.on_durable(partition)
 
     def on_failed(self, partition: Log) -> None:
         """What was taken is not in the log: stand at its end again."""
         if TopicPartition(partition.topic, partition.partition) in self._follower.lines:
-            self._follow(partition)
-            self._again("something could not be stored")
+            self._mirrors.follow(partition)
+            self.again("something could not be stored")
 
     # ---- events ----
 
-    def _events(self, events: Iterable[Event]) -> None:
+    def do(self, events: Iterable[Event]) -> None:
         for event in events:
             if isinstance(event, Greeted):
                 self._greeted(event)
-            elif isinstance(event, Compare):
-                self._compare(event)
-            elif isinstance(event, Look):
-                self._look(event)
-            elif isinstance(event, Cut):
-                self._cut(event)
-            elif isinstance(event, Restart):
-                self._restart(event)
-            else:
+            elif isinstance(event, Changed):
                 self._changed(event)
+            else:
+                self._mirrors.do(event)
 
     def _greeted(self, event: Greeted) -> None:
         hello = event.hello
@@ -281,8 +272,7 @@ class Piping:
         self.path, self.parent_name = [hello.uid, *hello.path], hello.name
         self._candidates.answered()
         for info in hello.topics:
-            self._offered[info.name] = info
-            self._topic(info)
+            self._mirrors.offered(info)
 
     def _changed(self, event: Changed) -> None:
         self._metrics.refused(event.code)
@@ -297,205 +287,27 @@ class Piping:
         else:
             log.warning("%s/%d: %s", *line.key, line.why or event.code)
 
-    def _follow(self, partition: Log) -> None:
-        self._follower.follow(
-            TopicPartition(partition.topic, partition.partition),
-            partition.identity.log_id,
-            partition.staged_epoch,
-            partition.log_start,
-            partition.written_end,
-            partition.chain,
-        )
-
-    # ---- topics ----
-
-    def _topic(self, info: TopicInfo) -> None:
-        if not self._follower.wants(info.name):
-            return
-        logs = self._engine.partitions(info.name)
-        if not logs:
-            self._create(info)
-        elif logs[0].identity.origin == self._node.uid:
-            if info.name not in self.clashes:
-                self._metrics.refused(Code.NAME_CLASH.name)
-                log.error("topic %s is written at this node and at its parent; only this node's is served", info.name)
-            self.clashes[info.name] = "written at this node and at its parent"
-            self._follower.known[info.name] = info.digest
-        elif len(logs) != len(info.partitions):
-            self.clashes[info.name] = f"has {len(logs)} partitions here, {len(info.partitions)} at the parent"
-        elif any(one.identity.log_id == part.log_id for one, part in zip(logs, info.partitions, strict=True)):
-            self._change(info)
-        else:
-            self._follower.known[info.name] = info.digest  # another log: the lines say so
-
-    def _create(self, info: TopicInfo) -> None:
-        self._begin()
-
-        def done(code: Code, message: str) -> None:
-            if code in (Code.OK, Code.NAME_CLASH):
-                self._follower.known[info.name] = info.digest
-                for partition in self._engine.partitions(info.name):
-                    self._follow(partition)
-            else:
-                log.error("topic %s cannot be taken over: %s; trying again", info.name, message)
-            self._done(failed=code is not Code.OK)
-
-        identities = [identity_of(info, part) for part in info.partitions]
-        self._engine.create_mirror(info.name, identities, done)
-
-    def _change(self, info: TopicInfo) -> None:
-        """Take over what the origin decides: settings, histories, the newest snapshot (once its records are here)."""
-        logs = self._engine.partitions(info.name)
-        changes = [_changing(info, part, one) for part, one in zip(info.partitions, logs, strict=True)]
-        if all(change(one.identity) == one.identity for change, one in zip(changes, logs, strict=True)):
-            self._follower.known[info.name] = info.digest
-            return
-        self._begin()
-        self._changing.add(info.name)
-
-        def done(code: Code, message: str) -> None:
-            self._changing.discard(info.name)
-            if code is Code.OK:
-                self._follower.known[info.name] = info.digest
-            else:
-                log.error("%s; trying again", message)
-            self._done(failed=code is not Code.OK)
-
-        self._engine.change_identities(info.name, changes, done)
-
-    def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
-        """An operator takes the parent's log instead of the one that was replaced; the old data is set aside."""
-        replaced = [
-            line for line in self._follower.lines.values() if line.key.topic == topic and line.state == "replaced"
-        ]
-        info = self._offered.get(topic)
-        if not replaced or info is None:
-            done(Code.UNKNOWN_TOPIC, f"{topic} was not replaced at the parent; there is nothing to accept")
-            return
-        left = [len(replaced)]
-        failed: list[tuple[Code, str]] = []
-
-        def one(code: Code, message: str, partition: Log) -> None:
-            left[0] -= 1
-            if code is Code.OK:
-                self._follow(partition)
-                self._moves.restarted(partition, True)
-            else:
-                failed.append((code, message))
-            self._done(failed=code is not Code.OK)
-            if not left[0]:
-                done(*(failed[0] if failed else (Code.OK, "")))
-                self._again("another log is followed")
-
-        for line in replaced:
-            found = self._engine.log(*line.key)
-            assert found is not None
-            line.state = "moving"
-            self._begin()
-            self._metrics.pipe_restarts += 1
-            self._engine.restart(
-                found,
-                identity_of(info, info.partitions[line.key.partition]),
-                lambda code, message, found=found: one(code, message, found),  # type: ignore[misc]
-            )
-
-    # ---- when the logs are not the same ----
-
-    def _compare(self, event: Compare) -> None:
-        partition = self._engine.log(*event.line.key)
-        assert partition is not None
-
-        def done(points: list[Point], error: str) -> None:
-            known = {point.offset: point.chain for point in points}
-            # Without a boundary there, or without an answer of the disk, it counts as the same: the parent catches up.
-            same = error != "" or known.get(event.offset, event.chain) == event.chain
-            self._events(self._follower.compared(event.line, same, event.offset))
-            self._done()
-            if not same:
-                self._again("its log is another one")
-
-        self._begin()
-        self._engine.chains(partition, [event.offset], done)  # type: ignore[arg-type]
-
-    def _look(self, event: Look) -> None:
-        partition = self._engine.log(*event.line.key)
-        assert partition is not None
-
-        def done(points: list[Point], error: str) -> None:
-            if error:
-                log.warning("%s cannot be compared with the parent's: %s", partition.name, error)
-            else:
-                self._events(self._follower.looked(event.line, [Point(*point) for point in points]))
-            self._done(failed=error != "")
-
-        self._begin()
-        self._engine.chains(partition, event.offsets, done)  # type: ignore[arg-type]
-
-    def _cut(self, event: Cut) -> None:
-        partition, offset = self._engine.log(*event.line.key), event.offset
-        assert partition is not None
-        self._begin()
-        self._metrics.pipe_cuts += 1
-        log.warning(
-            "%s: the parent has another past from %d on; %d records are set aside", partition.name, offset,
-            partition.durable_end - offset,
-        )  # fmt: skip
-
-        def done(code: Code, message: str) -> None:
-            if code is Code.OK:
-                self._follow(partition)
-                self._moves.cut(partition)
-                self._done()
-            else:
-                log.error("%s; trying again", message)
-                self._loop.call_later(RETRY_SECONDS, lambda: self._retry(partition))
-
-        self._moves.cutting(partition, offset, lambda: self._engine.cut(partition, offset, done))
-
-    def _restart(self, event: Restart) -> None:
-        partition = self._engine.log(*event.line.key)
-        assert partition is not None
-        self._begin()
-        self._metrics.pipe_restarts += 1
-        log.warning(
-            "%s: the parent's log begins at %d, this node's ends at %d; going on there", partition.name, event.offset,
-            partition.durable_end,
-        )  # fmt: skip
-        old = partition.identity
-        identity = replace(
-            old,
-            log_start=event.offset,
-            chain=event.chain,
-            snapshot=old.snapshot if old.snapshot[0] >= event.offset else (-1, -1),
-        )
-
-        def done(code: Code, message: str) -> None:
-            if code is Code.OK:
-                self._follow(partition)
-                self._moves.restarted(partition, False)
-                self._done()
-            else:
-                log.error("%s; trying again", message)
-                self._loop.call_later(RETRY_SECONDS, lambda: self._retry(partition))
-
-        self._engine.restart(partition, identity, done)
-
-    def _retry(self, partition: Log) -> None:
-        self._follow(partition)
-        self._done()
-
-    def _begin(self) -> None:
+    def begin(self) -> None:
         self._busy += 1
         self._pause()
 
-    def _done(self, *, failed: bool = False) -> None:
+    def done(self, *, failed: bool = False) -> None:
         self._busy -= 1
         if failed:
-            self._loop.call_later(RETRY_SECONDS, lambda: self._again("something could not be done"))
+            self._loop.call_later(RETRY_SECONDS, lambda: self.again("something could not be done"))
         else:
             self._go_on()
 
     # ---- telling ----
+
+    def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
+        """An operator takes the parent's log instead of the one that was replaced."""
+        self._mirrors.accept(topic, done)
+
+    @property
+    def address(self) -> str:
+        """Where the parent is."""
+        return self._candidates.current
 
     def problems(self) -> dict[str, str]:
         """What an operator should see."""
@@ -503,8 +315,8 @@ class Piping:
         replaced = sorted({line.key.topic for line in self._follower.lines.values() if line.state == "replaced"})
         if replaced:
             found["replaced"] = f"another log at the parent: {', '.join(replaced)}; edgebroker topic accept TOPIC"
-        if self.clashes:
-            found["name_clash"] = "; ".join(f"topic {name}: {why}" for name, why in self.clashes.items())
+        if self._mirrors.clashes:
+            found["name_clash"] = "; ".join(f"topic {name}: {why}" for name, why in self._mirrors.clashes.items())
         return found
 
     def describe(self) -> dict[str, object]:
@@ -519,57 +331,6 @@ class Piping:
             "heard_seconds_ago": round(self._loop.now() - self._last_heard, 3) if self._last_heard else None,
             "logs": [_describe(line) for line in self._follower.lines.values()],
         }
-
-
-class Probe:
-    """Is a node there and healthy? Told once."""
-
-    def __init__(self, loop: Loop, address: str, told: Callable[[str, bool], None]) -> None:
-        self._address, self._told = address, told
-        self._client = HttpClient(loop, self)
-        self._healthy: bool | None = None
-        self._client.open(address)
-
-    def on_connected(self) -> None:
-        self._client.request("GET", "/healthz", b"")
-
-    def on_response(self, status: int, retry_after: float) -> None:
-        self._healthy = status == 200
-
-    def on_body(self, data: memoryview) -> None:
-        pass
-
-    def on_complete(self) -> None:
-        self._client.stop()
-
-    def on_lost(self, reason: str) -> None:
-        told, self._told = self._told, lambda address, healthy: None
-        told(self._address, bool(self._healthy))
-
-
-def identity_of(info: TopicInfo, part: PartitionInfo) -> Identity:
-    """The identity of a mirror that begins where its parent begins."""
-    return Identity(
-        log_id=part.log_id,
-        origin=part.origin,
-        epochs=part.epochs,
-        log_start=part.log_start,
-        chain=part.chain,
-        settings=info.settings,
-    )
-
-
-def _changing(info: TopicInfo, part: PartitionInfo, partition: Log) -> Callable[[Identity], Identity]:
-    whole = part.snapshot[0] >= partition.log_start and partition.durable_end >= part.snapshot[1]
-    same = partition.identity.log_id == part.log_id
-
-    def change(old: Identity) -> Identity:
-        if not same:
-            return old
-        snapshot = part.snapshot if whole else old.snapshot
-        return replace(old, origin=part.origin, epochs=part.epochs, settings=info.settings, snapshot=snapshot)
-
-    return change
 
 
 def _describe(line: Line) -> dict[str, object]:

@@ -35,8 +35,22 @@ class Readers:
         they handled of it has been taken back at the origin; what takes its place they get."""
         holders = self._holders(partition)
         for cursor in holders:
+            # Under no lease that anybody knows: what is acknowledged now is of the records that go.
             self._delivery.pause(cursor, "starting", "the log is being cut")
-        for group in {*self._groups.all(), *(cursor.group for cursor in holders)}:
+            cursor.begin(cursor.acked)
+            cursor.lease = self._groups.next_lease()
+        self._go_back(partition, offset)
+        self._engine.when_stored(then)
+
+    def cut(self, partition: Log) -> None:
+        """It is done: everybody goes on from the group's place, under a new lease."""
+        self._go_back(partition, partition.durable_end)  # who joined meanwhile
+        for cursor in self._holders(partition):
+            place = cursor.group.place(partition)
+            self._leases.move(cursor, place.next_offset if place is not None else cursor.acked)
+
+    def _go_back(self, partition: Log, offset: int) -> None:
+        for group in {*self._groups.all(), *(cursor.group for cursor in self._holders(partition))}:
             place = group.place(partition)
             if place is not None and place.next_offset > offset:
                 log.warning(
@@ -44,13 +58,6 @@ class Readers:
                     place.next_offset, offset, partition.name,
                 )  # fmt: skip
                 self._groups.move(group, partition, offset)
-        self._engine.when_stored(then)
-
-    def cut(self, partition: Log) -> None:
-        """It is done: everybody goes on from the group's place, under a new lease."""
-        for cursor in self._holders(partition):
-            place = cursor.group.place(partition)
-            self._leases.move(cursor, min(partition.durable_end, place.next_offset if place is not None else 0))
 
     def restarted(self, partition: Log, other: bool) -> None:
         """The log begins further on (readers get a gap), or it is another log (they are refreshed)."""

@@ -50,6 +50,7 @@ def build_parser() -> Parser:
     _publish(verbs)
     _consume(verbs)
     _topic(verbs)
+    _heal(verbs)
     _admin(_verb(verbs, "pipe", "show the parent of a node, what it lacks, and the children it feeds", "pipe", "pipe"))
     _group(verbs)
     _dlq(verbs)
@@ -152,6 +153,15 @@ def _consume(verbs) -> None:  # type: ignore[no-untyped-def]
         "--timeout", type=float, default=0.0, metavar="S", help="stop with 1 when nothing came for S seconds"
     )
     consume.add_argument("--json", action="store_true", help="offset, key, timestamp and headers too, one JSON a line")
+
+
+def _heal(verbs) -> None:  # type: ignore[no-untyped-def]
+    heal = _verb(verbs, "heal", "fetch damaged records again from a node that has them", "heal", "heal")
+    heal.add_argument(
+        "--from", dest="source", required=True, metavar="HOST:PORT", help="HTTP interface of a parent or a child"
+    )
+    heal.add_argument("--topic", default="", help="only this topic; without it all of them")
+    _admin(heal)
 
 
 def _topic(verbs) -> None:  # type: ignore[no-untyped-def]

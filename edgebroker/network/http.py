@@ -60,6 +60,14 @@ class BodyWriter:
         return self._transport.bytes_out
 
     @property
+    def bytes_through(self) -> int:
+        """What the peer's kernel has acknowledged."""
+        return self._transport.bytes_out - self._transport.unacknowledged
+
+    def hold_back(self, unsent: int) -> None:
+        self._transport.hold_back(unsent)
+
+    @property
     def closed(self) -> bool:
         return self._transport.closed
 
@@ -160,10 +168,16 @@ class HttpConnection:
         self._protocol = h11.Connection(h11.SERVER, max_incomplete_event_size=16 << 10)
         self._request: h11.Request | None = None
         self._body = bytearray()
+        self._early_bytes = 0
         self.stream: Streamed | None = None
         self.transport = Transport(server.loop, sock, server.buffer, self, peer)
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
+        if self.stream is not None:
+            self._early_bytes += received
+            if self._early_bytes > MAX_BODY_BYTES:
+                self.transport.close("the peer sends more while it is being answered")
+                return
         self._protocol.receive_data(bytes(buffer.room[:received]))
         self._advance()
 
@@ -246,6 +260,9 @@ class HttpConnection:
 
     def _stream(self, response: Response) -> None:
         h11 = self._h11
+        if self._protocol.their_http_version != b"1.1":
+            self._reply(Response(505, {"error": "a streamed answer needs HTTP/1.1"}), close=True)
+            return
         headers = [("content-type", STREAM_TYPE), ("transfer-encoding", "chunked"), *response.headers]
         try:
             self.transport.send(self._protocol.send(h11.Response(status_code=response.status, headers=headers)) or b"")
@@ -253,7 +270,7 @@ class HttpConnection:
             self.transport.close(str(error))
             return
         stream: Streamed = response.body  # type: ignore[assignment]
-        self.stream = stream
+        self.stream, self._early_bytes = stream, 0
         stream.begin(BodyWriter(self))
 
     def _answered(self, close: bool = False) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Callable
 from typing import Protocol
@@ -25,6 +26,7 @@ ANSWER_SECONDS = 30.0
 KEEPALIVE_SECONDS = 40
 RECEIVE_BYTES = 1 << 20
 MAX_LINE_BYTES = 200
+_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;.*)?\Z")
 
 
 class HttpOwner(Protocol):
@@ -78,19 +80,19 @@ class ChunkReader:
                 if line:
                     raise RemoteProtocolError("the parent sent a chunk longer than it said")
                 continue
-            try:
-                self._left = int(line.split(b";")[0], 16)
-            except ValueError as error:
-                raise RemoteProtocolError("the parent sent a chunk without a size") from error
+            size = _SIZE.match(line)
+            if size is None:
+                raise RemoteProtocolError("the parent sent a chunk without a size")
+            self._left = int(size[1], 16)
             self._last = self._left == 0
 
 
 class HttpClient:
     """Owned by the loop thread."""
 
-    def __init__(self, loop: Loop, owner: HttpOwner) -> None:
+    def __init__(self, loop: Loop, owner: HttpOwner, receive_bytes: int = RECEIVE_BYTES) -> None:
         self._loop, self._owner = loop, owner
-        self._buffer = ReceiveBuffer(RECEIVE_BYTES)
+        self._buffer = ReceiveBuffer(receive_bytes)
         self._resolver: Worker | None = None
         self._connecting: socket.socket | None = None
         self._transport: Transport | None = None
@@ -98,7 +100,9 @@ class HttpClient:
         self._chunks: ChunkReader | None = None
         self._timer: TimerHandle | None = None
         self._address = ""
+        # Grows with every open() and every end: an answer that comes later is nobody's.
         self._attempt = 0
+        self._opened = False
 
     @property
     def transport(self) -> Transport | None:
@@ -109,6 +113,7 @@ class HttpClient:
         """Connect to HOST:PORT; on_connected() or on_lost() follows."""
         self._address = address
         self._attempt += 1
+        self._opened = True
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
         self._timer = self._loop.call_later(CONNECT_SECONDS, lambda: self._end("no answer to the attempt to connect"))
@@ -152,11 +157,11 @@ class HttpClient:
         except OSError as error:
             self._end(error.strerror or str(error))
             return
-        self._loop.register(sock.fileno(), WRITE, lambda mask: self._connected())
+        self._loop.register(sock.fileno(), WRITE, lambda mask: self._connected(sock))
 
-    def _connected(self) -> None:
-        sock = self._connecting
-        assert sock is not None
+    def _connected(self, sock: socket.socket) -> None:
+        if sock is not self._connecting:
+            return  # given up earlier in this turn
         self._loop.unregister(sock.fileno())
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
@@ -188,7 +193,6 @@ class HttpClient:
 
     def stop(self) -> None:
         """End for good."""
-        self._attempt += 1
         self._end("closed")
         if self._resolver is not None:
             self._resolver.stop(1.0)
@@ -212,7 +216,7 @@ class HttpClient:
     def on_closed(self, reason: str) -> None:
         self._transport = None
         self._cancel()
-        self._owner.on_lost(reason)
+        self._lost(reason)
 
     def _advance(self) -> None:
         while self._transport is not None:
@@ -264,6 +268,12 @@ class HttpClient:
                 except (KeyError, ValueError):
                     pass
                 sock.close()
+            self._lost(reason)
+
+    def _lost(self, reason: str) -> None:
+        self._attempt += 1
+        if self._opened:
+            self._opened = False
             self._owner.on_lost(reason)
 
 

@@ -7,7 +7,10 @@ nothing for ten seconds while there is something to send is cut.
 
 from __future__ import annotations
 
+import fcntl
 import socket
+import sys
+import termios
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -211,6 +214,21 @@ class Transport:
             return
         extent.data = data
         self._flush()
+
+    def hold_back(self, unsent: int) -> None:
+        """Let the kernel queue no more than this in front of what is on its way: what is sent later waits less."""
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent)
+        except OSError:
+            pass  # not TCP: nothing is far away
+
+    @property
+    def unacknowledged(self) -> int:
+        """Bytes that the kernel took and the peer's has not acknowledged."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
 
     @property
     def paused(self) -> bool:

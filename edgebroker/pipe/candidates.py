@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0
 FAILURES = 2
 BEHIND_SECONDS = 30.0
+LONGEST_BEHIND_SECONDS = 3600.0
 HEALTHY_SECONDS = 300.0
 PROBE_SECONDS = 20.0
 
@@ -26,6 +27,7 @@ class Candidates:
         self._failures = 0
         self._pause = FIRST_PAUSE
         self._behind_since: float | None = None
+        self._behind_wait = BEHIND_SECONDS
         self._healthy_since: dict[int, float] = {}
         self._probe_due = 0.0
         self.failovers = 0
@@ -69,11 +71,15 @@ class Candidates:
     def behind(self, now: float, behind: bool) -> bool:
         """Told with every answer whether the parent lacks what this node has; True when it is time to move on."""
         if not behind:
-            self._behind_since = None
+            self._behind_since, self._behind_wait = None, BEHIND_SECONDS
             return False
         if self._behind_since is None:
             self._behind_since = now
-        return now - self._behind_since >= BEHIND_SECONDS and len(self.addresses) > 1
+        if now - self._behind_since < self._behind_wait or len(self.addresses) < 2:
+            return False
+        # Perhaps nobody has it: with every parent that lacks it as well, the next one is given longer.
+        self._behind_wait = min(LONGEST_BEHIND_SECONDS, self._behind_wait * 2)
+        return True
 
     def to_probe(self, now: float) -> list[str]:
         """Better candidates whose health should be looked at now; probed() takes the answers."""

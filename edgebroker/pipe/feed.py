@@ -93,8 +93,13 @@ class Rate:
 
     @property
     def frame_bytes(self) -> int:
-        """One second's worth."""
-        return max(LEAST_FRAME_BYTES, min(MAX_FRAME_BYTES, int(self.bytes_per_second)))
+        """At most one second's worth, with what waits in the kernel."""
+        return max(LEAST_FRAME_BYTES, min(MAX_FRAME_BYTES, int(self.bytes_per_second / 2)))
+
+    @property
+    def unsent_bytes(self) -> int:
+        """What the kernel may queue behind what is under way."""
+        return max(LEAST_FRAME_BYTES, min(MAX_FRAME_BYTES, int(self.bytes_per_second / 4)))
 
 
 def judge(position: LogPosition, facts: LogFacts | None) -> Refusal | None:
@@ -148,6 +153,13 @@ class Feed:
     def remove(self, cursor: FeedCursor) -> None:
         del self.cursors[cursor.line]
         self._queued.discard(cursor)
+
+    def drop(self) -> list[FeedCursor]:
+        """Nothing more is sent; the cursors there were."""
+        found = list(self.cursors.values())
+        self.cursors.clear()
+        self._queued.clear()
+        return found
 
     def wake(self, cursor: FeedCursor) -> None:
         """There may be something to send for it."""

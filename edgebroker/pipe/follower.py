@@ -10,7 +10,6 @@ the next poll asks for the rest. After an error (RemoteProtocolError) the answer
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from fnmatch import fnmatchcase
 from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
@@ -18,9 +17,9 @@ import msgspec
 from edgebroker.common import records
 from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason
 from edgebroker.common.errors import RemoteProtocolError
-from edgebroker.common.types import DEAD_LETTERS, TopicPartition
+from edgebroker.common.types import TopicPartition
 from edgebroker.pipe.divergence import Search
-from edgebroker.pipe.stream import Flags, Frame, FrameReader, Hello, Kind, LogPosition, Point, Poll, Refusal
+from edgebroker.pipe.stream import Flags, Frame, FrameReader, Hello, Kind, LogPosition, Patterns, Point, Poll, Refusal
 
 T = TypeVar("T", Hello, Refusal)
 LEVELS = ("root", "l2", "l3", "pos", "local")
@@ -115,6 +114,8 @@ class Follower:
     def __init__(self, uid: str, name: str, level: str, patterns: Sequence[str], sink: Sink) -> None:
         self._uid, self._name, self._level, self._patterns, self._sink = uid, name, level, list(patterns), sink
         self.lines: dict[TopicPartition, Line] = {}
+        self._wanted = Patterns(self._patterns)
+        self._parent = ""
         self.known: dict[str, int] = {}
         self._polled: list[Line] = []
         self._reader = FrameReader()
@@ -123,8 +124,7 @@ class Follower:
 
     def wants(self, topic: str) -> bool:
         """True for a topic that a pattern matches; what belongs to one node is matched by none."""
-        own = topic.startswith("__") or topic.endswith(DEAD_LETTERS)
-        return not own and any(fnmatchcase(topic, pattern) for pattern in self._patterns)
+        return topic in self._wanted
 
     def follow(self, key: TopicPartition, log_id: str, epoch: int, log_start: int, offset: int, chain: int) -> None:
         """Stand at a place of a log: new, moved, or after something that was taken could not be stored."""
@@ -139,6 +139,11 @@ class Follower:
         self._reader = FrameReader()
         self._begun.clear()
         self._polled = [line for line in self.lines.values() if line.state != "moving"]
+        for line in self._polled:
+            if len(line.partial) >= HEADER_BYTES and records.header(line.partial)[0] == 0:
+                # Whole batches that the disk had no room for: what is left out must lie in one batch.
+                self.bytes_wasted += len(line.partial)
+                line.partial = bytearray()
         logs = [
             LogPosition(*line.key, line.log_id, line.epoch, line.offset, line.chain, len(line.partial), line.points)
             for line in self._polled
@@ -176,6 +181,14 @@ class Follower:
             raise RemoteProtocolError(
                 f"{hello.name} is a {hello.level} node; the parent of a {self._level} node stands above it"
             )
+        for info in hello.topics:
+            if info.problem():
+                raise RemoteProtocolError(f"{hello.name}: {info.problem()}")
+        if hello.uid != self._parent:
+            # What was found out by comparing with another node says nothing about this one.
+            self._parent = hello.uid
+            for line in self.lines.values():
+                line.search, line.points = None, []
         return Greeted(hello)
 
     def _data(self, frame: Frame, payload: memoryview, first: bool) -> Iterator[Event]:
@@ -266,21 +279,16 @@ class Follower:
         """The answer to Compare. The same chain: the parent is only behind. Another one: the logs part before."""
         if line.state == "behind" and not same:
             line.state = "diverged"
-            line.search = Search(line.log_start, offset)
+            line.search = Search(line.log_start, max(offset, line.log_start + 1))
             yield Changed(line, "DIVERGED")
             yield Look(line, line.search.offsets())
 
     def _diverged(self, line: Line, refusal: Refusal) -> Iterator[Event]:
         if line.search is None:
             line.search = Search(line.log_start, line.offset)
-        else:
-            line.search.answered(refusal.offset)
+        line.search.answered(refusal.offset if line.points else -1, Point(refusal.start, refusal.start_chain))
         line.points = []
-        if line.search.hopeless and refusal.start >= 0:
-            line.state = "moving"
-            yield Restart(line, refusal.start, refusal.start_chain)
-        else:
-            yield Look(line, line.search.offsets())
+        yield Look(line, line.search.offsets())
 
     def looked(self, line: Line, found: Sequence[Point]) -> Iterator[Event]:
         """The answer to Look; without an event the next poll asks the parent about what was found."""
@@ -291,6 +299,9 @@ class Follower:
         if not line.points and search.low >= 0:
             line.state = "moving"
             yield Cut(line, search.low)
+        elif not line.points and search.start.offset >= 0:
+            line.state = "moving"
+            yield Restart(line, *search.start)
 
 
 def _name(line: Line) -> str:

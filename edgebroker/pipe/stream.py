@@ -16,16 +16,20 @@ HELLO and STATE carry JSON (Hello, Refusal), DATA stored bytes, which may end an
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from enum import IntEnum, IntFlag
-from typing import NamedTuple
+from fnmatch import translate
+from itertools import pairwise
+from typing import Annotated, NamedTuple
 
 import msgspec
+from msgspec import Meta
 
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import RemoteProtocolError
-from edgebroker.common.types import TopicSettings
+from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 
 VERSION = 1
 HEADER = struct.Struct(">IBBHIqIq")
@@ -34,6 +38,15 @@ assert HEADER_BYTES == 32
 # JSON in a frame; a thousand topics with a thousand partitions fit.
 MAX_JSON_BYTES = 64 << 20
 MAX_LINES = 1 << 16
+MAX_PARTITIONS = 1024
+
+_Offset = Annotated[int, Meta(ge=0, le=1 << 62)]
+_Place = Annotated[int, Meta(ge=-1, le=1 << 62)]
+_U32 = Annotated[int, Meta(ge=0, lt=1 << 32)]
+_Epoch = Annotated[int, Meta(ge=0, lt=1 << 31)]
+_Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+_Name = Annotated[str, Meta(min_length=1, max_length=255)]
+_TOPIC = re.compile(r"[A-Za-z0-9._-]{1,200}\Z")
 
 
 class Kind(IntEnum):
@@ -51,22 +64,22 @@ class Flags(IntFlag):
 class Point(NamedTuple):
     """A batch boundary of a log, and the chain over everything before it."""
 
-    offset: int
-    chain: int
+    offset: _Offset
+    chain: _U32
 
 
 class LogPosition(msgspec.Struct, frozen=True, array_like=True):
     """Where a child stands in a log: it has everything before `offset`, and `skip` bytes of the batch there. `points`
     are places behind which it looks for the end of what both have, after a DIVERGED."""
 
-    topic: str
-    partition: int
-    log_id: str
-    epoch: int
-    offset: int
-    chain: int
-    skip: int = 0
-    points: list[Point] = []
+    topic: _Name
+    partition: Annotated[int, Meta(ge=0, lt=MAX_PARTITIONS)]
+    log_id: _Id
+    epoch: _Epoch
+    offset: _Offset
+    chain: _U32
+    skip: Annotated[int, Meta(ge=0, lt=16 << 20)] = 0
+    points: Annotated[list[Point], Meta(max_length=128)] = []
 
 
 class Poll(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,23 +87,23 @@ class Poll(msgspec.Struct, frozen=True, kw_only=True):
     description (its digest)."""
 
     version: int = VERSION
-    uid: str
-    name: str
+    uid: _Id
+    name: _Name
     level: str
-    topics: list[str]
-    logs: list[LogPosition]
-    known: dict[str, int] = {}
+    topics: Annotated[list[_Name], Meta(max_length=1000)]
+    logs: Annotated[list[LogPosition], Meta(max_length=MAX_LINES)]
+    known: Annotated[dict[_Name, int], Meta(max_length=MAX_LINES)] = {}
 
 
 class PartitionInfo(msgspec.Struct, frozen=True, array_like=True):
     """The identity of a log, and where it begins at this node."""
 
-    log_id: str
-    origin: str
-    epochs: list[tuple[int, int]]
-    log_start: int
-    chain: int
-    snapshot: tuple[int, int]
+    log_id: _Id
+    origin: _Id
+    epochs: Annotated[list[tuple[_Epoch, _Offset]], Meta(min_length=1)]
+    log_start: _Offset
+    chain: _U32
+    snapshot: tuple[_Place, _Place]
 
 
 class TopicInfo(msgspec.Struct, frozen=True):
@@ -98,8 +111,35 @@ class TopicInfo(msgspec.Struct, frozen=True):
 
     name: str
     settings: TopicSettings
-    partitions: list[PartitionInfo]
+    partitions: Annotated[list[PartitionInfo], Meta(min_length=1, max_length=MAX_PARTITIONS)]
     digest: int
+
+    def problem(self) -> str:
+        """Why this describes no topic that a node may mirror; "" when it does."""
+        if not is_shared(self.name):
+            return f"{self.name!r} is no name of a topic that is mirrored"
+        if self.settings.partitions != len(self.partitions):
+            return f"{self.name} has {self.settings.partitions} partitions, {len(self.partitions)} are described"
+        for part in self.partitions:
+            if any(one[0] >= other[0] or one[1] > other[1] for one, other in pairwise(part.epochs)):
+                return f"the histories of {self.name} do not follow each other"
+        return ""
+
+
+class Patterns:
+    """The topics that a node wants: shell wildcards. What belongs to one node alone is matched by none."""
+
+    def __init__(self, patterns: list[str]) -> None:
+        self._match = re.compile("|".join(translate(pattern) for pattern in patterns) or r"(?!)").match
+
+    def __contains__(self, topic: str) -> bool:
+        return is_shared(topic) and self._match(topic) is not None
+
+
+def is_shared(topic: str) -> bool:
+    """True for the name of a topic that may leave its node: no dead letters, nothing internal."""
+    own = topic.startswith("__") or topic.endswith(DEAD_LETTERS) or topic in (".", "..")
+    return _TOPIC.match(topic) is not None and not own
 
 
 def describe_topic(name: str, settings: TopicSettings, partitions: list[PartitionInfo]) -> TopicInfo:
@@ -112,10 +152,10 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
     """The first frame of every answer, and again when a topic changed. `path` is the way to the top, from this node's
     parent on (node uids); `topics` are those that match and differ from what the child knows."""
 
-    uid: str
-    name: str
+    uid: _Id
+    name: _Name
     level: str
-    path: list[str]
+    path: Annotated[list[_Id], Meta(max_length=32)]
     topics: list[TopicInfo]
 
 
@@ -125,11 +165,11 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
 
     code: str
     message: str
-    offset: int = -1
-    chain: int = 0
+    offset: _Place = -1
+    chain: _U32 = 0
     log_id: str = ""
-    start: int = -1
-    start_chain: int = 0
+    start: _Place = -1
+    start_chain: _U32 = 0
 
 
 class Frame(NamedTuple):

@@ -19,7 +19,7 @@ class ChainPoint(NamedTuple):
 def find_chains(views: Sequence[SegmentView], offsets: Sequence[int]) -> list[ChainPoint]:
     """For each offset the first batch boundary at or behind it, as far as it is known; on the reader thread.
 
-    `views` are all segments of a log in order. Raises OSError when the device refuses.
+    `views` are the segments in which they lie, in order. Raises OSError when the device refuses.
     """
     found: dict[int, ChainPoint] = {}
     for offset in offsets:

@@ -32,6 +32,8 @@ class Log(Protocol):
     bytes_in: int
     chain: int
     """The chain checksum before written_end."""
+    rewriting: bool
+    """It is being cut or begun anew: nothing of it is to be served."""
 
     @property
     def log_start(self) -> int: ...
@@ -49,6 +51,9 @@ class Log(Protocol):
     def size_bytes(self) -> int: ...
     def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Found: ...
     def end_hint(self) -> tuple[int, int] | None: ...
+    def to_heal(self) -> tuple[int, int]:
+        """The offsets [first, next) to be fetched first: the first hole, or a part of it."""
+
     def chain_at(self, offset: int) -> int | None:
         """The chain before an offset, where it is known without the disk."""
 
@@ -63,6 +68,9 @@ class Listener(Protocol):
     def on_failed(self, log: Log, code: Code, message: str) -> None: ...
     def on_topic(self, name: str) -> None:
         """A topic was made, or the identity of its logs changed: settings, histories, where they begin."""
+
+    def on_rewritten(self, log: Log) -> None:
+        """A log was cut or begun anew: nobody stands in it where they stood."""
 
     def retention_floor(self, log: Log) -> int | None:
         """The offset that every live group and child has passed; None when there is none."""
@@ -100,6 +108,9 @@ class Engine(Protocol):
     def logs(self) -> Iterable[Log]: ...
     def partitions(self, topic: str) -> list[Log]: ...
     def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None: ...
+    def heal(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
+        """Put batches from another node into the first hole of a log: done(offset up to which it is whole, error)."""
+
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
         """For each offset the first batch boundary at or behind it and the chain there: done(points, error)."""
 
@@ -156,4 +167,4 @@ class MirrorEngine(Engine, Protocol):
     def create_mirror(self, name: str, identities: Sequence[Identity], done: Done) -> None: ...
     def change_identities(self, name: str, changes: Sequence[Callable[[Identity], Identity]], done: Done) -> None: ...
     def cut(self, log: Log, offset: int, done: Done) -> None: ...
-    def restart(self, log: Log, identity: Identity, done: Done) -> None: ...
+    def restart(self, log: Log, change: Callable[[Identity], Identity], done: Done) -> None: ...

@@ -161,6 +161,33 @@ def copy_start(source: int, target: Path, size: int) -> None:
         os.close(fd)
 
 
+def append_copy(target: Path, data: memoryview, source: int, position: int, end: int) -> int:
+    """Add bytes, and behind them a part of an open file, to a file, durably; its size then."""
+    fd = open_log(target, writable=True)
+    try:
+        size = size_of(fd)
+        write_at(fd, data, size)
+        size += len(data)
+        while position < end:
+            piece = read_at(source, min(COPY_BYTES, end - position), position)
+            if not piece:
+                raise OSError(errno.EIO, "the file became shorter while it was copied", str(target))
+            write_at(fd, memoryview(piece), size)
+            position += len(piece)
+            size += len(piece)
+        os.fsync(fd)
+        return size
+    finally:
+        os.close(fd)
+
+
+def write_new(target: Path, data: memoryview) -> None:
+    """Write a new file, durable but for its directory entry."""
+    target.unlink(missing_ok=True)
+    os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))
+    append_copy(target, data, -1, 0, 0)
+
+
 def move(source: Path, target: Path) -> None:
     """Give a file the name of another, which it replaces, durably."""
     os.rename(source, target)

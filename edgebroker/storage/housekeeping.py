@@ -26,6 +26,7 @@ from edgebroker.storage.index import index_path
 from edgebroker.storage.log import PartitionLog
 from edgebroker.storage.meta import SegmentRow, Windows
 from edgebroker.storage.metadata import Metadata
+from edgebroker.storage.mirror import drop_aside
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.reader import ColdRead, Reader
 from edgebroker.storage.recovery import Hole
@@ -40,6 +41,7 @@ PRODUCER_STATE_BYTES = 8 << 20
 PRODUCER_STATE_SECONDS = 5.0
 OPEN_SEALED = 32
 CACHED_INDEXES = 8
+ASIDE_CHECK_SECONDS = 3600.0
 JUMP_MS = 24 * 3600 * 1000
 
 
@@ -93,7 +95,7 @@ class Housekeeping:
         self._scrub_timer: Timer | None = None
         self._removing = False
         self._measuring = False
-        self._idle_ticks = 0
+        self._aside_due = 0.0
         self._groups_seen = 0
         self._clock_base = (clock.wall_ms(), clock.monotonic())
         self.clock_implausible = ""
@@ -187,6 +189,7 @@ class Housekeeping:
             partition.stage.expire(now - PRODUCER_EXPIRY_SECONDS)
         self._measure(used)
         self._retain()
+        self._drop_aside(now)
         idle = self._groups_seen == self._committer.groups
         self._groups_seen = self._committer.groups
         if idle:
@@ -243,6 +246,21 @@ class Housekeeping:
                 )
 
         self._committer.call(lambda: files.free_space(self._path), done)
+
+    def _drop_aside(self, now: float) -> None:
+        """What mirrors set aside goes after a day, or when space is wanted."""
+        wanted = self._budget.wants_space > 0
+        if now < self._aside_due and not wanted:
+            return
+        self._aside_due = now + ASIDE_CHECK_SECONDS
+        wall_ms = self._clock.wall_ms() if not wanted else 1 << 62
+        directories = [partition.directory for partition in self._store.logs()]
+
+        def work() -> None:
+            for directory in directories:
+                drop_aside(directory, wall_ms)
+
+        self._committer.call(work, lambda result: None)
 
     # ---- retention ----
 

@@ -57,10 +57,10 @@ def make_identity(origin: str, settings: TopicSettings) -> Identity:
     )
 
 
-def write_identity(directory: Path, identity: Identity) -> None:
+def write_identity(directory: Path, identity: Identity, name: str = FILE_NAME) -> None:
     """Replace the identity file; durable when this returns."""
     line = msgspec.json.encode(identity)
-    files.write_durable(directory / FILE_NAME, line + b"\n%08x\n" % crc32c(line))
+    files.write_durable(directory / name, line + b"\n%08x\n" % crc32c(line))
 
 
 def change_identity(directory: Path, change: Callable[[Identity], Identity]) -> Identity:
@@ -70,13 +70,16 @@ def change_identity(directory: Path, change: Callable[[Identity], Identity]) -> 
     return identity
 
 
-def read_identity(directory: Path) -> Identity:
+def read_identity(directory: Path, name: str = FILE_NAME) -> Identity:
     """Raises FileNotFoundError when there is none, DamagedDataError when it is not what was written."""
-    path = directory / FILE_NAME
+    path = directory / name
     line, _, checksum = path.read_bytes().partition(b"\n")
     try:
         if int(checksum, 16) != crc32c(line):
             raise DamagedDataError(f"{path}: the checksum does not match")
-        return msgspec.json.decode(line, type=Identity)
+        identity = msgspec.json.decode(line, type=Identity)
+        if not identity.epochs:
+            raise DamagedDataError(f"{path}: a log without a history")
+        return identity
     except (ValueError, msgspec.DecodeError) as error:
         raise DamagedDataError(f"{path}: {error}") from error

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files, segscan
 from edgebroker.storage.ages import granularity_ms
+from edgebroker.storage.heal import Healed, Wound
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.index import INTERVAL_BYTES, POINT_BYTES, SealedIndex
 from edgebroker.storage.reader import SegmentView
@@ -201,7 +202,7 @@ class PartitionLog:
 
     def drop_unwritten(self) -> None:
         """A write failed: forget what is not in the file."""
-        self.stage.rollback(self.written_end)
+        self.stage.rollback(self.written_end, self.identity.epoch_at(self.written_end))
 
     def fall_back(self) -> None:
         """Storing failed for good: forget what is not durable; the file may hold more, the log does not."""
@@ -249,6 +250,62 @@ class PartitionLog:
         self.must_roll = False
         self.live = (0, 0, 0.0)
         return gone
+
+    def to_heal(self) -> tuple[int, int]:
+        """The offsets [first, next) to be fetched first: the first hole, as far as one segment goes."""
+        hole, wound = self.holes[0], self.wound()
+        return hole.first, min(hole.next, wound.end_offset) if wound is not None else hole.next
+
+    def wound(self) -> Wound | None:
+        """The first hole, for healing; None when there is none, or when it lies in the active segment."""
+        if not self.holes:
+            return None
+        hole = self.holes[0]
+        rank = max(0, bisect_right(self.segments, hole.first, key=lambda segment: segment.base) - 1)
+        segment = self.segments[rank]
+        if segment.base > hole.first:  # the first segments are missing
+            return self._missing(hole.first, segment.base, segment.base_chain, self.identity.chain)
+        if hole.first >= segment.end_offset and segment is not self.active:
+            following = self.segments[rank + 1]
+            return self._missing(hole.first, following.base, following.base_chain, segment.end_chain)
+        if segment is self.active:
+            return None
+        following = self.segments[rank + 1]
+        end_chain = following.base_chain if following.base == segment.end_offset else UNKNOWN_CHAIN
+        return Wound(
+            self.directory, segment.path, segment.size, segment.base, segment.base_chain, segment.end_offset, end_chain,
+            hole.first, self.identity.epoch_at(segment.base), self.identity.epoch,
+        )  # fmt: skip
+
+    def _missing(self, first: int, end: int, end_chain: int, base_chain: int) -> Wound:
+        epoch = self.identity.epoch_at(first)
+        return Wound(
+            self.directory, None, 0, first, base_chain, end, end_chain, first, epoch, self.identity.epoch
+        )  # fmt: skip
+
+    def healed(self, healed: Healed) -> Segment | None:
+        """A file with good bytes took the place of a damaged or missing one; the segment that is gone, if any."""
+        rank = max(0, bisect_right(self.segments, healed.base, key=lambda segment: segment.base) - 1)
+        old = self.segments[rank] if self.segments[rank].base == healed.base else None
+        segment = Segment(healed.path, healed.base, size=healed.size)
+        segment.points, segment.points_from, segment.unverified_end = None, healed.size, healed.size
+        if old is not None:
+            segment.base_chain, segment.end_offset, segment.sealed_ms = old.base_chain, old.end_offset, old.sealed_ms
+            segment.max_timestamp = old.max_timestamp
+            self.segments[rank] = segment
+        else:
+            at = rank if self.segments[rank].base > healed.base else rank + 1
+            before = self.segments[at - 1] if at else None
+            segment.base_chain = before.end_chain if before is not None else self.identity.chain
+            segment.end_offset, segment.sealed_ms = healed.next_offset, self.segments[at].sealed_ms
+            self.segments.insert(at, segment)
+        segment.end_chain = healed.end_chain
+        self.holes = [
+            Hole(max(hole.first, healed.next_offset), hole.next)
+            for hole in self.holes
+            if hole.next > healed.next_offset or hole.first >= healed.next_offset
+        ]
+        return old
 
     def checkpoint(self) -> Checkpoint:
         """The durable place, for the next metadata transaction."""

@@ -40,6 +40,7 @@ class MemoryLog:
         self.records_in = self.bytes_in = 0
         self.chain = identity.chain
         self.chains: list[int] = []
+        self.rewriting = False
 
     @property
     def log_start(self) -> int:
@@ -71,6 +72,9 @@ class MemoryLog:
         start, first, _ = found
         length, following = segscan.cut(view[start:], max_bytes, min(chunk.next_offset, first + max_records))
         return Inline(view[start : start + length], first, following)
+
+    def to_heal(self) -> tuple[int, int]:
+        raise AssertionError("memory is never damaged")
 
     def end_hint(self) -> tuple[int, int] | None:
         return None
@@ -130,6 +134,9 @@ class MemoryEngine:
         ]
         done(Code.OK, "")
         self._listener.on_topic(name)
+
+    def heal(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
+        raise AssertionError("memory is never damaged")
 
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
         assert isinstance(log, MemoryLog)

@@ -4,8 +4,9 @@
     restart   the parent has nothing to continue with: the log begins anew where an identity says
 
 Bytes never change in place: what stays of a cut segment is a new file, the old one keeps its inode for whoever is being
-sent it, and lies beside it as BASE.diverged-TIME for a day. A crash at any step leaves a log that ends at the cut or
-behind it, never a hole: the segments go from the last one on, and the one that is cut is replaced at once.
+sent it, and lies beside it as BASE.diverged-TIME for a day. A crash at any step of a cut leaves a log that ends there
+or behind it, never a hole: the segments go from the last one on, and the one that is cut is replaced at once. A restart
+writes the new identity beside the old one first; the next start finishes what that says.
 """
 
 import logging
@@ -14,16 +15,16 @@ from pathlib import Path
 from edgebroker.common.batch import STORED_BATCH_BYTES
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.storage import files
-from edgebroker.storage.identity import Identity, write_identity
+from edgebroker.storage.identity import FILE_NAME, Identity, read_identity, write_identity
 from edgebroker.storage.index import index_path
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.recovery import RecoveredLog, Recovery
-from edgebroker.storage.segment import SUFFIX, Segment, segment_path
+from edgebroker.storage.segment import ASIDE, SUFFIX, Segment, segment_path
 from edgebroker.storage.walk import walk_file, walk_start
 
 log = logging.getLogger(__name__)
 
-ASIDE = ".diverged-"
+NEXT_NAME = "identity.next"
 ASIDE_MS = 24 * 3600 * 1000
 
 
@@ -56,10 +57,19 @@ def cut_log(directory: Path, identity: Identity, offset: int, quarantine: Quaran
 def restart_log(directory: Path, identity: Identity, quarantine: Quarantine, wall_ms: int) -> RecoveredLog:
     """Begin anew with another identity (its log_start, or another log). What was there is set aside. Raises OSError."""
     drop_aside(directory, wall_ms)
-    write_identity(directory, identity)
+    write_identity(directory, identity, NEXT_NAME)
+    finish_restart(directory, wall_ms)
+    return _recover(directory, identity, quarantine)
+
+
+def finish_restart(directory: Path, wall_ms: int) -> None:
+    """Do what a restart that was begun has left to do: nothing, mostly. Raises OSError."""
+    if not (directory / NEXT_NAME).exists():
+        return
+    read_identity(directory, NEXT_NAME)  # what is not whole is not followed
     for path in reversed(_segments(directory)):
         _set_aside(path, wall_ms)
-    return _recover(directory, identity, quarantine)
+    files.move(directory / NEXT_NAME, directory / FILE_NAME)
 
 
 def drop_aside(directory: Path, wall_ms: int) -> None:

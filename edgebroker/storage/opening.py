@@ -23,6 +23,7 @@ from edgebroker.storage.identity import Identity, make_identity, read_identity, 
 from edgebroker.storage.index import SealedIndex, read_index
 from edgebroker.storage.log import PartitionLog
 from edgebroker.storage.meta import MetaState, SegmentRow
+from edgebroker.storage.mirror import finish_restart
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.recovery import RecoveredLog, Recovery
 from edgebroker.storage.segment import SUFFIX, UNKNOWN_CHAIN, Segment
@@ -90,6 +91,7 @@ class Opener:
         key, name = (topic, number), f"{topic}/{number}"
         checkpoint = state.checkpoints.get(key)
         try:
+            finish_restart(directory, self._clock.wall_ms())
             identity = read_identity(directory)
         except (FileNotFoundError, DamagedDataError) as error:
             sizes = [path.stat().st_size for path in directory.iterdir() if path.suffix == SUFFIX]
@@ -112,6 +114,8 @@ class Opener:
             ),
             default=-1,
         )
+        if identity.origin != self._node_uid:
+            watermark = -1  # what a mirror lost at its end it gets again; a place beyond it waits
         recovery = Recovery(directory, identity, self._quarantine, max_batch=STORED_BATCH_BYTES, name=name)
         recovered = recovery.run(checkpoint, watermark)
         rows = state.segments.get(key, {})

@@ -20,7 +20,7 @@ from edgebroker.storage import files
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.index import read_index
 from edgebroker.storage.quarantine import Quarantine
-from edgebroker.storage.segment import SUFFIX, UNKNOWN_CHAIN, Segment, segment_path
+from edgebroker.storage.segment import ASIDE, SUFFIX, UNKNOWN_CHAIN, Segment, segment_path
 from edgebroker.storage.walk import Walked, next_good_batch, walk_file, walk_start
 
 log = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ class Recovery:
             # A log that was begun anew further on, and the power went before its old segments did.
             for segment in segments:
                 segment.close()
-                files.set_aside(segment.path, ".before")
+                files.set_aside(segment.path, f"{ASIDE}{segment.path.stat().st_mtime_ns // 1_000_000}")
             return self._begin(max(self._identity.log_start, vouched))
         active = segments[-1]
         if self._leave_tail:

@@ -11,6 +11,8 @@ from edgebroker.storage.index import SealedIndex
 SUFFIX = ".log"
 NO_TIMESTAMP = -(1 << 63)
 UNKNOWN_CHAIN = -1
+# What a segment file is called that was set aside, before the time in milliseconds.
+ASIDE = ".diverged-"
 
 
 def segment_path(directory: Path, base: int) -> Path:

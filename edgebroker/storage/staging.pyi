@@ -39,8 +39,9 @@ class Stage:
     def take(self, max_bytes: int) -> Chunk | None:
         """Hand over staged batches, whole ones, at most max_bytes unless the first is larger. None when empty."""
 
-    def rollback(self, next_offset: int) -> None:
-        """Forget everything from next_offset on, staged or taken: it was not stored. Producers may send it again."""
+    def rollback(self, next_offset: int, epoch: int) -> None:
+        """Forget everything from next_offset on, staged or taken: it was not stored. Producers may send it again.
+        `epoch` is the history that the next record belongs to."""
 
     def settle(self, durable_end: int) -> None:
         """Everything below is durable: a rollback will not come back there."""

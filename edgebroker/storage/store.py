@@ -24,10 +24,11 @@ from edgebroker.storage.chains import ChainPoint, find_chains
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
+from edgebroker.storage.heal import Healed, heal_segment
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
 from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity
 from edgebroker.storage.log import Extent, PartitionLog
-from edgebroker.storage.meta import GroupKey, GroupOffset
+from edgebroker.storage.meta import GroupKey, GroupOffset, SegmentRow
 from edgebroker.storage.metadata import Metadata
 from edgebroker.storage.mirror import begin_log, cut_log, restart_log
 from edgebroker.storage.opening import Opener
@@ -248,12 +249,13 @@ class SegmentStore:
 
         self._rewrite(partition, work, done)
 
-    def restart(self, log: Log, identity: Identity, done: Done) -> None:
-        """Begin a log anew with another identity: further on, or as another log. Nothing of it may be staged."""
+    def restart(self, log: Log, change: Callable[[Identity], Identity], done: Done) -> None:
+        """Begin a log anew with a changed identity: further on, or as another log. Nothing of it may be staged."""
         assert isinstance(log, PartitionLog)
         partition, wall_ms = log, self._clock.wall_ms()
 
         def work() -> tuple[Identity, RecoveredLog]:
+            identity = change(read_identity(partition.directory))
             return identity, restart_log(partition.directory, identity, self._quarantine, wall_ms)
 
         self._rewrite(partition, work, done)
@@ -275,6 +277,7 @@ class SegmentStore:
                 self._metadata.changes.segments[*key, segment.base] = None
             self._housekeeping.holes_changed(partition)
             self._housekeeping.checkpoint(partition)
+            self._listener.on_rewritten(partition)
             done(Code.OK, "")
             self._listener.on_topic(partition.topic)
 
@@ -282,14 +285,49 @@ class SegmentStore:
         self._metadata.changes.checkpoints[key] = NO_CHECKPOINT
         self._metadata.touch(lambda: self._committer.call(work, finished))
 
+    def heal(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
+        """Put batches from another node into the first hole of a log, from its beginning on: done(offset up to which it
+        is whole now, error). A hole in the active segment waits until that is sealed."""
+        assert isinstance(log, PartitionLog)
+        partition, key = log, (log.topic, log.partition)
+        wound = partition.wound()
+        if wound is None or partition.rewriting:
+            done(-1, f"{partition.name}: the damage lies in what is being written; try again in a moment")
+            self._committer.seal(partition)
+            return
+        partition.rewriting = True
+
+        def finished(result: object) -> None:
+            partition.rewriting = False
+            if not isinstance(result, Healed):
+                done(-1, str(result))
+                return
+            gone = partition.healed(result)
+            if gone is not None:
+                gone.retire()
+            segment = partition.segment_of(result.base)
+            self._metadata.changes.segments[*key, result.base] = SegmentRow(
+                segment.end_offset, segment.size, segment.base_chain, segment.end_chain, segment.max_timestamp,
+                segment.sealed_ms,
+            )  # fmt: skip
+            self._housekeeping.holes_changed(partition)
+            self._listener.on_rewritten(partition)
+            self._listener.on_topic(partition.topic)
+            # Until it is stored that the hole is gone, a crash would bring it back.
+            self._metadata.touch(lambda: done(result.next_offset, ""))
+
+        self._committer.call(lambda: heal_segment(wound, data), finished)
+
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
         """For each offset the first batch boundary at or behind it and the chain there: done(points, error)."""
         assert isinstance(log, PartitionLog)
-        views = [log.view(segment) for segment in log.segments]
+        inside = [offset for offset in offsets if log.log_start <= offset <= log.durable_end]
+        segments = {log.segment_of(offset).base: log.segment_of(offset) for offset in inside}
+        views = [log.view(segments[base]) for base in sorted(segments)]
         found: list[ChainPoint] = []
 
         def read() -> ColdRead:
-            found.extend(find_chains(views, offsets))
+            found.extend(find_chains(views, inside))
             return ColdRead()
 
         self._reader.submit(read, lambda result: done([] if result.error else found, result.error))
