@@ -39,7 +39,7 @@ HOMES = {
 SOCKETS = {
     "network/loop.py", "network/transport.py", "network/http.py", "network/httpclient.py", "network/link.py",
     "network/producer.py", "network/consumer.py", "broker/broker.py", "broker/session.py", "cli/adminclient.py",
-    "common/config.py",
+    "cli/treedemo.py", "common/config.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600

@@ -1,8 +1,8 @@
 """`edgebroker demo`: the main job, shown and checked on real retail data.
 
-A broker process stores 30,000 sales lines in four partitions and pushes them to a consumer. When the consumer has
-seen 40 % and publishes are unacknowledged, the broker is killed with SIGKILL and started again. The line numbers in
-the record headers then show that the consumer saw every line, in order per partition, none missing.
+First one broker: it stores 30,000 sales lines in four partitions and pushes them to a consumer. When the consumer has
+seen 40 % and publishes are unacknowledged, the broker is killed with SIGKILL and started again. Then a tree of five
+(treedemo.py). The line numbers in the record headers show that the consumer saw every line, in order per partition.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 from collections import Counter
+from collections.abc import Callable
 from importlib.resources import files as package_files
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from edgebroker.cli.adminclient import call
 from edgebroker.cli.process import BrokerProcess
 from edgebroker.cli.progress import progress
 from edgebroker.cli.publish import Pace
+from edgebroker.cli.treedemo import LEVELS, Tree
 from edgebroker.common.batch import partition_for
 from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import EdgeBrokerError
@@ -39,23 +41,47 @@ SYMBOLS = (b"AAPL", b"GOOGL", b"MSFT", b"TSLA", b"AMZN")
 
 
 def demo(options: argparse.Namespace) -> int:
-    settings = {"EDGEBROKER_STORAGE_SEGMENT_BYTES": str(256 << 10), "EDGEBROKER_STORAGE_HARD_FREE_BYTES": "0"}
     with tempfile.TemporaryDirectory(prefix="edgebroker-demo-") as directory:
-        broker = BrokerProcess(Path(directory) / "node", settings=settings)
-        broker.start()
-        try:
-            _five_messages(broker)
-            result = Retail(broker, options.rate).run()
-            code = broker.stop()
-        finally:
-            broker.kill()
-        result["clean_stop"] = code == 0
-    problems = judge(result)
+        one = _one_broker(Path(directory), options.rate)
+        problems = judge(one)
+        if not options.json:
+            _print(one)
+        tree = _tree(Path(directory), options.rate)
+        problems += judge_tree(tree)
     if options.json:
-        print(json.dumps({**result, "problems": problems}))
+        print(json.dumps({"one": one, "tree": tree, "problems": problems}))
     else:
-        _print(result, problems)
+        _print_tree(tree)
+        print("FAILED: " + "; ".join(problems) if problems else "everything holds")
     return 1 if problems else 0
+
+
+def _one_broker(directory: Path, rate: int) -> dict[str, object]:
+    settings = {"EDGEBROKER_STORAGE_SEGMENT_BYTES": str(256 << 10), "EDGEBROKER_STORAGE_HARD_FREE_BYTES": "0"}
+    broker = BrokerProcess(directory / "node", settings=settings)
+    broker.start()
+    try:
+        _five_messages(broker)
+
+        def kill() -> None:
+            broker.kill()
+            broker.start()
+
+        result = Retail(broker, broker, rate, kill).run()
+        result["clean_stop"] = broker.stop() == 0
+    finally:
+        broker.kill()
+    return result
+
+
+def _tree(directory: Path, rate: int) -> dict[str, object]:
+    print("a tree of five brokers: " + " - ".join(LEVELS), file=sys.stderr)
+    with Tree(directory) as tree:
+        result = Retail(tree.root, tree.local, rate, tree.disturb, ready=tree.wait_for_topic).run()
+        result["same_bytes"] = tree.wait_until_same("sales", PARTITIONS)
+        result["healed"] = tree.healed
+        result["clean_stop"] = tree.stop()
+    return result
 
 
 def _five_messages(broker: BrokerProcess) -> None:
@@ -82,10 +108,18 @@ def _committed(broker: BrokerProcess, group: str) -> int:
 
 
 class Retail:
-    """Publishes the retail lines, consumes them, and kills the broker in between."""
+    """Publishes the retail lines at one broker and consumes them at another (or the same), and has something done to
+    them when the consumer has seen 40 %. `ready` waits until the topic is where it is consumed."""
 
-    def __init__(self, broker: BrokerProcess, rate: int) -> None:
-        self._broker, self._rate = broker, rate
+    def __init__(
+        self,
+        upper: BrokerProcess,
+        lower: BrokerProcess,
+        rate: int,
+        disturb: Callable[[], None],
+        ready: Callable[[str], None] = lambda topic: None,
+    ) -> None:
+        self._upper, self._lower, self._rate, self._disturb, self._ready = upper, lower, rate, disturb, ready
         self._clock = SystemClock()
         raw = package_files("edgebroker.cli").joinpath("data/online_retail.csv.gz").read_bytes()
         self._lines = list(csv.DictReader(io.StringIO(gzip.decompress(raw).decode())))
@@ -100,16 +134,17 @@ class Retail:
         self._error: Exception | None = None
 
     def run(self) -> dict[str, object]:
-        call(self._broker.admin, "POST", "/v1/topics", {"name": "sales", "partitions": PARTITIONS})
+        call(self._upper.admin, "POST", "/v1/topics", {"name": "sales", "partitions": PARTITIONS})
+        self._ready("sales")
         began = self._clock.monotonic()
-        threads = [start_thread("demo-consumer", self._consume), start_thread("demo-killer", self._kill)]
+        threads = [start_thread("demo-consumer", self._consume), start_thread("demo-disturber", self._go_wrong)]
         self._publish()
         published = self._clock.monotonic() - began
         for thread in threads:
             thread.join(DEADLINE_SECONDS)
         if self._error is not None:
             raise EdgeBrokerError(f"the demonstration failed: {self._error}") from self._error
-        topic = call(self._broker.admin, "GET", "/v1/topics/sales")
+        topic = call(self._upper.admin, "GET", "/v1/topics/sales")
         latencies = sorted(self._latencies) or [0.0]
         return {
             "lines": len(self._lines),
@@ -134,7 +169,7 @@ class Retail:
     def _publish(self) -> None:
         bar = progress(len(self._lines), "line")
         pace = Pace(self._rate)
-        with Producer(self._broker.server, timeout=60.0, linger_ms=1.0) as producer:
+        with Producer(self._upper.server, timeout=60.0, linger_ms=1.0) as producer:
             for number, line in enumerate(self._lines, 1):
                 pace.wait(number)
                 self._sent_at[number] = self._clock.monotonic()
@@ -159,7 +194,7 @@ class Retail:
         try:
             wanted = len(self._lines)
             distinct: set[int] = set()
-            with Consumer(self._broker.server, ["sales"], "tills", timeout=60.0, auto_ack=False) as consumer:
+            with Consumer(self._lower.server, ["sales"], "tills", timeout=60.0, auto_ack=False) as consumer:
                 while len(distinct) < wanted:
                     records = consumer.poll(30.0)
                     if not records:
@@ -180,8 +215,8 @@ class Retail:
         finally:
             self._half.set()
 
-    def _kill(self) -> None:
-        """SIGKILL once the consumer is at 40 % and the producer waits for acknowledgements; then start again."""
+    def _go_wrong(self) -> None:
+        """Once the consumer is at 40 % and the producer waits for acknowledgements."""
         self._half.wait(DEADLINE_SECONDS)
         deadline = self._clock.monotonic() + 10.0
         while self._clock.monotonic() < deadline:
@@ -190,9 +225,8 @@ class Retail:
                 break
         self._killed_with = waiting
         began = self._clock.monotonic()
-        self._broker.kill()
         try:
-            self._broker.start()
+            self._disturb()
         except EdgeBrokerError as error:
             self._error = error
         self._down_ms = (self._clock.monotonic() - began) * 1000
@@ -215,14 +249,28 @@ class Retail:
         return sum(partition_for(keys[number - 1], PARTITIONS) != partition for partition, number in self._seen)
 
 
-def judge(result: dict[str, object]) -> list[str]:
-    """Everything that does not hold."""
+def _differing(result: dict[str, object]) -> list[str]:
     lines = result["lines"]
     expected = {
         "acknowledged": lines, "distinct": lines, "stored": lines, "missing": 0, "out_of_order": 0, "refused": 0,
         "in_wrong_partition": 0, "clean_stop": True,
     }  # fmt: skip
-    problems = [f"{name} is {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
+    return [f"{name} is {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
+
+
+def judge_tree(result: dict[str, object]) -> list[str]:
+    """Everything that does not hold in the tree."""
+    problems = [f"in the tree {problem}" for problem in _differing(result)]
+    if not result["same_bytes"]:
+        problems.append("the five nodes do not hold the same bytes")
+    if not result["healed"]:
+        problems.append("the damaged records were not fetched again")
+    return problems
+
+
+def judge(result: dict[str, object]) -> list[str]:
+    """Everything that does not hold."""
+    problems = _differing(result)
     sealed, waiting = result["sealed_segments"], result["unacknowledged_at_kill"]
     assert isinstance(sealed, int) and isinstance(waiting, int)
     if sealed < 3:
@@ -232,7 +280,18 @@ def judge(result: dict[str, object]) -> list[str]:
     return problems
 
 
-def _print(result: dict[str, object], problems: list[str]) -> None:
+def _print_tree(result: dict[str, object]) -> None:
+    print(f"five levels         {result['lines']} lines published at ROOT at {result['publish_per_second']}/s")
+    print("gone wrong          POS - L3 cut, L3 and POS killed, a byte flipped in a segment at POS; back after "
+          f"{result['down_ms']} ms")  # fmt: skip
+    print(f"healed              {result['healed']} damaged records fetched again from L3")
+    print(f"consumer at LOCAL   {result['distinct']} of {result['lines']} lines, {result['missing']} missing, "
+          f"{result['out_of_order']} out of order, {result['redelivered']} delivered again")  # fmt: skip
+    print(f"SHA-256 of the logs {'the same on all five nodes' if result['same_bytes'] else 'NOT the same'}")
+    print(f"took                {result['seconds']} s")
+
+
+def _print(result: dict[str, object]) -> None:
     print(f"published           {result['lines']} lines at {result['publish_per_second']}/s, all to be acknowledged")
     print(f"acknowledged        {result['acknowledged']}, refused {result['refused']}")
     print(f"killed              with {result['unacknowledged_at_kill']} unacknowledged, back in {result['down_ms']} ms")
@@ -244,4 +303,3 @@ def _print(result: dict[str, object], problems: list[str]) -> None:
           f"{result['out_of_order']} out of order, {result['redelivered']} delivered again")  # fmt: skip
     print(f"push latency        p50 {result['push_p50_ms']} ms, p99 {result['push_p99_ms']} ms (the outage included)")
     print(f"took                {result['seconds']} s")
-    print("FAILED: " + "; ".join(problems) if problems else "everything holds")
