@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from brokers import numbered
-from trees import LEVELS, Tree, digest, end, follows, line, pipe, publish, wait_for
+from trees import LEVELS, Tree, chain, digest, end, follows, line, pipe, publish, wait_for
 
 from edgebroker.common.errors import Code
 
@@ -310,3 +310,51 @@ def test_a_cap(tree: Tree) -> None:
     publish(root, "prices", 0, 300, size=1000)
     child = tree.start("l2", "root", pipe__bytes_per_second=1_000_000)
     follows(root, child, "prices")
+
+
+def test_root_is_lost_and_a_hub_takes_its_place(tree: Tree) -> None:
+    """Nothing that was mirrored is lost; what only the old ROOT had it gives up when it comes back below."""
+    root, hub = tree.start("root"), tree.start("l2", "root")
+    root.create("items", partitions=2, kind="table")
+    publish(root, "prices", 0, 20)
+    publish(root, "items", 0, 5, partition=1)
+    store = tree.start("l3", "root", "l2")
+    for topic, partition in (("prices", 0), ("items", 1)):
+        follows(root, hub, topic, partition)
+        follows(root, store, topic, partition)
+    tree.stop("l2")
+    tree.stop("l3")
+    publish(root, "prices", 100, 5)  # nobody else has these
+    tree.stop("root")
+    hub = tree.start("l2", "root")
+    assert hub.http("POST", "/v1/promote", {"level": "pos"})[0] == 409
+    producer = hub.raw("producer")
+    assert producer.publish("prices", numbered(0, 1)).code is Code.NOT_ORIGIN
+    assert hub.http("POST", "/v1/promote", {"level": "root"}) == (200, {})
+    assert producer.publish("prices", numbered(200, 3)).offset == 20
+    assert producer.publish("items", numbered(0, 1), partition=1).offset == 5
+    assert hub.http("GET", "/v1/node")[1]["level"] == "root"
+    store = tree.start("l3", "root", "l2")
+    follows(hub, store, "prices")
+    tree.stop("l2")
+    hub = tree.start("l2", "root")
+    assert hub.http("GET", "/v1/node")[1]["level"] == "root", "also after a restart, whatever its configuration says"
+    assert pipe(hub)["parent"] is None
+    publish(hub, "prices", 300, 2)
+    old = tree.start("root", "l2", level="l2")
+    follows(hub, old, "prices")
+    follows(hub, old, "items", 1)
+    follows(hub, store, "prices")
+    assert chain(old, "prices") == chain(hub, "prices") == chain(store, "prices")
+    assert old.raw("producer").publish("prices", numbered(0, 1)).code is Code.NOT_ORIGIN
+    client = old.raw("till")
+    client.subscribe("prices", "tills")
+    offsets: list[int] = []
+    while not offsets or offsets[-1] < 24:
+        offsets += client.deliver().offsets
+    assert offsets == list(range(25))
+    assert hub.http("DELETE", "/v1/promote") == (200, {})
+    assert hub.http("DELETE", "/v1/promote")[0] == 404
+    for name in ("root", "l3", "l2"):
+        tree.stop(name)
+    assert len({digest(tree, name, "prices") for name in ("root", "l2", "l3")}) == 1

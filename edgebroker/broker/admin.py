@@ -4,6 +4,7 @@ GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/gr
 POST /v1/topics   PATCH /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
 POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
 POST /v1/topics/NAME/accept   POST /v1/pipe   POST /v1/pipe/range   POST /v1/heal
+POST|DELETE /v1/promote
 """
 
 from __future__ import annotations
@@ -40,6 +41,12 @@ class NewTopic(TopicSettings, frozen=True, kw_only=True, forbid_unknown_fields=T
     """The body of POST /v1/topics: a name and settings."""
 
     name: str
+
+
+class PromoteRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/promote: the level that the node gets."""
+
+    level: str = "root"
 
 
 class SnapshotRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -86,6 +93,10 @@ class Admin:
                 self._broker.ranges.answer(request, reply)
             case "POST", ["v1", "heal"]:
                 self._heal(request, reply)
+            case "POST", ["v1", "promote"]:
+                self._promote(request, reply)
+            case "DELETE", ["v1", "promote"]:
+                self._broker.demote(_report(reply))
             case "GET", ["v1", "groups"]:
                 self._list("groups", self._sorted_groups(), self._group, reply)
             case "GET", ["v1", "groups", name]:
@@ -129,7 +140,7 @@ class Admin:
         broker = self._broker
         return {
             "name": broker.config.node.name,
-            "level": broker.config.node.level,
+            "level": broker.level,
             "uid": broker.engine.node_uid,
             "version": __version__,
             "uptime_seconds": round(broker.clock.monotonic() - broker.started_at, 3),
@@ -280,6 +291,14 @@ class Admin:
         broker = self._broker
         parent = broker.piping.describe() if broker.piping is not None else None
         return {"parent": parent, "children": broker.feeding.describe()}
+
+    def _promote(self, request: Request, reply: Reply) -> None:
+        try:
+            level = msgspec.json.decode(request.body, type=PromoteRequest).level
+        except msgspec.DecodeError as error:
+            reply(Response(400, {"error": str(error)}))
+            return
+        self._broker.promote(level, _report(reply))
 
     def _heal(self, request: Request, reply: Reply) -> None:
         from edgebroker.broker.healing import HealRequest  # with its HTTP client

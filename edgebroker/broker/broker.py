@@ -23,6 +23,7 @@ from edgebroker.broker.groups import Groups
 from edgebroker.broker.leases import LeaseLimits, Leases
 from edgebroker.broker.membership import Membership
 from edgebroker.broker.metrics import Metrics
+from edgebroker.broker.promotion import promote
 from edgebroker.broker.publishing import Publishing, PublishLimits
 from edgebroker.broker.ranges import Ranges
 from edgebroker.broker.readers import Readers
@@ -149,7 +150,7 @@ class Broker:
                 if (cursor := session.cursors.get((log.topic, log.partition))) is not None
             ],
         )
-        node = Node(self.engine.node_uid, config.node.name, config.node.level)
+        node = Node(self.engine.node_uid, config.node.name, self.level)
         self.feeding = Feeding(
             self.engine,
             self.loop,
@@ -159,7 +160,12 @@ class Broker:
             config.pipe.max_children,
         )
         self.feeding.on_history_lost(self._history_lost)
-        self.piping = self._make_piping(node) if config.pipe.parents else None
+        self.piping = self._make_piping(node) if config.pipe.parents and not self.promoted else None
+        if config.pipe.parents and self.promoted:
+            log.warning(
+                "promoted to %s: pipe.parents and node.level are not followed (see edgebroker promote --undo)",
+                self.level,
+            )
         self.ranges = Ranges(self.engine)
         self._healing: Healing | None = None
         self.sessions: dict[Session, None] = {}
@@ -377,6 +383,40 @@ class Broker:
 
             self._healing = Healing(self.engine, self.loop, self.metrics, parent)
         return self._healing
+
+    @property
+    def level(self) -> str:
+        """The node's place in the tree: configured, or what it was promoted to."""
+        return self.engine.level if isinstance(self.engine, SegmentStore) else self.config.node.level
+
+    @property
+    def promoted(self) -> bool:
+        return isinstance(self.engine, SegmentStore) and self.engine.promoted
+
+    def promote(self, level: str, done: Callable[[Code, str], None]) -> None:
+        """Make this node the origin of everything that it mirrors; done once that is durable."""
+        engine = self.engine
+        if not isinstance(engine, SegmentStore):
+            done(Code.INVALID_BATCH, "a node in memory mirrors nothing")
+            return
+
+        def end_pipe() -> None:
+            piping, self.piping = self.piping, None
+            if piping is not None:
+                piping.stop()
+
+        def promoted(code: Code, message: str) -> None:
+            self.feeding.become(Node(engine.node_uid, self.config.node.name, self.level))
+            done(code, message)
+
+        promote(engine, self.loop, level, end_pipe, promoted)
+
+    def demote(self, done: Callable[[Code, str], None]) -> None:
+        """At the next start the configuration counts again."""
+        if not isinstance(self.engine, SegmentStore) or not self.engine.promoted:
+            done(Code.UNKNOWN_TOPIC, "this node was not promoted")
+            return
+        self.engine.change_level(self.config.node.level, False, done)
 
     def _history_lost(self, log: Log, position: LogPosition) -> None:
         """A child has more of a log of ours than we: nothing may be written over what we acknowledged."""

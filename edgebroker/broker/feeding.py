@@ -89,6 +89,12 @@ class Feeding:
         """Whom to tell that a child has more of a log that this node originates than this node itself."""
         self._history_lost = callback
 
+    def become(self, node: Node) -> None:
+        """This node stands elsewhere in the tree from now on: its children ask again."""
+        self._node = node
+        for child in list(self.children):
+            child.end()
+
     def answer(self, request: Request, reply: Reply) -> None:
         """POST /v1/pipe."""
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from msgspec.structs import replace
@@ -110,6 +111,8 @@ class Mirrors:
         logs = self._engine.partitions(info.name)
         if not logs:
             self._create(info)
+        elif logs[0].identity.origin == self._uid and _superseded(info, logs):
+            self._step_down(info)
         elif logs[0].identity.origin == self._uid:
             if info.name not in self.clashes:
                 self._metrics.refused(Code.NAME_CLASH.name)
@@ -166,6 +169,29 @@ class Mirrors:
                 log.error("%s; trying again", message)
                 self._loop.call_later(TOPIC_RETRY_SECONDS, lambda: self._topic(self._offered[info.name]))
 
+        self._engine.change_identities(info.name, changes, done)
+
+    def _step_down(self, info: TopicInfo) -> None:
+        """Another node was promoted to write what this one wrote: follow it."""
+        logs = self._engine.partitions(info.name)
+        log.warning("topic %s is written by node %s now: it is followed", info.name, info.partitions[0].origin)
+        self._flow.begin()
+
+        def change(old: Identity, part: PartitionInfo) -> Identity:
+            return replace(old, origin=part.origin, epochs=part.epochs, settings=info.settings)
+
+        def done(code: Code, message: str) -> None:
+            self._flow.done()
+            if code is not Code.OK:
+                log.error("%s; trying again", message)
+                self._loop.call_later(TOPIC_RETRY_SECONDS, lambda: self._topic(info))
+                return
+            self._follower.known[info.name] = info.digest
+            for partition in logs:
+                self.follow(partition)
+            self._flow.again("a topic of this node is followed now")
+
+        changes = [partial(change, part=part) for part in info.partitions]
         self._engine.change_identities(info.name, changes, done)
 
     def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
@@ -299,6 +325,16 @@ def identity_of(info: TopicInfo, part: PartitionInfo) -> Identity:
         log_start=part.log_start,
         chain=part.chain,
         settings=info.settings,
+    )
+
+
+def _superseded(info: TopicInfo, logs: list[Log]) -> bool:
+    """True when the parent has the very logs that this node writes, in a newer history of another node."""
+    return len(logs) == len(info.partitions) and all(
+        one.identity.log_id == part.log_id
+        and part.origin != one.identity.origin
+        and part.epochs[-1][0] > one.identity.epoch
+        for one, part in zip(logs, info.partitions, strict=True)
     )
 
 

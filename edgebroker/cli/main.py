@@ -51,6 +51,7 @@ def build_parser() -> Parser:
     _consume(verbs)
     _topic(verbs)
     _heal(verbs)
+    _promote(verbs)
     _admin(_verb(verbs, "pipe", "show the parent of a node, what it lacks, and the children it feeds", "pipe", "pipe"))
     _group(verbs)
     _dlq(verbs)
@@ -162,6 +163,14 @@ def _heal(verbs) -> None:  # type: ignore[no-untyped-def]
     )
     heal.add_argument("--topic", default="", help="only this topic; without it all of them")
     _admin(heal)
+
+
+def _promote(verbs) -> None:  # type: ignore[no-untyped-def]
+    text = "make a mirror the origin of what it mirrors, when the node that wrote it is lost"
+    promote = _verb(verbs, "promote", text, "promote", "promote")
+    promote.add_argument("--level", default="root", help="level that the node gets (default root)")
+    promote.add_argument("--undo", action="store_true", help="from the next start on the configuration counts again")
+    _admin(promote)
 
 
 def _topic(verbs) -> None:  # type: ignore[no-untyped-def]

@@ -26,10 +26,11 @@ class Format(msgspec.Struct, forbid_unknown_fields=False):
 
 
 class Node(msgspec.Struct, forbid_unknown_fields=False):
-    """node: made once, never changed by itself."""
+    """node: made once, changed only by a promotion: then its level counts, not the configured one."""
 
     uid: str
     level: str
+    promoted: bool = False
 
 
 class DataDirectory:
@@ -113,6 +114,11 @@ class DataDirectory:
         node = Node(os.urandom(16).hex(), level)
         self._write_full_proof(path, msgspec.json.encode(node) + b"\n")
         return node
+
+    def change_node(self, node: Node) -> None:
+        """Store another level; durable when this returns."""
+        files.write_durable(self.path / "node", msgspec.json.encode(node) + b"\n")
+        self.node = node
 
     def _write_full_proof(self, path: Path, data: bytes) -> None:
         try:

@@ -162,8 +162,13 @@ class Engine(Protocol):
 
 
 class MirrorEngine(Engine, Protocol):
-    """An engine that can hold what another node has originated."""
+    """An engine that can hold what another node has originated. `level` is the node's place in the tree: the configured
+    one, or the one that it was `promoted` to."""
 
+    level: str
+    promoted: bool
+
+    def change_level(self, level: str, promoted: bool, done: Done) -> None: ...
     def create_mirror(self, name: str, identities: Sequence[Identity], done: Done) -> None: ...
     def change_identities(self, name: str, changes: Sequence[Callable[[Identity], Identity]], done: Done) -> None: ...
     def cut(self, log: Log, offset: int, done: Done) -> None: ...

@@ -66,6 +66,8 @@ class SegmentStore:
         self._scheduler, self._clock, self._settings = scheduler, clock, settings
         self._directory = DataDirectory(path, settings.level)
         self.node_uid = self._directory.node.uid
+        self.promoted = self._directory.node.promoted
+        self.level = self._directory.node.level if self.promoted else settings.level
         self._quarantine = Quarantine(self._directory.quarantine, clock)
         self._topics: dict[str, list[PartitionLog]] = {}
         self._opener = Opener(
@@ -331,6 +333,19 @@ class SegmentStore:
             return ColdRead()
 
         self._reader.submit(read, lambda result: done([] if result.error else found, result.error))
+
+    def change_level(self, level: str, promoted: bool, done: Done) -> None:
+        """Remember that this node was promoted to a level (or is not any more): durable when done is called."""
+        node = replace(self._directory.node, level=level, promoted=promoted)
+
+        def finished(result: object) -> None:
+            if result is not None:
+                done(Code.READ_ONLY, f"the level cannot be stored: {result}")
+                return
+            self.level, self.promoted = level, promoted
+            done(Code.OK, "")
+
+        self._committer.call(lambda: self._directory.change_node(node), finished)
 
     # ---- writing ----
 
