@@ -1,6 +1,7 @@
 """The admin interface: JSON over HTTP for operators, scripts and the command line (docs/protocol.md lists it).
 
 GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients  /v1/pipe
+GET /v1/backup
 POST /v1/topics   PATCH /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
 POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
 POST /v1/topics/NAME/accept   POST /v1/pipe   POST /v1/pipe/range   POST /v1/heal
@@ -10,6 +11,7 @@ POST|DELETE /v1/promote
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 from urllib.parse import unquote
 
@@ -24,6 +26,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.storage.engine import Log
+from edgebroker.storage.store import SegmentStore
 from edgebroker.version import __version__
 
 if TYPE_CHECKING:
@@ -93,6 +96,8 @@ class Admin:
                 self._broker.ranges.answer(request, reply)
             case "POST", ["v1", "heal"]:
                 self._heal(request, reply)
+            case "GET", ["v1", "backup"]:
+                reply(self._backup())
             case "POST", ["v1", "promote"]:
                 self._promote(request, reply)
             case "DELETE", ["v1", "promote"]:
@@ -291,6 +296,25 @@ class Admin:
         broker = self._broker
         parent = broker.piping.describe() if broker.piping is not None else None
         return {"parent": parent, "children": broker.feeding.describe()}
+
+    def _backup(self) -> Response:
+        engine = self._broker.engine
+        if not isinstance(engine, SegmentStore):
+            return Response(409, {"error": "a node in memory has no files to copy"})
+        if any(log.rewriting for log in engine.logs()):
+            return Response(503, {"error": "a log is being cut or healed; try again in a moment"})
+        offsets: list[list[object]] = [
+            [*key, msgspec.to_builtins(place)] for key, place in engine.group_offsets().items()
+        ]
+        return Response(
+            200,
+            {
+                "data_dir": str(Path(self._broker.config.node.data_dir).absolute()),
+                "uid": engine.node_uid,
+                "logs": engine.inventory(),
+                "offsets": offsets,
+            },
+        )
 
     def _promote(self, request: Request, reply: Reply) -> None:
         try:

@@ -52,6 +52,7 @@ def build_parser() -> Parser:
     _topic(verbs)
     _heal(verbs)
     _promote(verbs)
+    _backup(verbs)
     _admin(_verb(verbs, "pipe", "show the parent of a node, what it lacks, and the children it feeds", "pipe", "pipe"))
     _group(verbs)
     _dlq(verbs)
@@ -171,6 +172,19 @@ def _promote(verbs) -> None:  # type: ignore[no-untyped-def]
     promote.add_argument("--level", default="root", help="level that the node gets (default root)")
     promote.add_argument("--undo", action="store_true", help="from the next start on the configuration counts again")
     _admin(promote)
+
+
+def _backup(verbs) -> None:  # type: ignore[no-untyped-def]
+    backup = _verb(verbs, "backup", "copy the logs of a running node on this machine", "backup", "backup")
+    backup.add_argument("directory", help="a directory that does not exist, best on another disk")
+    _admin(backup)
+    restore = _verb(verbs, "restore", "make a data directory from a backup", "backup", "restore")
+    restore.add_argument("directory", help="what edgebroker backup wrote")
+    restore.add_argument("--data-dir", required=True, metavar="DIR", help="a directory that does not exist")
+    restore.add_argument(
+        "--preload", action="store_true", help="for another node (a new terminal): the logs, not the identity"
+    )
+    restore.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _topic(verbs) -> None:  # type: ignore[no-untyped-def]

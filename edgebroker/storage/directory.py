@@ -12,6 +12,7 @@ from edgebroker.common.errors import DataDirectoryError, FormatTooNewError
 from edgebroker.storage import files
 
 FORMAT_VERSION = 1
+RESTORED = "RESTORED"
 RESERVE_BYTES = 8 << 20
 
 
@@ -55,6 +56,8 @@ class DataDirectory:
                 files.remove(path / "CLEAN")
                 files.sync_directory(path)
             self.node = self._node(level)
+            # What a restore leaves: this node's own logs may lack what others have seen of them.
+            self.restored = (path / RESTORED).exists()
             for name in ("topics", "quarantine"):
                 files.make_directory(path / name)
             self._keep_reserve()
@@ -114,6 +117,12 @@ class DataDirectory:
         node = Node(os.urandom(16).hex(), level)
         self._write_full_proof(path, msgspec.json.encode(node) + b"\n")
         return node
+
+    def restore_finished(self) -> None:
+        """The logs begin new histories; durable when this returns."""
+        files.remove(self.path / RESTORED)
+        files.sync_directory(self.path)
+        self.restored = False
 
     def change_node(self, node: Node) -> None:
         """Store another level; durable when this returns."""

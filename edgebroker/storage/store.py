@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from msgspec import to_builtins
 from msgspec.structs import replace
 
 from edgebroker.common.clock import Clock
@@ -102,6 +103,8 @@ class SegmentStore:
                 if logs:
                     self._topics[topic_path.name] = logs
         self._raise_epochs()
+        if self._directory.restored:
+            self._begin_histories()
         self._housekeeping = Housekeeping(
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, self._committer,
             self._metadata, self._reader, self._quarantine,
@@ -117,6 +120,21 @@ class SegmentStore:
                 client = clients.get(producer_id)
                 if client is not None and self._producers[client][1] < epoch:
                     self._producers[client] = (producer_id, epoch)
+
+    def _begin_histories(self) -> None:
+        """After a restore: what this node wrote behind the copy is lost, and others may have it. Durably, before
+        anything is appended."""
+        for partition in self.logs():
+            if partition.identity.origin == self.node_uid:
+                end = partition.durable_end
+                identity = change_identity(
+                    partition.directory,
+                    lambda old, end=end: replace(old, epochs=[*old.epochs, (old.epoch + 1, end)]),  # type: ignore[misc]
+                )
+                partition.identity, partition.epoch = identity, identity.epoch
+                partition.stage.resume(end, identity.epoch)
+        self._directory.restore_finished()
+        log.warning("restored from a copy: every log of this node goes on in a new history")
 
     def close(self, timeout: float) -> bool:
         """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this."""
@@ -490,6 +508,27 @@ class SegmentStore:
         self._metadata.touch()
 
     # ---- state ----
+
+    def inventory(self) -> list[dict[str, object]]:
+        """Every file of every log with the bytes of it that are durable: what a copy of this node consists of. Bytes
+        that are durable never change, and files come and go as a whole."""
+        return [
+            {
+                "topic": partition.topic,
+                "partition": partition.partition,
+                "identity": to_builtins(partition.identity),
+                "end": partition.durable_end,
+                "segments": [
+                    {
+                        "file": segment.path.name,
+                        "bytes": partition.durable_position if segment is partition.active else segment.size,
+                        "sealed": segment is not partition.active,
+                    }
+                    for segment in partition.segments
+                ],
+            }
+            for partition in self.logs()
+        ]
 
     def problems(self) -> dict[str, str]:
         found = {
