@@ -4,7 +4,8 @@ GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/gr
 GET /v1/backup
 POST /v1/topics   PATCH /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
 POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
-POST /v1/topics/NAME/accept   POST /v1/pipe   POST /v1/pipe/range   POST /v1/heal
+POST /v1/topics/NAME/accept   POST /v1/pipe   POST /v1/pipe/range   POST /v1/pipe/digest
+POST /v1/heal
 POST|DELETE /v1/promote
 """
 
@@ -94,6 +95,8 @@ class Admin:
                 self._broker.feeding.answer(request, reply)
             case "POST", ["v1", "pipe", "range"]:
                 self._broker.ranges.answer(request, reply)
+            case "POST", ["v1", "pipe", "digest"]:
+                self._broker.digests.answer(request, reply)
             case "POST", ["v1", "heal"]:
                 self._heal(request, reply)
             case "GET", ["v1", "backup"]:
@@ -326,13 +329,14 @@ class Admin:
 
     def _heal(self, request: Request, reply: Reply) -> None:
         from edgebroker.broker.healing import HealRequest  # with its HTTP client
+        from edgebroker.network.httpclient import is_address
 
         try:
             wanted = msgspec.json.decode(request.body, type=HealRequest)
         except msgspec.DecodeError as error:
             reply(Response(400, {"error": str(error)}))
             return
-        if not wanted.source.rpartition(":")[2].isdigit():
+        if not is_address(wanted.source):
             reply(Response(400, {"error": f"from: HOST:PORT of a node's HTTP interface, not {wanted.source!r}"}))
             return
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from edgebroker.broker.admin import Admin
 from edgebroker.broker.deadletters import DeadLetters
 from edgebroker.broker.delivery import Delivery
+from edgebroker.broker.digests import Digests
 from edgebroker.broker.feeding import Feeding, Node
 from edgebroker.broker.groups import Groups
 from edgebroker.broker.leases import LeaseLimits, Leases
@@ -167,6 +168,7 @@ class Broker:
                 self.level,
             )
         self.ranges = Ranges(self.engine)
+        self.digests = Digests(self.engine)
         self._healing: Healing | None = None
         self.sessions: dict[Session, None] = {}
         self.started_at = clock.monotonic()

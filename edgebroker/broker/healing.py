@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 SWEEP_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
 MOST_ERROR_BYTES = 2000
+# A fetch is given up when nothing came for so long, and when it takes so long in all.
+SILENCE_SECONDS, FETCH_SECONDS = 60.0, 3600.0
 
 
 class HealRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"source": "from"}):
@@ -126,6 +128,8 @@ class Fetch:
         self._told: Callable[[bytes, str], None] | None = told
         self._data = bytearray()
         self._status = 0
+        self._loop, self._silence = loop, loop.call_later(SILENCE_SECONDS, self._silent)
+        self._limit = loop.call_later(FETCH_SECONDS, self._silent)
         self._client = HttpClient(loop, self)
         self._client.open(source)
 
@@ -136,6 +140,8 @@ class Fetch:
         self._status = status
 
     def on_body(self, data: memoryview) -> None:
+        self._silence.cancel()
+        self._silence = self._loop.call_later(SILENCE_SECONDS, self._silent)
         self._data += data
         if len(self._data) > MOST_BYTES + (16 << 20):
             self._end(b"", "more came than was asked for")
@@ -150,8 +156,13 @@ class Fetch:
     def on_lost(self, reason: str) -> None:
         self._end(b"", reason)
 
+    def _silent(self) -> None:
+        self._end(b"", "it does not go on with its answer")
+
     def _end(self, data: bytes, error: str) -> None:
         told, self._told = self._told, None
+        self._silence.cancel()
+        self._limit.cancel()
         self._client.stop()
         if told is not None:
             told(data, error)

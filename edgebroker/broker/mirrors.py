@@ -87,7 +87,7 @@ class Mirrors:
             partition.staged_epoch,
             partition.log_start,
             partition.written_end,
-            partition.chain,
+            max(partition.chain, 0),  # not known behind damage: then the parent finds where the logs part
         )
 
     def on_durable(self, partition: Log) -> None:

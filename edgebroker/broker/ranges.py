@@ -20,6 +20,7 @@ from edgebroker.storage.reader import ColdRead
 
 MOST_BYTES = 32 << 20
 PIECE_BYTES = 1 << 20
+MOST_AT_ONCE, RETRY_AFTER_SECONDS = 16, 5
 
 
 class RangeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -36,7 +37,8 @@ class Ranges:
     """Owned by the loop thread."""
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine = engine
+        self.open: set[Range] = set()
 
     def answer(self, request: Request, reply: Reply) -> None:
         try:
@@ -44,7 +46,7 @@ class Ranges:
         except msgspec.DecodeError as error:
             reply(Response(400, {"error": str(error)}))
             return
-        partition = self._engine.log(wanted.topic, wanted.partition)
+        partition = self.engine.log(wanted.topic, wanted.partition)
         if partition is None or partition.identity.log_id != wanted.log_id:
             reply(Response(404, {"error": f"{wanted.topic}/{wanted.partition} of that log id is not here"}))
         elif not partition.log_start <= wanted.first < wanted.next <= partition.durable_end or partition.rewriting:
@@ -52,20 +54,25 @@ class Ranges:
             reply(Response(409, {"error": f"{partition.name} has {here} here, not {wanted.first} to {wanted.next}"}))
         elif any(hole.first < wanted.next and wanted.first < hole.next for hole in partition.holes):
             reply(Response(409, {"error": f"{partition.name} is damaged there here as well"}))
+        elif len(self.open) >= MOST_AT_ONCE:
+            why = f"{MOST_AT_ONCE} ranges are being read here already; try again in a moment"
+            reply(Response(503, {"error": why}, (("retry-after", str(RETRY_AFTER_SECONDS)),)))
         else:
-            reply(Response(200, Range(self._engine, partition, wanted.first, wanted.next)))
+            reply(Response(200, Range(self, partition, wanted.first, wanted.next)))
 
 
 class Range:
     """One answer (Streamed)."""
 
-    def __init__(self, engine: Engine, partition: Log, first: int, following: int) -> None:
-        self._engine, self._log, self._offset, self._next = engine, partition, first, following
+    def __init__(self, ranges: Ranges, partition: Log, first: int, following: int) -> None:
+        self._ranges, self._engine = ranges, ranges.engine
+        self._log, self._offset, self._next = partition, first, following
         self._left = MOST_BYTES
         self._out: BodyWriter | None = None
 
     def begin(self, out: BodyWriter) -> None:
         self._out = out
+        self._ranges.open.add(self)
         self._go_on()
 
     def on_drained(self) -> None:
@@ -73,12 +80,14 @@ class Range:
 
     def on_closed(self, reason: str) -> None:
         self._out = None
+        self._ranges.open.discard(self)
 
     def _go_on(self) -> None:
         out = self._out
         while out is not None and not out.closed and not out.backlog:
             if self._offset >= self._next or self._left <= 0:
                 self._out = None
+                self._ranges.open.discard(self)
                 out.end()
                 return
             found = self._log.find(self._offset, PIECE_BYTES, self._next - self._offset)

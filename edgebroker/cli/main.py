@@ -51,6 +51,7 @@ def build_parser() -> Parser:
     _consume(verbs)
     _topic(verbs)
     _heal(verbs)
+    _verify(verbs)
     _promote(verbs)
     _backup(verbs)
     _admin(_verb(verbs, "pipe", "show the parent of a node, what it lacks, and the children it feeds", "pipe", "pipe"))
@@ -164,6 +165,15 @@ def _heal(verbs) -> None:  # type: ignore[no-untyped-def]
     )
     heal.add_argument("--topic", default="", help="only this topic; without it all of them")
     _admin(heal)
+
+
+def _verify(verbs) -> None:  # type: ignore[no-untyped-def]
+    verify = _verb(verbs, "verify", "compare the logs of two nodes, byte for byte", "verify", "verify")
+    verify.add_argument(
+        "--against", required=True, metavar="HOST:PORT", help="HTTP interface of the other node, a parent or a child"
+    )
+    verify.add_argument("--topic", default="", help="only this topic; without it all that both have")
+    _admin(verify)
 
 
 def _promote(verbs) -> None:  # type: ignore[no-untyped-def]

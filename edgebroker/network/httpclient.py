@@ -29,6 +29,12 @@ MAX_LINE_BYTES = 200
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;.*)?\Z")
 
 
+def is_address(text: str) -> bool:
+    """HOST:PORT?"""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+
+
 class HttpOwner(Protocol):
     """Who is told, on the loop. Methods may raise ProtocolError: the connection is closed then."""
 
@@ -114,9 +120,12 @@ class HttpClient:
         self._address = address
         self._attempt += 1
         self._opened = True
+        self._timer = self._loop.call_later(CONNECT_SECONDS, lambda: self._end("no answer to the attempt to connect"))
+        if not is_address(address):
+            self._fail(f"{address!r} is no HOST:PORT")
+            return
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
-        self._timer = self._loop.call_later(CONNECT_SECONDS, lambda: self._end("no answer to the attempt to connect"))
         try:
             ipaddress.ip_address(host)
         except ValueError:
@@ -132,8 +141,8 @@ class HttpClient:
             try:
                 found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
                 self._loop.call_soon_threadsafe(lambda: self._looked_up(attempt, str(found), port, ""))
-            except OSError as error:
-                why = f"{host} cannot be looked up: {error.strerror or error}"
+            except (OSError, UnicodeError) as error:
+                why = f"{host} cannot be looked up: {getattr(error, 'strerror', None) or error}"
                 self._loop.call_soon_threadsafe(lambda: self._looked_up(attempt, "", port, why))
 
         self._resolver.submit(work)
@@ -155,9 +164,14 @@ class HttpClient:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._end(error.strerror or str(error))
+            self._fail(error.strerror or str(error))
             return
         self._loop.register(sock.fileno(), WRITE, lambda mask: self._connected(sock))
+
+    def _fail(self, reason: str) -> None:
+        """End the attempt in the next turn: the owner is never told from within open()."""
+        attempt = self._attempt
+        self._loop.call_later(0.0, lambda: self._end(reason) if attempt == self._attempt else None)
 
     def _connected(self, sock: socket.socket) -> None:
         if sock is not self._connecting:

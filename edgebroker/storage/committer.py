@@ -62,6 +62,7 @@ class Committer:
         self._flush_due = self._sync_due = 0.0
         self._timer: Timer | None = None
         self._timer_due = 0.0
+        self._calling = 0  # closures whose result was not told yet
         self._calls: deque[tuple[Callable[[], object], Callable[[object], None]]] = deque()
         self._hurrying = self._ending = False
         self.read_only = ""
@@ -100,12 +101,17 @@ class Committer:
     @property
     def idle(self) -> bool:
         """True when nothing is staged, written without a sync, or in flight."""
-        return self.stored and not self._calls
+        return self.stored and not self._calling
 
     def call(self, work: Callable[[], object], done: Callable[[object], None]) -> None:
         """Run file work on the commit thread between groups; `done` gets its result or its exception, on the loop."""
+        self._calling += 1
         self._calls.append((work, done))
         self._group.call()
+
+    def _called(self, done: Callable[[object], None], result: object) -> None:
+        self._calling -= 1
+        done(result)
 
     @property
     def staged_bytes(self) -> int:
@@ -184,7 +190,7 @@ class Committer:
                     result = work()
                 except Exception as error:
                     result = error
-                self._scheduler.call_soon_threadsafe(partial(done, result))
+                self._scheduler.call_soon_threadsafe(partial(self._called, done, result))
 
     def _collect(self) -> None:
         outcome = self._group.collect()

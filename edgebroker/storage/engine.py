@@ -33,7 +33,7 @@ class Log(Protocol):
     chain: int
     """The chain checksum before written_end."""
     rewriting: bool
-    """It is being cut or begun anew: nothing of it is to be served."""
+    """Its files are being cut, begun anew or healed."""
 
     @property
     def log_start(self) -> int: ...
@@ -56,6 +56,9 @@ class Log(Protocol):
 
     def chain_at(self, offset: int) -> int | None:
         """The chain before an offset, where it is known without the disk."""
+
+    def damaged_before(self, offset: int) -> bool:
+        """True when damage keeps this node from knowing the chain before an offset."""
 
     def describe(self) -> dict[str, object]: ...
 

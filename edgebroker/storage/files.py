@@ -7,6 +7,8 @@ the functions that promise durability do that themselves.
 import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgebroker.common.durable import sync_directory as sync_directory
@@ -186,6 +188,16 @@ def write_new(target: Path, data: memoryview) -> None:
     target.unlink(missing_ok=True)
     os.close(os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))
     append_copy(target, data, -1, 0, 0)
+
+
+@contextmanager
+def removed_on_error(path: Path) -> Iterator[None]:
+    """What is being written to a file goes when it cannot be finished: a full disk has no room for it."""
+    try:
+        yield
+    except BaseException:
+        remove(path)
+        raise
 
 
 def move(source: Path, target: Path) -> None:

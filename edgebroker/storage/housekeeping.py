@@ -7,7 +7,7 @@ the new log start (durable) -> unlink -> metadata row. Checkpoints ride on the m
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -93,6 +93,8 @@ class Housekeeping:
         self._windows_at: dict[PartitionLog, tuple[float, int]] = {}
         self._timer: Timer | None = None
         self._scrub_timer: Timer | None = None
+        self._scrub_queue: deque[tuple[PartitionLog, Segment]] = deque()
+        self._scrubbing = False
         self._removing = False
         self._measuring = False
         self._aside_due = 0.0
@@ -108,13 +110,10 @@ class Housekeeping:
                 self.holes_changed(partition)
             self.checkpoint(partition)
         self._tick()
-        self._scrub_queue = [
-            (partition, segment)
-            for partition in self._store.logs()
-            for segment in reversed(partition.segments)
-            if segment.unverified_end
-        ]
-        self._scrub_next()
+        for partition in self._store.logs():
+            for segment in partition.segments:
+                if segment.unverified_end:
+                    self.verify(partition, segment)
 
     def stop(self) -> None:
         """Put the last checkpoints and producer states into the changes that Metadata.stop() writes."""
@@ -333,12 +332,20 @@ class Housekeeping:
 
     # ---- verifying what an earlier run wrote ----
 
+    def verify(self, partition: PartitionLog, segment: Segment) -> None:
+        """Read all of a segment in the background, after those that wait for that already."""
+        self._scrub_queue.append((partition, segment))
+        if not self._scrubbing:
+            self._scrub_next()
+
     def _scrub_next(self) -> None:
+        self._scrubbing = False
         while self._scrub_queue:
-            partition, segment = self._scrub_queue.pop()
+            partition, segment = self._scrub_queue.popleft()
             if segment.unverified_end and not segment.retired:
                 epoch = partition.identity.epoch_at(segment.base)
                 state = walk_start(segment.base, max(segment.base_chain, 0), epoch=epoch)
+                self._scrubbing = True
                 self._scrub(partition, segment, state, False)
                 return
 

@@ -154,7 +154,7 @@ class PartitionLog:
         size, reason, _, chain, _, max_timestamp, points = segscan.scan(
             chunk,
             chunk.first_offset,
-            self.chain,
+            max(self.chain, 0),
             0,
             1 << 31,
             verify=False,
@@ -167,7 +167,7 @@ class PartitionLog:
             monotonic_ms=monotonic_ms,
         )
         assert reason == 0 and size == len(chunk), (self.name, reason)
-        return Layout(chunk, size, chain, max_timestamp, points)
+        return Layout(chunk, size, UNKNOWN_CHAIN if self.chain == UNKNOWN_CHAIN else chain, max_timestamp, points)
 
     def preallocation(self, length: int) -> tuple[int, int]:
         """(from, bytes) to reserve before writing `length` bytes; bytes 0 when there is room already."""
@@ -241,7 +241,12 @@ class PartitionLog:
             active.base_chain = before.base_chain
         segments.append(active)
         gone = [segment for segment in self.segments if segment not in segments]
+        kept = [hole for hole in self.holes if hole.first >= identity.log_start and hole.next <= recovered.next_offset]
+        if identity.log_id != self.identity.log_id:
+            kept = []
         self.identity, self.segments, self.holes = identity, segments, list(recovered.holes)
+        for hole in kept:
+            self.add_hole(hole)
         self.written_end = self.durable_end = recovered.next_offset
         self.chain = self.durable_chain = recovered.chain
         self.durable_position = active.size
@@ -264,48 +269,65 @@ class PartitionLog:
         rank = max(0, bisect_right(self.segments, hole.first, key=lambda segment: segment.base) - 1)
         segment = self.segments[rank]
         if segment.base > hole.first:  # the first segments are missing
-            return self._missing(hole.first, segment.base, segment.base_chain, self.identity.chain)
+            return self._missing(hole, segment.base, segment.base_chain, self.identity.chain)
         if hole.first >= segment.end_offset and segment is not self.active:
             following = self.segments[rank + 1]
-            return self._missing(hole.first, following.base, following.base_chain, segment.end_chain)
+            return self._missing(hole, following.base, following.base_chain, segment.end_chain)
         if segment is self.active:
             return None
         following = self.segments[rank + 1]
         end_chain = following.base_chain if following.base == segment.end_offset else UNKNOWN_CHAIN
         return Wound(
             self.directory, segment.path, segment.size, segment.base, segment.base_chain, segment.end_offset, end_chain,
-            hole.first, self.identity.epoch_at(segment.base), self.identity.epoch,
+            hole.first, min(hole.next, segment.end_offset), self.identity.epoch_at(segment.base), self.identity.epoch,
         )  # fmt: skip
 
-    def _missing(self, first: int, end: int, end_chain: int, base_chain: int) -> Wound:
-        epoch = self.identity.epoch_at(first)
+    def _missing(self, hole: Hole, end: int, end_chain: int, base_chain: int) -> Wound:
+        epoch, following = self.identity.epoch_at(hole.first), min(hole.next, end)
         return Wound(
-            self.directory, None, 0, first, base_chain, end, end_chain, first, epoch, self.identity.epoch
+            self.directory, None, 0, hole.first, base_chain, end, end_chain, hole.first, following, epoch,
+            self.identity.epoch,
         )  # fmt: skip
 
-    def healed(self, healed: Healed) -> Segment | None:
-        """A file with good bytes took the place of a damaged or missing one; the segment that is gone, if any."""
+    def healed(self, wound: Wound, healed: Healed, wall_ms: int) -> list[Segment]:
+        """Files with good bytes took the place of a damaged or missing one; the segments that are gone."""
         rank = max(0, bisect_right(self.segments, healed.base, key=lambda segment: segment.base) - 1)
-        old = self.segments[rank] if self.segments[rank].base == healed.base else None
-        segment = Segment(healed.path, healed.base, size=healed.size)
-        segment.points, segment.points_from, segment.unverified_end = None, healed.size, healed.size
-        if old is not None:
-            segment.base_chain, segment.end_offset, segment.sealed_ms = old.base_chain, old.end_offset, old.sealed_ms
-            segment.max_timestamp = old.max_timestamp
+        nearest, gone = self.segments[rank], []
+        segment = _on_disk(healed.path, healed.base, healed.size, nearest.sealed_ms or wall_ms)
+        if nearest.base == healed.base:
+            segment.base_chain = nearest.base_chain
             self.segments[rank] = segment
+            gone.append(nearest)
         else:
-            at = rank if self.segments[rank].base > healed.base else rank + 1
-            before = self.segments[at - 1] if at else None
-            segment.base_chain = before.end_chain if before is not None else self.identity.chain
-            segment.end_offset, segment.sealed_ms = healed.next_offset, self.segments[at].sealed_ms
+            if healed.shortened is not None:
+                size, chain = healed.shortened
+                before = _on_disk(nearest.path, nearest.base, size, nearest.sealed_ms)
+                before.base_chain, before.end_offset, before.end_chain = nearest.base_chain, healed.base, chain
+                self.segments[rank] = before
+                gone.append(nearest)
+            at = rank if nearest.base > healed.base else rank + 1
+            segment.base_chain = self.segments[at - 1].end_chain if at else self.identity.chain
             self.segments.insert(at, segment)
-        segment.end_chain = healed.end_chain
-        self.holes = [
-            Hole(max(hole.first, healed.next_offset), hole.next)
-            for hole in self.holes
-            if hole.next > healed.next_offset or hole.first >= healed.next_offset
-        ]
-        return old
+        segment.end_offset, segment.end_chain = healed.end_offset, healed.end_chain
+        segment.max_timestamp = healed.max_timestamp
+        following = self.segments[self.segments.index(segment) + 1]
+        if (
+            following.base_chain == UNKNOWN_CHAIN
+            and following.base == segment.end_offset
+            and following is not self.active
+        ):
+            following.base_chain, following.points = segment.end_chain, None
+        holes, self.holes = self.holes, []
+        if following.base > segment.end_offset:
+            holes.append(Hole(segment.end_offset, following.base))  # nothing good was left behind it either
+        for hole in holes:
+            for part in (
+                Hole(hole.first, min(hole.next, wound.first)),
+                Hole(max(hole.first, healed.next_offset), hole.next),
+            ):
+                if part.first < part.next:
+                    self.add_hole(part)
+        return gone
 
     def checkpoint(self) -> Checkpoint:
         """The durable place, for the next metadata transaction."""
@@ -387,16 +409,26 @@ class PartitionLog:
     def chain_at(self, offset: int) -> int | None:
         """The chain before an offset, where it is known without the disk: at the ends, at segments and index points."""
         if offset == self.durable_end:
-            return self.durable_chain
+            return self.durable_chain if self.durable_chain != UNKNOWN_CHAIN else None
         if offset == self.log_start:
             return self.identity.chain
         segment = self.segment_of(offset)
-        if segment.base_chain == UNKNOWN_CHAIN or offset > self.durable_end:
+        if segment.base_chain == UNKNOWN_CHAIN or offset > self.durable_end or self.damaged_before(offset):
             return None
         if offset == segment.base:
             return segment.base_chain
         point = segscan.floor_offset(segment.points, offset - segment.base) if segment.points is not None else None
         return point[2] if point is not None and segment.base + point[0] == offset else None
+
+    def damaged_before(self, offset: int) -> bool:
+        """True when damage keeps this node from knowing the chain before an offset."""
+        if offset == self.durable_end:
+            return self.durable_chain == UNKNOWN_CHAIN
+        segment = self.segment_of(offset)
+        unknown = segment.base_chain == UNKNOWN_CHAIN and any(hole.next <= segment.base for hole in self.holes)
+        return unknown or any(
+            segment.base <= hole.first < offset or hole.first < offset < hole.next for hole in self.holes
+        )
 
     def end_hint(self) -> tuple[int, int] | None:
         """Where the batch at durable_end will lie: the hint of a reader that has everything."""
@@ -487,3 +519,11 @@ class PartitionLog:
     def close(self) -> None:
         for segment in self.segments:
             segment.close()
+
+
+def _on_disk(path: Path, base: int, size: int, sealed_ms: int) -> Segment:
+    """A sealed segment of which nothing is in memory yet, nor verified."""
+    segment = Segment(path, base, size=size)
+    segment.points, segment.points_from, segment.unverified_end = None, size, size
+    segment.sealed_ms = sealed_ms
+    return segment

@@ -79,6 +79,9 @@ class MemoryLog:
     def end_hint(self) -> tuple[int, int] | None:
         return None
 
+    def damaged_before(self, offset: int) -> bool:
+        return False
+
     def chain_at(self, offset: int) -> int | None:
         if offset == self.durable_end:
             return self.chain

@@ -171,7 +171,7 @@ def _link_chains(segments: list[Segment], identity: Identity) -> None:
     if segments[0].base == identity.log_start:
         segments[0].base_chain = identity.chain
     for before, segment in pairwise(segments):
-        if segment.base_chain == UNKNOWN_CHAIN and before.end_chain != UNKNOWN_CHAIN:
+        if segment.base_chain == UNKNOWN_CHAIN and before.end_offset == segment.base:
             segment.base_chain = before.end_chain
 
 

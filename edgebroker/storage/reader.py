@@ -16,7 +16,7 @@ from edgebroker.storage import files, segscan
 from edgebroker.storage.index import SealedIndex, read_index, write_index
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.recovery import Hole
-from edgebroker.storage.segment import UNKNOWN_CHAIN
+from edgebroker.storage.segment import NO_TIMESTAMP, UNKNOWN_CHAIN
 from edgebroker.storage.walk import Walked, next_good_batch, walk_file, walk_start
 
 
@@ -90,6 +90,8 @@ def _read_cold(view: SegmentView, fd: int, offset: int, max_bytes: int, quaranti
             answer.data = bytes(wanted[:length])
             return answer
         hole, end = _damage(view, fd, walked)
+        if hole.next <= hole.first:
+            raise CorruptBatchError(f"{view.path}: {hole.first} comes twice")
         if hole.next > offset:
             reason = EXPLANATION.get(walked.reason, "cut off")
             quarantine.keep(view.name, view.path, fd, walked.position, end, reason)
@@ -178,8 +180,8 @@ def verify_segment(view: SegmentView, fd: int) -> tuple[SealedIndex, list[Hole]]
         view.end_offset,
         view.size,
         view.base_chain,
-        state.chain,
-        state.max_timestamp,
+        UNKNOWN_CHAIN if damage else state.chain,
+        NO_TIMESTAMP if damage else state.max_timestamp,
         view.sealed_ms,
         b"".join(points),
     )

@@ -68,6 +68,8 @@ class Recovery:
         self._holes: list[Hole] = []
         self._torn = 0
         self._leave_tail = False
+        # False behind damage, as far as nobody vouches for the chain: then UNKNOWN_CHAIN is noted instead of it.
+        self._chain_known = True
 
     def run(self, checkpoint: Checkpoint | None, watermark: int) -> RecoveredLog:
         """`watermark`: the highest offset that a group or a child was seen to have; -1 when none is known."""
@@ -76,45 +78,58 @@ class Recovery:
         segments = self._list()
         vouched = max(watermark, checkpoint.offset if checkpoint else -1)
         if not segments:
-            return self._begin(max(self._identity.log_start, vouched))
+            return self._begin(max(self._identity.log_start, vouched), checkpoint)
         index, state = self._starting_point(segments, checkpoint)
         for rank in range(index, len(segments)):
             segment, last = segments[rank], rank == len(segments) - 1
             limit = -1 if last else segments[rank + 1].base
             if segment.base > state.next_offset:
                 self._note_hole(state.next_offset, segment.base, "a segment is missing")
+                self._chain_known = False
             if rank > index:
                 state = walk_start(segment.base, state.chain, epoch=state.epoch, max_timestamp=state.max_timestamp)
             if state.position == 0:
-                segment.base_chain = state.chain
+                segment.base_chain = self._chain(state)
             state = self._walk(segment, state, limit, vouched if last else limit)
         if state.next_offset < self._identity.log_start:
             # A log that was begun anew further on, and the power went before its old segments did.
             for segment in segments:
                 segment.close()
                 files.set_aside(segment.path, f"{ASIDE}{segment.path.stat().st_mtime_ns // 1_000_000}")
-            return self._begin(max(self._identity.log_start, vouched))
+            return self._begin(max(self._identity.log_start, vouched), checkpoint)
         active = segments[-1]
         if self._leave_tail:
             self._seal(active, state)
             if active.base == state.next_offset:
                 active.path = files.set_aside(active.path, ".torn")
                 segments.pop().close()
-            active = self._create(state.next_offset, state.chain)
+            active = self._create(state.next_offset, self._chain(state))
             segments.append(active)
         if state.next_offset < vouched:
             # Everything after the last good byte is damaged, and somebody was told about it: go on after it.
             self._note_hole(state.next_offset, vouched, "the tail is damaged")
             self._seal(active, state)
-            active = self._create(vouched, state.chain)
+            if active.base == state.next_offset:
+                active.path = files.set_aside(active.path, ".torn")
+                segments.pop().close()
+            state = self._vouched(vouched, checkpoint, state)
+            active = self._create(vouched, self._chain(state))
             segments.append(active)
-            state = walk_start(vouched, state.chain, epoch=state.epoch)
         active.end_offset = state.next_offset
-        active.end_chain, active.max_timestamp = state.chain, state.max_timestamp
+        active.end_chain, active.max_timestamp = self._chain(state), state.max_timestamp
         files.sync_file(active.fd)
         files.sync_directory(self._directory)
         epoch = max(state.epoch, self._identity.epoch)
-        return RecoveredLog(segments, state.next_offset, state.chain, epoch, self._holes, self._torn)
+        return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._holes, self._torn)
+
+    def _chain(self, state: Walked) -> int:
+        return state.chain if self._chain_known else UNKNOWN_CHAIN
+
+    def _vouched(self, offset: int, checkpoint: Checkpoint | None, state: Walked) -> Walked:
+        """Where the log goes on behind a damaged tail: the checkpoint knows the chain there, if that is its offset."""
+        self._chain_known = checkpoint is not None and checkpoint.offset == offset and checkpoint.chain != UNKNOWN_CHAIN
+        chain = checkpoint.chain if checkpoint is not None and self._chain_known else 0
+        return walk_start(offset, chain, epoch=state.epoch)
 
     def _list(self) -> list[Segment]:
         segments = []
@@ -150,7 +165,7 @@ class Recovery:
 
     def _starting_point(self, segments: list[Segment], checkpoint: Checkpoint | None) -> tuple[int, Walked]:
         """The newest place with a known chain, as (rank of the segment, where to begin in it)."""
-        if checkpoint is not None:
+        if checkpoint is not None and checkpoint.chain != UNKNOWN_CHAIN:
             for rank, segment in enumerate(segments):
                 if segment.base == checkpoint.base and checkpoint.position <= segment.size:
                     segment.base_chain = self._base_chain(segments, rank)
@@ -208,9 +223,15 @@ class Recovery:
                 state, found = self._step_over(fd, segment, state, limit)
                 if not found:
                     break
+                self._chain_known = False
             if limit >= 0 and state.next_offset < limit:
                 self._note_hole(state.next_offset, limit, "the end of a segment is damaged")
                 state = state._replace(next_offset=limit)
+                self._chain_known = False
+            if limit >= 0 and not self._chain_known:
+                index = read_index(segment.path, self._identity.log_id_bytes, segment.base, segment.size)
+                if index is not None and index.end_offset == limit and index.end_chain != UNKNOWN_CHAIN:
+                    self._chain_known, state = True, state._replace(chain=index.end_chain)
         finally:
             if segment.fd < 0:
                 files.close(fd)
@@ -253,14 +274,16 @@ class Recovery:
 
     def _seal(self, segment: Segment, state: Walked) -> None:
         files.sync_file(segment.fd)
-        segment.size, segment.end_offset, segment.end_chain = state.position, state.next_offset, state.chain
+        segment.size, segment.end_offset, segment.end_chain = state.position, state.next_offset, self._chain(state)
 
-    def _begin(self, base: int) -> RecoveredLog:
-        chain = self._identity.chain
-        if base > self._identity.log_start:
-            self._note_hole(self._identity.log_start, base, "every segment is missing")
-        active = self._create(base, chain)
-        return RecoveredLog([active], base, chain, self._identity.epoch, self._holes, 0)
+    def _begin(self, base: int, checkpoint: Checkpoint | None) -> RecoveredLog:
+        start = self._identity.log_start
+        state = walk_start(start, self._identity.chain, epoch=self._identity.epoch)
+        if base > start:
+            self._note_hole(start, base, "every segment is missing")
+            state = self._vouched(base, checkpoint, state)
+        active = self._create(base, self._chain(state))
+        return RecoveredLog([active], base, self._chain(state), self._identity.epoch, self._holes, 0)
 
     def _create(self, base: int, chain: int) -> Segment:
         path = segment_path(self._directory, base)

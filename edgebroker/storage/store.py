@@ -315,21 +315,27 @@ class SegmentStore:
             done(-1, f"{partition.name}: the damage lies in what is being written; try again in a moment")
             self._committer.seal(partition)
             return
+        refusal = self.refusal()
+        if refusal is not None:
+            done(-1, f"{partition.name}: {refusal[1]}")
+            return
         partition.rewriting = True
 
         def finished(result: object) -> None:
             partition.rewriting = False
+            self._housekeeping.checkpoint(partition)
             if not isinstance(result, Healed):
+                self._listener.on_rewritten(partition)
                 done(-1, str(result))
                 return
-            gone = partition.healed(result)
-            if gone is not None:
-                gone.retire()
-            segment = partition.segment_of(result.base)
-            self._metadata.changes.segments[*key, result.base] = SegmentRow(
-                segment.end_offset, segment.size, segment.base_chain, segment.end_chain, segment.max_timestamp,
-                segment.sealed_ms,
-            )  # fmt: skip
+            for segment in partition.healed(wound, result, self._clock.wall_ms()):
+                segment.retire()
+            for segment in {partition.segment_of(result.base), partition.segment_of(wound.base)}:
+                self._metadata.changes.segments[*key, segment.base] = SegmentRow(
+                    segment.end_offset, segment.size, segment.base_chain, segment.end_chain, segment.max_timestamp,
+                    segment.sealed_ms,
+                )  # fmt: skip
+                self._housekeeping.verify(partition, segment)
             self._housekeeping.holes_changed(partition)
             self._listener.on_rewritten(partition)
             self._listener.on_topic(partition.topic)
@@ -342,6 +348,7 @@ class SegmentStore:
         """For each offset the first batch boundary at or behind it and the chain there: done(points, error)."""
         assert isinstance(log, PartitionLog)
         inside = [offset for offset in offsets if log.log_start <= offset <= log.durable_end]
+        inside = [offset for offset in inside if not log.damaged_before(offset)]
         segments = {log.segment_of(offset).base: log.segment_of(offset) for offset in inside}
         views = [log.view(segments[base]) for base in sorted(segments)]
         found: list[ChainPoint] = []
@@ -428,6 +435,9 @@ class SegmentStore:
                 log.take_index(segment, result.index, -1)
                 if segment is not log.active:
                     self._housekeeping.index_loaded(segment)
+            if result.hole is not None and segment.retired:
+                # It was healed meanwhile: what was found belongs to the file before.
+                result.hole, result.error = None, "the segment was replaced while it was read"
             if result.hole is not None:
                 log.add_hole(result.hole)
                 self._housekeeping.holes_changed(log)
