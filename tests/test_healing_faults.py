@@ -348,6 +348,7 @@ def test_a_child_that_asks_while_healing_fails(tree: Tree, monkeypatch: pytest.M
     wait_for(lambda: line(child, "t")["state"] not in ("", "live"), "it is refused")
     gate.set()
     wait_for(lambda: answers, "it is over")
+    wait_for(lambda: line(child, "t")["state"] == "live", "it is told so, although there is nothing new")
     publish(root, "t", 200, 1)
     follows(root, child, "t")
 

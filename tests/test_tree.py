@@ -312,6 +312,41 @@ def test_a_cap(tree: Tree) -> None:
     follows(root, child, "prices")
 
 
+def test_hours(tree: Tree) -> None:
+    """Outside of the hours only what is urgent comes; they begin and end while the line is up."""
+    root = tree.start("root")
+    second = 12 * 3600.0
+    root.broker.feeding.second_of_day = lambda: second  # type: ignore[method-assign]
+    root.create("items", kind="table", urgent=True)
+    publish(root, "prices", 0, 30)
+    publish(root, "items", 0, 3)
+    child = tree.start("l2", "root", pipe__hours="22:00-06:00")
+    follows(root, child, "items")
+    wait_for(lambda: line(child, "prices")["state"] == "waiting", "it is not the time for it")
+    assert "22:00-06:00" in line(child, "prices")["why"] and end(child, "prices") == 0
+    second = 22 * 3600.0 - 10
+    root.advance(91.0)  # the answer is over; the next one ends when the hours begin
+    publish(root, "items", 3, 1)
+    follows(root, child, "items")
+    polls = root.counters()["pipe_polls"]
+    second = 22 * 3600.0 + 1
+    root.advance(11.0)
+    follows(root, child, "prices")
+    assert (line(child, "prices")["state"], root.counters()["pipe_polls"] > polls) == ("live", True)
+    publish(root, "prices", 100, 1)
+    follows(root, child, "prices")
+    second = 6 * 3600.0 - 5
+    root.advance(91.0)
+    wait_for(lambda: root.counters()["pipe_polls"] > polls + 1, "it polls in the last seconds")
+    second = 6 * 3600.0
+    root.advance(6.0)
+    wait_for(lambda: line(child, "prices")["state"] == "waiting", "the hours are over")
+    publish(root, "prices", 200, 1)
+    publish(root, "items", 4, 1)
+    follows(root, child, "items")
+    assert end(child, "prices") == 31
+
+
 def test_root_is_lost_and_a_hub_takes_its_place(tree: Tree) -> None:
     """Nothing that was mirrored is lost; what only the old ROOT had it gives up when it comes back below."""
     root, hub = tree.start("root"), tree.start("l2", "root")

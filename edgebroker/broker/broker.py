@@ -155,6 +155,7 @@ class Broker:
         self.feeding = Feeding(
             self.engine,
             self.loop,
+            clock,
             self.metrics,
             node,
             lambda: self.piping.path if self.piping is not None else [],
@@ -371,7 +372,15 @@ class Broker:
         candidates = Candidates(split_list(pipe.parents), random.uniform)
         moves = Moves(self.readers.cutting, self.readers.cut, self.readers.restarted)
         return Piping(
-            engine, self.loop, self.metrics, node, candidates, split_list(pipe.topics), pipe.bytes_per_second, moves
+            engine,
+            self.loop,
+            self.metrics,
+            node,
+            candidates,
+            split_list(pipe.topics),
+            pipe.bytes_per_second,
+            pipe.hours,
+            moves,
         )
 
     @property

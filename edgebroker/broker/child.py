@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgebroker.common.hours import parse_hours
 from edgebroker.network.http import BodyWriter
 from edgebroker.network.transport import FileRange
 from edgebroker.pipe import stream
@@ -24,7 +25,7 @@ from edgebroker.storage.segment import Segment
 if TYPE_CHECKING:
     from edgebroker.broker.feeding import Feeding
 
-ANSWER_SECONDS = 90.0
+ANSWER_SECONDS, LEAST_ANSWER_SECONDS = 90.0, 1.0
 IDLE_SECONDS = 45.0
 LEAST_SAMPLE_SECONDS = 0.5
 SHARED_BYTES = 64 << 10
@@ -53,6 +54,11 @@ class Child:
         self._colder: deque[FeedCursor] = deque()
         self._timers = [feeding.scheduler.call_later(ANSWER_SECONDS, self.end)]
         self._timers.append(feeding.scheduler.call_later(IDLE_SECONDS, self._idle))
+        hours, second = parse_hours(poll.hours), feeding.second_of_day()
+        self._urgent_only = not hours.open(second)
+        change = hours.until_change(second)
+        if change < ANSWER_SECONDS:
+            self._timers.append(feeding.scheduler.call_later(max(change, LEAST_ANSWER_SECONDS), self.end))
         self._said = 0
 
     @property
@@ -145,6 +151,13 @@ class Child:
                 refusal = _not_comparable(partition)  # what the child has may be all that is left of it
             self._refuse(line, refusal)
             return
+        if self._urgent_only and not partition.settings.urgent:
+            why = f"{partition.name} is not urgent: it comes in the hours of {self._poll.hours}"
+            self._refuse(line, Refusal(code="HOURS", message=why))
+            return
+        if position.refused and self._out is not None:
+            told = Refusal(code="OK", message="")
+            self._out.send(stream.write_frame(Kind.STATE, msgspec.json.encode(told), line))
         cursor = FeedCursor(line, partition, position, partition.settings.urgent)
         self.feed.add(cursor)
         self._feeding.wants_turn(self)

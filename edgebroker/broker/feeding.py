@@ -11,6 +11,7 @@ when the child has to do something first (GONE, DIVERGED, topics that are new to
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,6 +20,8 @@ import msgspec
 
 from edgebroker.broker.child import Child
 from edgebroker.broker.metrics import Metrics
+from edgebroker.common.clock import Clock
+from edgebroker.common.hours import parse_hours
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.pipe import stream
@@ -53,12 +56,14 @@ class Feeding:
         self,
         engine: Engine,
         scheduler: Scheduler,
+        clock: Clock,
         metrics: Metrics,
         node: Node,
         path: Callable[[], list[str]],
         max_children: int,
     ) -> None:
         self.engine, self.scheduler, self.metrics = engine, scheduler, metrics
+        self._clock = clock
         self._node, self._path, self._max_children = node, path, max_children
         self.children: dict[Child, None] = {}
         # Cursors that have everything, by log: only these are woken when it grows.
@@ -102,6 +107,10 @@ class Feeding:
     def _refusal(self, poll: Poll) -> Response | None:
         if poll.version != stream.VERSION:
             return Response(400, {"error": f"pipe version {poll.version} is not spoken here, {stream.VERSION} is"})
+        try:
+            parse_hours(poll.hours)
+        except ValueError as error:
+            return Response(400, {"error": f"hours: {error}"})
         if poll.level not in LEVELS or LEVELS.index(poll.level) <= LEVELS.index(self._node.level):
             why = f"this is a {self._node.level} node; a {poll.level} node cannot be its child"
             return Response(409, {"error": why, "code": "LEVEL"})
@@ -207,6 +216,12 @@ class Feeding:
             del self._ahead[partition][child]
             if not self._ahead[partition]:
                 del self._ahead[partition]
+
+    def second_of_day(self) -> float:
+        """By this node's wall clock and time zone."""
+        now = self._clock.wall_ms() / 1000
+        local = time.localtime(now)
+        return local.tm_hour * 3600 + local.tm_min * 60 + local.tm_sec + now % 1
 
     def rate_of(self, uid: str) -> Rate:
         """How fast this child's link was; it outlives the connection."""

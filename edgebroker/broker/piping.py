@@ -48,11 +48,12 @@ class Piping:
         candidates: Candidates,
         patterns: list[str],
         bytes_per_second: int,
+        hours: str,
         moves: Moves,
     ) -> None:
         self._engine, self._loop, self._metrics, self._node = engine, loop, metrics, node
         self._candidates, self._cap = candidates, bytes_per_second
-        self._follower = Follower(node.uid, node.name, node.level, patterns, self)
+        self._follower = Follower(node.uid, node.name, node.level, patterns, self, hours)
         receive_bytes = max(4 << 10, min(RECEIVE_BYTES, bytes_per_second or RECEIVE_BYTES))
         self._client = HttpClient(loop, self, receive_bytes)
         self._mirrors = Mirrors(engine, loop, metrics, node.uid, self._follower, self, moves)

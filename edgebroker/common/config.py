@@ -20,6 +20,7 @@ import tomli
 from msgspec import Meta, Struct
 
 from edgebroker.common.errors import ConfigError
+from edgebroker.common.hours import parse_hours
 
 MIB = 1 << 20
 Level = Literal["root", "l2", "l3", "pos", "local"]
@@ -93,6 +94,7 @@ class PipeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     parents: Annotated[str, Meta(description="HOST:PORT of the parent's HTTP interface; several with commas, the best first; empty: this node has none")] = ""  # fmt: skip  # noqa: E501
     topics: Annotated[str, Meta(description="topics to mirror: names or patterns (*, ?, [...]), separated by commas")] = "*"  # fmt: skip  # noqa: E501
     bytes_per_second: Annotated[_Bytes, Meta(description="take at most this much from the parent; 0: no limit")] = 0
+    hours: Annotated[str, Meta(description="hours in which topics that are not urgent are taken, by the parent's clock, as `22:00-06:00`; several with commas; empty: always")] = ""  # fmt: skip  # noqa: E501
     max_children: Annotated[int, Meta(ge=0, le=100_000, description="children that are fed at a time; 0: none")] = 4096
 
 
@@ -225,6 +227,10 @@ def _check_meaning(config: Config) -> list[str]:
         host, colon, port = address.rpartition(":")
         if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
             problems.append(f"pipe.parents: {address!r}: HOST:PORT is expected, for example hub.example:7421")
+    try:
+        parse_hours(config.pipe.hours)
+    except ValueError as error:
+        problems.append(f"pipe.hours: {error}")
     if config.pipe.parents and config.node.level == "root":
         problems.append("pipe.parents: a root node has no parent; set node.level to l2, l3, pos or local")
     if config.pipe.parents and config.storage.engine != "segment":

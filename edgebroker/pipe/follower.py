@@ -42,7 +42,7 @@ class Sink(Protocol):
 
 
 class Line:
-    """One log. `state` is one of live, behind, damaged, not_carried, replaced, diverged, moving; `why` for people.
+    """One log. `state` is one of live, behind, damaged, not_carried, waiting, replaced, diverged, moving; `why` tells.
     `offset` and `chain` are behind the last batch that the sink took, `partial` is the beginning of the next one."""
 
     __slots__ = (
@@ -109,12 +109,13 @@ Event = Greeted | Compare | Look | Cut | Restart | Changed
 
 
 class Follower:
-    """`patterns` are the topics that this node wants (shell wildcards)."""
+    """`patterns` are the topics that this node wants (shell wildcards), `hours` those of the day in which it takes also
+    what is not urgent."""
 
-    def __init__(self, uid: str, name: str, level: str, patterns: Sequence[str], sink: Sink) -> None:
+    def __init__(self, uid: str, name: str, level: str, patterns: Sequence[str], sink: Sink, hours: str = "") -> None:
         self._uid, self._name, self._level, self._patterns, self._sink = uid, name, level, list(patterns), sink
         self.lines: dict[TopicPartition, Line] = {}
-        self._wanted = Patterns(self._patterns)
+        self._wanted, self._hours = Patterns(self._patterns), hours
         self._parent = ""
         self.known: dict[str, int] = {}
         self._polled: list[Line] = []
@@ -145,11 +146,26 @@ class Follower:
                 self.bytes_wasted += len(line.partial)
                 line.partial = bytearray()
         logs = [
-            LogPosition(*line.key, line.log_id, line.epoch, line.offset, line.chain, len(line.partial), line.points)
+            LogPosition(
+                *line.key,
+                line.log_id,
+                line.epoch,
+                line.offset,
+                line.chain,
+                len(line.partial),
+                line.points,
+                line.state != "live",
+            )
             for line in self._polled
         ]
         return Poll(
-            uid=self._uid, name=self._name, level=self._level, topics=self._patterns, logs=logs, known=self.known
+            uid=self._uid,
+            name=self._name,
+            level=self._level,
+            topics=self._patterns,
+            logs=logs,
+            known=self.known,
+            hours=self._hours,
         )
 
     @property
@@ -198,10 +214,7 @@ class Follower:
         if first:
             self._begins_right(line, frame)
             line.parent_end = frame.durable_end
-            if line.state != "live":
-                line.state, line.why, line.search = "live", "", None
-                line.points = []
-                yield Changed(line, "OK")
+            yield from _may_go_on(line)
         if line.partial:
             line.partial += payload
             with memoryview(line.partial) as whole:
@@ -261,8 +274,13 @@ class Follower:
             case "GONE":
                 line.state = "moving"
                 yield Restart(line, refusal.offset, refusal.chain)
+            case "OK":
+                yield from _may_go_on(line)
+                return
             case "LOG_ID":
                 line.state = "replaced"
+            case "HOURS":
+                line.state = "waiting"
             case "DAMAGED":
                 line.state = "damaged"
             case "NOT_CARRIED":
@@ -302,6 +320,12 @@ class Follower:
         elif not line.points and search.start.offset >= 0:
             line.state = "moving"
             yield Restart(line, *search.start)
+
+
+def _may_go_on(line: Line) -> Iterator[Event]:
+    if line.state != "live":
+        line.state, line.why, line.search, line.points = "live", "", None, []
+        yield Changed(line, "OK")
 
 
 def _name(line: Line) -> str:

@@ -70,7 +70,8 @@ class Point(NamedTuple):
 
 class LogPosition(msgspec.Struct, frozen=True, array_like=True):
     """Where a child stands in a log: it has everything before `offset`, and `skip` bytes of the batch there. `points`
-    are places behind which it looks for the end of what both have, after a DIVERGED."""
+    are places behind which it looks for the end of what both have, after a DIVERGED. `refused`: it got no data before
+    and wants to be told when it may go on, also if there is nothing new."""
 
     topic: _Name
     partition: Annotated[int, Meta(ge=0, lt=MAX_PARTITIONS)]
@@ -80,11 +81,12 @@ class LogPosition(msgspec.Struct, frozen=True, array_like=True):
     chain: _U32
     skip: Annotated[int, Meta(ge=0, lt=16 << 20)] = 0
     points: Annotated[list[Point], Meta(max_length=128)] = []
+    refused: bool = False
 
 
 class Poll(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /v1/pipe. `topics` are patterns; `known` says of which topics the child has the newest
-    description (its digest)."""
+    description (its digest). In `hours` of the parent's day it takes all topics, else urgent ones only."""
 
     version: int = VERSION
     uid: _Id
@@ -93,6 +95,7 @@ class Poll(msgspec.Struct, frozen=True, kw_only=True):
     topics: Annotated[list[_Name], Meta(max_length=1000)]
     logs: Annotated[list[LogPosition], Meta(max_length=MAX_LINES)]
     known: Annotated[dict[_Name, int], Meta(max_length=MAX_LINES)] = {}
+    hours: Annotated[str, Meta(max_length=200)] = ""
 
 
 class PartitionInfo(msgspec.Struct, frozen=True, array_like=True):
@@ -161,7 +164,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """Why a line gets no data: GONE, DIVERGED, LOG_ID, BEHIND, DAMAGED, NOT_CARRIED (what `offset` means depends on
-    it: where the log begins, the last of the points that both have, -, the durable end, the end of the damage)."""
+    it: where the log begins, the last of the points that both have, -, the durable end, the end of the damage), HOURS;
+    or OK: it gets what there is, from now on."""
 
     code: str
     message: str
