@@ -312,6 +312,24 @@ def test_a_cap(tree: Tree) -> None:
     follows(root, child, "prices")
 
 
+def test_a_line_that_waits_for_the_disk_is_measured_on(tree: Tree) -> None:
+    """Else a fast line would never be known as one: frames would stay small."""
+    root = tree.start("root")
+    publish(root, "prices", 0, 1)
+    follows(root, tree.start("l2", "root"), "prices")
+
+    def pumped(cold: bool) -> float:
+        child = next(iter(root.broker.feeding.children))
+        child._busy_since = 5.0
+        child._cold = set(child.feed.cursors.values()) if cold else set()
+        child.pump(1000)
+        child._cold = set()
+        return child._busy_since
+
+    assert root.call(lambda: pumped(True)) == 5.0
+    assert root.call(lambda: pumped(False)) == 0.0
+
+
 def test_hours(tree: Tree) -> None:
     """Outside of the hours only what is urgent comes; they begin and end while the line is up."""
     root = tree.start("root")

@@ -200,7 +200,8 @@ class Child:
         while sent < share and not out.backlog and not out.closed:
             found = self.feed.next()
             if found is None:
-                self._busy_since = 0.0
+                if not self._cold:
+                    self._busy_since = 0.0  # else the disk has it: there is something to send
                 return sent
             if isinstance(found, Stopped):
                 self._refuse(found.cursor.line, found.refusal)

@@ -15,6 +15,7 @@ from edgebroker.pipe.divergence import last_common
 from edgebroker.pipe.stream import HEADER, Flags, Kind, LogPosition, Refusal
 
 MAX_FRAME_BYTES = 1 << 20
+MAX_UNSENT_BYTES = 64 << 20
 LEAST_FRAME_BYTES = 4 << 10
 # How fast a link is taken to be before it was measured.
 FIRST_RATE = 256 << 10
@@ -99,7 +100,7 @@ class Rate:
     @property
     def unsent_bytes(self) -> int:
         """What the kernel may queue behind what is under way."""
-        return max(LEAST_FRAME_BYTES, min(MAX_FRAME_BYTES, int(self.bytes_per_second / 4)))
+        return max(LEAST_FRAME_BYTES, min(MAX_UNSENT_BYTES, int(self.bytes_per_second / 4)))
 
 
 def judge(position: LogPosition, facts: LogFacts | None) -> Refusal | None:
