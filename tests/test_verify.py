@@ -77,6 +77,24 @@ def test_the_same(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.slow
+def test_what_only_one_has_is_told(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    root = grown(tree)
+    root.broker.feeding.second_of_day = lambda: 12 * 3600.0  # type: ignore[method-assign]
+    tree.stop("l2")
+    tree.start("l2", "root", pipe__hours="01:00-02:00")
+    publish(root, "t", 200, 5)
+    publish(root, "v", 0, 1)
+    wait_for(lambda: "v/0" in verify(tree, "l2", "root", capsys)[1]["compared"], "the new topic is there, empty")
+    code, found = verify(tree, "l2", "root", capsys)
+    there = tree.address("root")
+    assert (code, found["same"], found["compared"]["t/0"]) == (0, True, [0, 200])
+    assert found["left_out"] == [
+        f"t/0: records 200 to 204 are only at {there}",
+        f"v/0: records 0 to 0 are only at {there}",
+    ]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [1, 64 << 20])
 def test_what_differs_is_named(
     tree: Tree, most: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -48,6 +48,11 @@ class Comparison:
                 following = min(mine["durable_end"], other["durable_end"])
                 request = {"topic": mine["topic"], "partition": mine["partition"], "log_id": mine["log_id"]}
                 found.append(Pair(name, request, first, following))
+                for node, log in ((self._here, mine), (self._there, other)):
+                    if log["log_start"] < first:
+                        left_out.append(f"{name}: records {log['log_start']} to {first - 1} are only at {node}")
+                    if log["durable_end"] > following:
+                        left_out.append(f"{name}: records {following} to {log['durable_end'] - 1} are only at {node}")
         left_out += [f"{name}: not at {self._here}" for name in there if name not in here]
         return found, left_out
 
