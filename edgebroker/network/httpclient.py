@@ -106,6 +106,7 @@ class HttpClient:
         self._chunks: ChunkReader | None = None
         self._timer: TimerHandle | None = None
         self._address = ""
+        self._addresses: list[str] = []
         # Grows with every open() and every end: an answer that comes later is nobody's.
         self._attempt = 0
         self._opened = False
@@ -120,7 +121,7 @@ class HttpClient:
         self._address = address
         self._attempt += 1
         self._opened = True
-        self._timer = self._loop.call_later(CONNECT_SECONDS, lambda: self._end("no answer to the attempt to connect"))
+        self._timer = self._loop.call_later(CONNECT_SECONDS, lambda: self._end("the name is not found in time"))
         if not is_address(address):
             self._fail(f"{address!r} is no HOST:PORT")
             return
@@ -131,7 +132,8 @@ class HttpClient:
         except ValueError:
             self._look_up(host, int(port), self._attempt)
             return
-        self._connect(host, int(port))
+        self._addresses = [host]
+        self._connect(int(port))
 
     def _look_up(self, host: str, port: int, attempt: int) -> None:
         if self._resolver is None:
@@ -139,23 +141,30 @@ class HttpClient:
 
         def work() -> None:
             try:
-                found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
-                self._loop.call_soon_threadsafe(lambda: self._looked_up(attempt, str(found), port, ""))
+                found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+                self._loop.call_soon_threadsafe(lambda: self._looked_up(attempt, found, port, ""))
             except (OSError, UnicodeError) as error:
                 why = f"{host} cannot be looked up: {getattr(error, 'strerror', None) or error}"
-                self._loop.call_soon_threadsafe(lambda: self._looked_up(attempt, "", port, why))
+                self._loop.call_soon_threadsafe(lambda: self._looked_up(attempt, [], port, why))
 
         self._resolver.submit(work)
 
-    def _looked_up(self, attempt: int, address: str, port: int, error: str) -> None:
+    def _looked_up(self, attempt: int, addresses: list[str], port: int, error: str) -> None:
         if attempt != self._attempt:
             return  # nobody waits for it any more
         if error:
             self._end(error)
         else:
-            self._connect(address, port)
+            self._addresses = addresses
+            self._connect(port)
 
-    def _connect(self, host: str, port: int) -> None:
+    def _connect(self, port: int) -> None:
+        """Try the next of the addresses."""
+        self._cancel()
+        self._timer = self._loop.call_later(
+            CONNECT_SECONDS, lambda: self._not_connected("no answer to the attempt to connect", port)
+        )
+        host = self._addresses.pop(0)
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
         self._connecting = sock
@@ -164,25 +173,40 @@ class HttpClient:
         except BlockingIOError:
             pass
         except OSError as error:
-            self._fail(error.strerror or str(error))
+            self._not_connected(error.strerror or str(error), port)
             return
-        self._loop.register(sock.fileno(), WRITE, lambda mask: self._connected(sock))
+        self._loop.register(sock.fileno(), WRITE, lambda mask: self._connected(sock, port))
+
+    def _not_connected(self, reason: str, port: int) -> None:
+        self._abandon()
+        if self._addresses:
+            self._connect(port)
+        else:
+            self._fail(reason)
+
+    def _abandon(self) -> None:
+        """Give up the socket that is being connected, if there is one."""
+        if self._connecting is not None:
+            sock, self._connecting = self._connecting, None
+            try:
+                self._loop.unregister(sock.fileno())
+            except (KeyError, ValueError):
+                pass
+            sock.close()
 
     def _fail(self, reason: str) -> None:
         """End the attempt in the next turn: the owner is never told from within open()."""
         attempt = self._attempt
         self._loop.call_later(0.0, lambda: self._end(reason) if attempt == self._attempt else None)
 
-    def _connected(self, sock: socket.socket) -> None:
+    def _connected(self, sock: socket.socket, port: int) -> None:
         if sock is not self._connecting:
             return  # given up earlier in this turn
-        self._loop.unregister(sock.fileno())
         error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
-            self._connecting = None
-            sock.close()
-            self._end(os.strerror(error))
+            self._not_connected(os.strerror(error), port)
             return
+        self._loop.unregister(sock.fileno())
         self._connecting = None
         self._cancel()
         tune(sock, KEEPALIVE_SECONDS)
@@ -275,13 +299,7 @@ class HttpClient:
         if self._transport is not None:
             self._transport.close(reason)
         else:
-            if self._connecting is not None:
-                sock, self._connecting = self._connecting, None
-                try:
-                    self._loop.unregister(sock.fileno())
-                except (KeyError, ValueError):
-                    pass
-                sock.close()
+            self._abandon()
             self._lost(reason)
 
     def _lost(self, reason: str) -> None:
