@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgebroker.common.clock import second_of_day
 from edgebroker.common.hours import DAY_SECONDS, Hours, Span, parse_hours
 
 minutes = st.integers(0, 24 * 60 - 1)
@@ -37,3 +40,13 @@ def test_no_hours() -> None:
 def test_what_is_none(text: str) -> None:
     with pytest.raises(ValueError, match="write it as 22:00-06:00"):
         parse_hours(text)
+
+
+def test_the_second_of_the_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", "CET-1")
+    time.tzset()
+    try:
+        assert second_of_day(1_764_022_530_250) == 23 * 3600 + 15 * 60 + 30.25  # 2025-11-24 22:15:30.250 UTC
+    finally:
+        monkeypatch.undo()
+        time.tzset()

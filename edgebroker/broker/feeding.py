@@ -11,7 +11,6 @@ when the child has to do something first (GONE, DIVERGED, topics that are new to
 from __future__ import annotations
 
 import logging
-import time
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +19,7 @@ import msgspec
 
 from edgebroker.broker.child import Child
 from edgebroker.broker.metrics import Metrics
-from edgebroker.common.clock import Clock
+from edgebroker.common.clock import Clock, second_of_day
 from edgebroker.common.hours import parse_hours
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http import Reply, Request, Response
@@ -219,9 +218,7 @@ class Feeding:
 
     def second_of_day(self) -> float:
         """By this node's wall clock and time zone."""
-        now = self._clock.wall_ms() / 1000
-        local = time.localtime(now)
-        return local.tm_hour * 3600 + local.tm_min * 60 + local.tm_sec + now % 1
+        return second_of_day(self._clock.wall_ms())
 
     def rate_of(self, uid: str) -> Rate:
         """How fast this child's link was; it outlives the connection."""

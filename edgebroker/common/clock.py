@@ -27,3 +27,9 @@ class SystemClock:
 def sleep(seconds: float) -> None:
     """Block the calling thread: for the command line and client back-off, never on the loop."""
     time.sleep(seconds)
+
+
+def second_of_day(wall_ms: int) -> float:
+    """How far the day has come at a wall clock time, in this machine's time zone."""
+    local = time.localtime(wall_ms / 1000)
+    return local.tm_hour * 3600 + local.tm_min * 60 + local.tm_sec + wall_ms % 1000 / 1000
