@@ -21,6 +21,7 @@ from edgebroker.common import records
 from edgebroker.storage import files
 from edgebroker.storage import store as store_module
 from edgebroker.storage.recovery import Hole
+from edgebroker.storage.segment import UNKNOWN_CHAIN
 
 
 @pytest.fixture
@@ -377,3 +378,19 @@ def test_ranges_are_read_a_few_at_a_time(tree: Tree, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(ranges, "MOST_AT_ONCE", 0)
     answer = ask()
     assert b" 503 " in answer and b"retry-after: 5" in answer
+
+
+def test_a_log_that_does_not_know_its_chain_goes_on(tmp_path: Path) -> None:
+    """As behind damage for which nobody vouches; a start, which reads all of it again, knows."""
+    harness = StoreHarness(tmp_path / "data", store_settings(segment_bytes=1000))
+    harness.create()
+    values = harness.fill(7, size=100)
+    log = harness.log()
+    log.chain = log.durable_chain = log.active.end_chain = UNKNOWN_CHAIN
+    values += harness.fill(20, size=100)
+    assert len(harness.segments()) > 3
+    assert (harness.store.refusal(), harness.values(), log.chain_at(27)) == (None, values, None)
+    harness.restart()
+    assert harness.values() == values
+    assert harness.log().chain_at(27) == records.chain(bytes_of(harness), harness.log().identity.chain)
+    harness.close()

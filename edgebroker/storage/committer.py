@@ -266,8 +266,8 @@ class Committer:
         partition.rolling = True
         wall_ms = self._clock.wall_ms()
         self.rolls += 1
-        index = None
-        if rescue is None and old.points is not None and not old.points_from and old.base_chain != UNKNOWN_CHAIN:
+        index, known = None, UNKNOWN_CHAIN not in (old.base_chain, old.end_chain)
+        if rescue is None and old.points is not None and not old.points_from and known:
             index = old.to_index(partition.identity.log_id_bytes)._replace(sealed_ms=wall_ms)
 
         def work() -> Segment:
