@@ -15,7 +15,7 @@ from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files
-from edgebroker.storage.identity import Identity
+from edgebroker.storage.identity import Identity, begin_history
 from edgebroker.storage.mirror import ASIDE, ASIDE_MS, drop_aside
 
 ORIGIN = "0a" * 16
@@ -268,3 +268,11 @@ def test_what_was_set_aside_goes_by_itself(harness: StoreHarness) -> None:
     harness.tick(ASIDE_MS / 1000 + 1)
     harness.quiesce()
     assert not list(harness.directory().glob(f"*{ASIDE}*"))
+
+
+def test_a_history_that_begins_behind_the_end_is_over() -> None:
+    """As when an origin lost its end, and with it where its last history began: the epochs stay in order."""
+    before = replace(identity_of(), epochs=[(1, 0), (2, 200), (4, 300)])
+    assert begin_history(before, 400).epochs == [(1, 0), (2, 200), (4, 300), (5, 400)]
+    assert begin_history(before, 200).epochs == [(1, 0), (2, 200), (5, 200)]
+    assert begin_history(before, 150).epochs == [(1, 0), (5, 150)]

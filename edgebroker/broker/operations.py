@@ -6,14 +6,13 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
-from msgspec.structs import replace
 
 from edgebroker.broker.groups import Group, Groups
 from edgebroker.broker.leases import Leases
 from edgebroker.broker.refreshing import Refreshing
 from edgebroker.common.errors import Code
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.identity import Identity
+from edgebroker.storage.identity import Identity, begin_history
 
 
 class MoveRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -97,7 +96,7 @@ class Operations:
         """Go on from the ends there are, in a new history: who has more of the old one finds out, and cuts it off."""
 
         def change(log: Log) -> Callable[[Identity], Identity]:
-            return lambda old: replace(old, epochs=[*old.epochs, (old.epoch + 1, log.durable_end)])
+            return lambda old: begin_history(old, log.durable_end)
 
         def changed(code: Code, message: str) -> None:
             if code is Code.OK:

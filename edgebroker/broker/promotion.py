@@ -18,7 +18,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.pipe.follower import LEVELS
 from edgebroker.storage.engine import Log, MirrorEngine
-from edgebroker.storage.identity import Identity
+from edgebroker.storage.identity import Identity, begin_history
 
 log = logging.getLogger(__name__)
 
@@ -75,8 +75,6 @@ def _taking_over(engine: MirrorEngine, partition: Log) -> Callable[[Identity], I
     def change(old: Identity) -> Identity:
         if old.origin == engine.node_uid:
             return old
-        # Histories that never came here are over before they began.
-        lived = [(epoch, first) for epoch, first in old.epochs if first <= end]
-        return replace(old, origin=engine.node_uid, epochs=[*lived, (old.epoch + 1, end)])
+        return replace(begin_history(old, end), origin=engine.node_uid)
 
     return change

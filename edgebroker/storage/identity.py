@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import DamagedDataError
@@ -47,6 +48,13 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def log_id_bytes(self) -> bytes:
         return bytes.fromhex(self.log_id)
+
+
+def begin_history(identity: Identity, end: int) -> Identity:
+    """The identity of a log that goes on at `end` in a new history. Histories that begin behind that are over before
+    they began: nothing of them is here."""
+    lived = [(epoch, first) for epoch, first in identity.epochs if first <= end]
+    return replace(identity, epochs=[*lived, (identity.epoch + 1, end)])
 
 
 def make_identity(origin: str, settings: TopicSettings) -> Identity:

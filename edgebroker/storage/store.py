@@ -27,7 +27,7 @@ from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
 from edgebroker.storage.heal import Healed, heal_segment
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
-from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity
+from edgebroker.storage.identity import Identity, begin_history, change_identity, make_identity, read_identity
 from edgebroker.storage.log import Extent, PartitionLog
 from edgebroker.storage.meta import GroupKey, GroupOffset, SegmentRow
 from edgebroker.storage.metadata import Metadata
@@ -127,10 +127,7 @@ class SegmentStore:
         for partition in self.logs():
             if partition.identity.origin == self.node_uid:
                 end = partition.durable_end
-                identity = change_identity(
-                    partition.directory,
-                    lambda old, end=end: replace(old, epochs=[*old.epochs, (old.epoch + 1, end)]),  # type: ignore[misc]
-                )
+                identity = change_identity(partition.directory, partial(begin_history, end=end))
                 partition.identity, partition.epoch = identity, identity.epoch
                 partition.stage.resume(end, identity.epoch)
         self._directory.restore_finished()
