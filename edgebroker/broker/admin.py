@@ -23,6 +23,7 @@ from edgebroker.broker.groups import Group
 from edgebroker.broker.naming import check_group_name, check_topic_name
 from edgebroker.broker.operations import Move, MoveRequest, Operations, RefreshRequest
 from edgebroker.broker.snapshots import Snapshot
+from edgebroker.common.config import is_address
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.http import Reply, Request, Response
@@ -329,7 +330,6 @@ class Admin:
 
     def _heal(self, request: Request, reply: Reply) -> None:
         from edgebroker.broker.healing import HealRequest  # with its HTTP client
-        from edgebroker.network.httpclient import is_address
 
         try:
             wanted = msgspec.json.decode(request.body, type=HealRequest)

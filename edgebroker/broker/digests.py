@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import hashlib
 
-import msgspec
-
-from edgebroker.broker.ranges import PIECE_BYTES, RETRY_AFTER_SECONDS, RangeRequest
+from edgebroker.broker.ranges import PIECE_BYTES, find_range, too_many
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.storage import segscan
 from edgebroker.storage.engine import Engine, Log
@@ -28,21 +26,13 @@ class Digests:
         self.running = 0
 
     def answer(self, request: Request, reply: Reply) -> None:
-        try:
-            wanted = msgspec.json.decode(request.body, type=RangeRequest)
-        except msgspec.DecodeError as error:
-            reply(Response(400, {"error": str(error)}))
-            return
-        partition = self.engine.log(wanted.topic, wanted.partition)
-        if partition is None or partition.identity.log_id != wanted.log_id:
-            reply(Response(404, {"error": f"{wanted.topic}/{wanted.partition} of that log id is not here"}))
-        elif not partition.log_start <= wanted.first < wanted.next <= partition.durable_end or partition.rewriting:
-            here = f"offsets {partition.log_start} to {partition.durable_end}"
-            reply(Response(409, {"error": f"{partition.name} has {here} here, not {wanted.first} to {wanted.next}"}))
+        found = find_range(self.engine, request)
+        if isinstance(found, Response):
+            reply(found)
         elif self.running >= MOST_AT_ONCE:
-            why = f"{MOST_AT_ONCE} digests are being made here already; try again in a moment"
-            reply(Response(503, {"error": why}, (("retry-after", str(RETRY_AFTER_SECONDS)),)))
+            reply(too_many(f"{MOST_AT_ONCE} digests are being made"))
         else:
+            partition, wanted = found
             Digest(self, partition, wanted.first, wanted.next, reply).go_on()
 
 

@@ -33,6 +33,28 @@ class RangeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     next: Annotated[int, Meta(ge=1)]
 
 
+def find_range(engine: Engine, request: Request) -> tuple[Log, RangeRequest] | Response:
+    """The log that a RangeRequest is about, when all of the range is stored here; else the answer."""
+    try:
+        wanted = msgspec.json.decode(request.body, type=RangeRequest)
+    except msgspec.DecodeError as error:
+        return Response(400, {"error": str(error)})
+    partition = engine.log(wanted.topic, wanted.partition)
+    if partition is None or partition.identity.log_id != wanted.log_id:
+        return Response(404, {"error": f"{wanted.topic}/{wanted.partition} of that log id is not here"})
+    if not partition.log_start <= wanted.first < wanted.next <= partition.durable_end or partition.rewriting:
+        here = f"offsets {partition.log_start} to {partition.durable_end}"
+        return Response(409, {"error": f"{partition.name} has {here} here, not {wanted.first} to {wanted.next}"})
+    return partition, wanted
+
+
+def too_many(what: str) -> Response:
+    """Come again later."""
+    return Response(
+        503, {"error": f"{what} here already; try again in a moment"}, (("retry-after", str(RETRY_AFTER_SECONDS)),)
+    )
+
+
 class Ranges:
     """Owned by the loop thread."""
 
@@ -41,22 +63,15 @@ class Ranges:
         self.open: set[Range] = set()
 
     def answer(self, request: Request, reply: Reply) -> None:
-        try:
-            wanted = msgspec.json.decode(request.body, type=RangeRequest)
-        except msgspec.DecodeError as error:
-            reply(Response(400, {"error": str(error)}))
+        found = find_range(self.engine, request)
+        if isinstance(found, Response):
+            reply(found)
             return
-        partition = self.engine.log(wanted.topic, wanted.partition)
-        if partition is None or partition.identity.log_id != wanted.log_id:
-            reply(Response(404, {"error": f"{wanted.topic}/{wanted.partition} of that log id is not here"}))
-        elif not partition.log_start <= wanted.first < wanted.next <= partition.durable_end or partition.rewriting:
-            here = f"offsets {partition.log_start} to {partition.durable_end}"
-            reply(Response(409, {"error": f"{partition.name} has {here} here, not {wanted.first} to {wanted.next}"}))
-        elif any(hole.first < wanted.next and wanted.first < hole.next for hole in partition.holes):
+        partition, wanted = found
+        if any(hole.first < wanted.next and wanted.first < hole.next for hole in partition.holes):
             reply(Response(409, {"error": f"{partition.name} is damaged there here as well"}))
         elif len(self.open) >= MOST_AT_ONCE:
-            why = f"{MOST_AT_ONCE} ranges are being read here already; try again in a moment"
-            reply(Response(503, {"error": why}, (("retry-after", str(RETRY_AFTER_SECONDS)),)))
+            reply(too_many(f"{MOST_AT_ONCE} ranges are being read"))
         else:
             reply(Response(200, Range(self, partition, wanted.first, wanted.next)))
 

@@ -150,6 +150,12 @@ def load_config(
     return _fill(config, environment)
 
 
+def is_address(text: str) -> bool:
+    """HOST:PORT?"""
+    host, _, port = text.rpartition(":")
+    return bool(host) and port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
+
+
 def is_loopback(address: str) -> bool:
     """True when only this machine can reach HOST:PORT."""
     host = address.rpartition(":")[0].strip("[]")
@@ -224,8 +230,7 @@ def _check_meaning(config: Config) -> list[str]:
                 "authentication yet; listen on 127.0.0.1, or set listen.allow_insecure = true"
             )
     for address in split_list(config.pipe.parents):
-        host, colon, port = address.rpartition(":")
-        if not colon or not host or not port.isdigit() or not 0 < int(port) < 65536:
+        if not is_address(address):
             problems.append(f"pipe.parents: {address!r}: HOST:PORT is expected, for example hub.example:7421")
     try:
         parse_hours(config.pipe.hours)

@@ -15,6 +15,7 @@ from typing import Protocol
 
 import h11
 
+from edgebroker.common.config import is_address
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.threads import Worker
 from edgebroker.network.connection import ReceiveBuffer
@@ -27,12 +28,6 @@ KEEPALIVE_SECONDS = 40
 RECEIVE_BYTES = 1 << 20
 MAX_LINE_BYTES = 200
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;.*)?\Z")
-
-
-def is_address(text: str) -> bool:
-    """HOST:PORT?"""
-    host, _, port = text.rpartition(":")
-    return bool(host) and port.isascii() and port.isdigit() and len(port) <= 5 and 0 < int(port) < 65536
 
 
 class HttpOwner(Protocol):

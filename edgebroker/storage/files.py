@@ -151,13 +151,7 @@ def copy_start(source: int, target: Path, size: int) -> None:
     target.unlink(missing_ok=True)
     fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
-        position = 0
-        while position < size:
-            piece = read_at(source, min(COPY_BYTES, size - position), position)
-            if not piece:
-                raise OSError(errno.EIO, "the file became shorter while it was copied", str(target))
-            write_at(fd, memoryview(piece), position)
-            position += len(piece)
+        _copy(source, 0, size, fd, 0)
         os.fsync(fd)
     finally:
         os.close(fd)
@@ -170,17 +164,22 @@ def append_copy(target: Path, data: memoryview, source: int, position: int, end:
         size = size_of(fd)
         write_at(fd, data, size)
         size += len(data)
-        while position < end:
-            piece = read_at(source, min(COPY_BYTES, end - position), position)
-            if not piece:
-                raise OSError(errno.EIO, "the file became shorter while it was copied", str(target))
-            write_at(fd, memoryview(piece), size)
-            position += len(piece)
-            size += len(piece)
+        _copy(source, position, end, fd, size)
         os.fsync(fd)
-        return size
+        return size + end - position
     finally:
         os.close(fd)
+
+
+def _copy(source: int, position: int, end: int, target: int, at: int) -> None:
+    """Bytes [position, end) of an open file to a place in another one."""
+    while position < end:
+        piece = read_at(source, min(COPY_BYTES, end - position), position)
+        if not piece:
+            raise OSError(errno.EIO, "the file became shorter while it was copied")
+        write_at(target, memoryview(piece), at)
+        position += len(piece)
+        at += len(piece)
 
 
 def write_new(target: Path, data: memoryview) -> None:

@@ -109,7 +109,8 @@ def _cut_file(path: Path, base: int, identity: Identity, offset: int, wall_ms: i
         if state.position == size:
             return
         shorter = path.with_suffix(".tmp")
-        files.copy_start(fd, shorter, state.position)
+        with files.removed_on_error(shorter):
+            files.copy_start(fd, shorter, state.position)
     finally:
         files.close(fd)
     files.remove(index_path(path))
