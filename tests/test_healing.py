@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support import StoreHarness, encode, store_settings
 from test_mirror_store import batches, bytes_of, identity_of, mirror, take
-from trees import Tree, digest, end, follows, line, publish, wait_for
+from trees import Tree, digest, end, follows, grown, line, publish, wait_for
 
 from edgebroker.common import records
 from edgebroker.storage.recovery import Hole
@@ -100,11 +100,7 @@ def test_a_mirror_heals_itself(tree: Tree, damage: str) -> None:
 
 @pytest.mark.slow
 def test_an_origin_heals_from_its_child(tree: Tree) -> None:
-    root = tree.start("root")
-    for number in range(20):
-        publish(root, "t", number * 10, 10, size=900)
-    child = tree.start("l2", "root")
-    follows(root, child, "t")
+    grown(tree)
     tree.stop("root")
     before = digest(tree, "root", "t")
     flip(logs_of(tree, "root")[0])
@@ -125,11 +121,7 @@ def test_an_origin_heals_from_its_child(tree: Tree) -> None:
 @pytest.mark.slow
 def test_a_damaged_parent_is_no_help(tree: Tree) -> None:
     """Both lost the same: the child says so and waits, and what comes behind it still arrives."""
-    root = tree.start("root")
-    for number in range(20):
-        publish(root, "t", number * 10, 10, size=900)
-    tree.start("l2", "root")
-    follows(root, tree.nodes["l2"], "t")
+    grown(tree)
     for name in ("l2", "root"):
         tree.stop(name)
         flip(logs_of(tree, name)[0])

@@ -14,7 +14,7 @@ from brokers import RunningBroker
 from support import StoreHarness, encode, store_settings
 from test_healing import cut_short, flip, heal, logs_of, lose
 from test_mirror_store import batches, bytes_of, identity_of, mirror, take
-from trees import Tree, digest, end, follows, line, publish, wait_for
+from trees import Tree, digest, end, follows, grown, line, publish, wait_for
 
 from edgebroker.broker import ranges
 from edgebroker.common import records
@@ -242,19 +242,9 @@ def test_missing_segments_come_back_as_segments(tmp_path: Path) -> None:
 # ---- between nodes ----
 
 
-def grown(tree: Tree) -> RunningBroker:
-    """A child with all of what its parent has, which is stopped."""
-    root = tree.start("root")
-    for number in range(20):
-        publish(root, "t", number * 10, 10, size=900)
-    child = tree.start("l2", "root")
-    follows(root, child, "t")
-    tree.stop("root")
-    return child
-
-
 def damaged_root(tree: Tree) -> RunningBroker:
     grown(tree)
+    tree.stop("root")
     flip(logs_of(tree, "root")[0])
     root = tree.start("root", storage__verify_bytes_per_second=0)
     log = root.broker.engine.log("t", 0)
@@ -264,7 +254,9 @@ def damaged_root(tree: Tree) -> RunningBroker:
 
 @pytest.mark.slow
 def test_children_keep_what_their_origin_lost_at_its_end(tree: Tree) -> None:
-    child = grown(tree)
+    grown(tree)
+    child = tree.nodes["l2"]
+    tree.stop("root")
     before = digest(tree, "l2", "t")
     cut_short(logs_of(tree, "root")[-1])
     root = tree.start("root")
@@ -281,7 +273,9 @@ def test_children_keep_what_their_origin_lost_at_its_end(tree: Tree) -> None:
 @pytest.mark.slow
 def test_damage_that_nobody_vouches_for_cuts_no_child(tree: Tree) -> None:
     """With meta.db gone as well the origin does not know the chain at its end: it cannot call a child diverged."""
-    child = grown(tree)
+    grown(tree)
+    child = tree.nodes["l2"]
+    tree.stop("root")
     for path in (tree.directory / "root").glob("meta.db*"):
         path.unlink()
     for path in logs_of(tree, "root"):

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import RunningBroker
 from test_healing import flip, logs_of
-from trees import Tree, follows, publish, wait_for
+from trees import Tree, follows, grown, publish, wait_for
 
 from edgebroker.broker import digests
 from edgebroker.cli.main import main
@@ -22,14 +21,6 @@ def tree(tmp_path: Path) -> Iterator[Tree]:
     found = Tree(tmp_path)
     yield found
     found.close()
-
-
-def grown(tree: Tree) -> RunningBroker:
-    root = tree.start("root")
-    for number in range(20):
-        publish(root, "t", number * 10, 10, size=900)
-    follows(root, tree.start("l2", "root"), "t")
-    return root
 
 
 def verify(tree: Tree, here: str, there: str, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any]:

@@ -109,6 +109,15 @@ def line(node: RunningBroker, topic: str) -> dict[str, Any]:
     return lines[0] if lines else {"state": ""}
 
 
+def grown(tree: Tree) -> RunningBroker:
+    """A root with twenty batches of ten records in topic t, in several segments, and a child l2 that has them all."""
+    root = tree.start("root")
+    for number in range(20):
+        publish(root, "t", number * 10, 10, size=900)
+    follows(root, tree.start("l2", "root"), "t")
+    return root
+
+
 def publish(node: RunningBroker, topic: str, first: int, count: int, partition: int = 0, size: int = 0) -> None:
     client = node.raw("producer")
     assert client.publish(topic, numbered(first, count, size), partition=partition).code is Code.OK
