@@ -156,5 +156,5 @@ def test_every_key_is_described() -> None:
 
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
-    documented = set(re.findall(r"`((?:node|listen|storage|topics|limits|delivery|pipe|log)\.[a-z_]+)`", text))
+    documented = set(re.findall(r"`((?:node|listen|storage|topics|limits|delivery|pipe|registry|log)\.[a-z_]+)`", text))
     assert documented == {key for key, *_ in describe_keys()}

@@ -305,18 +305,28 @@ def objects_of(broker: RunningBroker) -> dict[str, dict]:
     return {
         "Topic": topic, "Partition": damaged, "Group": group, "Partition of a group": held, "Holder": held["member"],
         "Client": client_object, "Node": node, "Counters": node["counters"], "Storage": node["storage"],
+        "Node of the tree": node_of_the_tree(broker),
     }  # fmt: skip
 
 
+def node_of_the_tree(broker: RunningBroker) -> dict:
+    report = {"uid": "1" * 32, "name": "till", "level": "local", "version": "1", "boot": "0" * 16, "number": 1}
+    batch = {"sender": "1" * 32, "session": "s", "number": 0, "nodes": [{"report": report}]}
+    assert broker.http("POST", "/v1/tree/reports", batch) == (200, {})
+    found = broker.http("GET", "/v1/tree/nodes")[1]["nodes"][0]
+    return {**found, "pins": [], "draining": False}  # where the registry is kept
+
+
 def test_every_path_of_the_admin_interface() -> None:
-    source = (ROOT / "edgebroker" / "broker" / "admin.py").read_text().partition('"""')[2].partition('"""')[0]
     listed: set[tuple[str, str]] = set()
     methods: list[str] = []
-    for word in source.partition("\n\n")[2].split():
-        if word.startswith("/"):
-            listed.update((method, word) for method in methods)
-        else:
-            methods = word.split("|")
+    for name in ("admin", "treeadmin"):
+        source = (ROOT / "edgebroker" / "broker" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
+        for word in source.partition("\n\n")[2].split():
+            if word.startswith("/"):
+                listed.update((method, word) for method in methods)
+            else:
+                methods = word.split("|")
     assert {tuple(name.split()) for name in ticked(table("Method, path "))} == listed
 
 
@@ -341,7 +351,8 @@ def test_every_command_is_in_the_readme() -> None:
         return dict(actions[0].choices) if actions else {}
 
     written = {
-        name: set(inner[1:].split("|")) for name, inner in re.findall(r"^\| `(\w+)((?: \w+(?:\|\w+)+)?)", readme, re.M)
+        name: set(inner[1:].split("|"))
+        for name, inner in re.findall(r"^\| `(\w+)((?: \w+(?:\|\w+)+)?)[ `]", readme, re.M)
     }
     for name, parser in verbs(build_parser()).items():
         if verbs(parser):

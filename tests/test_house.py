@@ -22,7 +22,7 @@ MAY_IMPORT = {
 # Modules and calls that only these files may use.
 HOMES = {
     "selectors": {"network/loop.py"},
-    "sqlite3": {"storage/meta.py", "storage/metadata.py", "cli/selftest.py"},
+    "sqlite3": {"storage/meta.py", "storage/metadata.py", "storage/registry.py", "cli/selftest.py"},
     "mmap": {"storage/walk.py"},
     "fcntl": {"storage/files.py", "network/transport.py"},
     "threading.Thread": {"common/threads.py"},
@@ -39,7 +39,7 @@ HOMES = {
 SOCKETS = {
     "network/loop.py", "network/transport.py", "network/http.py", "network/httpclient.py", "network/link.py",
     "network/producer.py", "network/consumer.py", "broker/broker.py", "broker/session.py", "cli/adminclient.py",
-    "cli/treedemo.py", "common/config.py",
+    "broker/tree.py", "cli/treedemo.py", "common/config.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from edgebroker.broker.probe import Probe
+from edgebroker.broker.asking import Ask
 from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.network import httpclient
@@ -178,14 +178,14 @@ def test_a_name_that_is_found_too_late(loop: Loop, monkeypatch: pytest.MonkeyPat
     listener.close()
 
 
-def test_probes_leave_nothing_behind(loop: Loop) -> None:
+def test_questions_leave_nothing_behind(loop: Loop) -> None:
     listener = socket.create_server(("127.0.0.1", 0))
     port = listener.getsockname()[1]
     listener.close()
-    told: list[bool] = []
+    told: list[int] = []
     before = threading.active_count()
     for number in range(5):
-        Probe(loop, f"localhost:{port}", lambda address, healthy: told.append(healthy))
+        Ask(loop, f"localhost:{port}", "GET", "/healthz", b"", lambda status, body, error: told.append(status))
         turn_until(loop, lambda number=number: len(told) > number)  # type: ignore[misc]
-    assert told == [False] * 5
+    assert told == [0] * 5
     assert threading.active_count() <= before + 1

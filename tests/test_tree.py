@@ -118,7 +118,7 @@ def test_failover_to_the_next_parent(tree: Tree) -> None:
     wait_for(lambda: child.counters()["pipe_failovers"] == 1, "it is counted")
     tree.start("l2", "root")
     child.advance(30.0)
-    wait_for(lambda: child.broker.piping._candidates._healthy_since, "it is seen again")  # type: ignore[union-attr]
+    wait_for(lambda: child.broker.piping.candidates._healthy_since, "it is seen again")  # type: ignore[union-attr]
     child.advance(301.0)
     child.advance(1.0)
     wait_for(lambda: pipe(child)["parent"]["name"] == "l2" and pipe(child)["parent"]["connected"], "it is back")

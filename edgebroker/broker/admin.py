@@ -1,4 +1,5 @@
-"""The admin interface: JSON over HTTP for operators, scripts and the command line (docs/protocol.md lists it).
+"""The admin interface: JSON over HTTP for operators, scripts and the command line (docs/protocol.md lists it; the tree
+and its registry are in broker/treeadmin.py).
 
 GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients  /v1/pipe
 GET /v1/backup
@@ -23,6 +24,7 @@ from edgebroker.broker.groups import Group
 from edgebroker.broker.naming import check_group_name, check_topic_name
 from edgebroker.broker.operations import Move, MoveRequest, Operations, RefreshRequest
 from edgebroker.broker.snapshots import Snapshot
+from edgebroker.broker.treeadmin import TreeAdmin
 from edgebroker.common.config import is_address
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
@@ -63,6 +65,7 @@ class SnapshotRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Admin:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
+        self._tree = TreeAdmin(broker.tree, broker.engine.node_uid)
         self._operations = Operations(broker.engine, broker.groups, broker.leases, broker.refreshing)
 
     def handle(self, request: Request, reply: Reply) -> None:
@@ -100,6 +103,8 @@ class Admin:
                 self._broker.digests.answer(request, reply)
             case "POST", ["v1", "heal"]:
                 self._heal(request, reply)
+            case _, ["v1", ("tree" | "registry"), *_]:
+                self._tree.handle(request, parts[1:], reply)
             case "GET", ["v1", "backup"]:
                 reply(self._backup())
             case "POST", ["v1", "promote"]:

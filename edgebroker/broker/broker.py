@@ -31,6 +31,7 @@ from edgebroker.broker.readers import Readers
 from edgebroker.broker.refreshing import Refreshing
 from edgebroker.broker.session import Session
 from edgebroker.broker.snapshots import Snapshots
+from edgebroker.broker.tree import Tree
 from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, is_loopback, split_list
 from edgebroker.common.errors import Code, EdgeBrokerError
@@ -41,6 +42,7 @@ from edgebroker.network.http import HttpServer
 from edgebroker.network.loop import Loop
 from edgebroker.network.transport import Listener, listen
 from edgebroker.pipe.candidates import Candidates
+from edgebroker.pipe.report import MAX_BATCH_BYTES
 from edgebroker.pipe.stream import LogPosition
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.housekeeping import HousekeepingSettings
@@ -162,10 +164,25 @@ class Broker:
             config.pipe.max_children,
         )
         self.feeding.on_history_lost(self._history_lost)
-        self.piping = self._make_piping(node) if config.pipe.parents and not self.promoted else None
-        if config.pipe.parents and self.promoted:
+        self.tree = Tree(
+            self.engine,
+            self.loop,
+            clock,
+            self.metrics,
+            self.groups,
+            self.feeding,
+            config,
+            level=lambda: self.level,
+            problems=self.problems,
+            listening=lambda: self.http_address,
+            piping=lambda: self.piping,
+        )
+        follows = config.pipe.parents or config.pipe.registry
+        self.piping = self._make_piping(node) if follows and not self.promoted else None
+        if follows and self.promoted:
             log.warning(
-                "promoted to %s: pipe.parents and node.level are not followed (see edgebroker promote --undo)",
+                "promoted to %s: pipe.parents, pipe.registry and node.level are not followed (see edgebroker promote "
+                "--undo)",
                 self.level,
             )
         self.ranges = Ranges(self.engine)
@@ -194,6 +211,7 @@ class Broker:
         self._listen()
         self.ready = True
         self._sweep()
+        self.tree.start()
         if self.piping is not None:
             self.piping.start()
             self.healing.start()
@@ -239,7 +257,8 @@ class Broker:
             self._http.close()
             self.socket_path().unlink(missing_ok=True)
         self.publishing.stop()
-        clean = self.engine.close(5.0)
+        kept = self.tree.stop()
+        clean = self.engine.close(5.0) and kept
         self.loop.close()
         return clean
 
@@ -259,7 +278,10 @@ class Broker:
         self.tcp_address = tcp.getsockname()[:2]
         self._listeners.append(Listener(self.loop, tcp, self._accept, self._rested))
         self._http = HttpServer(
-            self.loop, Admin(self).handle, self._count_request, body_limits={"/v1/pipe": MAX_POLL_BYTES}
+            self.loop,
+            Admin(self).handle,
+            self._count_request,
+            body_limits={"/v1/pipe": MAX_POLL_BYTES, "/v1/tree/reports": 2 * MAX_BATCH_BYTES},
         )
         http = self._bind("listen.http", listen_config.http)
         self.http_address = http.getsockname()[:2]
@@ -371,7 +393,7 @@ class Broker:
         assert isinstance(engine, SegmentStore)
         candidates = Candidates(split_list(pipe.parents), random.uniform)
         moves = Moves(self.readers.cutting, self.readers.cut, self.readers.restarted)
-        return Piping(
+        piping = Piping(
             engine,
             self.loop,
             self.metrics,
@@ -381,7 +403,10 @@ class Broker:
             pipe.bytes_per_second,
             pipe.hours,
             moves,
+            self.tree.directed,
         )
+        self.tree.follow(engine, piping)
+        return piping
 
     @property
     def healing(self) -> Healing:
@@ -413,6 +438,7 @@ class Broker:
 
         def end_pipe() -> None:
             piping, self.piping = self.piping, None
+            self.tree.let_go()
             if piping is not None:
                 piping.stop()
 
@@ -440,7 +466,7 @@ class Broker:
             found["history_lost"] = "; ".join(self.publishing.lost.values())
         if self.piping is not None:
             found.update(self.piping.problems())
-        return found
+        return {**found, **self.tree.problems()}
 
     # ---- making the engine ----
 

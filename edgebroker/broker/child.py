@@ -15,6 +15,7 @@ from edgebroker.network.http import BodyWriter
 from edgebroker.network.transport import FileRange
 from edgebroker.pipe import stream
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Stopped, judge, same_chain
+from edgebroker.pipe.report import Assignment
 from edgebroker.pipe.stream import Kind, LogPosition, Patterns, Poll, Refusal, TopicInfo
 from edgebroker.storage.engine import Log
 from edgebroker.storage.log import Extent, Inline, NeedsDisk
@@ -64,6 +65,19 @@ class Child:
     @property
     def name(self) -> str:
         return self._poll.name
+
+    @property
+    def uid(self) -> str:
+        return self._poll.uid
+
+    def places(self) -> dict[object, int]:
+        """Up to where the child has been sent what it follows, by log."""
+        return {cursor.log: cursor.offset for cursor in self.feed.cursors.values()}
+
+    def direct(self, assignments: list[Assignment]) -> None:
+        """Pass word of the registry on."""
+        if self._out is not None and not self._out.closed:
+            self._out.send(stream.write_frame(Kind.TOPOLOGY, msgspec.json.encode(assignments)))
 
     def follows(self, partition: Log) -> bool:
         key = (partition.topic, partition.partition)

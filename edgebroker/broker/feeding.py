@@ -65,6 +65,7 @@ class Feeding:
         self._clock = clock
         self._node, self._path, self._max_children = node, path, max_children
         self.children: dict[Child, None] = {}
+        self._uids: dict[str, Child] = {}
         # Cursors that have everything, by log: only these are woken when it grows.
         self._idle: dict[Log, dict[FeedCursor, Child]] = {}
         # Children that are ahead of a log, and of what they have: when it comes there they are looked at again.
@@ -175,6 +176,22 @@ class Feeding:
             del asked[uid]
         return min((offset for offset, _ in asked.values()), default=None)
 
+    def child(self, uid: str) -> Child | None:
+        """The child of this uid, while it is connected."""
+        return self._uids.get(uid)
+
+    def behind(self, uid: str) -> float:
+        """Seconds since the oldest record that a child lacks became durable here (at least so many, where only the disk
+        knows)."""
+        worst, child = 0, self._uids.get(uid)
+        places = child.places() if child is not None else {}
+        for partition, asked in self._asked.items():
+            if uid in asked:
+                offset = places.get(partition, asked[uid][0])
+                if offset < partition.durable_end:
+                    worst = max(worst, self.engine.age_ms(partition, offset + 1), 1)
+        return worst / 1000
+
     def _measure(self) -> None:
         self.scheduler.call_later(MEASURE_SECONDS, self._measure)
         for child in self.children:
@@ -205,9 +222,12 @@ class Feeding:
 
     def joined(self, child: Child) -> None:
         self.children[child] = None
+        self._uids[child.uid] = child
 
     def left(self, child: Child, cursors: list[FeedCursor]) -> None:
         self.children.pop(child, None)
+        if self._uids.get(child.uid) is child:
+            del self._uids[child.uid]
         self._waiting.pop(child, None)
         for cursor in cursors:
             self._idle.get(cursor.log, {}).pop(cursor, None)  # type: ignore[call-overload]

@@ -11,9 +11,9 @@ from collections.abc import Callable
 
 import msgspec
 
+from edgebroker.broker.asking import Ask
 from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.ranges import MOST_BYTES, RangeRequest
-from edgebroker.network.httpclient import HttpClient
 from edgebroker.network.loop import Loop
 from edgebroker.storage.engine import Engine, Log
 
@@ -21,7 +21,6 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
-MOST_ERROR_BYTES = 2000
 # A fetch is given up when nothing came for so long, and when it takes so long in all.
 SILENCE_SECONDS, FETCH_SECONDS = 60.0, 3600.0
 
@@ -41,7 +40,7 @@ class Healing:
 
     def __init__(self, engine: Engine, loop: Loop, metrics: Metrics, parent: Callable[[], str]) -> None:
         self._engine, self._loop, self._metrics, self._parent = engine, loop, metrics, parent
-        self._busy: Fetch | None = None
+        self._busy: Ask | None = None
         # Logs for which the parent was of no help, and when it is asked again.
         self._pauses: dict[Log, tuple[float, float]] = {}
 
@@ -81,7 +80,17 @@ class Healing:
                 done(healed, "; ".join(errors))
                 return
             partition = waiting[0]
-            self._busy = Fetch(self._loop, source, partition, lambda data, error: fetched(partition, data, error))
+            self._busy = Ask(
+                self._loop,
+                source,
+                "POST",
+                "/v1/pipe/range",
+                msgspec.json.encode(_first_hole(partition)),
+                lambda status, data, error: fetched(partition, data, error),
+                most_bytes=MOST_BYTES + (16 << 20),
+                silence=SILENCE_SECONDS,
+                limit=FETCH_SECONDS,
+            )
 
         def fetched(partition: Log, data: bytes, error: str) -> None:
             if error or not data:
@@ -111,58 +120,12 @@ class Healing:
         following()
 
 
-class Fetch:
-    """One request for the first hole of a log: told(bytes, error), once."""
-
-    def __init__(self, loop: Loop, source: str, partition: Log, told: Callable[[bytes, str], None]) -> None:
-        hole = partition.holes[0]
-        first, following = partition.to_heal()
-        self._request = RangeRequest(
-            topic=partition.topic,
-            partition=partition.partition,
-            log_id=partition.identity.log_id,
-            first=first,
-            next=following,
-        )
-        assert hole.first == first
-        self._told: Callable[[bytes, str], None] | None = told
-        self._data = bytearray()
-        self._status = 0
-        self._loop, self._silence = loop, loop.call_later(SILENCE_SECONDS, self._silent)
-        self._limit = loop.call_later(FETCH_SECONDS, self._silent)
-        self._client = HttpClient(loop, self)
-        self._client.open(source)
-
-    def on_connected(self) -> None:
-        self._client.request("POST", "/v1/pipe/range", msgspec.json.encode(self._request))
-
-    def on_response(self, status: int, retry_after: float) -> None:
-        self._status = status
-
-    def on_body(self, data: memoryview) -> None:
-        self._silence.cancel()
-        self._silence = self._loop.call_later(SILENCE_SECONDS, self._silent)
-        self._data += data
-        if len(self._data) > MOST_BYTES + (16 << 20):
-            self._end(b"", "more came than was asked for")
-
-    def on_complete(self) -> None:
-        if self._status == 200:
-            self._end(bytes(self._data), "")
-        else:
-            text = bytes(self._data[:MOST_ERROR_BYTES]).decode(errors="replace").strip()
-            self._end(b"", f"it answered {self._status}: {text}")
-
-    def on_lost(self, reason: str) -> None:
-        self._end(b"", reason)
-
-    def _silent(self) -> None:
-        self._end(b"", "it does not go on with its answer")
-
-    def _end(self, data: bytes, error: str) -> None:
-        told, self._told = self._told, None
-        self._silence.cancel()
-        self._limit.cancel()
-        self._client.stop()
-        if told is not None:
-            told(data, error)
+def _first_hole(partition: Log) -> RangeRequest:
+    first, following = partition.to_heal()
+    return RangeRequest(
+        topic=partition.topic,
+        partition=partition.partition,
+        log_id=partition.identity.log_id,
+        first=first,
+        next=following,
+    )

@@ -47,6 +47,8 @@ class Metrics:
     redeliveries: int = 0
     refreshes_begun: int = 0
     refreshes_done: int = 0
+    reports_heard: int = 0
+    reports_sent: int = 0
     resets_announced: int = 0
     revocations: int = 0
     snapshots_completed: int = 0

@@ -14,17 +14,18 @@ from collections.abc import Callable, Iterable
 
 import msgspec
 
+from edgebroker.broker.asking import Ask
 from edgebroker.broker.feeding import Node
 from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.mirrors import Mirrors, Moves
-from edgebroker.broker.probe import Probe
 from edgebroker.common.batch import Reason
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicPartition
 from edgebroker.network.httpclient import RECEIVE_BYTES, HttpClient
 from edgebroker.network.loop import Loop, TimerHandle
 from edgebroker.pipe.candidates import Candidates
-from edgebroker.pipe.follower import Changed, Event, Follower, Greeted, Line, Taken
+from edgebroker.pipe.follower import Changed, Directed, Event, Follower, Greeted, Line, Taken
+from edgebroker.pipe.report import Assignment
 from edgebroker.storage.engine import Log, MirrorEngine
 
 log = logging.getLogger(__name__)
@@ -50,9 +51,10 @@ class Piping:
         bytes_per_second: int,
         hours: str,
         moves: Moves,
+        directed: Callable[[list[Assignment]], None],
     ) -> None:
         self._engine, self._loop, self._metrics, self._node = engine, loop, metrics, node
-        self._candidates, self._cap = candidates, bytes_per_second
+        self.candidates, self._cap, self._directed = candidates, bytes_per_second, directed
         self._follower = Follower(node.uid, node.name, node.level, patterns, self, hours)
         receive_bytes = max(4 << 10, min(RECEIVE_BYTES, bytes_per_second or RECEIVE_BYTES))
         self._client = HttpClient(loop, self, receive_bytes)
@@ -70,6 +72,8 @@ class Piping:
         self._pause_seconds = POLL_GAP_SECONDS
         self._taken_before = -1
         self.connected = False
+        # Grows with every connection that a parent answered.
+        self.connections = 0
         self.path: list[str] = []
         self.parent_name = ""
         self.last_error = ""
@@ -90,8 +94,12 @@ class Piping:
 
     def _open(self) -> None:
         self._timer = None
-        if not self.stopped:
-            self._client.open(self._candidates.current)
+        if self.stopped:
+            return
+        if self.candidates.current:
+            self._client.open(self.candidates.current)
+        else:
+            self._timer = self._loop.call_later(RETRY_SECONDS, self._open)  # until the registry names one
 
     def _watch(self) -> None:
         """Once a second: a parent that fell silent, one that is behind for too long, a better one."""
@@ -103,18 +111,25 @@ class Piping:
         listening = transport is not None and not transport.paused
         if listening and now - self._last_heard > SILENT_SECONDS:
             self._client.close("the parent is silent")
-        if self._candidates.behind(now, self.connected and self._follower.lacking) and self._candidates.move_on():
-            log.warning("%s lacks what this node has; trying %s", self.parent_name, self._candidates.current)
+        if self.candidates.behind(now, self.connected and self._follower.lacking) and self.candidates.move_on():
+            log.warning("%s lacks what this node has; trying %s", self.parent_name, self.candidates.current)
             self.again("it is behind")
-        for address in self._candidates.to_probe(now):
-            Probe(self._loop, address, self._probed)
+        for address in self.candidates.to_probe(now):
+            Ask(
+                self._loop,
+                address,
+                "GET",
+                "/healthz",
+                b"",
+                lambda status, body, error, address=address: self._probed(address, status == 200),  # type: ignore[misc]
+            )
         self._flush()
-        self._metrics.pipe_failovers = self._candidates.failovers
+        self._metrics.pipe_failovers = self.candidates.failovers
         self._metrics.pipe_bytes_in = self._follower.bytes_taken
         self._metrics.pipe_bytes_wasted = self._follower.bytes_wasted
 
     def _probed(self, address: str, healthy: bool) -> None:
-        if not self.stopped and self._candidates.probed(address, healthy, self._loop.now()):
+        if not self.stopped and self.candidates.probed(address, healthy, self._loop.now()):
             log.info("back to %s", address)
             self.again("a better parent is back")
 
@@ -156,10 +171,10 @@ class Piping:
             self._reconnecting = False
             wait = POLL_GAP_SECONDS
         else:
-            self.last_error = f"{self._candidates.current}: {reason}"
+            self.last_error = f"{self.candidates.current}: {reason}"
             self._metrics.pipe_lost += 1
             (log.warning if was else log.info)("no connection to the parent %s", self.last_error)
-            wait = max(self._candidates.failed(), self._retry_after)
+            wait = max(self.candidates.failed(), self._retry_after)
         self._retry_after = 0.0
         if self._timer is None:
             self._timer = self._loop.call_later(wait, self._open)
@@ -262,16 +277,19 @@ class Piping:
                 self._greeted(event)
             elif isinstance(event, Changed):
                 self._changed(event)
+            elif isinstance(event, Directed):
+                self._directed(event.assignments)
             else:
                 self._mirrors.do(event)
 
     def _greeted(self, event: Greeted) -> None:
         hello = event.hello
         if not self.connected:
-            log.info("the parent is %s (%s) at %s", hello.name, hello.level, self._candidates.current)
+            self.connections += 1
+            log.info("the parent is %s (%s) at %s", hello.name, hello.level, self.candidates.current)
         self.connected, self.last_error = True, ""
         self.path, self.parent_name = [hello.uid, *hello.path], hello.name
-        self._candidates.answered()
+        self.candidates.answered()
         for info in hello.topics:
             self._mirrors.offered(info)
 
@@ -308,7 +326,7 @@ class Piping:
     @property
     def address(self) -> str:
         """Where the parent is."""
-        return self._candidates.current
+        return self.candidates.current
 
     def problems(self) -> dict[str, str]:
         """What an operator should see."""
@@ -324,10 +342,10 @@ class Piping:
         """For /v1/pipe."""
         return {
             "connected": self.connected,
-            "address": self._candidates.current,
+            "address": self.candidates.current,
             "name": self.parent_name,
             "path": self.path,
-            "candidates": self._candidates.addresses,
+            "candidates": self.candidates.addresses,
             "error": self.last_error,
             "heard_seconds_ago": round(self._loop.now() - self._last_heard, 3) if self._last_heard else None,
             "logs": [_describe(line) for line in self._follower.lines.values()],

@@ -25,6 +25,8 @@ from edgebroker.storage import files
 from edgebroker.storage.directory import RESTORED
 from edgebroker.storage.identity import Identity, write_identity
 from edgebroker.storage.meta import GroupOffset, write_offsets_snapshot
+from edgebroker.storage.registry import FILE as REGISTRY
+from edgebroker.storage.registry import copy_registry
 
 MANIFEST = "BACKUP"
 TRIES = 5
@@ -71,6 +73,8 @@ def restore(options: argparse.Namespace) -> int:
     for name in ("FORMAT", "offsets.snap", *(() if options.preload else ("node",))):
         files.write_durable(building / name, (source / name).read_bytes())
     if not options.preload:
+        if (source / REGISTRY).exists():
+            copy_registry(source / REGISTRY, building / REGISTRY)
         files.write_durable(building / RESTORED, b"")
     if target.exists():
         target.rmdir()
@@ -105,6 +109,9 @@ def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
     }
     files.make_directory(target)
     write_offsets_snapshot(target / "offsets.snap", offsets)
+    registry = source / REGISTRY
+    if registry.exists():
+        copy_registry(registry, target / REGISTRY)
     for name in ("FORMAT", "node"):
         files.write_durable(target / name, (source / name).read_bytes())
     manifest = {"made_ms": SystemClock().wall_ms(), "uid": found["uid"], "logs": logs}

@@ -55,6 +55,8 @@ def build_parser() -> Parser:
     _promote(verbs)
     _backup(verbs)
     _admin(_verb(verbs, "pipe", "show the parent of a node, what it lacks, and the children it feeds", "pipe", "pipe"))
+    _tree(verbs)
+    _node(verbs)
     _group(verbs)
     _dlq(verbs)
     _log(verbs)
@@ -182,6 +184,51 @@ def _promote(verbs) -> None:  # type: ignore[no-untyped-def]
     promote.add_argument("--level", default="root", help="level that the node gets (default root)")
     promote.add_argument("--undo", action="store_true", help="from the next start on the configuration counts again")
     _admin(promote)
+
+
+def _label(parser: Parser) -> None:
+    parser.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="only nodes with this label; region, level and name count as labels; more than once: all of them",
+    )
+
+
+def _tree(verbs) -> None:  # type: ignore[no-untyped-def]
+    tree = _verb(verbs, "tree", "show the nodes below one: how many, and which are silent or behind", "tree", "tree")
+    tree.add_argument("--all", action="store_true", help="every node, not only the worst 20")
+    tree.add_argument("--watch", action="store_true", help="again every five seconds, until Ctrl-C")
+    _label(tree)
+    _admin(tree)
+    wait = _verb(verbs, "wait", "wait until every terminal has applied a topic up to an offset", "tree", "wait")
+    wait.add_argument("--topic", required=True)
+    wait.add_argument("--offset", type=int, default=-1, help="up to this next offset; without it: where it ends now")
+    wait.add_argument("--partition", type=int, default=-1, help="only this partition (with --offset: 0)")
+    wait.add_argument("--group", default="", help="only this group has to have applied it; without it all of a node")
+    wait.add_argument("--mirrored", action="store_true", help="it is enough that the node has it")
+    wait.add_argument(
+        "--timeout", default="30m", metavar="TIME", help="as 90s, 30m, 12h; then exit with 1 (default 30m)"
+    )
+    _label(wait)
+    _admin(wait)
+
+
+def _node(verbs) -> None:  # type: ignore[no-untyped-def]
+    node = _family(verbs, "node", "move nodes between parents, at the node that keeps the registry")
+    for name, text in (
+        ("pin", "give a node parents of its own"),
+        ("unpin", "let the registry choose again"),
+        ("drain", "move the children of a node elsewhere"),
+        ("undrain", "let a node have children again"),
+        ("remove", "forget a node that is silent"),
+    ):
+        verb = _verb(node, name, text, "tree", name)
+        verb.add_argument("name", help="name or uid of the node")
+        if name == "pin":
+            verb.add_argument("parent", nargs="+", help="names or uids of its parents, the best first")
+        _admin(verb)
 
 
 def _backup(verbs) -> None:  # type: ignore[no-untyped-def]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 import ipaddress
 import os
+import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,16 +24,21 @@ from edgebroker.common.errors import ConfigError
 from edgebroker.common.hours import parse_hours
 
 MIB = 1 << 20
+# What a node says about itself has to fit into its report.
+MAX_LABELS, MAX_LABEL_LENGTH = 8, 40
 Level = Literal["root", "l2", "l3", "pos", "local"]
 EngineName = Literal["segment", "memory"]
 
 _Bytes = Annotated[int, Meta(ge=0)]
 _Ms = Annotated[int, Meta(ge=0)]
+_REGION = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 
 class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(description="display name of the node; empty: the host name")] = ""
+    name: Annotated[str, Meta(max_length=100, description="display name of the node; empty: the host name")] = ""
     level: Annotated[Level, Meta(description="place of the node in the tree")] = "root"
+    region: Annotated[str, Meta(max_length=120, description="where the node stands, from the whole to the part, as `north/store-12`; a pos feeds only nodes of its own region")] = ""  # fmt: skip  # noqa: E501
+    labels: Annotated[str, Meta(description="what else is known about the node, as `format=express,wave=1`; at most 8")] = ""  # fmt: skip  # noqa: E501
     data_dir: Annotated[str, Meta(min_length=1, description="where everything is stored")] = "edgebroker-data"
 
 
@@ -92,10 +98,16 @@ class DeliveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class PipeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     parents: Annotated[str, Meta(description="HOST:PORT of the parent's HTTP interface; several with commas, the best first; empty: this node has none")] = ""  # fmt: skip  # noqa: E501
+    registry: Annotated[str, Meta(description="HOST:PORT of nodes through which the registry can be asked for a parent; several with commas; empty: only pipe.parents counts")] = ""  # fmt: skip  # noqa: E501
+    address: Annotated[str, Meta(description="HOST:PORT under which children reach this node; empty: listen.http, with the host name where that listens on all addresses")] = ""  # fmt: skip  # noqa: E501
     topics: Annotated[str, Meta(description="topics to mirror: names or patterns (*, ?, [...]), separated by commas")] = "*"  # fmt: skip  # noqa: E501
     bytes_per_second: Annotated[_Bytes, Meta(description="take at most this much from the parent; 0: no limit")] = 0
     hours: Annotated[str, Meta(description="hours in which topics that are not urgent are taken, by the parent's clock, as `22:00-06:00`; several with commas; empty: always")] = ""  # fmt: skip  # noqa: E501
     max_children: Annotated[int, Meta(ge=0, le=100_000, description="children that are fed at a time; 0: none")] = 4096
+
+
+class RegistryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    enabled: Annotated[bool, Meta(description="keep the registry of all nodes here and tell them their parents; at one node, normally the root")] = False  # fmt: skip  # noqa: E501
 
 
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -112,6 +124,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     limits: LimitsConfig = LimitsConfig()
     delivery: DeliveryConfig = DeliveryConfig()
     pipe: PipeConfig = PipeConfig()
+    registry: RegistryConfig = RegistryConfig()
     log: LogConfig = LogConfig()
 
 
@@ -229,17 +242,27 @@ def _check_meaning(config: Config) -> list[str]:
                 f"listen.{key} = {address!r}: other machines could read and write everything, there is no TLS or "
                 "authentication yet; listen on 127.0.0.1, or set listen.allow_insecure = true"
             )
-    for address in split_list(config.pipe.parents):
-        if not is_address(address):
-            problems.append(f"pipe.parents: {address!r}: HOST:PORT is expected, for example hub.example:7421")
+    for key in ("parents", "registry", "address"):
+        for address in split_list(getattr(config.pipe, key)):
+            if not is_address(address):
+                problems.append(f"pipe.{key}: {address!r}: HOST:PORT is expected, for example hub.example:7421")
+    if config.node.region and not _REGION.fullmatch(config.node.region):
+        problems.append(f"node.region = {config.node.region!r}: names with slashes between them, as north/store-12")
+    try:
+        parse_labels(config.node.labels)
+    except ValueError as error:
+        problems.append(f"node.labels: {error}")
     try:
         parse_hours(config.pipe.hours)
     except ValueError as error:
         problems.append(f"pipe.hours: {error}")
-    if config.pipe.parents and config.node.level == "root":
-        problems.append("pipe.parents: a root node has no parent; set node.level to l2, l3, pos or local")
-    if config.pipe.parents and config.storage.engine != "segment":
-        problems.append("pipe.parents: only the segment engine can mirror a parent; set storage.engine = segment")
+    for key in ("parents", "registry"):
+        if getattr(config.pipe, key) and config.node.level == "root":
+            problems.append(f"pipe.{key}: a root node has no parent; set node.level to l2, l3, pos or local")
+        if getattr(config.pipe, key) and config.storage.engine != "segment":
+            problems.append(f"pipe.{key}: only the segment engine can mirror a parent; set storage.engine = segment")
+    if config.registry.enabled and config.storage.engine != "segment":
+        problems.append("registry.enabled: a node in memory keeps no registry; set storage.engine = segment")
     limits = config.limits
     if limits.max_record_bytes > limits.max_batch_bytes:
         problems.append("limits.max_record_bytes: a record cannot be larger than limits.max_batch_bytes")
@@ -261,6 +284,19 @@ def _fill(config: Config, environment: Mapping[str, str]) -> Config:
 def split_list(text: str) -> list[str]:
     """What stands between the commas of a text."""
     return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def parse_labels(text: str) -> dict[str, str]:
+    """NAME=VALUE, with commas between them. Raises ValueError for what is none, or too much."""
+    labels = {}
+    for part in split_list(text):
+        name, equals, value = part.partition("=")
+        if not equals or not name or not value or max(len(name), len(value)) > MAX_LABEL_LENGTH:
+            raise ValueError(f"{part!r}: NAME=VALUE is expected, each at most {MAX_LABEL_LENGTH} characters")
+        labels[name.strip()] = value.strip()
+    if len(labels) > MAX_LABELS:
+        raise ValueError(f"at most {MAX_LABELS} labels, not {len(labels)}")
+    return labels
 
 
 def _plain_type(annotation: Any) -> Any:

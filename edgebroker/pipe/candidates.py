@@ -45,6 +45,12 @@ class Candidates:
         self._healthy_since.clear()
         return self.current != before
 
+    def prefer_first(self) -> bool:
+        """Ask the first of the list; True when that is another one than now."""
+        moved, self._current = self._current != 0, 0
+        self._failures, self._behind_since = 0, None
+        return moved
+
     def answered(self) -> None:
         """The current parent takes part: data, or a sound 'nothing new'."""
         self._failures = 0

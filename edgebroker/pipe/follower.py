@@ -19,9 +19,10 @@ from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.types import TopicPartition
 from edgebroker.pipe.divergence import Search
+from edgebroker.pipe.report import Assignment
 from edgebroker.pipe.stream import Flags, Frame, FrameReader, Hello, Kind, LogPosition, Patterns, Point, Poll, Refusal
 
-T = TypeVar("T", Hello, Refusal)
+T = TypeVar("T")
 LEVELS = ("root", "l2", "l3", "pos", "local")
 
 
@@ -68,6 +69,12 @@ class Greeted(NamedTuple):
     hello: Hello
 
 
+class Directed(NamedTuple):
+    """Word of the registry, for this node or for those below it."""
+
+    assignments: list[Assignment]
+
+
 class Compare(NamedTuple):
     """The parent ends at `offset`: is the chain there the same in our log? Answer with compared()."""
 
@@ -105,7 +112,7 @@ class Changed(NamedTuple):
     code: str
 
 
-Event = Greeted | Compare | Look | Cut | Restart | Changed
+Event = Greeted | Directed | Compare | Look | Cut | Restart | Changed
 
 
 class Follower:
@@ -184,6 +191,8 @@ class Follower:
                 yield self._hello(_decode(payload, Hello))
             elif frame.kind == Kind.STATE:
                 yield from self._refused(self._line(frame), _decode(payload, Refusal))
+            elif frame.kind == Kind.TOPOLOGY:
+                yield Directed(_decode(payload, list[Assignment]))
 
     def _line(self, frame: Frame) -> Line:
         if frame.line >= len(self._polled):
@@ -336,4 +345,4 @@ def _decode(payload: memoryview, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(payload, type=kind)
     except msgspec.DecodeError as error:
-        raise RemoteProtocolError(f"the parent sent what is no {kind.__name__}: {error}") from error
+        raise RemoteProtocolError(f"the parent sent what is no {kind}: {error}") from error

@@ -3,7 +3,7 @@
 The poll is JSON. The answer is a stream of frames; every frame begins with 32 bytes, big-endian:
 
      0  u32  bytes of payload behind this header
-     4  u8   kind: 1 HELLO, 2 DATA, 3 STATE, 4 IDLE
+     4  u8   kind: 1 HELLO, 2 DATA, 3 STATE, 4 IDLE, 5 TOPOLOGY
      5  u8   flags of DATA: 1 CONTINUES (goes on where the last DATA of this line ended), 2 CHAINED (`chain` is told)
      6  u16  line: which entry of the poll's `logs` it is about
      8  u32  chain checksum before the batch at `offset`
@@ -11,7 +11,8 @@ The poll is JSON. The answer is a stream of frames; every frame begins with 32 b
     20  u32  bytes of that batch before the payload
     24  i64  durable end of the log at the parent
 
-HELLO and STATE carry JSON (Hello, Refusal), DATA stored bytes, which may end anywhere, IDLE nothing.
+HELLO and STATE carry JSON (Hello, Refusal), TOPOLOGY a list of Assignment (pipe/report.py), DATA stored bytes, which
+may end anywhere, IDLE nothing.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Kind(IntEnum):
     DATA = 2
     STATE = 3
     IDLE = 4
+    TOPOLOGY = 5
 
 
 class Flags(IntFlag):

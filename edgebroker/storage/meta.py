@@ -40,6 +40,7 @@ CREATE TABLE IF NOT EXISTS windows (topic TEXT, partition INTEGER, producer_id I
     entries BLOB, PRIMARY KEY (topic, partition, producer_id)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS window_marks (topic TEXT, partition INTEGER, below INTEGER,
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS topology (rank INTEGER PRIMARY KEY, address TEXT);
 """
 VERSION = 4
 _FROM_VERSION_3 = "ALTER TABLE group_offsets ADD COLUMN moved_end INTEGER DEFAULT -1;"
@@ -124,6 +125,7 @@ class MetaState:
         self.group_offsets: dict[GroupKey, GroupOffset] = {}
         self.producers: dict[str, tuple[int, int]] = {}
         self.windows: dict[PartitionKey, Windows] = {}
+        self.topology: list[str] = []
 
 
 class MetaChanges:
@@ -136,11 +138,11 @@ class MetaChanges:
         self.group_offsets: dict[GroupKey, GroupOffset | None] = {}
         self.producers: dict[str, tuple[int, int]] = {}
         self.windows: dict[PartitionKey, Windows] = {}
+        self.topology: list[str] | None = None
 
     def __bool__(self) -> bool:
-        return bool(
-            self.checkpoints or self.segments or self.holes or self.group_offsets or self.producers or self.windows
-        )
+        tables = (self.checkpoints, self.segments, self.holes, self.group_offsets, self.producers, self.windows)
+        return any(tables) or self.topology is not None
 
     def absorb(self, later: "MetaChanges") -> None:
         """Put later changes on top of these (after a transaction that failed)."""
@@ -150,6 +152,8 @@ class MetaChanges:
         self.group_offsets.update(later.group_offsets)
         self.producers.update(later.producers)
         self.windows.update(later.windows)
+        if later.topology is not None:
+            self.topology = later.topology
 
 
 class MetaDatabase:
@@ -229,6 +233,9 @@ class MetaDatabase:
             cursor.execute("DELETE FROM windows WHERE topic=? AND partition=?", key)
             cursor.executemany("INSERT INTO windows VALUES (?,?,?,?,?,?)", [(*key, *row) for row in windows.producers])
             cursor.execute("REPLACE INTO window_marks VALUES (?,?,?)", (*key, windows.below))
+        if changes.topology is not None:
+            cursor.execute("DELETE FROM topology")
+            cursor.executemany("INSERT INTO topology VALUES (?,?)", list(enumerate(changes.topology)))
 
     def _read_only(self) -> MetaState | None:
         """What the database file itself holds, without its write-ahead log; None when that is not readable either.
@@ -270,6 +277,7 @@ class MetaDatabase:
             state.windows[topic, partition] = Windows(below, [])
         for topic, partition, *row in connection.execute("SELECT * FROM windows"):
             state.windows[topic, partition].producers.append((row[0], row[1], row[2], row[3]))
+        state.topology = _topology(connection)
         return state
 
     def _connect(self) -> None:
@@ -305,6 +313,13 @@ class MetaDatabase:
             path = self._path.with_name(self._path.name + suffix)
             if path.exists():
                 path.rename(path.with_name(f"{self._path.name}.corrupt-{stamp}{suffix}"))
+
+
+def _topology(connection: sqlite3.Connection) -> list[str]:
+    """Also of a database of the release before, which had none, and which a full disk keeps from being upgraded."""
+    if connection.execute("SELECT 1 FROM sqlite_master WHERE name='topology'").fetchone() is None:
+        return []
+    return [address for (address,) in connection.execute("SELECT address FROM topology ORDER BY rank")]
 
 
 def _group_offset(row: list[Any]) -> GroupOffset:

@@ -82,6 +82,7 @@ class SegmentStore:
         )
         self._creating: dict[str, list[Done]] = {}
         self._producers: dict[str, tuple[int, int]] = {}
+        self.topology: list[str] = []
         self._path = path
         self._ages = Ages(clock)
 
@@ -96,7 +97,7 @@ class SegmentStore:
         if not self._directory.was_clean:
             log.info("no clean stop before this start: the logs are checked from their last checkpoints on")
         state = self._metadata.load()
-        self._producers = state.producers
+        self._producers, self.topology = state.producers, state.topology
         for topic_path in sorted(self._directory.topics.iterdir()):
             if topic_path.is_dir():
                 logs = self._opener.open_topic(topic_path, state)
@@ -512,6 +513,11 @@ class SegmentStore:
 
     def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
         self._producers[client_id] = self._metadata.changes.producers[client_id] = (producer_id, epoch)
+        self._metadata.touch()
+
+    def store_topology(self, addresses: list[str]) -> None:
+        """Remember where the registry said that parents are to be found."""
+        self.topology = self._metadata.changes.topology = addresses
         self._metadata.touch()
 
     # ---- state ----

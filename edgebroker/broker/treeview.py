@@ -1,0 +1,248 @@
+"""The tree as an operator sees it from one node: how many are there, behind, silent; who has applied what.
+
+Everything is worked out from the reports when it is asked for, some hundred nodes a turn: nothing else waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from heapq import nlargest
+from typing import Any
+
+import msgspec
+
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.network.http import Reply, Response
+from edgebroker.pipe.fleet import Fleet, Member, matches
+from edgebroker.pipe.follower import LEVELS
+from edgebroker.pipe.report import Report
+
+SLICE = 200
+PAGE = 500
+WORST = 20
+MOST_MISSING = 100
+BEHIND_SECONDS = 60.0
+Query = dict[str, list[str]]
+
+
+class TreeView:
+    """Owned by the loop thread. `uid` and `name` are this node's; `decided` tells what an operator decided about a
+    node."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        fleet: Fleet,
+        uid: str,
+        name: str,
+        decided: Callable[[str], dict[str, object]],
+    ) -> None:
+        self._scheduler, self._fleet, self._decided = scheduler, fleet, decided
+        self._uid, self._name = uid, name
+
+    def summary(self, query: Query, reply: Reply) -> None:
+        """GET /v1/tree: counts by level and label, and the worst nodes."""
+        wanted = _labels(query)
+        levels: dict[str, dict[str, int]] = {}
+        labels: dict[str, dict[str, int]] = {}
+        names = self._names()
+        worst: list[dict[str, Any]] = []
+
+        def take(member: Member) -> None:
+            if not matches(member, wanted):
+                return
+            node = self._node(member, names)
+            groups = [f"{key}={value}" for key, value in member.labels.items()]
+            groups += [f"region={member.region.partition('/')[0]}"] if member.region else []
+            for counts in (
+                levels.setdefault(member.level, _counts()),
+                *(labels.setdefault(group, _counts()) for group in groups),
+            ):
+                counts["nodes"] += 1
+                for state in ("silent", "behind", "applying", "problems"):
+                    counts[state] += bool(state in node["states"])
+            if node["states"]:
+                worst.append(node)
+                if len(worst) > 50 * WORST:
+                    worst[:] = nlargest(WORST, worst, key=_badness)
+
+        def done() -> None:
+            reply(
+                Response(
+                    200,
+                    {
+                        "node": self._name,
+                        "levels": {level: levels[level] for level in LEVELS if level in levels},
+                        "labels": dict(sorted(labels.items())),
+                        "worst": nlargest(WORST, worst, key=_badness),
+                        "refused": self._fleet.refused,
+                    },
+                )
+            )
+
+        self._each(list(self._fleet.members.values()), take, done)
+
+    def nodes(self, query: Query, reply: Reply) -> None:
+        """GET /v1/tree/nodes: a page of all of them, in the order of their uids, behind `after`."""
+        wanted, after = _labels(query), query.get("after", [""])[0]
+        names = self._names()
+        found: list[dict[str, Any]] = []
+        page: list[Member] = []
+        for uid in sorted(uid for uid in self._fleet.members if uid > after):
+            member = self._fleet.members[uid]
+            if matches(member, wanted):
+                page.append(member)
+                if len(page) > PAGE:
+                    break
+
+        def take(member: Member) -> None:
+            found.append({**self._node(member, names), "topics": msgspec.to_builtins(member.report().topics)})
+
+        def done() -> None:
+            last = page[PAGE - 1].uid if len(page) > PAGE else ""
+            reply(Response(200, {"nodes": found, "after": last}))
+
+        self._each(page[:PAGE], take, done)
+
+    def applied(self, query: Query, reply: Reply) -> None:
+        """GET /v1/tree/applied: which nodes have a topic up to an offset, and have applied it."""
+        try:
+            topic = query["topic"][0]
+            wanted_ends = {int(p): int(o) for p, _, o in (text.partition(":") for text in query.get("end", []))}
+        except (KeyError, ValueError):
+            reply(Response(400, {"error": "topic=NAME and end=PARTITION:OFFSET (as often as need be) are expected"}))
+            return
+        group, mirrored = query.get("group", [""])[0], "mirrored" in query
+        wanted = {"level": "local", **_labels(query)}
+        counts = {"nodes": 0, "done": 0}
+        missing: list[dict[str, object]] = []
+
+        def take(member: Member) -> None:
+            if not matches(member, wanted):
+                return
+            counts["nodes"] += 1
+            why = _lacks(member.report(), topic, wanted_ends, group, mirrored)
+            if not why:
+                counts["done"] += 1
+                return
+            silent = self._fleet.silent_for(member, self._scheduler.now())
+            if len(missing) < MOST_MISSING:
+                missing.append({"uid": member.uid, "name": member.name, "why": why, "silent_seconds": round(silent, 1)})
+
+        members = list(self._fleet.members.values())
+        self._each(members, take, lambda: reply(Response(200, {**counts, "missing": missing})))
+
+    # ---- one node ----
+
+    def _node(self, member: Member, names: dict[str, int]) -> dict[str, Any]:
+        now, report = self._scheduler.now(), member.report()
+        silent, lag = self._fleet.silent_for(member, now), self._fleet.lag(member, now)
+        waiting = {
+            f"{topic.name} {group.name}": sum(
+                max(0, end - max(0, applied)) for end, applied in zip(topic.ends, group.applied, strict=False)
+            )
+            for topic in report.topics
+            for group in topic.groups
+        }
+        problems = list(report.problems)
+        letters = sum(topic.dead_letters for topic in report.topics)
+        if letters:
+            problems.append(f"{letters} dead letters")
+        if member.twins(now):
+            problems.append("uid_in_use")
+        if silent < 0 and names.get(member.name, 0) > 1:
+            problems.append("name_in_use")
+        if abs(member.skew) >= 60:
+            problems.append(f"clock {member.skew:+d} s")
+        refreshing = any(group.refreshing for topic in report.topics for group in topic.groups)
+        states = {
+            "silent": silent >= 0,
+            "behind": lag >= BEHIND_SECONDS,
+            "applying": any(waiting.values()) or refreshing,
+            "problems": bool(problems),
+        }
+        parent = self._fleet.members.get(member.parent)
+        return {
+            "uid": member.uid,
+            "name": member.name,
+            "level": member.level,
+            "region": member.region,
+            "labels": member.labels,
+            "version": report.version,
+            "address": member.address,
+            "parent": self._name
+            if member.parent == self._uid
+            else parent.name
+            if parent is not None
+            else member.parent,
+            "managed": member.managed,
+            "silent_seconds": round(silent, 1),
+            "lag_seconds": round(lag, 1),
+            "waiting": {name: count for name, count in waiting.items() if count},
+            "problems": problems,
+            "skew_seconds": member.skew,
+            "disk_free_percent": report.disk_free_percent,
+            "disk_days": report.disk_days,
+            "left_out": report.left_out,
+            "states": [state for state, holds in states.items() if holds],
+            **self._decided(member.uid),
+        }
+
+    def _names(self) -> dict[str, int]:
+        """How many connected nodes go by a name."""
+        found: dict[str, int] = {}
+        for member in self._fleet.members.values():
+            if member.silent_since is None:
+                found[member.name] = found.get(member.name, 0) + 1
+        return found
+
+    def _each(self, members: list[Member], take: Callable[[Member], None], done: Callable[[], None]) -> None:
+        def turn(first: int) -> None:
+            for member in members[first : first + SLICE]:
+                take(member)
+            if first + SLICE < len(members):
+                self._scheduler.call_later(0.0, lambda: turn(first + SLICE))
+            else:
+                done()
+
+        turn(0)
+
+
+def _lacks(report: Report, topic: str, ends: dict[int, int], group: str, mirrored: bool) -> str:
+    """Why a node has not applied a topic up to these offsets; "" when it has."""
+    found = next((one for one in report.topics if one.name == topic), None)
+    if found is None:
+        return "no room for the topic in its report; ask it itself" if report.left_out else "does not have the topic"
+    for partition, end in ends.items():
+        here = found.ends[partition] if partition < len(found.ends) else -1
+        if here < end:
+            return f"partition {partition} ends at {max(here, 0)}"
+    groups = [one for one in found.groups if group in ("", one.name)]
+    if mirrored:
+        return ""
+    if not groups:
+        return f"no group {group}".rstrip() + " reads it"
+    for one in groups:
+        if one.refreshing:
+            return f"group {one.name} is refreshing"
+        for partition, end in ends.items():
+            if one.applied[partition] < end:
+                return f"group {one.name} is at {max(0, one.applied[partition])} of partition {partition}"
+    return ""
+
+
+def _labels(query: Query) -> dict[str, str]:
+    return dict(text.partition("=")[::2] for text in query.get("label", []))
+
+
+def _counts() -> dict[str, int]:
+    return {"nodes": 0, "silent": 0, "behind": 0, "applying": 0, "problems": 0}
+
+
+def _badness(node: dict[str, Any]) -> tuple[float, float, int, int]:
+    return (
+        node["silent_seconds"],
+        node["lag_seconds"],
+        len(node["problems"]),
+        sum(node["waiting"].values()),
+    )

@@ -1,0 +1,202 @@
+"""All nodes below one, as far as it has heard of them: what they say of themselves, and which of them are silent.
+
+Reports come up the tree from node to node; nothing is sent while nothing changes. Who is alive follows from who is
+connected: a node says which of its children it lost, and what it had said before about those that it did not lose is
+still true. So a node at the end of a line that is cut is as silent as the line. No socket, no file, no clock.
+
+Which of two reports about a node is the newer one: the higher number of the same run of it; of two runs the one that
+arrived last, but word of a lost node never wins over that of a connected one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+
+import msgspec
+
+from edgebroker.pipe.report import NodeState, Report
+
+MAX_NODES = 65_536
+# Two machines with the same identity speak in turns, each with the name of its own run.
+TWIN_TURNS, TWIN_SECONDS = 3, 600.0
+
+
+class Member:
+    """A node below. `route` is the uid of the child through which it is reached (its own when it is one), "" when it
+    was only heard of. `silent_since` and `behind_at` are monotonic seconds here; `runs` are those before
+    the present one, `turns` when an earlier one came back."""
+
+    __slots__ = (
+        "address", "behind", "behind_at", "boot", "candidates", "labels", "level", "managed", "name", "number",
+        "parent", "raw", "region", "route", "runs", "silent_since", "skew", "turns", "uid",
+    )  # fmt: skip
+
+    def __init__(self, uid: str) -> None:
+        self.uid = uid
+        self.raw: bytes = b""
+        self.route = ""
+        self.silent_since: float | None = None
+        self.behind = self.behind_at = 0.0
+        self.skew = 0
+        self.runs: tuple[str, ...] = ()
+        self.turns: tuple[float, ...] = ()
+
+    def say(self, report: Report, raw: bytes) -> None:
+        """Take over a report."""
+        self.raw, self.name, self.address = raw, report.name, report.address
+        self.level, self.region = sys.intern(report.level), sys.intern(report.region)
+        self.labels, self.parent = report.labels, sys.intern(report.parent)
+        self.boot, self.number = report.boot, report.number
+        self.managed, self.candidates = report.managed, report.candidates
+
+    def report(self) -> Report:
+        """The report as it was made; decoded again, for thousands of them are kept."""
+        return msgspec.json.decode(self.raw, type=Report)
+
+    def another_run(self, boot: str, now: float) -> None:
+        """A run that was there before, and is back behind a later one: two machines with one identity."""
+        if boot in self.runs:
+            self.turns = (*self.turns[1 - TWIN_TURNS :], now)
+        self.runs = (*self.runs[-3:], self.boot)
+
+    def twins(self, now: float) -> bool:
+        """Do two machines use this identity?"""
+        return len(self.turns) == TWIN_TURNS and now - self.turns[0] < TWIN_SECONDS
+
+    def lag(self, now: float) -> float:
+        """Seconds that the node is behind the one above it, by now."""
+        return self.behind + (now - self.behind_at) if self.behind else 0.0
+
+
+class Fleet:
+    """Owned by the loop thread. `top` is the uid of the node that keeps it."""
+
+    def __init__(self, top: str) -> None:
+        self._top = top
+        self.members: dict[str, Member] = {}
+        # What the node above has not been told yet, in the order in which it changed.
+        self._changed: dict[str, None] = {}
+        # Runs of nodes that an operator removed: that they are lost is no news.
+        self.removed: dict[str, str] = {}
+        self.refused = 0
+
+    def take(self, state: NodeState, route: str, now: float) -> Member | None:
+        """Hear of a node; the member when that was news. Raises msgspec.DecodeError for what is no report."""
+        raw = bytes(state.report)
+        report = msgspec.json.decode(raw, type=Report)
+        silent = state.silent >= 0
+        if report.uid == self._top or (silent and self.removed.get(report.uid) == report.boot):
+            return None
+        member = self.members.get(report.uid)
+        if member is None:
+            if len(self.members) >= MAX_NODES:
+                self.refused += 1
+                return None
+            member = self.members[report.uid] = Member(report.uid)
+        elif report.boot == member.boot:
+            if report.number < member.number:
+                return None
+        elif silent and member.silent_since is None:
+            return None
+        else:
+            member.another_run(report.boot, now)
+        member.say(report, raw)
+        member.route = route
+        member.silent_since = now - state.silent if silent else None
+        member.behind, member.behind_at, member.skew = state.behind, now, state.skew
+        self._changed[member.uid] = None
+        return member
+
+    def lost(self, uid: str, since: float) -> None:
+        """A child is not connected any more."""
+        member = self.members.get(uid)
+        if member is not None and member.silent_since is None:
+            member.silent_since = since
+            self._changed[uid] = None
+
+    def found(self, uid: str) -> None:
+        """A child is connected again."""
+        member = self.members.get(uid)
+        if member is not None and member.silent_since is not None:
+            member.silent_since = None
+            self._changed[uid] = None
+
+    def measured(self, uid: str, behind: float, now: float) -> None:
+        """How far a child is behind this node; passed on when it is not what was to be expected."""
+        member = self.members.get(uid)
+        if member is None:
+            return
+        expected = member.lag(now)
+        if bool(behind) != bool(member.behind) or abs(behind - expected) > 10.0 + expected / 5:
+            member.behind, member.behind_at = behind, now
+            self._changed[uid] = None
+
+    def remove(self, uid: str) -> None:
+        """Forget a node until it is connected again."""
+        member = self.members.pop(uid)
+        self.removed[uid] = member.boot
+        self._changed.pop(uid, None)
+
+    def tell_all(self) -> None:
+        """Another node is above this one, or the one above has forgotten: everything is news."""
+        self._changed = dict.fromkeys(self.members)
+
+    @property
+    def changed(self) -> bool:
+        return bool(self._changed)
+
+    def take_changes(self, most_bytes: int, now: float) -> list[NodeState]:
+        """What the node above has to be told, as much as fits; it is told by then."""
+        found: list[NodeState] = []
+        for uid in list(self._changed):
+            member = self.members[uid]
+            most_bytes -= len(member.raw) + 64
+            if most_bytes < 0 and found:
+                break
+            del self._changed[uid]
+            found.append(
+                NodeState(
+                    report=msgspec.Raw(member.raw),
+                    silent=round(now - member.silent_since, 1) if member.silent_since is not None else -1.0,
+                    behind=round(member.lag(now), 1),
+                    skew=member.skew,
+                )
+            )
+        return found
+
+    def path(self, member: Member) -> Iterator[Member]:
+        """The node and those above it, up to the top."""
+        seen = 0
+        while member is not None and seen < 8:
+            yield member
+            seen += 1
+            found = self.members.get(member.parent)
+            if found is None:
+                return
+            member = found
+
+    def silent_for(self, member: Member, now: float) -> float:
+        """Seconds since this node, or one above it, was lost; -1 when it is connected."""
+        lost = [now - one.silent_since for one in self.path(member) if one.silent_since is not None]
+        return max(lost, default=-1.0)
+
+    def lag(self, member: Member, now: float) -> float:
+        """Seconds that the node is behind the top: each hop's own measure, added up."""
+        return sum(one.lag(now) for one in self.path(member))
+
+
+def matches(member: Member, wanted: dict[str, str]) -> bool:
+    """Has a node these labels? `name`, `level` and `region` count as labels; a region contains its parts."""
+    for key, value in wanted.items():
+        if key == "region":
+            if member.region != value and not member.region.startswith(value + "/"):
+                return False
+        elif value != (getattr(member, key) if key in ("name", "level") else member.labels.get(key)):
+            return False
+    return True
+
+
+def find(members: Iterable[Member], name: str) -> list[Member]:
+    """The nodes of a name, or the one of a uid."""
+    return [member for member in members if name in (member.uid, member.name)]

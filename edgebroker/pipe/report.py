@@ -1,0 +1,132 @@
+"""What a node says about itself to the nodes above it, and what they pass on (docs/pipe.md).
+
+A Report is made by the node it is about, at most 2 KB, and travels as it is up to the top. A NodeState is a report with
+what the nodes on its way know about the line below it. A Batch carries what changed since the batch before. All JSON.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from edgebroker.common.config import MAX_LABEL_LENGTH, MAX_LABELS
+from edgebroker.common.crc32c import crc32c
+
+MAX_REPORT_BYTES = 2048
+MAX_BATCH_BYTES = 1 << 20
+MAX_CANDIDATES = 8
+
+Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+_Name = Annotated[str, Meta(min_length=1, max_length=255)]
+_Word = Annotated[str, Meta(max_length=MAX_LABEL_LENGTH)]
+_Address = Annotated[str, Meta(max_length=300)]
+_Number = Annotated[int, Meta(ge=0, le=1 << 62)]
+
+
+class GroupReport(msgspec.Struct, frozen=True, array_like=True):
+    """What a group has applied: its committed offset in each partition of a topic (-1: nothing yet)."""
+
+    name: str
+    applied: list[int]
+    refreshing: bool = False
+
+
+class TopicReport(msgspec.Struct, frozen=True, array_like=True):
+    """What of a topic has arrived: the durable end of each partition (-1: not here), and what was done with it."""
+
+    name: str
+    ends: list[int]
+    groups: list[GroupReport] = []
+    dead_letters: int = 0
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A node about itself. `boot` is drawn at every start, `number` grows with every report of that run. `address` is
+    where children reach its HTTP interface, `parent` the uid of the node it follows ("" while it follows none).
+    `managed`: it takes its parents from the registry, and `candidates` is the digest of the list that it has.
+    `left_out` topics had no room."""
+
+    uid: Id
+    name: _Name
+    level: str
+    version: _Word
+    boot: Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
+    number: _Number
+    region: Annotated[str, Meta(max_length=255)] = ""
+    labels: Annotated[dict[_Word, _Word], Meta(max_length=MAX_LABELS)] = {}
+    address: _Address = ""
+    parent: str = ""
+    managed: bool = False
+    candidates: int = 0
+    topics: list[TopicReport] = []
+    problems: Annotated[list[_Word], Meta(max_length=32)] = []
+    disk_free_percent: int = 100
+    disk_days: int = -1
+    left_out: int = 0
+
+
+class NodeState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """A report on its way. `silent`: seconds since the node above it lost it (-1: it is connected). `behind`: seconds
+    since the oldest record that it still lacks became durable at the node above it; `skew`: seconds that its wall clock
+    is ahead of that of the node above it."""
+
+    report: msgspec.Raw
+    silent: float = -1.0
+    behind: float = 0.0
+    skew: int = 0
+
+
+class Batch(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /v1/tree/reports. Number 0 begins anew, every other one follows the one before in the same
+    `session`. `wall_ms` is the sender's clock."""
+
+    sender: Id
+    session: Annotated[str, Meta(max_length=64)]
+    number: _Number
+    nodes: list[NodeState]
+    wall_ms: int = 0
+
+
+class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a node shall look for its parent: HTTP addresses, the best first. `drain`: leave a parent that is not in
+    the list even if it works, and take an empty list for an answer."""
+
+    uid: Id
+    candidates: Annotated[list[_Address], Meta(max_length=MAX_CANDIDATES)]
+    drain: bool = False
+
+
+class Question(msgspec.Struct, frozen=True, kw_only=True):
+    """The body of POST /v1/registry: a node that has no parent asks for its candidates. `path` are the nodes that have
+    passed the question on."""
+
+    report: Report
+    path: Annotated[list[Id], Meta(max_length=16)] = []
+
+
+def digest(candidates: list[str]) -> int:
+    """Tells lists of candidates apart; 0 for an empty one."""
+    return crc32c(msgspec.json.encode(candidates)) if candidates else 0
+
+
+def within_limit(report: Report) -> Report:
+    """The report with as many topics as fit into MAX_REPORT_BYTES: those where something is waiting go first."""
+    if len(msgspec.json.encode(report)) <= MAX_REPORT_BYTES:
+        return report
+    bare = msgspec.structs.replace(report, topics=[], left_out=len(report.topics))
+    left = MAX_REPORT_BYTES - len(msgspec.json.encode(bare)) - len('"topics":[],')
+    kept = []
+    for topic in sorted(report.topics, key=_matters):
+        size = len(msgspec.json.encode(topic)) + 1
+        if size > left:
+            break
+        left -= size
+        kept.append(topic)
+    return msgspec.structs.replace(report, topics=kept, left_out=len(report.topics) - len(kept))
+
+
+def _matters(topic: TopicReport) -> tuple[bool, bool, str]:
+    waiting = any(one < end for group in topic.groups for one, end in zip(group.applied, topic.ends, strict=True))
+    return not topic.dead_letters, not waiting, topic.name
