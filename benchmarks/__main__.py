@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import delivery, peers, resources, rows, tree
+from benchmarks import delivery, fleet, peers, resources, rows, tree
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -24,6 +24,7 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "hops": tree.hops,
     "children": tree.children,
     "line": tree.narrow_line,
+    "fleet": fleet.fleet,
     "start": rows.start_after_kill,
     "memory": resources.memory,
     "topics": resources.many_topics,

@@ -322,3 +322,35 @@ def test_a_damaged_registry_is_moved_aside(tree: Tree) -> None:
     until(tree, lambda: nodes(root).get("l2"), "l2 says again that it is there")
     assert root.http("GET", "/readyz")[1]["checks"]["storage"] == "ok"
     assert root.refused(Code.OK) == 0
+
+
+def test_much_is_reported_in_pieces_and_again_to_a_parent_that_forgot(tree: Tree) -> None:
+    """A hub passes on what 2,000 nodes below it said, to a root that is then started anew, and knows nothing."""
+    root = tree.start("root")
+    hub = tree.start("l2", "root")
+    publish(root, "prices", 0, 5)
+    follows(root, hub, "prices")
+    reports = [
+        {
+            "report": {
+                "uid": f"{number:032x}", "name": f"till-{number}", "level": "local", "version": "1", "boot": "0" * 16,
+                "number": 1, "parent": hub.broker.engine.node_uid, "labels": {"filling": "x" * 40, "more": "y" * 40},
+            }
+        }
+        for number in range(2000)
+    ]  # fmt: skip
+    for first in range(0, 2000, 250):
+        batch = {"sender": f"{first:032x}", "session": "s", "number": 0, "nodes": reports[first : first + 250]}
+        assert hub.http("POST", "/v1/tree/reports", batch) == (200, {})
+    until(tree, lambda: len(root.broker.tree.fleet.members) == 2001, "the root knows all of them")
+    tree.stop("root")
+    root = tree.start("root")
+    assert not root.broker.tree.fleet.members
+    until(tree, lambda: len(root.broker.tree.fleet.members) == 2001, "it knows them again")
+    page = root.http("GET", "/v1/tree/nodes?label=level=local")[1]
+    assert (len(page["nodes"]), page["after"]) == (500, page["nodes"][-1]["uid"])
+    found = set()
+    while page["after"]:
+        found |= {node["uid"] for node in page["nodes"]}
+        page = root.http("GET", f"/v1/tree/nodes?label=level=local&after={page['after']}")[1]
+    assert len(found | {node["uid"] for node in page["nodes"]}) == 2000

@@ -58,6 +58,9 @@ class Registrar:
         self._written: dict[str, tuple[object, ...]] = {}
         # To whom which list was told: its digest, when, and how long to wait before it is told again.
         self._told: dict[str, tuple[int, float, float]] = {}
+        # What was so when a node needed no word; the version grows with every change of the topology.
+        self._settled: dict[str, tuple[object, ...]] = {}
+        self._version = 0
         self._left: deque[str] = deque()
         self._sweep_due = 0.0
 
@@ -83,7 +86,13 @@ class Registrar:
 
     def _put_itself(self) -> None:
         own = self._itself()
-        self.topology.put(own.uid, own.level, own.region, own.address)
+        if self.topology.put(own.uid, own.level, own.region, own.address):
+            self._changed()
+
+    def _changed(self) -> None:
+        """The topology is another one: look at all nodes soon."""
+        self._version += 1
+        self._sweep_due = 0.0
 
     def stop(self) -> bool:
         """Store what is left; True when all of it is durable."""
@@ -102,7 +111,7 @@ class Registrar:
     def heard(self, member: Member) -> None:
         """There is news about a node."""
         if self.topology.put(member.uid, member.level, member.region, member.address):
-            self._sweep_due = 0.0  # it may be the parent that others wait for
+            self._changed()  # it may be the parent that others wait for
         self._note(member)
         self._direct(member)
 
@@ -156,11 +165,15 @@ class Registrar:
     def _direct(self, member: Member) -> None:
         if not member.managed or member.silent_since is not None or member.level not in LEVELS:
             return
+        looked_at = (self._version, member.candidates, member.parent, member.level, member.region)
+        if self._settled.get(member.uid) == looked_at:
+            return
         wanted = self.topology.candidates(member.uid, member.level, member.region)
         leave = self.topology.must_leave(member.uid, member.parent)
         meant = digest(wanted)
         if (meant == member.candidates or not wanted) and not leave:
             self._told.pop(member.uid, None)
+            self._settled[member.uid] = looked_at
             return
         now = self._scheduler.now()
         before, at, wait = self._told.get(member.uid, (-1, 0.0, 0.0))
@@ -219,6 +232,7 @@ class Registrar:
         self.topology.draining.discard(node.uid)
         self._told.pop(node.uid, None)
         self._written.pop(node.uid, None)
+        self._settled.pop(node.uid, None)
         changes = self._store.changes
         changes.nodes[node.uid], changes.removed[node.uid] = None, node.boot
         changes.pins[node.uid], changes.draining[node.uid] = [], False
@@ -238,7 +252,7 @@ class Registrar:
         return None
 
     def _decided(self, done: Callable[[int, str], None]) -> None:
-        self._sweep_due = 0.0
+        self._changed()
 
         def stored(error: str) -> None:
             done(503 if error else 200, f"not stored: {error}" if error else "")

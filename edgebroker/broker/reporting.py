@@ -177,6 +177,9 @@ class Reporting:
 
     def _tick(self) -> None:
         self._loop.call_later(TICK_SECONDS, self._tick)
+        self._look()
+
+    def _look(self) -> None:
         now, above = self._loop.now(), self._above()
         if above is None or self._asking is not None or (above == self._to and now < self._due):
             return
@@ -209,15 +212,20 @@ class Reporting:
             )
         )
         self._metrics.reports_sent += len(nodes)
+        more = self._fleet.changed  # it was too much for one batch
 
         def told(status: int, answer: bytes, error: str) -> None:
             self._asking = None
-            much = len(body) / BYTES_PER_SECOND
-            self._due = self._loop.now() + (much if self._fleet.changed else max(INTERVAL_SECONDS, much))
+            wait = len(body) / BYTES_PER_SECOND
+            if more and not error:
+                self._loop.call_later(wait, self._look)
+            else:
+                wait = max(wait, INTERVAL_SECONDS)
+            self._due = self._loop.now() + wait
             if error:
                 self._begin_anew()  # whatever of it arrived: it is told again
-                if status != 409:
-                    self._due = self._loop.now() + INTERVAL_SECONDS
+                if status == 409:
+                    self._due = 0.0
             else:
                 self._told = report
                 self._number += 1

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from heapq import nlargest
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -22,7 +22,25 @@ PAGE = 500
 WORST = 20
 MOST_MISSING = 100
 BEHIND_SECONDS = 60.0
+WRONG_CLOCK_SECONDS = 60
+STATES = ("silent", "behind", "applying", "problems")
 Query = dict[str, list[str]]
+Badness = tuple[float, float, int, int]
+
+
+class Facts(NamedTuple):
+    """What there is to say about a node now; `waiting`: records that are there and not applied, by topic and group."""
+
+    silent: float
+    lag: float
+    waiting: dict[tuple[str, str], int]
+    problems: list[str]
+    states: list[str]
+
+    @property
+    def badness(self) -> Badness:
+        """The worst node has the most of it."""
+        return self.silent, self.lag, len(self.problems), sum(self.waiting.values())
 
 
 class TreeView:
@@ -43,42 +61,39 @@ class TreeView:
     def summary(self, query: Query, reply: Reply) -> None:
         """GET /v1/tree: counts by level and label, and the worst nodes."""
         wanted = _labels(query)
-        levels: dict[str, dict[str, int]] = {}
-        labels: dict[str, dict[str, int]] = {}
+        counted: dict[tuple[str, str], dict[str, int]] = {}
         names = self._names()
-        worst: list[dict[str, Any]] = []
+        worst: list[tuple[Badness, Member]] = []
 
         def take(member: Member) -> None:
             if not matches(member, wanted):
                 return
-            node = self._node(member, names)
-            groups = [f"{key}={value}" for key, value in member.labels.items()]
-            groups += [f"region={member.region.partition('/')[0]}"] if member.region else []
-            for counts in (
-                levels.setdefault(member.level, _counts()),
-                *(labels.setdefault(group, _counts()) for group in groups),
-            ):
+            facts = self._facts(member, names)
+            keys = [("level", member.level), *member.labels.items()]
+            if member.region:
+                keys.append(("region", member.region.partition("/")[0]))
+            for key in keys:
+                counts = counted.get(key)
+                if counts is None:
+                    counts = counted[key] = dict.fromkeys(("nodes", *STATES), 0)
                 counts["nodes"] += 1
-                for state in ("silent", "behind", "applying", "problems"):
-                    counts[state] += bool(state in node["states"])
-            if node["states"]:
-                worst.append(node)
+                for state in facts.states:
+                    counts[state] += 1
+            if facts.states:
+                worst.append((facts.badness, member))
                 if len(worst) > 50 * WORST:
                     worst[:] = nlargest(WORST, worst, key=_badness)
 
         def done() -> None:
-            reply(
-                Response(
-                    200,
-                    {
-                        "node": self._name,
-                        "levels": {level: levels[level] for level in LEVELS if level in levels},
-                        "labels": dict(sorted(labels.items())),
-                        "worst": nlargest(WORST, worst, key=_badness),
-                        "refused": self._fleet.refused,
-                    },
-                )
-            )
+            labels = sorted(key for key in counted if key[0] != "level")
+            answer = {
+                "node": self._name,
+                "levels": {level: counted["level", level] for level in LEVELS if ("level", level) in counted},
+                "labels": {"=".join(key): counted[key] for key in labels},
+                "worst": [self._node(member, names) for _, member in nlargest(WORST, worst, key=_badness)],
+                "refused": self._fleet.refused,
+            }
+            reply(Response(200, answer))
 
         self._each(list(self._fleet.members.values()), take, done)
 
@@ -135,32 +150,7 @@ class TreeView:
     # ---- one node ----
 
     def _node(self, member: Member, names: dict[str, int]) -> dict[str, Any]:
-        now, report = self._scheduler.now(), member.report()
-        silent, lag = self._fleet.silent_for(member, now), self._fleet.lag(member, now)
-        waiting = {
-            f"{topic.name} {group.name}": sum(
-                max(0, end - max(0, applied)) for end, applied in zip(topic.ends, group.applied, strict=False)
-            )
-            for topic in report.topics
-            for group in topic.groups
-        }
-        problems = list(report.problems)
-        letters = sum(topic.dead_letters for topic in report.topics)
-        if letters:
-            problems.append(f"{letters} dead letters")
-        if member.twins(now):
-            problems.append("uid_in_use")
-        if silent < 0 and names.get(member.name, 0) > 1:
-            problems.append("name_in_use")
-        if abs(member.skew) >= 60:
-            problems.append(f"clock {member.skew:+d} s")
-        refreshing = any(group.refreshing for topic in report.topics for group in topic.groups)
-        states = {
-            "silent": silent >= 0,
-            "behind": lag >= BEHIND_SECONDS,
-            "applying": any(waiting.values()) or refreshing,
-            "problems": bool(problems),
-        }
+        facts, report = self._facts(member, names), member.report()
         parent = self._fleet.members.get(member.parent)
         return {
             "uid": member.uid,
@@ -176,17 +166,43 @@ class TreeView:
             if parent is not None
             else member.parent,
             "managed": member.managed,
-            "silent_seconds": round(silent, 1),
-            "lag_seconds": round(lag, 1),
-            "waiting": {name: count for name, count in waiting.items() if count},
-            "problems": problems,
+            "silent_seconds": round(facts.silent, 1),
+            "lag_seconds": round(facts.lag, 1),
+            "waiting": {" ".join(key): count for key, count in facts.waiting.items()},
+            "problems": facts.problems,
             "skew_seconds": member.skew,
             "disk_free_percent": report.disk_free_percent,
             "disk_days": report.disk_days,
             "left_out": report.left_out,
-            "states": [state for state, holds in states.items() if holds],
+            "states": facts.states,
             **self._decided(member.uid),
         }
+
+    def _facts(self, member: Member, names: dict[str, int]) -> Facts:
+        now, report = self._scheduler.now(), member.report()
+        silent, lag = self._fleet.silent_for(member, now), self._fleet.lag(member, now)
+        waiting: dict[tuple[str, str], int] = {}
+        letters, refreshing = 0, False
+        for topic in report.topics:
+            letters += topic.dead_letters
+            for group in topic.groups:
+                refreshing = refreshing or group.refreshing
+                if group.applied != topic.ends:
+                    ends = zip(topic.ends, group.applied, strict=False)
+                    left = sum(max(0, end - max(0, applied)) for end, applied in ends)
+                    if left:
+                        waiting[topic.name, group.name] = left
+        problems = list(report.problems)
+        if letters:
+            problems.append(f"{letters} dead letters")
+        if member.twins(now):
+            problems.append("uid_in_use")
+        if silent < 0 and names.get(member.name, 0) > 1:
+            problems.append("name_in_use")
+        if abs(member.skew) >= WRONG_CLOCK_SECONDS:
+            problems.append(f"clock {member.skew:+d} s")
+        holds = (silent >= 0, lag >= BEHIND_SECONDS, bool(waiting) or refreshing, bool(problems))
+        return Facts(silent, lag, waiting, problems, [state for state, one in zip(STATES, holds, strict=True) if one])
 
     def _names(self) -> dict[str, int]:
         """How many connected nodes go by a name."""
@@ -235,14 +251,5 @@ def _labels(query: Query) -> dict[str, str]:
     return dict(text.partition("=")[::2] for text in query.get("label", []))
 
 
-def _counts() -> dict[str, int]:
-    return {"nodes": 0, "silent": 0, "behind": 0, "applying": 0, "problems": 0}
-
-
-def _badness(node: dict[str, Any]) -> tuple[float, float, int, int]:
-    return (
-        node["silent_seconds"],
-        node["lag_seconds"],
-        len(node["problems"]),
-        sum(node["waiting"].values()),
-    )
+def _badness(entry: tuple[Badness, Member]) -> Badness:
+    return entry[0]

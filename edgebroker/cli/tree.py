@@ -84,7 +84,7 @@ def _table(nodes: list[dict[str, Any]]) -> None:
                 node["parent"] or "-",
                 _duration(node["silent_seconds"]),
                 _duration(node["lag_seconds"]) if node["lag_seconds"] >= 1 else "-",
-                ", ".join(f"{name} {count}" for name, count in node["waiting"].items()) or "-",
+                _most(node["waiting"]),
                 f"{node['disk_free_percent']} %" + (f", {node['disk_days']} d" if node["disk_days"] >= 0 else ""),
                 node["version"],
                 ", ".join([*node["problems"], *(["draining"] if node.get("draining") else [])]) or "-",
@@ -92,6 +92,13 @@ def _table(nodes: list[dict[str, Any]]) -> None:
             for node in nodes
         ],
     )
+
+
+def _most(waiting: dict[str, int]) -> str:
+    """The two groups that have most before them."""
+    most = sorted(waiting, key=lambda name: -waiting[name])
+    text = ", ".join(f"{name} {waiting[name]}" for name in most[:2])
+    return text + (f" and {len(most) - 2} more" if len(most) > 2 else "") or "-"
 
 
 def _duration(seconds: float) -> str:

@@ -15,7 +15,8 @@ from edgebroker.common.config import MAX_LABEL_LENGTH, MAX_LABELS
 from edgebroker.common.crc32c import crc32c
 
 MAX_REPORT_BYTES = 2048
-MAX_BATCH_BYTES = 1 << 20
+# The node above takes a batch in one turn of its loop.
+MAX_BATCH_BYTES = 128 << 10
 MAX_CANDIDATES = 8
 
 Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
