@@ -20,8 +20,9 @@ from edgebroker.storage.engine import MirrorEngine
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 5.0
+TICK_SECONDS = 1.0
 LOST_SECONDS = 60.0
+# After an answer that was no help, and at most after a failure: the pauses between attempts double.
 ASK_AGAIN_SECONDS = 60.0
 
 
@@ -96,8 +97,9 @@ class Parents:
                 return
             if error:
                 log.info("the registry cannot be asked through %s: %s", seed, error)
-                self._ask_due = min(self._ask_due, self._loop.now() + TICK_SECONDS * min(self._asked, 12))
+                self._ask_due = self._loop.now() + min(ASK_AGAIN_SECONDS, 2.0 ** min(self._asked, 10) / 2)
                 return
+            self._asked = 0
             try:
                 self.assigned(msgspec.json.decode(answer, type=Assignment))
             except msgspec.DecodeError as wrong:

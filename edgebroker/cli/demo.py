@@ -79,6 +79,7 @@ def _tree(directory: Path, rate: int) -> dict[str, object]:
     with Tree(directory) as tree:
         result = Retail(tree.root, tree.local, rate, tree.disturb, ready=tree.wait_for_topic).run()
         result["same_bytes"] = tree.wait_until_same("sales", PARTITIONS)
+        result["applied"] = tree.wait_until_applied("sales", PARTITIONS)
         result["healed"] = tree.healed
         result["clean_stop"] = tree.stop()
     return result
@@ -263,6 +264,8 @@ def judge_tree(result: dict[str, object]) -> list[str]:
     problems = [f"in the tree {problem}" for problem in _differing(result)]
     if not result["same_bytes"]:
         problems.append("the five nodes do not hold the same bytes")
+    if not result["applied"]:
+        problems.append("ROOT does not know that LOCAL has applied everything")
     if not result["healed"]:
         problems.append("the damaged records were not fetched again")
     return problems
@@ -284,9 +287,11 @@ def _print_tree(result: dict[str, object]) -> None:
     print(f"five levels         {result['lines']} lines published at ROOT at {result['publish_per_second']}/s")
     print("gone wrong          POS - L3 cut, L3 and POS killed, a byte flipped in a segment at POS; back after "
           f"{result['down_ms']} ms")  # fmt: skip
-    print(f"healed              {result['healed']} damaged records fetched again from L3")
+    print(f"healed              {result['healed']} damaged records fetched again from the parent")
     print(f"consumer at LOCAL   {result['distinct']} of {result['lines']} lines, {result['missing']} missing, "
           f"{result['out_of_order']} out of order, {result['redelivered']} delivered again")  # fmt: skip
+    who = "every terminal has" if result["applied"] else "NOT every terminal has"
+    print(f"seen from ROOT      {who} applied all of it")
     print(f"SHA-256 of the logs {'the same on all five nodes' if result['same_bytes'] else 'NOT the same'}")
     print(f"took                {result['seconds']} s")
 

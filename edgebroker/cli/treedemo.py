@@ -1,8 +1,8 @@
 """The tree of the demonstration: five brokers as five processes, and what goes wrong between them.
 
-ROOT - L2 - L3 - POS - LOCAL, each fed by the one before it. The line between L3 and POS is cut, L3 and POS are killed,
-and a byte of a sealed segment at POS is flipped; then all is restored. At the end the logs of all nodes, read from the
-disk, must be the same, byte for byte.
+ROOT - L2 - L3 - POS - LOCAL, each told by the registry at ROOT whom to follow. The line between L3 and POS is cut, L3
+and POS are killed, and a byte of a sealed segment at POS is flipped; then all is restored. At the end the logs of all
+nodes, read from the disk, must be the same, byte for byte, and ROOT must know that LOCAL has applied everything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.threads import start_thread
 
-LEVELS = ("root", "l2", "l3", "pos", "local")
+LEVELS = {"root": "", "l2": "eu", "l3": "eu/north", "pos": "eu/north/store-1", "local": "eu/north/store-1"}
 CUT_SECONDS = 1.5
 DEADLINE_SECONDS = 60.0
 SETTINGS = {
@@ -31,11 +31,10 @@ SETTINGS = {
 
 
 class Line:
-    """A line to another node that can be cut."""
+    """A line to another node, `target`, that can be cut; children reach the node by its `address`."""
 
-    def __init__(self, target: str) -> None:
-        self._host, _, port = target.rpartition(":")
-        self._port = int(port)
+    def __init__(self) -> None:
+        self.target = ""
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._whole = True
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -51,7 +50,8 @@ class Line:
             try:
                 if not self._whole:
                     raise OSError("the line is cut")
-                upper = socket.create_connection((self._host, self._port), 5.0)
+                host, _, port = self.target.rpartition(":")
+                upper = socket.create_connection((host, int(port)), 5.0)
                 upper.settimeout(None)
             except OSError:
                 lower.close()
@@ -113,21 +113,37 @@ class Tree:
 
     def __enter__(self) -> Tree:
         try:
-            parent = ""
-            for level in LEVELS:
+            self._line = Line()
+            above = ""
+            for level, region in LEVELS.items():
                 settings = {**SETTINGS, "EDGEBROKER_NODE_LEVEL": level, "EDGEBROKER_NODE_NAME": level}
-                if level == "pos":
-                    self._line = Line(parent)
-                    parent = self._line.address
-                if parent:
-                    settings["EDGEBROKER_PIPE_PARENTS"] = parent
+                settings["EDGEBROKER_NODE_REGION"] = region
+                if level == "root":
+                    settings["EDGEBROKER_REGISTRY_ENABLED"] = "true"
+                else:
+                    settings["EDGEBROKER_PIPE_REGISTRY"] = self._nodes[above].admin
+                if level == "l3":
+                    settings["EDGEBROKER_PIPE_ADDRESS"] = self._line.address
                 node = self._nodes[level] = BrokerProcess(self._directory / level, settings=settings)
                 node.start()
-                parent = node.admin
+                if level == "l3":
+                    self._line.target = node.admin
+                if above:
+                    self._wait_for_parent(level, above)
+                above = level
         except BaseException:
             self._kill()
             raise
         return self
+
+    def _wait_for_parent(self, level: str, above: str) -> None:
+        """Until a node follows the one that it should, and the registry knows it, so that it is named to the next."""
+
+        def follows() -> bool:
+            found = {node["name"]: node for node in call(self.root.admin, "GET", "/v1/tree/nodes")["nodes"]}
+            return level in found and found[level]["parent"] == above
+
+        self._until(follows)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -142,7 +158,7 @@ class Tree:
 
     def stop(self) -> bool:
         """End all nodes, the lowest first; True when every one of them stopped cleanly."""
-        return all([self._nodes[level].stop() == 0 for level in reversed(LEVELS)])
+        return all([self._nodes[level].stop() == 0 for level in reversed(list(LEVELS))])
 
     def wait_for_topic(self, topic: str) -> None:
         """Until it has come down to LOCAL. Raises EdgeBrokerError when it does not."""
@@ -169,6 +185,21 @@ class Tree:
     def healed(self) -> int:
         """Damaged records that POS fetched again."""
         return int(call(self._nodes["pos"].admin, "GET", "/v1/node")["counters"]["records_healed"])
+
+    def wait_until_applied(self, topic: str, partitions: int) -> bool:
+        """Wait until ROOT knows that every terminal has applied what it holds; False when it does not in time."""
+        parts = call(self.root.admin, "GET", f"/v1/topics/{topic}")["partitions"]
+        ends = "&".join(f"end={number}:{parts[number]['durable_end']}" for number in range(partitions))
+
+        def applied() -> bool:
+            found = call(self.root.admin, "GET", f"/v1/tree/applied?topic={topic}&{ends}")
+            return bool(found["nodes"] == found["done"] == 1)
+
+        try:
+            self._until(applied)
+        except EdgeBrokerError:
+            return False
+        return True
 
     def wait_until_same(self, topic: str, partitions: int) -> bool:
         """Wait until every node has everything and nothing is damaged; True when then all hold the same bytes."""
