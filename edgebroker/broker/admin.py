@@ -3,7 +3,7 @@ and its registry are in broker/treeadmin.py).
 
 GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients  /v1/pipe
 GET /v1/backup
-POST /v1/topics   PATCH /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
+POST /v1/topics   PATCH|DELETE /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
 POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
 POST /v1/topics/NAME/accept   POST /v1/pipe   POST /v1/pipe/range   POST /v1/pipe/digest
 POST /v1/heal
@@ -85,6 +85,8 @@ class Admin:
                 self._create(request, reply)
             case "PATCH", ["v1", "topics", name]:
                 self._alter(name, request, reply)
+            case "DELETE", ["v1", "topics", name]:
+                self._delete(name, _report(reply))
             case "POST", ["v1", "topics", name, "snapshot"]:
                 self._begin_snapshot(name, request, reply)
             case "POST", ["v1", "topics", name, "snapshot", snapshot]:
@@ -361,6 +363,17 @@ class Admin:
             broker.piping.accept(name, done)
         else:
             done(Code.UNKNOWN_TOPIC, f"there is nothing to accept about topic {name} on this node")
+
+    def _delete(self, name: str, done: Callable[[Code, str], None]) -> None:
+        """For everybody: children delete it as well."""
+        engine = self._broker.engine
+        others = {log.identity.origin for log in engine.partitions(name)} - {engine.node_uid}
+        if others:
+            done(Code.NOT_ORIGIN, f"{name} is written by node {', '.join(others)}; delete it there")
+        elif not isinstance(engine, SegmentStore):
+            done(Code.INVALID_BATCH, "a node in memory keeps its topics until it stops")
+        else:
+            self._broker.deleting.delete(name, done)
 
     def _begin_snapshot(self, name: str, request: Request, reply: Reply) -> None:
         if not self._broker.engine.partitions(name):

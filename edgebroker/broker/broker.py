@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgebroker.broker.admin import Admin
+from edgebroker.broker.cursor import Cursor
 from edgebroker.broker.deadletters import DeadLetters
+from edgebroker.broker.deleting import Deleting
 from edgebroker.broker.delivery import Delivery
 from edgebroker.broker.digests import Digests
 from edgebroker.broker.feeding import Feeding, Node
@@ -141,18 +143,7 @@ class Broker:
             self.metrics,
             lambda client_id: any(session.client_id == client_id for session in self.sessions),
         )
-        self.readers = Readers(
-            self.engine,
-            self.groups,
-            self.leases,
-            self.delivery,
-            self.refreshing,
-            lambda log: [
-                cursor
-                for session in self.sessions
-                if (cursor := session.cursors.get((log.topic, log.partition))) is not None
-            ],
-        )
+        self.readers = Readers(self.engine, self.groups, self.leases, self.delivery, self.refreshing, self._holders)
         node = Node(self.engine.node_uid, config.node.name, self.level)
         self.feeding = Feeding(
             self.engine,
@@ -164,6 +155,18 @@ class Broker:
             config.pipe.max_children,
         )
         self.feeding.on_history_lost(self._history_lost)
+        self.deleting = Deleting(
+            self.engine,
+            self.groups,
+            self.membership,
+            self.leases,
+            self.delivery,
+            self.publishing,
+            self.snapshots,
+            self.feeding,
+            self._holders,
+            lambda: [session.group for session in self.sessions if session.group is not None],
+        )
         self.tree = Tree(
             self.engine,
             self.loop,
@@ -383,6 +386,11 @@ class Broker:
         passed = [floor for floor in (self.groups.floor(log, now), self.feeding.floor(log, now)) if floor is not None]
         return min(passed, default=None)
 
+    def _holders(self, log: Log) -> list[Cursor]:
+        """Who reads a log now."""
+        key = (log.topic, log.partition)
+        return [cursor for session in self.sessions if (cursor := session.cursors.get(key)) is not None]
+
     # ---- the tree ----
 
     def _make_piping(self, node: Node) -> Piping:
@@ -392,7 +400,7 @@ class Broker:
         pipe, engine = self.config.pipe, self.engine
         assert isinstance(engine, SegmentStore)
         candidates = Candidates(split_list(pipe.parents), random.uniform)
-        moves = Moves(self.readers.cutting, self.readers.cut, self.readers.restarted)
+        moves = Moves(self.readers.cutting, self.readers.cut, self.readers.restarted, self.deleting.delete)
         piping = Piping(
             engine,
             self.loop,

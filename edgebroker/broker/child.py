@@ -33,7 +33,7 @@ SHARED_BYTES = 64 << 10
 MOST_COLD = 2
 RETRY_SECONDS = 1.0
 # After these the child has something to do, and then polls again.
-_ASKS = ("GONE", "DIVERGED")
+_ASKS = ("GONE", "DIVERGED", "DELETED")
 
 
 class Child:
@@ -126,6 +126,10 @@ class Child:
             partition = self._feeding.engine.log(position.topic, position.partition)
             if partition is not None and partition.rewriting:
                 partition = None  # it is judged when that is over
+        deleted = self._feeding.engine.tombstones.get(position.log_id)
+        if deleted is not None and (partition is None or partition.identity.log_id != position.log_id):
+            self._refuse(line, Refusal(code="DELETED", message=f"{deleted.topic} was deleted", log_id=position.log_id))
+            return
         facts = _facts(partition) if partition is not None else None
         refusal = judge(position, facts)
         if refusal is not None and refusal.code == "BEHIND" and partition and partition.damaged_before(refusal.offset):

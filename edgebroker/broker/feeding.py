@@ -169,6 +169,13 @@ class Feeding:
             if child.follows(partition):
                 child.end()
 
+    def on_deleted(self, partition: Log) -> None:
+        """A log is gone: whoever follows it asks again, and is told."""
+        self._infos.pop(partition.topic, None)
+        self.on_rewritten(partition)
+        for known in (self._asked, self._ahead, self._idle):
+            known.pop(partition, None)
+
     def floor(self, partition: Log, now: float) -> int | None:
         """The offset that every child seen within a week has asked for, and has passed; None without any."""
         asked = self._asked.get(partition, {})

@@ -112,6 +112,16 @@ class Groups:
         group.places.clear()  # what was under way for it (a dead letter) finds no place to move
         self._groups.pop(group.name, None)
 
+    def forget_topic(self, topic: str) -> None:
+        """A topic is deleted: no group has a place in it."""
+        for group in self._groups.values():
+            for key in [key for key in group.places if key[0] == topic]:
+                del group.places[key]
+                self._engine.commit_offset((group.name, *key), None)
+            for known in (group.pauses, group.reasons, group.last_clients):
+                for key in [key for key in known if key[0] == topic]:
+                    del known[key]
+
     def restore(self, group: str, topic: str, partition: int, offset: GroupOffset, now: float) -> None:
         """A place stored by an earlier run."""
         self.group(group, now).places[topic, partition] = offset

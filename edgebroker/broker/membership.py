@@ -92,6 +92,18 @@ class Membership:
             del group.members[member]
         self._changed(group)
 
+    def forget_topic(self, group: Group, topic: str) -> None:
+        """A topic is deleted: nobody wants it any more. Who held it was told."""
+        for member, entry in list(group.members.items()):
+            entry.topics.pop(topic, None)
+            for key in [key for key in entry.pins if key[0] == topic]:
+                del entry.pins[key]
+            for keys in (entry.left, entry.begun):
+                keys.difference_update([key for key in keys if key[0] == topic])
+            if not entry.topics and not entry.pins:
+                del group.members[member]
+        self._changed(group)
+
     def vanished(self, member: Member, group: Group) -> None:
         """The member's connection is over."""
         group.members.pop(member, None)

@@ -16,7 +16,7 @@ from edgebroker.broker.metrics import Metrics
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import TopicPartition
-from edgebroker.pipe.follower import Compare, Cut, Event, Follower, Look, Restart
+from edgebroker.pipe.follower import Compare, Cut, Deleted, Event, Follower, Look, Restart
 from edgebroker.pipe.stream import PartitionInfo, Point, TopicInfo
 from edgebroker.storage.engine import Log, MirrorEngine
 from edgebroker.storage.identity import Identity
@@ -29,11 +29,12 @@ TOPIC_RETRY_SECONDS = 10.0
 
 class Moves(NamedTuple):
     """What the node does with its readers when a log changes under them. `cutting` moves places that stand behind an
-    offset and calls back once that is stored; `cut` and `restarted` are told when it is done."""
+    offset and calls back once that is stored; `cut` and `restarted` are told when it is done; `delete` ends a topic."""
 
     cutting: Callable[[Log, int, Callable[[], None]], None]
     cut: Callable[[Log], None]
     restarted: Callable[[Log, bool], None]
+    delete: Callable[[str, Callable[[Code, str], None]], None]
 
 
 class Flow(Protocol):
@@ -66,6 +67,7 @@ class Mirrors:
         self._follower, self._flow, self._moves = follower, flow, moves
         self._offered: dict[str, TopicInfo] = {}
         self._changing: set[str] = set()
+        self._deleting: set[str] = set()
         self.clashes: dict[str, str] = {}
 
     def do(self, event: Event) -> None:
@@ -78,6 +80,8 @@ class Mirrors:
             self._cut(event)
         elif isinstance(event, Restart):
             self._restart(event)
+        elif isinstance(event, Deleted):
+            self._delete(event.line.key.topic)
 
     def follow(self, partition: Log) -> None:
         """Stand at the end of a log."""
@@ -109,7 +113,9 @@ class Mirrors:
         if not self._follower.wants(info.name):
             return
         logs = self._engine.partitions(info.name)
-        if not logs:
+        if not logs and self._was_deleted(info):
+            self._follower.known[info.name] = info.digest
+        elif not logs:
             self._create(info)
         elif logs[0].identity.origin == self._uid and _superseded(info, logs):
             self._step_down(info)
@@ -125,6 +131,40 @@ class Mirrors:
             self._change(info)
         else:
             self._follower.known[info.name] = info.digest  # another log: the lines say so
+
+    def _delete(self, topic: str) -> None:
+        """Its origin has deleted it."""
+        logs = self._engine.partitions(topic)
+        if not logs or topic in self._deleting or any(one.identity.origin == self._uid for one in logs):
+            return
+        self._flow.begin()
+        self._deleting.add(topic)
+        for line in self._follower.lines.values():
+            if line.key.topic == topic:
+                line.state = "moving"
+        log.warning("topic %s was deleted by its origin, and is deleted here", topic)
+
+        def done(code: Code, message: str) -> None:
+            self._deleting.discard(topic)
+            if code is not Code.OK:
+                log.error("%s", message)
+            for partition in self._engine.partitions(topic):
+                self.follow(partition)
+            if not self._engine.partitions(topic):
+                self._follower.drop(topic)
+                self._offered.pop(topic, None)
+                self.clashes.pop(topic, None)
+            self._flow.done(failed=code is not Code.OK)
+
+        self._moves.delete(topic, done)
+
+    def _was_deleted(self, info: TopicInfo) -> bool:
+        """True for a topic that its origin has deleted, and that this parent does not know of yet."""
+        found = [self._engine.tombstones.get(part.log_id) for part in info.partitions]
+        return any(
+            one is not None and part.epochs[-1][0] <= one.epoch
+            for one, part in zip(found, info.partitions, strict=True)
+        )
 
     def _create(self, info: TopicInfo) -> None:
         self._flow.begin()

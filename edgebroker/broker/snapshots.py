@@ -142,6 +142,11 @@ class Snapshots:
             self._free(topic)
             done(Code.OK, "")
 
+    def give_up(self, topic: str) -> None:
+        """The topic is deleted."""
+        if topic in self._snapshots:
+            self._free(topic)
+
     def sweep(self) -> None:
         """Give up snapshots whose client is gone."""
         now = self._scheduler.now()

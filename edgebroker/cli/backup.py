@@ -27,6 +27,7 @@ from edgebroker.storage.identity import Identity, write_identity
 from edgebroker.storage.meta import GroupOffset, write_offsets_snapshot
 from edgebroker.storage.registry import FILE as REGISTRY
 from edgebroker.storage.registry import copy_registry
+from edgebroker.storage.removal import read_tombstones, write_tombstones
 
 MANIFEST = "BACKUP"
 TRIES = 5
@@ -72,6 +73,9 @@ def restore(options: argparse.Namespace) -> int:
     files.make_directory(building)
     for name in ("FORMAT", "offsets.snap", *(() if options.preload else ("node",))):
         files.write_durable(building / name, (source / name).read_bytes())
+    tombstones = read_tombstones(source)
+    if tombstones:
+        write_tombstones(building, tombstones)
     if not options.preload:
         if (source / REGISTRY).exists():
             copy_registry(source / REGISTRY, building / REGISTRY)
@@ -109,6 +113,9 @@ def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
     }
     files.make_directory(target)
     write_offsets_snapshot(target / "offsets.snap", offsets)
+    tombstones = read_tombstones(source)
+    if tombstones:
+        write_tombstones(target, tombstones)
     registry = source / REGISTRY
     if registry.exists():
         copy_registry(registry, target / REGISTRY)

@@ -245,7 +245,7 @@ def _backup(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _topic(verbs) -> None:  # type: ignore[no-untyped-def]
-    topic = _family(verbs, "topic", "create, list, describe, alter and accept topics")
+    topic = _family(verbs, "topic", "create, list, describe, alter, accept and delete topics")
     create = _verb(topic, "create", "create a topic", "topic", "create")
     create.add_argument("name")
     create.add_argument("--partitions", type=int, default=1)
@@ -259,6 +259,10 @@ def _topic(verbs) -> None:  # type: ignore[no-untyped-def]
     accept = _verb(topic, "accept", "accept that records are lost here, or that the parent has another log", "topic", "accept")  # fmt: skip  # noqa: E501
     accept.add_argument("name")
     _admin(accept)
+    delete = _verb(topic, "delete", "delete a topic here and at every node below, for good", "topic", "delete")
+    delete.add_argument("name")
+    delete.add_argument("--yes", action="store_true", help="without it nothing is deleted")
+    _admin(delete)
     _admin(_verb(topic, "list", "list the topics of a node", "topic", "list_topics"))
     describe = _verb(topic, "describe", "show one topic with its partitions", "topic", "describe")
     describe.add_argument("name")

@@ -58,6 +58,18 @@ def accept(options: argparse.Namespace) -> int:
     return 0
 
 
+def delete(options: argparse.Namespace) -> int:
+    if not options.yes:
+        topic = call(options.admin, "GET", f"/v1/topics/{quote(options.name)}")
+        records = sum(part["durable_end"] - part["log_start"] for part in topic["partitions"])
+        raise ConfigError(
+            f"this deletes {options.name} with its {records} records, here and at every node below, for good; say --yes"
+        )
+    call(options.admin, "DELETE", f"/v1/topics/{quote(options.name)}")
+    print(json.dumps({"topic": options.name}) if options.json else f"{options.name}: deleted")
+    return 0
+
+
 def _settings(options: argparse.Namespace) -> dict[str, object]:
     given: dict[str, object] = {}
     for name in ("retention_ms", "retention_bytes", "segment_bytes", "segment_ms", "message_ttl_ms", "on_damage"):

@@ -105,6 +105,12 @@ class Restart(NamedTuple):
     chain: int
 
 
+class Deleted(NamedTuple):
+    """The origin has deleted this log, and the topic with it. Then drop()."""
+
+    line: Line
+
+
 class Changed(NamedTuple):
     """A line is in another state; for logs and counters."""
 
@@ -112,7 +118,7 @@ class Changed(NamedTuple):
     code: str
 
 
-Event = Greeted | Directed | Compare | Look | Cut | Restart | Changed
+Event = Greeted | Directed | Compare | Look | Cut | Restart | Deleted | Changed
 
 
 class Follower:
@@ -141,6 +147,12 @@ class Follower:
             self.lines[key] = Line(key, log_id, epoch, log_start, offset, chain)
         else:
             line.begin(log_id, epoch, log_start, offset, chain)
+
+    def drop(self, topic: str) -> None:
+        """Follow the logs of a topic no more."""
+        for key in [key for key in self.lines if key.topic == topic]:
+            self.lines.pop(key).state = "moving"  # nothing more is taken for it
+        self.known.pop(topic, None)
 
     def poll(self) -> Poll:
         """What to ask for now. What was under way before is over."""
@@ -288,6 +300,11 @@ class Follower:
                 return
             case "LOG_ID":
                 line.state = "replaced"
+            case "DELETED":
+                if refusal.log_id != line.log_id:
+                    raise RemoteProtocolError(f"{_name(line)}: the parent deleted another log, {refusal.log_id}")
+                line.state = "moving"
+                yield Deleted(line)
             case "HOURS":
                 line.state = "waiting"
             case "DAMAGED":

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple, Protocol
+
+import msgspec
 
 from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, TopicSettings
@@ -15,6 +17,8 @@ from edgebroker.storage.reader import ColdRead
 from edgebroker.storage.recovery import Hole
 from edgebroker.storage.segment import Segment
 from edgebroker.storage.staging import Chunk
+
+Done = Callable[[Code, str], None]
 
 
 class Log(Protocol):
@@ -79,6 +83,13 @@ class Listener(Protocol):
         """The offset that every live group and child has passed; None when there is none."""
 
 
+class Tombstone(msgspec.Struct, frozen=True, array_like=True):
+    """A log that its origin has deleted: the name of its topic, and the last history of it that is gone."""
+
+    topic: str
+    epoch: int
+
+
 class Appended(NamedTuple):
     """What became of a run of PUBLISH frames: packed answers (staging.pyi), how many frames were handled, and the
     end that must be written or durable before the answers are true."""
@@ -89,13 +100,14 @@ class Appended(NamedTuple):
     records: int
 
 
-Done = Callable[[Code, str], None]
-
-
 class Engine(Protocol):
     """Everything is called on the loop; callbacks come back on the loop."""
 
     node_uid: str
+
+    @property
+    def tombstones(self) -> Mapping[str, Tombstone]:
+        """Logs that were deleted, by log id."""
 
     def open(self, listener: Listener) -> None:
         """Recover what is stored. Blocks; before the loop runs."""

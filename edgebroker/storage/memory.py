@@ -17,7 +17,7 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import segscan
 from edgebroker.storage.chains import ChainPoint
-from edgebroker.storage.engine import Appended, Done, Listener, Log
+from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
 from edgebroker.storage.identity import Identity, make_identity
 from edgebroker.storage.log import Extent, Inline
 from edgebroker.storage.meta import GroupKey, GroupOffset
@@ -103,6 +103,7 @@ class MemoryEngine:
         self._offsets: dict[GroupKey, GroupOffset] = {}
         self._producers: dict[str, tuple[int, int]] = {}
         self.node_uid = "00" * 16
+        self.tombstones: dict[str, Tombstone] = {}
 
     def open(self, listener: Listener) -> None:
         self._listener = listener

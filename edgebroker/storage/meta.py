@@ -139,13 +139,25 @@ class MetaChanges:
         self.producers: dict[str, tuple[int, int]] = {}
         self.windows: dict[PartitionKey, Windows] = {}
         self.topology: list[str] | None = None
+        # Topics of which every row goes, before anything else is written.
+        self.dropped: set[str] = set()
 
     def __bool__(self) -> bool:
         tables = (self.checkpoints, self.segments, self.holes, self.group_offsets, self.producers, self.windows)
-        return any(tables) or self.topology is not None
+        return any(tables) or self.topology is not None or bool(self.dropped)
+
+    def drop_topic(self, topic: str) -> None:
+        """Forget what is known about the logs of a topic. Groups forget their places in it themselves."""
+        tables: tuple[dict[Any, Any], ...] = (self.checkpoints, self.segments, self.holes, self.windows)
+        for table in tables:
+            for key in [key for key in table if key[0] == topic]:
+                del table[key]
+        self.dropped.add(topic)
 
     def absorb(self, later: "MetaChanges") -> None:
         """Put later changes on top of these (after a transaction that failed)."""
+        for topic in later.dropped:
+            self.drop_topic(topic)
         self.checkpoints.update(later.checkpoints)
         self.segments.update(later.segments)
         self.holes.update(later.holes)
@@ -204,6 +216,8 @@ class MetaDatabase:
         self._close()
 
     def _apply(self, cursor: sqlite3.Cursor, changes: MetaChanges) -> None:
+        for table in ("checkpoints", "segments", "holes", "windows", "window_marks"):
+            cursor.executemany(f"DELETE FROM {table} WHERE topic=?", [(topic,) for topic in changes.dropped])
         cursor.executemany(
             "REPLACE INTO checkpoints VALUES (?,?,?,?,?,?,?,?,?)",
             [(*key, *row) for key, row in changes.checkpoints.items()],

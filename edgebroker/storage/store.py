@@ -7,7 +7,7 @@ verifies. Everything here runs on the loop thread and leaves waiting to the comm
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from edgebroker.storage.ages import Ages
 from edgebroker.storage.chains import ChainPoint, find_chains
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
-from edgebroker.storage.engine import Appended, Done, Listener, Log
+from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
 from edgebroker.storage.heal import Healed, heal_segment
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
 from edgebroker.storage.identity import Identity, begin_history, change_identity, make_identity, read_identity
@@ -36,6 +36,7 @@ from edgebroker.storage.opening import Opener
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.reader import ColdRead, Reader, read_cold
 from edgebroker.storage.recovery import Checkpoint, RecoveredLog
+from edgebroker.storage.removal import Removal, finish_removals, read_tombstones
 from edgebroker.storage.segment import Segment
 from edgebroker.storage.staging import Chunk
 from edgebroker.storage.timesearch import find_time
@@ -97,6 +98,10 @@ class SegmentStore:
         if not self._directory.was_clean:
             log.info("no clean stop before this start: the logs are checked from their last checkpoints on")
         state = self._metadata.load()
+        tombstones = read_tombstones(self._path)
+        for name in finish_removals(self._path, tombstones):
+            self._metadata.changes.drop_topic(name)
+        self.removal = Removal(self._path, self._topics, self._scheduler, self._committer, self._metadata, tombstones)
         self._producers, self.topology = state.producers, state.topology
         for topic_path in sorted(self._directory.topics.iterdir()):
             if topic_path.is_dir():
@@ -162,6 +167,10 @@ class SegmentStore:
 
     # ---- topics ----
 
+    @property
+    def tombstones(self) -> Mapping[str, Tombstone]:
+        return self.removal.tombstones
+
     def topics(self) -> Iterable[str]:
         return self._topics
 
@@ -192,6 +201,9 @@ class SegmentStore:
             done(
                 Code.READ_ONLY, f"topic {name} lies on the disk and could not be opened: {self._opener.unserved[name]}"
             )
+            return
+        if name in self.removal.busy:
+            done(Code.OVERLOADED, f"topic {name} is being deleted; try again in a moment")
             return
         if name in self._creating:
             self._creating[name].append(done)
