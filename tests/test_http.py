@@ -185,7 +185,7 @@ def test_settings_survive_a_restart(tmp_path: Path) -> None:
         ("GET", "/", 404),
         ("GET", "/v2/node", 404),
         ("GET", "/v1", 404),
-        ("DELETE", "/v1/topics/t", 405),
+        ("PUT", "/v1/topics/t", 405),
         ("POST", "/healthz", 405),
         ("PUT", "/v1/topics", 405),
         ("GET", "/v1/node/more", 405),
