@@ -75,6 +75,7 @@ class Listener:
     def __init__(self) -> None:
         self.events: list[tuple[str, str, Any]] = []
         self.floor: int | None = None
+        self.pin: int | None = None
 
     def on_written(self, log: Log) -> None:
         self.events.append(("written", log.name, log.written_end))
@@ -87,6 +88,9 @@ class Listener:
 
     def on_topic(self, name: str) -> None: ...
     def on_rewritten(self, log: Log) -> None: ...
+
+    def retention_pin(self, log: Log) -> int | None:
+        return self.pin
 
     def retention_floor(self, log: Log) -> int | None:
         return self.floor

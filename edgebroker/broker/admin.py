@@ -19,6 +19,7 @@ from urllib.parse import unquote
 
 import msgspec
 
+from edgebroker.broker.answers import refusal, report
 from edgebroker.broker.cursor import Cursor, Key
 from edgebroker.broker.groups import Group
 from edgebroker.broker.naming import check_group_name, check_topic_name
@@ -65,7 +66,7 @@ class SnapshotRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Admin:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._tree = TreeAdmin(broker.tree, broker.engine.node_uid)
+        self._tree = TreeAdmin(broker.tree, broker.resets, broker.engine.node_uid)
         self._operations = Operations(broker.engine, broker.groups, broker.leases, broker.refreshing)
 
     def handle(self, request: Request, reply: Reply) -> None:
@@ -86,15 +87,15 @@ class Admin:
             case "PATCH", ["v1", "topics", name]:
                 self._alter(name, request, reply)
             case "DELETE", ["v1", "topics", name]:
-                self._delete(name, _report(reply))
+                self._delete(name, report(reply))
             case "POST", ["v1", "topics", name, "snapshot"]:
                 self._begin_snapshot(name, request, reply)
             case "POST", ["v1", "topics", name, "snapshot", snapshot]:
-                self._broker.snapshots.complete(name, snapshot, _report(reply))
+                self._broker.snapshots.complete(name, snapshot, report(reply))
             case "DELETE", ["v1", "topics", name, "snapshot", snapshot]:
-                self._broker.snapshots.abort(name, snapshot, _report(reply))
+                self._broker.snapshots.abort(name, snapshot, report(reply))
             case "POST", ["v1", "topics", name, "accept"]:
-                self._accept(name, _report(reply))
+                self._accept(name, report(reply))
             case "GET", ["v1", "pipe"]:
                 reply(Response(200, self._pipe()))
             case "POST", ["v1", "pipe"]:
@@ -105,14 +106,14 @@ class Admin:
                 self._broker.digests.answer(request, reply)
             case "POST", ["v1", "heal"]:
                 self._heal(request, reply)
-            case _, ["v1", ("tree" | "registry"), *_]:
+            case _, ["v1", ("tree" | "registry" | "resets"), *_]:
                 self._tree.handle(request, parts[1:], reply)
             case "GET", ["v1", "backup"]:
                 reply(self._backup())
             case "POST", ["v1", "promote"]:
                 self._promote(request, reply)
             case "DELETE", ["v1", "promote"]:
-                self._broker.demote(_report(reply))
+                self._broker.demote(report(reply))
             case "GET", ["v1", "groups"]:
                 self._list("groups", self._sorted_groups(), self._group, reply)
             case "GET", ["v1", "groups", name]:
@@ -333,7 +334,7 @@ class Admin:
         except msgspec.DecodeError as error:
             reply(Response(400, {"error": str(error)}))
             return
-        self._broker.promote(level, _report(reply))
+        self._broker.promote(level, report(reply))
 
     def _heal(self, request: Request, reply: Reply) -> None:
         from edgebroker.broker.healing import HealRequest  # with its HTTP client
@@ -390,7 +391,7 @@ class Admin:
                 first = {str(log.partition): offset for log, offset in snapshot.begins.items()}
                 reply(Response(201, {"id": snapshot.id.hex(), "first": first}))
             else:
-                reply(_refusal(code, message))
+                reply(refusal(code, message))
 
         self._broker.snapshots.begin(name, client_id, done)
 
@@ -441,7 +442,7 @@ class Admin:
 
     def _refreshed(self, group: Group, reply: Reply) -> Callable[[Code, str], None]:
         def done(code: Code, message: str) -> None:
-            reply(Response(200, self._group(group)) if code is Code.OK else _refusal(code, message))
+            reply(Response(200, self._group(group)) if code is Code.OK else refusal(code, message))
 
         return done
 
@@ -452,7 +453,7 @@ class Admin:
             return
         if logs[0].identity.origin != self._broker.engine.node_uid:
             origin = logs[0].identity.origin
-            reply(_refusal(Code.NOT_ORIGIN, f"{name} is written by node {origin} only; change its settings there"))
+            reply(refusal(Code.NOT_ORIGIN, f"{name} is written by node {origin} only; change its settings there"))
             return
         try:
             changes = msgspec.json.decode(request.body, type=dict[str, object])
@@ -495,15 +496,6 @@ def check_settings(settings: TopicSettings) -> str:
 
 def _no_group(name: str) -> Response:
     return Response(404, {"error": f"there is no group {name} on this node"})
-
-
-def _refusal(code: Code, message: str) -> Response:
-    status = 404 if code is Code.UNKNOWN_TOPIC else 503 if code.retryable else 409
-    return Response(status, {"error": message, "code": code.name})
-
-
-def _report(reply: Reply) -> Callable[[Code, str], None]:
-    return lambda code, message: reply(Response(200, {}) if code is Code.OK else _refusal(code, message))
 
 
 def _no_topic(name: str) -> Response:

@@ -22,6 +22,7 @@ from edgebroker.broker.deleting import Deleting
 from edgebroker.broker.delivery import Delivery
 from edgebroker.broker.digests import Digests
 from edgebroker.broker.feeding import Feeding, Node
+from edgebroker.broker.freshcopy import CopySettings
 from edgebroker.broker.groups import Groups
 from edgebroker.broker.leases import LeaseLimits, Leases
 from edgebroker.broker.membership import Membership
@@ -31,6 +32,7 @@ from edgebroker.broker.publishing import Publishing, PublishLimits
 from edgebroker.broker.ranges import Ranges
 from edgebroker.broker.readers import Readers
 from edgebroker.broker.refreshing import Refreshing
+from edgebroker.broker.resets import Resets
 from edgebroker.broker.session import Session
 from edgebroker.broker.snapshots import Snapshots
 from edgebroker.broker.tree import Tree
@@ -179,6 +181,7 @@ class Broker:
             problems=self.problems,
             listening=lambda: self.http_address,
             piping=lambda: self.piping,
+            resets=lambda: self.resets,
         )
         follows = config.pipe.parents or config.pipe.registry
         self.piping = self._make_piping(node) if follows and not self.promoted else None
@@ -188,6 +191,7 @@ class Broker:
                 "--undo)",
                 self.level,
             )
+        self.resets = self._make_resets() if isinstance(self.engine, SegmentStore) else None
         self.ranges = Ranges(self.engine)
         self.digests = Digests(self.engine)
         self._healing: Healing | None = None
@@ -215,6 +219,8 @@ class Broker:
         self.ready = True
         self._sweep()
         self.tree.start()
+        if self.resets is not None:
+            self.resets.start()
         if self.piping is not None:
             self.piping.start()
             self.healing.start()
@@ -235,6 +241,8 @@ class Broker:
             listener.close()
         self.membership.divide_changed()  # who was told OK in this turn begins where it said
         self.publishing.draining = self.membership.frozen = True
+        if self.resets is not None:
+            self.resets.stop()
         if self.piping is not None:
             self.piping.stop()
         self.loop.call_later(0.0, self._drain)
@@ -244,7 +252,8 @@ class Broker:
         self.loop.call_soon_threadsafe(self.stop)
 
     def _drain(self) -> None:
-        idle = self.engine.hurry() and not self.publishing.waiting_bytes
+        copied = self.resets is None or self.resets.idle
+        idle = self.engine.hurry() and not self.publishing.waiting_bytes and copied
         if not idle and self.loop.now() < self._stop_deadline:
             self.loop.call_later(0.005, self._drain)
             return
@@ -381,6 +390,9 @@ class Broker:
     def on_rewritten(self, log: Log) -> None:
         self.feeding.on_rewritten(log)
 
+    def retention_pin(self, log: Log) -> int | None:
+        return self.feeding.pinned(log, self.loop.now())
+
     def retention_floor(self, log: Log) -> int | None:
         now = self.loop.now()
         passed = [floor for floor in (self.groups.floor(log, now), self.feeding.floor(log, now)) if floor is not None]
@@ -415,6 +427,24 @@ class Broker:
         )
         self.tree.follow(engine, piping)
         return piping
+
+    def _make_resets(self) -> Resets:
+        config, engine = self.config, self.engine
+        assert isinstance(engine, SegmentStore)
+        settings = CopySettings(
+            config.node.name, config.node.level, _store_settings(config), config.pipe.bytes_per_second
+        )
+        return Resets(
+            engine,
+            self.loop,
+            self.clock,
+            self.groups,
+            self.refreshing,
+            settings,
+            lambda: self.piping,
+            self.readers.cut,
+            self.readers.restarted,
+        )
 
     @property
     def healing(self) -> Healing:
@@ -483,29 +513,28 @@ class Broker:
 
 
 def _segment_engine(broker: Broker) -> Engine:
-    config = broker.config
+    path = Path(broker.config.node.data_dir)
+    return SegmentStore(path, broker.loop, broker.clock, _store_settings(broker.config))
+
+
+def _store_settings(config: Config) -> StoreSettings:
     storage, limits = config.storage, config.limits
-    return SegmentStore(
-        Path(config.node.data_dir),
-        broker.loop,
-        broker.clock,
-        StoreSettings(
-            level=config.node.level,
-            segment_bytes=storage.segment_bytes,
-            max_batch=limits.max_batch_bytes,
-            max_record=limits.max_record_bytes,
-            window=limits.publish_window_batches,
-            commit_interval=storage.commit_interval_ms / 1000,
-            read_timeout=storage.read_timeout_ms / 1000,
-            housekeeping=HousekeepingSettings(
-                retention_bytes=storage.retention_bytes,
-                retention_ms=storage.retention_ms,
-                segment_ms=storage.segment_ms,
-                max_bytes=storage.max_bytes,
-                soft_free_bytes=storage.soft_free_bytes,
-                hard_free_bytes=storage.hard_free_bytes,
-                scrub_bytes_per_second=storage.verify_bytes_per_second,
-            ),
+    return StoreSettings(
+        level=config.node.level,
+        segment_bytes=storage.segment_bytes,
+        max_batch=limits.max_batch_bytes,
+        max_record=limits.max_record_bytes,
+        window=limits.publish_window_batches,
+        commit_interval=storage.commit_interval_ms / 1000,
+        read_timeout=storage.read_timeout_ms / 1000,
+        housekeeping=HousekeepingSettings(
+            retention_bytes=storage.retention_bytes,
+            retention_ms=storage.retention_ms,
+            segment_ms=storage.segment_ms,
+            max_bytes=storage.max_bytes,
+            soft_free_bytes=storage.soft_free_bytes,
+            hard_free_bytes=storage.hard_free_bytes,
+            scrub_bytes_per_second=storage.verify_bytes_per_second,
         ),
     )
 

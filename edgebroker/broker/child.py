@@ -15,7 +15,7 @@ from edgebroker.network.http import BodyWriter
 from edgebroker.network.transport import FileRange
 from edgebroker.pipe import stream
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Stopped, judge, same_chain
-from edgebroker.pipe.report import Assignment
+from edgebroker.pipe.report import Order
 from edgebroker.pipe.stream import Kind, LogPosition, Patterns, Poll, Refusal, TopicInfo
 from edgebroker.storage.engine import Log
 from edgebroker.storage.log import Extent, Inline, NeedsDisk
@@ -74,10 +74,10 @@ class Child:
         """Up to where the child has been sent what it follows, by log."""
         return {cursor.log: cursor.offset for cursor in self.feed.cursors.values()}
 
-    def direct(self, assignments: list[Assignment]) -> None:
-        """Pass word of the registry on."""
+    def direct(self, order: Order) -> None:
+        """Pass word from the top on."""
         if self._out is not None and not self._out.closed:
-            self._out.send(stream.write_frame(Kind.TOPOLOGY, msgspec.json.encode(assignments)))
+            self._out.send(stream.write_frame(Kind.ORDER, msgspec.json.encode([order])))
 
     def follows(self, partition: Log) -> bool:
         key = (partition.topic, partition.partition)
@@ -141,7 +141,7 @@ class Child:
                 self._feeding.ahead(self, partition, position)
                 self._feeding.history_lost(partition, position)
             return
-        self._feeding.asked(self._poll.uid, partition, position.offset)
+        self._feeding.asked(self._poll, partition, position.offset)
         known = partition.chain_at(position.offset) if not position.points else None
         if known is not None:
             self._accept(line, position, partition, {position.offset: known})

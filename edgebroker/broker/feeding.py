@@ -38,6 +38,7 @@ TURN_CHILDREN = 200
 MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 LIVE_SECONDS = 7 * 24 * 3600.0
+PIN_SECONDS = 3600.0
 
 
 class Node(NamedTuple):
@@ -76,6 +77,7 @@ class Feeding:
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
         self._asked: dict[Log, dict[str, tuple[int, float]]] = {}
+        self._pins: dict[Log, dict[str, tuple[int, float]]] = {}
         self._history_lost: Callable[[Log, LogPosition], None] | None = None
         scheduler.call_later(MEASURE_SECONDS, self._measure)
 
@@ -173,15 +175,16 @@ class Feeding:
         """A log is gone: whoever follows it asks again, and is told."""
         self._infos.pop(partition.topic, None)
         self.on_rewritten(partition)
-        for known in (self._asked, self._ahead, self._idle):
+        for known in (self._asked, self._pins, self._ahead, self._idle):
             known.pop(partition, None)
 
     def floor(self, partition: Log, now: float) -> int | None:
         """The offset that every child seen within a week has asked for, and has passed; None without any."""
-        asked = self._asked.get(partition, {})
-        for uid in [uid for uid, (_, seen) in asked.items() if now - seen >= LIVE_SECONDS]:
-            del asked[uid]
-        return min((offset for offset, _ in asked.values()), default=None)
+        return _lowest(self._asked.get(partition, {}), now - LIVE_SECONDS)
+
+    def pinned(self, partition: Log, now: float) -> int | None:
+        """From where on retention shall remove nothing, for a child that loads the log afresh; None without one."""
+        return _lowest(self._pins.get(partition, {}), now - PIN_SECONDS)
 
     def child(self, uid: str) -> Child | None:
         """The child of this uid, while it is connected."""
@@ -258,8 +261,11 @@ class Feeding:
     def ahead(self, child: Child, partition: Log, position: LogPosition) -> None:
         self._ahead.setdefault(partition, {})[child] = position
 
-    def asked(self, uid: str, partition: Log, offset: int) -> None:
-        self._asked.setdefault(partition, {})[uid] = (offset, self.scheduler.now())
+    def asked(self, poll: Poll, partition: Log, offset: int) -> None:
+        """A child stands at an offset of a log, and may want what follows to be kept for it."""
+        self._asked.setdefault(partition, {})[poll.uid] = (offset, self.scheduler.now())
+        if poll.pin:
+            self._pins.setdefault(partition, {})[poll.uid] = (offset, self.scheduler.now())
 
     def idle(self, child: Child, cursor: FeedCursor, partition: Log) -> None:
         self._idle.setdefault(partition, {})[cursor] = child
@@ -271,3 +277,10 @@ class Feeding:
     def describe(self) -> list[dict[str, object]]:
         """For /v1/pipe."""
         return [child.describe() for child in self.children]
+
+
+def _lowest(places: dict[str, tuple[int, float]], since: float) -> int | None:
+    """The lowest offset of those that were seen since then; the others are forgotten."""
+    for uid in [uid for uid, (_, seen) in places.items() if seen <= since]:
+        del places[uid]
+    return min((offset for offset, _ in places.values()), default=None)

@@ -16,7 +16,7 @@ from edgebroker.broker.metrics import Metrics
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import TopicPartition
-from edgebroker.pipe.follower import Compare, Cut, Deleted, Event, Follower, Look, Restart
+from edgebroker.pipe.follower import Compare, Cut, Deleted, Event, Follower, Line, Look, Restart
 from edgebroker.pipe.stream import PartitionInfo, Point, TopicInfo
 from edgebroker.storage.engine import Log, MirrorEngine
 from edgebroker.storage.identity import Identity
@@ -239,26 +239,37 @@ class Mirrors:
         replaced = [
             line for line in self._follower.lines.values() if line.key.topic == topic and line.state == "replaced"
         ]
-        info = self._offered.get(topic)
-        if not replaced or info is None:
+        if not replaced or topic not in self._offered:
             done(Code.UNKNOWN_TOPIC, f"{topic} was not replaced at the parent; there is nothing to accept")
             return
-        left = [len(replaced)]
+        self._begin_anew(replaced, done)
+
+    def begin_anew(self, topic: str, done: Callable[[Code, str], None]) -> None:
+        """Fetch a topic again, all that the parent has of it; what is here is set aside first."""
+        lines = [line for line in self._follower.lines.values() if line.key.topic == topic]
+        if not lines or topic not in self._offered:
+            done(Code.UNKNOWN_TOPIC, f"{topic} is not mirrored from the parent of this node now")
+            return
+        self._begin_anew(lines, done)
+
+    def _begin_anew(self, lines: list[Line], done: Callable[[Code, str], None]) -> None:
+        info = self._offered[lines[0].key.topic]
+        left = [len(lines)]
         failed: list[tuple[Code, str]] = []
 
-        def one(code: Code, message: str, partition: Log) -> None:
+        def one(code: Code, message: str, partition: Log, log_id: str) -> None:
             self._flow.done()
             left[0] -= 1
             self.follow(partition)
             if code is Code.OK:
-                self._moves.restarted(partition, True)
+                self._moves.restarted(partition, partition.identity.log_id != log_id)
             else:
                 failed.append((code, message))
             if not left[0]:
                 done(*(failed[0] if failed else (Code.OK, "")))
-                self._flow.again("another log is followed")
+                self._flow.again("a log was begun anew")
 
-        for line in replaced:
+        for line in lines:
             found = self._engine.log(*line.key)
             assert found is not None
             line.state = "moving"
@@ -267,7 +278,7 @@ class Mirrors:
             self._engine.restart(
                 found,
                 lambda old, line=line: identity_of(info, info.partitions[line.key.partition]),  # type: ignore[misc]
-                lambda code, message, found=found: one(code, message, found),  # type: ignore[misc]
+                lambda code, message, found=found, log_id=found.identity.log_id: one(code, message, found, log_id),  # type: ignore[misc]
             )
 
     # ---- when the logs are not the same ----

@@ -12,7 +12,7 @@ from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.pipe.fleet import Fleet, Member
-from edgebroker.pipe.report import Assignment, Batch
+from edgebroker.pipe.report import Batch, Order
 
 WATCH_SECONDS = 10.0
 # Between two answers to its poll, and while it comes back from a lost connection, a child is not lost.
@@ -86,11 +86,11 @@ class Overseeing:
                 self.fleet.lost(uid, seen)
             self.fleet.measured(uid, self._feeding.behind(uid), now)
 
-    def direct(self, assignment: Assignment) -> bool:
-        """Pass word of the registry on, towards the node it is for; False when the way there is not known, or cut."""
-        member = self.fleet.members.get(assignment.uid)
+    def direct(self, order: Order) -> bool:
+        """Pass word from the top on, towards the node it is for; False when the way there is not known, or cut."""
+        member = self.fleet.members.get(order.uid)
         child = self._feeding.child(member.route) if member is not None else None
         if child is None:
             return False
-        child.direct([assignment])
+        child.direct(order)
         return True

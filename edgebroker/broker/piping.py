@@ -25,7 +25,7 @@ from edgebroker.network.httpclient import RECEIVE_BYTES, HttpClient
 from edgebroker.network.loop import Loop, TimerHandle
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.follower import Changed, Directed, Event, Follower, Greeted, Line, Taken
-from edgebroker.pipe.report import Assignment
+from edgebroker.pipe.report import Order
 from edgebroker.storage.engine import Log, MirrorEngine
 
 log = logging.getLogger(__name__)
@@ -51,11 +51,13 @@ class Piping:
         bytes_per_second: int,
         hours: str,
         moves: Moves,
-        directed: Callable[[list[Assignment]], None],
+        directed: Callable[[list[Order]], None],
+        *,
+        pin: bool = False,
     ) -> None:
         self._engine, self._loop, self._metrics, self._node = engine, loop, metrics, node
         self.candidates, self._cap, self._directed = candidates, bytes_per_second, directed
-        self._follower = Follower(node.uid, node.name, node.level, patterns, self, hours)
+        self._follower = Follower(node.uid, node.name, node.level, patterns, self, hours, pin=pin)
         receive_bytes = max(4 << 10, min(RECEIVE_BYTES, bytes_per_second or RECEIVE_BYTES))
         self._client = HttpClient(loop, self, receive_bytes)
         self._mirrors = Mirrors(engine, loop, metrics, node.uid, self._follower, self, moves)
@@ -103,10 +105,10 @@ class Piping:
 
     def _watch(self) -> None:
         """Once a second: a parent that fell silent, one that is behind for too long, a better one."""
-        self._loop.call_later(1.0, self._watch)
-        now = self._loop.now()
         if self.stopped:
             return
+        self._loop.call_later(1.0, self._watch)
+        now = self._loop.now()
         transport = self._client.transport
         listening = transport is not None and not transport.paused
         if listening and now - self._last_heard > SILENT_SECONDS:
@@ -278,7 +280,7 @@ class Piping:
             elif isinstance(event, Changed):
                 self._changed(event)
             elif isinstance(event, Directed):
-                self._directed(event.assignments)
+                self._directed(event.orders)
             else:
                 self._mirrors.do(event)
 
@@ -322,6 +324,27 @@ class Piping:
     def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
         """An operator takes the parent's log instead of the one that was replaced."""
         self._mirrors.accept(topic, done)
+
+    def begin_anew(self, topic: str, done: Callable[[Code, str], None]) -> None:
+        """Fetch all of a topic again; what is here goes first."""
+        self._mirrors.begin_anew(topic, done)
+
+    def hold(self, topic: str) -> None:
+        """Take nothing more of a topic until follow() or follow_again(); the pipe stands meanwhile."""
+        self.begin()
+        for line in self.lines(topic):
+            line.state = "moving"
+
+    def follow_again(self, topic: str) -> None:
+        """Stand at the end of its logs, as they are now."""
+        for partition in self._engine.partitions(topic):
+            self._mirrors.follow(partition)
+        self.done()
+        self.again("the logs of a topic are others now")
+
+    def lines(self, topic: str) -> list[Line]:
+        """Where this node stands in the logs of a topic."""
+        return [line for line in self._follower.lines.values() if line.key.topic == topic]
 
     @property
     def address(self) -> str:

@@ -28,6 +28,7 @@ from edgebroker.pipe.report import (
     GroupReport,
     NodeState,
     Report,
+    ResetReport,
     TopicReport,
     within_limit,
 )
@@ -69,6 +70,7 @@ class Moment(NamedTuple):
     address: str
     candidates: int
     problems: list[str]
+    resets: list[ResetReport]
 
 
 class Reporting:
@@ -129,6 +131,7 @@ class Reporting:
                 candidates=moment.candidates,
                 topics=self._topics(),
                 problems=moment.problems,
+                resets=moment.resets,
                 disk_free_percent=free,
                 disk_days=days,
                 left_out=0,

@@ -6,6 +6,7 @@ the node above (or the registrar here) -> directed -> this node's parents, or on
 
 from __future__ import annotations
 
+import logging
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -19,21 +20,25 @@ from edgebroker.broker.parents import Parents
 from edgebroker.broker.piping import Piping
 from edgebroker.broker.registrar import Registrar
 from edgebroker.broker.reporting import Above, Itself, Moment, Reporting
+from edgebroker.broker.resets import Resets
 from edgebroker.broker.treeview import TreeView
 from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, parse_labels, split_list
+from edgebroker.common.errors import Code
 from edgebroker.network.loop import Loop
 from edgebroker.pipe.fleet import Fleet, Member
-from edgebroker.pipe.report import Assignment, Report
-from edgebroker.storage.engine import Engine, MirrorEngine
+from edgebroker.pipe.report import Order, Report, ResetOrder
+from edgebroker.storage.engine import Done, Engine, MirrorEngine
 from edgebroker.storage.registry import RegistryStore
+
+log = logging.getLogger(__name__)
 
 EVERYWHERE = ("0.0.0.0", "[::]", "::", "")
 
 
 class Tree:
     """Owned by the loop thread. `level` and `problems` are this node's as they are now, `listening` its HTTP address,
-    `piping` what follows its parent (None without one)."""
+    `piping` what follows its parent (None without one), `resets` what loads topics afresh (None in memory)."""
 
     def __init__(
         self,
@@ -49,9 +54,10 @@ class Tree:
         problems: Callable[[], dict[str, str]],
         listening: Callable[[], tuple[str, int]],
         piping: Callable[[], Piping | None],
+        resets: Callable[[], Resets | None],
     ) -> None:
         self._config, self._level, self._problems, self._listening = config, level, problems, listening
-        self._loop, self._piping, self._uid = loop, piping, engine.node_uid
+        self._loop, self._piping, self._resets, self._uid = loop, piping, resets, engine.node_uid
         self.fleet = Fleet(engine.node_uid)
         itself = Itself(
             engine.node_uid,
@@ -107,13 +113,26 @@ class Tree:
         """This node about itself."""
         return self._reporting.report()
 
-    def directed(self, assignments: list[Assignment]) -> None:
-        """Word of the registry came down the pipe."""
-        for assignment in assignments:
-            if assignment.uid != self._uid:
-                self.overseeing.direct(assignment)
+    def directed(self, orders: list[Order]) -> None:
+        """Word from the top came down the pipe."""
+        for order in orders:
+            if order.uid != self._uid:
+                self.overseeing.direct(order)
+            elif isinstance(order, ResetOrder):
+                self.reset(order, _note)
             elif self.parents is not None:
-                self.parents.assigned(assignment)
+                self.parents.assigned(order)
+
+    def reset(self, order: ResetOrder, done: Done) -> None:
+        """Load something afresh, here or at a node below: done once it is stored here, or on its way."""
+        resets = self._resets()
+        if order.uid != self._uid:
+            told = self.overseeing.direct(order)
+            done(Code.OK if told else Code.BEHIND, "" if told else "that node is not connected; order it again later")
+        elif resets is None:
+            done(Code.INVALID_BATCH, "a node in memory loads nothing afresh")
+        else:
+            resets.order(order, done)
 
     def problems(self) -> dict[str, str]:
         found = {}
@@ -149,7 +168,9 @@ class Tree:
 
     def _moment(self) -> Moment:
         candidates = self.parents.digest if self.parents is not None else 0
-        return Moment(self._level(), self._address(), candidates, sorted(self._problems())[:16])
+        resets = self._resets()
+        states = resets.reports() if resets is not None else []
+        return Moment(self._level(), self._address(), candidates, sorted(self._problems())[:16], states)
 
     def _address(self) -> str:
         """Where children reach this node; "" when it takes none."""
@@ -161,3 +182,9 @@ class Tree:
         if host in EVERYWHERE:
             host = socket.gethostname()
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _note(code: Code, message: str) -> None:
+    """What came of an order from above: the report tells the rest."""
+    if code is not Code.OK:
+        log.error("the reset that was ordered cannot be done: %s", message)

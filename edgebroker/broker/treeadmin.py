@@ -1,6 +1,7 @@
 """The tree over HTTP: reports of the nodes below, the view of an operator, and the registry (docs/protocol.md).
 
 POST /v1/tree/reports   GET /v1/tree  /v1/tree/nodes  /v1/tree/applied
+GET|POST /v1/resets   DELETE /v1/resets/ID
 POST /v1/registry   PUT /v1/registry/NODE/pins   PUT|DELETE /v1/registry/NODE/drain   DELETE /v1/registry/NODE
 """
 
@@ -11,17 +12,19 @@ from urllib.parse import parse_qs
 
 import msgspec
 
+from edgebroker.broker.answers import report
 from edgebroker.broker.registrar import PinRequest
+from edgebroker.broker.resets import Resets
 from edgebroker.broker.tree import Tree
 from edgebroker.network.http import Reply, Request, Response
-from edgebroker.pipe.report import Question
+from edgebroker.pipe.report import Question, ResetOrder
 
 
 class TreeAdmin:
     """Owned by the loop thread. `uid` is this node's."""
 
-    def __init__(self, tree: Tree, uid: str) -> None:
-        self._tree, self._uid = tree, uid
+    def __init__(self, tree: Tree, resets: Resets | None, uid: str) -> None:
+        self._tree, self._resets, self._uid = tree, resets, uid
 
     def handle(self, request: Request, parts: list[str], reply: Reply) -> None:
         """`parts` is the path behind /v1."""
@@ -36,12 +39,26 @@ class TreeAdmin:
                 view.nodes(query, reply)
             case "GET", ["tree", "applied"]:
                 view.applied(query, reply)
+            case "GET", ["resets"]:
+                reply(Response(200, {"resets": self._resets.describe() if self._resets is not None else []}))
+            case "POST", ["resets"]:
+                self._reset(request, reply)
+            case "DELETE", ["resets", reset_id] if self._resets is not None:
+                self._resets.abort(reset_id, report(reply))
             case "POST", ["registry"]:
                 self._ask(request, reply)
             case (("PUT" | "DELETE"), ["registry", name, *verb]):
                 self._decide(request, name, verb, reply)
             case _:
                 reply(Response(405, {"error": f"{request.method} is not allowed for {request.path}"}))
+
+    def _reset(self, request: Request, reply: Reply) -> None:
+        try:
+            order = msgspec.json.decode(request.body, type=ResetOrder)
+        except msgspec.DecodeError as error:
+            reply(Response(400, {"error": str(error)}))
+            return
+        self._tree.reset(order, report(reply))
 
     def _ask(self, request: Request, reply: Reply) -> None:
         """Answer, or pass the question on to the parent: a store has no route to the top."""

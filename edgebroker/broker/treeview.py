@@ -173,6 +173,7 @@ class TreeView:
             "skew_seconds": member.skew,
             "disk_free_percent": report.disk_free_percent,
             "disk_days": report.disk_days,
+            "resets": msgspec.to_builtins(report.resets),
             "left_out": report.left_out,
             "states": facts.states,
             **self._decided(member.uid),

@@ -57,6 +57,7 @@ def build_parser() -> Parser:
     _admin(_verb(verbs, "pipe", "show the parent of a node, what it lacks, and the children it feeds", "pipe", "pipe"))
     _tree(verbs)
     _node(verbs)
+    _reset(verbs)
     _group(verbs)
     _dlq(verbs)
     _log(verbs)
@@ -229,6 +230,24 @@ def _node(verbs) -> None:  # type: ignore[no-untyped-def]
         if name == "pin":
             verb.add_argument("parent", nargs="+", help="names or uids of its parents, the best first")
         _admin(verb)
+
+
+def _reset(verbs) -> None:  # type: ignore[no-untyped-def]
+    reset = _verb(verbs, "reset", "load topics afresh from the parent, here or at nodes below", "reset", "reset")
+    reset.add_argument("--topic", default="", help="which topic; without it all that a node mirrors")
+    reset.add_argument("--group", default="", help="instead: have this consumer group load the topic afresh")
+    reset.add_argument("--node", default="", metavar="NAME", help="at this node below, by name or uid")
+    reset.add_argument("--region", default="", help="at every node of this region below")
+    _label(reset)
+    reset.add_argument("--wave", type=int, default=10, metavar="N", help="so many nodes at a time (default 10)")
+    reset.add_argument("--in-place", action="store_true", help="without a copy beside the old data, which goes first")
+    reset.add_argument("--force", action="store_true", help="also when the parent has less than 90 %% of the records")
+    reset.add_argument("--accept", action="store_true", help="also when the parent's log is another one")
+    reset.add_argument("--hours", default="", metavar="HH:MM-HH:MM", help="switch only then, by the clock of the node")
+    reset.add_argument("--timeout", default="2h", metavar="TIME", help="for each wave, as 30m, 12h (default 2h)")
+    reset.add_argument("--status", action="store_true", help="only show the resets of this node")
+    reset.add_argument("--abort", default="", metavar="ID", help="give one up at this node, before its switch")
+    _admin(reset)
 
 
 def _backup(verbs) -> None:  # type: ignore[no-untyped-def]

@@ -23,7 +23,7 @@ _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 def tree(options: argparse.Namespace) -> int:
     while True:
         if options.all:
-            nodes = list(_pages(options))
+            nodes = list(pages(options.admin, options.label))
             text = json.dumps(nodes) if options.json else ""
         else:
             found = call(options.admin, "GET", "/v1/tree?" + _labels(options.label))
@@ -42,10 +42,11 @@ def tree(options: argparse.Namespace) -> int:
         sleep(WATCH_SECONDS)
 
 
-def _pages(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def pages(admin: str, labels: list[str]) -> Iterator[dict[str, Any]]:
+    """Every node below that has these labels."""
     after = ""
     while True:
-        page = call(options.admin, "GET", f"/v1/tree/nodes?after={after}&" + _labels(options.label))
+        page = call(admin, "GET", f"/v1/tree/nodes?after={after}&" + _labels(labels))
         yield from page["nodes"]
         after = page["after"]
         if not after:

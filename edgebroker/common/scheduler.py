@@ -28,3 +28,6 @@ class Scheduler(Protocol):
 
     def at_end_of_turn(self, callback: Callable[[], None]) -> None:
         """Run a callback at the end of every turn, after all events of the turn were handled."""
+
+    def not_at_end_of_turn(self, callback: Callable[[], None]) -> None:
+        """Undo that."""

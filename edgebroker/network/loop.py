@@ -92,6 +92,9 @@ class Loop:
     def at_end_of_turn(self, callback: Callable[[], None]) -> None:
         self._end_of_turn.append(callback)
 
+    def not_at_end_of_turn(self, callback: Callable[[], None]) -> None:
+        self._end_of_turn = [one for one in self._end_of_turn if one != callback]
+
     # ---- descriptors ----
 
     def register(self, fd: int, events: int, ready: Ready) -> None:

@@ -19,7 +19,7 @@ from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.types import TopicPartition
 from edgebroker.pipe.divergence import Search
-from edgebroker.pipe.report import Assignment
+from edgebroker.pipe.report import Order
 from edgebroker.pipe.stream import Flags, Frame, FrameReader, Hello, Kind, LogPosition, Patterns, Point, Poll, Refusal
 
 T = TypeVar("T")
@@ -70,9 +70,9 @@ class Greeted(NamedTuple):
 
 
 class Directed(NamedTuple):
-    """Word of the registry, for this node or for those below it."""
+    """Word from the top, for this node or for those below it."""
 
-    assignments: list[Assignment]
+    orders: list[Order]
 
 
 class Compare(NamedTuple):
@@ -123,12 +123,22 @@ Event = Greeted | Directed | Compare | Look | Cut | Restart | Deleted | Changed
 
 class Follower:
     """`patterns` are the topics that this node wants (shell wildcards), `hours` those of the day in which it takes also
-    what is not urgent."""
+    what is not urgent. `pin`: the parent shall keep what was asked for until it has come."""
 
-    def __init__(self, uid: str, name: str, level: str, patterns: Sequence[str], sink: Sink, hours: str = "") -> None:
+    def __init__(
+        self,
+        uid: str,
+        name: str,
+        level: str,
+        patterns: Sequence[str],
+        sink: Sink,
+        hours: str = "",
+        *,
+        pin: bool = False,
+    ) -> None:
         self._uid, self._name, self._level, self._patterns, self._sink = uid, name, level, list(patterns), sink
         self.lines: dict[TopicPartition, Line] = {}
-        self._wanted, self._hours = Patterns(self._patterns), hours
+        self._wanted, self._hours, self._pin = Patterns(self._patterns), hours, pin
         self._parent = ""
         self.known: dict[str, int] = {}
         self._polled: list[Line] = []
@@ -185,6 +195,7 @@ class Follower:
             logs=logs,
             known=self.known,
             hours=self._hours,
+            pin=self._pin,
         )
 
     @property
@@ -203,8 +214,8 @@ class Follower:
                 yield self._hello(_decode(payload, Hello))
             elif frame.kind == Kind.STATE:
                 yield from self._refused(self._line(frame), _decode(payload, Refusal))
-            elif frame.kind == Kind.TOPOLOGY:
-                yield Directed(_decode(payload, list[Assignment]))
+            elif frame.kind == Kind.ORDER:
+                yield Directed(_decode(payload, list[Order]))
 
     def _line(self, frame: Frame) -> Line:
         if frame.line >= len(self._polled):

@@ -43,11 +43,20 @@ class TopicReport(msgspec.Struct, frozen=True, array_like=True):
     dead_letters: int = 0
 
 
+class ResetReport(msgspec.Struct, frozen=True, array_like=True):
+    """How far a node is with a reset: waiting, loading, held (until its hours), shrunk, no_space, switching, done,
+    failed, refreshing (a group)."""
+
+    id: str
+    topic: str
+    state: str
+
+
 class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A node about itself. `boot` is drawn at every start, `number` grows with every report of that run. `address` is
     where children reach its HTTP interface, `parent` the uid of the node it follows ("" while it follows none).
     `managed`: it takes its parents from the registry, and `candidates` is the digest of the list that it has.
-    `left_out` topics had no room."""
+    `resets` are the last ones. `left_out` topics had no room."""
 
     uid: Id
     name: _Name
@@ -62,6 +71,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     managed: bool = False
     candidates: int = 0
     topics: list[TopicReport] = []
+    resets: Annotated[list[ResetReport], Meta(max_length=4)] = []
     problems: Annotated[list[_Word], Meta(max_length=32)] = []
     disk_free_percent: int = 100
     disk_days: int = -1
@@ -90,13 +100,31 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     wall_ms: int = 0
 
 
-class Assignment(msgspec.Struct, frozen=True, kw_only=True):
+class Assignment(msgspec.Struct, frozen=True, kw_only=True, tag="parents"):
     """Where a node shall look for its parent: HTTP addresses, the best first. `drain`: leave a parent that is not in
     the list even if it works, and take an empty list for an answer."""
 
     uid: Id
     candidates: Annotated[list[_Address], Meta(max_length=MAX_CANDIDATES)]
     drain: bool = False
+
+
+class ResetOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="reset"):
+    """What a node shall load afresh from its parent: a topic ("" all that it mirrors), or with `group` have that group
+    load it afresh. `in_place`: without a copy beside it, for want of space. `force`: even if the new copy has less than
+    90 % of the records. `accept`: even if the parent's is another log. `hours`: switch only then, by its own clock."""
+
+    id: Id
+    uid: Id
+    topic: Annotated[str, Meta(max_length=200)] = ""
+    group: Annotated[str, Meta(max_length=255)] = ""
+    in_place: bool = False
+    force: bool = False
+    accept: bool = False
+    hours: Annotated[str, Meta(max_length=200)] = ""
+
+
+Order = Assignment | ResetOrder
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

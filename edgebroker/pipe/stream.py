@@ -3,7 +3,7 @@
 The poll is JSON. The answer is a stream of frames; every frame begins with 32 bytes, big-endian:
 
      0  u32  bytes of payload behind this header
-     4  u8   kind: 1 HELLO, 2 DATA, 3 STATE, 4 IDLE, 5 TOPOLOGY
+     4  u8   kind: 1 HELLO, 2 DATA, 3 STATE, 4 IDLE, 5 ORDER
      5  u8   flags of DATA: 1 CONTINUES (goes on where the last DATA of this line ended), 2 CHAINED (`chain` is told)
      6  u16  line: which entry of the poll's `logs` it is about
      8  u32  chain checksum before the batch at `offset`
@@ -11,7 +11,7 @@ The poll is JSON. The answer is a stream of frames; every frame begins with 32 b
     20  u32  bytes of that batch before the payload
     24  i64  durable end of the log at the parent
 
-HELLO and STATE carry JSON (Hello, Refusal), TOPOLOGY a list of Assignment (pipe/report.py), DATA stored bytes, which
+HELLO and STATE carry JSON (Hello, Refusal), ORDER a list of Order (pipe/report.py), DATA stored bytes, which
 may end anywhere, IDLE nothing.
 """
 
@@ -55,7 +55,7 @@ class Kind(IntEnum):
     DATA = 2
     STATE = 3
     IDLE = 4
-    TOPOLOGY = 5
+    ORDER = 5
 
 
 class Flags(IntFlag):
@@ -88,7 +88,8 @@ class LogPosition(msgspec.Struct, frozen=True, array_like=True):
 
 class Poll(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /v1/pipe. `topics` are patterns; `known` says of which topics the child has the newest
-    description (its digest). In `hours` of the parent's day it takes all topics, else urgent ones only."""
+    description (its digest). In `hours` of the parent's day it takes all topics, else urgent ones only. `pin`: nothing
+    of these logs that it has not got yet shall be removed for an hour."""
 
     version: int = VERSION
     uid: _Id
@@ -98,6 +99,7 @@ class Poll(msgspec.Struct, frozen=True, kw_only=True):
     logs: Annotated[list[LogPosition], Meta(max_length=MAX_LINES)]
     known: Annotated[dict[_Name, int], Meta(max_length=MAX_LINES)] = {}
     hours: Annotated[str, Meta(max_length=200)] = ""
+    pin: bool = False
 
 
 class PartitionInfo(msgspec.Struct, frozen=True, array_like=True):

@@ -357,6 +357,7 @@ class Committer:
         self._group.call()
         self._thread.join(timeout)
         self._scheduler.remove_reader(self._group.done_fd)
+        self._scheduler.not_at_end_of_turn(self.flush)
         if self._thread.is_alive():
             return False
         self._group.close()

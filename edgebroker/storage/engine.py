@@ -79,6 +79,9 @@ class Listener(Protocol):
     def on_rewritten(self, log: Log) -> None:
         """A log was cut or begun anew: nobody stands in it where they stood."""
 
+    def retention_pin(self, log: Log) -> int | None:
+        """The offset from which on nothing may be removed now; None: retention decides."""
+
     def retention_floor(self, log: Log) -> int | None:
         """The offset that every live group and child has passed; None when there is none."""
 

@@ -21,6 +21,7 @@ from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.storage import files, staging
 from edgebroker.storage.budget import Budget
 from edgebroker.storage.committer import Committer
+from edgebroker.storage.engine import Listener
 from edgebroker.storage.identity import Identity, change_identity
 from edgebroker.storage.index import index_path
 from edgebroker.storage.log import PartitionLog
@@ -60,9 +61,6 @@ class HousekeepingSettings:
 
 class Logs(Protocol):
     def logs(self) -> list[PartitionLog]: ...
-    def retention_floor(self, log: PartitionLog) -> int | None: ...
-    def on_removed(self, log: PartitionLog) -> None:
-        """The log begins further on."""
 
 
 class Housekeeping:
@@ -75,6 +73,7 @@ class Housekeeping:
         clock: Clock,
         settings: HousekeepingSettings,
         store: Logs,
+        listener: Listener,
         committer: Committer,
         metadata: Metadata,
         reader: Reader,
@@ -82,6 +81,7 @@ class Housekeeping:
     ) -> None:
         self._path, self._scheduler, self._clock, self._settings = path, scheduler, clock, settings
         self._store, self._committer, self._metadata = store, committer, metadata
+        self._listener = listener
         self._reader, self._quarantine = reader, quarantine
         self._budget = Budget(
             max_bytes=settings.max_bytes,
@@ -283,8 +283,11 @@ class Housekeeping:
             if kept >= 0:
                 # A table is refreshed from its newest complete snapshot: it stays.
                 gone = [segment for segment in gone if segment.end_offset <= kept]
+            pin = self._listener.retention_pin(partition) if gone else None
+            if pin is not None:
+                gone = [segment for segment in gone if segment.end_offset <= pin]
             if wanted > 0:
-                floor = self._store.retention_floor(partition)
+                floor = self._listener.retention_floor(partition)
                 for segment in partition.segments[len(gone) : -1]:
                     if floor is None or segment.end_offset > floor or wanted <= 0 or segment.end_offset > kept >= 0:
                         break
@@ -325,7 +328,7 @@ class Housekeeping:
             self.holes_changed(partition)
             self.removed_segments += len(gone)
             self._metadata.touch()
-            self._store.on_removed(partition)
+            self._listener.on_topic(partition.topic)
             log.info("%s: %d segments removed, the log starts at %d", partition.name, len(gone), result.log_start)
 
         self._committer.call(work, done)
@@ -415,6 +418,7 @@ class Housekeeping:
         return {
             "disk_free_bytes": self._budget.free,
             "disk_bytes": self._budget.size,
+            "disk_usable_bytes": self._budget.usable,
             "log_bytes": self._budget.used,
             "removed_segments": self.removed_segments,
             "verified_bytes": self.scrubbed_bytes,

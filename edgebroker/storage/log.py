@@ -228,21 +228,22 @@ class PartitionLog:
         if old.users == 0:
             old.close()
 
-    def rewritten(self, identity: Identity, recovered: RecoveredLog) -> list[Segment]:
-        """The files were cut or begun anew (nothing is staged): go on from there. The segments that are gone."""
-        known = {segment.base: segment for segment in self.segments[:-1]}
+    def rewritten(self, identity: Identity, recovered: RecoveredLog, *, whole: bool = False) -> list[Segment]:
+        """The files were cut or begun anew (nothing is staged): go on from there. The segments that are gone; with
+        `whole` all of them: every file is another one."""
+        known = {segment.base: segment for segment in self.segments[:-1] if not whole}
         segments: list[Segment] = []
         for found in recovered.segments[:-1]:
             old = known.get(found.base)
             same = old is not None and old.end_offset == found.end_offset
             segments.append(old if same and old is not None else found)
         active, before = recovered.segments[-1], known.get(recovered.segments[-1].base, self.active)
-        if active.base_chain == UNKNOWN_CHAIN and before.base == active.base:
+        if active.base_chain == UNKNOWN_CHAIN and before.base == active.base and not whole:
             active.base_chain = before.base_chain
         segments.append(active)
         gone = [segment for segment in self.segments if segment not in segments]
         kept = [hole for hole in self.holes if hole.first >= identity.log_start and hole.next <= recovered.next_offset]
-        if identity.log_id != self.identity.log_id:
+        if whole or identity.log_id != self.identity.log_id:
             kept = []
         self.identity, self.segments, self.holes = identity, segments, list(recovered.holes)
         for hole in kept:

@@ -9,6 +9,7 @@ group offsets come back from offsets.snap, at most five seconds old and never ah
 
 import logging
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -126,6 +127,12 @@ class MetaState:
         self.producers: dict[str, tuple[int, int]] = {}
         self.windows: dict[PartitionKey, Windows] = {}
         self.topology: list[str] = []
+
+    def forget(self, topics: Sequence[str]) -> None:
+        """The files of these topics are gone, or others: what was known about them is about others."""
+        for table in (self.checkpoints, self.segments, self.holes, self.windows):
+            for key in [key for key in table if key[0] in topics]:
+                del table[key]
 
 
 class MetaChanges:

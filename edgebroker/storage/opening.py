@@ -118,10 +118,7 @@ class Opener:
             watermark = -1  # what a mirror lost at its end it gets again; a place beyond it waits
         recovery = Recovery(directory, identity, self._quarantine, max_batch=STORED_BATCH_BYTES, name=name)
         recovered = recovery.run(checkpoint, watermark)
-        rows = state.segments.get(key, {})
-        for segment in recovered.segments[:-1]:
-            self._describe_sealed(segment, rows.get(segment.base), identity)
-        _link_chains(recovered.segments, identity)
+        self._describe(recovered.segments, state.segments.get(key, {}), identity)
         partition = self.make_log(topic, number, identity, recovered)
         for hole in state.holes.get(key, []):
             partition.add_hole(hole)
@@ -131,6 +128,22 @@ class Opener:
             partition.stage.load([(pid, epoch, now - age, entries) for pid, epoch, age, entries in windows.producers])
         _replay_producers(partition, windows.below if windows is not None else -1, now)
         return partition
+
+    def reopen(self, topic: str, number: int, directory: Path) -> tuple[Identity, RecoveredLog]:
+        """What lies in a partition directory that another store has closed, on the commit thread. Raises OSError,
+        DamagedDataError."""
+        identity = read_identity(directory)
+        recovery = Recovery(
+            directory, identity, self._quarantine, max_batch=STORED_BATCH_BYTES, name=f"{topic}/{number}"
+        )
+        recovered = recovery.run(None, -1)
+        self._describe(recovered.segments, {}, identity)
+        return identity, recovered
+
+    def _describe(self, segments: list[Segment], rows: dict[int, SegmentRow], identity: Identity) -> None:
+        for segment in segments[:-1]:
+            self._describe_sealed(segment, rows.get(segment.base), identity)
+        _link_chains(segments, identity)
 
     def _describe_sealed(self, segment: Segment, row: SegmentRow | None, identity: Identity) -> None:
         """What meta.db or else the index says; a segment that neither knows counts as sealed now (never too early)."""

@@ -19,7 +19,7 @@ import msgspec
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code, DamagedDataError
 from edgebroker.common.scheduler import Scheduler
-from edgebroker.common.threads import Worker
+from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.engine import Done, Tombstone
@@ -162,8 +162,5 @@ def set_aside(path: Path, name: str) -> None:
 
 def empty(path: Path) -> None:
     """Remove what was set aside; the files may be many and large."""
-    if not (path / DIRECTORY).exists():
-        return
-    worker = Worker("removal")
-    worker.submit(lambda: shutil.rmtree(path / DIRECTORY, ignore_errors=True))
-    worker.stop(0.0)
+    if (path / DIRECTORY).exists():
+        start_thread("edgebroker-removal", lambda: shutil.rmtree(path / DIRECTORY, ignore_errors=True))

@@ -7,7 +7,7 @@ verifies. Everything here runs on the loop thread and leaves waiting to the comm
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,6 +39,7 @@ from edgebroker.storage.recovery import Checkpoint, RecoveredLog
 from edgebroker.storage.removal import Removal, finish_removals, read_tombstones
 from edgebroker.storage.segment import Segment
 from edgebroker.storage.staging import Chunk
+from edgebroker.storage.switch import Switch, finish_switches, read_resets
 from edgebroker.storage.timesearch import find_time
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class SegmentStore:
         self._creating: dict[str, list[Done]] = {}
         self._producers: dict[str, tuple[int, int]] = {}
         self.topology: list[str] = []
+        self.tombstones: dict[str, Tombstone] = {}
         self._path = path
         self._ages = Ages(clock)
 
@@ -98,10 +100,15 @@ class SegmentStore:
         if not self._directory.was_clean:
             log.info("no clean stop before this start: the logs are checked from their last checkpoints on")
         state = self._metadata.load()
-        tombstones = read_tombstones(self._path)
-        for name in finish_removals(self._path, tombstones):
+        self.tombstones = read_tombstones(self._path)
+        resets = read_resets(self._path)
+        changed = finish_removals(self._path, self.tombstones) + finish_switches(self._path, resets)
+        state.forget(changed)
+        for name in changed:
             self._metadata.changes.drop_topic(name)
-        self.removal = Removal(self._path, self._topics, self._scheduler, self._committer, self._metadata, tombstones)
+        self.removal = Removal(
+            self._path, self._topics, self._scheduler, self._committer, self._metadata, self.tombstones
+        )
         self._producers, self.topology = state.producers, state.topology
         for topic_path in sorted(self._directory.topics.iterdir()):
             if topic_path.is_dir():
@@ -112,9 +119,19 @@ class SegmentStore:
         if self._directory.restored:
             self._begin_histories()
         self._housekeeping = Housekeeping(
-            self._path, self._scheduler, self._clock, self._settings.housekeeping, self, self._committer,
+            self._path, self._scheduler, self._clock, self._settings.housekeeping, self, listener, self._committer,
             self._metadata, self._reader, self._quarantine,
         )  # fmt: skip
+        self.switch = Switch(
+            self._path,
+            self._topics,
+            self._opener,
+            self._committer,
+            self._metadata,
+            self._housekeeping,
+            listener,
+            resets,
+        )
         self._housekeeping.start()
 
     def _raise_epochs(self) -> None:
@@ -166,10 +183,6 @@ class SegmentStore:
         return self._committer.idle
 
     # ---- topics ----
-
-    @property
-    def tombstones(self) -> Mapping[str, Tombstone]:
-        return self.removal.tombstones
 
     def topics(self) -> Iterable[str]:
         return self._topics
@@ -425,12 +438,6 @@ class SegmentStore:
 
     def on_failed(self, log: PartitionLog, code: Code, message: str) -> None:
         self._listener.on_failed(log, code, message)
-
-    def on_removed(self, log: PartitionLog) -> None:
-        self._listener.on_topic(log.topic)
-
-    def retention_floor(self, log: PartitionLog) -> int | None:
-        return self._listener.retention_floor(log)
 
     # ---- reading ----
 

@@ -1,0 +1,120 @@
+"""A fresh copy of one topic, loaded from the parent beside the old one: an ordinary store in a directory of its own.
+
+It has its own pipe to the parent, which keeps what the copy has not got yet. After a crash it goes on where it was.
+When it is complete, it is closed, and its directory of the topic takes the place of the old one (storage/switch.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from edgebroker.broker.feeding import Node
+from edgebroker.broker.metrics import Metrics
+from edgebroker.broker.mirrors import Moves
+from edgebroker.broker.piping import Piping
+from edgebroker.common.clock import Clock
+from edgebroker.common.errors import Code
+from edgebroker.network.loop import Loop
+from edgebroker.pipe.candidates import Candidates
+from edgebroker.storage.engine import Done, Log
+from edgebroker.storage.staging import Chunk
+from edgebroker.storage.store import SegmentStore, StoreSettings
+
+CLOSE_SECONDS = 5.0
+
+
+class CopySettings(NamedTuple):
+    """What the copy has from its node."""
+
+    name: str
+    level: str
+    store: StoreSettings
+    bytes_per_second: int
+
+
+class FreshCopy:
+    """Owned by the loop thread; it is the listener of its store."""
+
+    def __init__(
+        self, directory: Path, topic: str, parents: Sequence[str], settings: CopySettings, loop: Loop, clock: Clock
+    ) -> None:
+        self.topic, self._loop = topic, loop
+        self._store = SegmentStore(directory, loop, clock, settings.store)
+        self._store.open(self)
+        node = Node(self._store.node_uid, f"{settings.name} (reset)"[:255], settings.level)
+        self._piping = Piping(
+            self._store,
+            loop,
+            Metrics(),
+            node,
+            Candidates(parents, random.uniform),
+            [topic],
+            settings.bytes_per_second,
+            "",
+            Moves(lambda log, offset, then: then(), lambda log: None, lambda log, other: None, self._delete),
+            lambda orders: None,
+            pin=True,
+        )
+        self._piping.start()
+
+    def _delete(self, topic: str, done: Done) -> None:
+        self._store.removal.delete(topic, lambda logs: None, done)
+
+    # ---- how far it is ----
+
+    @property
+    def logs(self) -> list[Log]:
+        return self._store.partitions(self.topic)
+
+    @property
+    def records(self) -> int:
+        return sum(log.durable_end - log.log_start for log in self.logs)
+
+    def has(self, ends: Sequence[int]) -> bool:
+        """Is everything here up to these ends, one for each partition, and nothing damaged?"""
+        logs = self.logs
+        return len(logs) == len(ends) and all(
+            log.durable_end >= end and not log.holes for log, end in zip(logs, ends, strict=True)
+        )
+
+    @property
+    def problem(self) -> str:
+        """Why it does not go on now; "" when it does."""
+        refusal = self._store.refusal()
+        if refusal is not None:
+            return refusal[1]
+        waiting = [line.why or line.state for line in self._piping.lines(self.topic) if line.state != "live"]
+        return self._piping.last_error if not self._piping.connected else "; ".join(waiting)
+
+    def close(self, then: Callable[[], None]) -> None:
+        """End it; `then` is called when everything that came is stored and nothing of it is open any more."""
+        self._piping.stop()
+
+        def wait() -> None:
+            if not self._store.hurry():
+                self._loop.call_later(0.01, wait)
+                return
+            self._store.close(CLOSE_SECONDS)
+            then()
+
+        wait()
+
+    # ---- its store's listener ----
+
+    def on_written(self, log: Log) -> None: ...
+    def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
+        self._piping.on_durable(log)
+
+    def on_failed(self, log: Log, code: Code, message: str) -> None:
+        self._piping.on_failed(log)
+
+    def on_topic(self, name: str) -> None: ...
+    def on_rewritten(self, log: Log) -> None: ...
+    def retention_floor(self, log: Log) -> int | None:
+        return None
+
+    def retention_pin(self, log: Log) -> int | None:
+        return 0  # what came stays until it is in its place
