@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import delivery, peers, resources, rows, tree
+from benchmarks import delivery, idle, offline, peers, resources, rows, tree
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -24,6 +24,8 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "hops": tree.hops,
     "children": tree.children,
     "line": tree.narrow_line,
+    "offline": offline.offline,
+    "idle": idle.idle,
     "start": rows.start_after_kill,
     "memory": resources.memory,
     "topics": resources.many_topics,
