@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from edgebroker.broker.child import Child
 from edgebroker.broker.metrics import Metrics
@@ -27,6 +28,7 @@ from edgebroker.pipe import stream
 from edgebroker.pipe.feed import FeedCursor, Piece, Rate
 from edgebroker.pipe.follower import LEVELS
 from edgebroker.pipe.stream import Hello, Kind, LogPosition, PartitionInfo, Poll, TopicInfo
+from edgebroker.storage.children import LIVE_SECONDS, ChildPlace
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.identity import Identity
 
@@ -37,7 +39,7 @@ LEAST_SHARE_BYTES = 64 << 10
 TURN_CHILDREN = 200
 MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
-LIVE_SECONDS = 7 * 24 * 3600.0
+STORE_SECONDS = 60.0
 
 
 class Node(NamedTuple):
@@ -74,9 +76,30 @@ class Feeding:
         self.news: dict[Log, tuple[int, Piece]] = {}
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
-        self._asked: dict[Log, dict[str, tuple[int, float]]] = {}
+        self._asked: dict[Log, dict[str, ChildPlace]] = {}
+        self._asked_more = False
         self._history_lost: Callable[[Log, LogPosition], None] | None = None
         scheduler.call_later(MEASURE_SECONDS, self._measure)
+        scheduler.call_later(STORE_SECONDS, self._store_now_and_then)
+
+    def restore(self) -> None:
+        """Take over what the children had in an earlier run."""
+        for key, places in self.engine.children().items():
+            partition = self.engine.log(*key)
+            if partition is not None:
+                self._asked[partition] = dict(places)
+
+    def store(self) -> None:
+        """Remember what the children have, for the next run."""
+        self._asked_more = False
+        if self._asked:
+            # Copied here and taken apart by the metadata thread: a hub has many.
+            self.engine.store_children({(log.topic, log.partition): dict(found) for log, found in self._asked.items()})
+
+    def _store_now_and_then(self) -> None:
+        self.scheduler.call_later(STORE_SECONDS, self._store_now_and_then)
+        if self._asked_more:
+            self.store()
 
     def on_history_lost(self, callback: Callable[[Log, LogPosition], None]) -> None:
         """Whom to tell that a child has more of a log that this node originates than this node itself."""
@@ -164,16 +187,24 @@ class Feeding:
     def on_rewritten(self, partition: Log) -> None:
         """A log was cut or begun anew: whoever follows it has to be judged again."""
         self.news.pop(partition, None)
+        end, places = partition.durable_end, self._asked.get(partition, {})
+        for uid, place in places.items():
+            if place.offset > end:  # what it has of that is not in this log any more
+                places[uid] = replace(place, offset=end)
+                self._asked_more = True
         for child in list(self.children):
             if child.follows(partition):
                 child.end()
 
     def floor(self, partition: Log, now: float) -> int | None:
         """The offset that every child seen within a week has asked for, and has passed; None without any."""
-        asked = self._asked.get(partition, {})
-        for uid in [uid for uid, (_, seen) in asked.items() if now - seen >= LIVE_SECONDS]:
-            del asked[uid]
-        return min((offset for offset, _ in asked.values()), default=None)
+        children = self._asked.get(partition, {})
+        for uid in [uid for uid, asked in children.items() if now - asked.seen >= LIVE_SECONDS]:
+            del children[uid]
+        # Of a log that was replaced here a child has nothing yet.
+        log_id, start = partition.identity.log_id, partition.log_start
+        passed = (asked.offset if asked.log_id == log_id else start for asked in children.values())
+        return min(passed, default=None)
 
     def _measure(self) -> None:
         self.scheduler.call_later(MEASURE_SECONDS, self._measure)
@@ -231,8 +262,13 @@ class Feeding:
     def ahead(self, child: Child, partition: Log, position: LogPosition) -> None:
         self._ahead.setdefault(partition, {})[child] = position
 
-    def asked(self, uid: str, partition: Log, offset: int) -> None:
-        self._asked.setdefault(partition, {})[uid] = (offset, self.scheduler.now())
+    def asked(self, uid: str, partition: Log, position: LogPosition) -> None:
+        """A child has exactly what this log has before its position: it was compared."""
+        children = self._asked.setdefault(partition, {})
+        before = children.get(uid)
+        place = children[uid] = ChildPlace(position.log_id, position.epoch, position.offset, self.scheduler.now())
+        if before is None or (before.log_id, before.offset) != (place.log_id, place.offset):
+            self._asked_more = True
 
     def idle(self, child: Child, cursor: FeedCursor, partition: Log) -> None:
         self._idle.setdefault(partition, {})[cursor] = child

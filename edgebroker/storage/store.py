@@ -22,6 +22,7 @@ from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.ages import Ages
 from edgebroker.storage.chains import ChainPoint, find_chains
+from edgebroker.storage.children import Children
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log
@@ -506,6 +507,12 @@ class SegmentStore:
 
     def when_stored(self, callback: Callable[[], None]) -> None:
         self._metadata.touch(callback)
+
+    def children(self) -> Children:
+        return self._metadata.children
+
+    def store_children(self, children: Children) -> None:
+        self._metadata.store_children(children)
 
     def producer(self, client_id: str) -> tuple[int, int] | None:
         return self._producers.get(client_id)
