@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import delivery, fleet, peers, resources, rows, tree
+from benchmarks import delivery, fleet, idle, offline, peers, resources, rows, tree
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -25,6 +25,8 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "children": tree.children,
     "line": tree.narrow_line,
     "fleet": fleet.fleet,
+    "offline": offline.offline,
+    "idle": idle.idle,
     "start": rows.start_after_kill,
     "memory": resources.memory,
     "topics": resources.many_topics,

@@ -288,6 +288,20 @@ def test_a_parent_with_another_past(common: int, more: int) -> None:
         assert cuts == [common]
 
 
+@pytest.mark.parametrize("before", [[5], [1, 1], [20, 30], [1] * 60])
+@pytest.mark.parametrize("gone", [0, 1])
+def test_another_past_in_one_long_batch(before: list[int], gone: int) -> None:
+    """The last batch is longer than all before it: what is in front of it is not cut off with it."""
+    one, other = ModelLog().publish(*before).publish(100, salt="old"), ModelLog().publish(*before)
+    other.publish(*[1] * 200, salt="new")
+    start = sum(before[:gone])
+    child, parent = Child({ONE: one}), Parent({ONE: other.removed(start)})
+    settle(parent, child)
+    assert child.logs[ONE].end == other.end
+    assert [event.offset for event in child.events if isinstance(event, Cut)] == [sum(before)]
+    assert not any(isinstance(event, Restart) for event in child.events)
+
+
 @pytest.mark.parametrize("same", [True, False])
 def test_a_parent_that_is_shorter(same: bool) -> None:
     one = ModelLog().publish(*[1] * 50)

@@ -17,8 +17,12 @@ from brokers import SECONDS, RunningBroker
 from msgspec.structs import replace
 from trees import Tree, chain, digest, end, follows, line, pipe, publish, wait_for
 
+from edgebroker.broker.child import IDLE_SECONDS
+from edgebroker.broker.piping import SILENT_SECONDS
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
+from edgebroker.network.httpclient import KEEPALIVE_SECONDS
+from edgebroker.network.transport import Transport
 
 pytestmark = pytest.mark.slow
 
@@ -253,6 +257,22 @@ def test_what_comes_while_it_is_answered_is_not_kept(tree: Tree) -> None:
             for _ in range(1000):
                 peer.sendall(bytes(1 << 16))
     wait_for(lambda: not root.broker.feeding.children, "it is gone")
+
+
+def test_an_idle_line_costs_little(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent with nothing to say speaks before the kernel probes whether it is there, and begins in one packet."""
+    assert IDLE_SECONDS < KEEPALIVE_SECONDS < SILENT_SECONDS
+    root, sent, send = tree.start("root"), list[bytes](), Transport.send
+
+    def recorded(transport: Transport, data: bytes | memoryview) -> None:
+        sent.append(bytes(data))
+        send(transport, data)
+
+    monkeypatch.setattr(Transport, "send", recorded)
+    with polled(root) as answer:
+        assert answer.status == 200
+        wait_for(lambda: root.broker.feeding.children, "it is answered")
+    assert len(sent) == 1 and root.broker.engine.node_uid.encode() in sent[0]
 
 
 def test_a_parent_that_says_nothing(tree: Tree) -> None:

@@ -323,7 +323,7 @@ class Admin:
             {
                 "data_dir": str(Path(self._broker.config.node.data_dir).absolute()),
                 "uid": engine.node_uid,
-                "logs": engine.inventory(),
+                "logs": [log.inventory() for log in engine.logs()],
                 "offsets": offsets,
             },
         )

@@ -212,6 +212,7 @@ class Broker:
         now = self.loop.now()
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.groups.restore(group, topic, partition, offset, now)
+        self.feeding.restore()
         self.loop.at_end_of_turn(self.membership.divide_changed)
         self.loop.at_end_of_turn(self.delivery.turn_over)
         self.loop.at_end_of_turn(self.feeding.turn_over)
@@ -269,6 +270,7 @@ class Broker:
             self._http.close()
             self.socket_path().unlink(missing_ok=True)
         self.publishing.stop()
+        self.feeding.store()
         kept = self.tree.stop()
         clean = self.engine.close(5.0) and kept
         self.loop.close()

@@ -141,7 +141,6 @@ class Child:
                 self._feeding.ahead(self, partition, position)
                 self._feeding.history_lost(partition, position)
             return
-        self._feeding.asked(self._poll, partition, position.offset)
         known = partition.chain_at(position.offset) if not position.points else None
         if known is not None:
             self._accept(line, position, partition, {position.offset: known})
@@ -169,6 +168,7 @@ class Child:
                 refusal = _not_comparable(partition)  # what the child has may be all that is left of it
             self._refuse(line, refusal)
             return
+        self._feeding.asked(self._poll, partition, position)
         if self._urgent_only and not partition.settings.urgent:
             why = f"{partition.name} is not urgent: it comes in the hours of {self._poll.hours}"
             self._refuse(line, Refusal(code="HOURS", message=why))

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from edgebroker.broker.child import Child
 from edgebroker.broker.metrics import Metrics
@@ -27,6 +28,7 @@ from edgebroker.pipe import stream
 from edgebroker.pipe.feed import FeedCursor, Piece, Rate
 from edgebroker.pipe.follower import LEVELS
 from edgebroker.pipe.stream import Hello, Kind, LogPosition, PartitionInfo, Poll, TopicInfo
+from edgebroker.storage.children import LIVE_SECONDS, ChildPlace
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.identity import Identity
 
@@ -37,8 +39,8 @@ LEAST_SHARE_BYTES = 64 << 10
 TURN_CHILDREN = 200
 MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
-LIVE_SECONDS = 7 * 24 * 3600.0
 PIN_SECONDS = 3600.0
+STORE_SECONDS = 60.0
 
 
 class Node(NamedTuple):
@@ -76,10 +78,31 @@ class Feeding:
         self.news: dict[Log, tuple[int, Piece]] = {}
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
-        self._asked: dict[Log, dict[str, tuple[int, float]]] = {}
+        self._asked: dict[Log, dict[str, ChildPlace]] = {}
         self._pins: dict[Log, dict[str, tuple[int, float]]] = {}
+        self._asked_more = False
         self._history_lost: Callable[[Log, LogPosition], None] | None = None
         scheduler.call_later(MEASURE_SECONDS, self._measure)
+        scheduler.call_later(STORE_SECONDS, self._store_now_and_then)
+
+    def restore(self) -> None:
+        """Take over what the children had in an earlier run."""
+        for key, places in self.engine.children().items():
+            partition = self.engine.log(*key)
+            if partition is not None:
+                self._asked[partition] = dict(places)
+
+    def store(self) -> None:
+        """Remember what the children have, for the next run."""
+        self._asked_more = False
+        if self._asked:
+            # Copied here and taken apart by the metadata thread: a hub has many.
+            self.engine.store_children({(log.topic, log.partition): dict(found) for log, found in self._asked.items()})
+
+    def _store_now_and_then(self) -> None:
+        self.scheduler.call_later(STORE_SECONDS, self._store_now_and_then)
+        if self._asked_more:
+            self.store()
 
     def on_history_lost(self, callback: Callable[[Log, LogPosition], None]) -> None:
         """Whom to tell that a child has more of a log that this node originates than this node itself."""
@@ -167,6 +190,11 @@ class Feeding:
     def on_rewritten(self, partition: Log) -> None:
         """A log was cut or begun anew: whoever follows it has to be judged again."""
         self.news.pop(partition, None)
+        end, places = partition.durable_end, self._asked.get(partition, {})
+        for uid, place in places.items():
+            if place.offset > end:  # what it has of that is not in this log any more
+                places[uid] = replace(place, offset=end)
+                self._asked_more = True
         for child in list(self.children):
             if child.follows(partition):
                 child.end()
@@ -180,7 +208,13 @@ class Feeding:
 
     def floor(self, partition: Log, now: float) -> int | None:
         """The offset that every child seen within a week has asked for, and has passed; None without any."""
-        return _lowest(self._asked.get(partition, {}), now - LIVE_SECONDS)
+        children = self._asked.get(partition, {})
+        for uid in [uid for uid, asked in children.items() if now - asked.seen >= LIVE_SECONDS]:
+            del children[uid]
+        # Of a log that was replaced here a child has nothing yet.
+        log_id, start = partition.identity.log_id, partition.log_start
+        passed = (asked.offset if asked.log_id == log_id else start for asked in children.values())
+        return min(passed, default=None)
 
     def pinned(self, partition: Log, now: float) -> int | None:
         """From where on retention shall remove nothing, for a child that loads the log afresh; None without one."""
@@ -197,7 +231,7 @@ class Feeding:
         places = child.places() if child is not None else {}
         for partition, asked in self._asked.items():
             if uid in asked:
-                offset = places.get(partition, asked[uid][0])
+                offset = places.get(partition, asked[uid].offset)
                 if offset < partition.durable_end:
                     worst = max(worst, self.engine.age_ms(partition, offset + 1), 1)
         return worst / 1000
@@ -261,11 +295,19 @@ class Feeding:
     def ahead(self, child: Child, partition: Log, position: LogPosition) -> None:
         self._ahead.setdefault(partition, {})[child] = position
 
-    def asked(self, poll: Poll, partition: Log, offset: int) -> None:
-        """A child stands at an offset of a log, and may want what follows to be kept for it."""
-        self._asked.setdefault(partition, {})[poll.uid] = (offset, self.scheduler.now())
+    def asked(self, poll: Poll, partition: Log, position: LogPosition) -> None:
+        """A child has exactly what this log has before its position: it was compared. It may want what follows to be
+        kept for it."""
+        uid = poll.uid
         if poll.pin:
-            self._pins.setdefault(partition, {})[poll.uid] = (offset, self.scheduler.now())
+            self._pins.setdefault(partition, {})[uid] = (position.offset, self.scheduler.now())
+        children = self._asked.setdefault(partition, {})
+        before = children.get(uid)
+        if before is None and len(children) >= self._max_children:
+            del children[min(children, key=lambda known: children[known].seen)]  # whoever was away for longest
+        place = children[uid] = ChildPlace(position.log_id, position.epoch, position.offset, self.scheduler.now())
+        if before is None or (before.log_id, before.offset) != (place.log_id, place.offset):
+            self._asked_more = True
 
     def idle(self, child: Child, cursor: FeedCursor, partition: Log) -> None:
         self._idle.setdefault(partition, {})[cursor] = child

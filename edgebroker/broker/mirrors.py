@@ -192,7 +192,8 @@ class Mirrors:
         self._engine.create_mirror(info.name, identities, done)
 
     def _change(self, info: TopicInfo) -> None:
-        """Take over what the origin decides: settings, histories, the newest snapshot (once its records are here)."""
+        """Take over what the origin decides: settings, histories (once the log is of them), the newest snapshot (once
+        its records are here)."""
         logs = self._engine.partitions(info.name)
         changes = [_changing(info, part, one) for part, one in zip(info.partitions, logs, strict=True)]
         if all(change(one.identity) == one.identity for change, one in zip(changes, logs, strict=True)):
@@ -217,8 +218,8 @@ class Mirrors:
         log.warning("topic %s is written by node %s now: it is followed", info.name, info.partitions[0].origin)
         self._flow.begin()
 
-        def change(old: Identity, part: PartitionInfo) -> Identity:
-            return replace(old, origin=part.origin, epochs=part.epochs, settings=info.settings)
+        def change(old: Identity, part: PartitionInfo, epochs: list[tuple[int, int]]) -> Identity:
+            return replace(old, origin=part.origin, epochs=epochs, settings=info.settings)
 
         def done(code: Code, message: str) -> None:
             self._flow.done()
@@ -231,7 +232,10 @@ class Mirrors:
                 self.follow(partition)
             self._flow.again("a topic of this node is followed now")
 
-        changes = [partial(change, part=part) for part in info.partitions]
+        changes = [
+            partial(change, part=part, epochs=_epochs(part, one))
+            for part, one in zip(info.partitions, logs, strict=True)
+        ]
         self._engine.change_identities(info.name, changes, done)
 
     def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
@@ -364,6 +368,9 @@ class Mirrors:
             self._loop.call_later(STORED_SECONDS, lambda: self._retry(partition))
             return
         self.follow(partition)
+        offered = self._offered.get(partition.topic)
+        if offered is not None and offered.name not in self._changing:
+            self._topic(offered)  # histories that the log was not of before
         self._flow.done()
 
 
@@ -389,7 +396,17 @@ def _superseded(info: TopicInfo, logs: list[Log]) -> bool:
     )
 
 
+def _epochs(part: PartitionInfo, partition: Log) -> list[tuple[int, int]]:
+    """The histories to be told from now on: the parent's, but not while this log holds records that are not of them.
+    Those are cut off first: else it would call its own children diverged, which have the same as it."""
+    told = replace(partition.identity, epochs=part.epochs)
+    empty = partition.staged_end == partition.log_start
+    fits = empty or told.contains(partition.staged_epoch, partition.staged_end)
+    return part.epochs if fits else partition.identity.epochs
+
+
 def _changing(info: TopicInfo, part: PartitionInfo, partition: Log) -> Callable[[Identity], Identity]:
+    epochs = _epochs(part, partition)
     whole = part.snapshot[0] >= partition.log_start and partition.durable_end >= part.snapshot[1]
     same = partition.identity.log_id == part.log_id
 
@@ -397,6 +414,6 @@ def _changing(info: TopicInfo, part: PartitionInfo, partition: Log) -> Callable[
         if not same:
             return old
         snapshot = part.snapshot if whole else old.snapshot
-        return replace(old, origin=part.origin, epochs=part.epochs, settings=info.settings, snapshot=snapshot)
+        return replace(old, origin=part.origin, epochs=epochs, settings=info.settings, snapshot=snapshot)
 
     return change

@@ -103,7 +103,9 @@ class PipeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     topics: Annotated[str, Meta(description="topics to mirror: names or patterns (*, ?, [...]), separated by commas")] = "*"  # fmt: skip  # noqa: E501
     bytes_per_second: Annotated[_Bytes, Meta(description="take at most this much from the parent; 0: no limit")] = 0
     hours: Annotated[str, Meta(description="hours in which topics that are not urgent are taken, by the parent's clock, as `22:00-06:00`; several with commas; empty: always")] = ""  # fmt: skip  # noqa: E501
-    max_children: Annotated[int, Meta(ge=0, le=100_000, description="children that are fed at a time; 0: none")] = 4096
+    max_children: Annotated[
+        int, Meta(ge=0, le=100_000, description="children that are fed at a time, and remembered for each log; 0: none")
+    ] = 4096
 
 
 class RegistryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -45,11 +45,13 @@ class Response(NamedTuple):
 
 
 class BodyWriter:
-    """Where a streamed body goes. What the peer does not take yet waits: look at `backlog` first."""
+    """Where a streamed body goes. What the peer does not take yet waits: look at `backlog` first. The head of the
+    answer goes out in one packet with what comes first."""
 
-    def __init__(self, connection: HttpConnection) -> None:
+    def __init__(self, connection: HttpConnection, head: bytes) -> None:
         self._connection = connection
         self._transport = connection.transport
+        self._head = head
 
     @property
     def backlog(self) -> int:
@@ -75,15 +77,24 @@ class BodyWriter:
     def peer(self) -> str:
         return self._transport.peer
 
+    def begun(self) -> None:
+        """What comes first was sent, or is still to come: the head goes without it then."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.send(head)
+
     def send(self, data: bytes) -> None:
-        self._transport.send(b"%x\r\n%b\r\n" % (len(data), data))
+        head, self._head = self._head, b""
+        self._transport.send(b"%b%x\r\n%b\r\n" % (head, len(data), data))
 
     def send_data(self, head: bytes, data: memoryview) -> None:
         """One piece of a head and bytes in memory."""
+        self.begun()
         self._transport.send_parts((b"%x\r\n%b" % (len(head) + len(data), head), data, b"\r\n"))
 
     def send_file(self, head: bytes, extent: FileRange) -> None:
         """One piece of a head and stored bytes, which go from the file to the socket."""
+        self.begun()
         self._transport.send_file(b"%x\r\n%b" % (len(head) + extent.length, head), extent)
         self._transport.send(b"\r\n")
 
@@ -93,6 +104,7 @@ class BodyWriter:
 
     def end(self) -> None:
         """The answer is complete; the connection takes the next request."""
+        self.begun()
         self._connection.end_stream()
 
     def cut(self, reason: str) -> None:
@@ -265,13 +277,15 @@ class HttpConnection:
             return
         headers = [("content-type", STREAM_TYPE), ("transfer-encoding", "chunked"), *response.headers]
         try:
-            self.transport.send(self._protocol.send(h11.Response(status_code=response.status, headers=headers)) or b"")
+            head = self._protocol.send(h11.Response(status_code=response.status, headers=headers)) or b""
         except h11.LocalProtocolError as error:
             self.transport.close(str(error))
             return
         stream: Streamed = response.body  # type: ignore[assignment]
         self.stream, self._early_bytes = stream, 0
-        stream.begin(BodyWriter(self))
+        out = BodyWriter(self, head)
+        stream.begin(out)
+        out.begun()
 
     def _answered(self, close: bool = False) -> None:
         h11 = self._h11

@@ -24,7 +24,8 @@ from edgebroker.network.transport import Transport, tune
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
-KEEPALIVE_SECONDS = 40
+# Longer than a parent with nothing to say is silent: a healthy line costs no probes.
+KEEPALIVE_SECONDS = 50
 RECEIVE_BYTES = 1 << 20
 MAX_LINE_BYTES = 200
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;.*)?\Z")

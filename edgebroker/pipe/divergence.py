@@ -30,7 +30,8 @@ class Search:
         first = max(self._log_start, self.start.offset)
         if self.low < 0:
             distances = [1 << power for power in range(63)]
-            return sorted({first, *(self.high - d for d in distances if self.high - d > first)})
+            # Of the first boundary behind `first` as well: one long batch may lie at all of the distances.
+            return sorted({first, first + 1, *(self.high - d for d in distances if self.high - d > first)})
         step = max(1, (self.high - self.low) // (POINTS + 1))
         return list(range(self.low + 1, self.high, step))
 

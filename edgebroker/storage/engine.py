@@ -10,6 +10,7 @@ import msgspec
 from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage.chains import ChainPoint
+from edgebroker.storage.children import Children
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.log import Extent, Found
 from edgebroker.storage.meta import GroupKey, GroupOffset
@@ -170,6 +171,12 @@ class Engine(Protocol):
     def commit_offset(self, key: GroupKey, offset: GroupOffset | None) -> None: ...
     def when_stored(self, callback: Callable[[], None]) -> None:
         """Call back once everything committed so far is durable."""
+
+    def children(self) -> Children:
+        """What the children of this node had in an earlier run."""
+
+    def store_children(self, children: Children) -> None:
+        """Remember that, for the next run; durable by the end of close()."""
 
     def producer(self, client_id: str) -> tuple[int, int] | None: ...
     def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None: ...

@@ -13,6 +13,8 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from msgspec import to_builtins
+
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files, segscan
 from edgebroker.storage.ages import granularity_ms
@@ -505,6 +507,24 @@ class PartitionLog:
             gone.append(segment)
             total -= segment.size
         return gone
+
+    def inventory(self) -> dict[str, object]:
+        """The files of the log with the bytes of each that are durable: what a copy of it consists of. Such bytes never
+        change, and files come and go as a whole."""
+        return {
+            "topic": self.topic,
+            "partition": self.partition,
+            "identity": to_builtins(self.identity),
+            "end": self.durable_end,
+            "segments": [
+                {
+                    "file": segment.path.name,
+                    "bytes": self.durable_position if segment is self.active else segment.size,
+                    "sealed": segment is not self.active,
+                }
+                for segment in self.segments
+            ],
+        }
 
     def describe(self) -> dict[str, object]:
         """For /v1/topics."""

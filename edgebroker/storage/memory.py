@@ -17,6 +17,7 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import segscan
 from edgebroker.storage.chains import ChainPoint
+from edgebroker.storage.children import Children
 from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
 from edgebroker.storage.identity import Identity, make_identity
 from edgebroker.storage.log import Extent, Inline
@@ -231,6 +232,12 @@ class MemoryEngine:
 
     def when_stored(self, callback: Callable[[], None]) -> None:
         callback()
+
+    def children(self) -> Children:
+        return {}
+
+    def store_children(self, children: Children) -> None:
+        pass
 
     def producer(self, client_id: str) -> tuple[int, int] | None:
         return self._producers.get(client_id)

@@ -18,6 +18,7 @@ import msgspec
 from edgebroker.common.clock import Clock
 from edgebroker.common.crc32c import crc32c
 from edgebroker.storage import files
+from edgebroker.storage.children import Children
 from edgebroker.storage.recovery import Checkpoint, Hole
 
 log = logging.getLogger(__name__)
@@ -117,7 +118,8 @@ class Windows(NamedTuple):
 
 
 class MetaState:
-    """Everything meta.db held when the node started. Empty when it was missing or unusable."""
+    """Everything meta.db held when the node started, empty when it was missing or unusable; and what the children of
+    this node had (children.snap)."""
 
     def __init__(self) -> None:
         self.checkpoints: dict[PartitionKey, Checkpoint] = {}
@@ -127,6 +129,7 @@ class MetaState:
         self.producers: dict[str, tuple[int, int]] = {}
         self.windows: dict[PartitionKey, Windows] = {}
         self.topology: list[str] = []
+        self.children: Children = {}
 
     def forget(self, topics: Sequence[str]) -> None:
         """The files of these topics are gone, or others: what was known about them is about others."""

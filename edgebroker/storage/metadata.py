@@ -1,4 +1,5 @@
-"""The loop's side of meta.db and offsets.snap: collects changes, hands them to the metadata thread, keeps time.
+"""The loop's side of meta.db, offsets.snap and children.snap: collects changes, hands them to the metadata thread,
+keeps time.
 
 A change is stored at once when the thread is idle, else together with the others at most 50 ms later. While the
 database cannot be written, changes are kept and tried again every second; offsets.snap goes on meanwhile.
@@ -14,6 +15,7 @@ import msgspec
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.common.threads import Worker
+from edgebroker.storage.children import Children, read_children, write_children
 from edgebroker.storage.meta import (
     GroupKey,
     GroupOffset,
@@ -38,10 +40,11 @@ class Metadata:
     def __init__(self, directory: Path, scheduler: Scheduler, clock: Clock) -> None:
         self._scheduler = scheduler
         self._database = MetaDatabase(directory / "meta.db", clock)
-        self._snapshot_path = directory / "offsets.snap"
+        self._snapshot_path, self._children_path = directory / "offsets.snap", directory / "children.snap"
         self._worker = Worker("metadata")
         self.changes = MetaChanges()
         self.group_offsets: dict[GroupKey, GroupOffset] = {}
+        self.children: Children = {}
         self._revision = 0
         self._deleted: list[GroupKey] = []
         self.failed = ""
@@ -53,8 +56,9 @@ class Metadata:
         self._waiting: list[Callable[[], None]] = []
 
     def load(self) -> MetaState:
-        """Read both files, waiting for the metadata thread; before the loop runs."""
+        """Read the files, waiting for the metadata thread; before the loop runs."""
         state = self._database.load()
+        self.children = state.children = read_children(self._children_path, self._scheduler.now())
         newest = newest_offsets(state.group_offsets, read_offsets_snapshot(self._snapshot_path))
         self._revision = max((offset.revision for offset in newest.values()), default=0)
         self.group_offsets = {key: offset for key, offset in newest.items() if not offset.deleted}
@@ -79,6 +83,18 @@ class Metadata:
         if self._snapshot_timer is None:
             self._snapshot_timer = self._scheduler.call_later(SNAPSHOT_SECONDS, self._snapshot)
         self.touch()
+
+    def store_children(self, children: Children) -> None:
+        """Replace what is known of the children; durable soon, and before stop() is over."""
+        now = self._scheduler.now()
+
+        def write() -> None:
+            try:
+                write_children(self._children_path, children, now)
+            except OSError as error:
+                log.error("children.snap cannot be written: %s", error.strerror)
+
+        self._worker.submit(write)
 
     def touch(self, stored: Callable[[], None] | None = None) -> None:
         """Something changed; `stored` is called on the loop once it is durable."""

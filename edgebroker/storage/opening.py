@@ -106,14 +106,18 @@ class Opener:
                     identity, log_id=log_id, epochs=[(checkpoint.epoch, 0)], chain=crc32c(bytes.fromhex(log_id))
                 )
             write_identity(directory, identity)
-        watermark = max(
-            (
-                offset.next_offset
-                for (_, group_topic, group_partition), offset in state.group_offsets.items()
-                if (group_topic, group_partition) == key and offset.log_id == identity.log_id
-            ),
-            default=-1,
-        )
+        groups = [
+            offset.next_offset
+            for place, offset in state.group_offsets.items()
+            if place[1:] == key and offset.log_id == identity.log_id
+        ]
+        # Of another history than the last: what was lost then is not to be missed now.
+        children = [
+            place.offset
+            for place in state.children.get(key, {}).values()
+            if place.log_id == identity.log_id and identity.contains(place.epoch, place.offset)
+        ]
+        watermark = max([*groups, *children], default=-1)
         if identity.origin != self._node_uid:
             watermark = -1  # what a mirror lost at its end it gets again; a place beyond it waits
         recovery = Recovery(directory, identity, self._quarantine, max_batch=STORED_BATCH_BYTES, name=name)

@@ -6,8 +6,8 @@
     4  bad bytes below what was vouched for are damage: kept in quarantine, a hole is noted, what follows is kept
     5  sync the tail and the directory before anybody is told where the log ends
 
-Nothing is deleted. Vouched for is what lies below the checkpoint, below a stored group offset, or below the base of
-a later segment (a segment is only begun when the one before it is durable).
+Nothing is deleted. Vouched for is what lies below the checkpoint, below the stored place of a group or a child, or
+below the base of a later segment (a segment is only begun when the one before it is durable).
 """
 
 import logging

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from msgspec import to_builtins
 from msgspec.structs import replace
 
 from edgebroker.common.clock import Clock
@@ -22,6 +21,7 @@ from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.ages import Ages
 from edgebroker.storage.chains import ChainPoint, find_chains
+from edgebroker.storage.children import Children
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
@@ -527,6 +527,12 @@ class SegmentStore:
     def when_stored(self, callback: Callable[[], None]) -> None:
         self._metadata.touch(callback)
 
+    def children(self) -> Children:
+        return self._metadata.children
+
+    def store_children(self, children: Children) -> None:
+        self._metadata.store_children(children)
+
     def producer(self, client_id: str) -> tuple[int, int] | None:
         return self._producers.get(client_id)
 
@@ -540,27 +546,6 @@ class SegmentStore:
         self._metadata.touch()
 
     # ---- state ----
-
-    def inventory(self) -> list[dict[str, object]]:
-        """Every file of every log with the bytes of it that are durable: what a copy of this node consists of. Bytes
-        that are durable never change, and files come and go as a whole."""
-        return [
-            {
-                "topic": partition.topic,
-                "partition": partition.partition,
-                "identity": to_builtins(partition.identity),
-                "end": partition.durable_end,
-                "segments": [
-                    {
-                        "file": segment.path.name,
-                        "bytes": partition.durable_position if segment is partition.active else segment.size,
-                        "sealed": segment is not partition.active,
-                    }
-                    for segment in partition.segments
-                ],
-            }
-            for partition in self.logs()
-        ]
 
     def problems(self) -> dict[str, str]:
         found = {
