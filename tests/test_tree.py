@@ -411,3 +411,44 @@ def test_root_is_lost_and_a_hub_takes_its_place(tree: Tree) -> None:
     for name in ("root", "l3", "l2"):
         tree.stop(name)
     assert len({digest(tree, name, "prices") for name in ("root", "l2", "l3")}) == 1
+
+
+def test_a_child_does_not_say_the_same_again(tree: Tree) -> None:
+    """The next poll with nothing new takes a hundred bytes; a parent that forgot says so."""
+    root = tree.start("root")
+    for number in range(20):
+        publish(root, f"topic-{number}", 0, 3)
+    child = tree.start("l2", "root")
+    for number in range(20):
+        follows(root, child, f"topic-{number}")
+    bodies: list[int] = []
+    client = child.broker.piping._client  # type: ignore[union-attr]
+    real = client.request
+
+    def request(method: str, path: str, body: bytes) -> None:
+        bodies.append(len(body))
+        real(method, path, body)
+
+    client.request = request  # type: ignore[method-assign]
+
+    def polls(count: int) -> None:
+        before = root.counters()["pipe_polls"]
+
+        def look() -> bool:
+            root.advance(10.0)
+            child.advance(10.0)
+            return bool(root.counters()["pipe_polls"] >= before + count)
+
+        wait_for(look, "the child polls again")
+
+    polls(3)
+    assert bodies[-1] < 120, bodies
+    root.call(root.broker.feeding._polls.clear)
+    polls(1)
+    wait_for(lambda: bodies[-1] > 1000, "all of it is said again")
+    publish(root, "topic-7", 3, 5)
+    follows(root, child, "topic-7")
+    polls(1)
+    status, answer = root.http("POST", "/v1/pipe", {"uid": "1" * 32, "same": 5})
+    assert (status, answer["code"]) == (409, "POLL_AGAIN")
+    assert root.http("POST", "/v1/pipe", {"uid": "1" * 32})[0] == 400

@@ -21,13 +21,24 @@ from msgspec.structs import replace
 from edgebroker.broker.child import Child
 from edgebroker.broker.metrics import Metrics
 from edgebroker.common.clock import Clock, second_of_day
+from edgebroker.common.crc32c import crc32c
 from edgebroker.common.hours import parse_hours
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.pipe import stream
 from edgebroker.pipe.feed import FeedCursor, Piece, Rate
 from edgebroker.pipe.follower import LEVELS
-from edgebroker.pipe.stream import Hello, Kind, LogPosition, PartitionInfo, Poll, TopicInfo
+from edgebroker.pipe.stream import (
+    MAX_SAME_BYTES,
+    MAX_SAME_POLL_BYTES,
+    Hello,
+    Kind,
+    LogPosition,
+    PartitionInfo,
+    Poll,
+    SamePoll,
+    TopicInfo,
+)
 from edgebroker.storage.children import LIVE_SECONDS, ChildPlace
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.identity import Identity
@@ -77,6 +88,8 @@ class Feeding:
         # What stands behind an offset up to the end of a log, read once in a turn for many children.
         self.news: dict[Log, tuple[int, Piece]] = {}
         self._rates: OrderedDict[str, Rate] = OrderedDict()
+        # The last poll of each child, as it came.
+        self._polls: OrderedDict[str, bytes] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
         self._asked: dict[Log, dict[str, ChildPlace]] = {}
         self._pins: dict[Log, dict[str, tuple[int, float]]] = {}
@@ -117,7 +130,12 @@ class Feeding:
     def answer(self, request: Request, reply: Reply) -> None:
         """POST /v1/pipe."""
         try:
-            poll = msgspec.json.decode(request.body, type=Poll)
+            body = self._same_as(request.body)
+            if body is None:
+                why = "this node does not know the poll before; send all of it"
+                reply(Response(409, {"error": why, "code": "POLL_AGAIN"}))
+                return
+            poll = msgspec.json.decode(body, type=Poll)
         except msgspec.DecodeError as error:
             reply(Response(400, {"error": str(error)}))
             return
@@ -127,7 +145,26 @@ class Feeding:
             reply(refusal)
             return
         self.metrics.pipe_polls += 1
+        self._remember(poll.uid, body)
         reply(Response(200, Child(self, poll)))
+
+    def _same_as(self, body: bytes) -> bytes | None:
+        """The body that counts: this one, or the last one of the child when it says that it is still true."""
+        if len(body) > MAX_SAME_POLL_BYTES:
+            return body
+        try:
+            said = msgspec.json.decode(body, type=SamePoll)
+        except msgspec.DecodeError:
+            return body
+        known = self._polls.get(said.uid)
+        return known if known is not None and crc32c(known) == said.same else None
+
+    def _remember(self, uid: str, body: bytes) -> None:
+        self._polls.pop(uid, None)
+        if len(body) <= MAX_SAME_BYTES:
+            self._polls[uid] = body
+            if len(self._polls) > self._max_children:
+                self._polls.popitem(last=False)
 
     def _refusal(self, poll: Poll) -> Response | None:
         if poll.version != stream.VERSION:

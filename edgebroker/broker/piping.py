@@ -19,6 +19,7 @@ from edgebroker.broker.feeding import Node
 from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.mirrors import Mirrors, Moves
 from edgebroker.common.batch import Reason
+from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicPartition
 from edgebroker.network.httpclient import RECEIVE_BYTES, HttpClient
@@ -26,6 +27,7 @@ from edgebroker.network.loop import Loop, TimerHandle
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.follower import Changed, Directed, Event, Follower, Greeted, Line, Taken
 from edgebroker.pipe.report import Order
+from edgebroker.pipe.stream import MAX_SAME_BYTES, SamePoll
 from edgebroker.storage.engine import Log, MirrorEngine
 
 log = logging.getLogger(__name__)
@@ -71,6 +73,8 @@ class Piping:
         self._tokens, self._tokens_at = float(bytes_per_second), 0.0
         self._throttled = False
         self._last_heard = self._polled_at = 0.0
+        # What the parent was asked last: it need not be sent again while nothing of it changes.
+        self._said, self._asked_same = b"", False
         self._pause_seconds = POLL_GAP_SECONDS
         self._taken_before = -1
         self.connected = False
@@ -158,7 +162,12 @@ class Piping:
             self._pause()
 
     def on_complete(self) -> None:
+        if self._status == 409 and self._asked_same:
+            self._said = b""  # the parent was started anew, and has forgotten
+            self._poll()
+            return
         if self._status != 200:
+            self._said = b""
             text = bytes(self._error).decode(errors="replace").strip()
             self._client.close(f"it answered {self._status}: {text[:300]}")
             return
@@ -166,7 +175,7 @@ class Piping:
         self._go_on()
 
     def on_lost(self, reason: str) -> None:
-        was, self.connected, self._complete = self.connected, False, False
+        was, self.connected, self._complete, self._said = self.connected, False, False, b""
         if self.stopped:
             return
         if self._reconnecting:
@@ -196,7 +205,12 @@ class Piping:
         self._complete = False
         self._polled_at, self._taken_before = self._loop.now(), self._follower.bytes_taken
         self._metrics.pipe_polls_sent += 1
-        self._client.request("POST", "/v1/pipe", msgspec.json.encode(self._follower.poll()))
+        body = msgspec.json.encode(self._follower.poll())
+        self._asked_same = body == self._said
+        self._said = body if len(body) <= MAX_SAME_BYTES else b""
+        if self._asked_same:
+            body = msgspec.json.encode(SamePoll(uid=self._node.uid, same=crc32c(body)))
+        self._client.request("POST", "/v1/pipe", body)
 
     def _go_on(self) -> None:
         """Something was finished: read on, or poll again."""

@@ -39,6 +39,8 @@ assert HEADER_BYTES == 32
 # JSON in a frame; a thousand topics with a thousand partitions fit.
 MAX_JSON_BYTES = 64 << 20
 MAX_LINES = 1 << 16
+# Polls up to this size are remembered, so that they need not be sent again; a SamePoll takes no more than that.
+MAX_SAME_BYTES, MAX_SAME_POLL_BYTES = 64 << 10, 120
 MAX_PARTITIONS = 1024
 
 _Offset = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -100,6 +102,13 @@ class Poll(msgspec.Struct, frozen=True, kw_only=True):
     known: Annotated[dict[_Name, int], Meta(max_length=MAX_LINES)] = {}
     hours: Annotated[str, Meta(max_length=200)] = ""
     pin: bool = False
+
+
+class SamePoll(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/pipe of a child that has nothing else to say than in its last poll: the CRC-32C of that."""
+
+    uid: _Id
+    same: _U32
 
 
 class PartitionInfo(msgspec.Struct, frozen=True, array_like=True):
