@@ -25,7 +25,7 @@ from edgebroker.cli.adminclient import call
 from edgebroker.cli.process import BrokerProcess
 from edgebroker.pipe.stream import HEADER_BYTES, Kind
 
-TOPICS = ("prices", "items", "promotions", "settings")
+TOPICS = tuple(f"topic-{number}" for number in range(20))
 POLLS = 3
 TARGET_BYTES = 60_000
 ETHERNET_BYTES = 14
@@ -44,7 +44,12 @@ def idle(pinned: bool) -> list[Row]:
     directory = Path(tempfile.mkdtemp(prefix="edgebroker-bench-", dir=DIRECTORY))
     parent = BrokerProcess(
         directory / "parent",
-        settings={**QUIET, "EDGEBROKER_NODE_LEVEL": "root", "EDGEBROKER_LISTEN_ALLOW_INSECURE": "true"},
+        settings={
+            **QUIET,
+            "EDGEBROKER_NODE_LEVEL": "root",
+            "EDGEBROKER_LISTEN_ALLOW_INSECURE": "true",
+            "EDGEBROKER_REGISTRY_ENABLED": "true",
+        },
         http=f"{PARENT}:0",
     )
     child: BrokerProcess | None = None
@@ -55,11 +60,12 @@ def idle(pinned: bool) -> list[Row]:
                 call(parent.admin, "POST", "/v1/topics", {"name": topic})
             child = BrokerProcess(
                 directory / "child",
-                settings={**QUIET, "EDGEBROKER_NODE_LEVEL": "l2", "EDGEBROKER_PIPE_PARENTS": parent.admin},
+                settings={**QUIET, "EDGEBROKER_NODE_LEVEL": "pos", "EDGEBROKER_PIPE_REGISTRY": parent.admin},
                 command=["ip", "netns", "exec", namespace],
             )
             child.start()
             size, seconds, parts = _listen(interface, f"unix:{parent.directory}/ctl.sock")
+            seen = _change_seen(parent, f"unix:{child.directory}/ctl.sock")
     finally:
         for node in (child, parent):
             if node is not None:
@@ -68,7 +74,21 @@ def idle(pinned: bool) -> list[Row]:
     hour = 3600 / seconds
     told = ", ".join(f"{kind} {count * hour / 1000:.1f} KB" for kind, count in sorted(parts.items()))
     figure = size * hour
-    return [Row(name, f"{figure / 1000:.1f} KB", told, figure / 1000, "60 KB", figure < TARGET_BYTES)]
+    return [
+        Row(name, f"{figure / 1000:.1f} KB", told, figure / 1000, "60 KB", figure < TARGET_BYTES),
+        Row("a change of the topology is seen", f"{seen:.1f} s", "seconds, at the child", seen, "120", seen <= 120),
+    ]
+
+
+def _change_seen(parent: BrokerProcess, child: str) -> float:
+    """Seconds from the report of a new hub to the moment when the child has it among its candidates."""
+    hub = {"uid": "1" * 32, "name": "hub", "level": "l2", "version": "1", "boot": "1" * 16, "number": 1}
+    batch = {"sender": "1" * 32, "session": "s", "number": 0, "nodes": [{"report": {**hub, "address": "hub:7421"}}]}
+    begun = time.monotonic()
+    call(parent.admin, "POST", "/v1/tree/reports", batch)
+    while "hub:7421" not in call(child, "GET", "/v1/pipe")["parent"]["candidates"]:
+        time.sleep(0.1)
+    return time.monotonic() - begun
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from brokers import RunningBroker
+from brokers import RunningBroker, numbered
 from support import StoreHarness, encode, store_settings
 from test_healing import cut_short, flip, heal, logs_of, lose
 from test_mirror_store import batches, bytes_of, identity_of, mirror, take
@@ -18,6 +18,7 @@ from trees import Tree, digest, end, follows, grown, line, publish, wait_for
 
 from edgebroker.broker import ranges
 from edgebroker.common import records
+from edgebroker.common.errors import Code
 from edgebroker.storage import files
 from edgebroker.storage import store as store_module
 from edgebroker.storage.recovery import Hole
@@ -388,3 +389,40 @@ def test_a_log_that_does_not_know_its_chain_goes_on(tmp_path: Path) -> None:
     assert harness.values() == values
     assert harness.log().chain_at(27) == records.chain(bytes_of(harness), harness.log().identity.chain)
     harness.close()
+
+
+def test_an_origin_gets_its_lost_end_back_from_a_child(tree: Tree) -> None:
+    """The disk of ROOT is put back to yesterday; nobody has published since. A node with another log is no help."""
+    root = tree.start("root")
+    for number in range(10):
+        publish(root, "t", number * 10, 10, size=900)
+    follows(root, tree.start("l2", "root"), "t")
+    tree.stop("root")
+    tree.keep("root")
+    root = tree.start("root")
+    for number in range(10, 40):
+        publish(root, "t", number * 10, 10, size=900)
+    l2 = tree.nodes["l2"]
+    follows(root, l2, "t")
+    tree.stop("root")
+    tree.put_back("root")
+    root = tree.start("root")
+    wait_for(lambda: "history_lost" in root.http("GET", "/v1/node")[1]["problems"], "ROOT is told")
+    assert "heal --from" in root.http("GET", "/v1/node")[1]["problems"]["history_lost"]
+    assert root.raw("p").publish("t", numbered(0, 1)).code is Code.HISTORY_LOST
+    other = tree.start("other", level="root")
+    publish(other, "t", 0, 400)
+    status, answer = root.http("POST", "/v1/heal", {"from": tree.address("other")})
+    assert (status, "404" in answer["error"]) == (409, True)
+    status, answer = root.http("POST", "/v1/heal", {"from": tree.address("l2")})
+    assert (status, answer) == (200, {"healed": {"t/0": 300}, "error": ""})
+    assert end(root, "t") == 400
+    assert "history_lost" not in root.http("GET", "/v1/node")[1]["problems"]
+    publish(root, "t", 400, 20)
+    follows(root, l2, "t")
+    assert l2.counters()["pipe_cuts"] == 0
+    for name in ("root", "l2"):
+        tree.stop(name)
+    assert digest(tree, "root", "t") == digest(tree, "l2", "t")
+    root = tree.start("root")
+    assert end(root, "t") == 420

@@ -452,3 +452,29 @@ def test_a_child_does_not_say_the_same_again(tree: Tree) -> None:
     status, answer = root.http("POST", "/v1/pipe", {"uid": "1" * 32, "same": 5})
     assert (status, answer["code"]) == (409, "POLL_AGAIN")
     assert root.http("POST", "/v1/pipe", {"uid": "1" * 32})[0] == 400
+
+
+def test_a_parent_that_is_behind_gives_way_to_the_one_that_has_most(tree: Tree) -> None:
+    """Three hubs: the first lost its end, the second has less than the third. The child goes to the third at once."""
+    root = tree.start("root")
+    publish(root, "t", 0, 50)
+    for name in ("a", "b", "c"):
+        follows(root, tree.start(name, "root", level="l2"), "t")
+    for name in ("b", "a"):
+        tree.stop(name)
+        publish(root, "t", 50 if name == "b" else 60, 10)
+        follows(root, tree.nodes["c"], "t")
+    pos = tree.start("pos", "c")
+    follows(root, pos, "t")
+    tree.stop("pos")
+    tree.stop("root")
+    for name in ("a", "b"):
+        tree.start(name, "root", level="l2")
+    pos = tree.start("pos", "a", "b", "c")
+    wait_for(lambda: line(pos, "t")["state"] == "behind", "the first is behind")
+    pos.advance(2.0)
+    pos.advance(30.0)
+    wait_for(lambda: pipe(pos)["parent"]["name"] == "c", "it goes to the one that has all of it")
+    assert line(pos, "t")["state"] == "live"
+    pos.advance(1.0)
+    wait_for(lambda: pos.counters()["pipe_failovers"] == 1, "it is counted")

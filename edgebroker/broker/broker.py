@@ -457,7 +457,7 @@ class Broker:
             def parent() -> str:
                 return self.piping.address if self.piping is not None and self.piping.connected else ""
 
-            self._healing = Healing(self.engine, self.loop, self.metrics, parent)
+            self._healing = Healing(self.engine, self.loop, self.metrics, parent, self.publishing)
         return self._healing
 
     @property
@@ -497,13 +497,13 @@ class Broker:
 
     def _history_lost(self, log: Log, position: LogPosition) -> None:
         """A child has more of a log of ours than we: nothing may be written over what we acknowledged."""
-        self.publishing.history_lost(log, position.offset)
+        self.publishing.history_lost(log, position.offset, position.chain)
 
     def problems(self) -> dict[str, str]:
         """What is wrong now, by name, for an operator."""
         found = self.engine.problems()
         if self.publishing.lost:
-            found["history_lost"] = "; ".join(self.publishing.lost.values())
+            found["history_lost"] = "; ".join(lost.why for lost in self.publishing.lost.values())
         if self.piping is not None:
             found.update(self.piping.problems())
         return {**found, **self.tree.problems()}

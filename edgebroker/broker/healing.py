@@ -1,7 +1,8 @@
 """Healing: damaged records are fetched again from a neighbour, one hole after the other.
 
 A mirror asks its parent by itself; any node asks whom an operator names (POST /v1/heal), so that an origin heals from a
-child. What comes is checked and put in by the engine; until then readers wait, or skip, as the topic says.
+child. What comes is checked and put in by the engine; until then readers wait, or skip, as the topic says. An origin
+that lost the end of a log (HISTORY_LOST) fetches that as well: it is appended if it leads to the child's chain.
 """
 
 from __future__ import annotations
@@ -11,16 +12,21 @@ from collections.abc import Callable
 
 import msgspec
 
-from edgebroker.broker.asking import Ask
+from edgebroker.broker.asking import Ask, Told
 from edgebroker.broker.metrics import Metrics
+from edgebroker.broker.publishing import Publishing
 from edgebroker.broker.ranges import MOST_BYTES, RangeRequest
+from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
 from edgebroker.network.loop import Loop
+from edgebroker.storage import segscan
 from edgebroker.storage.engine import Engine, Log
 
 log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 5.0
 LONGEST_PAUSE_SECONDS = 300.0
+MOST_LOST_BYTES = 64 << 20
+WAIT_SECONDS = 0.02
 # A fetch is given up when nothing came for so long, and when it takes so long in all.
 SILENCE_SECONDS, FETCH_SECONDS = 60.0, 3600.0
 
@@ -38,8 +44,11 @@ Done = Callable[[dict[str, int], str], None]
 class Healing:
     """Owned by the loop thread. `parent` tells where this node's parent is, "" while it has none."""
 
-    def __init__(self, engine: Engine, loop: Loop, metrics: Metrics, parent: Callable[[], str]) -> None:
+    def __init__(
+        self, engine: Engine, loop: Loop, metrics: Metrics, parent: Callable[[], str], publishing: Publishing
+    ) -> None:
         self._engine, self._loop, self._metrics, self._parent = engine, loop, metrics, parent
+        self._publishing = publishing
         self._busy: Ask | None = None
         # Logs for which the parent was of no help, and when it is asked again.
         self._pauses: dict[Log, tuple[float, float]] = {}
@@ -65,7 +74,89 @@ class Healing:
             done({}, "something is being healed already; try again in a moment")
             return
         damaged = [one for one in self._engine.logs() if one.holes and request.topic in ("", one.topic)]
-        self._heal(request.source, damaged, done)
+        lost = [one for one in self._publishing.lost if request.topic in ("", one.topic)]
+
+        def then(healed: dict[str, int], error: str) -> None:
+            if error or not lost:
+                done(healed, error)
+            else:
+                self._recover(request.source, lost, healed, done)
+
+        self._heal(request.source, damaged, then)
+
+    # ---- the lost end of a log that this node writes ----
+
+    def _recover(self, source: str, lost: list[Log], healed: dict[str, int], done: Done) -> None:
+        """Fetch what this node does not have any more, one log after the other."""
+        if not lost:
+            done(healed, "")
+            return
+        partition, known = lost[0], self._publishing.lost[lost[0]]
+        first, found = partition.durable_end, bytearray()
+
+        def fetch(following: int) -> None:
+            self._busy = self._ask(source, _range(partition, following, known.end), fetched)
+
+        def fetched(status: int, data: bytes, error: str) -> None:
+            self._busy = None
+            found.extend(data if not error else b"")
+            if not error and len(found) > MOST_LOST_BYTES:
+                error = f"more than {MOST_LOST_BYTES >> 20} MiB were lost: promote that node instead"
+            if error:
+                failed(error)
+                return
+            scanned = segscan.scan(found, first, partition.chain, 0, STORED_BATCH_BYTES)
+            good, reason, following, chain = scanned[:4]
+            if good != len(found) or not data:
+                failed(EXPLANATION.get(Reason(reason), "nothing came"))
+            elif following < known.end:
+                fetch(following)
+            elif chain != known.chain or partition.durable_end != first:
+                failed("its records do not lead to what its log ends with: accept the loss, or promote that node")
+            else:
+                append()
+
+        def append() -> None:
+            taken = 0
+            while taken < len(found):
+                with memoryview(found)[taken:] as left:
+                    size, reason = self._engine.append_numbered(partition, left)
+                if not size:
+                    failed(f"{EXPLANATION.get(Reason(reason), 'it is no batch')} at byte {taken}")
+                    return
+                taken += size
+            stored()
+
+        def stored() -> None:
+            if partition.durable_end < known.end:
+                self._loop.call_later(WAIT_SECONDS, stored)
+                return
+            self._metrics.records_healed += known.end - first
+            healed[partition.name] = healed.get(partition.name, 0) + known.end - first
+            log.warning("%s: records %d to %d are back, from %s", partition.name, first, known.end - 1, source)
+            self._publishing.loss_accepted(partition)
+            self._recover(source, lost[1:], healed, done)
+
+        def failed(why: str) -> None:
+            self._metrics.healing_failures += 1
+            done(healed, f"{partition.name} cannot be recovered from {source}: {why}")
+
+        fetch(first)
+
+    def _ask(self, source: str, wanted: RangeRequest, told: Told) -> Ask:
+        return Ask(
+            self._loop,
+            source,
+            "POST",
+            "/v1/pipe/range",
+            msgspec.json.encode(wanted),
+            told,
+            most_bytes=MOST_BYTES + (16 << 20),
+            silence=SILENCE_SECONDS,
+            limit=FETCH_SECONDS,
+        )
+
+    # ---- damage ----
 
     def _heal(self, source: str, damaged: list[Log], done: Done) -> None:
         healed: dict[str, int] = {}
@@ -80,16 +171,10 @@ class Healing:
                 done(healed, "; ".join(errors))
                 return
             partition = waiting[0]
-            self._busy = Ask(
-                self._loop,
+            self._busy = self._ask(
                 source,
-                "POST",
-                "/v1/pipe/range",
-                msgspec.json.encode(_first_hole(partition)),
+                _range(partition, *partition.to_heal()),
                 lambda status, data, error: fetched(partition, data, error),
-                most_bytes=MOST_BYTES + (16 << 20),
-                silence=SILENCE_SECONDS,
-                limit=FETCH_SECONDS,
             )
 
         def fetched(partition: Log, data: bytes, error: str) -> None:
@@ -120,8 +205,7 @@ class Healing:
         following()
 
 
-def _first_hole(partition: Log) -> RangeRequest:
-    first, following = partition.to_heal()
+def _range(partition: Log, first: int, following: int) -> RangeRequest:
     return RangeRequest(
         topic=partition.topic,
         partition=partition.partition,

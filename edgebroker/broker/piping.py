@@ -117,9 +117,8 @@ class Piping:
         listening = transport is not None and not transport.paused
         if listening and now - self._last_heard > SILENT_SECONDS:
             self._client.close("the parent is silent")
-        if self.candidates.behind(now, self.connected and self._follower.lacking) and self.candidates.move_on():
-            log.warning("%s lacks what this node has; trying %s", self.parent_name, self.candidates.current)
-            self.again("it is behind")
+        if self.candidates.behind(now, self.connected and self._follower.lacking):
+            self._look_around()
         for address in self.candidates.to_probe(now):
             Ask(
                 self._loop,
@@ -133,6 +132,33 @@ class Piping:
         self._metrics.pipe_failovers = self.candidates.failovers
         self._metrics.pipe_bytes_in = self._follower.bytes_taken
         self._metrics.pipe_bytes_wasted = self._follower.bytes_wasted
+
+    def _look_around(self) -> None:
+        """The parent lacks something: go to the candidate that has most of it, if one has more."""
+        line = next(line for line in self._follower.lines.values() if line.lacking)
+        others = [address for address in self.candidates.addresses if address != self.candidates.current]
+        ends: dict[str, int] = {}
+
+        def told(address: str, answer: bytes, error: str) -> None:
+            ends[address] = -1 if error else _end_at(answer, line)
+            best = max(ends, key=lambda one: ends[one])  # of those that are equal the first to answer
+            here = line.parent_end if line.state == "behind" else -1
+            if len(ends) < len(others) or self.stopped or not line.lacking or ends[best] <= here:
+                return
+            if best in self.candidates.addresses:
+                log.warning("%s lacks what this node has or wants; going to %s", self.parent_name, best)
+                self.candidates.go_to(best)
+                self.again("it is behind")
+
+        for address in others:
+            Ask(
+                self._loop,
+                address,
+                "GET",
+                f"/v1/topics/{line.key.topic}",
+                b"",
+                lambda status, answer, error, address=address: told(address, answer, error),  # type: ignore[misc]
+            )
 
     def _probed(self, address: str, healthy: bool) -> None:
         if not self.stopped and self.candidates.probed(address, healthy, self._loop.now()):
@@ -387,6 +413,16 @@ class Piping:
             "heard_seconds_ago": round(self._loop.now() - self._last_heard, 3) if self._last_heard else None,
             "logs": [_describe(line) for line in self._follower.lines.values()],
         }
+
+
+def _end_at(answer: bytes, line: Line) -> int:
+    """Up to where a node has a log, from its description of the topic; -1 when it has not, or only damaged."""
+    try:
+        part = msgspec.json.decode(answer)["partitions"][line.key.partition]
+        whole = not any(hole["last"] >= line.offset for hole in part.get("damaged", []))
+        return int(part["durable_end"]) if part["log_id"] == line.log_id and whole else -1
+    except (msgspec.DecodeError, KeyError, IndexError, TypeError, ValueError):
+        return -1
 
 
 def _describe(line: Line) -> dict[str, object]:

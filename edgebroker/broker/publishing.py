@@ -55,6 +55,14 @@ class Waiting(NamedTuple):
     level: AckLevel
 
 
+class Lost(NamedTuple):
+    """What an origin lost of a log: up to where a child has it, the chain there, and what is said about it."""
+
+    end: int
+    chain: int
+    why: str
+
+
 class PublishLimits(NamedTuple):
     """Bytes that may wait for the disk before publishers are held, and before they are let go on."""
 
@@ -77,7 +85,7 @@ class Publishing:
         self._held: dict[Publisher, None] = {}
         self._exclusive: dict[Log, str] = {}
         # Logs of this node of which it lost acknowledged records, and what is known about it.
-        self.lost: dict[Log, str] = {}
+        self.lost: dict[Log, Lost] = {}
         self.waiting_bytes = 0
         self.draining = False
 
@@ -103,7 +111,7 @@ class Publishing:
         elif session.client_id.startswith(SNAPSHOT_CLIENTS) and self.reserved(log) != session.client_id:
             refusal = (Code.FENCED, f"the snapshot of {run.topic} is not under way any more; begin it again")
         elif self.lost and log in self.lost:
-            refusal = (Code.HISTORY_LOST, self.lost[log])
+            refusal = (Code.HISTORY_LOST, self.lost[log].why)
         if refusal is not None:
             self._refuse_all(session, run, *refusal)
             return None
@@ -155,15 +163,19 @@ class Publishing:
         """Only this client may publish to a log, until free()."""
         self._exclusive[log] = client_id
 
-    def history_lost(self, log: Log, end: int) -> None:
-        """Somebody has records of this log up to `end` that this node, its origin, lost: publish nothing over them."""
-        if log not in self.lost:
-            self.lost[log] = (
+    def history_lost(self, log: Log, end: int, chain: int) -> None:
+        """Somebody has records of this log up to `end` (with that chain before it) that this node, its origin, lost:
+        publish nothing over them."""
+        known = self.lost.get(log)
+        if known is None or known.end < end:
+            why = (
                 f"{log.name} ends at {log.durable_end}, but a child has it up to {end}: acknowledged records were lost "
-                f"here; accept the loss with: edgebroker topic accept {log.topic}"
+                "here; fetch them with: edgebroker heal --from CHILD, or accept the loss with: "
+                f"edgebroker topic accept {log.topic}"
             )
+            self.lost[log] = Lost(end, chain, why)
             self._metrics.refused(Code.HISTORY_LOST.name)
-            _logger.critical("%s", self.lost[log])
+            _logger.critical("%s", why)
 
     def loss_accepted(self, log: Log) -> None:
         self.lost.pop(log, None)

@@ -74,6 +74,13 @@ class Candidates:
         self.failovers += 1
         return True
 
+    def go_to(self, address: str) -> None:
+        """Ask this candidate: it has what the current one lacks."""
+        self.failovers += address != self.current
+        self._failures, self._behind_since = 0, None
+        self._healthy_since.clear()
+        self._current = self.addresses.index(address)
+
     def behind(self, now: float, behind: bool) -> bool:
         """Told with every answer whether the parent lacks what this node has; True when it is time to move on."""
         if not behind:

@@ -56,6 +56,11 @@ class Line:
         self.parent_end = -1
         self.begin(log_id, epoch, log_start, offset, chain)
 
+    @property
+    def lacking(self) -> bool:
+        """The parent lacks something of it that this node has or wants."""
+        return self.state in ("behind", "not_carried", "damaged")
+
     def begin(self, log_id: str, epoch: int, log_start: int, offset: int, chain: int) -> None:
         """Stand at a place."""
         self.log_id, self.epoch, self.log_start, self.offset, self.chain = log_id, epoch, log_start, offset, chain
@@ -201,7 +206,7 @@ class Follower:
     @property
     def lacking(self) -> bool:
         """The parent lacks something that this node has or wants."""
-        return any(line.state in ("behind", "not_carried", "damaged") for line in self.lines.values())
+        return any(line.lacking for line in self.lines.values())
 
     # ---- an answer ----
 
