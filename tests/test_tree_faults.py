@@ -19,6 +19,7 @@ from trees import Tree, chain, digest, end, follows, line, pipe, publish, wait_f
 
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
+from edgebroker.pipe.stream import HEADER_BYTES, Kind
 
 pytestmark = pytest.mark.slow
 
@@ -373,3 +374,34 @@ def test_retention_overtakes_a_child(tree: Tree) -> None:
 
     wait_for(arrived, "it arrives at the end")
     assert child.broker.engine.log("t", 0).log_start > 5  # type: ignore[union-attr]
+
+
+def kinds(answer: http.client.HTTPResponse) -> Iterator[int]:
+    """The kinds of the frames of an answer, as they come."""
+    data = b""
+    while more := answer.read1(1 << 16):
+        data += more
+        while len(data) >= HEADER_BYTES + int.from_bytes(data[:4], "big"):
+            yield data[4]
+            data = data[HEADER_BYTES + int.from_bytes(data[:4], "big") :]
+
+
+def test_a_line_that_falls_silent_is_alive(tree: Tree) -> None:
+    """However long ago the answer began: the child hears of the parent 45 seconds after the last record."""
+    root = tree.start("root")
+    publish(root, "t", 0, 1)
+    log = root.broker.engine.log("t", 0)
+    assert log is not None
+    lines = [["t", 0, log.identity.log_id, 1, 0, log.identity.chain]]
+    known = {"t": root.call(lambda: root.broker.feeding.info("t").digest)}
+    with polled(root, topics=["t"], logs=lines, known=known) as answer:
+        found = kinds(answer)
+        assert [next(found), next(found)] == [Kind.HELLO, Kind.DATA]
+        root.advance(5.0)
+        publish(root, "t", 1, 1)
+        assert next(found) == Kind.DATA
+        root.advance(41.0)
+        root.advance(5.0)
+        assert next(found) == Kind.IDLE
+        root.advance(40.0)
+        assert list(found) == [], "the answer is over"
