@@ -39,7 +39,6 @@ LINES = [(name, parent) for name, (_, parents) in PLAN.items() for parent in par
 # A peer that vanished is noticed within seconds; no record becomes a dead letter for what is done to the machines.
 NODE = SETTINGS | {
     "EDGEBROKER_LISTEN_ALLOW_INSECURE": "true",
-    "EDGEBROKER_DELIVERY_TIMEOUT_MS": "5000",
     "EDGEBROKER_DELIVERY_MAX_ATTEMPTS": "0",
     "EDGEBROKER_DELIVERY_BACKOFF_MS": "50",
     "EDGEBROKER_DELIVERY_MAX_BACKOFF_MS": "500",
@@ -135,6 +134,8 @@ class Fleet:
 
     def _make(self, name: str, level: str, parents: Sequence[str]) -> Node:
         settings = {**self._settings, "EDGEBROKER_NODE_NAME": name, "EDGEBROKER_NODE_LEVEL": level}
+        if name == "local":
+            settings["EDGEBROKER_DELIVERY_TIMEOUT_MS"] = "5000"
         if parents:
             settings["EDGEBROKER_PIPE_PARENTS"] = ",".join(self[parent].parent_address for parent in parents)
         command, host = self.wires.inside(name), self.wires.address(name)

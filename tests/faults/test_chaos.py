@@ -9,7 +9,6 @@ dense, nothing is there twice; each group saw every record in order; all mirrors
 from __future__ import annotations
 
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -17,10 +16,10 @@ import pytest
 from edgebroker.cli.adminclient import call
 
 from .chaos import Chaos, draw
-from .checker import ConsumerHistory, History, check_groups, read_back
-from .crowd import Crowd
+from .checker import History
 from .fleet import Fleet
-from .traffic import CLOCK, PARTITIONS, Follower, Writer, until
+from .traffic import PARTITIONS
+from .users import Users
 from .wires import unavailable
 
 REASON = unavailable()
@@ -28,7 +27,7 @@ pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON or "available"), py
 
 SECONDS = float(os.environ.get("EB_CHAOS_SECONDS", "6"))
 SEED = int(os.environ.get("EB_CHAOS_SEED", "0")) or 20250309
-TOPIC, GROUP = "orders", "tills"
+TOPIC = "orders"
 # A reconnect is tried after 30 s at the latest, a line that is dead without a word noticed after 57 s, a parent that is
 # behind left after 30 s; healing tries again with growing pauses.
 REST_SECONDS = 120.0
@@ -48,40 +47,14 @@ def test_everything_holds_whatever_happens(tmp_path: Path) -> None:
 
 def _run(fleet: Fleet, chaos: Chaos, history: History) -> float:
     """How long it took until all was at rest."""
-    root, pos, local = fleet["root"], fleet["pos"], fleet["local"]
-    call(root.admin, "POST", "/v1/topics", {"name": TOPIC, "partitions": PARTITIONS})
+    call(fleet["root"].admin, "POST", "/v1/topics", {"name": TOPIC, "partitions": PARTITIONS})
     fleet.settle(TOPIC, 30.0)
-    shelf = ConsumerHistory("shelves")
-    history.consumers.append(shelf)
-    with ExitStack() as stack:
-        crowd = stack.enter_context(Crowd(fleet.directory, local, TOPIC, GROUP))
-        for rank in range(2):
-            crowd.start(f"m{rank}", seed=SEED + rank)
-        follower = Follower(shelf, pos.server, TOPIC, seed=SEED)
-        stack.callback(follower.stop)
-        writers = []
-        for rank in range(2):
-            writers.append(Writer(history, root.server, f"p{rank}", TOPIC, seed=SEED + rank, pause=0.12))
-            stack.callback(writers[-1].drop)
-        until(lambda: len(history.acks) > 100, 30.0, "the first acknowledgements")
-        chaos.run(crowd.tend)
+    with Users(fleet, history, TOPIC, seed=SEED) as users:
+        users.begin()
+        chaos.run(users.tend)
         chaos.over()
-        begun = CLOCK.monotonic()
-        for writer in writers:
-            writer.stop(REST_SECONDS)
-        fleet.settle(TOPIC, REST_SECONDS)
-        crowd.come_to_the_end(REST_SECONDS)
-        ends = {part["partition"]: part["durable_end"] for part in root.partitions(TOPIC)}
-        until(lambda: shelf.next_offset == ends or bool(shelf.problems), REST_SECONDS, f"{shelf.next_offset} is {ends}")
-        rest = CLOCK.monotonic() - begun
-        follower.stop()
-        for name in crowd.names():
-            crowd.leave(name)
-        content = read_back(root, TOPIC)
-        history.check(TOPIC, content)
-        assert not history.failures, history.failures
-        check_groups(pos, history, TOPIC, content)
-        crowd.check(history, "at LOCAL")
+        rest = users.rest(REST_SECONDS)
+        users.check()
     assert not (trouble := fleet.unsettled(TOPIC)), trouble
     fleet.stop()
     assert not (found := fleet.differences(TOPIC)), found

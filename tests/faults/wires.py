@@ -58,8 +58,7 @@ class Wires:
 
     def __init__(self, hosts: Sequence[str]) -> None:
         self.hosts = list(hosts)
-        # Runs beside each other get networks of their own.
-        self._prefix = f"10.{100 + os.getpid() % 100}"
+        self._prefix = ""
         self._name = f"eb{os.getpid()}"
         self._holes: list[tuple[str, str]] = []
 
@@ -85,6 +84,7 @@ class Wires:
     # ---- life ----
 
     def __enter__(self) -> Wires:
+        self._prefix = self._reserve()
         try:
             _run("ip", "netns", "add", self._space(_ROUTER))
             _run("ip", "netns", "exec", self._space(_ROUTER), "sysctl", "-qw", "net.ipv4.ip_forward=1")
@@ -99,6 +99,17 @@ class Wires:
             self.close()
             raise
         return self
+
+    @staticmethod
+    def _reserve() -> str:
+        """A network that no other run uses: a route that leads nowhere says that it is taken."""
+        for number in range(100, 200):
+            try:
+                _run("ip", "route", "add", "blackhole", f"10.{number}.0.0/16", "metric", "9999")
+            except OSError:
+                continue
+            return f"10.{number}"
+        raise OSError("no network is free: look at `ip route`")
 
     def _join(self, host: str, where: list[str], device: str) -> None:
         """A wire from a device of a host to the router."""
@@ -119,6 +130,7 @@ class Wires:
             _try("ip", "-n", self._space(host), "link", "del", "w0")
         for host in (*self.hosts, _ROUTER):
             _try("ip", "netns", "del", self._space(host))
+        _try("ip", "route", "del", "blackhole", f"{self._prefix}.0.0/16", "metric", "9999")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
