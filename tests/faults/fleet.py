@@ -94,9 +94,14 @@ class Node(BrokerProcess):
             return []
         return found
 
+    def problems(self) -> dict[str, str]:
+        """As the node tells them."""
+        found: dict[str, str] = call(self.admin, "GET", "/v1/node")["problems"]
+        return found
+
     def trouble(self) -> list[str]:
         """What keeps this node from being well, in words."""
-        found = [f"{name}: {why}" for name, why in call(self.admin, "GET", "/v1/node")["problems"].items()]
+        found = [f"{name}: {why}" for name, why in self.problems().items()]
         parent = call(self.admin, "GET", "/v1/pipe")["parent"]
         if parent is not None:
             found += [] if parent["connected"] else [f"no parent: {parent['error']}"]
