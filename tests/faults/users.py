@@ -1,4 +1,4 @@
-"""Those who use a fleet (fleet.py): producers at ROOT, a reader at POS, a group of member processes at LOCAL.
+"""Those who use a fleet (fleet.py): producers at ROOT, readers in the middle, a group of member processes at LOCAL.
 
 with Users(fleet, history, "orders", seed=1) as users:
     users.begin()
@@ -10,18 +10,23 @@ with Users(fleet, history, "orders", seed=1) as users:
 from __future__ import annotations
 
 import random
+from functools import partial
 from types import TracebackType
 
 from edgebroker.cli.adminclient import call
 
 from .checker import ConsumerHistory, History, check_groups, read_back
 from .crowd import Crowd
-from .fleet import Fleet
+from .fleet import Fleet, Node
 from .traffic import CLOCK, Follower, Writer, until
 
 WRITERS, MEMBERS = 2, 2
 # So often a member dies, when they are to come and go.
 CHURN_SECONDS = 8.0
+# Where readers come, one after the other; all but the first find a log that is long already, and read it from its
+# beginning while others follow its end.
+PLACES = ("pos", "l3", "pos", "l2b")
+NEWCOMER_SECONDS = 20.0
 
 
 class Users:
@@ -35,19 +40,19 @@ class Users:
         self.directory = fleet.directory / f"users-{name}"
         self.directory.mkdir()
         self.crowd = Crowd(self.directory, fleet["local"], topic, f"tills-{name}")
-        self.shelf = ConsumerHistory(f"shelves-{name}")
         # Those who left are checked already.
-        history.consumers[:] = [self.shelf]
-        self._follower: Follower | None = None
+        history.consumers.clear()
+        self._name = name
+        self._readers: list[tuple[Node, Follower]] = []
         self._writers: list[Writer] = []
-        self._churned_at = CLOCK.monotonic()
+        self._churned_at = self._came_at = CLOCK.monotonic()
 
     def begin(self) -> None:
         """Those who read come first, and see all that there is; then there is more of it."""
-        root, pos = self._fleet["root"], self._fleet["pos"]
+        root = self._fleet["root"]
         for rank in range(MEMBERS):
             self.crowd.start(f"m{rank}", seed=self._seed + rank)
-        self._follower = Follower(self.shelf, pos.server, self._topic, seed=self._seed)
+        self._newcomer()
         if any(self._ends().values()):
             self.crowd.come_to_the_end(30.0)
         before = len(self._history.acks)
@@ -57,13 +62,23 @@ class Users:
         ]
         until(lambda: len(self._history.acks) > before + 50, 30.0, "the first acknowledgements")
 
+    def _newcomer(self) -> None:
+        """Another reader, with a group of its own."""
+        number = len(self._readers)
+        node, history = self._fleet[PLACES[number]], ConsumerHistory(f"shelves-{self._name}-{number}")
+        self._history.consumers.append(history)
+        self._readers.append((node, Follower(history, node.server, self._topic, seed=self._seed + number)))
+        self._came_at = CLOCK.monotonic()
+
     def tend(self) -> None:
-        """Start members again that died."""
+        """Start members again that died; now and then a reader comes."""
         self.crowd.tend()
+        if len(self._readers) < len(PLACES) and CLOCK.monotonic() - self._came_at > NEWCOMER_SECONDS:
+            self._newcomer()
 
     def churn(self) -> None:
         """The same; and now and then a member dies."""
-        self.crowd.tend()
+        self.tend()
         names = self.crowd.names()
         if names and CLOCK.monotonic() - self._churned_at > CHURN_SECONDS:
             self._churned_at = CLOCK.monotonic()
@@ -81,30 +96,40 @@ class Users:
             writer.stop(seconds)
         self._fleet.settle(self._topic, seconds)
         self.crowd.come_to_the_end(seconds)
-        until(lambda: not self._unseen() or bool(self.shelf.problems), seconds, "the reader at POS has seen everything")
+        for node, follower in self._readers:
+            unseen = partial(self._unseen, follower.history)
+            try:
+                until(lambda unseen=unseen: not unseen(), seconds, "a reader has seen everything")  # type: ignore[misc]
+            except TimeoutError as error:
+                group = call(node.admin, "GET", f"/v1/groups/{follower.history.group}")
+                raise TimeoutError(f"{error}, at {node.directory.name}: not {unseen()}; {group}") from None
         return CLOCK.monotonic() - begun
 
-    def _unseen(self) -> dict[int, int]:
-        """The ends that the reader at POS has not come to yet."""
-        seen = {partition: max(offsets) + 1 for partition, offsets in list(self.shelf.seen.items())}
-        return {partition: end for partition, end in self._ends().items() if seen.get(partition, 0) < end}
+    def _unseen(self, reader: ConsumerHistory) -> dict[int, int]:
+        """The ends that a reader has not come to yet; none when there is a problem with it, which check() tells."""
+        seen = {partition: max(offsets) + 1 for partition, offsets in list(reader.seen.items())}
+        return {p: end for p, end in self._ends().items() if seen.get(p, 0) < end and not reader.problems}
 
     def check(self, *, retention: bool = False) -> None:
         """All promises of the checkers, to be called at rest: the readers leave. Raises AssertionError."""
-        assert self._follower is not None
-        self._follower.stop()
+        for _, follower in self._readers:
+            follower.stop()
         for name in self.crowd.names():
             self.crowd.leave(name)
         content = read_back(self._fleet["root"], self._topic)
         self._history.check(self._topic, content, "at ROOT", retention=retention)
         assert not self._history.failures, self._history.failures
-        check_groups(self._fleet["pos"], self._history, self._topic, content)
+        for node, follower in self._readers:
+            alone = History()
+            alone.consumers.append(follower.history)
+            check_groups(node, alone, self._topic, content)
         self.crowd.check(self._history, "at LOCAL", retention=retention)
 
     def forget(self) -> None:
         """The groups are deleted, as of applications that are gone for good."""
         call(self._fleet["local"].admin, "DELETE", f"/v1/groups/{self.crowd.group}")
-        call(self._fleet["pos"].admin, "DELETE", f"/v1/groups/{self.shelf.group}")
+        for node, follower in self._readers:
+            call(node.admin, "DELETE", f"/v1/groups/{follower.history.group}")
 
     def __enter__(self) -> Users:
         return self
@@ -114,6 +139,6 @@ class Users:
     ) -> None:
         for writer in self._writers:
             writer.drop()
-        if self._follower is not None:
-            self._follower.stop()
+        for _, follower in self._readers:
+            follower.stop()
         self.crowd.__exit__(kind, error, trace)
