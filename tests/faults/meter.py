@@ -7,6 +7,7 @@ print(meter)
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,10 +23,13 @@ WARM_READINGS = 2
 
 
 class Reading(NamedTuple):
-    """Of one process at one time."""
+    """Of one process at one time. Segments that are read stay open, so that they are counted apart from the other
+    descriptors; `removed` files are open although nobody finds them any more, and take their place on the disk."""
 
     rss_bytes: int
     fds: int
+    segments: int
+    removed: int
     disk_bytes: int
 
 
@@ -51,23 +55,39 @@ class Meter:
             grown = now.rss_bytes - warm.rss_bytes > GROWTH_RSS_BYTES
             found += [f"{name} grew from {warm.rss_bytes >> 20} to {now.rss_bytes >> 20} MiB"] if grown else []
             found += [f"{name}: {warm.fds} descriptors became {now.fds}"] if now.fds - warm.fds > GROWTH_FDS else []
+            found += [f"{name}: {now.removed} removed files are open"] if now.removed else []
             over = now.disk_bytes > self._most_disk_bytes
             found += [f"{name}: {now.disk_bytes} bytes on disk, at most {self._most_disk_bytes}"] if over else []
         return found
 
     def __str__(self) -> str:
         lines = [
-            f"{name} {now.rss_bytes / (1 << 20):.1f} MiB {now.fds} fds {now.disk_bytes / (1 << 20):.1f} MiB"
+            f"{name} {now.rss_bytes / (1 << 20):.1f} MiB, {now.fds} + {now.segments} descriptors, "
+            f"{now.disk_bytes / (1 << 20):.1f} MiB on disk"
             for name, now in self._last.items()
         ]
-        return ", ".join(lines)
+        return "; ".join(lines)
 
 
 def _reading(node: Node) -> Reading:
     proc = Path("/proc") / str(node.pid)
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
     rss = int(status["VmRSS"].split()[0]) << 10
-    return Reading(rss, len(list((proc / "fd").iterdir())), disk_bytes(node.directory))
+    targets = _targets(proc / "fd")
+    removed = sum(target.endswith(" (deleted)") for target in targets)
+    segments = sum(target.endswith(".log") and target.startswith(str(node.directory)) for target in targets)
+    return Reading(rss, len(targets) - segments - removed, segments, removed, disk_bytes(node.directory))
+
+
+def _targets(directory: Path) -> list[str]:
+    """What the descriptors of a process are open on."""
+    found = []
+    for path in directory.iterdir():
+        try:
+            found.append(os.readlink(path))
+        except FileNotFoundError:
+            pass  # closed meanwhile
+    return found
 
 
 def disk_bytes(directory: Path) -> int:

@@ -33,8 +33,8 @@ pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON or "available"), py
 TOPIC = "orders"
 CYCLE_SECONDS, PAUSE_SECONDS = 45.0, 6.0
 RETENTION_BYTES, SEGMENT_BYTES = 1 << 20, 64 << 10
-# The logs with a segment more than retention asks for and the one being written, their indexes, meta.db and its
-# journal, what was cut out of damaged segments.
+# The logs with a segment more than retention asks for and the one being written. Beside them: the reserve of 8 MiB,
+# space taken in advance for what is written next, indexes, meta.db and its journal, copies of damaged places.
 MOST_DISK_BYTES = PARTITIONS * (RETENTION_BYTES + 3 * SEGMENT_BYTES) + (16 << 20)
 # The others live from the beginning to the end, so that what leaks slowly is seen.
 RESTARTABLE = ("l3", "pos")
@@ -51,7 +51,7 @@ def test_nothing_grows_and_everything_holds(tmp_path: Path) -> None:
         while CLOCK.monotonic() - begun < HOURS * 3600:
             cycle += 1
             line = _cycle(fleet, history, meter, cycle, rng.randrange(1 << 30))
-            print(f"\n{(CLOCK.monotonic() - begun) / 60:.1f} min, cycle {cycle}: {line}", flush=True)
+            print(f"{(CLOCK.monotonic() - begun) / 60:.1f} min, cycle {cycle}: {line}", flush=True)
         fleet.stop()
         assert not (found := fleet.differences(TOPIC)), found
 
