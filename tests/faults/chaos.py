@@ -21,22 +21,23 @@ from typing import NamedTuple
 from .fleet import LINES, MIRRORS, PLAN, Fleet
 from .traffic import CLOCK, pass_time
 
-# How often each kind is drawn. A node is killed and started again, stands still, or has a byte of a sealed segment
-# flipped and is started again a while later; its wire is pulled out or narrow, its connections are reset; what it and
-# one of its parents send each other is swallowed.
-KINDS = {"kill": 4, "freeze": 3, "flip": 3, "unplug": 3, "narrow": 2, "swallow": 3, "reset": 2}
+# How often each kind is drawn. A node is killed and started again, or stands still; a bit of a sealed segment flips
+# under a node, which is started again a while later, or any bit of its logs while it is down (rot); its wire is pulled
+# out or narrow, its connections are reset; what it and one of its parents send each other is swallowed.
+KINDS = {"kill": 4, "freeze": 3, "flip": 3, "rot": 2, "unplug": 3, "narrow": 2, "swallow": 3, "reset": 2}
 # Seconds that each lasts.
 LASTS = {
     "kill": (0.1, 8.0),
     "freeze": (0.3, 12.0),
     "flip": (0.5, 6.0),
+    "rot": (0.1, 4.0),
     "unplug": (0.3, 12.0),
     "narrow": (4.0, 15.0),
     "swallow": (1.0, 20.0),
     "reset": (0.0, 0.0),
 }
 # Two of the same group at the same place would end each other.
-_OF_THE_PROCESS = ("kill", "freeze", "flip")
+_OF_THE_PROCESS = ("kill", "freeze", "flip", "rot")
 
 
 class Fault(NamedTuple):
@@ -84,7 +85,8 @@ def _place(kind: str, rng: random.Random, restartable: Sequence[str], lasts: flo
     if kind == "swallow":
         where, other = rng.choice(LINES)
         return where, lasts, other
-    if kind in ("kill", "flip"):
+    if kind in ("kill", "flip", "rot"):
+        # What ROOT holds is held by nobody else when it is new: nothing of it may be damaged.
         return rng.choice([name for name in restartable if kind == "kill" or name in MIRRORS]), lasts, ""
     return rng.choice(list(PLAN)), lasts, ""
 
@@ -136,7 +138,10 @@ class Chaos:
             case "freeze":
                 node.freeze()
             case "flip":
-                self._flip(fault.where)
+                self._flip(fault.where, _sealed)
+            case "rot":
+                node.kill()
+                self._flip(fault.where, _segments)
             case "unplug":
                 wires.unplug(fault.where)
             case "narrow":
@@ -149,7 +154,7 @@ class Chaos:
     def _end(self, fault: Fault) -> None:
         node, wires = self.fleet[fault.where], self.fleet.wires
         match fault.kind:
-            case "kill":
+            case "kill" | "rot":
                 self._start(fault.where)
             case "freeze":
                 node.thaw()
@@ -179,18 +184,22 @@ class Chaos:
         node.kill()
         self._start(name)
 
-    def _flip(self, name: str) -> None:
-        """A bit of a segment that is not written any more."""
-        sealed = [path for directory in self.fleet[name].logs(self._topic) for path in _sealed(directory)]
-        if not sealed:
+    def _flip(self, name: str, segments: Callable[[Path], list[Path]]) -> None:
+        """A bit of one of these segments."""
+        found = [path for directory in self.fleet[name].logs(self._topic) for path in segments(directory)]
+        found = [path for path in found if path.exists() and path.stat().st_size]
+        if not found:
             return
-        path = self._rng.choice(sealed)
-        with path.open("r+b") as file:
-            position = self._rng.randrange(path.stat().st_size)
-            file.seek(position)
-            byte = file.read(1)[0]
-            file.seek(position)
-            file.write(bytes([byte ^ 1 << self._rng.randrange(8)]))
+        path = self._rng.choice(found)
+        try:
+            with path.open("r+b") as file:
+                position = self._rng.randrange(path.stat().st_size)
+                file.seek(position)
+                byte = file.read(1)[0]
+                file.seek(position)
+                file.write(bytes([byte ^ 1 << self._rng.randrange(8)]))
+        except FileNotFoundError:
+            return  # retention was faster
         self._flipped.add(name)
         self._note(f"byte {position} of {path.relative_to(self.fleet.directory)}")
 
@@ -206,5 +215,10 @@ class Chaos:
         self._note("over")
 
 
+def _segments(directory: Path) -> list[Path]:
+    return sorted(directory.glob("*.log"))
+
+
 def _sealed(directory: Path) -> list[Path]:
-    return [path for path in sorted(directory.glob("*.log"))[:-1] if path.stat().st_size]
+    """Those that are not written any more."""
+    return _segments(directory)[:-1]

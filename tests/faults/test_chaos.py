@@ -55,8 +55,10 @@ def _run(fleet: Fleet, chaos: Chaos, history: History) -> float:
         chaos.over()
         rest = users.rest(REST_SECONDS)
         users.check()
-    assert not (trouble := fleet.unsettled(TOPIC)), trouble
+    for topic in users.topics:
+        assert not (trouble := fleet.unsettled(topic)), trouble
     fleet.stop()
-    assert not (found := fleet.differences(TOPIC)), found
+    for topic in users.topics:
+        assert not (found := fleet.differences(topic)), found
     assert not (found := fleet.confessions()), found
     return rest

@@ -14,11 +14,12 @@ from functools import partial
 from types import TracebackType
 
 from edgebroker.cli.adminclient import call
+from edgebroker.network.producer import Producer
 
 from .checker import ConsumerHistory, History, check_groups, read_back
 from .crowd import Crowd
 from .fleet import Fleet, Node
-from .traffic import CLOCK, Follower, Writer, until
+from .traffic import CLOCK, PARTITIONS, Follower, Writer, send_value, until
 
 WRITERS, MEMBERS = 2, 2
 # So often a member dies, when they are to come and go.
@@ -27,6 +28,9 @@ CHURN_SECONDS = 8.0
 # beginning while others follow its end.
 PLACES = ("pos", "l3", "pos", "l2b")
 NEWCOMER_SECONDS = 20.0
+# What comes into being while faults happen, and what is put into it.
+NEW_TOPICS = ("receipts", "promos", "banners")
+NEW_TOPIC_SECONDS, NEW_TOPIC_RECORDS = 15.0, 40
 
 
 class Users:
@@ -45,7 +49,16 @@ class Users:
         self._name = name
         self._readers: list[tuple[Node, Follower]] = []
         self._writers: list[Writer] = []
-        self._churned_at = self._came_at = CLOCK.monotonic()
+        # Topics that were made on the way, and the sole producer of all of them.
+        self._made: list[str] = []
+        self._made_history = History()
+        self._producer = Producer(fleet["root"].server, client_id="maker", timeout=90.0)
+        self._churned_at = self._came_at = self._made_at = CLOCK.monotonic()
+
+    @property
+    def topics(self) -> list[str]:
+        """Everything that was published to."""
+        return [self._topic, *self._made]
 
     def begin(self) -> None:
         """Those who read come first, and see all that there is; then there is more of it."""
@@ -70,15 +83,29 @@ class Users:
         self._readers.append((node, Follower(history, node.server, self._topic, seed=self._seed + number)))
         self._came_at = CLOCK.monotonic()
 
+    def _make_topic(self) -> None:
+        """Another topic, by publishing to it."""
+        number = len(self._made)
+        for n in range(NEW_TOPIC_RECORDS):
+            partition = n % PARTITIONS
+            send_value(self._made_history, self._producer, NEW_TOPICS[number], partition, f"x{number}", n, 200)
+        self._made.append(NEW_TOPICS[number])
+        self._made_at = CLOCK.monotonic()
+
     def tend(self) -> None:
-        """Start members again that died; now and then a reader comes."""
+        """Start members again that died; now and then a reader comes, or a topic."""
+        self._attend()
+        if len(self._made) < len(NEW_TOPICS) and CLOCK.monotonic() - self._made_at > NEW_TOPIC_SECONDS:
+            self._make_topic()
+
+    def _attend(self) -> None:
         self.crowd.tend()
         if len(self._readers) < len(PLACES) and CLOCK.monotonic() - self._came_at > NEWCOMER_SECONDS:
             self._newcomer()
 
     def churn(self) -> None:
-        """The same; and now and then a member dies."""
-        self.tend()
+        """Start members again that died; now and then a reader comes, or a member dies."""
+        self._attend()
         names = self.crowd.names()
         if names and CLOCK.monotonic() - self._churned_at > CHURN_SECONDS:
             self._churned_at = CLOCK.monotonic()
@@ -94,7 +121,9 @@ class Users:
         begun = CLOCK.monotonic()
         for writer in self._writers:
             writer.stop(seconds)
-        self._fleet.settle(self._topic, seconds)
+        self._producer.close(seconds)
+        for topic in self.topics:
+            self._fleet.settle(topic, seconds)
         self.crowd.come_to_the_end(seconds)
         for node, follower in self._readers:
             unseen = partial(self._unseen, follower.history)
@@ -119,6 +148,9 @@ class Users:
         content = read_back(self._fleet["root"], self._topic)
         self._history.check(self._topic, content, "at ROOT", retention=retention)
         assert not self._history.failures, self._history.failures
+        for topic in self._made:
+            self._made_history.check(topic, read_back(self._fleet["root"], topic), "at ROOT")
+        assert not self._made_history.failures, self._made_history.failures
         for node, follower in self._readers:
             alone = History()
             alone.consumers.append(follower.history)
@@ -139,6 +171,7 @@ class Users:
     ) -> None:
         for writer in self._writers:
             writer.drop()
+        self._producer.close(0.0)
         for _, follower in self._readers:
             follower.stop()
         self.crowd.__exit__(kind, error, trace)
