@@ -10,10 +10,12 @@ with Users(fleet, history, "orders", seed=1) as users:
 from __future__ import annotations
 
 import random
+import threading
 from functools import partial
 from types import TracebackType
 
 from edgebroker.cli.adminclient import call
+from edgebroker.common.errors import UnreachableError
 from edgebroker.network.producer import Producer
 
 from .checker import ConsumerHistory, History, check_groups, read_back
@@ -51,6 +53,7 @@ class Users:
         self._writers: list[Writer] = []
         # Topics that were made on the way, and the sole producer of all of them.
         self._made: list[str] = []
+        self._makers: list[threading.Thread] = []
         self._made_history = History()
         self._producer = Producer(fleet["root"].server, client_id="maker", timeout=90.0)
         self._churned_at = self._came_at = self._made_at = CLOCK.monotonic()
@@ -84,13 +87,22 @@ class Users:
         self._came_at = CLOCK.monotonic()
 
     def _make_topic(self) -> None:
-        """Another topic, by publishing to it."""
+        """Another topic, by publishing to it: in a thread, for send() waits while ROOT cannot be reached."""
         number = len(self._made)
-        for n in range(NEW_TOPIC_RECORDS):
-            partition = n % PARTITIONS
-            send_value(self._made_history, self._producer, NEW_TOPICS[number], partition, f"x{number}", n, 200)
         self._made.append(NEW_TOPICS[number])
         self._made_at = CLOCK.monotonic()
+        self._makers.append(threading.Thread(target=self._fill, args=(number,), daemon=True))
+        self._makers[-1].start()
+
+    def _fill(self, number: int) -> None:
+        n = 0
+        while n < NEW_TOPIC_RECORDS:
+            try:
+                topic, partition = NEW_TOPICS[number], n % PARTITIONS
+                send_value(self._made_history, self._producer, topic, partition, f"x{number}", n, 200)
+                n += 1
+            except UnreachableError:
+                pass  # as long as it takes
 
     def tend(self) -> None:
         """Start members again that died; now and then a reader comes, or a topic."""
@@ -121,6 +133,8 @@ class Users:
         begun = CLOCK.monotonic()
         for writer in self._writers:
             writer.stop(seconds)
+        for maker in self._makers:
+            maker.join(seconds)
         self._producer.close(seconds)
         for topic in self.topics:
             self._fleet.settle(topic, seconds)
