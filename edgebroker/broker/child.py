@@ -268,8 +268,15 @@ class Child:
         if news is not None and news[0] == cursor.offset and news[1].length <= max_bytes:
             cursor.hint = None
             return news[1]
+        fresh, cursor.fresh = cursor.fresh, False
         hint: tuple[int, int] | None = cursor.hint  # type: ignore[assignment]
         found = partition.find(cursor.offset, max_bytes, 1 << 30, hint)
+        if isinstance(found, Extent) and found.sealed and fresh:
+            # What was verified once may have rotted since: a child that found it so comes again, and must not get the
+            # same bytes for ever.
+            cursor.hint = None
+            self._fetch(cursor, partition, max_bytes)
+            return None
         if isinstance(found, Extent):
             piece = self._shared(partition, cursor.offset, found)
             if piece is not None:

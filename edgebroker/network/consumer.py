@@ -21,6 +21,7 @@ from edgebroker.common.errors import (
     AnswerError,
     Code,
     CorruptBatchError,
+    DamagedBatchError,
     EdgeBrokerError,
     GapError,
     ResetRequiredError,
@@ -192,7 +193,12 @@ class Consumer:
             elif isinstance(item, Reset):
                 self._on_reset(item)
             else:
-                records = self._decode(item)
+                try:
+                    records = self._decode(item)
+                except DamagedBatchError as error:
+                    key = TopicPartition(item.deliver.topic, item.deliver.partition)
+                    self._subscriber.deliver_again(key, item.deliver.first, str(error))
+                    continue
                 refresh = self._refreshes.get(TopicPartition(item.deliver.topic, item.deliver.partition))
                 if refresh is not None:
                     self._load(refresh, records, item.deliver.last + 1)
