@@ -405,3 +405,24 @@ def test_a_line_that_falls_silent_is_alive(tree: Tree) -> None:
         assert next(found) == Kind.IDLE
         root.advance(40.0)
         assert list(found) == [], "the answer is over"
+
+
+def test_damage_that_nobody_has_noticed_is_no_other_past(tree: Tree) -> None:
+    """A child whose place lies behind it keeps what it has, for that may be all that is left."""
+    root = tree.start("root")
+    for number in range(12):
+        publish(root, "t", number, 1, size=300)
+    log = root.broker.engine.log("t", 0)
+    assert log is not None
+    with min((tree.directory / "root" / "topics" / "t" / "0").glob("*.log")).open("r+b") as file:
+        file.seek(200)
+        file.write(b"~")
+    lines = [["t", 0, log.identity.log_id, 1, 5, 4711]]
+    with polled(
+        root, topics=["t"], logs=lines, known={"t": root.call(lambda: root.broker.feeding.info("t").digest)}
+    ) as answer:
+        found = b""
+        while b"DAMAGED" not in found:
+            assert b"DIVERGED" not in found
+            found += answer.read1(4000)
+    wait_for(lambda: log.holes, "the node knows of it")
