@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench build cover clean test-faults test-kill test-groups test-power test-fuzz packages
+.PHONY: run test lint bench build cover clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages
 
 run: build
 	$(BIN)/edgebroker demo
@@ -54,6 +54,15 @@ test-groups: build
 # Power cuts on an ext4 image (root, loop mounts); then the same without syncs, which must lose records.
 test-power: build
 	EB_POWER_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_power.py -s
+
+# A tree of six nodes in network namespaces (root) under everything at once, from a seed; then the same gently, for hours.
+chaos: export EB_CHAOS_SECONDS ?= 120
+chaos: build
+	$(BIN)/python -m pytest tests/faults/test_chaos.py -s
+
+soak: export EB_SOAK_HOURS ?= 1
+soak: build
+	$(BIN)/python -m pytest tests/faults/test_soak.py -s
 
 test-fuzz: build
 	tests/fuzz/run.sh 60

@@ -50,7 +50,7 @@ def idle(pinned: bool) -> list[Row]:
             "EDGEBROKER_LISTEN_ALLOW_INSECURE": "true",
             "EDGEBROKER_REGISTRY_ENABLED": "true",
         },
-        http=f"{PARENT}:0",
+        host=PARENT,
     )
     child: BrokerProcess | None = None
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from test_mirror_store import batches, bytes_of, identity_of, mirror, take
 from trees import Tree, digest, end, follows, grown, line, publish, wait_for
 
 from edgebroker.common import records
+from edgebroker.common.errors import DamagedBatchError
+from edgebroker.network.consumer import Consumer, check_dense
 from edgebroker.storage.recovery import Hole
 
 
@@ -45,6 +48,15 @@ DAMAGE: dict[str, Callable[[list[Path]], None]] = {
     "the first segment": lambda logs: lose(logs[0]),
     "three segments": lambda logs: [lose(path) for path in logs[1:4]] and None,
 }
+
+
+def rot(path: Path, at: int) -> None:
+    """A bit flips under a node that has the file open, and has verified it."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 0x40]))
 
 
 def logs_of(tree: Tree, name: str) -> list[Path]:
@@ -213,3 +225,55 @@ def test_a_range_that_nobody_has(tmp_path: Path) -> None:
     ):  # fmt: skip
         assert root.http("POST", "/v1/pipe/range", {**wanted, **changes})[0] == status
     tree.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("group", ["tills", ""])
+def test_what_rots_under_a_running_node_reaches_no_handler(tree: Tree, group: str) -> None:
+    """It was verified when it was written. The consumer finds it damaged and asks again; the node looks, and heals."""
+    grown(tree)
+    node = tree.nodes["l2"]
+    rot(logs_of(tree, "l2")[1], 30_000)
+    seen: list[int] = []
+
+    def arrived(consumer: Consumer) -> bool:
+        node.advance(5.0)
+        for record in (found := consumer.poll(0.05)):
+            seen.append(record.offset)
+        if found:
+            consumer.ack(found[-1])
+        return len(seen) >= 200
+
+    # All is acknowledged at once: nothing in front of the damage is delivered again.
+    with Consumer(node.server, ["t"], group, start="earliest", auto_ack=False, window_records=20) as consumer:
+        wait_for(lambda: arrived(consumer), "everything arrives")
+    assert seen == list(range(200))
+    assert node.counters()["records_healed"] > 0
+    assert bytes_in(tree, "l2") == bytes_in(tree, "root")
+
+
+def test_a_delivery_is_dense() -> None:
+    """Base offsets lie outside of the CRC: one that changed would make a consumer leave records out."""
+    pieces = [records.restamp(encode(*[b"v"] * 10), offset, 1) for offset in (100, 110, 120)]
+    check_dense(b"".join(pieces), 105, 125)
+    moved = records.restamp(pieces[1], 110 + (1 << 14), 1)
+    for wrong in ([pieces[0], moved, pieces[2]], [moved, pieces[2]], pieces[:2], []):
+        with pytest.raises(DamagedBatchError):
+            check_dense(b"".join(wrong), 105, 125)
+
+
+@pytest.mark.slow
+def test_what_rots_under_a_running_node_goes_to_no_child(tree: Tree) -> None:
+    root = grown(tree)
+    node = tree.nodes["l2"]
+    rot(logs_of(tree, "l2")[1], 30_000)
+    child = tree.start("l3", "l2")
+
+    def arrived() -> bool:
+        for each in (node, child):
+            each.advance(5.0)
+        return end(child, "t") == end(root, "t")
+
+    wait_for(arrived, "everything arrives")
+    assert node.counters()["records_healed"] > 0
+    assert bytes_in(tree, "l3") == bytes_in(tree, "l2") == bytes_in(tree, "root")

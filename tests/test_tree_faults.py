@@ -23,6 +23,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.httpclient import KEEPALIVE_SECONDS
 from edgebroker.network.transport import Transport
+from edgebroker.pipe.stream import HEADER_BYTES, Kind
 
 pytestmark = pytest.mark.slow
 
@@ -393,3 +394,55 @@ def test_retention_overtakes_a_child(tree: Tree) -> None:
 
     wait_for(arrived, "it arrives at the end")
     assert child.broker.engine.log("t", 0).log_start > 5  # type: ignore[union-attr]
+
+
+def kinds(answer: http.client.HTTPResponse) -> Iterator[int]:
+    """The kinds of the frames of an answer, as they come."""
+    data = b""
+    while more := answer.read1(1 << 16):
+        data += more
+        while len(data) >= HEADER_BYTES + int.from_bytes(data[:4], "big"):
+            yield data[4]
+            data = data[HEADER_BYTES + int.from_bytes(data[:4], "big") :]
+
+
+def test_a_line_that_falls_silent_is_alive(tree: Tree) -> None:
+    """However long ago the answer began: the child hears of the parent 45 seconds after the last record."""
+    root = tree.start("root")
+    publish(root, "t", 0, 1)
+    log = root.broker.engine.log("t", 0)
+    assert log is not None
+    lines = [["t", 0, log.identity.log_id, 1, 0, log.identity.chain]]
+    known = {"t": root.call(lambda: root.broker.feeding.info("t").digest)}
+    with polled(root, topics=["t"], logs=lines, known=known) as answer:
+        found = kinds(answer)
+        assert [next(found), next(found)] == [Kind.HELLO, Kind.DATA]
+        root.advance(5.0)
+        publish(root, "t", 1, 1)
+        assert next(found) == Kind.DATA
+        root.advance(41.0)
+        root.advance(5.0)
+        assert next(found) == Kind.IDLE
+        root.advance(40.0)
+        assert list(found) == [], "the answer is over"
+
+
+def test_damage_that_nobody_has_noticed_is_no_other_past(tree: Tree) -> None:
+    """A child whose place lies behind it keeps what it has, for that may be all that is left."""
+    root = tree.start("root")
+    for number in range(12):
+        publish(root, "t", number, 1, size=300)
+    log = root.broker.engine.log("t", 0)
+    assert log is not None
+    with min((tree.directory / "root" / "topics" / "t" / "0").glob("*.log")).open("r+b") as file:
+        file.seek(200)
+        file.write(b"~")
+    lines = [["t", 0, log.identity.log_id, 1, 5, 4711]]
+    with polled(
+        root, topics=["t"], logs=lines, known={"t": root.call(lambda: root.broker.feeding.info("t").digest)}
+    ) as answer:
+        found = b""
+        while b"DAMAGED" not in found:
+            assert b"DIVERGED" not in found
+            found += answer.read1(4000)
+    wait_for(lambda: log.holes, "the node knows of it")

@@ -60,7 +60,8 @@ class Child:
         change = hours.until_change(second)
         if change < ANSWER_SECONDS:
             self._timers.append(feeding.scheduler.call_later(max(change, LEAST_ANSWER_SECONDS), self.end))
-        self._said = 0
+        # When there was last something to say.
+        self._said_at = feeding.scheduler.now()
 
     @property
     def name(self) -> str:
@@ -93,7 +94,6 @@ class Child:
         out.send(self._feeding.hello(self._news(fresh)))
         for line, position in enumerate(self._poll.logs):
             self._judge(line, position)
-        self._said = out.bytes_out
         self._judged()
 
     def on_drained(self) -> None:
@@ -200,10 +200,15 @@ class Child:
             self.end()
 
     def _idle(self) -> None:
-        """Half of the answer's time is over: a child that has heard nothing shall know that the line is alive."""
-        out = self._out
-        if out is not None and not out.closed and out.bytes_out == self._said:
+        """A child that has heard nothing for a while shall know that the line is alive: what counts is when it was
+        told something last, for a line may fall silent long after the answer began."""
+        out, now = self._out, self._feeding.scheduler.now()
+        if out is None or out.closed:
+            return
+        if now - self._said_at >= IDLE_SECONDS:
             out.send(stream.write_frame(Kind.IDLE))
+            self._said_at = now
+        self._timers[1] = self._feeding.scheduler.call_later(self._said_at + IDLE_SECONDS - now, self._idle)
 
     # ---- sending ----
 
@@ -228,6 +233,7 @@ class Child:
                     return sent
                 continue
             sent += found.piece.length
+            self._said_at = self._feeding.scheduler.now()
             self._send(out, found)
         if not out.backlog and self.feed.busy:
             self._feeding.wants_turn(self)
@@ -280,8 +286,15 @@ class Child:
         if news is not None and news[0] == cursor.offset and news[1].length <= max_bytes:
             cursor.hint = None
             return news[1]
+        fresh, cursor.fresh = cursor.fresh, False
         hint: tuple[int, int] | None = cursor.hint  # type: ignore[assignment]
         found = partition.find(cursor.offset, max_bytes, 1 << 30, hint)
+        if isinstance(found, Extent) and found.sealed and fresh:
+            # What was verified once may have rotted since: a child that found it so comes again, and must not get the
+            # same bytes for ever.
+            cursor.hint = None
+            self._fetch(cursor, partition, max_bytes)
+            return None
         if isinstance(found, Extent):
             piece = self._shared(partition, cursor.offset, found)
             if piece is not None:

@@ -29,6 +29,7 @@ class Cursor:
 
     committed <= acked <= next_offset; what lies between acked and next_offset is in flight. `hint` is where the
     batch at next_offset lies. `deadline` is when what is in flight must have been acknowledged (0: nothing is).
+    `fresh`: nothing was read for it since it began; the first piece of a sealed segment is checked on the disk then.
     `failed_at`: the record that failed before and comes alone (-1: none); behind it the window opens again with every
     record that is acknowledged. `revoking`: given up as soon as nothing is in flight.
     `state` is one of (docs/protocol.md tells what each waits for)
@@ -40,6 +41,7 @@ class Cursor:
         "correlation",
         "deadline",
         "failed_at",
+        "fresh",
         "generation",
         "group",
         "hint",
@@ -65,6 +67,7 @@ class Cursor:
         self.in_flight_bytes = 0
         self.pieces: deque[tuple[int, int]] = deque()
         self.hint: tuple[int, int] | None = None
+        self.fresh = True
         self.state, self.why = "starting", ""
         self.generation = self.lease = 0
         self.last_ack = self.deadline = 0.0
@@ -107,6 +110,7 @@ class Cursor:
         self.deadline = 0.0
         self.pieces.clear()
         self.hint = None
+        self.fresh = True
 
     def delivered(self, next_offset: int, size: int) -> None:
         """Records up to next_offset were sent, in `size` bytes."""

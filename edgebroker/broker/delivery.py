@@ -199,7 +199,7 @@ class Delivery:
                 return
             if isinstance(found, Hole):
                 self._at_hole(cursor, found)
-            elif isinstance(found, NeedsDisk):
+            elif isinstance(found, NeedsDisk) or self._to_check(cursor, found):
                 self._fetch(cursor, min(size, DELIVER_BYTES))
             elif cursor.in_flight and (found.next_offset - cursor.next_offset > records or _length(found) > size):
                 return  # the next batch does not fit into what is left of the window
@@ -209,6 +209,13 @@ class Delivery:
             else:
                 self._turn_bytes -= found.length
                 self._send_extent(cursor, found)
+
+    @staticmethod
+    def _to_check(cursor: Cursor, found: Extent | Inline) -> bool:
+        """True for the first piece of a sealed segment that a reader gets. What was verified once may have rotted, and
+        a reader that found it so comes again: it must not get the same bytes for ever."""
+        fresh, cursor.fresh = cursor.fresh, False
+        return fresh and isinstance(found, Extent) and found.sealed
 
     @staticmethod
     def _should_wait(cursor: Cursor, records: int, size: int) -> bool:

@@ -26,10 +26,10 @@ def program() -> list[str]:
 
 
 class BrokerProcess:
-    """`edgebroker serve` on loopback ports of its own (`http`: elsewhere), data in `directory`. start() returns when it
-    is ready.
+    """`edgebroker serve` on ports of its own, data in `directory`. start() returns when it is ready.
 
-    The ports are chosen at the first start and kept by the next ones, so that clients find the broker again.
+    The ports are chosen at the first start and kept by the next ones, so that clients find the broker again. They are
+    on loopback, unless `host` is another address.
     """
 
     def __init__(
@@ -39,13 +39,13 @@ class BrokerProcess:
         settings: dict[str, str] | None = None,
         command: Sequence[str] = (),
         environment: dict[str, str] | None = None,
-        http: str = "127.0.0.1:0",
+        host: str = "127.0.0.1",
     ) -> None:
         self.directory = directory
         self._settings = settings or {}
         self._command = list(command)
         self._environment = environment or {}
-        self._listen, self._http = "127.0.0.1:0", http
+        self._listen = self._http = f"{host}:0"
         self.process: subprocess.Popen[bytes] | None = None
         self.log_path = directory.with_name(directory.name + ".log")
 

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgebroker.common import codecs, records
-from edgebroker.common.errors import Code, CorruptBatchError
+from edgebroker.common.errors import Code, CorruptBatchError, DamagedBatchError
 from edgebroker.common.records import BatchBuilder, Record
 
 if TYPE_CHECKING:
@@ -138,12 +138,13 @@ def decode(
     last: int = (1 << 63) - 1,
     max_inflated: int = 16 << 20,
 ) -> list[Record]:
-    """The records of whole batches with offsets in [first, last]. Raises CorruptBatchError at the first bad batch."""
+    """The records of whole batches with offsets in [first, last]. Raises DamagedBatchError at the first bad batch,
+    CorruptBatchError when one cannot be inflated."""
     found, good_end, reason = records.decode(
         data, partial(codecs.inflate, limit=max_inflated), topic, partition, first, last
     )
     if reason:
-        raise CorruptBatchError(f"{topic}/{partition}: bad batch at byte {good_end}: {EXPLANATION[Reason(reason)]}")
+        raise DamagedBatchError(f"{topic}/{partition}: bad batch at byte {good_end}: {EXPLANATION[Reason(reason)]}")
     return found
 
 

@@ -122,6 +122,10 @@ class CorruptBatchError(EdgeBrokerError):
     exit_code = 4
 
 
+class DamagedBatchError(CorruptBatchError):
+    """The bytes of a batch are not those that were stored: they changed on a disk or on the way."""
+
+
 class InflatedTooLargeError(CorruptBatchError):
     """Compressed records grow beyond the limit when they are inflated."""
 

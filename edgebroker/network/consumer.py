@@ -21,6 +21,7 @@ from edgebroker.common.errors import (
     AnswerError,
     Code,
     CorruptBatchError,
+    DamagedBatchError,
     EdgeBrokerError,
     GapError,
     ResetRequiredError,
@@ -192,7 +193,12 @@ class Consumer:
             elif isinstance(item, Reset):
                 self._on_reset(item)
             else:
-                records = self._decode(item)
+                try:
+                    records = self._decode(item)
+                except DamagedBatchError as error:
+                    key = TopicPartition(item.deliver.topic, item.deliver.partition)
+                    self._subscriber.deliver_again(key, item.deliver.first, str(error))
+                    continue
                 refresh = self._refreshes.get(TopicPartition(item.deliver.topic, item.deliver.partition))
                 if refresh is not None:
                     self._load(refresh, records, item.deliver.last + 1)
@@ -434,6 +440,8 @@ class Consumer:
     def _decode(self, item: Arrived) -> list[Record]:
         deliver = item.deliver
         records = batch.decode(item.batches, deliver.topic, deliver.partition, deliver.first, deliver.last)
+        if len(records) != deliver.last + 1 - deliver.first and not deliver.gaps:
+            check_dense(item.batches, deliver.first, deliver.last)
         age_ms = deliver.age_ms + (self._subscriber.loop.clock_now() - item.at) * 1000
         if age_ms >= 1.0:
             records = self._within_ttl(records, age_ms)
@@ -478,6 +486,21 @@ class Consumer:
             self._given, self._given_count = None, 0
         if self._rest and (self._rest[0].topic, self._rest[0].partition) == key:
             self._rest.clear()
+
+
+def check_dense(batches: bytes, first: int, last: int) -> None:
+    """Some of [first, last] are no records: fine when control batches stand there. Raises DamagedBatchError when
+    nothing does, for the base offset of a batch lies outside of its CRC."""
+    expected, position = None, 0
+    while position < len(batches):
+        header = batch.read_header(batches, position)
+        if header.base_offset != expected if expected is not None else header.base_offset > first:
+            raise DamagedBatchError(
+                f"a batch at {header.base_offset}, not at {first if expected is None else expected}"
+            )
+        expected, position = header.last_offset + 1, position + header.size
+    if expected is None or expected <= last:
+        raise DamagedBatchError(f"the delivery of {first} to {last} ends at {expected}")
 
 
 def _expired(record: Record, age_ms: float) -> bool:

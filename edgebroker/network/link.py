@@ -109,9 +109,9 @@ class Link:
             self._once.add(correlation)
         return self.send(data)
 
-    def reconnect(self, reason: str) -> None:
-        """Drop the connection and make a new one at once."""
-        self._pause = 0.0
+    def reconnect(self, reason: str, pause: float = 0.0) -> None:
+        """Drop the connection and make a new one at once, or after a pause."""
+        self._pause = pause
         if self._transport is not None:
             self._transport.close(reason)
         elif self._retry is None:

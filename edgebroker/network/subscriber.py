@@ -37,6 +37,8 @@ from edgebroker.network.loop import Loop, TimerHandle
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.02
+# After a delivery that was damaged: the broker may have to fetch it first.
+DAMAGED_SECONDS = 1.0
 LEAVE_SECONDS = 1.0
 NOBODYS_LOG_ID = b"\xff" * 16
 
@@ -170,6 +172,17 @@ class Subscriber:
             place.void()
             self._drop(key)
         self._post(frames.write_consumer_ack(0, ack))
+
+    def deliver_again(self, key: TopicPartition, first: int, why: str) -> None:
+        """What was delivered from `first` on cannot be read: neither that nor anything behind it is handed out, and
+        the broker delivers again what is not acknowledged. On another connection, for it checks what it sends then."""
+        with self.ready:
+            place = self.places[key]
+            place.handed = first
+            place.void()
+            self._drop(key)
+        log.warning("%s; asking for it again", why)
+        self.loop.call_soon_threadsafe(lambda: self.link.reconnect(why, DAMAGED_SECONDS))
 
     def show_up(self, key: TopicPartition) -> None:
         """Tell the broker, which took a partition away for silence, that this member is there: by a stale ACK."""

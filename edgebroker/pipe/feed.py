@@ -56,9 +56,10 @@ class Reading(Protocol):
 
 class FeedCursor:
     """One log of one answer. `offset` is behind the batches that were begun, `skip` what of the first the child has
-    already; `piece` is what is left to send of them. `hint` belongs to whoever reads."""
+    already; `piece` is what is left to send of them. `hint`, and `fresh` (nothing was read yet), belong to whoever
+    reads."""
 
-    __slots__ = ("chain", "continues", "hint", "line", "log", "offset", "piece", "skip", "urgent")
+    __slots__ = ("chain", "continues", "fresh", "hint", "line", "log", "offset", "piece", "skip", "urgent")
 
     def __init__(self, line: int, log: object, position: LogPosition, urgent: bool) -> None:
         self.line, self.log, self.urgent = line, log, urgent
@@ -67,6 +68,7 @@ class FeedCursor:
         self.piece: Piece | None = None
         self.continues = False
         self.hint: object = None
+        self.fresh = True
 
 
 class Outgoing(NamedTuple):

@@ -3,10 +3,19 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.storage import files, segscan
 from edgebroker.storage.reader import SegmentView, load_index
 from edgebroker.storage.segment import UNKNOWN_CHAIN
 from edgebroker.storage.walk import walk_file, walk_start
+
+
+class DamagedLogError(EdgeBrokerError):
+    """A batch on the way is damaged: the one at `offset`."""
+
+    def __init__(self, message: str, offset: int) -> None:
+        super().__init__(message)
+        self.offset = offset
 
 
 class ChainPoint(NamedTuple):
@@ -19,7 +28,8 @@ class ChainPoint(NamedTuple):
 def find_chains(views: Sequence[SegmentView], offsets: Sequence[int]) -> list[ChainPoint]:
     """For each offset the first batch boundary at or behind it, as far as it is known; on the reader thread.
 
-    `views` are the segments in which they lie, in order. Raises OSError when the device refuses.
+    `views` are the segments in which they lie, in order. Raises OSError when the device refuses, DamagedLogError when
+    the way to an offset is damaged, as nobody has noticed yet: that is no other past.
     """
     found: dict[int, ChainPoint] = {}
     for offset in offsets:
@@ -27,12 +37,11 @@ def find_chains(views: Sequence[SegmentView], offsets: Sequence[int]) -> list[Ch
         if view is None or view.base_chain == UNKNOWN_CHAIN or offset > view.end_offset:
             continue
         point = ChainPoint(view.base, view.base_chain) if offset == view.base else _walk_to(view, offset)
-        if point is not None:
-            found[point.offset] = point
+        found[point.offset] = point
     return [found[offset] for offset in sorted(found)]
 
 
-def _walk_to(view: SegmentView, offset: int) -> ChainPoint | None:
+def _walk_to(view: SegmentView, offset: int) -> ChainPoint:
     fd = files.open_log(view.path)
     try:
         points = view.points if view.points is not None else load_index(view, fd).points
@@ -47,6 +56,8 @@ def _walk_to(view: SegmentView, offset: int) -> ChainPoint | None:
             max_epoch=view.max_epoch,
             limit_offset=offset,
         )
-        return ChainPoint(state.next_offset, state.chain) if state.next_offset >= offset else None
+        if state.next_offset < offset:
+            raise DamagedLogError(f"{view.path.name}: the batch at {state.next_offset} is damaged", state.next_offset)
+        return ChainPoint(state.next_offset, state.chain)
     finally:
         files.close(fd)

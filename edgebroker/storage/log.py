@@ -43,6 +43,7 @@ class Extent(NamedTuple):
     length: int
     first_offset: int
     next_offset: int
+    sealed: bool
 
 
 class Inline(NamedTuple):
@@ -406,7 +407,7 @@ class PartitionLog:
         if self.holes:
             end_offset = min([end_offset, *(hole.first for hole in self.holes if hole.first > offset)])
         if end - position <= max_bytes and end_offset - offset <= max_records and end_offset == segment.end_offset:
-            return Extent(segment, position, end - position, first, end_offset)
+            return Extent(segment, position, end - position, first, end_offset, not active)
         return self._cut(segment, position, end, first, min(end_offset, offset + max_records), max_bytes)
 
     def chain_at(self, offset: int) -> int | None:
@@ -445,14 +446,15 @@ class PartitionLog:
         if by_bytes is not None and by_records is not None:
             relative, cut_at, _, _ = min(by_bytes, by_records)
             if cut_at > position:
-                return Extent(segment, position, cut_at - position, first, segment.base + relative)
+                following = segment.base + relative
+                return Extent(segment, position, cut_at - position, first, following, segment is not self.active)
         head = files.read_cached(segment.fd, min(end - position, PEEK_BYTES), position)
         if head is None:
             return NeedsDisk(self.view(segment))
         length, following = segscan.cut(head, max_bytes, end_offset)
         if following < 0:
             return NeedsDisk(self.view(segment))
-        return Extent(segment, position, length, first, following)
+        return Extent(segment, position, length, first, following, segment is not self.active)
 
     def view(self, segment: Segment) -> SegmentView:
         """A segment for the reader thread."""

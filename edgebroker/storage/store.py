@@ -20,7 +20,7 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.ages import Ages
-from edgebroker.storage.chains import ChainPoint, find_chains
+from edgebroker.storage.chains import ChainPoint, DamagedLogError, find_chains
 from edgebroker.storage.children import Children
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.directory import DataDirectory
@@ -376,11 +376,22 @@ class SegmentStore:
         views = [log.view(segments[base]) for base in sorted(segments)]
         found: list[ChainPoint] = []
 
+        damaged: list[int] = []
+
         def read() -> ColdRead:
-            found.extend(find_chains(views, inside))
+            try:
+                found.extend(find_chains(views, inside))
+            except DamagedLogError as error:
+                damaged.append(error.offset)
+                return ColdRead(error=str(error))
             return ColdRead()
 
-        self._reader.submit(read, lambda result: done([] if result.error else found, result.error))
+        def answer(result: ColdRead) -> None:
+            for offset in damaged:
+                self.read_cold(log, offset, 1, lambda result: None)  # it becomes a hole, which is healed
+            done([] if result.error else found, result.error)
+
+        self._reader.submit(read, answer)
 
     def change_level(self, level: str, promoted: bool, done: Done) -> None:
         """Remember that this node was promoted to a level (or is not any more): durable when done is called."""

@@ -139,6 +139,11 @@ class History:
         with self._lock:
             self.failures[getattr(getattr(error, "code", None), "name", type(error).__name__)] += 1
 
+    def forget(self, topic: str, starts: Mapping[int, int]) -> None:
+        """The acknowledgements of records in front of `starts` are not held against any log any more."""
+        with self._lock:
+            self.acks = [ack for ack in self.acks if ack.topic != topic or ack.offset >= starts.get(ack.partition, 0)]
+
     def lost(self, topic: str, content: Content) -> list[Ack]:
         """The durable acknowledgements whose record is not at its offset."""
         with self._lock:

@@ -152,10 +152,11 @@ class Crowd:
             state = {name: child.process.poll() for name, child in self.children.items()}
             raise TimeoutError(f"{context}: {error}: {self.lines()}, {state}, {self.problems}") from None
 
-    def check(self, history: History, context: object, *, faults: bool = True) -> Journals:
-        """Everything that was published against everything that was handled. Raises AssertionError."""
+    def check(self, history: History, context: object, *, faults: bool = True, retention: bool = False) -> Journals:
+        """Everything that was published against everything that was handled. Raises AssertionError. `retention`: the
+        beginning of a partition may have been removed."""
         content = read_back(self.broker, self.topic)
-        history.check(self.topic, content, context)
+        history.check(self.topic, content, context, retention=retention)
         letters = read_letters(self.broker, self.topic, self.dead_letters())
         journals = self.journals()
         problems = self.problems + journals.problems(content, letters, faults=faults)

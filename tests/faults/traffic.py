@@ -124,7 +124,11 @@ class Writer:
 
 
 class Follower:
-    """A thread that consumes as a group, acknowledges, and now and then waits until that is stored."""
+    """A thread that consumes as a group, acknowledges, and now and then waits until that is stored.
+
+    It acknowledges somewhere in the middle of what came, or not at all, and all of it when nothing more comes: what is
+    left over would be held against it after the delivery timeout.
+    """
 
     def __init__(self, history: ConsumerHistory, server: str, topic: str, *, seed: int) -> None:
         self.history = history
@@ -151,6 +155,10 @@ class Follower:
                     upto = records[self._rng.randrange(len(records))]
                     self.history.acknowledged(upto.partition, upto.offset + 1)
                     self._consumer.ack(upto)
+                for key, offset in self._consumer.handed().items() if not records else ():
+                    if offset > self.history.acked[key.partition]:
+                        self.history.acknowledged(key.partition, offset)
+                        self._consumer.ack_to(*key, offset)
                 if self._rng.random() < 0.05:
                     self._commit(0.5)
             except EdgeBrokerError as error:
