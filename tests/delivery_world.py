@@ -409,5 +409,8 @@ class World:
 
     def on_topic(self, name: str) -> None: ...
     def on_rewritten(self, log: Log) -> None: ...
+    def retention_pin(self, log: Log) -> int | None:
+        return None
+
     def retention_floor(self, log: Log) -> int | None:
         return self.groups.floor(log, self.loop.now())
