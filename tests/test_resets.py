@@ -169,6 +169,8 @@ def test_without_room_nothing_begins(tree: Tree) -> None:
     l2 = tree.start("l2", "root", storage__max_bytes=300_000)
     assert order(l2) == (200, {})
     assert "NO_SPACE" in until(l2, "no_space")
+    assert "NO_SPACE" in l2.http("GET", "/readyz")[1]["warnings"]["reset"]
+    assert l2.counters()["refused_by_code"]["NO_SPACE"] == 1
     reader = l2.raw("reader")
     reader.subscribe("t", "g")
     assert reader.deliver().offsets

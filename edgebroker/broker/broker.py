@@ -440,6 +440,7 @@ class Broker:
             engine,
             self.loop,
             self.clock,
+            self.metrics,
             self.groups,
             self.refreshing,
             settings,
@@ -506,6 +507,8 @@ class Broker:
             found["history_lost"] = "; ".join(lost.why for lost in self.publishing.lost.values())
         if self.piping is not None:
             found.update(self.piping.problems())
+        if self.resets is not None:
+            found.update(self.resets.problems())
         return {**found, **self.tree.problems()}
 
     # ---- making the engine ----

@@ -132,6 +132,7 @@ class Feeding:
         try:
             body = self._same_as(request.body)
             if body is None:
+                self.metrics.refused("POLL_AGAIN")
                 why = "this node does not know the poll before; send all of it"
                 reply(Response(409, {"error": why, "code": "POLL_AGAIN"}))
                 return

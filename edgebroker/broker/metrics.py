@@ -50,6 +50,8 @@ class Metrics:
     reports_heard: int = 0
     reports_sent: int = 0
     resets_announced: int = 0
+    resets_done: int = 0
+    resets_failed: int = 0
     revocations: int = 0
     snapshots_completed: int = 0
     stale_acks: int = 0

@@ -47,6 +47,7 @@ class Overseeing:
         try:
             batch = msgspec.json.decode(request.body, type=Batch)
             if batch.number and self._batches.get(batch.sender) != (batch.session, batch.number - 1):
+                self._metrics.refused("BEGIN_ANEW")
                 why = "this node does not know the batch before; begin anew with number 0"
                 reply(Response(409, {"error": why, "code": "BEGIN_ANEW"}))
                 return

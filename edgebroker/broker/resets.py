@@ -19,6 +19,7 @@ from msgspec.structs import replace
 from edgebroker.broker.asking import Ask
 from edgebroker.broker.freshcopy import CopySettings, FreshCopy
 from edgebroker.broker.groups import Groups
+from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.piping import Piping
 from edgebroker.broker.refreshing import Refreshing
 from edgebroker.common.clock import Clock, second_of_day
@@ -49,6 +50,7 @@ class Resets:
         engine: SegmentStore,
         loop: Loop,
         clock: Clock,
+        metrics: Metrics,
         groups: Groups,
         refreshing: Refreshing,
         settings: CopySettings,
@@ -56,7 +58,7 @@ class Resets:
         cut: Callable[[Log], None],
         restarted: Restarted,
     ) -> None:
-        self._engine, self._loop, self._clock = engine, loop, clock
+        self._engine, self._loop, self._clock, self._metrics = engine, loop, clock, metrics
         self._groups, self._refreshing, self._settings = groups, refreshing, settings
         self._piping, self._cut, self._restarted = piping, cut, restarted
         self._rows: dict[str, ResetRow] = {}
@@ -251,11 +253,27 @@ class Resets:
         needed, free = sum(int(part["bytes"]) for part in parts), self._free()
         if needed > free:
             room = f"the copy takes {needed >> 20} MiB, {max(0, free) >> 20} MiB may be used"
-            self._says[row.id] = ("no_space", f"NO_SPACE: {room}; free some, or order it with --in-place")
+            self._stuck(row, "no_space", f"NO_SPACE: {room}; free some, or order it with --in-place")
             return
         self._rows[row.id] = replace(row, phase="loading", targets=[int(part["durable_end"]) for part in parts])
         self._busy = True
         self._remember(self._remembered)
+
+    def _stuck(self, row: ResetRow, state: str, why: str) -> None:
+        """It waits for an operator, or for room."""
+        if self._says.get(row.id, ("", ""))[0] != state:
+            self._metrics.refused(state.upper())
+            log.warning("reset %s of %s: %s", row.id, row.topic, why)
+        self._says[row.id] = (state, why)
+
+    def problems(self) -> dict[str, str]:
+        """What an operator should see."""
+        found = [
+            f"{self._rows[reset_id].topic}: {why}"
+            for reset_id, (state, why) in self._says.items()
+            if state in ("no_space", "shrunk")
+        ]
+        return {"reset": "; ".join(found)} if found else {}
 
     def _remembered(self, error: str) -> None:
         self._busy = False
@@ -291,7 +309,7 @@ class Resets:
         if copy.records < LEAST_SHARE * before and not row.force:
             share = copy.records * 100 // max(1, before)
             why = f"{copy.records} records at the parent are {share} % of the {before} here: --force, or abort"
-            self._says[row.id] = ("shrunk", why)
+            self._stuck(row, "shrunk", why)
             return
         if not parse_hours(row.hours).open(second_of_day(self._clock.wall_ms())):
             self._says[row.id] = ("held", f"it waits for {row.hours}")
@@ -373,6 +391,8 @@ class Resets:
         (log.info if phase == "done" else log.error)("reset %s of %s is over: %s %s", row.id, row.topic, phase, why)
         self._rows[row.id] = replace(row, phase=phase, why=why)
         self._says.pop(row.id, None)
+        self._metrics.resets_done += phase == "done"
+        self._metrics.resets_failed += phase == "failed"
 
         def remembered(error: str) -> None:
             drop_staging(self._engine.switch.path, lambda name: name in self._rows and self._under_way(name))
