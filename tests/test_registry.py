@@ -292,6 +292,11 @@ def test_a_registry_without_a_way(tree: Tree) -> None:
     batch = {"sender": "1" * 32, "session": "s", "number": 4, "nodes": []}
     status, answer = root.http("POST", "/v1/tree/reports", batch)
     assert (status, answer["code"]) == (409, "BEGIN_ANEW")
+    odd = {"report": {**report, "level": "moon"}}
+    batch = {"sender": "1" * 32, "session": "s", "number": 0, "nodes": [odd, {"report": {**report, "uid": "2" * 32}}]}
+    assert root.http("POST", "/v1/tree/reports", batch) == (200, {})
+    assert "2" * 32 in root.broker.tree.fleet.members
+    assert root.counters()["reports_refused"] == 1
     assert root.http("DELETE", "/v1/tree")[0] == 405
     assert root.http("GET", "/v1/tree/applied?topic=x&end=a:b")[0] == 400
 

@@ -48,6 +48,7 @@ class Metrics:
     refreshes_begun: int = 0
     refreshes_done: int = 0
     reports_heard: int = 0
+    reports_refused: int = 0
     reports_sent: int = 0
     resets_announced: int = 0
     resets_done: int = 0

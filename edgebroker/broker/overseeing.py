@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import msgspec
@@ -13,6 +14,8 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.pipe.fleet import Fleet, Member
 from edgebroker.pipe.report import Batch, Order
+
+log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 10.0
 # Between two answers to its poll, and while it comes back from a lost connection, a child is not lost.
@@ -51,17 +54,22 @@ class Overseeing:
                 why = "this node does not know the batch before; begin anew with number 0"
                 reply(Response(409, {"error": why, "code": "BEGIN_ANEW"}))
                 return
-            for state in batch.nodes:
-                member = self.fleet.take(state, batch.sender, now)
-                if member is None:
-                    continue
-                self._metrics.reports_heard += 1
-                if member.uid == batch.sender:
-                    member.skew = self._skew(batch.wall_ms)
-                self._heard(member)
         except msgspec.DecodeError as error:
             reply(Response(400, {"error": str(error)}))
             return
+        for state in batch.nodes:
+            try:
+                member = self.fleet.take(state, batch.sender, now)
+            except msgspec.DecodeError as error:
+                self._metrics.reports_refused += 1  # what is wrong with one says nothing about the others
+                log.warning("a report that %s passed on is not understood: %s", batch.sender, error)
+                continue
+            if member is None:
+                continue
+            self._metrics.reports_heard += 1
+            if member.uid == batch.sender:
+                member.skew = self._skew(batch.wall_ms)
+            self._heard(member)
         self._batches[batch.sender] = (batch.session, batch.number)
         self._connected[batch.sender] = now
         self.fleet.found(batch.sender)

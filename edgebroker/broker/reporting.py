@@ -94,7 +94,7 @@ class Reporting:
         self._report = Report(
             uid=itself.uid,
             name=itself.name,
-            level="",
+            level="root",
             version=__version__,
             boot=secrets.token_hex(8),
             number=0,

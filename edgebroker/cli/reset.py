@@ -11,7 +11,7 @@ from typing import Any
 
 from edgebroker.cli.adminclient import call
 from edgebroker.cli.table import print_table
-from edgebroker.cli.tree import pages, parse_duration
+from edgebroker.cli.tree import CLEAR_LINE, pages, parse_duration
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 
@@ -85,13 +85,13 @@ def _wave(options: argparse.Namespace, nodes: list[dict[str, Any]], below: bool,
                 del left[uid]
         if not left or clock.monotonic() > deadline:
             break
-        if not options.json:
+        if not options.json and sys.stderr.isatty():
             print(f"\r{len(ids) - len(left)} of {len(ids)} nodes ", end="", file=sys.stderr, flush=True)
         sleep(POLL_SECONDS)
     for uid in left:
         results.setdefault(names[uid], "ordered, and nothing heard of it yet")
     if not options.json:
-        print("\r" + " " * 30 + "\r", end="", file=sys.stderr)
+        print(CLEAR_LINE, end="", file=sys.stderr)
 
 
 def _states_here(options: argparse.Namespace, ids: dict[str, str]) -> dict[str, str]:

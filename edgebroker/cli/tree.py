@@ -13,17 +13,21 @@ from edgebroker.cli.adminclient import call
 from edgebroker.cli.table import print_table
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError
+from edgebroker.pipe.follower import LEVELS
 
 WATCH_SECONDS = 5.0
 POLL_SECONDS = 1.0
 CLEAR = "\x1b[H\x1b[2J"
+CLEAR_LINE = "\r\x1b[K" if sys.stderr.isatty() else ""
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def tree(options: argparse.Namespace) -> int:
     while True:
         if options.all:
-            nodes = list(pages(options.admin, options.label))
+            nodes = sorted(
+                pages(options.admin, options.label), key=lambda node: (LEVELS.index(node["level"]), node["name"])
+            )
             text = json.dumps(nodes) if options.json else ""
         else:
             found = call(options.admin, "GET", "/v1/tree?" + _labels(options.label))
@@ -125,8 +129,8 @@ def wait(options: argparse.Namespace) -> int:
         complete = found["nodes"] and found["done"] == found["nodes"]
         if complete or clock.monotonic() >= deadline:
             break
-        if not options.json:
-            print(f"\r{found['done']} of {found['nodes']} nodes ", end="", file=sys.stderr, flush=True)
+        if not options.json and sys.stderr.isatty():
+            print(f"{CLEAR_LINE}{found['done']} of {found['nodes']} nodes ", end="", file=sys.stderr, flush=True)
         sleep(min(POLL_SECONDS, max(0.0, deadline - clock.monotonic())))
     if options.json:
         print(json.dumps({**found, "ends": ends}))

@@ -60,7 +60,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     uid: Id
     name: _Name
-    level: str
+    level: Annotated[str, Meta(pattern=r"\A(root|l2|l3|pos|local)\Z")]
     version: _Word
     boot: Annotated[str, Meta(pattern=r"\A[0-9a-f]{16}\Z")]
     number: _Number
