@@ -219,7 +219,8 @@ class Child:
             return 0
         self.feed.frame_bytes = self._rate.frame_bytes
         if not self._busy_since and self.feed.busy:
-            self._busy_since, self._busy_bytes = self._feeding.scheduler.now(), out.bytes_through
+            # It was idle: what it was sent before has gone through (asking the kernel would cost as much as a frame).
+            self._busy_since, self._busy_bytes = self._feeding.scheduler.now(), out.bytes_out
         while sent < share and not out.backlog and not out.closed:
             found = self.feed.next()
             if found is None:
@@ -278,6 +279,10 @@ class Child:
 
     def read(self, cursor: FeedCursor, max_bytes: int) -> Piece | Refusal | None:
         partition: Log = cursor.log  # type: ignore[assignment]
+        if cursor.offset == partition.durable_end:
+            cursor.hint = None
+            self._feeding.idle(self, cursor, partition)
+            return None
         if cursor.offset < partition.log_start:
             why = f"{partition.name} begins at {partition.log_start} here"
             start, chain = partition.log_start, partition.identity.chain
