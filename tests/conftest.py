@@ -1,8 +1,11 @@
-"""The suite runs against the built extensions, never against anything else."""
+"""The suite runs against the built extensions, never against anything else. Fixtures of several files."""
 
 import importlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from trees import Tree
 
 EXTENSIONS = (
     "edgebroker.common.crc32c",
@@ -22,3 +25,10 @@ def pytest_configure(config: pytest.Config) -> None:
         path = importlib.import_module(name).__file__ or ""
         if not path.endswith(".so"):
             raise pytest.UsageError(f"{name} is {path}, not a built extension; run make build")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Iterator[Tree]:
+    found = Tree(tmp_path)
+    yield found
+    found.close()

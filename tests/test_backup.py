@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,6 @@ from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,13 +15,6 @@ from edgebroker.storage.children import LIVE_SECONDS, ChildPlace, read_children,
 pytestmark = pytest.mark.slow
 
 PLACES = {("t", 0): {"aa": ChildPlace("ab" * 16, 1, 7, 40.0), "bb": ChildPlace("ab" * 16, 2, 9, 99.5)}}
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def floor(node: RunningBroker, topic: str = "t") -> int | None:

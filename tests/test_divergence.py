@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -81,13 +81,6 @@ class Watched:
                 while rank < len(histories) and state not in histories[rank]:
                     rank += 1
                 assert rank < len(histories), f"{name}: {state} belongs to none, or to one that was over"
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def files_of(tree: Tree, name: str) -> Path:

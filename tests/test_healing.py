@@ -17,13 +17,6 @@ from edgebroker.network.consumer import Consumer, check_dense
 from edgebroker.storage.recovery import Hole
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
-
-
 def flip(path: Path, at: float = 0.5) -> None:
     data = bytearray(path.read_bytes())
     data[int(len(data) * at)] ^= 0x40

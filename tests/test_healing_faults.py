@@ -6,7 +6,6 @@ import errno
 import json
 import socket
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,13 +22,6 @@ from edgebroker.storage import files
 from edgebroker.storage import store as store_module
 from edgebroker.storage.recovery import Hole
 from edgebroker.storage.segment import UNKNOWN_CHAIN
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def stored(tmp_path: Path, count: int, **settings: object) -> StoreHarness:

@@ -22,7 +22,13 @@ MAY_IMPORT = {
 # Modules and calls that only these files may use.
 HOMES = {
     "selectors": {"network/loop.py"},
-    "sqlite3": {"storage/meta.py", "storage/metadata.py", "storage/registry.py", "cli/selftest.py"},
+    "sqlite3": {
+        "storage/meta.py",
+        "storage/metadata.py",
+        "storage/registry.py",
+        "storage/database.py",
+        "cli/selftest.py",
+    },
     "mmap": {"storage/walk.py"},
     "fcntl": {"storage/files.py", "network/transport.py"},
     "threading.Thread": {"common/threads.py"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,6 @@ from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def root_of(tree: Tree, **settings: object) -> RunningBroker:

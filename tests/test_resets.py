@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +19,6 @@ from edgebroker.storage.switch import FILE_NAME, ResetRow, exchange, finish_swit
 
 pytestmark = pytest.mark.slow
 ID = "ab" * 16
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def order(node: RunningBroker, topic: str = "t", at: RunningBroker | None = None, **more: object) -> tuple[int, Any]:

@@ -22,13 +22,6 @@ from edgebroker.storage.removal import FILE_NAME, read_tombstones, write_tombsto
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
-
-
 def topics(node: RunningBroker) -> set[str]:
     return {topic["name"] for topic in node.http("GET", "/v1/topics")[1]["topics"]}
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from brokers import RunningBroker, numbered
@@ -19,13 +17,6 @@ from edgebroker.common.types import Start
 pytestmark = pytest.mark.slow
 
 THREE = ["root", "l2", "l3"]
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def place(node: RunningBroker) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 from brokers import numbered
@@ -14,13 +12,6 @@ from trees import LEVELS, Tree, chain, digest, end, follows, line, pipe, publish
 from edgebroker.common.errors import Code
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def test_five_levels(tree: Tree) -> None:

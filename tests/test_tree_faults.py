@@ -9,7 +9,6 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,13 +25,6 @@ from edgebroker.network.transport import Transport
 from edgebroker.pipe.stream import HEADER_BYTES, Kind
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def with_another_past(tree: Tree, *children: str, count: int = 14) -> None:

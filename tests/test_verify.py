@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,6 @@ from trees import Tree, follows, grown, publish, wait_for
 from edgebroker.broker import digests
 from edgebroker.cli.main import main
 from edgebroker.common import batch, crc32c
-
-
-@pytest.fixture
-def tree(tmp_path: Path) -> Iterator[Tree]:
-    found = Tree(tmp_path)
-    yield found
-    found.close()
 
 
 def verify(tree: Tree, here: str, there: str, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any]:

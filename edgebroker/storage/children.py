@@ -5,16 +5,12 @@ before that has lost its end. JSON and checksum, as offsets.snap; replaced by th
 harmless: places only grow, so it holds back more and vouches for less.
 """
 
-import logging
 from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from edgebroker.common.crc32c import crc32c
-from edgebroker.storage import files
-
-log = logging.getLogger(__name__)
+from edgebroker.storage.checked import read_if_whole, write_checked
 
 # A child that has not asked for that long is not waited for.
 LIVE_SECONDS = 7 * 24 * 3600.0
@@ -46,22 +42,12 @@ def write_children(path: Path, children: Children, now: float) -> None:
         for uid, place in places.items()
         if now - place.seen < LIVE_SECONDS
     ]
-    line = msgspec.json.encode(_Snapshot(lines))
-    files.write_durable(path, line + b"\n%08x\n" % crc32c(line))
+    write_checked(path, _Snapshot(lines))
 
 
 def read_children(path: Path, now: float) -> dict[tuple[str, int], dict[str, ChildPlace]]:
     """What was written, or nothing when that is missing or damaged (which is logged)."""
-    try:
-        line, _, checksum = path.read_bytes().partition(b"\n")
-        if int(checksum, 16) != crc32c(line):
-            raise ValueError("the checksum does not match")
-        snapshot = msgspec.json.decode(line, type=_Snapshot)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        log.error("%s cannot be used: %s", path, error)
-        return {}
+    snapshot = read_if_whole(path, _Snapshot, _Snapshot([]))
     found: dict[tuple[str, int], dict[str, ChildPlace]] = {}
     for uid, topic, partition, place in snapshot.children:
         place = ChildPlace(place.log_id, place.epoch, place.offset, now - place.seen)

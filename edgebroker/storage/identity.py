@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.common.types import TopicSettings
-from edgebroker.storage import files
+from edgebroker.storage.checked import read_checked, write_checked
 
 FILE_NAME = "identity"
 
@@ -67,8 +67,7 @@ def make_identity(origin: str, settings: TopicSettings) -> Identity:
 
 def write_identity(directory: Path, identity: Identity, name: str = FILE_NAME) -> None:
     """Replace the identity file; durable when this returns."""
-    line = msgspec.json.encode(identity)
-    files.write_durable(directory / name, line + b"\n%08x\n" % crc32c(line))
+    write_checked(directory / name, identity)
 
 
 def change_identity(directory: Path, change: Callable[[Identity], Identity]) -> Identity:
@@ -80,14 +79,7 @@ def change_identity(directory: Path, change: Callable[[Identity], Identity]) -> 
 
 def read_identity(directory: Path, name: str = FILE_NAME) -> Identity:
     """Raises FileNotFoundError when there is none, DamagedDataError when it is not what was written."""
-    path = directory / name
-    line, _, checksum = path.read_bytes().partition(b"\n")
-    try:
-        if int(checksum, 16) != crc32c(line):
-            raise DamagedDataError(f"{path}: the checksum does not match")
-        identity = msgspec.json.decode(line, type=Identity)
-        if not identity.epochs:
-            raise DamagedDataError(f"{path}: a log without a history")
-        return identity
-    except (ValueError, msgspec.DecodeError) as error:
-        raise DamagedDataError(f"{path}: {error}") from error
+    identity = read_checked(directory / name, Identity)
+    if not identity.epochs:
+        raise DamagedDataError(f"{directory / name}: a log without a history")
+    return identity

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from edgebroker.common.clock import Clock
-from edgebroker.common.crc32c import crc32c
-from edgebroker.storage import files
+from edgebroker.storage.checked import read_if_whole, write_checked
 from edgebroker.storage.children import Children
+from edgebroker.storage.database import connect, set_aside, transaction
 from edgebroker.storage.recovery import Checkpoint, Hole
 
 log = logging.getLogger(__name__)
@@ -212,15 +212,8 @@ class MetaDatabase:
         if self._connection is None:
             self._connect()
         assert self._connection is not None
-        cursor = self._connection.cursor()
-        cursor.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self._connection) as cursor:
             self._apply(cursor, changes)
-            cursor.execute("COMMIT")
-        except sqlite3.Error:
-            if self._connection.in_transaction:
-                self._connection.rollback()
-            raise
 
     def close(self) -> None:
         self._close()
@@ -305,13 +298,7 @@ class MetaDatabase:
         return state
 
     def _connect(self) -> None:
-        files.make_private(self._path)
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        self._connection = connection
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-        connection.execute("PRAGMA mmap_size=0")
-        connection.execute("PRAGMA cache_size=-1024")
+        connection = self._connection = connect(self._path)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, 2, 3, VERSION):
             raise sqlite3.DatabaseError(f"schema {version} is not the one that this release knows")
@@ -332,11 +319,7 @@ class MetaDatabase:
 
     def _move_aside(self) -> None:
         self._close()
-        stamp = self._clock.wall_ms()
-        for suffix in ("", "-wal", "-shm"):
-            path = self._path.with_name(self._path.name + suffix)
-            if path.exists():
-                path.rename(path.with_name(f"{self._path.name}.corrupt-{stamp}{suffix}"))
+        set_aside(self._path, self._clock.wall_ms())
 
 
 def _topology(connection: sqlite3.Connection) -> list[str]:
@@ -359,22 +342,12 @@ class _Snapshot(msgspec.Struct):
 
 def write_offsets_snapshot(path: Path, offsets: dict[GroupKey, GroupOffset]) -> None:
     """offsets.snap: JSON, then its CRC-32C on a line of its own. Durable when this returns."""
-    line = msgspec.json.encode(_Snapshot([(*key, offset) for key, offset in offsets.items()]))
-    files.write_durable(path, line + b"\n%08x\n" % crc32c(line))
+    write_checked(path, _Snapshot([(*key, offset) for key, offset in offsets.items()]))
 
 
 def read_offsets_snapshot(path: Path) -> dict[GroupKey, GroupOffset]:
     """The snapshot, or nothing when it is missing or damaged (which is logged)."""
-    try:
-        line, _, checksum = path.read_bytes().partition(b"\n")
-        if int(checksum, 16) != crc32c(line):
-            raise ValueError("the checksum does not match")
-        snapshot = msgspec.json.decode(line, type=_Snapshot)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        log.error("%s cannot be used: %s", path, error)
-        return {}
+    snapshot = read_if_whole(path, _Snapshot, _Snapshot([]))
     return {(group, topic, partition): offset for group, topic, partition, offset in snapshot.offsets}
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.threads import Worker
-from edgebroker.storage import files
+from edgebroker.storage.database import connect, set_aside, transaction
 
 log = logging.getLogger(__name__)
 
@@ -90,11 +90,7 @@ class RegistryStore:
         except (sqlite3.Error, TypeError) as error:
             log.error("%s cannot be used (%s): moved aside; pins, drains and removals are lost", self._path, error)
             self._close()
-            stamp = self._clock.wall_ms()
-            for suffix in ("", "-wal", "-shm"):
-                path = self._path.with_name(self._path.name + suffix)
-                if path.exists():
-                    path.rename(path.with_name(f"{self._path.name}.corrupt-{stamp}{suffix}"))
+            set_aside(self._path, self._clock.wall_ms())
             return self._read()
 
     def write(self, stored: Callable[[str], None] | None = None) -> None:
@@ -156,9 +152,7 @@ class RegistryStore:
         if self._connection is None:
             self._connect()
         assert self._connection is not None
-        cursor = self._connection.cursor()
-        cursor.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(self._connection) as cursor:
             gone = [(uid,) for uid, row in changes.nodes.items() if row is None]
             cursor.executemany("DELETE FROM nodes WHERE uid=?", gone)
             cursor.executemany(
@@ -178,11 +172,6 @@ class RegistryStore:
                 )
             if changes.wall_ms:
                 cursor.execute("REPLACE INTO running VALUES (1,?)", (changes.wall_ms,))
-            cursor.execute("COMMIT")
-        except sqlite3.Error:
-            if self._connection.in_transaction:
-                self._connection.rollback()
-            raise
 
     def _read(self) -> RegistryState:
         self._connect()
@@ -201,11 +190,7 @@ class RegistryStore:
         return state
 
     def _connect(self) -> None:
-        files.make_private(self._path)
-        connection = sqlite3.connect(self._path, isolation_level=None, check_same_thread=False)
-        self._connection = connection
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
+        connection = self._connection = connect(self._path)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, VERSION):
             raise sqlite3.DatabaseError(f"schema {version} is not the one that this release knows")

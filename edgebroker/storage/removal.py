@@ -14,13 +14,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
-from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code, DamagedDataError
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
+from edgebroker.storage.checked import read_if_whole, write_checked
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.engine import Done, Tombstone
 from edgebroker.storage.identity import read_identity
@@ -108,29 +106,18 @@ class Removal:
 
 def write_tombstones(path: Path, tombstones: dict[str, Tombstone]) -> None:
     """Durable when this returns. Raises OSError; on a full disk the reserve is spent for it."""
-    line = msgspec.json.encode(tombstones)
-    data = line + b"\n%08x\n" % crc32c(line)
     try:
-        files.write_durable(path / FILE_NAME, data)
+        write_checked(path / FILE_NAME, tombstones)
     except OSError as error:
         if error.errno not in files.FULL or not (path / "reserve").exists():
             raise
         files.remove(path / "reserve")
-        files.write_durable(path / FILE_NAME, data)
+        write_checked(path / FILE_NAME, tombstones)
 
 
 def read_tombstones(path: Path) -> dict[str, Tombstone]:
     """By log id; none when the file is missing or damaged (which is logged: deleted topics may come back then)."""
-    try:
-        line, _, checksum = (path / FILE_NAME).read_bytes().partition(b"\n")
-        if int(checksum, 16) != crc32c(line):
-            raise ValueError("the checksum does not match")
-        return msgspec.json.decode(line, type=dict[str, Tombstone])
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        log.error("%s cannot be used (%s); it is not known which topics were deleted", path / FILE_NAME, error)
-        return {}
+    return read_if_whole(path / FILE_NAME, dict[str, Tombstone], {})
 
 
 def finish_removals(path: Path, tombstones: dict[str, Tombstone]) -> list[str]:

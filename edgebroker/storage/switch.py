@@ -17,10 +17,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
 from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
+from edgebroker.storage.checked import read_if_whole, write_checked
 from edgebroker.storage.committer import Committer
 from edgebroker.storage.engine import Done, Listener
 from edgebroker.storage.housekeeping import Housekeeping
@@ -157,22 +157,12 @@ def finish_switches(path: Path, rows: Sequence[ResetRow]) -> list[str]:
 
 def read_resets(path: Path) -> list[ResetRow]:
     """None when the file is missing or damaged (which is logged): then a reset has to be ordered again."""
-    try:
-        line, _, checksum = (path / FILE_NAME).read_bytes().partition(b"\n")
-        if int(checksum, 16) != crc32c(line):
-            raise ValueError("the checksum does not match")
-        return msgspec.json.decode(line, type=list[ResetRow])
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, msgspec.DecodeError) as error:
-        log.error("%s cannot be used: %s", path / FILE_NAME, error)
-        return []
+    return read_if_whole(path / FILE_NAME, list[ResetRow], [])
 
 
 def write_resets(path: Path, rows: Sequence[ResetRow]) -> None:
     """Durable when this returns. Raises OSError."""
-    line = msgspec.json.encode(rows)
-    files.write_durable(path / FILE_NAME, line + b"\n%08x\n" % crc32c(line))
+    write_checked(path / FILE_NAME, rows)
 
 
 def staging_of(path: Path, reset_id: str) -> Path:
