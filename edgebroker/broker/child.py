@@ -127,8 +127,14 @@ class Child:
             if partition is not None and partition.rewriting:
                 partition = None  # it is judged when that is over
         deleted = self._feeding.engine.tombstones.get(position.log_id)
-        if deleted is not None and (partition is None or partition.identity.log_id != position.log_id):
-            self._refuse(line, Refusal(code="DELETED", message=f"{deleted.topic} was deleted", log_id=position.log_id))
+        here = self._feeding.engine.log(position.topic, position.partition)
+        lives = (here is not None and here.identity.log_id == position.log_id) or (
+            deleted is not None and position.epoch > deleted.epoch  # it came back, in a history that is not known here
+        )
+        if deleted is not None and not lives:
+            why = f"{deleted.topic} was deleted"
+            told = Refusal(code="DELETED", message=why, offset=deleted.epoch, log_id=position.log_id)
+            self._refuse(line, told)
             return
         facts = _facts(partition) if partition is not None else None
         refusal = judge(position, facts)

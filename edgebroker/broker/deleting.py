@@ -38,10 +38,11 @@ class Deleting:
         self._delivery, self._publishing, self._snapshots = delivery, publishing, snapshots
         self._feeding, self._holders, self._reading = feeding, holders, reading
 
-    def delete(self, topic: str, done: Done) -> None:
-        """Delete a topic of this node, or one whose origin has deleted it: done when its name is free again."""
+    def delete(self, topic: str, done: Done, epochs: dict[str, int] | None = None) -> None:
+        """Delete a topic of this node, or one whose origin has deleted it (up to these `epochs`, by log id): done when
+        its name is free again."""
         assert isinstance(self._engine, SegmentStore)
-        self._engine.removal.delete(topic, lambda logs: self._gone(topic, logs), done)
+        self._engine.removal.delete(topic, lambda logs: self._gone(topic, logs), done, epochs)
 
     def _gone(self, topic: str, logs: Sequence[Log]) -> None:
         self._snapshots.give_up(topic)

@@ -222,6 +222,8 @@ class Feeding:
 
     def on_topic(self, topic: str) -> None:
         """A topic was made or changed."""
+        if not self.engine.partitions(topic):
+            return  # it was deleted meanwhile
         for child in list(self.children):
             child.topic_changed(topic)
 
@@ -337,8 +339,9 @@ class Feeding:
         """A child has exactly what this log has before its position: it was compared. It may want what follows to be
         kept for it."""
         uid = poll.uid
-        if poll.pin:
+        if poll.pin:  # the copy of a child, which will not come again
             self._pins.setdefault(partition, {})[uid] = (position.offset, self.scheduler.now())
+            return
         children = self._asked.setdefault(partition, {})
         before = children.get(uid)
         if before is None and len(children) >= self._max_children:

@@ -16,10 +16,12 @@ from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.mirrors import Moves
 from edgebroker.broker.piping import Piping
 from edgebroker.common.clock import Clock
-from edgebroker.common.errors import Code
+from edgebroker.common.errors import Code, EdgeBrokerError
+from edgebroker.common.threads import start_thread
 from edgebroker.network.loop import Loop
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.storage.engine import Done, Log
+from edgebroker.storage.meta import MetaDatabase
 from edgebroker.storage.staging import Chunk
 from edgebroker.storage.store import SegmentStore, StoreSettings
 
@@ -35,14 +37,32 @@ class CopySettings(NamedTuple):
     bytes_per_second: int
 
 
+def make_store(
+    directory: Path, settings: CopySettings, loop: Loop, clock: Clock, told: Callable[[SegmentStore | None, str], None]
+) -> None:
+    """Make the store of a copy, or find it again, on a thread of its own, for it syncs: told(store, error), on the
+    loop."""
+
+    def work() -> None:
+        try:
+            store = SegmentStore(directory, loop, clock, settings.store)
+            MetaDatabase(directory / "meta.db", clock).make()
+        except (OSError, EdgeBrokerError) as error:
+            why = str(error)
+            loop.call_soon_threadsafe(lambda: told(None, why))
+        else:
+            loop.call_soon_threadsafe(lambda: told(store, ""))
+
+    start_thread("edgebroker-copy", work)
+
+
 class FreshCopy:
     """Owned by the loop thread; it is the listener of its store."""
 
     def __init__(
-        self, directory: Path, topic: str, parents: Sequence[str], settings: CopySettings, loop: Loop, clock: Clock
+        self, store: SegmentStore, topic: str, parents: Sequence[str], settings: CopySettings, loop: Loop
     ) -> None:
-        self.topic, self._loop = topic, loop
-        self._store = SegmentStore(directory, loop, clock, settings.store)
+        self.topic, self._loop, self._store = topic, loop, store
         self._store.open(self)
         node = Node(self._store.node_uid, f"{settings.name} (reset)"[:255], settings.level)
         self._piping = Piping(
@@ -60,8 +80,8 @@ class FreshCopy:
         )
         self._piping.start()
 
-    def _delete(self, topic: str, done: Done) -> None:
-        self._store.removal.delete(topic, lambda logs: None, done)
+    def _delete(self, topic: str, done: Done, epochs: dict[str, int]) -> None:
+        self._store.removal.delete(topic, lambda logs: None, done, epochs)
 
     # ---- how far it is ----
 
@@ -89,15 +109,27 @@ class FreshCopy:
         waiting = [line.why or line.state for line in self._piping.lines(self.topic) if line.state != "live"]
         return self._piping.last_error if not self._piping.connected else "; ".join(waiting)
 
+    def follow(self, parents: Sequence[str]) -> None:
+        """Where the node looks for its parent now."""
+        self._piping.follow_others(parents)
+
+    @property
+    def log_ids(self) -> list[str]:
+        return [log.identity.log_id for log in self.logs]
+
     def close(self, then: Callable[[], None]) -> None:
         """End it; `then` is called when everything that came is stored and nothing of it is open any more."""
         self._piping.stop()
 
         def wait() -> None:
-            if not self._store.hurry():
+            if self._store.hurry():
+                self._store.when_stored(close)
+            else:
                 self._loop.call_later(0.01, wait)
-                return
-            self._store.close(CLOSE_SECONDS)
+
+        def close() -> None:
+            # Not marked as a clean stop: that would be a sync on the loop, for a start that checks little anyway.
+            self._store.close(CLOSE_SECONDS, mark=False)
             then()
 
         wait()

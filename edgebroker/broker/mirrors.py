@@ -34,7 +34,7 @@ class Moves(NamedTuple):
     cutting: Callable[[Log, int, Callable[[], None]], None]
     cut: Callable[[Log], None]
     restarted: Callable[[Log, bool], None]
-    delete: Callable[[str, Callable[[Code, str], None]], None]
+    delete: Callable[[str, Callable[[Code, str], None], dict[str, int]], None]
 
 
 class Flow(Protocol):
@@ -81,7 +81,7 @@ class Mirrors:
         elif isinstance(event, Restart):
             self._restart(event)
         elif isinstance(event, Deleted):
-            self._delete(event.line.key.topic)
+            self._delete(event)
 
     def follow(self, partition: Log) -> None:
         """Stand at the end of a log."""
@@ -132,10 +132,14 @@ class Mirrors:
         else:
             self._follower.known[info.name] = info.digest  # another log: the lines say so
 
-    def _delete(self, topic: str) -> None:
-        """Its origin has deleted it."""
+    def _delete(self, event: Deleted) -> None:
+        """Its origin has deleted it, unless what is here is of a newer history: then that came back since."""
+        topic = event.line.key.topic
         logs = self._engine.partitions(topic)
         if not logs or topic in self._deleting or any(one.identity.origin == self._uid for one in logs):
+            return
+        if any(one.identity.epoch > event.epoch for one in logs):
+            event.line.state, event.line.why = "not_carried", "the parent knows only that it was deleted before"
             return
         self._flow.begin()
         self._deleting.add(topic)
@@ -156,7 +160,7 @@ class Mirrors:
                 self.clashes.pop(topic, None)
             self._flow.done(failed=code is not Code.OK)
 
-        self._moves.delete(topic, done)
+        self._moves.delete(topic, done, {one.identity.log_id: event.epoch for one in logs})
 
     def _was_deleted(self, info: TopicInfo) -> bool:
         """True for a topic that its origin has deleted, and that this parent does not know of yet."""

@@ -10,7 +10,7 @@ The pipe pauses while the disk is full, and above the high watermark of what wai
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -370,8 +370,7 @@ class Piping:
         self._mirrors.begin_anew(topic, done)
 
     def hold(self, topic: str) -> None:
-        """Take nothing more of a topic until follow() or follow_again(); the pipe stands meanwhile."""
-        self.begin()
+        """Take nothing more of a topic until follow_again(); the others go on."""
         for line in self.lines(topic):
             line.state = "moving"
 
@@ -379,12 +378,16 @@ class Piping:
         """Stand at the end of its logs, as they are now."""
         for partition in self._engine.partitions(topic):
             self._mirrors.follow(partition)
-        self.done()
         self.again("the logs of a topic are others now")
 
     def lines(self, topic: str) -> list[Line]:
         """Where this node stands in the logs of a topic."""
         return [line for line in self._follower.lines.values() if line.key.topic == topic]
+
+    def follow_others(self, parents: Sequence[str]) -> None:
+        """Ask these nodes from now on."""
+        if list(parents) != self.candidates.addresses and self.candidates.replace(parents):
+            self.again("the parents are others now")
 
     @property
     def address(self) -> str:

@@ -17,7 +17,7 @@ from typing import Any
 from msgspec.structs import replace
 
 from edgebroker.broker.asking import Ask
-from edgebroker.broker.freshcopy import CopySettings, FreshCopy
+from edgebroker.broker.freshcopy import CopySettings, FreshCopy, make_store
 from edgebroker.broker.groups import Groups
 from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.piping import Piping
@@ -37,6 +37,7 @@ TICK_SECONDS = 1.0
 LEAST_SHARE = 0.9
 # While the pipe stands still the copy catches up with what the old log has; else it is tried again.
 CATCH_UP_SECONDS = 10.0
+LOOK_SECONDS = 10.0
 REPORTED = 4
 UNDER_WAY = ("waiting", "loading", "switching")
 Restarted = Callable[[Log, bool], None]
@@ -66,14 +67,14 @@ class Resets:
         self._says: dict[str, tuple[str, str]] = {}
         self._copy: FreshCopy | None = None
         self._current = ""
+        self._looked: dict[str, float] = {}
         self._busy = self._stopped = self._closing = False
         self._held_since = 0.0
 
     def start(self) -> None:
         """Go on with what was under way; before the node follows its parent."""
-        for row in self._engine.switch.rows:
-            # What a crash interrupted between two renames was finished when the store was opened.
-            self._rows[row.id] = replace(row, phase="done") if row.phase == "switching" else row
+        # What a crash interrupted between two renames was finished when the store was opened.
+        self._rows = {row.id: row for row in self._engine.switch.rows}
         drop_staging(self._engine.switch.path, lambda name: name in self._rows and self._under_way(name))
         if self._rows:
             self._remember(lambda error: None)
@@ -81,15 +82,10 @@ class Resets:
 
     def stop(self) -> None:
         """End the copy; what came of it stays."""
-
-        def closed() -> None:
-            self._closing = False
-
         self._stopped = True
         if self._copy is not None:
-            self._closing = True
             copy, self._copy = self._copy, None
-            copy.close(closed)
+            self._close(copy, lambda: None)
 
     @property
     def idle(self) -> bool:
@@ -119,6 +115,7 @@ class Resets:
         if not set(topics) <= set(mirrored):
             done(Code.UNKNOWN_TOPIC, f"{order.topic} is not mirrored at this node")
             return
+        ordered: dict[str, ResetRow] = {}
         for number, topic in enumerate(topics):
             reset_id = order.id if order.topic else f"{int(order.id, 16) + number & (1 << 128) - 1:032x}"
             known = self._rows.get(reset_id)
@@ -135,8 +132,16 @@ class Resets:
                     id=reset_id, topic=topic, in_place=order.in_place, force=order.force, accept=order.accept,
                     hours=order.hours,
                 )  # fmt: skip
-            self._rows[reset_id] = row
-        self._remember(lambda error: done(Code.READ_ONLY if error else Code.OK, error))
+            ordered[reset_id] = row
+
+        def stored(error: str) -> None:
+            for reset_id in ordered if not error else ():
+                # It may have begun, or be over, since.
+                before, now = ordered[reset_id], self._rows.get(reset_id, ordered[reset_id])
+                self._rows[reset_id] = replace(now, force=before.force, accept=before.accept, hours=before.hours)
+            done(Code.READ_ONLY if error else Code.OK, error)
+
+        self._engine.switch.remember(list({**self._rows, **ordered}.values()), stored)
 
     def _is_mirrored(self, topic: str) -> bool:
         return any(log.identity.origin != self._engine.node_uid for log in self._engine.partitions(topic))
@@ -191,15 +196,25 @@ class Resets:
             return
         self._loop.call_later(TICK_SECONDS, self._tick)
         self._watch_groups()
-        row = self._rows.get(self._current)
-        if row is None or row.phase not in UNDER_WAY:
-            waiting = [one for one in self._rows.values() if one.phase in UNDER_WAY and not one.group]
-            row = next((one for one in waiting if one.phase == "loading"), waiting[0] if waiting else None)
-            if row is None:
-                return
-            self._current = row.id
         if not self._busy:
-            self._step(row)
+            row = self._next()
+            if row is not None:
+                self._current = row.id
+                self._step(row)
+
+    def _next(self) -> ResetRow | None:
+        """The one that is being loaded, else whichever waits and was not looked at for longest: one that has no room
+        holds up no other."""
+        rows = [row for row in self._rows.values() if row.phase in UNDER_WAY and not row.group]
+        loading = [row for row in rows if row.phase == "loading"]
+        if loading:
+            return loading[0]
+        now = self._loop.now()
+        due = [row for row in rows if now - self._looked.get(row.id, -LOOK_SECONDS) >= LOOK_SECONDS]
+        row = min(due, key=lambda row: self._looked.get(row.id, -LOOK_SECONDS), default=None)
+        if row is not None:
+            self._looked[row.id] = now
+        return row
 
     def _watch_groups(self) -> None:
         for row in [one for one in self._rows.values() if one.group and one.phase == "loading"]:
@@ -247,6 +262,9 @@ class Resets:
         if others and not row.accept:
             self._end(row, "failed", "the parent has another log of that name; order it with --accept to take that")
             return
+        there = sum(int(part["durable_end"]) - int(part["log_start"]) for part in parts)
+        if self._shrunk(row, there, logs):
+            return
         if row.in_place:
             self._in_place(row, piping)
             return
@@ -255,9 +273,24 @@ class Resets:
             room = f"the copy takes {needed >> 20} MiB, {max(0, free) >> 20} MiB may be used"
             self._stuck(row, "no_space", f"NO_SPACE: {room}; free some, or order it with --in-place")
             return
-        self._rows[row.id] = replace(row, phase="loading", targets=[int(part["durable_end"]) for part in parts])
+        self._rows[row.id] = replace(
+            row,
+            phase="loading",
+            targets=[int(part["durable_end"]) for part in parts],
+            log_ids=[str(part["log_id"]) for part in parts],
+        )
         self._busy = True
         self._remember(self._remembered)
+
+    def _shrunk(self, row: ResetRow, records: int, logs: list[Log]) -> bool:
+        """Would suspiciously much be lost? Then an operator has to say that it is meant."""
+        before = sum(one.durable_end - one.log_start for one in logs)
+        if records >= LEAST_SHARE * before or row.force:
+            return False
+        share = records * 100 // max(1, before)
+        why = f"{records} records at the parent are {share} % of the {before} here: --force --id {row.id}, or abort"
+        self._stuck(row, "shrunk", why)
+        return True
 
     def _stuck(self, row: ResetRow, state: str, why: str) -> None:
         """It waits for an operator, or for room."""
@@ -287,17 +320,41 @@ class Resets:
         return usable
 
     def _open_copy(self, row: ResetRow, piping: Piping) -> None:
-        directory = staging_of(self._engine.switch.path, row.id)
         log.warning("reset %s: loading %s afresh", row.id, row.topic)
-        self._copy = FreshCopy(
-            directory, row.topic, piping.candidates.addresses, self._settings, self._loop, self._clock
-        )
+        self._busy = self._closing = True
+
+        def told(store: SegmentStore | None, error: str) -> None:
+            self._busy = self._closing = False
+            if store is None:
+                self._says[row.id] = ("loading", error)
+                return
+            copy = FreshCopy(store, row.topic, piping.candidates.addresses, self._settings, self._loop)
+            if self._stopped or not self._under_way(row.id):
+                self._close(copy, lambda: None)
+            else:
+                self._copy = copy
+
+        make_store(staging_of(self._engine.switch.path, row.id), self._settings, self._loop, self._clock, told)
+
+    def _close(self, copy: FreshCopy, then: Callable[[], None]) -> None:
+        self._closing = True
+
+        def closed() -> None:
+            self._closing = False
+            then()
+
+        copy.close(closed)
 
     def _look(self, row: ResetRow, copy: FreshCopy, piping: Piping) -> None:
         """Is the copy complete, is it as much as before, may it be switched now?"""
         logs = self._engine.partitions(row.topic)
-        if not logs:
-            self._end(row, "failed", "the topic was deleted")
+        copy.follow(piping.candidates.addresses)
+        if self._other_topic(row, copy, logs):
+            self._end(row, "failed", "the topic was deleted, or is another one by now; order it again")
+            return
+        refusal = self._engine.refusal()
+        if refusal is not None and refusal[0] is Code.DISK_FULL:
+            self._give_way(row, copy)
             return
         same = all(new.identity.log_id == old.identity.log_id for new, old in zip(copy.logs, logs, strict=False))
         ends = [max(end, one.durable_end) if same else end for end, one in zip(row.targets, logs, strict=True)]
@@ -305,11 +362,7 @@ class Resets:
             have, want = sum(one.durable_end for one in copy.logs), sum(row.targets)
             self._says[row.id] = ("loading", copy.problem or f"{have} of {want}")
             return
-        before = sum(one.durable_end - one.log_start for one in logs)
-        if copy.records < LEAST_SHARE * before and not row.force:
-            share = copy.records * 100 // max(1, before)
-            why = f"{copy.records} records at the parent are {share} % of the {before} here: --force, or abort"
-            self._stuck(row, "shrunk", why)
+        if self._shrunk(row, copy.records, logs):
             return
         if not parse_hours(row.hours).open(second_of_day(self._clock.wall_ms())):
             self._says[row.id] = ("held", f"it waits for {row.hours}")
@@ -319,10 +372,34 @@ class Resets:
         piping.hold(row.topic)
         self._catch_up(row, copy, piping, same, ends)
 
+    def _other_topic(self, row: ResetRow, copy: FreshCopy, logs: list[Log]) -> bool:
+        """Is the topic, here or in the copy, not what it was when the reset began?"""
+        if len(logs) != len(row.targets) or (row.log_ids and copy.log_ids not in ([], row.log_ids)):
+            return True
+        here = [one.identity.log_id for one in logs]
+        return not row.accept and copy.log_ids not in ([], here)
+
+    def _give_way(self, row: ResetRow, copy: FreshCopy) -> None:
+        """The disk has filled up: producers and the pipe need the room. It begins anew when there is enough."""
+        self._stuck(row, "no_space", "NO_SPACE: the disk filled up while the copy was loaded; it waits for room")
+        self._rows[row.id] = replace(row, phase="waiting")
+        self._copy = None
+        self._busy = True
+
+        def closed() -> None:
+            drop_staging(self._engine.switch.path, lambda name: name != row.id)
+            self._remember(self._remembered)
+
+        self._close(copy, closed)
+
     def _catch_up(self, row: ResetRow, copy: FreshCopy, piping: Piping, same: bool, ends: list[int]) -> None:
         """The pipe stands still: until the copy has what the old logs have, nobody may lose a record by the switch."""
         logs = self._engine.partitions(row.topic)
         if self._stopped:
+            return
+        if self._piping() is not piping or len(logs) != len(ends):
+            self._busy = False
+            self._end(row, "failed", "the topic was deleted, or this node follows no parent any more")
             return
         ends = [max(end, one.durable_end) if same else end for end, one in zip(ends, logs, strict=True)]
         if self._engine.switch.quiet(row.topic) and copy.has(ends):
@@ -345,12 +422,15 @@ class Resets:
         def remembered(error: str) -> None:
             if error:
                 switched(Code.READ_ONLY, error)
+            elif self._piping() is not piping or not self._engine.partitions(row.topic):
+                switched(Code.INVALID_BATCH, "the topic was deleted, or this node follows no parent any more")
             else:
                 self._engine.switch.replace(row.topic, directory / "topics" / row.topic, switched)
 
         def switched(code: Code, message: str) -> None:
             self._busy = False
-            piping.follow_again(row.topic)
+            if self._piping() is piping:
+                piping.follow_again(row.topic)
             if code is Code.OK:
                 for partition in self._engine.partitions(row.topic):
                     if same:
@@ -365,7 +445,7 @@ class Resets:
             else:
                 self._end(self._rows[row.id], "failed", message)
 
-        copy.close(closed)
+        self._close(copy, closed)
 
     def _in_place(self, row: ResetRow, piping: Piping) -> None:
         self._busy = True
@@ -374,13 +454,16 @@ class Resets:
 
         def done(code: Code, message: str) -> None:
             self._busy = False
-            piping.done()
+            if code is not Code.OK and self._piping() is piping:
+                piping.follow_again(row.topic)
             self._end(self._rows[row.id], "done" if code is Code.OK else "failed", message)
 
         def wait() -> None:
             if self._stopped:
                 return
-            if self._engine.switch.quiet(row.topic):
+            if self._piping() is not piping:
+                done(Code.INVALID_BATCH, "this node follows no parent any more")
+            elif self._engine.switch.quiet(row.topic):
                 piping.begin_anew(row.topic, done)
             else:
                 self._loop.call_later(0.02, wait)
@@ -391,6 +474,7 @@ class Resets:
         (log.info if phase == "done" else log.error)("reset %s of %s is over: %s %s", row.id, row.topic, phase, why)
         self._rows[row.id] = replace(row, phase=phase, why=why)
         self._says.pop(row.id, None)
+        self._looked.pop(row.id, None)
         self._metrics.resets_done += phase == "done"
         self._metrics.resets_failed += phase == "failed"
 
@@ -404,7 +488,7 @@ class Resets:
 
         copy, self._copy = (self._copy, None) if self._current == row.id else (None, self._copy)
         if copy is not None:
-            copy.close(closed)
+            self._close(copy, closed)
         else:
             closed()
 
@@ -418,8 +502,8 @@ class Resets:
         ]
 
     def reports(self) -> list[ResetReport]:
-        """For the report of the node: the last ones, those under way first."""
-        rows = sorted(self._rows.values(), key=lambda row: row.phase in UNDER_WAY)
+        """For the report of the node: the last ones of those under way, then those that failed, then the others."""
+        rows = sorted(self._rows.values(), key=lambda row: (row.phase in UNDER_WAY, row.phase == "failed"))
         return [ResetReport(row.id, row.topic, self._state(row)) for row in rows[-REPORTED:]]
 
     def _state(self, row: ResetRow) -> str:

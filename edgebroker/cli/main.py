@@ -245,6 +245,9 @@ def _reset(verbs) -> None:  # type: ignore[no-untyped-def]
     reset.add_argument("--accept", action="store_true", help="also when the parent's log is another one")
     reset.add_argument("--hours", default="", metavar="HH:MM-HH:MM", help="switch only then, by the clock of the node")
     reset.add_argument("--timeout", default="2h", metavar="TIME", help="for each wave, as 30m, 12h (default 2h)")
+    reset.add_argument(
+        "--id", default="", help="go on with this reset at this node, with other --force, --accept or --hours"
+    )
     reset.add_argument("--status", action="store_true", help="only show the resets of this node")
     reset.add_argument("--abort", default="", metavar="ID", help="give one up at this node, before its switch")
     _admin(reset)

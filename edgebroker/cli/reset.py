@@ -28,6 +28,10 @@ def reset(options: argparse.Namespace) -> int:
         return 0
     if options.group and not options.topic:
         raise ConfigError("--group needs --topic: which topic the group shall load afresh")
+    if options.id and (options.node or options.region or options.label):
+        raise ConfigError("--id is for the resets of one node; ask that node (--admin)")
+    if options.id and not options.topic:
+        raise ConfigError("--id needs --topic: see edgebroker reset --status")
     if options.wave < 1:
         raise ConfigError("--wave: at least 1 node at a time")
     below = bool(options.node or options.region or options.label)
@@ -63,7 +67,7 @@ def _wave(options: argparse.Namespace, nodes: list[dict[str, Any]], below: bool,
     names = {node["uid"]: node["name"] for node in nodes}
     for node in nodes:
         order = {
-            "type": "reset", "id": secrets.token_hex(16), "uid": node["uid"], "topic": options.topic,
+            "type": "reset", "id": options.id or secrets.token_hex(16), "uid": node["uid"], "topic": options.topic,
             "group": options.group, "in_place": options.in_place, "force": options.force, "accept": options.accept,
             "hours": options.hours,
         }  # fmt: skip

@@ -111,9 +111,11 @@ class Restart(NamedTuple):
 
 
 class Deleted(NamedTuple):
-    """The origin has deleted this log, and the topic with it. Then drop()."""
+    """The origin has deleted this log up to a history of it, and the topic with it. Then drop(), or follow() if ours is
+    a newer one."""
 
     line: Line
+    epoch: int
 
 
 class Changed(NamedTuple):
@@ -320,7 +322,7 @@ class Follower:
                 if refusal.log_id != line.log_id:
                     raise RemoteProtocolError(f"{_name(line)}: the parent deleted another log, {refusal.log_id}")
                 line.state = "moving"
-                yield Deleted(line)
+                yield Deleted(line, refusal.offset)
             case "HOURS":
                 line.state = "waiting"
             case "DAMAGED":

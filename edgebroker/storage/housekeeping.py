@@ -354,6 +354,11 @@ class Housekeeping:
 
     def _scrub(self, partition: PartitionLog, segment: Segment, state: Walked, damaged: bool) -> None:
         """Verify one window of a segment; then wait as long as the allowed rate says, and go on."""
+        if partition.rewriting:
+            # Its files may be others in a moment; which of them are left is looked at again.
+            again = partial(self._scrub, partition, segment, state, damaged)
+            self._scrub_timer = self._scheduler.call_later(1.0, self._scrub_next if segment.retired else again)
+            return
         size = min(segment.unverified_end, segment.size)
         end_offset, whole = segment.end_offset, size == segment.size
         max_epoch = partition.identity.epoch

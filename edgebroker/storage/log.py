@@ -103,6 +103,8 @@ class PartitionLog:
         self.rolling = False
         # The files are being cut or begun anew: nobody else changes them meanwhile.
         self.rewriting = False
+        # They are being exchanged for others: nothing may be read by their names.
+        self.switching = False
         # A roll was begun and failed: the next segment may exist, so that nothing more belongs into this one.
         self.must_roll = False
         self.wants_sync = False

@@ -207,6 +207,11 @@ class MetaDatabase:
             self._close()
             return MetaState()
 
+    def make(self) -> None:
+        """Make the file, so that load() finds it."""
+        self.load()
+        self._close()
+
     def write(self, changes: MetaChanges) -> None:
         """One durable transaction. Raises sqlite3.Error when it was not stored."""
         if self._connection is None:

@@ -7,6 +7,7 @@ next start, with a reason; it never keeps the others from being served.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +20,14 @@ from edgebroker.common.errors import DamagedDataError
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.storage import files
-from edgebroker.storage.identity import Identity, make_identity, read_identity, write_identity
+from edgebroker.storage.identity import (
+    Identity,
+    begin_history,
+    change_identity,
+    make_identity,
+    read_identity,
+    write_identity,
+)
 from edgebroker.storage.index import SealedIndex, read_index
 from edgebroker.storage.log import PartitionLog
 from edgebroker.storage.meta import MetaState, SegmentRow
@@ -125,7 +133,8 @@ class Opener:
         self._describe(recovered.segments, state.segments.get(key, {}), identity)
         partition = self.make_log(topic, number, identity, recovered)
         for hole in state.holes.get(key, []):
-            partition.add_hole(hole)
+            if identity.log_start < hole.next <= recovered.next_offset:  # else it was of what is not there any more
+                partition.add_hole(hole)
         windows = state.windows.get(key)
         now = self._scheduler.now()
         if windows is not None:
@@ -223,3 +232,26 @@ def _replay_producers(partition: PartitionLog, below: int, now: float) -> None:
         finally:
             if segment.fd < 0:
                 files.close(fd)
+
+
+def raise_epochs(logs: list[PartitionLog], producers: dict[str, tuple[int, int]]) -> None:
+    """A record can be older on the disk than its producer's grant, which is stored behind the answer: who comes again
+    under that name must get a newer epoch than any in the logs, or is fenced by its own past."""
+    clients = {producer_id: client for client, (producer_id, _) in producers.items()}
+    for partition in logs:
+        for producer_id, epoch in partition.stage.epochs().items():
+            client = clients.get(producer_id)
+            if client is not None and producers[client][1] < epoch:
+                producers[client] = (producer_id, epoch)
+
+
+def begin_histories(logs: list[PartitionLog], node_uid: str) -> None:
+    """After a restore: what this node wrote behind the copy is lost, and others may have it. Durably, before anything
+    is appended."""
+    for partition in logs:
+        if partition.identity.origin == node_uid:
+            end = partition.durable_end
+            identity = change_identity(partition.directory, partial(begin_history, end=end))
+            partition.identity, partition.epoch = identity, identity.epoch
+            partition.stage.resume(end, identity.epoch)
+    log.warning("restored from a copy: every log of this node goes on in a new history")

@@ -157,8 +157,10 @@ def verify_segment(view: SegmentView, fd: int) -> tuple[SealedIndex, list[Hole]]
     state = walk_start(view.base, max(view.base_chain, 0), epoch=view.epoch)
     damage: list[Hole] = []
     points: list[bytes] = []
+    before = -1
     while state.next_offset < view.end_offset:
-        if state.reason or state.position >= view.size:
+        stands, before = state.position == before, state.position
+        if state.reason or state.position >= view.size or stands:
             hole, end = _damage(view, fd, state)
             damage.append(hole)
             if hole.next >= view.end_offset:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from edgebroker.common.errors import Code, DamagedDataError
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 FILE_NAME, DIRECTORY = "tombstones", "deleted"
 MAX_TOMBSTONES = 100_000
-WAIT_SECONDS = 0.05
+WAIT_SECONDS, RETRY_SECONDS = 0.05, 10.0
 
 
 class Removal:
@@ -47,11 +47,16 @@ class Removal:
         self._path, self._topics, self._scheduler = path, topics, scheduler
         self._committer, self._metadata = committer, metadata
         self.tombstones = tombstones
+        # What the file holds; owned by the commit thread.
+        self._stored = dict(tombstones)
         self.busy: set[str] = set()
 
-    def delete(self, name: str, gone: Callable[[list[PartitionLog]], None], done: Done) -> None:
+    def delete(
+        self, name: str, gone: Callable[[list[PartitionLog]], None], done: Done, epochs: Mapping[str, int] | None = None
+    ) -> None:
         """Delete a topic with all its logs. `gone` is called when it is decided, durably, and nobody finds the topic
-        any more; `done` when its place is free for another one of that name."""
+        any more; `done` when its place is free for another one of that name. `epochs`: the last histories that the
+        origin deleted, by log id; without them those that there are."""
         logs = self._topics.get(name)
         if logs is None:
             done(Code.UNKNOWN_TOPIC, f"there is no topic {name} on this node")
@@ -60,26 +65,29 @@ class Removal:
             done(Code.OVERLOADED, f"topic {name} is being deleted")
             return
         self.busy.add(name)
-        tombstones = dict(self.tombstones)
-        for partition in logs:
-            identity = partition.identity
-            tombstones.pop(identity.log_id, None)
-            tombstones[identity.log_id] = Tombstone(name, identity.epoch)
-        for old in list(tombstones)[: max(0, len(tombstones) - MAX_TOMBSTONES)]:
-            del tombstones[old]
+        fresh = {
+            one.identity.log_id: Tombstone(name, (epochs or {}).get(one.identity.log_id, one.identity.epoch))
+            for one in logs
+        }
+
+        def work() -> None:
+            kept = [(log_id, one) for log_id, one in self._stored.items() if log_id not in fresh]
+            stored = dict([*kept[max(0, len(kept) + len(fresh) - MAX_TOMBSTONES) :], *fresh.items()])
+            write_tombstones(self._path, stored)
+            self._stored = stored
 
         def decided(result: object) -> None:
             if result is not None:
                 self.busy.discard(name)
                 done(Code.READ_ONLY, f"the tombstone of {name} cannot be stored: {result}")
                 return
-            self.tombstones.update(tombstones)
+            self.tombstones.update(fresh)
             del self._topics[name]
             log.warning("topic %s is deleted", name)
             gone(logs)
             self._when_quiet(name, logs, done)
 
-        self._committer.call(lambda: write_tombstones(self._path, tombstones), decided)
+        self._committer.call(work, decided)
 
     def _when_quiet(self, name: str, logs: list[PartitionLog], done: Done) -> None:
         """What was staged before is stored, as its producers were promised; then nobody touches the files any more."""
@@ -88,20 +96,31 @@ class Removal:
             return
         for partition in logs:
             partition.rewriting = partition.rolling = True
+            for segment in partition.segments:
+                segment.retire()
+        self._metadata.changes.drop_topic(name)
+        self._metadata.touch(lambda: self._move_away(name, done))
+
+    def _move_away(self, name: str, done: Done) -> None:
+        """Until it is done the name is taken: another topic must not be made over these files."""
 
         def moved(result: object) -> None:
-            self.busy.discard(name)
-            for partition in logs:
-                for segment in partition.segments:
-                    segment.retire()
-            self._metadata.changes.drop_topic(name)
             if isinstance(result, Exception):
-                done(Code.READ_ONLY, f"{name} is deleted, but its files are still there until the next start: {result}")
+                log.error("topic %s is deleted, but its files cannot be moved away: %s; trying again", name, result)
+                done(Code.READ_ONLY, f"{name} is deleted, but its files are still there: {result}")
+                again = lambda: self._move_away(name, lambda code, message: None)  # noqa: E731
+                self._scheduler.call_later(RETRY_SECONDS, again)
                 return
+            self.busy.discard(name)
             empty(self._path)
-            self._metadata.touch(lambda: done(Code.OK, ""))
+            done(Code.OK, "")
 
         self._committer.call(lambda: set_aside(self._path, name), moved)
+
+    def left_over(self, name: str) -> None:
+        """A topic that is deleted and could not be moved away at the start."""
+        self.busy.add(name)
+        self._scheduler.call_later(RETRY_SECONDS, lambda: self._move_away(name, lambda code, message: None))
 
 
 def write_tombstones(path: Path, tombstones: dict[str, Tombstone]) -> None:
@@ -120,9 +139,11 @@ def read_tombstones(path: Path) -> dict[str, Tombstone]:
     return read_if_whole(path / FILE_NAME, dict[str, Tombstone], {})
 
 
-def finish_removals(path: Path, tombstones: dict[str, Tombstone]) -> list[str]:
-    """What a crash left of topics that are deleted: before any topic is opened. Their names."""
-    finished = []
+def finish_removals(path: Path, tombstones: dict[str, Tombstone]) -> tuple[list[str], list[str]]:
+    """What a crash left of topics that are deleted, before any topic is opened: the names of all of these, and of those
+    that cannot be moved away."""
+    finished: list[str] = []
+    left: list[str] = []
     for name in {tombstone.topic for tombstone in tombstones.values()}:
         for directory in (path / "topics" / name).glob("[0-9]*"):
             try:
@@ -131,11 +152,15 @@ def finish_removals(path: Path, tombstones: dict[str, Tombstone]) -> list[str]:
                 continue
             tombstone = tombstones.get(identity.log_id)
             if tombstone is not None and identity.epoch <= tombstone.epoch:
-                set_aside(path, name)
                 finished.append(name)
+                try:
+                    set_aside(path, name)
+                except OSError as error:
+                    log.error("topic %s is deleted, but its files cannot be moved away: %s", name, error)
+                    left.append(name)
                 break
     empty(path)
-    return finished
+    return finished, left
 
 
 def set_aside(path: Path, name: str) -> None:
@@ -149,5 +174,11 @@ def set_aside(path: Path, name: str) -> None:
 
 def empty(path: Path) -> None:
     """Remove what was set aside; the files may be many and large."""
-    if (path / DIRECTORY).exists():
-        start_thread("edgebroker-removal", lambda: shutil.rmtree(path / DIRECTORY, ignore_errors=True))
+    gone = list((path / DIRECTORY).iterdir()) if (path / DIRECTORY).exists() else []
+
+    def remove() -> None:
+        for directory in gone:
+            shutil.rmtree(directory, ignore_errors=True)
+
+    if gone:
+        start_thread("edgebroker-removal", remove)

@@ -27,12 +27,12 @@ from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
 from edgebroker.storage.heal import Healed, heal_segment
 from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
-from edgebroker.storage.identity import Identity, begin_history, change_identity, make_identity, read_identity
+from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity
 from edgebroker.storage.log import Extent, PartitionLog
 from edgebroker.storage.meta import GroupKey, GroupOffset, SegmentRow
 from edgebroker.storage.metadata import Metadata
 from edgebroker.storage.mirror import begin_log, cut_log, restart_log
-from edgebroker.storage.opening import Opener
+from edgebroker.storage.opening import Opener, begin_histories, raise_epochs
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.reader import ColdRead, Reader, read_cold
 from edgebroker.storage.recovery import Checkpoint, RecoveredLog
@@ -45,6 +45,7 @@ from edgebroker.storage.timesearch import find_time
 log = logging.getLogger(__name__)
 
 # Belongs to no log: vouches for nothing.
+BEING_SWITCHED = "its files are being exchanged; try again in a moment"
 NO_CHECKPOINT = Checkpoint("", 0, 0, 0, 0, 0, 0)
 
 
@@ -102,62 +103,40 @@ class SegmentStore:
         state = self._metadata.load()
         self.tombstones = read_tombstones(self._path)
         resets = read_resets(self._path)
-        changed = finish_removals(self._path, self.tombstones) + finish_switches(self._path, resets)
+        switched, resets = finish_switches(self._path, resets)
+        gone, left = finish_removals(self._path, self.tombstones)
+        changed = gone + switched
         state.forget(changed)
         for name in changed:
             self._metadata.changes.drop_topic(name)
         self.removal = Removal(
             self._path, self._topics, self._scheduler, self._committer, self._metadata, self.tombstones
         )
+        for name in left:
+            self.removal.left_over(name)
         self._producers, self.topology = state.producers, state.topology
         for topic_path in sorted(self._directory.topics.iterdir()):
-            if topic_path.is_dir():
+            if topic_path.is_dir() and topic_path.name not in left:
                 logs = self._opener.open_topic(topic_path, state)
                 if logs:
                     self._topics[topic_path.name] = logs
-        self._raise_epochs()
+        raise_epochs(self.logs(), self._producers)
         if self._directory.restored:
-            self._begin_histories()
+            begin_histories(self.logs(), self.node_uid)
+            self._directory.restore_finished()
         self._housekeeping = Housekeeping(
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, listener, self._committer,
             self._metadata, self._reader, self._quarantine,
         )  # fmt: skip
         self.switch = Switch(
-            self._path,
-            self._topics,
-            self._opener,
-            self._committer,
-            self._metadata,
-            self._housekeeping,
-            listener,
-            resets,
-        )
+            self._path, self._topics, self._opener, self._committer, self._metadata, self._reader, self._housekeeping,
+            listener, resets,
+        )  # fmt: skip
         self._housekeeping.start()
 
-    def _raise_epochs(self) -> None:
-        """A record can be older on the disk than its producer's grant, which is stored behind the answer: who comes
-        again under that name must get a newer epoch than any in the logs, or is fenced by its own past."""
-        clients = {producer_id: client for client, (producer_id, _) in self._producers.items()}
-        for partition in self.logs():
-            for producer_id, epoch in partition.stage.epochs().items():
-                client = clients.get(producer_id)
-                if client is not None and self._producers[client][1] < epoch:
-                    self._producers[client] = (producer_id, epoch)
-
-    def _begin_histories(self) -> None:
-        """After a restore: what this node wrote behind the copy is lost, and others may have it. Durably, before
-        anything is appended."""
-        for partition in self.logs():
-            if partition.identity.origin == self.node_uid:
-                end = partition.durable_end
-                identity = change_identity(partition.directory, partial(begin_history, end=end))
-                partition.identity, partition.epoch = identity, identity.epoch
-                partition.stage.resume(end, identity.epoch)
-        self._directory.restore_finished()
-        log.warning("restored from a copy: every log of this node goes on in a new history")
-
-    def close(self, timeout: float) -> bool:
-        """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this."""
+    def close(self, timeout: float, *, mark: bool = True) -> bool:
+        """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this. Without
+        `mark` the next open checks as after a crash."""
         self._housekeeping.stop()
         clean = self._committer.stored and not self.problems()
         stopped = self._committer.stop(timeout)
@@ -171,7 +150,7 @@ class SegmentStore:
             for partition in self.logs():
                 partition.close()
         try:
-            self._directory.close(clean=clean)
+            self._directory.close(clean=clean and mark)
         except OSError as error:
             log.error("the stop is not marked clean: %s", error)
             clean = False
@@ -370,6 +349,9 @@ class SegmentStore:
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
         """For each offset the first batch boundary at or behind it and the chain there: done(points, error)."""
         assert isinstance(log, PartitionLog)
+        if log.switching:
+            self._scheduler.call_later(0.0, lambda: done([], BEING_SWITCHED))
+            return
         inside = [offset for offset in offsets if log.log_start <= offset <= log.durable_end]
         inside = [offset for offset in inside if not log.damaged_before(offset)]
         segments = {log.segment_of(offset).base: log.segment_of(offset) for offset in inside}
@@ -455,6 +437,9 @@ class SegmentStore:
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
         """Read through the reader thread; new indexes and holes found on the way are taken over."""
         assert isinstance(log, PartitionLog)
+        if log.switching:
+            self._scheduler.call_later(0.0, lambda: done(ColdRead(error=BEING_SWITCHED)))
+            return
         segment = log.segment_of(offset)
         view = log.view(segment)
 
@@ -521,6 +506,9 @@ class SegmentStore:
 
     def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
         assert isinstance(log, PartitionLog)
+        if log.switching:
+            self._scheduler.call_later(0.0, lambda: done(-1, BEING_SWITCHED))
+            return
         views = [(log.view(segment), segment.max_timestamp) for segment in log.segments]
         end = log.durable_end
         self._reader.submit(

@@ -16,8 +16,9 @@ from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+from msgspec.structs import replace
 
-from edgebroker.common.errors import Code
+from edgebroker.common.errors import Code, DamagedDataError
 from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.checked import read_if_whole, write_checked
@@ -28,6 +29,7 @@ from edgebroker.storage.identity import Identity
 from edgebroker.storage.log import PartitionLog
 from edgebroker.storage.metadata import Metadata
 from edgebroker.storage.opening import Opener
+from edgebroker.storage.reader import ColdRead, Reader
 from edgebroker.storage.recovery import RecoveredLog
 
 log = logging.getLogger(__name__)
@@ -38,7 +40,8 @@ KEPT = 32
 
 class ResetRow(msgspec.Struct, frozen=True, kw_only=True):
     """A reset that this node was told to do. `phase`: waiting, loading, switching, done, failed (then `why` tells).
-    `targets`: where each partition ended at the parent when it began; see ResetOrder in pipe/report.py for the rest."""
+    `targets`: where each partition ended at the parent when it began, `log_ids`: which logs these are; the rest stands
+    in ResetOrder (pipe/report.py)."""
 
     id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
     topic: str
@@ -50,6 +53,7 @@ class ResetRow(msgspec.Struct, frozen=True, kw_only=True):
     phase: Literal["waiting", "loading", "switching", "done", "failed"] = "waiting"
     why: str = ""
     targets: list[int] = []
+    log_ids: list[str] = []
 
 
 class Switch:
@@ -62,13 +66,15 @@ class Switch:
         opener: Opener,
         committer: Committer,
         metadata: Metadata,
+        reader: Reader,
         housekeeping: Housekeeping,
         listener: Listener,
         rows: list[ResetRow],
     ) -> None:
         self.path, self.rows = path, rows
         self._topics, self._opener, self._committer = topics, opener, committer
-        self._metadata, self._housekeeping, self._listener = metadata, housekeeping, listener
+        self._metadata, self._reader = metadata, reader
+        self._housekeeping, self._listener = housekeeping, listener
 
     def quiet(self, name: str) -> bool:
         """Is everything of a topic stored, and nobody at its files?"""
@@ -91,16 +97,20 @@ class Switch:
             done(Code.OVERLOADED, f"{name}: something else is being stored; try again in a moment")
             return
         for partition in logs:
-            partition.rewriting = partition.rolling = True
+            partition.rewriting = partition.rolling = partition.switching = True
         live = logs[0].directory.parent
 
         def work() -> list[tuple[Identity, RecoveredLog]]:
             exchange(live, staged)
-            return [self._opener.reopen(name, one.partition, one.directory) for one in logs]
+            try:
+                return [self._opener.reopen(name, one.partition, one.directory) for one in logs]
+            except (OSError, DamagedDataError):
+                exchange_back(live, staged)
+                raise
 
         def finished(result: object) -> None:
             for partition in logs:
-                partition.rewriting = partition.rolling = False
+                partition.rewriting = partition.rolling = partition.switching = False
             if not isinstance(result, list):
                 for partition in logs:
                     self._housekeeping.checkpoint(partition)
@@ -111,9 +121,13 @@ class Switch:
             done(Code.OK, "")
             self._listener.on_topic(name)
 
+        def stored() -> None:
+            # Behind every read that knows the old files by their names.
+            self._reader.submit(ColdRead, lambda result: self._committer.call(work, finished))
+
         # What was noted about the old files would vouch for bytes at other places.
         self._metadata.changes.drop_topic(name)
-        self._metadata.touch(lambda: self._committer.call(work, finished))
+        self._metadata.touch(stored)
 
     def _take(self, partition: PartitionLog, identity: Identity, recovered: RecoveredLog) -> None:
         for segment in partition.rewritten(identity, recovered, whole=True):
@@ -128,7 +142,7 @@ class Switch:
 
 def exchange(live: Path, staged: Path) -> None:
     """Each step is durable before the next; a failure undoes what was done. Raises OSError."""
-    old = staged.parent / OLD
+    old = staged.parent.parent / OLD
     files.move(live, old)
     files.sync_directory(live.parent)
     try:
@@ -139,20 +153,37 @@ def exchange(live: Path, staged: Path) -> None:
         raise
 
 
-def finish_switches(path: Path, rows: Sequence[ResetRow]) -> list[str]:
-    """What a crash left of switches, before any topic is opened: the topics that have their fresh copy now."""
-    finished = []
+def exchange_back(live: Path, staged: Path) -> None:
+    """Undo an exchange. Raises OSError."""
+    files.move(live, staged)
+    files.move(staged.parent.parent / OLD, live)
+
+
+def finish_switches(path: Path, rows: Sequence[ResetRow]) -> tuple[list[str], list[ResetRow]]:
+    """What a crash left of switches, before any topic is opened: the topics whose files may be others now, and the rows
+    as they are then. Where the disk does not let it be finished the old files are served, the copy is tried again."""
+    finished: list[str] = []
+    now: list[ResetRow] = []
     for row in rows:
         if row.phase != "switching":
+            now.append(row)
             continue
-        staged, live = path / STAGING / row.id / "topics" / row.topic, path / "topics" / row.topic
-        if staged.exists() and live.exists():
-            exchange(live, staged)
-        elif staged.exists():
-            files.move(staged, live)
-            files.sync_directory(staged.parent)
+        staged, live = staging_of(path, row.id) / "topics" / row.topic, path / "topics" / row.topic
+        old = staging_of(path, row.id) / OLD
+        try:
+            if staged.exists() and live.exists():
+                exchange(live, staged)
+            elif staged.exists():
+                files.move(staged, live)
+                files.sync_directory(staged.parent)
+            now.append(replace(row, phase="done"))
+        except OSError as error:
+            log.error("the fresh copy of %s cannot take its place: %s", row.topic, error)
+            if old.exists() and not live.exists():
+                old.rename(live)
+            now.append(replace(row, phase="loading"))
         finished.append(row.topic)
-    return finished
+    return finished, now
 
 
 def read_resets(path: Path) -> list[ResetRow]:
