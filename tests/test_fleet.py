@@ -263,3 +263,11 @@ def test_a_list_has_a_limit_and_a_digest() -> None:
     assert len(found) == MAX_CANDIDATES
     assert digest(found) != digest(found[::-1])
     assert digest([]) == 0
+
+
+def test_a_childs_own_report_does_not_wipe_what_was_measured() -> None:
+    fleet = Fleet(TOP)
+    fleet.take(state(report(1)), uid(1), 0.0)
+    fleet.measured(uid(1), 500.0, 1.0)
+    fleet.take(state(report(1, said=2)), uid(1), 2.0)
+    assert fleet.lag(fleet.members[uid(1)], 2.0) >= 500.0

@@ -104,7 +104,8 @@ class Fleet:
         member.say(report, raw)
         member.route = route
         member.silent_since = now - state.silent if silent else None
-        member.behind, member.behind_at, member.skew = state.behind, now, state.skew
+        if route != member.uid:  # of a child of its own the node above knows better than the child
+            member.behind, member.behind_at, member.skew = state.behind, now, state.skew
         self._changed[member.uid] = None
         return member
 
