@@ -14,6 +14,7 @@ from trees import Tree, follows, pipe, publish, wait_for
 
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
+from edgebroker.storage.registry import NodeRow
 
 pytestmark = pytest.mark.slow
 
@@ -354,3 +355,45 @@ def test_much_is_reported_in_pieces_and_again_to_a_parent_that_forgot(tree: Tree
         found |= {node["uid"] for node in page["nodes"]}
         page = root.http("GET", f"/v1/tree/nodes?label=level=local&after={page['after']}")[1]
     assert len(found | {node["uid"] for node in page["nodes"]}) == 2000
+
+
+# ---- what is malformed ----
+
+RAW = {"uid": "1" * 32, "name": "x", "level": "local", "version": "1", "boot": "0" * 16, "number": 1}
+
+
+def batch(*states: dict[str, Any], sender: str = "1" * 32, **more: Any) -> dict[str, Any]:
+    return {"sender": sender, "session": "s", "number": 0, "nodes": list(states), **more}
+
+
+def test_a_write_that_fails_leaves_no_transaction_open(tree: Tree) -> None:
+    """Whatever a row holds: what is decided afterwards is stored."""
+    root = root_of(tree)
+
+    def spoil() -> None:
+        assert root.broker.tree.registrar is not None
+        root.broker.tree.registrar._store.changes.nodes["1" * 32] = NodeRow(b"{}", False, 1 << 70)
+
+    root.call(spoil)
+    until(tree, lambda: root.http("GET", "/readyz")[1]["warnings"].get("registry"), "it cannot be stored")
+
+    def mend() -> None:
+        assert root.broker.tree.registrar is not None
+        root.broker.tree.registrar._store.changes.nodes["1" * 32] = None
+
+    root.call(mend)
+    assert root.http("PUT", "/v1/registry/root/drain") == (200, {})
+
+
+@pytest.mark.parametrize("what", [{"silent": 1e16}, {"silent": 1e308}, {"behind": 1e300}, {"skew": 10**30}])
+def test_a_number_beyond_reason(tree: Tree, what: dict[str, float]) -> None:
+    root = root_of(tree)
+    body = batch({"report": RAW, **what}, sender="2" * 32)
+    assert root.http("POST", "/v1/tree/reports", body)[0] == 400
+
+
+def test_a_clock_beyond_reason(tree: Tree) -> None:
+    root = root_of(tree)
+    body = batch({"report": RAW})
+    body["wall_ms"] = 10**400
+    assert root.http("POST", "/v1/tree/reports", body)[0] == 400

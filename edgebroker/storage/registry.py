@@ -179,7 +179,7 @@ class RegistryStore:
             if changes.wall_ms:
                 cursor.execute("REPLACE INTO running VALUES (1,?)", (changes.wall_ms,))
             cursor.execute("COMMIT")
-        except sqlite3.Error:
+        except Exception:  # also a value that SQLite does not take: the next attempt must find no open transaction
             if self._connection.in_transaction:
                 self._connection.rollback()
             raise
