@@ -12,6 +12,7 @@ from edgebroker.pipe.fleet import MAX_NODES, Fleet, matches
 from edgebroker.pipe.report import (
     MAX_CANDIDATES,
     MAX_REPORT_BYTES,
+    Assignment,
     GroupReport,
     NodeState,
     Report,
@@ -271,3 +272,26 @@ def test_a_childs_own_report_does_not_wipe_what_was_measured() -> None:
     fleet.measured(uid(1), 500.0, 1.0)
     fleet.take(state(report(1, said=2)), uid(1), 2.0)
     assert fleet.lag(fleet.members[uid(1)], 2.0) >= 500.0
+
+
+def test_pins_are_at_most_as_many_as_an_order_may_carry() -> None:
+    topology = Topology()
+    for number in range(12):
+        topology.put(uid(number), "l3", "eu", f"hub-{number}:1")
+    topology.pins[uid(99)] = [uid(number) for number in range(12)]
+    found = topology.candidates(uid(99), "pos", "eu/1")
+    msgspec.json.decode(msgspec.json.encode(Assignment(uid=uid(99), candidates=found)), type=Assignment)
+
+
+def test_a_pin_does_not_hold_a_node_at_a_hub_that_is_drained() -> None:
+    topology = hubs()
+    topology.pins[uid(99)] = [uid(31)]
+    topology.draining.add(uid(31))
+    assert topology.candidates(uid(99), "pos", "eu/north/1")[0] != "l3-31:1"
+
+
+def test_a_pin_to_a_hub_that_is_gone_does_not_drive_the_node_from_a_parent() -> None:
+    topology = hubs()
+    topology.pins[uid(99)] = [uid(31)]
+    topology.remove(uid(31))
+    assert not topology.must_leave(uid(99), uid(32))

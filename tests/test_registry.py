@@ -397,3 +397,21 @@ def test_a_clock_beyond_reason(tree: Tree) -> None:
     body = batch({"report": RAW})
     body["wall_ms"] = 10**400
     assert root.http("POST", "/v1/tree/reports", body)[0] == 400
+
+
+def test_pinned_to_a_node_of_no_level(tree: Tree) -> None:
+    root = root_of(tree)
+    root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "level": "moon", "address": "x:1"}}))
+    assert root.http("PUT", "/v1/registry/root/pins", {"parents": ["x"]})[0] in (400, 409)
+
+
+def test_pinned_to_more_than_an_order_carries(tree: Tree) -> None:
+    root = root_of(tree)
+    for number in range(9):
+        hub = {**RAW, "uid": f"{number + 16:032x}", "name": f"h{number}", "level": "l3", "address": f"hub-{number}:1"}
+        assert root.http("POST", "/v1/tree/reports", batch({"report": hub}, sender=str(hub["uid"])))[0] == 200
+    pos = {**RAW, "level": "pos"}
+    assert root.http("POST", "/v1/tree/reports", batch({"report": pos}))[0] == 200
+    names = [f"h{number}" for number in range(9)]
+    assert root.http("PUT", "/v1/registry/x/pins", {"parents": names})[0] == 409
+    assert root.http("PUT", "/v1/registry/x/pins", {"parents": names[:8]})[0] == 200

@@ -21,7 +21,7 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.pipe.fleet import Fleet, Member, find
 from edgebroker.pipe.follower import LEVELS
-from edgebroker.pipe.report import Assignment, NodeState, Question, Report, digest
+from edgebroker.pipe.report import MAX_CANDIDATES, Assignment, NodeState, Question, Report, digest
 from edgebroker.pipe.topology import Topology
 from edgebroker.storage.registry import NodeRow, RegistryStore
 
@@ -190,10 +190,16 @@ class Registrar:
         node = self._one(name, done)
         if node is None:
             return
+        if len(parents) > MAX_CANDIDATES:
+            done(409, f"a node is pinned to {MAX_CANDIDATES} parents at most")
+            return
         uids = []
         for parent in parents:
             hub = self._one(parent, done)
             if hub is None:
+                return
+            if not {hub.level, node.level} <= {*LEVELS}:
+                done(409, f"{hub.name} is a {hub.level} node, {node.name} a {node.level} node: who stands above whom?")
                 return
             if LEVELS.index(hub.level) >= LEVELS.index(node.level):
                 done(409, f"{hub.name} is a {hub.level} node; the parent of a {node.level} node stands above it")
