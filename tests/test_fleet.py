@@ -295,3 +295,15 @@ def test_a_pin_to_a_hub_that_is_gone_does_not_drive_the_node_from_a_parent() -> 
     topology.pins[uid(99)] = [uid(31)]
     topology.remove(uid(31))
     assert not topology.must_leave(uid(99), uid(32))
+
+
+def test_removing_a_dead_hub_does_not_make_its_children_connected() -> None:
+    fleet = Fleet(TOP)
+    fleet.take(state(report(1)), uid(1), 0.0)
+    fleet.take(state(report(2, parent=uid(1))), uid(1), 0.0)
+    fleet.lost(uid(1), 10.0)
+    assert fleet.silent_for(fleet.members[uid(2)], 100.0) == 90.0
+    fleet.take(state(report(3, parent=uid(2))), uid(1), 0.0)
+    fleet.remove(uid(2))
+    fleet.remove(uid(1))
+    assert fleet.silent_for(fleet.members[uid(3)], 100.0) == 90.0

@@ -135,9 +135,14 @@ class Fleet:
 
     def remove(self, uid: str) -> None:
         """Forget a node until it is connected again."""
+        since = [one.silent_since for one in self.path(self.members[uid]) if one.silent_since is not None]
         member = self.members.pop(uid)
         self.removed[uid] = member.boot
         self._changed.pop(uid, None)
+        if since:
+            for below in self.members.values():
+                if below.parent == uid:  # that was all that told that they are silent
+                    self.lost(below.uid, min(since))
 
     def tell_all(self) -> None:
         """Another node is above this one, or the one above has forgotten: everything is news."""
