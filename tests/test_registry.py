@@ -415,3 +415,22 @@ def test_pinned_to_more_than_an_order_carries(tree: Tree) -> None:
     names = [f"h{number}" for number in range(9)]
     assert root.http("PUT", "/v1/registry/x/pins", {"parents": names})[0] == 409
     assert root.http("PUT", "/v1/registry/x/pins", {"parents": names[:8]})[0] == 200
+
+
+def test_what_was_removed_and_is_back_can_be_lost_again(tree: Tree) -> None:
+    """It was cut off with its hub, removed, and never stopped; then it dies, also over a restart of the registry."""
+    root = root_of(tree)
+
+    def say(**more: float) -> None:
+        assert root.http("POST", "/v1/tree/reports", batch({"report": RAW, **more}, sender="2" * 32))[0] == 200
+
+    say(silent=60.0)
+    assert root.http("DELETE", "/v1/registry/x")[0] == 200
+    say(silent=61.0)
+    assert "x" not in nodes(root)
+    say()
+    assert nodes(root)["x"]["silent_seconds"] < 0
+    say(silent=100.0)
+    assert nodes(root)["x"]["silent_seconds"] >= 100
+    tree.stop("root")
+    assert nodes(root_of(tree))["x"]["silent_seconds"] >= 100

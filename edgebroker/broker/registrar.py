@@ -112,6 +112,8 @@ class Registrar:
         """There is news about a node."""
         if self.topology.put(member.uid, member.level, member.region, member.address):
             self._changed()  # it may be the parent that others wait for
+        if member.silent_since is None and self._fleet.removed.pop(member.uid, None) is not None:
+            self._store.changes.removed[member.uid] = None  # it is back: when it is lost again, that is news
         self._note(member)
         self._direct(member)
 
