@@ -434,3 +434,23 @@ def test_what_was_removed_and_is_back_can_be_lost_again(tree: Tree) -> None:
     assert nodes(root)["x"]["silent_seconds"] >= 100
     tree.stop("root")
     assert nodes(root_of(tree))["x"]["silent_seconds"] >= 100
+
+
+def test_a_drain_is_said_at_once_also_to_a_node_that_did_not_take_its_list(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    root = root_of(tree)
+    publish(root, "prices", 0, 5)
+    joins(tree, "one", "root", level="pos", **{"node.region": "r/1"})
+    joins(tree, "two", "root", level="pos", **{"node.region": "r/2"})
+    till = joins(tree, "till", "root", level="local", **{"node.region": "r/1"})
+    until(tree, lambda: parent(till) == "one", "the till is at its store", 10.0)
+    tree.stop("till")
+    till = told_of(tree, "till", "root", level="local", **{"node.region": "r/2"})
+    for _ in range(120):
+        pass_time(tree, 10.0, 5.0)
+        time.sleep(0.02)
+    assert parent(till) == "one"
+    assert run(root, capsys, "node", "drain", "one") == (0, {})
+    for _ in range(30):
+        pass_time(tree, 10.0, 2.0)
+        time.sleep(0.05)
+    assert parent(till) == "two"

@@ -56,8 +56,9 @@ class Registrar:
         self.topology = Topology()
         # What was written of each node: what it said of its place, and whether it was connected.
         self._written: dict[str, tuple[object, ...]] = {}
-        # To whom which list was told: its digest, when, and how long to wait before it is told again.
-        self._told: dict[str, tuple[int, float, float]] = {}
+        # To whom what was told: the digest of the list and whether to drain, when, and how long to wait before it is
+        # told again.
+        self._told: dict[str, tuple[tuple[int, bool], float, float]] = {}
         # What was so when a node needed no word; the version grows with every change of the topology.
         self._settled: dict[str, tuple[object, ...]] = {}
         self._version = 0
@@ -172,13 +173,13 @@ class Registrar:
             return
         wanted = self.topology.candidates(member.uid, member.level, member.region)
         leave = self.topology.must_leave(member.uid, member.parent)
-        meant = digest(wanted)
-        if (meant == member.candidates or not wanted) and not leave:
+        meant = digest(wanted), leave
+        if (meant[0] == member.candidates or not wanted) and not leave:
             self._told.pop(member.uid, None)
             self._settled[member.uid] = looked_at
             return
         now = self._scheduler.now()
-        before, at, wait = self._told.get(member.uid, (-1, 0.0, 0.0))
+        before, at, wait = self._told.get(member.uid, (None, 0.0, 0.0))
         if before == meant and now < at + wait:
             return
         if self._overseeing.direct(Assignment(uid=member.uid, candidates=wanted, drain=leave)):
