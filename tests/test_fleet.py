@@ -307,3 +307,9 @@ def test_removing_a_dead_hub_does_not_make_its_children_connected() -> None:
     fleet.remove(uid(2))
     fleet.remove(uid(1))
     assert fleet.silent_for(fleet.members[uid(3)], 100.0) == 90.0
+
+
+def test_one_big_topic_does_not_hide_the_others() -> None:
+    big = TopicReport("big", [10**9] * 100, [GroupReport(f"g{n}", [5] * 100) for n in range(9)])
+    small = [TopicReport(f"t{n}", [5], [GroupReport("g", [3])]) for n in range(3)]
+    assert within_limit(report(1, topics=[big, *small])).topics

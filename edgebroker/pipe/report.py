@@ -154,7 +154,7 @@ def within_limit(report: Report) -> Report:
     for topic in sorted(report.topics, key=_matters):
         size = len(msgspec.json.encode(topic)) + 1
         if size > left:
-            break
+            continue  # one that is too big hides no other
         left -= size
         kept.append(topic)
     return msgspec.structs.replace(report, topics=kept, left_out=len(report.topics) - len(kept))
