@@ -454,3 +454,11 @@ def test_a_drain_is_said_at_once_also_to_a_node_that_did_not_take_its_list(tree:
         pass_time(tree, 10.0, 2.0)
         time.sleep(0.05)
     assert parent(till) == "two"
+
+
+def test_wait_for_a_partition_that_is_not_there(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    root = root_of(tree)
+    publish(root, "prices", 0, 5)
+    topics = [["prices", [0], [["g", [0], False]], 0]]
+    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
+    assert main(["wait", "--topic", "prices", "--partition", "9", "--timeout", "0s", "--admin", tree.address("root")]) != 0
