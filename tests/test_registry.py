@@ -462,3 +462,18 @@ def test_wait_for_a_partition_that_is_not_there(tree: Tree, capsys: pytest.Captu
     topics = [["prices", [0], [["g", [0], False]], 0]]
     assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
     assert main(["wait", "--topic", "prices", "--partition", "9", "--timeout", "0s", "--admin", tree.address("root")]) != 0
+
+
+def test_applied_of_fewer_partitions_than_the_topic_has(tree: Tree) -> None:
+    root = root_of(tree)
+    topics = [["t", [5, 5], [["g", [5], False]], 0]]
+    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] in (200, 400)
+    status, answer = root.http("GET", "/v1/tree/applied?topic=t&end=0:5&end=1:5")
+    assert (status, answer.get("done", 0)) == (200, 0)
+
+
+def test_a_negative_partition(tree: Tree) -> None:
+    root = root_of(tree)
+    topics = [["t", [5], [["g", [5], False]], 0]]
+    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
+    assert root.http("GET", "/v1/tree/applied?topic=t&end=-5:5")[0] == 400
