@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -436,7 +437,9 @@ def test_what_was_removed_and_is_back_can_be_lost_again(tree: Tree) -> None:
     assert nodes(root_of(tree))["x"]["silent_seconds"] >= 100
 
 
-def test_a_drain_is_said_at_once_also_to_a_node_that_did_not_take_its_list(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_drain_is_said_at_once_also_to_a_node_that_did_not_take_its_list(
+    tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
     root = root_of(tree)
     publish(root, "prices", 0, 5)
     joins(tree, "one", "root", level="pos", **{"node.region": "r/1"})
@@ -444,7 +447,7 @@ def test_a_drain_is_said_at_once_also_to_a_node_that_did_not_take_its_list(tree:
     till = joins(tree, "till", "root", level="local", **{"node.region": "r/1"})
     until(tree, lambda: parent(till) == "one", "the till is at its store", 10.0)
     tree.stop("till")
-    till = told_of(tree, "till", "root", level="local", **{"node.region": "r/2"})
+    till = told(tree, "till", "root", level="local", **{"node.region": "r/2"})
     for _ in range(120):
         pass_time(tree, 10.0, 5.0)
         time.sleep(0.02)
@@ -461,7 +464,9 @@ def test_wait_for_a_partition_that_is_not_there(tree: Tree, capsys: pytest.Captu
     publish(root, "prices", 0, 5)
     topics = [["prices", [0], [["g", [0], False]], 0]]
     assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
-    assert main(["wait", "--topic", "prices", "--partition", "9", "--timeout", "0s", "--admin", tree.address("root")]) != 0
+    wanted = ["wait", "--topic", "prices", "--partition", "9", "--timeout", "0s"]
+    assert main([*wanted, "--admin", tree.address("root")]) != 0
+    assert "--partition 9" in capsys.readouterr().err
 
 
 def test_applied_of_fewer_partitions_than_the_topic_has(tree: Tree) -> None:
