@@ -12,6 +12,7 @@ from edgebroker.pipe.fleet import MAX_NODES, Fleet, matches
 from edgebroker.pipe.report import (
     MAX_CANDIDATES,
     MAX_REPORT_BYTES,
+    Assignment,
     GroupReport,
     NodeState,
     Report,
@@ -263,3 +264,52 @@ def test_a_list_has_a_limit_and_a_digest() -> None:
     assert len(found) == MAX_CANDIDATES
     assert digest(found) != digest(found[::-1])
     assert digest([]) == 0
+
+
+def test_a_childs_own_report_does_not_wipe_what_was_measured() -> None:
+    fleet = Fleet(TOP)
+    fleet.take(state(report(1)), uid(1), 0.0)
+    fleet.measured(uid(1), 500.0, 1.0)
+    fleet.take(state(report(1, said=2)), uid(1), 2.0)
+    assert fleet.lag(fleet.members[uid(1)], 2.0) >= 500.0
+
+
+def test_pins_are_at_most_as_many_as_an_order_may_carry() -> None:
+    topology = Topology()
+    for number in range(12):
+        topology.put(uid(number), "l3", "eu", f"hub-{number}:1")
+    topology.pins[uid(99)] = [uid(number) for number in range(12)]
+    found = topology.candidates(uid(99), "pos", "eu/1")
+    msgspec.json.decode(msgspec.json.encode(Assignment(uid=uid(99), candidates=found)), type=Assignment)
+
+
+def test_a_pin_does_not_hold_a_node_at_a_hub_that_is_drained() -> None:
+    topology = hubs()
+    topology.pins[uid(99)] = [uid(31)]
+    topology.draining.add(uid(31))
+    assert topology.candidates(uid(99), "pos", "eu/north/1")[0] != "l3-31:1"
+
+
+def test_a_pin_to_a_hub_that_is_gone_does_not_drive_the_node_from_a_parent() -> None:
+    topology = hubs()
+    topology.pins[uid(99)] = [uid(31)]
+    topology.remove(uid(31))
+    assert not topology.must_leave(uid(99), uid(32))
+
+
+def test_removing_a_dead_hub_does_not_make_its_children_connected() -> None:
+    fleet = Fleet(TOP)
+    fleet.take(state(report(1)), uid(1), 0.0)
+    fleet.take(state(report(2, parent=uid(1))), uid(1), 0.0)
+    fleet.lost(uid(1), 10.0)
+    assert fleet.silent_for(fleet.members[uid(2)], 100.0) == 90.0
+    fleet.take(state(report(3, parent=uid(2))), uid(1), 0.0)
+    fleet.remove(uid(2))
+    fleet.remove(uid(1))
+    assert fleet.silent_for(fleet.members[uid(3)], 100.0) == 90.0
+
+
+def test_one_big_topic_does_not_hide_the_others() -> None:
+    big = TopicReport("big", [10**9] * 100, [GroupReport(f"g{n}", [5] * 100) for n in range(9)])
+    small = [TopicReport(f"t{n}", [5], [GroupReport("g", [3])]) for n in range(3)]
+    assert within_limit(report(1, topics=[big, *small])).topics

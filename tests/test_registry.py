@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from trees import Tree, follows, pipe, publish, wait_for
 
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
+from edgebroker.storage.registry import NodeRow
 
 pytestmark = pytest.mark.slow
 
@@ -351,3 +353,129 @@ def test_much_is_reported_in_pieces_and_again_to_a_parent_that_forgot(tree: Tree
         found |= {node["uid"] for node in page["nodes"]}
         page = root.http("GET", f"/v1/tree/nodes?label=level=local&after={page['after']}")[1]
     assert len(found | {node["uid"] for node in page["nodes"]}) == 2000
+
+
+# ---- what is malformed ----
+
+RAW = {"uid": "1" * 32, "name": "x", "level": "local", "version": "1", "boot": "0" * 16, "number": 1}
+
+
+def batch(*states: dict[str, Any], sender: str = "1" * 32, **more: Any) -> dict[str, Any]:
+    return {"sender": sender, "session": "s", "number": 0, "nodes": list(states), **more}
+
+
+def test_a_write_that_fails_leaves_no_transaction_open(tree: Tree) -> None:
+    """Whatever a row holds: what is decided afterwards is stored."""
+    root = root_of(tree)
+
+    def spoil() -> None:
+        assert root.broker.tree.registrar is not None
+        root.broker.tree.registrar._store.changes.nodes["1" * 32] = NodeRow(b"{}", False, 1 << 70)
+
+    root.call(spoil)
+    until(tree, lambda: root.http("GET", "/readyz")[1]["warnings"].get("registry"), "it cannot be stored")
+
+    def mend() -> None:
+        assert root.broker.tree.registrar is not None
+        root.broker.tree.registrar._store.changes.nodes["1" * 32] = None
+
+    root.call(mend)
+    assert root.http("PUT", "/v1/registry/root/drain") == (200, {})
+
+
+@pytest.mark.parametrize("what", [{"silent": 1e16}, {"silent": 1e308}, {"behind": 1e300}, {"skew": 10**30}])
+def test_a_number_beyond_reason(tree: Tree, what: dict[str, float]) -> None:
+    root = root_of(tree)
+    body = batch({"report": RAW, **what}, sender="2" * 32)
+    assert root.http("POST", "/v1/tree/reports", body)[0] == 400
+
+
+def test_a_clock_beyond_reason(tree: Tree) -> None:
+    root = root_of(tree)
+    body = batch({"report": RAW})
+    body["wall_ms"] = 10**400
+    assert root.http("POST", "/v1/tree/reports", body)[0] == 400
+
+
+def test_pinned_to_a_node_of_no_level(tree: Tree) -> None:
+    root = root_of(tree)
+    root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "level": "moon", "address": "x:1"}}))
+    assert root.http("PUT", "/v1/registry/root/pins", {"parents": ["x"]})[0] in (400, 409)
+
+
+def test_pinned_to_more_than_an_order_carries(tree: Tree) -> None:
+    root = root_of(tree)
+    for number in range(9):
+        hub = {**RAW, "uid": f"{number + 16:032x}", "name": f"h{number}", "level": "l3", "address": f"hub-{number}:1"}
+        assert root.http("POST", "/v1/tree/reports", batch({"report": hub}, sender=str(hub["uid"])))[0] == 200
+    pos = {**RAW, "level": "pos"}
+    assert root.http("POST", "/v1/tree/reports", batch({"report": pos}))[0] == 200
+    names = [f"h{number}" for number in range(9)]
+    assert root.http("PUT", "/v1/registry/x/pins", {"parents": names})[0] == 409
+    assert root.http("PUT", "/v1/registry/x/pins", {"parents": names[:8]})[0] == 200
+
+
+def test_what_was_removed_and_is_back_can_be_lost_again(tree: Tree) -> None:
+    """It was cut off with its hub, removed, and never stopped; then it dies, also over a restart of the registry."""
+    root = root_of(tree)
+
+    def say(**more: float) -> None:
+        assert root.http("POST", "/v1/tree/reports", batch({"report": RAW, **more}, sender="2" * 32))[0] == 200
+
+    say(silent=60.0)
+    assert root.http("DELETE", "/v1/registry/x")[0] == 200
+    say(silent=61.0)
+    assert "x" not in nodes(root)
+    say()
+    assert nodes(root)["x"]["silent_seconds"] < 0
+    say(silent=100.0)
+    assert nodes(root)["x"]["silent_seconds"] >= 100
+    tree.stop("root")
+    assert nodes(root_of(tree))["x"]["silent_seconds"] >= 100
+
+
+def test_a_drain_is_said_at_once_also_to_a_node_that_did_not_take_its_list(
+    tree: Tree, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = root_of(tree)
+    publish(root, "prices", 0, 5)
+    joins(tree, "one", "root", level="pos", **{"node.region": "r/1"})
+    joins(tree, "two", "root", level="pos", **{"node.region": "r/2"})
+    till = joins(tree, "till", "root", level="local", **{"node.region": "r/1"})
+    until(tree, lambda: parent(till) == "one", "the till is at its store", 10.0)
+    tree.stop("till")
+    till = told(tree, "till", "root", level="local", **{"node.region": "r/2"})
+    for _ in range(120):
+        pass_time(tree, 10.0, 5.0)
+        time.sleep(0.02)
+    assert parent(till) == "one"
+    assert run(root, capsys, "node", "drain", "one") == (0, {})
+    for _ in range(30):
+        pass_time(tree, 10.0, 2.0)
+        time.sleep(0.05)
+    assert parent(till) == "two"
+
+
+def test_wait_for_a_partition_that_is_not_there(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    root = root_of(tree)
+    publish(root, "prices", 0, 5)
+    topics = [["prices", [0], [["g", [0], False]], 0]]
+    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
+    wanted = ["wait", "--topic", "prices", "--partition", "9", "--timeout", "0s"]
+    assert main([*wanted, "--admin", tree.address("root")]) != 0
+    assert "--partition 9" in capsys.readouterr().err
+
+
+def test_applied_of_fewer_partitions_than_the_topic_has(tree: Tree) -> None:
+    root = root_of(tree)
+    topics = [["t", [5, 5], [["g", [5], False]], 0]]
+    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] in (200, 400)
+    status, answer = root.http("GET", "/v1/tree/applied?topic=t&end=0:5&end=1:5")
+    assert (status, answer.get("done", 0)) == (200, 0)
+
+
+def test_a_negative_partition(tree: Tree) -> None:
+    root = root_of(tree)
+    topics = [["t", [5], [["g", [5], False]], 0]]
+    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
+    assert root.http("GET", "/v1/tree/applied?topic=t&end=-5:5")[0] == 400

@@ -21,7 +21,7 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.pipe.fleet import Fleet, Member, find
 from edgebroker.pipe.follower import LEVELS
-from edgebroker.pipe.report import Assignment, NodeState, Question, Report, digest
+from edgebroker.pipe.report import MAX_CANDIDATES, Assignment, NodeState, Question, Report, digest
 from edgebroker.pipe.topology import Topology
 from edgebroker.storage.registry import NodeRow, RegistryStore
 
@@ -56,8 +56,9 @@ class Registrar:
         self.topology = Topology()
         # What was written of each node: what it said of its place, and whether it was connected.
         self._written: dict[str, tuple[object, ...]] = {}
-        # To whom which list was told: its digest, when, and how long to wait before it is told again.
-        self._told: dict[str, tuple[int, float, float]] = {}
+        # To whom what was told: the digest of the list and whether to drain, when, and how long to wait before it is
+        # told again.
+        self._told: dict[str, tuple[tuple[int, bool], float, float]] = {}
         # What was so when a node needed no word; the version grows with every change of the topology.
         self._settled: dict[str, tuple[object, ...]] = {}
         self._version = 0
@@ -112,6 +113,8 @@ class Registrar:
         """There is news about a node."""
         if self.topology.put(member.uid, member.level, member.region, member.address):
             self._changed()  # it may be the parent that others wait for
+        if member.silent_since is None and self._fleet.removed.pop(member.uid, None) is not None:
+            self._store.changes.removed[member.uid] = None  # it is back: when it is lost again, that is news
         self._note(member)
         self._direct(member)
 
@@ -170,13 +173,13 @@ class Registrar:
             return
         wanted = self.topology.candidates(member.uid, member.level, member.region)
         leave = self.topology.must_leave(member.uid, member.parent)
-        meant = digest(wanted)
-        if (meant == member.candidates or not wanted) and not leave:
+        meant = digest(wanted), leave
+        if (meant[0] == member.candidates or not wanted) and not leave:
             self._told.pop(member.uid, None)
             self._settled[member.uid] = looked_at
             return
         now = self._scheduler.now()
-        before, at, wait = self._told.get(member.uid, (-1, 0.0, 0.0))
+        before, at, wait = self._told.get(member.uid, (None, 0.0, 0.0))
         if before == meant and now < at + wait:
             return
         if self._overseeing.direct(Assignment(uid=member.uid, candidates=wanted, drain=leave)):
@@ -190,10 +193,16 @@ class Registrar:
         node = self._one(name, done)
         if node is None:
             return
+        if len(parents) > MAX_CANDIDATES:
+            done(409, f"a node is pinned to {MAX_CANDIDATES} parents at most")
+            return
         uids = []
         for parent in parents:
             hub = self._one(parent, done)
             if hub is None:
+                return
+            if not {hub.level, node.level} <= {*LEVELS}:
+                done(409, f"{hub.name} is a {hub.level} node, {node.name} a {node.level} node: who stands above whom?")
                 return
             if LEVELS.index(hub.level) >= LEVELS.index(node.level):
                 done(409, f"{hub.name} is a {hub.level} node; the parent of a {node.level} node stands above it")

@@ -124,6 +124,8 @@ class TreeView:
         try:
             topic = query["topic"][0]
             wanted_ends = {int(p): int(o) for p, _, o in (text.partition(":") for text in query.get("end", []))}
+            if min(wanted_ends, default=0) < 0:
+                raise ValueError
         except (KeyError, ValueError):
             reply(Response(400, {"error": "topic=NAME and end=PARTITION:OFFSET (as often as need be) are expected"}))
             return
@@ -243,8 +245,9 @@ def _lacks(report: Report, topic: str, ends: dict[int, int], group: str, mirrore
         if one.refreshing:
             return f"group {one.name} is refreshing"
         for partition, end in ends.items():
-            if one.applied[partition] < end:
-                return f"group {one.name} is at {max(0, one.applied[partition])} of partition {partition}"
+            applied = one.applied[partition] if partition < len(one.applied) else -1
+            if applied < end:
+                return f"group {one.name} is at {max(0, applied)} of partition {partition}"
     return ""
 
 

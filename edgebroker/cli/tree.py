@@ -152,11 +152,14 @@ def _ends(options: argparse.Namespace) -> dict[int, int]:
     if options.offset >= 0:
         return {max(0, options.partition): options.offset}
     partitions = call(options.admin, "GET", f"/v1/topics/{quote(options.topic)}")["partitions"]
-    return {
+    ends = {
         one["partition"]: one["durable_end"]
         for one in partitions
         if options.partition < 0 or one["partition"] == options.partition
     }
+    if not ends:
+        raise ConfigError(f"--partition {options.partition}: {options.topic} has {len(partitions)} partitions")
+    return ends
 
 
 def parse_duration(text: str) -> float:

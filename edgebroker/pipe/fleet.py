@@ -104,7 +104,8 @@ class Fleet:
         member.say(report, raw)
         member.route = route
         member.silent_since = now - state.silent if silent else None
-        member.behind, member.behind_at, member.skew = state.behind, now, state.skew
+        if route != member.uid:  # of a child of its own the node above knows better than the child
+            member.behind, member.behind_at, member.skew = state.behind, now, state.skew
         self._changed[member.uid] = None
         return member
 
@@ -134,9 +135,14 @@ class Fleet:
 
     def remove(self, uid: str) -> None:
         """Forget a node until it is connected again."""
+        since = [one.silent_since for one in self.path(self.members[uid]) if one.silent_since is not None]
         member = self.members.pop(uid)
         self.removed[uid] = member.boot
         self._changed.pop(uid, None)
+        if since:
+            for below in self.members.values():
+                if below.parent == uid:  # that was all that told that they are silent
+                    self.lost(below.uid, min(since))
 
     def tell_all(self) -> None:
         """Another node is above this one, or the one above has forgotten: everything is news."""

@@ -24,6 +24,10 @@ _Name = Annotated[str, Meta(min_length=1, max_length=255)]
 _Word = Annotated[str, Meta(max_length=MAX_LABEL_LENGTH)]
 _Address = Annotated[str, Meta(max_length=300)]
 _Number = Annotated[int, Meta(ge=0, le=1 << 62)]
+# Far beyond what is sensible, and within what a database, a clock and JSON can carry.
+_Seconds = Annotated[float, Meta(ge=-1, le=1e10)]
+_Skew = Annotated[int, Meta(ge=-(1 << 53), le=1 << 53)]
+_WallMs = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 
 class GroupReport(msgspec.Struct, frozen=True, array_like=True):
@@ -84,9 +88,9 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     is ahead of that of the node above it."""
 
     report: msgspec.Raw
-    silent: float = -1.0
-    behind: float = 0.0
-    skew: int = 0
+    silent: _Seconds = -1.0
+    behind: _Seconds = 0.0
+    skew: _Skew = 0
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
@@ -97,7 +101,7 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     session: Annotated[str, Meta(max_length=64)]
     number: _Number
     nodes: list[NodeState]
-    wall_ms: int = 0
+    wall_ms: _WallMs = 0
 
 
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, tag="parents"):
@@ -150,7 +154,7 @@ def within_limit(report: Report) -> Report:
     for topic in sorted(report.topics, key=_matters):
         size = len(msgspec.json.encode(topic)) + 1
         if size > left:
-            break
+            continue  # one that is too big hides no other
         left -= size
         kept.append(topic)
     return msgspec.structs.replace(report, topics=kept, left_out=len(report.topics) - len(kept))

@@ -1,6 +1,6 @@
 """Who may feed whom: the ordered list of candidate parents of each node, from what the registry knows.
 
-    pinned parents, as the operator wrote them
+    pinned parents, as the operator wrote them, while they are hubs
     hubs of the nearest level above, then of the levels above that; among them
         those whose region contains the node's, the closest first; then those of other regions (not pos)
         in an order of the node's own, so that the children of a region spread over its hubs
@@ -63,7 +63,7 @@ class Topology:
     def candidates(self, uid: str, level: str, region: str) -> list[str]:
         """The addresses at which a node shall look for a parent, the best first."""
         found: dict[str, None] = dict.fromkeys(
-            self._hubs[pinned].address for pinned in self.pins.get(uid, ()) if pinned in self._hubs
+            [self._hubs[pinned].address for pinned in self._pinned(uid)][:MAX_CANDIDATES]
         )
         for hub in self._automatic(uid, level, region):
             if len(found) >= MAX_CANDIDATES:
@@ -73,8 +73,12 @@ class Topology:
 
     def must_leave(self, uid: str, parent: str) -> bool:
         """Shall a node give up the parent that it has?"""
-        pins = self.pins.get(uid)
+        pins = self._pinned(uid)
         return parent in self.draining or bool(pins and parent not in pins)
+
+    def _pinned(self, uid: str) -> list[str]:
+        """The pinned parents that there are: not those that were removed, or are being drained."""
+        return [pinned for pinned in self.pins.get(uid, ()) if pinned in self._hubs and pinned not in self.draining]
 
     def _automatic(self, uid: str, level: str, region: str) -> Iterator[Hub]:
         above = list(reversed(LEVELS[: LEVELS.index(level)])) if level in LEVELS else []

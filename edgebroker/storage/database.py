@@ -29,7 +29,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Cursor]:
     try:
         yield cursor
         cursor.execute("COMMIT")
-    except sqlite3.Error:
+    except Exception:  # also a value that SQLite does not take: the next one must find no open transaction
         if connection.in_transaction:
             connection.rollback()
         raise
