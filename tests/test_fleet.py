@@ -20,7 +20,7 @@ from edgebroker.pipe.report import (
     digest,
     within_limit,
 )
-from edgebroker.pipe.topology import Topology
+from edgebroker.pipe.topology import FIRST_PLACE, Topology
 
 TOP = "f" * 32
 BOOTS = ("a" * 16, "b" * 16, "c" * 16)
@@ -242,11 +242,11 @@ def test_pins_drains_and_removals() -> None:
     topology = hubs()
     topology.pins[uid(99)] = [uid(34), uid(2)]
     assert topology.candidates(uid(99), "pos", "eu/north/1")[:2] == ["l3-34:1", "l2:1"]
-    assert topology.must_leave(uid(99), uid(31))
-    assert not topology.must_leave(uid(99), uid(2))
+    assert topology.must_leave(uid(99), uid(31), "eu/north/1", lambda pin: True)
+    assert not topology.must_leave(uid(99), uid(2), "eu/north/1", lambda pin: True)
     topology.draining.add(uid(41))
     assert "pos-41:1" not in topology.candidates(uid(98), "local", "eu/north/41")
-    assert topology.must_leave(uid(98), uid(41))
+    assert topology.must_leave(uid(98), uid(41), "eu/north/1", lambda pin: True)
     assert topology.remove(uid(31))
     assert not topology.remove(uid(31))
     assert topology.candidates(uid(98), "pos", "eu/north/41")[0] == "l3-32:1"
@@ -261,7 +261,13 @@ def test_a_list_has_a_limit_and_a_digest() -> None:
     for number in range(30):
         topology.put(uid(number), "l3", "eu", f"hub-{number}:1")
     found = topology.candidates(uid(99), "pos", "eu/1")
+    assert len(found) == FIRST_PLACE
+    for number in range(30):
+        topology.put(uid(100 + number), "l2", "eu", f"upper-{number}:1")
+        topology.put(uid(200 + number), "root", "", f"top-{number}:1")
+    found = topology.candidates(uid(99), "pos", "eu/1")
     assert len(found) == MAX_CANDIDATES
+    assert [address.partition("-")[0] for address in found] == ["hub"] * 4 + ["upper"] * 2 + ["top"] * 2
     assert digest(found) != digest(found[::-1])
     assert digest([]) == 0
 
@@ -294,7 +300,7 @@ def test_a_pin_to_a_hub_that_is_gone_does_not_drive_the_node_from_a_parent() -> 
     topology = hubs()
     topology.pins[uid(99)] = [uid(31)]
     topology.remove(uid(31))
-    assert not topology.must_leave(uid(99), uid(32))
+    assert not topology.must_leave(uid(99), uid(32), "eu/north/1", lambda pin: True)
 
 
 def test_removing_a_dead_hub_does_not_make_its_children_connected() -> None:

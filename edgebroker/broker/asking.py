@@ -36,9 +36,9 @@ class Ask:
         self._told: Told | None = told
         self._most_bytes, self._silence_seconds = most_bytes, silence
         self._data = bytearray()
-        self._status = 0
+        self._status = self._through = 0
         self._silence = loop.call_later(silence, self._silent)
-        self._limit = loop.call_later(limit, self._silent)
+        self._limit = loop.call_later(limit, self._late)
         self._client = HttpClient(loop, self, RECEIVE_BYTES)
         self._client.open(address)
 
@@ -68,7 +68,16 @@ class Ask:
         self._end(reason)
 
     def _silent(self) -> None:
-        self._end("it does not go on with its answer")
+        transport = self._client.transport
+        through = transport.bytes_out - transport.unacknowledged if transport is not None else 0
+        if through > self._through:  # the request is still going up, slowly
+            self._through = through
+            self._silence = self._loop.call_later(self._silence_seconds, self._silent)
+        else:
+            self._end("it does not go on with its answer")
+
+    def _late(self) -> None:
+        self._end("it takes too long")
 
     def stop(self) -> None:
         """Give up; nothing is told."""

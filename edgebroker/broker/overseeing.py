@@ -13,13 +13,15 @@ from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http import Reply, Request, Response
 from edgebroker.pipe.fleet import Fleet, Member
-from edgebroker.pipe.report import Batch, Order
+from edgebroker.pipe.report import Batch, NodeState, Order, Report
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS = 10.0
 # Between two answers to its poll, and while it comes back from a lost connection, a child is not lost.
 GRACE_SECONDS = 60.0
+FORGET_SECONDS = 7 * 24 * 3600.0
+SLICE = 50
 LEAST_SKEW_SECONDS = 2
 
 
@@ -37,6 +39,8 @@ class Overseeing:
     ) -> None:
         self._scheduler, self._clock, self._metrics = scheduler, clock, metrics
         self.fleet, self._feeding, self._heard = fleet, feeding, heard
+        # Where the registry is kept, nobody is forgotten until an operator says so.
+        self.forgets = True
         # The last batch of each child: its session and number; and when the child was last connected.
         self._batches: dict[str, tuple[str, int]] = {}
         self._connected: dict[str, float] = {}
@@ -54,9 +58,10 @@ class Overseeing:
                 why = "this node does not know the batch before; begin anew with number 0"
                 reply(Response(409, {"error": why, "code": "BEGIN_ANEW"}))
                 return
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             reply(Response(400, {"error": str(error)}))
             return
+        elsewhere: list[str] = []
         for state in batch.nodes:
             try:
                 member = self.fleet.take(state, batch.sender, now)
@@ -65,6 +70,7 @@ class Overseeing:
                 log.warning("a report that %s passed on is not understood: %s", batch.sender, error)
                 continue
             if member is None:
+                elsewhere += self._elsewhere(state, batch.sender)
                 continue
             self._metrics.reports_heard += 1
             if member.uid == batch.sender:
@@ -73,7 +79,14 @@ class Overseeing:
         self._batches[batch.sender] = (batch.session, batch.number)
         self._connected[batch.sender] = now
         self.fleet.found(batch.sender)
-        reply(Response(200, {}))
+        reply(Response(200, {"elsewhere": elsewhere}))
+
+    def _elsewhere(self, state: NodeState, sender: str) -> list[str]:
+        """The node that a child says it lost, when it is reached through another one."""
+        uid = msgspec.json.decode(state.report, type=Report).uid
+        member = self.fleet.members.get(uid)
+        gone = state.silent >= 0 and member is not None and member.route not in ("", sender)
+        return [uid] if gone else []
 
     def _skew(self, wall_ms: int) -> int:
         seconds = round((wall_ms - self._clock.wall_ms()) / 1000)
@@ -81,8 +94,14 @@ class Overseeing:
 
     def _watch(self) -> None:
         self._scheduler.call_later(WATCH_SECONDS, self._watch)
+        self._watch_some(list(self._connected.items()))
+
+    def _watch_some(self, children: list[tuple[str, float]]) -> None:
+        """A slice a turn: to know how far each is behind means to look at every log it follows."""
         now = self._scheduler.now()
-        for uid, seen in list(self._connected.items()):
+        if len(children) > SLICE:
+            self._scheduler.call_later(0.0, lambda: self._watch_some(children[SLICE:]))
+        for uid, seen in children[:SLICE]:
             member = self.fleet.members.get(uid)
             if member is None or member.route != uid:
                 del self._connected[uid]  # it is reached through another child now
@@ -91,6 +110,9 @@ class Overseeing:
             if self._feeding.child(uid) is not None:
                 self._connected[uid] = now
                 self.fleet.found(uid)
+            elif now - seen > FORGET_SECONDS and self.forgets:
+                self.fleet.forget(uid)
+                continue
             elif now - seen > GRACE_SECONDS:
                 self.fleet.lost(uid, seen)
             self.fleet.measured(uid, self._feeding.behind(uid), now)

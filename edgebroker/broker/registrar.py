@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 SWEEP_SECONDS = 30.0
 SLICE = 500
+# A hub that was not heard of for so long comes behind the others.
+LOST_SECONDS = 3600.0
 TELL_AGAIN_SECONDS, LONGEST_TELL_AGAIN_SECONDS = 60.0, 3600.0
 
 
@@ -61,6 +63,8 @@ class Registrar:
         self._told: dict[str, tuple[tuple[int, bool], float, float]] = {}
         # What was so when a node needed no word; the version grows with every change of the topology.
         self._settled: dict[str, tuple[object, ...]] = {}
+        # Nodes that have been at a pinned parent: if they left it, it was lost, and they come back by themselves.
+        self._obeyed: set[str] = set()
         self._version = 0
         self._left: deque[str] = deque()
         self._sweep_due = 0.0
@@ -70,6 +74,7 @@ class Registrar:
         state = self._store.load()
         now, wall = self._scheduler.now(), self._clock.wall_ms()
         self._fleet.removed = state.removed
+        self._overseeing.forgets = False
         self.topology.pins, self.topology.draining = state.pins, state.draining
         for uid, row in state.nodes.items():
             seen = state.wall_ms if row.connected else row.seen_ms
@@ -121,6 +126,10 @@ class Registrar:
     def _note(self, member: Member) -> None:
         connected = self._fleet.silent_for(member, self._scheduler.now()) < 0
         place = _place(member, connected)
+        lost = self._fleet.silent_for(member, self._scheduler.now()) > LOST_SECONDS
+        if lost != (member.uid in self.topology.lost) and member.address:
+            (self.topology.lost.add if lost else self.topology.lost.discard)(member.uid)
+            self._changed()
         if self._written.get(member.uid) != place:
             self._written[member.uid] = place
             silent = max(0.0, self._fleet.silent_for(member, self._scheduler.now()))
@@ -172,7 +181,12 @@ class Registrar:
         if self._settled.get(member.uid) == looked_at:
             return
         wanted = self.topology.candidates(member.uid, member.level, member.region)
-        leave = self.topology.must_leave(member.uid, member.parent)
+        if member.parent in self.topology.pins.get(member.uid, ()):
+            self._obeyed.add(member.uid)
+        obeyed = member.uid in self._obeyed
+        leave = bool(wanted) and self.topology.must_leave(
+            member.uid, member.parent, member.region, lambda pinned: not obeyed and self._is_connected(pinned)
+        )
         meant = digest(wanted), leave
         if (meant[0] == member.candidates or not wanted) and not leave:
             self._told.pop(member.uid, None)
@@ -186,12 +200,19 @@ class Registrar:
             wait = min(LONGEST_TELL_AGAIN_SECONDS, wait * 2) if before == meant and wait else TELL_AGAIN_SECONDS
             self._told[member.uid] = (meant, now, wait)
 
+    def _is_connected(self, uid: str) -> bool:
+        member = self._fleet.members.get(uid)
+        return member is None or self._fleet.silent_for(member, self._scheduler.now()) < 0  # None: this node itself
+
     # ---- what operators decide ----
 
     def pin(self, name: str, parents: list[str], done: Callable[[int, str], None]) -> None:
         """Pin the parents of a node, none to undo it: done(HTTP status, error), once stored."""
         node = self._one(name, done)
         if node is None:
+            return
+        if isinstance(node, Member) and not node.managed:
+            done(409, f"{node.name} is not led by the registry: set pipe.registry there, or change its pipe.parents")
             return
         if len(parents) > MAX_CANDIDATES:
             done(409, f"a node is pinned to {MAX_CANDIDATES} parents at most")
@@ -215,6 +236,7 @@ class Registrar:
             self.topology.pins[node.uid] = uids
         else:
             self.topology.pins.pop(node.uid, None)
+        self._obeyed.discard(node.uid)
         self._store.changes.pins[node.uid] = uids
         self._decided(done)
 
@@ -239,6 +261,7 @@ class Registrar:
         self.topology.remove(node.uid)
         self.topology.pins.pop(node.uid, None)
         self.topology.draining.discard(node.uid)
+        self.topology.lost.discard(node.uid)
         self._told.pop(node.uid, None)
         self._written.pop(node.uid, None)
         self._settled.pop(node.uid, None)

@@ -26,10 +26,12 @@ from edgebroker.pipe.report import (
     MAX_BATCH_BYTES,
     Batch,
     GroupReport,
+    Heard,
     NodeState,
     Report,
     ResetReport,
     TopicReport,
+    digest_of_logs,
     within_limit,
 )
 from edgebroker.pipe.stream import is_shared
@@ -38,9 +40,12 @@ from edgebroker.version import __version__
 
 TICK_SECONDS = 2.0
 INTERVAL_SECONDS = 10.0
+LIMIT_SECONDS = 600.0
 BYTES_PER_SECOND = 256 << 10
 # Said again although nothing changed: what an earlier run of this node left behind up the tree is overwritten.
 FIRST_AGAIN_SECONDS, AGAIN_SECONDS = 120.0, 1800.0
+# How finely the days are told that a disk will last: what is said is reported by everybody on the way to the top.
+STEPS = (0, 1, 2, 3, 5, 7, 10, 14, 21, 30, 60, 90, 180, 365)
 # Groups of the program itself.
 INTERNAL_GROUPS = "__"
 
@@ -148,13 +153,14 @@ class Reporting:
                 continue
             for (topic, partition), place in group.places.items():
                 log = self._engine.log(topic, partition)
-                if log is None or place.log_id != log.identity.log_id:
+                if log is None:
                     continue
                 of_topic = groups.setdefault(topic, {})
                 found = of_topic.get(group.name)
                 if found is None:
                     found = GroupReport(group.name, [-1] * len(self._engine.partitions(topic)))
-                found.applied[partition] = place.next_offset
+                if place.log_id == log.identity.log_id:
+                    found.applied[partition] = place.next_offset
                 of_topic[group.name] = replace(found, refreshing=found.refreshing or place.refreshing)
         return [
             TopicReport(
@@ -162,6 +168,7 @@ class Reporting:
                 [one.durable_end for one in self._engine.partitions(topic)],
                 list(groups.get(topic, {}).values()),
                 self._letters(topic),
+                digest_of_logs([one.identity.log_id for one in self._engine.partitions(topic)]),
             )
             for topic in sorted(self._engine.topics())
             if is_shared(topic)
@@ -196,15 +203,16 @@ class Reporting:
             self._again_at = now + AGAIN_SECONDS
             report = self._report = replace(report, number=report.number + 1)
         nodes = [] if report == self._told else [NodeState(report=msgspec.Raw(msgspec.json.encode(report)))]
+        own = bool(nodes)
         nodes += self._fleet.take_changes(MAX_BATCH_BYTES - len(nodes) * 4096, now)
         if nodes or greet:
-            self._send(above, report, nodes)
+            self._send(above, report if own else self._told, nodes)
 
     def _begin_anew(self) -> None:
         self._session, self._number, self._told = secrets.token_hex(8), 0, None
         self._fleet.tell_all()
 
-    def _send(self, above: Above, report: Report, nodes: list[NodeState]) -> None:
+    def _send(self, above: Above, report: Report | None, nodes: list[NodeState]) -> None:
         body = msgspec.json.encode(
             Batch(
                 sender=self._itself.uid,
@@ -215,7 +223,7 @@ class Reporting:
             )
         )
         self._metrics.reports_sent += len(nodes)
-        more = self._fleet.changed  # it was too much for one batch
+        more, taken = self._fleet.changed, self._fleet.taken  # more: it was too much for one batch
 
         def told(status: int, answer: bytes, error: str) -> None:
             self._asking = None
@@ -225,15 +233,30 @@ class Reporting:
             else:
                 wait = max(wait, INTERVAL_SECONDS)
             self._due = self._loop.now() + wait
-            if error:
-                self._begin_anew()  # whatever of it arrived: it is told again
-                if status == 409:
-                    self._due = 0.0
+            if status == 409:
+                self._begin_anew()  # it was started anew, and has forgotten
+                self._due = 0.0
+            elif error:
+                # Whether it arrived is not known: it is told again, in a session of its own.
+                self._fleet.put_back(taken)
+                self._session, self._number = secrets.token_hex(8), 0
             else:
                 self._told = report
                 self._number += 1
+                self._forget(answer)
 
-        self._asking = Ask(self._loop, above.address, "POST", "/v1/tree/reports", body, told)
+        self._asking = Ask(self._loop, above.address, "POST", "/v1/tree/reports", body, told, limit=LIMIT_SECONDS)
+
+    def _forget(self, answer: bytes) -> None:
+        """Nodes that this one lost, and that are elsewhere by now."""
+        try:
+            elsewhere = msgspec.json.decode(answer, type=Heard).elsewhere
+        except msgspec.DecodeError:
+            return
+        for uid in elsewhere:
+            member = self._fleet.members.get(uid)
+            if member is not None and member.silent_since is not None:
+                self._fleet.forget(uid)
 
 
 class Growth:
@@ -243,6 +266,7 @@ class Growth:
 
     def __init__(self) -> None:
         self._free: list[tuple[float, int]] = []
+        self._percent, self._days = -2, -1
 
     def disk(self, storage: dict[str, object], now: float) -> tuple[int, int]:
         """(free space in percent, days until it is used up); -1 days when it is not being used up."""
@@ -251,8 +275,12 @@ class Growth:
             return 100, -1
         if not self._free or now - self._free[-1][0] >= 3600:
             self._free = [*self._free[-self.HOURS :], (now, free)]
-        since, before = self._free[0]
-        days = -1
-        if now - since >= 3600 and before - free > size // 1000:
-            days = min(999, int(free / ((before - free) / (now - since)) / 86400))
-        return free * 100 // size, days
+            since, before = self._free[0]
+            days = -1
+            if now - since >= 3600 and before - free > size // 1000:
+                days = int(free / ((before - free) / (now - since)) / 86400)
+            self._days = max((step for step in STEPS if step <= days), default=min(days, 0))
+        percent = free * 100 // size
+        if abs(percent - self._percent) >= 2:
+            self._percent = percent
+        return self._percent, self._days

@@ -27,12 +27,13 @@ from edgebroker.common.config import Config, parse_labels, split_list
 from edgebroker.common.errors import Code
 from edgebroker.network.loop import Loop
 from edgebroker.pipe.fleet import Fleet, Member
-from edgebroker.pipe.report import Order, Report, ResetOrder
+from edgebroker.pipe.report import Order, Report, ResetOrder, digest_of_logs
 from edgebroker.storage.engine import Done, Engine, MirrorEngine
 from edgebroker.storage.registry import RegistryStore
 
 log = logging.getLogger(__name__)
 
+SETTLED_SECONDS = 180.0
 EVERYWHERE = ("0.0.0.0", "[::]", "::", "")
 
 
@@ -58,6 +59,7 @@ class Tree:
     ) -> None:
         self._config, self._level, self._problems, self._listening = config, level, problems, listening
         self._loop, self._piping, self._resets, self._uid = loop, piping, resets, engine.node_uid
+        self._engine, self._started_at = engine, loop.now()
         self.fleet = Fleet(engine.node_uid)
         itself = Itself(
             engine.node_uid,
@@ -72,7 +74,9 @@ class Tree:
         if config.registry.enabled:
             store = RegistryStore(Path(config.node.data_dir), loop, clock)
             self.registrar = Registrar(loop, clock, self.overseeing, store, self.report)
-        self.view = TreeView(loop, self.fleet, engine.node_uid, config.node.name, self._decided)
+        self.view = TreeView(
+            loop, self.fleet, engine.node_uid, config.node.name, self._decided, self._logs_of, self._settled
+        )
         self.parents: Parents | None = None
 
     def follow(self, engine: MirrorEngine, piping: Piping) -> None:
@@ -159,6 +163,14 @@ class Tree:
             return {}
         topology = self.registrar.topology
         return {"pins": topology.pins.get(uid, []), "draining": uid in topology.draining}
+
+    def _logs_of(self, topic: str) -> int:
+        logs = self._engine.partitions(topic)
+        return digest_of_logs([one.identity.log_id for one in logs]) if logs else 0
+
+    def _settled(self) -> bool:
+        """A registry remembers who there is; else every node has reported some minutes after the start, if ever."""
+        return self.registrar is not None or self._loop.now() - self._started_at >= SETTLED_SECONDS
 
     def _above(self) -> Above | None:
         piping = self._piping()

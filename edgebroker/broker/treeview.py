@@ -45,7 +45,7 @@ class Facts(NamedTuple):
 
 class TreeView:
     """Owned by the loop thread. `uid` and `name` are this node's; `decided` tells what an operator decided about a
-    node."""
+    node, `logs_of` which logs of a topic are here (a digest, 0: none), `settled` if all nodes can be known by now."""
 
     def __init__(
         self,
@@ -54,8 +54,11 @@ class TreeView:
         uid: str,
         name: str,
         decided: Callable[[str], dict[str, object]],
+        logs_of: Callable[[str], int],
+        settled: Callable[[], bool],
     ) -> None:
         self._scheduler, self._fleet, self._decided = scheduler, fleet, decided
+        self._logs_of, self._settled = logs_of, settled
         self._uid, self._name = uid, name
 
     def summary(self, query: Query, reply: Reply) -> None:
@@ -102,22 +105,19 @@ class TreeView:
         wanted, after = _labels(query), query.get("after", [""])[0]
         names = self._names()
         found: list[dict[str, Any]] = []
-        page: list[Member] = []
-        for uid in sorted(uid for uid in self._fleet.members if uid > after):
-            member = self._fleet.members[uid]
-            if matches(member, wanted):
-                page.append(member)
-                if len(page) > PAGE:
-                    break
+        last = [""]
 
-        def take(member: Member) -> None:
+        def take(member: Member) -> bool:
+            if not matches(member, wanted):
+                return False
+            if len(found) == PAGE:
+                last[0] = str(found[-1]["uid"])
+                return True
             found.append({**self._node(member, names), "topics": msgspec.to_builtins(member.report().topics)})
+            return False
 
-        def done() -> None:
-            last = page[PAGE - 1].uid if len(page) > PAGE else ""
-            reply(Response(200, {"nodes": found, "after": last}))
-
-        self._each(page[:PAGE], take, done)
+        members = [self._fleet.members[uid] for uid in sorted(uid for uid in self._fleet.members if uid > after)]
+        self._each(members, take, lambda: reply(Response(200, {"nodes": found, "after": last[0]})))
 
     def applied(self, query: Query, reply: Reply) -> None:
         """GET /v1/tree/applied: which nodes have a topic up to an offset, and have applied it."""
@@ -132,13 +132,14 @@ class TreeView:
         group, mirrored = query.get("group", [""])[0], "mirrored" in query
         wanted = {"level": "local", **_labels(query)}
         counts = {"nodes": 0, "done": 0}
+        logs = self._logs_of(topic)
         missing: list[dict[str, object]] = []
 
         def take(member: Member) -> None:
             if not matches(member, wanted):
                 return
             counts["nodes"] += 1
-            why = _lacks(member.report(), topic, wanted_ends, group, mirrored)
+            why = _lacks(member.report(), topic, wanted_ends, group, mirrored, logs)
             if not why:
                 counts["done"] += 1
                 return
@@ -147,7 +148,8 @@ class TreeView:
                 missing.append({"uid": member.uid, "name": member.name, "why": why, "silent_seconds": round(silent, 1)})
 
         members = list(self._fleet.members.values())
-        self._each(members, take, lambda: reply(Response(200, {**counts, "missing": missing})))
+        known = {"refused": self._fleet.refused, "settled": self._settled()}
+        self._each(members, take, lambda: reply(Response(200, {**counts, **known, "missing": missing})))
 
     # ---- one node ----
 
@@ -196,6 +198,8 @@ class TreeView:
                     if left:
                         waiting[topic.name, group.name] = left
         problems = list(report.problems)
+        if report.left_out:
+            problems.append(f"{report.left_out} topics had no room in its report")
         if letters:
             problems.append(f"{letters} dead letters")
         if member.twins(now):
@@ -215,11 +219,13 @@ class TreeView:
                 found[member.name] = found.get(member.name, 0) + 1
         return found
 
-    def _each(self, members: list[Member], take: Callable[[Member], None], done: Callable[[], None]) -> None:
+    def _each(self, members: list[Member], take: Callable[[Member], object], done: Callable[[], None]) -> None:
+        """Until one of them says that it is enough."""
+
         def turn(first: int) -> None:
-            for member in members[first : first + SLICE]:
-                take(member)
-            if first + SLICE < len(members):
+            if any(take(member) for member in members[first : first + SLICE]):
+                done()
+            elif first + SLICE < len(members):
                 self._scheduler.call_later(0.0, lambda: turn(first + SLICE))
             else:
                 done()
@@ -227,11 +233,13 @@ class TreeView:
         turn(0)
 
 
-def _lacks(report: Report, topic: str, ends: dict[int, int], group: str, mirrored: bool) -> str:
+def _lacks(report: Report, topic: str, ends: dict[int, int], group: str, mirrored: bool, logs: int) -> str:
     """Why a node has not applied a topic up to these offsets; "" when it has."""
     found = next((one for one in report.topics if one.name == topic), None)
     if found is None:
         return "no room for the topic in its report; ask it itself" if report.left_out else "does not have the topic"
+    if logs and found.logs and found.logs != logs:
+        return "has another topic of that name, that was deleted here or replaced"
     for partition, end in ends.items():
         here = found.ends[partition] if partition < len(found.ends) else -1
         if here < end:

@@ -126,7 +126,8 @@ def wait(options: argparse.Namespace) -> int:
     query += [("mirrored", "1")] if options.mirrored else []
     while True:
         found = call(options.admin, "GET", "/v1/tree/applied?" + urlencode(query))
-        complete = found["nodes"] and found["done"] == found["nodes"]
+        known = found["settled"] and not found["refused"]
+        complete = known and found["nodes"] and found["done"] == found["nodes"]
         if complete or clock.monotonic() >= deadline:
             break
         if not options.json and sys.stderr.isatty():
@@ -138,6 +139,10 @@ def wait(options: argparse.Namespace) -> int:
     print(f"\r{found['done']} of {found['nodes']} nodes have {options.topic}", file=sys.stderr)
     if not found["nodes"]:
         print("no node with these labels has reported; see edgebroker tree --all", file=sys.stderr)
+    if not found["settled"]:
+        print("this node was started a moment ago: it may not know all nodes yet", file=sys.stderr)
+    if found["refused"]:
+        print("there are more nodes than are kept; not all of them can be asked", file=sys.stderr)
     for node in found["missing"]:
         silent = f", silent for {_duration(node['silent_seconds'])}" if node["silent_seconds"] >= 0 else ""
         print(f"{node['name']}: {node['why']}{silent}")
@@ -149,11 +154,11 @@ def wait(options: argparse.Namespace) -> int:
 
 def _ends(options: argparse.Namespace) -> dict[int, int]:
     """What has to be applied: up to the offset that was named, or to where the topic ends now."""
-    if options.offset >= 0:
-        return {max(0, options.partition): options.offset}
     partitions = call(options.admin, "GET", f"/v1/topics/{quote(options.topic)}")["partitions"]
+    if options.offset >= 0 and options.partition < 0 and len(partitions) > 1:
+        raise ConfigError(f"{options.topic} has {len(partitions)} partitions: say which one with --partition")
     ends = {
-        one["partition"]: one["durable_end"]
+        one["partition"]: options.offset if options.offset >= 0 else one["durable_end"]
         for one in partitions
         if options.partition < 0 or one["partition"] == options.partition
     }

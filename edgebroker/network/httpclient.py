@@ -218,8 +218,17 @@ class HttpClient:
         data = self._protocol.send(h11.Request(method=method, target=path, headers=headers)) or b""
         data += self._protocol.send(h11.Data(data=body)) or b""
         data += self._protocol.send(h11.EndOfMessage()) or b""
-        self._timer = self._loop.call_later(ANSWER_SECONDS, lambda: self._end("the request is not answered"))
+        self._timer = self._loop.call_later(ANSWER_SECONDS, lambda: self._unanswered(0))
         self._transport.send(data)
+
+    def _unanswered(self, before: int) -> None:
+        """Not yet, as long as more of the request goes through."""
+        transport = self._transport
+        through = transport.bytes_out - transport.unacknowledged if transport is not None else 0
+        if through > before:
+            self._timer = self._loop.call_later(ANSWER_SECONDS, lambda: self._unanswered(through))
+        else:
+            self._end("the request is not answered")
 
     def close(self, reason: str) -> None:
         """End the connection, or the attempt; on_lost() is told."""

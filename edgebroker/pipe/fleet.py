@@ -11,11 +11,11 @@ arrived last, but word of a lost node never wins over that of a connected one.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
-from edgebroker.pipe.report import NodeState, Report
+from edgebroker.pipe.report import MAX_REPORT_BYTES, NodeState, Report
 
 MAX_NODES = 65_536
 # Two machines with the same identity speak in turns, each with the name of its own run.
@@ -29,15 +29,16 @@ class Member:
 
     __slots__ = (
         "address", "behind", "behind_at", "boot", "candidates", "labels", "level", "managed", "name", "number",
-        "parent", "raw", "region", "route", "runs", "silent_since", "skew", "turns", "uid",
+        "parent", "raw", "region", "route", "runs", "silent_since", "skew", "told_at",
+        "told_behind", "turns", "uid",
     )  # fmt: skip
 
     def __init__(self, uid: str) -> None:
         self.uid = uid
         self.raw: bytes = b""
-        self.route = ""
+        self.route = self.parent = ""
         self.silent_since: float | None = None
-        self.behind = self.behind_at = 0.0
+        self.behind = self.behind_at = self.told_behind = self.told_at = 0.0
         self.skew = 0
         self.runs: tuple[str, ...] = ()
         self.turns: tuple[float, ...] = ()
@@ -79,11 +80,16 @@ class Fleet:
         self._changed: dict[str, None] = {}
         # Runs of nodes that an operator removed: that they are lost is no news.
         self.removed: dict[str, str] = {}
+        # Who follows whom, and whom the last batch was about.
+        self._below: dict[str, set[str]] = {}
+        self.taken: list[str] = []
         self.refused = 0
 
     def take(self, state: NodeState, route: str, now: float) -> Member | None:
         """Hear of a node; the member when that was news. Raises msgspec.DecodeError for what is no report."""
         raw = bytes(state.report)
+        if len(raw) > MAX_REPORT_BYTES * 2:
+            raise msgspec.ValidationError(f"a report of {len(raw)} bytes")
         report = msgspec.json.decode(raw, type=Report)
         silent = state.silent >= 0
         if report.uid == self._top or (silent and self.removed.get(report.uid) == report.boot):
@@ -97,17 +103,28 @@ class Fleet:
         elif report.boot == member.boot:
             if report.number < member.number:
                 return None
-        elif silent and member.silent_since is None:
+        elif silent and (member.silent_since is None or member.silent_since > now - state.silent):
             return None
         else:
-            member.another_run(report.boot, now)
+            self._started_anew(member, report, now)
+        self._below.get(member.parent, set()).discard(member.uid)
         member.say(report, raw)
+        self._below.setdefault(member.parent, set()).add(member.uid)
         member.route = route
         member.silent_since = now - state.silent if silent else None
         if route != member.uid:  # of a child of its own the node above knows better than the child
             member.behind, member.behind_at, member.skew = state.behind, now, state.skew
+            member.told_behind, member.told_at = state.behind, now
         self._changed[member.uid] = None
         return member
+
+    def _started_anew(self, member: Member, report: Report, now: float) -> None:
+        """Another run of a node has not heard of those below it: they are lost until it has."""
+        known = report.boot in member.runs
+        member.another_run(report.boot, now)
+        if not known:
+            for uid in self._below.get(member.uid, ()):
+                self.lost(uid, now)
 
     def lost(self, uid: str, since: float) -> None:
         """A child is not connected any more."""
@@ -128,21 +145,30 @@ class Fleet:
         member = self.members.get(uid)
         if member is None:
             return
-        expected = member.lag(now)
-        if bool(behind) != bool(member.behind) or abs(behind - expected) > 10.0 + expected / 5:
-            member.behind, member.behind_at = behind, now
+        expected = member.told_behind + (now - member.told_at) if member.told_behind else 0.0
+        member.behind, member.behind_at = behind, now
+        if bool(behind) != bool(member.told_behind) or abs(behind - expected) > 10.0 + expected / 5:
             self._changed[uid] = None
 
     def remove(self, uid: str) -> None:
         """Forget a node until it is connected again."""
         since = [one.silent_since for one in self.path(self.members[uid]) if one.silent_since is not None]
-        member = self.members.pop(uid)
+        member = self.forget(uid)
         self.removed[uid] = member.boot
-        self._changed.pop(uid, None)
         if since:
-            for below in self.members.values():
-                if below.parent == uid:  # that was all that told that they are silent
-                    self.lost(below.uid, min(since))
+            for below in self._below.get(uid, ()):  # that was all that told that they are silent
+                self.lost(below, min(since))
+
+    def forget(self, uid: str) -> Member:
+        """A node is not below this one any more."""
+        member = self.members.pop(uid)
+        self._below.get(member.parent, set()).discard(uid)
+        self._changed.pop(uid, None)
+        return member
+
+    def put_back(self, uids: Sequence[str]) -> None:
+        """What the node above was to be told did not arrive."""
+        self._changed = {**dict.fromkeys(uid for uid in uids if uid in self.members), **self._changed}
 
     def tell_all(self) -> None:
         """Another node is above this one, or the one above has forgotten: everything is news."""
@@ -155,12 +181,15 @@ class Fleet:
     def take_changes(self, most_bytes: int, now: float) -> list[NodeState]:
         """What the node above has to be told, as much as fits; it is told by then."""
         found: list[NodeState] = []
+        self.taken = []
         for uid in list(self._changed):
             member = self.members[uid]
             most_bytes -= len(member.raw) + 64
             if most_bytes < 0 and found:
                 break
             del self._changed[uid]
+            self.taken.append(uid)
+            member.told_behind, member.told_at = member.lag(now), now
             found.append(
                 NodeState(
                     report=msgspec.Raw(member.raw),

@@ -222,7 +222,7 @@ class Follower:
             elif frame.kind == Kind.STATE:
                 yield from self._refused(self._line(frame), _decode(payload, Refusal))
             elif frame.kind == Kind.ORDER:
-                yield Directed(_decode(payload, list[Order]))
+                yield Directed(_orders(payload))
 
     def _line(self, frame: Frame) -> Line:
         if frame.line >= len(self._polled):
@@ -374,6 +374,17 @@ def _may_go_on(line: Line) -> Iterator[Event]:
 
 def _name(line: Line) -> str:
     return f"{line.key.topic}/{line.key.partition}"
+
+
+def _orders(payload: memoryview) -> list[Order]:
+    """Those that this release knows; a newer one may have others."""
+    found: list[Order] = []
+    for raw in _decode(payload, list[msgspec.Raw]):
+        try:
+            found.append(msgspec.json.decode(raw, type=Order))
+        except msgspec.DecodeError:
+            continue
+    return found
 
 
 def _decode(payload: memoryview, kind: type[T]) -> T:

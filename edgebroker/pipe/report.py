@@ -20,7 +20,7 @@ MAX_BATCH_BYTES = 128 << 10
 MAX_CANDIDATES = 8
 
 Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
-_Name = Annotated[str, Meta(min_length=1, max_length=255)]
+_Name = Annotated[str, Meta(max_length=255, pattern=r"\A[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+\Z")]
 _Word = Annotated[str, Meta(max_length=MAX_LABEL_LENGTH)]
 _Address = Annotated[str, Meta(max_length=300)]
 _Number = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -39,12 +39,14 @@ class GroupReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TopicReport(msgspec.Struct, frozen=True, array_like=True):
-    """What of a topic has arrived: the durable end of each partition (-1: not here), and what was done with it."""
+    """What of a topic has arrived: the durable end of each partition (-1: not here), and what was done with it. `logs`
+    is the digest of the log ids: a topic that was made again is another one."""
 
     name: str
     ends: list[int]
     groups: list[GroupReport] = []
     dead_letters: int = 0
+    logs: int = 0
 
 
 class ResetReport(msgspec.Struct, frozen=True, array_like=True):
@@ -104,6 +106,12 @@ class Batch(msgspec.Struct, frozen=True, kw_only=True):
     wall_ms: _WallMs = 0
 
 
+class Heard(msgspec.Struct, frozen=True):
+    """The answer to a batch: lost nodes of it that are connected elsewhere."""
+
+    elsewhere: list[str] = []
+
+
 class Assignment(msgspec.Struct, frozen=True, kw_only=True, tag="parents"):
     """Where a node shall look for its parent: HTTP addresses, the best first. `drain`: leave a parent that is not in
     the list even if it works, and take an empty list for an answer."""
@@ -137,6 +145,11 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
     report: Report
     path: Annotated[list[Id], Meta(max_length=16)] = []
+
+
+def digest_of_logs(log_ids: list[str]) -> int:
+    """Tells the logs of a topic apart from those of another one of its name."""
+    return crc32c("".join(log_ids).encode())
 
 
 def digest(candidates: list[str]) -> int:

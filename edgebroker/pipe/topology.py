@@ -3,18 +3,24 @@
     pinned parents, as the operator wrote them, while they are hubs
     hubs of the nearest level above, then of the levels above that; among them
         those whose region contains the node's, the closest first; then those of other regions (not pos)
-        in an order of the node's own, so that the children of a region spread over its hubs
+        in an order of the node's own, so that the children of a region spread over its hubs; at most four of the first
+        place and two of each other one, those that are lost behind the others
 
 A hub that is being drained is nobody's candidate; a node without an address is no hub. No socket, no file, no clock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
 
 from edgebroker.common.crc32c import crc32c
 from edgebroker.pipe.follower import LEVELS
 from edgebroker.pipe.report import MAX_CANDIDATES
+
+# So many of one place, and of each further one: a list shall not end with a region whose hubs are all lost.
+FIRST_PLACE, OTHER_PLACES = 4, 2
+FEW = 32
 
 
 class Hub:
@@ -35,6 +41,10 @@ class Topology:
         self._levels: dict[str, dict[str, Hub]] = {level: {} for level in LEVELS}
         self.pins: dict[str, list[str]] = {}
         self.draining: set[str] = set()
+        # Hubs that were not heard of for long: they come last.
+        self.lost: set[str] = set()
+        # The hubs of a place with many, by the hash of their uid.
+        self._rings: dict[tuple[str, str | None], list[tuple[int, str]]] = {}
 
     def put(self, uid: str, level: str, region: str, address: str) -> bool:
         """A node as it is now; True when that changes whose candidate it is."""
@@ -45,6 +55,7 @@ class Topology:
         if not address or level not in LEVELS[:-1]:
             return changed
         hub = self._hubs[uid] = Hub(uid, level, region, address)
+        self._rings.clear()
         self._places.setdefault((level, region), {})[uid] = hub
         self._levels[level][uid] = hub
         return True
@@ -54,6 +65,7 @@ class Topology:
         hub = self._hubs.pop(uid, None)
         if hub is None:
             return False
+        self._rings.clear()
         place = self._places[hub.level, hub.region]
         del place[uid], self._levels[hub.level][uid]
         if not place:
@@ -71,10 +83,14 @@ class Topology:
             found[hub.address] = None
         return list(found)
 
-    def must_leave(self, uid: str, parent: str) -> bool:
-        """Shall a node give up the parent that it has?"""
+    def must_leave(self, uid: str, parent: str, region: str, connected: Callable[[str], bool]) -> bool:
+        """Shall a node give up the parent that it has? Pins count while one of them is `connected`."""
         pins = self._pinned(uid)
-        return parent in self.draining or bool(pins and parent not in pins)
+        if pins and parent not in pins and any(connected(pinned) for pinned in pins):
+            return True
+        hub = self._hubs.get(parent)
+        elsewhere = hub is not None and hub.level == "pos" and hub.region not in _containing(region)
+        return parent in self.draining or elsewhere
 
     def _pinned(self, uid: str) -> list[str]:
         """The pinned parents that there are: not those that were removed, or are being drained."""
@@ -83,17 +99,31 @@ class Topology:
     def _automatic(self, uid: str, level: str, region: str) -> Iterator[Hub]:
         above = list(reversed(LEVELS[: LEVELS.index(level)])) if level in LEVELS else []
         own = list(_containing(region))
+        most = FIRST_PLACE
         for upper in above:
             for place in own:
-                yield from self._spread(uid, list(self._places.get((upper, place), {}).values()))
+                found = self._spread(uid, (upper, place), most)
+                most = OTHER_PLACES if found else most
+                yield from found
         for upper in above:
             if upper != "pos":
-                yield from self._spread(uid, [one for one in self._levels[upper].values() if one.region not in own])
+                yield from (hub for hub in self._spread(uid, (upper, None), MAX_CANDIDATES) if hub.region not in own)
 
-    def _spread(self, uid: str, hubs: Sequence[Hub]) -> list[Hub]:
-        """In an order of the node's own that does not change with the hubs that come and go."""
-        offered = [hub for hub in hubs if hub.uid not in self.draining and hub.uid != uid]
-        return sorted(offered, key=lambda hub: crc32c((uid + hub.uid).encode()))
+    def _spread(self, uid: str, place: tuple[str, str | None], most: int) -> list[Hub]:
+        """Some hubs of a place (None: of the whole level), in an order of the node's own that hardly changes with hubs
+        that come and go: by a hash of both where they are few, else those that follow the node on a ring."""
+        level, region = place
+        hubs = self._levels[level] if region is None else self._places.get((level, region), {})
+        if len(hubs) <= FEW:
+            found = sorted(hubs.values(), key=lambda hub: crc32c((uid + hub.uid).encode()))
+        else:
+            ring = self._rings.get(place)
+            if ring is None:
+                ring = self._rings[place] = sorted((crc32c(hub.uid.encode()), hub.uid) for hub in hubs.values())
+            at = bisect_left(ring, (crc32c(uid.encode()), uid))
+            found = [hubs[ring[(at + step) % len(ring)][1]] for step in range(min(len(ring), 4 * most))]
+        offered = [hub for hub in found if hub.uid not in self.draining and hub.uid != uid]
+        return sorted(offered, key=lambda hub: hub.uid in self.lost)[:most]
 
 
 def _containing(region: str) -> Iterator[str]:

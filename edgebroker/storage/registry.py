@@ -1,7 +1,7 @@
 """registry.db: the nodes of the tree, and what operators decided about them. Truth: part of every backup.
 
 SQLite in WAL mode with synchronous=FULL, one connection, owned by a thread of its own. What nodes report about
-themselves comes again by itself; pins, drains and removals do not. A file that cannot be used is moved aside
+themselves comes again by itself; pins, drains and removals do not. A damaged file is moved aside
 (registry.db.corrupt-<ms>) and begun anew, for the tree goes on without it.
 """
 
@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS drains (uid TEXT PRIMARY KEY) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS running (one INTEGER PRIMARY KEY CHECK (one = 1), wall_ms INTEGER);
 """
 VERSION = 1
+_DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class NodeRow(NamedTuple):
@@ -84,14 +85,34 @@ class RegistryStore:
         self._waiting: list[Callable[[str], None]] = []
 
     def load(self) -> RegistryState:
-        """Read everything; before the loop runs."""
+        """Read everything; before the loop runs. What is damaged is moved aside; what only cannot be opened or written
+        now, or was written by a newer release, is left as it is, and read as far as that goes. Never raises."""
+        for _ in range(2):
+            try:
+                return self._read()
+            except (sqlite3.Error, TypeError) as error:
+                self._close()
+                self.failed = str(error)
+                damaged = isinstance(error, TypeError) or getattr(error, "sqlite_errorcode", 0) & 0xFF in _DAMAGED
+                if not damaged:
+                    break
+                log.error("%s cannot be used (%s): moved aside; pins, drains and removals are lost", self._path, error)
+                set_aside(self._path, self._clock.wall_ms())
+        log.error("%s cannot be opened for writing: %s", self._path, self.failed)
+        return self._as_it_is()
+
+    def _as_it_is(self) -> RegistryState:
+        """What the file holds, without its write-ahead log."""
         try:
-            return self._read()
+            uri = f"{self._path.absolute().as_uri()}?mode=ro&immutable=1"
+            connection = sqlite3.connect(uri, uri=True)
+            try:
+                return _state(connection)
+            finally:
+                connection.close()
         except (sqlite3.Error, TypeError) as error:
-            log.error("%s cannot be used (%s): moved aside; pins, drains and removals are lost", self._path, error)
-            self._close()
-            set_aside(self._path, self._clock.wall_ms())
-            return self._read()
+            log.error("%s cannot be read either: %s", self._path, error)
+            return RegistryState()
 
     def write(self, stored: Callable[[str], None] | None = None) -> None:
         """Store the changes; `stored("")` is called once they are durable, stored(why) when they are not."""
@@ -178,28 +199,35 @@ class RegistryStore:
         connection = self._connection
         assert connection is not None
         if connection.execute("PRAGMA quick_check(1)").fetchone() != ("ok",):
-            raise sqlite3.DatabaseError("quick_check found damage")
-        state = RegistryState()
-        for uid, report, connected, seen_ms in connection.execute("SELECT * FROM nodes"):
-            state.nodes[uid] = NodeRow(bytes(report), bool(connected), seen_ms)
-        state.removed = dict(connection.execute("SELECT * FROM removed"))
-        for uid, parent in connection.execute("SELECT uid, parent FROM pins ORDER BY uid, rank"):
-            state.pins.setdefault(uid, []).append(parent)
-        state.draining = {uid for (uid,) in connection.execute("SELECT uid FROM drains")}
-        state.wall_ms = next((ms for (ms,) in connection.execute("SELECT wall_ms FROM running")), 0)
-        return state
+            raise TypeError("quick_check found damage")
+        self.failed = ""
+        return _state(connection)
 
     def _connect(self) -> None:
         connection = self._connection = connect(self._path)
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version not in (0, VERSION):
-            raise sqlite3.DatabaseError(f"schema {version} is not the one that this release knows")
-        connection.executescript(f"{_SCHEMA}PRAGMA user_version={VERSION};")
+            raise sqlite3.OperationalError(f"schema {version} was written by another release; nothing in it is changed")
+        connection.executescript(_SCHEMA)
+        if version != VERSION:
+            connection.execute(f"PRAGMA user_version={VERSION}")
 
     def _close(self) -> None:
         connection, self._connection = self._connection, None
         if connection is not None:
             connection.close()
+
+
+def _state(connection: sqlite3.Connection) -> RegistryState:
+    state = RegistryState()
+    for uid, report, connected, seen_ms in connection.execute("SELECT * FROM nodes"):
+        state.nodes[uid] = NodeRow(bytes(report), bool(connected), seen_ms)
+    state.removed = dict(connection.execute("SELECT * FROM removed"))
+    for uid, parent in connection.execute("SELECT uid, parent FROM pins ORDER BY uid, rank"):
+        state.pins.setdefault(uid, []).append(parent)
+    state.draining = {uid for (uid,) in connection.execute("SELECT uid FROM drains")}
+    state.wall_ms = next((ms for (ms,) in connection.execute("SELECT wall_ms FROM running")), 0)
+    return state
 
 
 def copy_registry(source: Path, target: Path) -> None:
