@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from brokers import RunningBroker
 from support import TOPIC, StoreHarness, store_settings
+from test_resets import ID, order, state, until
+from test_topic_delete import revived, topics
 from trees import Tree, end, follows, grown, line, pipe, publish, wait_for
 
 from edgebroker.broker.freshcopy import FreshCopy
@@ -27,7 +28,7 @@ from edgebroker.storage.recovery import Hole
 from edgebroker.storage.removal import read_tombstones, write_tombstones
 from edgebroker.storage.switch import ResetRow, write_resets
 
-ID, OTHER = "ab" * 16, "cd" * 16
+OTHER = "cd" * 16
 
 
 @pytest.fixture
@@ -37,29 +38,6 @@ def harness(tmp_path: Path) -> Iterator[StoreHarness]:
     found.fill(30)
     yield found
     found.close()
-
-
-def topics(node: RunningBroker) -> set[str]:
-    return {topic["name"] for topic in node.http("GET", "/v1/topics")[1]["topics"]}
-
-
-def order(node: RunningBroker, topic: str = "t", at: RunningBroker | None = None, **more: object) -> tuple[int, Any]:
-    uid = (at or node).broker.engine.node_uid
-    return node.http("POST", "/v1/resets", {"type": "reset", "id": ID, "uid": uid, "topic": topic, **more})
-
-
-def state(node: RunningBroker, reset_id: str = ID) -> tuple[str, str]:
-    rows = [one for one in node.http("GET", "/v1/resets")[1]["resets"] if one["id"] == reset_id]
-    return (rows[0]["state"], rows[0]["why"]) if rows else ("", "")
-
-
-def until(node: RunningBroker, wanted: str, reset_id: str = ID) -> str:
-    def look() -> bool:
-        node.advance(1.0)
-        return state(node, reset_id)[0] == wanted
-
-    wait_for(look, f"{wanted}: {node.http('GET', '/v1/resets')[1]}")
-    return state(node, reset_id)[1]
 
 
 def settle(harness: StoreHarness, turns: int = 60) -> None:
@@ -317,21 +295,6 @@ def test_a_read_in_the_middle_of_the_switch(
 
 
 # ---- who is told DELETED of a log that lives
-
-
-def revived(tree: Tree, tmp_path: Path) -> RunningBroker:
-    """Topic t was deleted everywhere, and came back with a restored root: everybody below has its tombstone."""
-    root = grown(tree)
-    assert main(["backup", str(tmp_path / "copy"), "--admin", tree.address("root")]) == 0
-    assert root.http("DELETE", "/v1/topics/t")[0] == 200
-    wait_for(lambda: "t" not in topics(tree.nodes["l2"]), "l2 deletes it")
-    tree.stop("root")
-    shutil.rmtree(tmp_path / "root")
-    assert main(["restore", str(tmp_path / "copy"), "--data-dir", str(tmp_path / "root")]) == 0
-    root = tree.start("root")
-    publish(root, "t", 200, 10)
-    follows(root, tree.nodes["l2"], "t")
-    return root
 
 
 @pytest.mark.slow

@@ -31,15 +31,15 @@ def state(node: RunningBroker, reset_id: str = ID) -> tuple[str, str]:
     return (rows[0]["state"], rows[0]["why"]) if rows else ("", "")
 
 
-def until(node: RunningBroker, wanted: str) -> str:
+def until(node: RunningBroker, wanted: str, reset_id: str = ID) -> str:
     """Wait until the reset is in a state; what it says about it."""
 
     def look() -> bool:
         node.advance(1.0)
-        return state(node)[0] == wanted
+        return state(node, reset_id)[0] == wanted
 
     wait_for(look, f"{wanted}: {node.http('GET', '/v1/resets')[1]}")
-    return state(node)[1]
+    return state(node, reset_id)[1]
 
 
 def logs(tree: Tree, name: str) -> set[int]:

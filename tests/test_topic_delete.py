@@ -148,6 +148,11 @@ def test_a_parent_that_does_not_know_yet_brings_nothing_back(tree: Tree) -> None
 
 def test_an_origin_that_was_restored_to_a_time_before(tree: Tree, tmp_path: Path) -> None:
     """It has the topic again, in a new history: so has everybody below."""
+    assert end(revived(tree, tmp_path), "t") == 210
+
+
+def revived(tree: Tree, tmp_path: Path) -> RunningBroker:
+    """Topic t was deleted everywhere, and came back with a restored root: everybody below has its tombstone."""
     root = grown(tree)
     assert main(["backup", str(tmp_path / "copy"), "--admin", tree.address("root")]) == 0
     assert delete(root, "t") == 200
@@ -158,7 +163,7 @@ def test_an_origin_that_was_restored_to_a_time_before(tree: Tree, tmp_path: Path
     root = tree.start("root")
     publish(root, "t", 200, 10)
     follows(root, tree.nodes["l2"], "t")
-    assert end(root, "t") == 210
+    return root
 
 
 def test_the_command_asks_first(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:

@@ -70,7 +70,8 @@ class Ask:
     def _silent(self) -> None:
         transport = self._client.transport
         through = transport.bytes_out - transport.unacknowledged if transport is not None else 0
-        if through > self._through:  # the request is still going up, slowly
+        pending = transport is not None and bool(transport.backlog or transport.unacknowledged)
+        if through > self._through and (pending or self._through):  # the request is still going up, slowly
             self._through = through
             self._silence = self._loop.call_later(self._silence_seconds, self._silent)
         else:

@@ -63,6 +63,8 @@ class Resets:
         self._groups, self._refreshing, self._settings = groups, refreshing, settings
         self._piping, self._cut, self._restarted = piping, cut, restarted
         self._rows: dict[str, ResetRow] = {}
+        # Orders that are being stored.
+        self._ordered: dict[str, ResetRow] = {}
         # What there is to say about those under way besides their phase.
         self._says: dict[str, tuple[str, str]] = {}
         self._copy: FreshCopy | None = None
@@ -135,13 +137,15 @@ class Resets:
             ordered[reset_id] = row
 
         def stored(error: str) -> None:
-            for reset_id in ordered if not error else ():
-                # It may have begun, or be over, since.
-                before, now = ordered[reset_id], self._rows.get(reset_id, ordered[reset_id])
-                self._rows[reset_id] = replace(now, force=before.force, accept=before.accept, hours=before.hours)
+            for reset_id, row in ordered.items():
+                self._ordered.pop(reset_id, None)
+                if not error:  # it may have begun, or be over, since
+                    now = self._rows.get(reset_id, row)
+                    self._rows[reset_id] = replace(now, force=row.force, accept=row.accept, hours=row.hours)
             done(Code.READ_ONLY if error else Code.OK, error)
 
-        self._engine.switch.remember(list({**self._rows, **ordered}.values()), stored)
+        self._ordered.update(ordered)
+        self._remember(stored)
 
     def _is_mirrored(self, topic: str) -> bool:
         return any(log.identity.origin != self._engine.node_uid for log in self._engine.partitions(topic))
@@ -187,7 +191,7 @@ class Resets:
         ended = [row.id for row in self._rows.values() if row.phase not in UNDER_WAY]
         for reset_id in ended[: max(0, len(ended) - KEPT)]:
             del self._rows[reset_id]
-        self._engine.switch.remember(list(self._rows.values()), then)
+        self._engine.switch.remember(list({**self._rows, **self._ordered}.values()), then)
 
     # ---- the work ----
 
