@@ -403,3 +403,19 @@ def test_a_group_over_the_tree(tree: Tree, tmp_path: Path) -> None:
     assert l2.counters()["refreshes_begun"] == 1
     assert order(l2, group="g") == (200, {})
     assert l2.counters()["refreshes_begun"] == 1, "the same order again begins nothing"
+
+
+def test_a_copy_that_cannot_be_opened_again(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reset fails, with the reason; the next one begins with a directory of its own."""
+    grown(tree)
+    l2 = tree.nodes["l2"]
+
+    def fail(self: object) -> object:
+        raise OSError(5, "broken")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgebroker.storage.metadata.Metadata.load", fail)
+        assert order(l2) == (200, {})
+        assert "broken" in until(l2, "failed")
+    assert order(l2, id="cd" * 16) == (200, {})
+    until(l2, "done", "cd" * 16)

@@ -23,7 +23,7 @@ from edgebroker.broker.metrics import Metrics
 from edgebroker.broker.piping import Piping
 from edgebroker.broker.refreshing import Refreshing
 from edgebroker.common.clock import Clock, second_of_day
-from edgebroker.common.errors import Code
+from edgebroker.common.errors import Code, EdgeBrokerError
 from edgebroker.common.hours import parse_hours
 from edgebroker.network.loop import Loop
 from edgebroker.pipe.report import ResetOrder, ResetReport
@@ -332,7 +332,11 @@ class Resets:
             if store is None:
                 self._says[row.id] = ("loading", error)
                 return
-            copy = FreshCopy(store, row.topic, piping.candidates.addresses, self._settings, self._loop)
+            try:
+                copy = FreshCopy(store, row.topic, piping.candidates.addresses, self._settings, self._loop)
+            except (OSError, EdgeBrokerError) as failure:
+                self._end(self._rows[row.id], "failed", f"the copy cannot be opened: {failure}")
+                return
             if self._stopped or not self._under_way(row.id):
                 self._close(copy, lambda: None)
             else:

@@ -9,6 +9,7 @@ the file `resets`, so that a start finishes what a crash interrupted: between tw
 from __future__ import annotations
 
 import logging
+import secrets
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,7 @@ from edgebroker.storage.recovery import RecoveredLog
 
 log = logging.getLogger(__name__)
 
-FILE_NAME, STAGING, OLD = "resets", "staging", "old"
+FILE_NAME, STAGING, OLD, GONE = "resets", "staging", "old", ".gone"
 KEPT = 32
 
 
@@ -205,7 +206,13 @@ def drop_staging(path: Path, keep: Callable[[str], bool]) -> None:
     """Remove what resets that are over have left, on a thread of its own: it may be much."""
     if not (path / STAGING).exists():
         return
-    gone = [directory for directory in (path / STAGING).iterdir() if not keep(directory.name)]
+    gone: list[Path] = []
+    for directory in (path / STAGING).iterdir():
+        if keep(directory.name):
+            continue
+        if directory.suffix != GONE:  # whoever makes it again meanwhile shall not meet the old one
+            directory = directory.rename(directory.with_name(f"{directory.name}-{secrets.token_hex(4)}{GONE}"))
+        gone.append(directory)
 
     def remove() -> None:
         for directory in gone:
