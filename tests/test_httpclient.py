@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import socket
 import threading
 import time
@@ -13,8 +14,11 @@ from edgebroker.broker.asking import Ask
 from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.network import httpclient
+from edgebroker.network.connection import ReceiveBuffer
+from edgebroker.network.http import HttpServer, Response
 from edgebroker.network.httpclient import ChunkReader, HttpClient
 from edgebroker.network.loop import Loop
+from edgebroker.network.transport import Listener, listen
 
 CHUNKED = b"5\r\nhello\r\n1;name=value\r\n \r\n0A\r\n0123456789\r\n0\r\ntrailer: x\r\n\r\n"
 
@@ -189,3 +193,32 @@ def test_questions_leave_nothing_behind(loop: Loop) -> None:
         turn_until(loop, lambda number=number: len(told) > number)  # type: ignore[misc]
     assert told == [0] * 5
     assert threading.active_count() <= before + 1
+
+
+def test_a_finished_request_holds_no_buffer_until_the_collector_comes(loop: Loop) -> None:
+    """A node lets the collector come rarely: 64 KiB for each request of a day would be a leak to whoever watches it."""
+    server = HttpServer(loop, lambda request, reply: reply(Response(200, {})), lambda: None)
+    sock = listen("127.0.0.1", 0)
+    listener = Listener(loop, sock, server.accept, lambda: None)
+    address = f"127.0.0.1:{sock.getsockname()[1]}"
+
+    def buffers() -> int:
+        return sum(type(one) is ReceiveBuffer for one in gc.get_objects())
+
+    def ask() -> None:
+        told: list[int] = []
+        Ask(loop, address, "GET", "/", b"", lambda status, body, error: told.append(status))
+        turn_until(loop, lambda: told == [200])
+
+    gc.collect()
+    gc.disable()
+    try:
+        ask()
+        before = buffers()
+        for _ in range(3):
+            ask()
+        assert buffers() == before
+    finally:
+        gc.enable()
+        listener.close()
+        server.close()

@@ -87,8 +87,9 @@ class Ask:
 
     def _end(self, error: str) -> None:
         told, self._told = self._told, None
+        data, self._data, self._body = bytes(self._data), bytearray(), b""
         self._silence.cancel()
         self._limit.cancel()
-        self._client.stop()
+        self._client.stop()  # which says that the connection is lost
         if told is not None:
-            told(self._status, bytes(self._data), error)
+            told(self._status, data, error)

@@ -199,6 +199,7 @@ class HttpConnection:
 
     def on_closed(self, reason: str) -> None:
         self._server.connections.pop(self, None)
+        self._body = bytearray()  # connection and transport are a circle that the collector finds late
         stream, self.stream = self.stream, None
         if stream is not None:
             stream.on_closed(reason)

@@ -94,7 +94,7 @@ class HttpClient:
 
     def __init__(self, loop: Loop, owner: HttpOwner, receive_bytes: int = RECEIVE_BYTES) -> None:
         self._loop, self._owner = loop, owner
-        self._buffer = ReceiveBuffer(receive_bytes)
+        self._receive_bytes = receive_bytes
         self._resolver: Worker | None = None
         self._connecting: socket.socket | None = None
         self._transport: Transport | None = None
@@ -206,7 +206,8 @@ class HttpClient:
         self._connecting = None
         self._cancel()
         tune(sock, KEEPALIVE_SECONDS)
-        self._transport = Transport(self._loop, sock, self._buffer, self, self._address)
+        # The buffer goes with the connection: this object and its owner are a circle, which the collector finds late.
+        self._transport = Transport(self._loop, sock, ReceiveBuffer(self._receive_bytes), self, self._address)
         self._owner.on_connected()
 
     def request(self, method: str, path: str, body: bytes) -> None:
