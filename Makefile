@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench build cover clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages
+.PHONY: run test lint bench build cover docs clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages
 
 run: build
 	$(BIN)/edgebroker demo
@@ -74,6 +74,10 @@ cover: build
 	$(BIN)/coverage run -m pytest; $(BIN)/coverage report
 	env -u EDGEBROKER_TRACE $(BIN)/python setup.py --quiet build_ext --inplace --force
 	rm -f cext/*.c
+
+# Documents that are made from the code.
+docs: build
+	$(BIN)/python packaging/metrics_page.py > docs/metrics.md
 
 clean:
 	rm -rf build $(VENV) *.egg-info cext/*.c

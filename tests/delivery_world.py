@@ -73,6 +73,9 @@ class ManualScheduler:
     def now(self) -> float:
         return self._clock.monotonic()
 
+    def clock_now(self) -> float:
+        return self._clock.monotonic()
+
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         timer = Timer(callback)
         heapq.heappush(self._timers, (self.now() + seconds, next(self._numbers), timer))

@@ -38,14 +38,16 @@ HOMES = {
     "os.pread": {"storage/files.py"},
     "os.rename": {"common/durable.py", "storage/files.py"},
     "os.ftruncate": {"storage/files.py"},
-    "os.environ": {"common/config.py", "cli/main.py", "cli/process.py"},
+    "os.environ": {"common/config.py", "cli/main.py", "cli/process.py", "cli/serve.py"},
     "time": {"common/clock.py"},
+    "psutil": {"broker/machine.py"},
+    "prometheus_client": {"broker/exposition.py"},
     "h11": {"network/http.py", "network/httpclient.py"},
 }
 SOCKETS = {
     "network/loop.py", "network/transport.py", "network/http.py", "network/httpclient.py", "network/link.py",
     "network/producer.py", "network/consumer.py", "broker/broker.py", "broker/session.py", "cli/adminclient.py",
-    "broker/tree.py", "cli/treedemo.py", "common/config.py",
+    "broker/tree.py", "cli/treedemo.py", "common/config.py", "cli/supervisor.py", "cli/journal.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600

@@ -1,7 +1,8 @@
 """The admin interface: JSON over HTTP for operators, scripts and the command line (docs/protocol.md lists it; the tree
 and its registry are in broker/treeadmin.py).
 
-GET /healthz  /readyz  /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients  /v1/pipe
+GET /healthz  /readyz  /metrics
+GET /v1/node  /v1/topics  /v1/topics/NAME  /v1/groups  /v1/groups/NAME  /v1/clients  /v1/pipe
 GET /v1/backup
 POST /v1/topics   PATCH|DELETE /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
 POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
@@ -75,7 +76,10 @@ class Admin:
             case (("GET" | "HEAD"), ["healthz"]):
                 reply(Response(200, {"status": "ok"}))
             case (("GET" | "HEAD"), ["readyz"]):
-                reply(self._ready())
+                verdict = self._broker.wellbeing.verdict()
+                reply(Response(503 if verdict["status"] == "not ready" else 200, verdict))
+            case "GET", ["metrics"]:
+                self._broker.exposition.answer(reply)
             case "GET", ["v1", "node"]:
                 reply(Response(200, self._node()))
             case "GET", ["v1", "topics"]:
@@ -123,7 +127,7 @@ class Admin:
                 self._operate(name, [request.method, *verb], request, reply)
             case "GET", ["v1", "clients"]:
                 self._list("clients", list(self._broker.sessions), self._client, reply)
-            case _, ["healthz" | "readyz"] | ["v1", "node" | "topics" | "groups" | "clients" | "pipe", *_]:
+            case _, ["healthz" | "readyz" | "metrics"] | ["v1", "node" | "topics" | "groups" | "clients" | "pipe", *_]:
                 reply(Response(405, {"error": f"{request.method} is not allowed for {request.path}"}))
             case _:
                 reply(Response(404, {"error": f"there is no {request.path}"}))
@@ -140,18 +144,6 @@ class Admin:
                 reply(Response(200, {name: found}))
 
         turn()
-
-    def _ready(self) -> Response:
-        broker = self._broker
-        problems = broker.problems()
-        checks = {"started": "ok" if broker.ready else "stopping or starting", "storage": "ok"}
-        blocking = {name: why for name, why in problems.items() if name in ("read_only", "disk_full", "disk_stalled")}
-        if blocking:
-            checks["storage"] = "; ".join(f"{name}: {why}" for name, why in blocking.items())
-        ok = broker.ready and not blocking
-        warnings = {name: why for name, why in problems.items() if name not in blocking}
-        status = "ok" if ok and not warnings else "degraded" if ok else "not ready"
-        return Response(200 if ok else 503, {"status": status, "checks": checks, "warnings": warnings})
 
     def _node(self) -> dict[str, object]:
         broker = self._broker
@@ -241,12 +233,16 @@ class Admin:
             "log_id": place.log_id if place is not None else "",
             "durable_end": log.durable_end if log is not None else -1,
             "lag": log.durable_end - max(committed, 0) if log is not None else -1,
+            "lag_seconds": self._lag_seconds(log, max(committed, 0)) if log is not None else -1,
             "attempts": place.attempts if place is not None else 0,
             "reason": group.reasons.get(key, ""),
             "refresh": refresh,
             "standbys": wanted_by - (1 if cursor is not None else 0),
             "member": self._cursor(cursor) if cursor is not None else None,
         }
+
+    def _lag_seconds(self, log: Log, next_offset: int) -> float:
+        return round(self._broker.lags.seconds(log, next_offset, self._broker.loop.now()), 1)
 
     def _cursor(self, cursor: Cursor) -> dict[str, object]:
         now = self._broker.loop.now()

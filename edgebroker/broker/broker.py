@@ -21,9 +21,12 @@ from edgebroker.broker.deadletters import DeadLetters
 from edgebroker.broker.deleting import Deleting
 from edgebroker.broker.delivery import Delivery
 from edgebroker.broker.digests import Digests
+from edgebroker.broker.engines import make_engine, store_settings
+from edgebroker.broker.exposition import Exposition
 from edgebroker.broker.feeding import Feeding, Node
 from edgebroker.broker.freshcopy import CopySettings
 from edgebroker.broker.groups import Groups
+from edgebroker.broker.lags import Lags
 from edgebroker.broker.leases import LeaseLimits, Leases
 from edgebroker.broker.membership import Membership
 from edgebroker.broker.metrics import Metrics
@@ -36,6 +39,7 @@ from edgebroker.broker.resets import Resets
 from edgebroker.broker.session import Session
 from edgebroker.broker.snapshots import Snapshots
 from edgebroker.broker.tree import Tree
+from edgebroker.broker.wellbeing import Supervisor, Wellbeing
 from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, is_loopback, split_list
 from edgebroker.common.errors import Code, EdgeBrokerError
@@ -48,11 +52,9 @@ from edgebroker.network.transport import Listener, listen
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.report import MAX_BATCH_BYTES
 from edgebroker.pipe.stream import LogPosition
-from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.housekeeping import HousekeepingSettings
-from edgebroker.storage.memory import MemoryEngine
+from edgebroker.storage.engine import Log
 from edgebroker.storage.staging import Chunk
-from edgebroker.storage.store import SegmentStore, StoreSettings
+from edgebroker.storage.store import SegmentStore
 
 if TYPE_CHECKING:
     from edgebroker.broker.healing import Healing
@@ -87,8 +89,8 @@ class SessionLimits:
 class Broker:
     """One node. Built from its configuration; everything but stop_threadsafe() belongs to the thread that runs it."""
 
-    def __init__(self, config: Config, clock: Clock) -> None:
-        self.config, self.clock = config, clock
+    def __init__(self, config: Config, clock: Clock, supervisor: Supervisor | None = None) -> None:
+        self.config, self.clock, self._supervisor = config, clock, supervisor or Supervisor()
         limits, topics = config.limits, config.topics
         new_topics = TopicSettings(kind=topics.kind, partitions=topics.partitions)
         self.limits = SessionLimits(
@@ -108,7 +110,7 @@ class Broker:
         self.loop = Loop(clock)
         self.receive_buffer = ReceiveBuffer()
         self.metrics = Metrics()
-        self.engine = self._make_engine()
+        self.engine = make_engine(config, self.loop, clock)
         self.groups = Groups(self.engine)
         self.publishing = Publishing(
             self.engine,
@@ -194,6 +196,9 @@ class Broker:
         self.resets = self._make_resets() if isinstance(self.engine, SegmentStore) else None
         self.ranges = Ranges(self.engine)
         self.digests = Digests(self.engine)
+        self.lags = Lags(self.engine)
+        self.exposition = Exposition(self)
+        self.wellbeing = Wellbeing(lambda: self.ready, self.problems, lambda: self.piping, self._supervisor)
         self._healing: Healing | None = None
         self.sessions: dict[Session, None] = {}
         self.started_at = clock.monotonic()
@@ -201,7 +206,7 @@ class Broker:
         self.tcp_address = self.http_address = ("", 0)
         self._listeners: list[Listener] = []
         self._http: HttpServer | None = None
-        self._stop_deadline = self._heartbeat_due = 0.0
+        self._stop_deadline = self._heartbeat_due = self._sweep_due = 0.0
         self._ended = False
 
     # ---- life ----
@@ -248,6 +253,14 @@ class Broker:
             self.piping.stop()
         self.loop.call_later(0.0, self._drain)
 
+    def reconfigure(self, config: Config) -> None:
+        """Go on with this configuration, in which only what broker/reloading.py names is different."""
+        self.config = config
+        if isinstance(self.engine, SegmentStore):
+            self.engine.reconfigure(store_settings(config))
+        if self.piping is not None:
+            self.piping.limit(config.pipe.bytes_per_second, config.pipe.hours)
+
     def stop_threadsafe(self) -> None:
         """stop() from a signal handler or another thread."""
         self.loop.call_soon_threadsafe(self.stop)
@@ -270,6 +283,7 @@ class Broker:
             self._http.close()
             self.socket_path().unlink(missing_ok=True)
         self.publishing.stop()
+        self.exposition.stop()
         self.feeding.store()
         kept = self.tree.stop()
         clean = self.engine.close(5.0) and kept
@@ -342,6 +356,9 @@ class Broker:
         now, limits = self.loop.now(), self.config.limits
         idle, heartbeat = limits.idle_timeout_ms / 1000, limits.heartbeat_ms / 1000
         interval = min(SWEEP_SECONDS, heartbeat)
+        if self._sweep_due:
+            self.metrics.loop_lag.observe(max(0.0, self.clock.monotonic() - self._sweep_due))
+        self._sweep_due = self.clock.monotonic() + interval
         self.loop.call_later(interval, self._sweep)
         beat = now >= self._heartbeat_due
         if beat:
@@ -364,8 +381,13 @@ class Broker:
         for cursor in self.delivery.overdue(now):
             self.membership.timed_out(cursor)
         self.snapshots.sweep()
+        self.lags.sample(now)
+        self.wellbeing.look()
 
     # ---- the engine's listener ----
+
+    def on_opening(self, done: int, topics: int) -> None:
+        self._supervisor.starting(done, topics)
 
     def on_written(self, log: Log) -> None:
         self.publishing.on_written(log)
@@ -434,7 +456,7 @@ class Broker:
         config, engine = self.config, self.engine
         assert isinstance(engine, SegmentStore)
         settings = CopySettings(
-            config.node.name, config.node.level, _store_settings(config), config.pipe.bytes_per_second
+            config.node.name, config.node.level, store_settings(config), config.pipe.bytes_per_second
         )
         return Resets(
             engine,
@@ -510,52 +532,6 @@ class Broker:
         if self.resets is not None:
             found.update(self.resets.problems())
         return {**found, **self.tree.problems()}
-
-    # ---- making the engine ----
-
-    def _make_engine(self) -> Engine:
-        return ENGINES[self.config.storage.engine](self)
-
-
-def _segment_engine(broker: Broker) -> Engine:
-    path = Path(broker.config.node.data_dir)
-    return SegmentStore(path, broker.loop, broker.clock, _store_settings(broker.config))
-
-
-def _store_settings(config: Config) -> StoreSettings:
-    storage, limits = config.storage, config.limits
-    return StoreSettings(
-        level=config.node.level,
-        segment_bytes=storage.segment_bytes,
-        max_batch=limits.max_batch_bytes,
-        max_record=limits.max_record_bytes,
-        window=limits.publish_window_batches,
-        commit_interval=storage.commit_interval_ms / 1000,
-        read_timeout=storage.read_timeout_ms / 1000,
-        housekeeping=HousekeepingSettings(
-            retention_bytes=storage.retention_bytes,
-            retention_ms=storage.retention_ms,
-            segment_ms=storage.segment_ms,
-            max_bytes=storage.max_bytes,
-            soft_free_bytes=storage.soft_free_bytes,
-            hard_free_bytes=storage.hard_free_bytes,
-            scrub_bytes_per_second=storage.verify_bytes_per_second,
-        ),
-    )
-
-
-def _memory_engine(broker: Broker) -> Engine:
-    limits = broker.config.limits
-    return MemoryEngine(
-        broker.loop,
-        broker.clock,
-        max_batch=limits.max_batch_bytes,
-        max_record=limits.max_record_bytes,
-        window=limits.publish_window_batches,
-    )
-
-
-ENGINES: dict[str, Callable[[Broker], Engine]] = {"segment": _segment_engine, "memory": _memory_engine}
 
 
 def _listen_unix(path: Path) -> socket.socket:

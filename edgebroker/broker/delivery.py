@@ -135,6 +135,7 @@ class Delivery:
                 cursor.hint = partition.end_hint()
             else:
                 self.pump(cursor)
+        self._metrics.push_latency.observe(self._scheduler.clock_now() - self._engine.staged_at)
 
     def settings_changed(self, partition: Log) -> None:
         """Who waits before damage may be allowed to go on now."""

@@ -136,6 +136,9 @@ class FreshCopy:
 
     # ---- its store's listener ----
 
+    def on_opening(self, done: int, topics: int) -> None:
+        pass
+
     def on_written(self, log: Log) -> None: ...
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
         self._piping.on_durable(log)

@@ -404,6 +404,20 @@ class Piping:
             found["name_clash"] = "; ".join(f"topic {name}: {why}" for name, why in self._mirrors.clashes.items())
         return found
 
+    def limit(self, bytes_per_second: int, hours: str) -> None:
+        """Another cap and other hours, from the next poll on."""
+        self._cap, self._follower.hours = bytes_per_second, hours
+
+    @property
+    def lag(self) -> int:
+        """Records that the parent has and this node lacks, as far as that is known."""
+        return sum(max(0, line.parent_end - line.offset) for line in self._follower.lines.values())
+
+    @property
+    def last_heard(self) -> float:
+        """When the parent said something last, in the loop's time; 0 before."""
+        return self._last_heard
+
     def describe(self) -> dict[str, object]:
         """For /v1/pipe."""
         return {

@@ -39,12 +39,14 @@ class BrokerProcess:
         settings: dict[str, str] | None = None,
         command: Sequence[str] = (),
         environment: dict[str, str] | None = None,
+        arguments: Sequence[str] = (),
         host: str = "127.0.0.1",
     ) -> None:
         self.directory = directory
         self._settings = settings or {}
         self._command = list(command)
         self._environment = environment or {}
+        self._arguments = list(arguments)
         self._listen = self._http = f"{host}:0"
         self.process: subprocess.Popen[bytes] | None = None
         self.log_path = directory.with_name(directory.name + ".log")
@@ -69,7 +71,7 @@ class BrokerProcess:
         ports.unlink(missing_ok=True)
         environment = {**os.environ, **self._environment, **self._settings}
         arguments = ["serve", "--data-dir", str(self.directory), "--listen", self._listen, "--http", self._http]
-        arguments += ["--ports-file", str(ports)]
+        arguments += ["--ports-file", str(ports), *self._arguments]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._command, *program(), *arguments],

@@ -114,6 +114,7 @@ class RegistryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least severe lines that are logged")] = "info"  # fmt: skip  # noqa: E501
+    format: Annotated[Literal["auto", "text", "json"], Meta(description="auto: fields to systemd's journal where standard error is that, else text; json: an object a line")] = "auto"  # fmt: skip  # noqa: E501
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -15,6 +15,9 @@ class Scheduler(Protocol):
     def now(self) -> float:
         """Monotonic seconds, read once per turn of the loop."""
 
+    def clock_now(self) -> float:
+        """Monotonic seconds at this moment."""
+
     def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
         """Run a callback on the loop, not before `seconds` have passed."""
 

@@ -42,6 +42,8 @@ class Response(NamedTuple):
     status: int
     body: object
     headers: tuple[tuple[str, str], ...] = ()
+    content_type: str = "text/plain; charset=utf-8"
+    """Of a text."""
 
 
 class BodyWriter:
@@ -253,7 +255,7 @@ class HttpConnection:
             self._stream(response)
             return
         if isinstance(response.body, str):
-            body, kind = response.body.encode(), "text/plain; charset=utf-8"
+            body, kind = response.body.encode(), response.content_type
         else:
             body, kind = json.dumps(response.body).encode() + b"\n", "application/json"
         headers = [("content-type", kind), ("content-length", str(len(body))), *response.headers]

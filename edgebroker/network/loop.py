@@ -66,7 +66,7 @@ class Loop:
         return self._now
 
     def clock_now(self) -> float:
-        """Monotonic seconds at this moment; for loops whose turns may be long apart."""
+        """Monotonic seconds at this moment: to measure within a turn, and for loops whose turns may be long apart."""
         return self._clock.monotonic()
 
     def call_later(self, seconds: float, callback: Callable[[], None]) -> TimerHandle:

@@ -145,7 +145,7 @@ class Follower:
     ) -> None:
         self._uid, self._name, self._level, self._patterns, self._sink = uid, name, level, list(patterns), sink
         self.lines: dict[TopicPartition, Line] = {}
-        self._wanted, self._hours, self._pin = Patterns(self._patterns), hours, pin
+        self._wanted, self.hours, self._pin = Patterns(self._patterns), hours, pin
         self._parent = ""
         self.known: dict[str, int] = {}
         self._polled: list[Line] = []
@@ -201,7 +201,7 @@ class Follower:
             topics=self._patterns,
             logs=logs,
             known=self.known,
-            hours=self._hours,
+            hours=self.hours,
             pin=self._pin,
         )
 

@@ -32,6 +32,10 @@ class Budget:
         self.full = ""
         self.wants_space = 0
 
+    def change(self, *, max_bytes: int, soft_free: int, hard_free: int) -> None:
+        """Other limits, from the next measurement on."""
+        self._max_bytes, self._soft_free, self._hard_free = max_bytes, soft_free, hard_free
+
     def measured(self, free: int, size: int, used: int) -> None:
         """`used`: bytes of all logs together. Sets `usable` (bytes until producers are refused), `full` (why, or "")
         and `wants_space` (bytes to remove early)."""

@@ -18,6 +18,7 @@ from typing import Protocol
 
 from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code
+from edgebroker.common.histogram import Histogram
 from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
@@ -47,13 +48,14 @@ class CommitListener(Protocol):
 
 
 class Committer:
-    """Owned by the loop thread. `read_only` and `disk_full` say why writing is refused, "" when it is not."""
+    """Owned by the loop thread. `interval` (seconds) may be changed at any time. `read_only` and `disk_full` say why
+    writing is refused, "" when it is not."""
 
     def __init__(
         self, scheduler: Scheduler, clock: Clock, listener: CommitListener, *, interval_seconds: float
     ) -> None:
         self._scheduler, self._clock, self._listener = scheduler, clock, listener
-        self._interval = interval_seconds
+        self.interval = interval_seconds
         self._group = GroupCommit()
         self._dirty: dict[PartitionLog, None] = {}
         self._unsynced: dict[PartitionLog, None] = {}
@@ -68,6 +70,10 @@ class Committer:
         self.read_only = ""
         self.disk_full = ""
         self.groups = self.group_bytes = self.write_ns = self.sync_ns = self.rolls = self.slowest_sync_ns = 0
+        self.sync_latency, self.append_latency = Histogram(), Histogram()
+        self._staged_since = 0.0
+        # When the first batch of the group was staged that is in flight, or is just being told to the listener.
+        self.staged_at = 0.0
         scheduler.add_reader(self._group.done_fd, self._collect)
         scheduler.at_end_of_turn(self.flush)
         self._thread = start_thread("edgebroker-commit", self._run)
@@ -75,12 +81,14 @@ class Committer:
     def mark(self, partition: PartitionLog, *, durable: bool, written: bool, urgent: bool) -> None:
         """Something was staged: somebody waits for it to be durable or written (or nobody)."""
         if partition not in self._dirty:
+            if not self._dirty:
+                self._staged_since = self._scheduler.now()
             self._dirty[partition] = None
         partition.wants_sync = partition.wants_sync or durable
         partition.wants_announcement = partition.wants_announcement or written
-        if self._interval and not urgent:
+        if self.interval and not urgent:
             if not self._flush_due:
-                self._flush_due = self._scheduler.now() + self._interval
+                self._flush_due = self._scheduler.now() + self.interval
         else:
             self._flush_due = -1.0
 
@@ -177,6 +185,7 @@ class Committer:
         if not jobs:
             return
         self._in_flight, self._syncing = in_flight, sync
+        self.staged_at, self._staged_since = self._staged_since, now
         self._group.submit(jobs, sync, written)
 
     def _run(self) -> None:
@@ -207,6 +216,9 @@ class Committer:
         self.write_ns += write_ns
         self.sync_ns += sync_ns
         self.slowest_sync_ns = max(self.slowest_sync_ns, sync_ns)
+        if self._syncing:
+            self.sync_latency.observe(sync_ns / 1e9)
+            self.append_latency.observe(self._clock.monotonic() - self.staged_at)
         for (partition, layout, _), (write_error, sync_error) in zip(in_flight, errors, strict=True):
             if write_error in files.FULL:
                 self._disk_is_full(partition, f"writing {partition.name} failed: {errno.errorcode[write_error]}")
@@ -218,7 +230,7 @@ class Committer:
             else:
                 self._unsynced[partition] = None
         if self._unsynced and not self._sync_due:
-            self._sync_due = self._scheduler.now() + max(self._interval, SYNC_DELAY_SECONDS)
+            self._sync_due = self._scheduler.now() + max(self.interval, SYNC_DELAY_SECONDS)
         elif not self._unsynced:
             self._sync_due = 0.0
 

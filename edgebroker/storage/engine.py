@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import msgspec
 
 from edgebroker.common.errors import Code
+from edgebroker.common.histogram import Histogram
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage.chains import ChainPoint
 from edgebroker.storage.children import Children
@@ -70,6 +71,9 @@ class Log(Protocol):
 
 class Listener(Protocol):
     """Who is told, on the loop, what became of staged batches."""
+
+    def on_opening(self, done: int, topics: int) -> None:
+        """While the engine is being opened: so many of the topics are open, and one more log of the next one."""
 
     def on_written(self, log: Log) -> None: ...
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None: ...
@@ -180,6 +184,13 @@ class Engine(Protocol):
 
     def producer(self, client_id: str) -> tuple[int, int] | None: ...
     def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None: ...
+    @property
+    def staged_at(self) -> float:
+        """Within on_durable(): when the first batch of what is durable now was staged, in monotonic seconds."""
+
+    def latencies(self) -> dict[str, Histogram]:
+        """Seconds that the disk took: `sync` for each sync, `append` from the first batch of a group to its end."""
+
     def problems(self) -> dict[str, str]:
         """What is wrong with the storage now, by name; empty when all is well."""
 

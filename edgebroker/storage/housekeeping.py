@@ -103,6 +103,13 @@ class Housekeeping:
         self.clock_implausible = ""
         self.removed_segments = self.scrubbed_bytes = 0
 
+    def reconfigure(self, settings: HousekeepingSettings) -> None:
+        """Go on with these settings."""
+        self._settings = settings
+        self._budget.change(
+            max_bytes=settings.max_bytes, soft_free=settings.soft_free_bytes, hard_free=settings.hard_free_bytes
+        )
+
     def start(self) -> None:
         """Begin ticking; verify in the background what this process did not write itself."""
         for partition in self._store.logs():

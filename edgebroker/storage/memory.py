@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from edgebroker.common import batch, records
 from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code
+from edgebroker.common.histogram import Histogram
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import segscan
@@ -244,6 +245,13 @@ class MemoryEngine:
 
     def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
         self._producers[client_id] = (producer_id, epoch)
+
+    @property
+    def staged_at(self) -> float:
+        return self._scheduler.now()
+
+    def latencies(self) -> dict[str, Histogram]:
+        return {}
 
     def problems(self) -> dict[str, str]:
         return {}

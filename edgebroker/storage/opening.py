@@ -7,6 +7,7 @@ next start, with a reason; it never keeps the others from being served.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -67,8 +68,9 @@ class Opener:
         self._limits, self._segment_bytes = limits, segment_bytes
         self.unserved: dict[str, str] = {}
 
-    def open_topic(self, path: Path, state: MetaState) -> list[PartitionLog]:
-        """The partitions of a topic in order; none when it cannot be served (then `unserved` says why)."""
+    def open_topic(self, path: Path, state: MetaState, opened: Callable[[], None] = lambda: None) -> list[PartitionLog]:
+        """The partitions of a topic in order; none when it cannot be served (then `unserved` says why). `opened` is
+        called after each of them: it may take a while."""
         logs: dict[int, PartitionLog] = {}
         for directory in path.iterdir():
             if directory.name.isdigit() and directory.is_dir():
@@ -79,6 +81,7 @@ class Opener:
                     log.error("%s/%d cannot be read or written: %s", path.name, number, error)
                     self.unserved[path.name] = str(error)
                     continue
+                opened()
                 if recovered is not None:
                     logs[number] = recovered
         wanted = max((found.settings.partitions for found in logs.values()), default=0)

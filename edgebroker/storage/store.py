@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code
+from edgebroker.common.histogram import Histogram
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
@@ -115,11 +116,11 @@ class SegmentStore:
         for name in left:
             self.removal.left_over(name)
         self._producers, self.topology = state.producers, state.topology
-        for topic_path in sorted(self._directory.topics.iterdir()):
-            if topic_path.is_dir() and topic_path.name not in left:
-                logs = self._opener.open_topic(topic_path, state)
-                if logs:
-                    self._topics[topic_path.name] = logs
+        paths = [path for path in sorted(self._directory.topics.iterdir()) if path.is_dir() and path.name not in left]
+        for number, topic_path in enumerate(paths):
+            logs = self._opener.open_topic(topic_path, state, partial(listener.on_opening, number, len(paths)))
+            if logs:
+                self._topics[topic_path.name] = logs
         raise_epochs(self.logs(), self._producers)
         if self._directory.restored:
             begin_histories(self.logs(), self.node_uid)
@@ -133,6 +134,11 @@ class SegmentStore:
             listener, resets,
         )  # fmt: skip
         self._housekeeping.start()
+
+    def reconfigure(self, settings: StoreSettings) -> None:
+        """Go on with another commit interval and other settings of the housekeeping."""
+        self._committer.interval = settings.commit_interval
+        self._housekeeping.reconfigure(settings.housekeeping)
 
     def close(self, timeout: float, *, mark: bool = True) -> bool:
         """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this. Without
@@ -545,6 +551,13 @@ class SegmentStore:
         self._metadata.touch()
 
     # ---- state ----
+
+    @property
+    def staged_at(self) -> float:
+        return self._committer.staged_at
+
+    def latencies(self) -> dict[str, Histogram]:
+        return {"append": self._committer.append_latency, "sync": self._committer.sync_latency}
 
     def problems(self) -> dict[str, str]:
         found = {

@@ -1,0 +1,24 @@
+"""What can be wrong with a node, by name, and what whoever runs it should do: for the log, `status` and the metrics.
+
+docs/operations.md says the same at more length; a test holds the two together.
+"""
+
+ADVICE = {
+    "damaged": "it is fetched again from the parent by itself; at an origin: edgebroker heal --from NODE; to go on "
+    "without the records: edgebroker topic alter TOPIC --on-damage skip",
+    "disk_full": "free space or raise storage.max_bytes; writing resumes by itself",
+    "disk_stalled": "check the disk (dmesg); nothing is lost, what is in memory is still delivered",
+    "fleet_full": "remove nodes that are gone: edgebroker node remove NAME",
+    "history_lost": "get the records back from a child: edgebroker heal --from NODE; or give them up: edgebroker topic "
+    "accept TOPIC",
+    "metadata": "check space and rights of the data directory; it is tried again every second",
+    "name_clash": "rename the topic here or at the parent: only this node's is served",
+    "parent": "check the line and the parent; this node goes on serving what it has",
+    "read_only": "check the disk (dmesg), then restart the node; what was acknowledged is safe",
+    "registry": "free space, or install the release that wrote registry.db; it is tried again every second",
+    "replaced": "if the parent's log is the right one: edgebroker topic accept TOPIC",
+    "reset": "edgebroker reset --status says which reset waits for what",
+    "unserved_topics": "check the disk and the rights of the topic's directory, then restart the node",
+}
+# While one of these lasts, the node is not ready: nothing can be published.
+BLOCKING = ("read_only", "disk_full", "disk_stalled")

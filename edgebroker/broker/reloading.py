@@ -1,0 +1,57 @@
+"""What of the configuration can change while the node runs (SIGHUP), and what needs a restart."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
+
+from edgebroker.common.config import Config
+
+if TYPE_CHECKING:
+    from edgebroker.broker.broker import Broker
+
+RELOADABLE = frozenset(
+    {
+        "log.level",
+        "storage.retention_bytes",
+        "storage.retention_ms",
+        "storage.segment_ms",
+        "storage.max_bytes",
+        "storage.soft_free_bytes",
+        "storage.hard_free_bytes",
+        "storage.commit_interval_ms",
+        "storage.verify_bytes_per_second",
+        "limits.max_connections",
+        "limits.idle_timeout_ms",
+        "limits.connect_timeout_ms",
+        "limits.stuck_timeout_ms",
+        "pipe.bytes_per_second",
+        "pipe.hours",
+    }
+)
+
+
+class Changes(NamedTuple):
+    """Keys whose value is another one: taken over, and waiting for a restart."""
+
+    applied: list[str]
+    waiting: list[str]
+
+
+def reload(broker: Broker, new: Config) -> Changes:
+    """Take over what can be, on the loop. The node's configuration is then what is in force: a key that waits for a
+    restart keeps its old value there, and is named again by the next reload."""
+    old_tree, new_tree = msgspec.to_builtins(broker.config), msgspec.to_builtins(new)
+    changed = [
+        f"{section}.{key}"
+        for section, table in new_tree.items()
+        for key, value in table.items()
+        if value != old_tree[section][key]
+    ]
+    applied = [name for name in changed if name in RELOADABLE]
+    for name in applied:
+        section, _, key = name.partition(".")
+        old_tree[section][key] = new_tree[section][key]
+    broker.reconfigure(msgspec.convert(old_tree, Config))
+    return Changes(applied, [name for name in changed if name not in RELOADABLE])

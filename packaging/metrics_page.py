@@ -1,0 +1,49 @@
+"""Writes docs/metrics.md from the code: `python packaging/metrics_page.py > docs/metrics.md` (make docs)."""
+
+from edgebroker.broker.advice import ADVICE
+from edgebroker.broker.exposition import families
+
+HEAD = """# Metrics
+
+`GET /metrics` answers in the text format of Prometheus, on the admin interface (`listen.http`). Nothing on the data
+path knows of it: the numbers are plain counters that are read when somebody asks. Counters begin at 0 with each start.
+
+```yaml
+scrape_configs:
+  - job_name: edgebroker
+    static_configs:
+      - targets: ["127.0.0.1:7421"]
+```
+
+Labels are bounded: names of topics and groups (groups without a name are not shown), numbers of partitions, codes and
+problems from closed lists. At most 2,000 logs and 2,000 places of groups are shown; `edgebroker_series_left_out` says
+how many there were beyond that.
+
+What to watch, in this order: `edgebroker_ready == 0`; `edgebroker_problem == 1`; `edgebroker_consumer_lag_seconds`;
+`time() - edgebroker_pipe_last_success_timestamp_seconds` (a parent is silent for at most a minute and a half while it
+is well); `edgebroker_disk_days_left`; the 99th percentile of `edgebroker_sync_duration_seconds`.
+
+| Metric | Kind | Labels | Meaning |
+|---|---|---|---|
+"""
+PROBLEMS = """
+## Problems
+
+The values of the label `problem`, and what to do; [operations.md](operations.md) says more.
+
+| Problem | Do |
+|---|---|
+"""
+
+
+def page() -> str:
+    """The whole document."""
+    rows = [
+        f"| `{family.name}` | {family.kind} | {', '.join(family.labels)} | {family.help} |\n" for family in families()
+    ]
+    problems = [f"| `{name}` | {text} |\n" for name, text in ADVICE.items()]
+    return HEAD + "".join(rows) + PROBLEMS + "".join(problems)
+
+
+if __name__ == "__main__":
+    print(page(), end="")
