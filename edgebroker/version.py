@@ -1,3 +1,5 @@
-"""The version of this release, in one place."""
+"""The version of this release, and of what it writes, in one place."""
 
 __version__ = "0.1.0"
+# Of the data directory (FORMAT). A release reads every lower one and refuses a higher one before it writes anything.
+DATA_FORMAT = 1

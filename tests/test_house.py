@@ -12,7 +12,7 @@ PACKAGE = ROOT / "edgebroker"
 # A folder may import itself and what stands beside its name here.
 MAY_IMPORT = {
     "common": set(),
-    "storage": {"common"},
+    "storage": {"common", "version"},
     "network": {"common"},
     "pipe": {"common"},
     "broker": {"common", "storage", "network", "pipe", "version"},
@@ -30,7 +30,7 @@ HOMES = {
         "cli/selftest.py",
     },
     "mmap": {"storage/walk.py"},
-    "fcntl": {"storage/files.py", "network/transport.py"},
+    "fcntl": {"storage/files.py", "network/transport.py", "cli/upgrade.py"},
     "threading.Thread": {"common/threads.py"},
     "os.fsync": {"common/durable.py", "storage/files.py"},
     "os.fdatasync": {"storage/files.py", "cli/disk.py"},
@@ -40,7 +40,7 @@ HOMES = {
     "os.ftruncate": {"storage/files.py"},
     "os.environ": {"common/config.py", "cli/main.py", "cli/process.py", "cli/serve.py"},
     "time": {"common/clock.py"},
-    "psutil": {"broker/machine.py"},
+    "psutil": {"broker/machine.py", "cli/targetbench.py"},
     "prometheus_client": {"broker/exposition.py"},
     "h11": {"network/http.py", "network/httpclient.py"},
 }
@@ -48,6 +48,7 @@ SOCKETS = {
     "network/loop.py", "network/transport.py", "network/http.py", "network/httpclient.py", "network/link.py",
     "network/producer.py", "network/consumer.py", "broker/broker.py", "broker/session.py", "cli/adminclient.py",
     "broker/tree.py", "cli/treedemo.py", "common/config.py", "cli/supervisor.py", "cli/journal.py",
+    "cli/install.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600

@@ -23,8 +23,20 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
+def ask(admin: str, path: str) -> tuple[int, Any]:
+    """A GET: (status, decoded JSON), whatever the status. Raises UnreachableError."""
+    return _exchange(admin, "GET", path, None)
+
+
 def call(admin: str, method: str, path: str, body: object = None) -> Any:
     """One request; the decoded JSON. Raises UnreachableError, or EdgeBrokerError with what the node answered."""
+    status, data = _exchange(admin, method, path, body)
+    if status >= 400:
+        raise EdgeBrokerError(str(data.get("error", f"HTTP {status}")))
+    return data
+
+
+def _exchange(admin: str, method: str, path: str, body: object) -> tuple[int, Any]:
     connection: http.client.HTTPConnection
     admin = admin.removeprefix("http://").rstrip("/")
     if admin.startswith("unix:"):
@@ -34,11 +46,8 @@ def call(admin: str, method: str, path: str, body: object = None) -> Any:
     try:
         connection.request(method, path, json.dumps(body) if body is not None else None)
         response = connection.getresponse()
-        data = json.loads(response.read())
+        return response.status, json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise UnreachableError(f"no broker answers at {admin}: {error}; is it running, is --admin right?") from error
     finally:
         connection.close()
-    if response.status >= 400:
-        raise EdgeBrokerError(str(data.get("error", f"HTTP {response.status}")))
-    return data

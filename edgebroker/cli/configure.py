@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
@@ -53,15 +54,17 @@ def to_toml(config: Config) -> str:
     return "\n".join(lines)
 
 
-def commented_file() -> str:
-    """Every key with its default, commented out, its meaning above it."""
+def commented_file(values: Mapping[str, object] | None = None) -> str:
+    """Every key with its meaning above it: those of `values` set, the others commented out with their defaults."""
     lines, section = ["# edgebroker configuration. Every key is optional; the values shown are the defaults.", ""], ""
+    values = values or {}
     for key, allowed, default, description in describe_keys():
         table, _, name = key.partition(".")
         if table != section:
             section = table
             lines += ["", f"[{section}]"]
-        lines += [f"# {description} ({allowed})", f"# {name} = {_value(default)}"]
+        mark, value = ("", values[key]) if key in values else ("# ", default)
+        lines += [f"# {description} ({allowed})", f"{mark}{name} = {_value(value)}"]
     return "\n".join(lines) + "\n"
 
 

@@ -47,6 +47,8 @@ def build_parser() -> Parser:
     parser.set_defaults(parser=parser)
     verbs = parser.add_subparsers(title="commands", metavar="COMMAND")
     _serve(verbs)
+    _appliance(verbs)
+    _status(verbs)
     _publish(verbs)
     _consume(verbs)
     _topic(verbs)
@@ -91,6 +93,66 @@ def _serve(verbs) -> None:  # type: ignore[no-untyped-def]
     serve.add_argument("--listen", metavar="HOST:PORT", help="address of the binary protocol")
     serve.add_argument("--http", metavar="HOST:PORT", help="address of the admin and health interface")
     serve.add_argument("--ports-file", metavar="FILE", help="write the addresses here once both answer (for port 0)")
+
+
+def _appliance(verbs) -> None:  # type: ignore[no-untyped-def]
+    install = _verb(verbs, "install", "make this program a service of this machine", "install", "install")
+    install.add_argument(
+        "--role", required=True, choices=("root", "l2", "l3", "pos", "local"), help="level in the tree"
+    )
+    install.add_argument("--id", default="", metavar="NAME", help="name of the node (default: the host name)")
+    install.add_argument(
+        "--parent", action="append", default=[], metavar="URL", help="http://HOST:PORT of a parent; again for a second"
+    )
+    install.add_argument("--registry", default="", metavar="URL", help="node through which the registry can be asked")
+    install.add_argument("--region", default="", help="where it stands, as north/store-12")
+    install.add_argument("--labels", default="", metavar="NAME=VALUE,...")
+    install.add_argument(
+        "--bind", default="", metavar="ADDRESS", help="listen here, for other machines; without it only on 127.0.0.1"
+    )
+    install.add_argument("--start", action="store_true", help="start it now, and wait until it is ready")
+    uninstall = _verb(verbs, "uninstall", "remove the service; the data stays", "install", "uninstall")
+    uninstall.add_argument("--purge", action="store_true", help="the data and the configuration, too")
+    uninstall.add_argument("--yes", action="store_true", help="with --purge: that is meant")
+    for verb in (install, uninstall):
+        verb.add_argument(
+            "--instance", default="", metavar="NAME", help="a further node of this machine, edgebroker@NAME"
+        )
+        verb.add_argument("--dry-run", action="store_true", help="only say what would be done")
+        verb.add_argument("--root", default="/", metavar="DIR", help="an image that is being built, instead of /")
+    upgrade = _verb(
+        verbs, "upgrade", "run another release; back by itself when it does not come up", "upgrade", "upgrade"
+    )
+    upgrade.add_argument("file", nargs="?", help="the program of that release")
+    upgrade.add_argument("--sha256", default="", metavar="HEX", help="its digest, as published")
+    upgrade.add_argument("--undo", action="store_true", help="back to the release before this one")
+    upgrade.add_argument("--accept-format", action="store_true", help="also when there is no way back but a restore")
+    upgrade.add_argument(
+        "--timeout", type=float, default=60.0, metavar="S", help="for each node to be ready (default 60)"
+    )
+    upgrade.add_argument("--dry-run", action="store_true", help="only say what would be done")
+
+
+def _status(verbs) -> None:  # type: ignore[no-untyped-def]
+    _admin(_verb(verbs, "status", "how a node is, on one screen", "status", "status"))
+    check = _family(verbs, "check", "for monitoring: one line, and 0 ok, 1 warning, 2 critical, 3 unknown")
+    live = _verb(check, "live", "does it answer?", "status", "live")
+    ready = _verb(check, "ready", "can it take and deliver records? a missing parent is a warning", "status", "ready")
+    lag = _verb(check, "lag", "how far behind are the groups?", "status", "lag")
+    lag.add_argument("--group", default="", help="only this group; without it all of them")
+    lag.add_argument("--records", action="store_true", help="count records, not seconds")
+    lag.add_argument("--warning", type=float, default=60.0, metavar="N", help="warning from here on (default 60)")
+    lag.add_argument("--critical", type=float, default=600.0, metavar="N", help="critical from here on (default 600)")
+    for verb in (live, ready, lag):
+        _admin(verb)
+    bundle = _verb(
+        verbs, "support-bundle", "collect what support needs, without records and secrets", "bundle", "support_bundle"
+    )
+    bundle.add_argument("file", nargs="?", help="where to (default: edgebroker-HOST-TIME.tar.gz)")
+    bundle.add_argument("-c", "--config", metavar="FILE", help="its configuration (default: all in /etc/edgebroker)")
+    _admin(bundle)
+    completion = _verb(verbs, "completion", "print what a shell needs to complete commands", "completion", "completion")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
 def _server(parser: Parser) -> None:
@@ -370,6 +432,16 @@ def _bench(verbs) -> None:  # type: ignore[no-untyped-def]
         if name == "fanout":
             verb.add_argument("--consumers", type=int, default=100)
             verb.set_defaults(count=20_000)
+    everything = _verb(
+        bench,
+        "all",
+        "everything on this very machine, on one page that says what to expect of it",
+        "targetbench",
+        "bench_all",
+    )
+    everything.add_argument("directory", nargs="?", default=".", help="on the disk that matters (default: here)")
+    everything.add_argument("--report", metavar="FILE", help="write the page here as well; FILE.json: as JSON")
+    everything.add_argument("--json", action="store_true")
     disk = _verb(bench, "disk", "what this disk can do: append and sync, sequential writes", "bench", "disk")
     disk.add_argument("directory", nargs="?", default=".")
     disk.add_argument("--json", action="store_true")

@@ -25,6 +25,18 @@ def program() -> list[str]:
     return [sys.executable, "-m", "edgebroker"]
 
 
+def environment_of_others() -> dict[str, str]:
+    """The environment for programs that are not this very one: what the loader of a frozen program has put into ours
+    would give them its libraries, and would make another release of the program look for this one's files."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("_PYI_")}
+    if getattr(sys, "frozen", False):
+        found["PYINSTALLER_RESET_ENVIRONMENT"] = "1"
+        found.pop("LD_LIBRARY_PATH", None)
+        if original := found.pop("LD_LIBRARY_PATH_ORIG", ""):
+            found["LD_LIBRARY_PATH"] = original
+    return found
+
+
 class BrokerProcess:
     """`edgebroker serve` on ports of its own, data in `directory`. start() returns when it is ready.
 

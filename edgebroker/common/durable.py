@@ -13,6 +13,15 @@ def sync_directory(path: Path) -> None:
         os.close(fd)
 
 
+def sync_file(path: Path) -> None:
+    """Make the content of a file durable that was written by other means."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
 def write_durable(path: Path, data: bytes) -> None:
     """Replace a small file: when this returns the new content survives a power cut; before, the old one does."""
     _replace(path, data, durable=True)

@@ -10,8 +10,8 @@ import msgspec
 
 from edgebroker.common.errors import DataDirectoryError, FormatTooNewError
 from edgebroker.storage import files
+from edgebroker.version import DATA_FORMAT
 
-FORMAT_VERSION = 1
 RESTORED = "RESTORED"
 RESERVE_BYTES = 8 << 20
 
@@ -96,13 +96,13 @@ class DataDirectory:
             found = msgspec.json.decode(path.read_bytes(), type=Format)
         except (FileNotFoundError, msgspec.DecodeError):
             # Absent or torn at the very first start; the segments themselves carry the batch format.
-            self._write_full_proof(path, msgspec.json.encode(Format(FORMAT_VERSION)) + b"\n")
+            self._write_full_proof(path, msgspec.json.encode(Format(DATA_FORMAT)) + b"\n")
             return
         unknown = [*found.incompat, *found.ro_compat]
-        if found.version > FORMAT_VERSION or unknown:
+        if found.version > DATA_FORMAT or unknown:
             what = f"format version {found.version}" + (f" with {', '.join(unknown)}" if unknown else "")
             raise FormatTooNewError(
-                f"{self.path}: written by a newer release ({what}; this one knows {FORMAT_VERSION}); "
+                f"{self.path}: written by a newer release ({what}; this one knows {DATA_FORMAT}); "
                 "nothing was changed, install the newer release again"
             )
 

@@ -1,0 +1,90 @@
+"""`edgebroker support-bundle`: what somebody far away needs to see of a node, in one file. No records, no secrets."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import platform
+import re
+import tarfile
+from datetime import UTC, datetime
+from pathlib import Path
+
+import msgspec
+
+from edgebroker.cli.adminclient import ask
+from edgebroker.cli.machine import Machine
+from edgebroker.common.config import load_config
+from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableError
+from edgebroker.version import __version__
+
+PATHS = (
+    "/healthz", "/readyz", "/v1/node", "/v1/topics", "/v1/groups", "/v1/clients", "/v1/pipe", "/v1/tree", "/v1/resets",
+)  # fmt: skip
+COMMANDS = {
+    "journal.txt": ("journalctl", "-u", "edgebroker*", "-n", "5000", "--no-pager", "-o", "short-iso"),
+    "units.txt": ("systemctl", "status", "edgebroker*", "--no-pager", "-l"),
+    "unit-files.txt": ("systemctl", "cat", "edgebroker*", "--no-pager"),
+    "disk-free.txt": ("df", "-h"),
+    "disk-inodes.txt": ("df", "-i"),
+    "kernel.txt": ("dmesg", "--level", "err,warn"),
+    "processes.txt": ("ps", "-eo", "pid,ppid,rss,nlwp,etimes,stat,args"),
+}
+# What a key, a variable or an argument of that name says is nobody's business.
+_SECRET = re.compile(r"(?im)^(.*?\b\w*(?:password|passwd|secret|token|credential|private_key|api_key)\w*\s*[=:]\s*).*$")
+_URL_PASSWORD = re.compile(r"(://[^/\s:@]+:)[^@\s]+(@)")
+
+
+def support_bundle(options: argparse.Namespace) -> int:
+    when = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    path = Path(options.file or f"edgebroker-{platform.node()}-{when}.tar.gz")
+    machine = Machine(Path("/"), dry=False, quiet=True)
+    missing: list[str] = []
+    try:
+        with path.open("xb") as file, tarfile.open(fileobj=file, mode="w:gz") as bundle:
+            path.chmod(0o600)
+
+            def add(name: str, text: str) -> None:
+                data = redacted(text).encode()
+                entry = tarfile.TarInfo(f"edgebroker-bundle/{name}")
+                entry.size, entry.mode = len(data), 0o600
+                bundle.addfile(entry, io.BytesIO(data))
+
+            add("about.json", json.dumps({"version": __version__, "when": when, "machine": platform.uname()._asdict()}))
+            for one in PATHS:
+                try:
+                    status, answer = ask(options.admin, one)
+                except UnreachableError as error:
+                    missing.append(f"{one}: {error}")
+                    continue
+                add(f"http{one.replace('/', '-')}.json", json.dumps({"status": status, "answer": answer}, indent=1))
+            for name, command in COMMANDS.items():
+                text = machine.ask(*command)
+                add(name, text) if text else missing.append(f"{name}: {' '.join(command)} says nothing")
+            for config in sorted(Path("/etc/edgebroker").glob("*.toml")) if not options.config else [options.config]:
+                _add_config(Path(config), add, missing)
+            add("missing.txt", "\n".join(missing) + "\n")
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists and is left as it is; choose another name") from error
+    print(path)
+    return 0
+
+
+def _add_config(path: Path, add, missing: list[str]) -> None:  # type: ignore[no-untyped-def]
+    """The file as it stands, what is in force, and what lies in its data directory."""
+    try:
+        add(f"config-{path.name}", path.read_text())
+        config = load_config(path)
+    except (OSError, EdgeBrokerError) as error:
+        missing.append(f"{path}: {error}")
+        return
+    add(f"effective-{path.stem}.json", json.dumps(msgspec.to_builtins(config), indent=1))
+    data = Path(config.node.data_dir)
+    lines = [f"{one.stat().st_size:14} {one.relative_to(data)}" for one in sorted(data.rglob("*")) if one.is_file()]
+    add(f"files-{path.stem}.txt", "\n".join(lines))
+
+
+def redacted(text: str) -> str:
+    """The same without what looks like a secret."""
+    return _URL_PASSWORD.sub(r"\1***\2", _SECRET.sub(r"\1***", text))
