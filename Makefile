@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench build cover docs clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages
+.PHONY: run test lint bench build cover docs clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages freeze deb image test-appliance
 
 run: build
 	$(BIN)/edgebroker demo
@@ -63,6 +63,23 @@ chaos: build
 soak: export EB_SOAK_HOURS ?= 1
 soak: build
 	$(BIN)/python -m pytest tests/faults/test_soak.py -s
+
+# The program as one file (dist/edgebroker) and as a folder (dist/folder), which end by checking themselves.
+freeze:
+	@./packaging/packages.sh freeze
+	./packaging/freeze.sh
+
+# The Debian package (dist/*.deb) and the container image, both of the folder form.
+deb: freeze
+	./packaging/deb.sh
+
+image:
+	./packaging/image.sh
+
+# What a technician does, in a booted systemd, a virtual machine and a container image (root; installs Debian packages).
+test-appliance: build freeze
+	@./packaging/packages.sh appliance
+	EB_APPLIANCE=1 $(BIN)/python -m pytest tests/appliance
 
 test-fuzz: build
 	tests/fuzz/run.sh 60

@@ -1,6 +1,7 @@
 """The suite runs against the built extensions, never against anything else. Fixtures of several files."""
 
 import importlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,9 @@ EXTENSIONS = (
     "edgebroker.storage.staging",
     "edgebroker.cli.rawclient",
 )
+
+# Machines are booted there, which takes minutes: `make test-appliance`.
+collect_ignore = [] if os.environ.get("EB_APPLIANCE") else ["appliance"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

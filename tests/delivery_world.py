@@ -398,6 +398,8 @@ class World:
 
     # ---- the engine's listener ----
 
+    def on_opening(self, done: int, topics: int) -> None: ...
+
     def on_written(self, log: Log) -> None:
         self.publishing.on_written(log)
 

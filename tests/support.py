@@ -77,6 +77,8 @@ class Listener:
         self.floor: int | None = None
         self.pin: int | None = None
 
+    def on_opening(self, done: int, topics: int) -> None: ...
+
     def on_written(self, log: Log) -> None:
         self.events.append(("written", log.name, log.written_end))
 

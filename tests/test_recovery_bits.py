@@ -107,6 +107,7 @@ def read_all(view: SegmentView, shelf: Shelf) -> tuple[dict[int, bytes | None], 
     holes = []
     for offset in range(view.base, view.end_offset):
         answer = read_cold(view, offset, 1, shelf)
+        files.close(answer.fd)
         if answer.hole is not None:
             assert answer.hole.first <= offset < answer.hole.next and not answer.data
             holes.append(answer.hole)

@@ -55,6 +55,11 @@ class Place(NamedTuple):
     def data(self) -> str:
         return f"/var/lib/{self.name}"
 
+    @property
+    def defaults(self) -> str:
+        """The configuration that the package lays there; nobody has decided anything by it."""
+        return commented_file({"node.data_dir": self.data})
+
 
 def install(options: argparse.Namespace) -> int:
     machine = Machine(Path(options.root), options.dry_run)
@@ -68,7 +73,7 @@ def install(options: argparse.Namespace) -> int:
     _user(machine)
     _units(machine)
     machine.write(f"{UNITS}/{place.unit}.d/10-limits.conf", shipped(f"{LIMITS[options.role]}.conf"))
-    machine.write(place.config, config, 0o640)
+    machine.write(place.config, config, 0o640, pristine=place.defaults)
     machine.run("systemctl", "daemon-reload")
     machine.run("systemctl", "enable", place.unit)
     if options.start:
@@ -89,17 +94,17 @@ def _place(machine: Machine, options: argparse.Namespace) -> Place:
 
 
 def _level_of(machine: Machine, place: Place) -> str:
-    """The configured level of a node of this machine; "" when it is not installed."""
+    """The configured level of a node of this machine; "" when none is configured."""
     found = _section(machine, place, "node")
     return str(found.get("level", "root")) if found is not None else ""
 
 
 def _section(machine: Machine, place: Place, name: str) -> dict[str, object] | None:
     path = machine.path(place.config)
-    if not path.is_file():
+    if not path.is_file() or (text := path.read_text()) == place.defaults:
         return None
     try:
-        found: dict[str, object] = tomli.loads(path.read_text()).get(name, {})
+        found: dict[str, object] = tomli.loads(text).get(name, {})
     except tomli.TOMLDecodeError as error:
         raise ConfigError(f"{path} is no TOML: {error}; correct it, then install again") from error
     return found
@@ -197,15 +202,14 @@ def uninstall(options: argparse.Namespace) -> int:
         machine.run("systemctl", "disable", "--now", place.unit)
     machine.remove(f"{UNITS}/{place.unit}.d/10-limits.conf")
     if options.purge:
-        machine.remove_tree(place.data[1:])
-        machine.remove_tree(f"var/cache/{place.name}")
-        machine.path(place.config).unlink(missing_ok=True) if not machine.dry else None
+        for name in (place.data[1:], f"var/cache/{place.name}", place.config):
+            machine.discard(name)
     others = [path for path in machine.path("etc/edgebroker").glob("*.toml") if path != machine.path(place.config)]
     if not others:
         for name in (f"{UNITS}/edgebroker.service", f"{UNITS}/edgebroker@.service", "etc/sysusers.d/edgebroker.conf"):
             machine.remove(name)
         machine.remove("usr/local/bin/edgebroker")
-        machine.remove_tree(releases.HOME)
+        machine.discard(releases.HOME)
     machine.run("systemctl", "daemon-reload")
     if not options.purge:
         machine.say(f"keep {place.data} and /{place.config} (uninstall --purge --yes removes them)")

@@ -42,14 +42,15 @@ class Machine:
 
     # ---- files ----
 
-    def write(self, name: str, text: str, mode: int = 0o644) -> bool:
-        """Put a file where it belongs; True when that changed something."""
+    def write(self, name: str, text: str, mode: int = 0o644, *, pristine: str = "") -> bool:
+        """Put a file where it belongs; True when that changed something. A file that says just what `pristine` does
+        was changed by nobody either."""
         path, new = self.path(name), text.encode()
         old = path.read_bytes() if path.is_file() else None
         if old == new:
             self._remember(name, new)
             return False
-        if old is not None and self._record.get(name) != _digest(old):
+        if old is not None and old != pristine.encode() and self._record.get(name) != _digest(old):
             self.say(f"keep {path}: it was changed here; the new version goes to {path.name}.new")
             self._put(path.with_name(path.name + ".new"), new, mode)
             return False
@@ -93,12 +94,17 @@ class Machine:
         self._record.pop(name, None)
         self._store_record()
 
-    def remove_tree(self, name: str) -> None:
+    def discard(self, name: str) -> None:
+        """Remove a file or a whole directory, whoever has changed it."""
         path = self.path(name)
-        if path.exists():
+        if path.is_dir():
             self.say(f"remove {path} and everything in it")
             if not self.dry:
                 shutil.rmtree(path)
+        elif path.exists():
+            self.say(f"remove {path}")
+            if not self.dry:
+                path.unlink()
 
     # ---- what was written here ----
 
@@ -127,9 +133,7 @@ class Machine:
         self.say("run " + " ".join(command))
         if self.dry:
             return
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=COMMAND_SECONDS, env=environment_of_others()
-        )
+        done = _run(command)
         if done.returncode:
             raise EdgeBrokerError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}")
 
@@ -138,9 +142,7 @@ class Machine:
         if not self.real:
             return ""
         try:
-            done = subprocess.run(
-                command, capture_output=True, text=True, timeout=COMMAND_SECONDS, env=environment_of_others()
-            )
+            done = _run(command)
         except OSError:
             return ""
         return done.stdout.strip() if done.returncode == 0 else ""

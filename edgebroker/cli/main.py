@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 
 from edgebroker.common.errors import EdgeBrokerError
@@ -72,6 +72,16 @@ def build_parser() -> Parser:
     version = _verb(verbs, "version", "print the version", "version", "version")
     version.add_argument("--json", action="store_true")
     return parser
+
+
+def commands(parser: Parser) -> Iterator[tuple[str, str]]:
+    """(module, function) of every command below a parser."""
+    if run := parser.get_default("run"):
+        yield run
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for one in action.choices.values():
+                yield from commands(one)
 
 
 def _verb(verbs, name: str, text: str, module: str, function: str) -> Parser:  # type: ignore[no-untyped-def]
@@ -138,6 +148,8 @@ def _status(verbs) -> None:  # type: ignore[no-untyped-def]
     check = _family(verbs, "check", "for monitoring: one line, and 0 ok, 1 warning, 2 critical, 3 unknown")
     live = _verb(check, "live", "does it answer?", "status", "live")
     ready = _verb(check, "ready", "can it take and deliver records? a missing parent is a warning", "status", "ready")
+    for verb in (live, ready):
+        verb.add_argument("--healthcheck", action="store_true", help="exit 0 or 1, as container engines expect")
     lag = _verb(check, "lag", "how far behind are the groups?", "status", "lag")
     lag.add_argument("--group", default="", help="only this group; without it all of them")
     lag.add_argument("--records", action="store_true", help="count records, not seconds")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import io
 import sqlite3
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 from edgebroker.common import batch, codecs
@@ -15,13 +17,13 @@ from edgebroker.common.errors import EdgeBrokerError
 
 
 def selftest(options: argparse.Namespace) -> int:
-    checks: list[Callable[[], str]] = [_crc, _codecs, _sqlite, _broker]
+    checks: list[Callable[[], str]] = [_crc, _codecs, _sqlite, _tls, _commands, _progress, _broker]
     failed = 0
     for check in checks:
         name = check.__name__.lstrip("_")
         try:
             print(f"{name}: {check()}", file=sys.stderr)
-        except (EdgeBrokerError, AssertionError, OSError, sqlite3.Error, ImportError) as error:
+        except (EdgeBrokerError, AssertionError, OSError, sqlite3.Error, ImportError, AttributeError) as error:
             failed += 1
             print(f"{name}: FAILED: {error!r}", file=sys.stderr)
     print(f"{len(checks) - failed} of {len(checks)} checks passed")
@@ -48,6 +50,34 @@ def _sqlite() -> str:
         return str(connection.execute("SELECT sqlite_version()").fetchone()[0])
     finally:
         connection.close()
+
+
+def _tls() -> str:
+    import ssl
+
+    _expect(ssl.create_default_context().minimum_version >= ssl.TLSVersion.TLSv1_2, "old TLS is refused")
+    return ssl.OPENSSL_VERSION
+
+
+def _commands() -> str:
+    """Each command is complete: a frozen program may lack what is imported by a name that is put together."""
+    from edgebroker.cli.main import build_parser, commands
+
+    found = list(commands(build_parser()))
+    for module, function in found:
+        _expect(callable(getattr(import_module(f"edgebroker.cli.{module}"), function)), f"{module}.{function} is there")
+    return f"{len(found)} are complete"
+
+
+def _progress() -> str:
+    """A terminal sees a bar; nothing else would notice that it cannot be drawn."""
+    from tqdm import tqdm
+
+    drawn = io.StringIO()
+    with tqdm(total=2, file=drawn) as bar:
+        bar.update(2)
+    _expect("2/2" in drawn.getvalue(), "a bar that is full")
+    return "bars are drawn"
 
 
 def _broker() -> str:

@@ -134,7 +134,7 @@ def live(options: argparse.Namespace) -> int:
     def look() -> tuple[int, str]:
         return (OK, "it answers") if ask(options.admin, "/healthz")[0] == 200 else (CRITICAL, "it does not answer")
 
-    return _report("live", look)
+    return _report("live", look, options.healthcheck)
 
 
 def ready(options: argparse.Namespace) -> int:
@@ -148,7 +148,7 @@ def ready(options: argparse.Namespace) -> int:
             return CRITICAL, "; ".join(bad + warnings)
         return (WARNING, "; ".join(warnings)) if warnings else (OK, "ready")
 
-    return _report("ready", look)
+    return _report("ready", look, options.healthcheck)
 
 
 def lag(options: argparse.Namespace) -> int:
@@ -179,8 +179,9 @@ def lag(options: argparse.Namespace) -> int:
     return _report("lag", look)
 
 
-def _report(name: str, look: Any) -> int:
-    """One line and the exit code that Nagios and its kind expect; a node that does not answer is critical."""
+def _report(name: str, look: Any, healthcheck: bool = False) -> int:
+    """One line and the exit code that Nagios and its kind expect; a node that does not answer is critical. For the
+    `healthcheck` of a container engine, which knows only 0 and 1, a warning is well: it would restart the node."""
     try:
         state, text = look()
     except UnreachableError as error:
@@ -188,7 +189,7 @@ def _report(name: str, look: Any) -> int:
     except EdgeBrokerError as error:
         state, text = UNKNOWN, str(error)
     print(f"EDGEBROKER {name.upper()} {WORDS[state]}: {text}")
-    return int(state)
+    return int(state not in (OK, WARNING)) if healthcheck else int(state)
 
 
 def _duration(seconds: float) -> str:

@@ -45,14 +45,14 @@ def upgrade(options: argparse.Namespace) -> int:
             if not release:
                 raise ConfigError("there is no release before this one to go back to")
         else:
-            release = _prepare(machine, options)
+            release = prepare(machine, options)
         if release == running:
             print(f"{release} runs already")
             return 0
         return _switch(machine, running, release, options.timeout)
 
 
-def _prepare(machine: Machine, options: argparse.Namespace) -> str:
+def prepare(machine: Machine, options: argparse.Namespace) -> str:
     """Check a program and put it among the releases; its name there."""
     if not options.file or not options.sha256:
         raise ConfigError("upgrade FILE --sha256 HEX (or --undo) is expected")

@@ -1,0 +1,197 @@
+"""install and uninstall into an image (--root): what is written where, and what is left alone.
+
+In the running system the same is done by tests/appliance.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from programs import frozen, script
+
+from edgebroker.cli.configure import commented_file
+from edgebroker.cli.main import main
+from edgebroker.common.config import load_config
+
+__all__ = ["frozen"]
+CONFIG, UNITS = "etc/edgebroker/edgebroker.toml", "etc/systemd/system"
+PARENT = "http://store-3:7421"
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = tmp_path / "image"
+    path.mkdir()
+    return path
+
+
+def install(image: Path, *arguments: str) -> int:
+    return main(["install", "--root", str(image), *arguments])
+
+
+def uninstall(image: Path, *arguments: str) -> int:
+    return main(["uninstall", "--root", str(image), *arguments])
+
+
+def files(image: Path) -> dict[str, bytes]:
+    found = {str(path.relative_to(image)): path for path in image.rglob("*") if path.is_file() or path.is_symlink()}
+    return {name: os.readlink(p).encode() if p.is_symlink() else p.read_bytes() for name, p in sorted(found.items())}
+
+
+def test_everything_is_where_systemd_looks(frozen: Path, image: Path) -> None:
+    assert install(image, "--role", "pos", "--id", "store-3", "--parent", "http://hub/", "--region", "north") == 0
+    config = load_config(image / CONFIG, environment={})
+    assert (config.node.name, config.node.level, config.node.region) == ("store-3", "pos", "north")
+    assert config.node.data_dir == "/var/lib/edgebroker"
+    assert config.pipe.parents == "hub:7421"
+    assert (config.listen.tcp, config.listen.http) == ("127.0.0.1:7420", "127.0.0.1:7421")
+    assert (image / "opt/edgebroker/current/edgebroker").read_bytes() == frozen.read_bytes()
+    unit = (image / UNITS / "edgebroker.service").read_text()
+    assert "ExecStart=/opt/edgebroker/current/edgebroker serve --config /etc/edgebroker/edgebroker.toml" in unit
+    assert (image / UNITS / "edgebroker@.service").is_file()
+    assert "MemoryMax=" in (image / UNITS / "edgebroker.service.d/10-limits.conf").read_text()
+    assert (image / CONFIG).stat().st_mode & 0o777 == 0o640
+
+
+def test_the_second_role_of_a_machine_is_a_node_beside_the_first(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    install(image, "--role", "local", "--labels", "till=17")
+    config = load_config(image / "etc/edgebroker/local.toml", environment={})
+    assert config.pipe.parents == "127.0.0.1:7421"
+    assert (config.listen.tcp, config.listen.http) == ("127.0.0.1:7430", "127.0.0.1:7431")
+    assert config.node.data_dir == "/var/lib/edgebroker-local"
+    assert config.node.name.endswith("-local")
+    assert (image / UNITS / "edgebroker@local.service.d/10-limits.conf").is_file()
+    assert load_config(image / CONFIG, environment={}).node.level == "pos"
+
+
+def test_again_it_changes_nothing(frozen: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    before = files(image)
+    capsys.readouterr()
+    install(image, "--role", "pos", "--parent", PARENT)
+    said = capsys.readouterr().out.strip().splitlines()
+    assert files(image) == before
+    assert [line for line in said if line.startswith(("write", "update", "link", "copy", "keep", "switch"))] == []
+
+
+def test_what_was_changed_by_hand_is_kept(frozen: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    path = image / CONFIG
+    mine = path.read_text() + "# mine\n"
+    path.write_text(mine)
+    install(image, "--role", "pos", "--parent", "http://other:7421")
+    assert path.read_text() == mine
+    assert load_config(path.with_name("edgebroker.toml.new"), environment={}).pipe.parents == "other:7421"
+    assert "it was changed here; the new version goes to edgebroker.toml.new" in capsys.readouterr().out
+
+
+def test_what_nobody_changed_is_brought_up_to_date(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    install(image, "--role", "pos", "--parent", "http://other:7421")
+    assert load_config(image / CONFIG, environment={}).pipe.parents == "other:7421"
+
+
+def test_the_default_file_of_the_package_counts_as_untouched(frozen: Path, image: Path) -> None:
+    path = image / CONFIG
+    path.parent.mkdir(parents=True)
+    path.write_text(commented_file({"node.data_dir": "/var/lib/edgebroker"}))
+    install(image, "--role", "pos", "--parent", PARENT)
+    assert load_config(path, environment={}).node.level == "pos"
+
+
+def test_a_dry_run_writes_nothing(frozen: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert install(image, "--role", "root", "--dry-run") == 0
+    assert files(image) == {}
+    assert f"would write {image}/{CONFIG}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (("--parent", "https://hub:7421"), "only http://"),
+        (("--parent", "hub:99999"), "HOST:PORT"),
+        (("--instance", "../etc"), "lower-case letters"),
+        (("--region", "a b"), "region"),
+        (("--labels", "nonsense"), "labels"),
+    ],
+)
+def test_what_is_wrong_is_refused_before_anything_is_written(
+    frozen: Path, image: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], why: str
+) -> None:
+    assert install(image, "--role", "pos", *arguments) == 2
+    assert why in capsys.readouterr().err
+    assert files(image) == {}
+
+
+def test_from_source_it_says_what_to_do(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert install(image, "--role", "pos") == 2
+    assert "make freeze" in capsys.readouterr().err
+    assert files(image) == {}
+
+
+def test_a_machine_for_others_is_told_that_it_is_open(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos", "--bind", "192.0.2.7")
+    config = load_config(image / CONFIG, environment={})
+    assert (config.listen.http, config.listen.allow_insecure) == ("192.0.2.7:7421", True)
+
+
+def test_uninstall_takes_away_what_was_written_and_keeps_the_data(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    install(image, "--role", "local")
+    data = image / "var/lib/edgebroker/node"
+    data.parent.mkdir(parents=True)
+    data.write_text("records")
+    uninstall(image, "--instance", "local")
+    assert (image / UNITS / "edgebroker.service").exists()
+    (image / "etc/edgebroker/local.toml").unlink()
+    uninstall(image)
+    left = set(files(image))
+    assert left == {"etc/edgebroker/edgebroker.toml", "etc/edgebroker/.installed.json", "var/lib/edgebroker/node"}
+    assert install(image, "--role", "pos", "--parent", PARENT) == 0, "and back"
+
+
+def test_purging_has_to_be_meant(frozen: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    (image / "var/lib/edgebroker").mkdir(parents=True)
+    assert uninstall(image, "--purge") == 2
+    assert "--yes" in capsys.readouterr().err
+    assert (image / "var/lib/edgebroker").exists()
+    assert uninstall(image, "--purge", "--yes") == 0
+    assert not (image / "var/lib/edgebroker").exists()
+    assert not (image / CONFIG).exists()
+
+
+def test_a_unit_that_was_changed_by_hand_stays(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    unit = image / UNITS / "edgebroker.service"
+    unit.write_text(unit.read_text() + "# mine\n")
+    uninstall(image)
+    assert unit.read_text().endswith("# mine\n")
+
+
+def test_the_folder_form_is_copied_whole(frozen: Path, image: Path) -> None:
+    (frozen.parent / "_internal").mkdir()
+    (frozen.parent / "_internal" / "library").write_bytes(b"code")
+    install(image, "--role", "pos", "--parent", PARENT)
+    assert (image / "opt/edgebroker/current/_internal/library").read_bytes() == b"code"
+
+
+def test_the_last_two_releases_are_kept(
+    frozen: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edgebroker.cli import releases
+    from edgebroker.cli.machine import Machine
+
+    machine = Machine(image, dry=False, quiet=True)
+    names = []
+    for number in range(4):
+        program = script(tmp_path / f"p{number}" / "edgebroker", f"1.{number}.0")
+        names.append(releases.put(machine, program, f"1.{number}.0"))
+        releases.switch(machine, names[-1])
+    assert {path.name for path in (image / "opt/edgebroker/releases").iterdir()} == set(names[-2:])
+    assert (releases.current(machine), releases.previous(machine)) == (names[3], names[2])
+    releases.switch(machine, names[2])
+    assert (releases.current(machine), releases.previous(machine)) == (names[2], names[3])
