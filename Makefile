@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench build cover docs clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages freeze deb image test-appliance
+.PHONY: run test lint bench build cover docs clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages freeze freeze-nuitka deb image test-appliance
 
 run: build
 	$(BIN)/edgebroker demo
@@ -18,7 +18,7 @@ lint: build
 	$(BIN)/mypy
 
 # Broker and client where the kernel puts them, then on a core each.
-bench: build
+bench: build freeze
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks publish publish-1k one-by-one drain push connections --pinned
 
@@ -68,6 +68,10 @@ soak: build
 freeze:
 	@./packaging/packages.sh freeze
 	./packaging/freeze.sh
+
+# The same by Nuitka (dist/nuitka/edgebroker), in five minutes.
+freeze-nuitka:
+	./packaging/freeze_nuitka.sh
 
 # The Debian package (dist/*.deb) and the container image, both of the folder form.
 deb: freeze

@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import delivery, fleet, idle, offline, peers, resources, rows, tree
+from benchmarks import appliance, delivery, fleet, idle, offline, peers, resources, rows, tree
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -32,6 +32,8 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "topics": resources.many_topics,
     "wear": resources.wear,
     "lookups": resources.lookups,
+    "scraped": appliance.scraped,
+    "frozen": appliance.frozen,
 }
 
 

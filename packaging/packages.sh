@@ -1,6 +1,7 @@
 #!/bin/sh
-# What the build needs from Debian: a C compiler, the headers of the Python in use, its venv module. With `freeze` also what
-# makes the frozen program, with `appliance` also what boots machines and builds images to try it. As root the missing packages are installed, otherwise the one line to run is printed.
+# What the build needs from Debian: a C compiler, the headers of the Python in use, its venv module. With `freeze` also
+# what makes the frozen program, with `appliance` also what boots machines and builds images to try it.
+# As root the missing packages are installed, otherwise the one line to run is printed.
 set -eu
 PYTHON=${PYTHON:-python3}
 missing=

@@ -414,3 +414,11 @@ def test_links_lead_somewhere(document: Path) -> None:
         target = document.parent / path if path else document
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_metrics_that_are_named_exist(document: Path) -> None:
+    known = set(re.findall(r"^\| `(edgebroker_\w+)`", (ROOT / "docs" / "metrics.md").read_text(), re.M))
+    assert len(known) > 50
+    for name in re.findall(r"`[^`\n]*?\b(edgebroker_[a-z_]+)", document.read_text()):
+        assert re.sub(r"_(bucket|sum|count)$", "", name) in known or name in known, name

@@ -5,7 +5,7 @@ No socket, file, thread or clock. Places go to the engine, which stores them wit
 
 from __future__ import annotations
 
-import secrets
+import os
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
@@ -83,7 +83,7 @@ class Groups:
         self._engine = engine
         self._groups: dict[str, Group] = {}
         # Leases of an earlier run of this node must not be taken for one of this run.
-        self._leases = secrets.randbits(48)
+        self._leases = int.from_bytes(os.urandom(6), "big")
 
     def group(self, name: str, now: float) -> Group:
         """The group of this name, made when it is new; without a name a new one each time."""

@@ -10,7 +10,7 @@ half a table. What was committed before belongs to the refresh before: leases en
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 from collections.abc import Callable
 
 from msgspec.structs import replace
@@ -100,7 +100,7 @@ class Refreshing:
         self._engine.when_stored(lambda: done(Code.OK, ""))
 
     def _store_new(self, group: Group, partition: Log, start: int) -> None:
-        reset_id = secrets.token_hex(16)
+        reset_id = os.urandom(16).hex()
         self._metrics.refreshes_begun += 1
         log.info("refresh %s of %s by group %s, from %d", reset_id, partition.name, group.name, start)
         place = GroupOffset(

@@ -8,7 +8,7 @@ where there is much of it. A parent that does not know what went before says so 
 
 from __future__ import annotations
 
-import secrets
+import os
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,7 +101,7 @@ class Reporting:
             name=itself.name,
             level="root",
             version=__version__,
-            boot=secrets.token_hex(8),
+            boot=os.urandom(8).hex(),
             number=0,
             region=itself.region,
             labels=itself.labels,
@@ -209,7 +209,7 @@ class Reporting:
             self._send(above, report if own else self._told, nodes)
 
     def _begin_anew(self) -> None:
-        self._session, self._number, self._told = secrets.token_hex(8), 0, None
+        self._session, self._number, self._told = os.urandom(8).hex(), 0, None
         self._fleet.tell_all()
 
     def _send(self, above: Above, report: Report | None, nodes: list[NodeState]) -> None:
@@ -239,7 +239,7 @@ class Reporting:
             elif error:
                 # Whether it arrived is not known: it is told again, in a session of its own.
                 self._fleet.put_back(taken)
-                self._session, self._number = secrets.token_hex(8), 0
+                self._session, self._number = os.urandom(8).hex(), 0
             else:
                 self._told = report
                 self._number += 1

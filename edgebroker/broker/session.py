@@ -6,7 +6,7 @@ too much staged), the session is held: it keeps a copy of what it has read and i
 
 from __future__ import annotations
 
-import secrets
+import os
 import socket
 from collections import deque
 from typing import TYPE_CHECKING
@@ -212,7 +212,7 @@ class Session:
             producer_id, epoch = known or ((connect.producer_id, connect.producer_epoch) if mine else (-1, -1))
             epoch = max(epoch, connect.producer_epoch if mine else -1) + 1
             if producer_id < 0 or epoch > MAX_EPOCH:
-                producer_id, epoch = secrets.randbits(63), 0
+                producer_id, epoch = int.from_bytes(os.urandom(8), "big") >> 1, 0
             granted = (producer_id, epoch)
         if granted != known:
             engine.grant_producer(connect.client_id, *granted)

@@ -15,7 +15,7 @@ snapshot's id (16 bytes) and the offset of its BEGIN batch (i64).
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -86,7 +86,7 @@ class Snapshots:
         if refusal is not None:
             done(*refusal, None)
             return
-        snapshot = Snapshot(secrets.token_bytes(16), client_id, list(logs))
+        snapshot = Snapshot(os.urandom(16), client_id, list(logs))
         self._snapshots[topic] = snapshot
         for partition in logs:
             self._publishing.reserve(partition, client_id)

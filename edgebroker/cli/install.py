@@ -25,7 +25,12 @@ from edgebroker.common.config import is_address, is_loopback, load_config, split
 from edgebroker.common.errors import ConfigError
 from edgebroker.version import __version__
 
-UNITS = "etc/systemd/system"
+UNITS, COMMAND = "etc/systemd/system", "usr/local/bin/edgebroker"
+# Not the directory of the service: that is swept when it starts, also while `edgebroker upgrade` restarts it.
+WRAPPER = f"""#!/bin/sh
+# The one-file form unpacks itself at every start; /tmp may be noexec.
+TMPDIR=${{TMPDIR:-/var/tmp}} exec /{releases.CURRENT}/edgebroker "$@"
+"""
 FIRST_PORTS, FURTHER_PORTS = (7420, 7421), (7430, 7431)
 DEFAULT_PARENT_PORT = 7421
 LIMITS = {"local": "local", "pos": "pos", "l3": "hub", "l2": "hub", "root": "hub"}
@@ -69,7 +74,7 @@ def install(options: argparse.Namespace) -> int:
     program = releases.own_program()
     if not releases.packaged():
         releases.switch(machine, releases.put(machine, program, __version__))
-        machine.link("usr/local/bin/edgebroker", "/opt/edgebroker/current/edgebroker")
+        machine.write(COMMAND, WRAPPER, 0o755)
     _user(machine)
     _units(machine)
     machine.write(f"{UNITS}/{place.unit}.d/10-limits.conf", shipped(f"{LIMITS[options.role]}.conf"))
@@ -208,7 +213,7 @@ def uninstall(options: argparse.Namespace) -> int:
     if not others:
         for name in (f"{UNITS}/edgebroker.service", f"{UNITS}/edgebroker@.service", "etc/sysusers.d/edgebroker.conf"):
             machine.remove(name)
-        machine.remove("usr/local/bin/edgebroker")
+        machine.remove(COMMAND)
         machine.discard(releases.HOME)
     machine.run("systemctl", "daemon-reload")
     if not options.purge:

@@ -68,26 +68,13 @@ class Machine:
         if self.real and mode & 0o004 == 0:
             shutil.chown(path, "root", USER)
 
-    def link(self, name: str, target: str) -> None:
-        """Point a symbolic link at `target`, in one step."""
-        path = self.path(name)
-        if path.is_symlink() and os.readlink(path) == target:
-            return
-        if path.exists() and not path.is_symlink():
-            self.say(f"keep {path}: it is no link")
-            return
-        self.say(f"link {path} to {target}")
-        if not self.dry:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            point(path, target)
-
     def remove(self, name: str) -> None:
-        """Remove a file that was written here and not changed since, or a link."""
+        """Remove a file that was written here and not changed since."""
         path = self.path(name)
-        if path.is_file() and not path.is_symlink() and self._record.get(name) != _digest(path.read_bytes()):
+        if path.is_file() and self._record.get(name) != _digest(path.read_bytes()):
             self.say(f"keep {path}: it was changed here")
             return
-        if path.is_file() or path.is_symlink():
+        if path.is_file():
             self.say(f"remove {path}")
             if not self.dry:
                 path.unlink()

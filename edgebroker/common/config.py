@@ -7,7 +7,6 @@ is refused: each names its key, what is allowed, and what was probably meant. do
 
 from __future__ import annotations
 
-import difflib
 import ipaddress
 import os
 import re
@@ -335,7 +334,9 @@ def _explain(annotation: Any, error: msgspec.ValidationError, value: object) -> 
 
 
 def _hint(word: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(word, known, 1, 0.6)
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, known, 1, 0.6)
     return f" (did you mean {close[0]}?)" if close else f" (known: {', '.join(known)})"
 
 

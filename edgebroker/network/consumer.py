@@ -8,7 +8,6 @@ divides the partitions among them.
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import threading
 from collections import deque
@@ -114,7 +113,7 @@ class Consumer:
         self._refreshes: dict[TopicPartition, Refresh] = {}
         self._switched: dict[str, int] = {}
         self.expired = 0
-        name = client_id or f"consumer-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+        name = client_id or f"consumer-{socket.gethostname()[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
         self._subscriber = Subscriber(
             server, name, token, group, topics, begin, {**stored, **(positions or {})}, (window_records, window_bytes)
         )

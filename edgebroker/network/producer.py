@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import socket
 import threading
 from collections import deque
@@ -84,7 +83,7 @@ class Producer(Accumulator):
         self._level, self._codec = ACK_LEVELS[ack], codecs.CODEC_BITS[compression]
         self._linger, self._timeout = linger_ms / 1000, timeout
         self._loop = Loop(SystemClock())
-        name = client_id or f"producer-{socket.gethostname()[:40]}-{os.getpid()}-{secrets.token_hex(4)}"
+        name = client_id or f"producer-{socket.gethostname()[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
         self._link = Link(self._loop, server, name, self, token=token)
         self._link.ask_with(self._connect_body)
         self._producer_id, self._producer_epoch = -1, -1

@@ -10,7 +10,6 @@ the power goes: the next start does the rest. Tombstones are kept, for a child m
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -178,7 +177,7 @@ def empty(path: Path) -> None:
 
     def remove() -> None:
         for directory in gone:
-            shutil.rmtree(directory, ignore_errors=True)
+            files.remove_tree(directory)
 
     if gone:
         start_thread("edgebroker-removal", remove)

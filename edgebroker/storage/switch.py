@@ -9,8 +9,7 @@ the file `resets`, so that a start finishes what a crash interrupted: between tw
 from __future__ import annotations
 
 import logging
-import secrets
-import shutil
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
@@ -211,12 +210,12 @@ def drop_staging(path: Path, keep: Callable[[str], bool]) -> None:
         if keep(directory.name):
             continue
         if directory.suffix != GONE:  # whoever makes it again meanwhile shall not meet the old one
-            directory = directory.rename(directory.with_name(f"{directory.name}-{secrets.token_hex(4)}{GONE}"))
+            directory = directory.rename(directory.with_name(f"{directory.name}-{os.urandom(4).hex()}{GONE}"))
         gone.append(directory)
 
     def remove() -> None:
         for directory in gone:
-            shutil.rmtree(directory, ignore_errors=True)
+            files.remove_tree(directory)
 
     if gone:
         start_thread("edgebroker-removal", remove)

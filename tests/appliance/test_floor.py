@@ -34,7 +34,7 @@ def in_root(release: str, program: Path, *arguments: str) -> subprocess.Complete
         ["chroot", str(root), "/root/edgebroker", *arguments],
         capture_output=True,
         text=True,
-        env={"PATH": "/usr/bin:/bin", "HOME": "/root"},
+        env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": "/root"},
         check=False,
     )
 
