@@ -141,20 +141,20 @@ def peer_rows() -> list[Row]:
     ):
         path = shutil.which(name)
         if path is not None:
-            size, seconds, resident = _peer(Path(path).resolve(), arguments)
+            size, seconds, resident = _peer(path, arguments)
             figure = f"{size / 1e6:.1f} MB, ready in {seconds * 1e3:.0f} ms, {resident:.1f} MiB"
             rows.append(Row(f"beside: {name}", figure, "", 1.0, "reported", True))
     return rows
 
 
-def _peer(path: Path, arguments: Sequence[str]) -> tuple[int, float, float]:
+def _peer(path: str, arguments: Sequence[str]) -> tuple[int, float, float]:
     """(bytes of its program, seconds until its port answers, MiB resident when idle)."""
     taken, resident = [], 0.0
     for _ in range(RUNS):
         place = tempfile.mkdtemp(prefix="edgebroker-bench-", dir=DIRECTORY)
         begun = time.perf_counter()
         process = subprocess.Popen(
-            [str(path), *(word.format(place) for word in arguments)],
+            [path, *(word.format(place) for word in arguments)],
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
         )
@@ -164,6 +164,8 @@ def _peer(path: Path, arguments: Sequence[str]) -> tuple[int, float, float]:
                     socket.create_connection(("127.0.0.1", PEER_PORT), 1.0).close()
                     break
                 except OSError:
+                    if process.poll() is not None:
+                        raise SystemExit(f"{path} ended with {process.returncode}") from None
                     time.sleep(0.001)
             taken.append(time.perf_counter() - begun)
             time.sleep(SETTLE_SECONDS)
@@ -172,7 +174,7 @@ def _peer(path: Path, arguments: Sequence[str]) -> tuple[int, float, float]:
             process.terminate()
             process.wait()
             shutil.rmtree(place)
-    return path.stat().st_size, statistics.median(taken), resident
+    return Path(path).stat().st_size, statistics.median(taken), resident
 
 
 # ---- while it is scraped ----

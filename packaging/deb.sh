@@ -16,12 +16,13 @@ export SOURCE_DATE_EPOCH
 
 tree=$(mktemp -d)
 trap 'rm -rf "$tree"' EXIT
-mkdir -p "$tree/DEBIAN" "$tree/usr/lib/systemd/system" "$tree/usr/lib/sysusers.d" "$tree/usr/bin" "$tree/etc/default" \
+mkdir -p "$tree/DEBIAN" "$tree/usr/lib/systemd/system" "$tree/usr/lib/sysusers.d" "$tree/usr/lib/tmpfiles.d" "$tree/usr/bin" "$tree/etc/default" \
     "$tree/usr/share/doc/edgebroker" "$tree/usr/share/bash-completion/completions" "$tree/usr/share/zsh/vendor-completions"
 cp -a "$FOLDER" "$tree/usr/lib/edgebroker"
 ln -s ../lib/edgebroker/edgebroker "$tree/usr/bin/edgebroker"
 cp systemd/edgebroker.service systemd/edgebroker@.service "$tree/usr/lib/systemd/system/"
 cp systemd/edgebroker.sysusers "$tree/usr/lib/sysusers.d/edgebroker.conf"
+cp systemd/edgebroker.tmpfiles "$tree/usr/lib/tmpfiles.d/edgebroker.conf"
 cp packaging/debian/default "$tree/etc/default/edgebroker"
 cp LICENSE "$tree/usr/share/doc/edgebroker/copyright"
 "$FOLDER/edgebroker" completion bash > "$tree/usr/share/bash-completion/completions/edgebroker"
@@ -45,7 +46,7 @@ Description: message broker for trees of machines, down to store terminals
  This package has the broker with its command line, for every level of the tree.
 CONTROL
 find "$tree" -type d -exec chmod 755 {} +
-find "$tree/usr/lib/systemd" "$tree/usr/lib/sysusers.d" "$tree/usr/share" "$tree/etc" -type f -exec chmod 644 {} +
+find "$tree/usr/lib/systemd" "$tree/usr/lib/sysusers.d" "$tree/usr/lib/tmpfiles.d" "$tree/usr/share" "$tree/etc" -type f -exec chmod 644 {} +
 find "$tree" -exec touch --no-dereference --date="@$SOURCE_DATE_EPOCH" {} +
 mkdir -p "$OUT"
 dpkg-deb -Zxz --root-owner-group --build "$tree" "$OUT/edgebroker_${VERSION}_$ARCH.deb"

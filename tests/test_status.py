@@ -149,6 +149,10 @@ def test_of_a_node_that_is_down_there_is_the_rest(tmp_path: Path, capsys: pytest
     [
         ('password = "x y"', "password = ***"),
         ("EB_TOKEN: abc", "EB_TOKEN: ***"),
+        ('{"password": "hunter2", "port": 1}', '{"password": ***, "port": 1}'),
+        ("tool --password hunter2 --port 1", "tool --password *** --port 1"),
+        ("tool --api-key=hunter2 more", "tool --api-key=***"),
+        ("Authorization: Bearer hunter2", "Authorization: Bearer ***"),
         ("http://me:pass@host:1/", "http://me:***@host:1/"),
         ("tokens are counted", "tokens are counted"),
         ('data_dir = "/var"', 'data_dir = "/var"'),

@@ -260,6 +260,8 @@ class Broker:
             self.engine.reconfigure(store_settings(config))
         if self.piping is not None:
             self.piping.limit(config.pipe.bytes_per_second, config.pipe.hours)
+        if self.resets is not None:
+            self.resets.settings = self._copy_settings()  # for those that begin from now on
 
     def stop_threadsafe(self) -> None:
         """stop() from a signal handler or another thread."""
@@ -452,12 +454,13 @@ class Broker:
         self.tree.follow(engine, piping)
         return piping
 
+    def _copy_settings(self) -> CopySettings:
+        node, pipe = self.config.node, self.config.pipe
+        return CopySettings(node.name, node.level, store_settings(self.config), pipe.bytes_per_second)
+
     def _make_resets(self) -> Resets:
-        config, engine = self.config, self.engine
+        engine = self.engine
         assert isinstance(engine, SegmentStore)
-        settings = CopySettings(
-            config.node.name, config.node.level, store_settings(config), config.pipe.bytes_per_second
-        )
         return Resets(
             engine,
             self.loop,
@@ -465,7 +468,7 @@ class Broker:
             self.metrics,
             self.groups,
             self.refreshing,
-            settings,
+            self._copy_settings(),
             lambda: self.piping,
             self.readers.cut,
             self.readers.restarted,

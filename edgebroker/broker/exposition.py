@@ -100,7 +100,7 @@ _FAMILIES = (
     Family(
         "edgebroker_pipe_last_success_timestamp_seconds",
         "gauge",
-        "when the parent was heard last, by this machine's clock",
+        "when the parent was heard last, by this machine's clock; 0: not since this start",
     ),
     Family("edgebroker_pipe_children", "gauge", "nodes that are fed"),
     Family(
@@ -142,6 +142,10 @@ def families() -> list[Family]:
     return sorted([*_FAMILIES, *counters, *storage, *machine])
 
 
+def _failed(error: BaseException) -> Response:
+    return Response(500, {"error": f"the metrics cannot be rendered: {error!r}"})
+
+
 class Exposition:
     """Owned by the loop thread; one thread of its own, from the first scrape on."""
 
@@ -159,10 +163,15 @@ class Exposition:
         steps = self._note(noted)
 
         def turn() -> None:
-            if next(steps, None) is None:
-                self._render(noted)
-            else:
+            try:
+                more = next(steps, None) is not None
+            except Exception as error:
+                self._rendered(_failed(error))
+                raise
+            if more:
                 self._broker.loop.call_later(0.0, turn)
+            else:
+                self._render(noted)
 
         turn()
 
@@ -179,8 +188,9 @@ class Exposition:
             try:
                 noted.update({name: [Sample(*one) for one in found] for name, found in read_machine(path).items()})
                 response = Response(200, "".join(_text(noted)), content_type=CONTENT_TYPE)
-            except Exception as error:  # whatever it is, those who wait are answered
-                response = Response(500, {"error": f"the metrics cannot be rendered: {error!r}"})
+            except BaseException as error:  # whatever it is, those who wait are answered
+                # SystemExit is what a frozen program's import says when its file was removed meanwhile.
+                response = _failed(error)
             self._broker.loop.call_soon_threadsafe(lambda: self._rendered(response))
 
         self._worker.submit(work)
@@ -270,9 +280,8 @@ class Exposition:
             _add(noted, "edgebroker_pipe_parent_up", Sample((), broker.piping.connected))
             _add(noted, "edgebroker_pipe_lag_records", Sample((), broker.piping.lag))
             heard = broker.piping.last_heard
-            if heard:
-                wall = broker.clock.wall_ms() / 1000 - (broker.loop.now() - heard)
-                _add(noted, "edgebroker_pipe_last_success_timestamp_seconds", Sample((), wall))
+            wall = broker.clock.wall_ms() / 1000 - (broker.loop.now() - heard) if heard else 0.0
+            _add(noted, "edgebroker_pipe_last_success_timestamp_seconds", Sample((), wall))
 
 
 def _note_log(noted: Noted, log: Log) -> None:

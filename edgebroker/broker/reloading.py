@@ -23,7 +23,6 @@ RELOADABLE = frozenset(
         "storage.commit_interval_ms",
         "storage.verify_bytes_per_second",
         "limits.max_connections",
-        "limits.idle_timeout_ms",
         "limits.connect_timeout_ms",
         "limits.stuck_timeout_ms",
         "pipe.bytes_per_second",

@@ -60,7 +60,7 @@ class Resets:
         restarted: Restarted,
     ) -> None:
         self._engine, self._loop, self._clock, self._metrics = engine, loop, clock, metrics
-        self._groups, self._refreshing, self._settings = groups, refreshing, settings
+        self._groups, self._refreshing, self.settings = groups, refreshing, settings
         self._piping, self._cut, self._restarted = piping, cut, restarted
         self._rows: dict[str, ResetRow] = {}
         # Orders that are being stored.
@@ -333,7 +333,7 @@ class Resets:
                 self._says[row.id] = ("loading", error)
                 return
             try:
-                copy = FreshCopy(store, row.topic, piping.candidates.addresses, self._settings, self._loop)
+                copy = FreshCopy(store, row.topic, piping.candidates.addresses, self.settings, self._loop)
             except (OSError, EdgeBrokerError) as failure:
                 self._end(self._rows[row.id], "failed", f"the copy cannot be opened: {failure}")
                 return
@@ -342,7 +342,7 @@ class Resets:
             else:
                 self._copy = copy
 
-        make_store(staging_of(self._engine.switch.path, row.id), self._settings, self._loop, self._clock, told)
+        make_store(staging_of(self._engine.switch.path, row.id), self.settings, self._loop, self._clock, told)
 
     def _close(self, copy: FreshCopy, then: Callable[[], None]) -> None:
         self._closing = True

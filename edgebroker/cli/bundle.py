@@ -14,7 +14,7 @@ from pathlib import Path
 import msgspec
 
 from edgebroker.cli.adminclient import ask
-from edgebroker.cli.machine import Machine
+from edgebroker.cli.machine import Machine, plainly
 from edgebroker.common.config import load_config
 from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableError
 from edgebroker.version import __version__
@@ -29,10 +29,16 @@ COMMANDS = {
     "disk-free.txt": ("df", "-h"),
     "disk-inodes.txt": ("df", "-i"),
     "kernel.txt": ("dmesg", "--level", "err,warn"),
-    "processes.txt": ("ps", "-eo", "pid,ppid,rss,nlwp,etimes,stat,args"),
+    "processes.txt": ("ps", "-C", "edgebroker", "-o", "pid,ppid,rss,nlwp,etimes,stat,args"),
 }
 # What a key, a variable or an argument of that name says is nobody's business.
-_SECRET = re.compile(r"(?im)^(.*?\b\w*(?:password|passwd|secret|token|credential|private_key|api_key)\w*\s*[=:]\s*).*$")
+_WORDS = r"[\w-]*(?:password|passwd|secret|token|credential|private[_-]key|api[_-]key)[\w-]*"
+_SECRETS = (
+    re.compile(rf'(?i)("?\b{_WORDS}"?\s*[=:]\s*)("(?:[^"\\\n]|\\.)*"|[^\s,;}}]+(?:[^\S\n][^\n,}}]*)?)'),
+    re.compile(rf"(?i)(--{_WORDS}\s+)(\S+)"),
+    re.compile(r"(?i)(\b(?:authorization|proxy-authorization)\b\W+(?:\w+\s+)?)(\S+)"),
+    re.compile(r"(?i)(\bbearer\s+)(\S+)"),
+)
 _URL_PASSWORD = re.compile(r"(://[^/\s:@]+:)[^@\s]+(@)")
 
 
@@ -41,32 +47,31 @@ def support_bundle(options: argparse.Namespace) -> int:
     path = Path(options.file or f"edgebroker-{platform.node()}-{when}.tar.gz")
     machine = Machine(Path("/"), dry=False, quiet=True)
     missing: list[str] = []
-    try:
-        with path.open("xb") as file, tarfile.open(fileobj=file, mode="w:gz") as bundle:
-            path.chmod(0o600)
+    if path.exists():
+        raise ConfigError(f"{path} exists and is left as it is; choose another name")
+    with plainly(), path.open("xb") as file, tarfile.open(fileobj=file, mode="w:gz") as bundle:
+        path.chmod(0o600)
 
-            def add(name: str, text: str) -> None:
-                data = redacted(text).encode()
-                entry = tarfile.TarInfo(f"edgebroker-bundle/{name}")
-                entry.size, entry.mode = len(data), 0o600
-                bundle.addfile(entry, io.BytesIO(data))
+        def add(name: str, text: str) -> None:
+            data = redacted(text).encode()
+            entry = tarfile.TarInfo(f"edgebroker-bundle/{name}")
+            entry.size, entry.mode = len(data), 0o600
+            bundle.addfile(entry, io.BytesIO(data))
 
-            add("about.json", json.dumps({"version": __version__, "when": when, "machine": platform.uname()._asdict()}))
-            for one in PATHS:
-                try:
-                    status, answer = ask(options.admin, one)
-                except UnreachableError as error:
-                    missing.append(f"{one}: {error}")
-                    continue
-                add(f"http{one.replace('/', '-')}.json", json.dumps({"status": status, "answer": answer}, indent=1))
-            for name, command in COMMANDS.items():
-                text = machine.ask(*command)
-                add(name, text) if text else missing.append(f"{name}: {' '.join(command)} says nothing")
-            for config in sorted(Path("/etc/edgebroker").glob("*.toml")) if not options.config else [options.config]:
-                _add_config(Path(config), add, missing)
-            add("missing.txt", "\n".join(missing) + "\n")
-    except FileExistsError as error:
-        raise ConfigError(f"{path} exists and is left as it is; choose another name") from error
+        add("about.json", json.dumps({"version": __version__, "when": when, "machine": platform.uname()._asdict()}))
+        for one in PATHS:
+            try:
+                status, answer = ask(options.admin, one)
+            except UnreachableError as error:
+                missing.append(f"{one}: {error}")
+                continue
+            add(f"http{one.replace('/', '-')}.json", json.dumps({"status": status, "answer": answer}, indent=1))
+        for name, command in COMMANDS.items():
+            text = machine.ask(*command, whatever=True)
+            add(name, text) if text else missing.append(f"{name}: {' '.join(command)} says nothing")
+        for config in sorted(Path("/etc/edgebroker").glob("*.toml")) if not options.config else [options.config]:
+            _add_config(Path(config), add, missing)
+        add("missing.txt", "\n".join(missing) + "\n")
     print(path)
     return 0
 
@@ -80,11 +85,17 @@ def _add_config(path: Path, add, missing: list[str]) -> None:  # type: ignore[no
         missing.append(f"{path}: {error}")
         return
     add(f"effective-{path.stem}.json", json.dumps(msgspec.to_builtins(config), indent=1))
-    data = Path(config.node.data_dir)
-    lines = [f"{one.stat().st_size:14} {one.relative_to(data)}" for one in sorted(data.rglob("*")) if one.is_file()]
+    data, lines = Path(config.node.data_dir), []
+    for one in sorted(data.rglob("*")):
+        try:
+            lines.append(f"{one.stat().st_size:14} {one.relative_to(data)}")
+        except OSError:
+            continue  # removed meanwhile
     add(f"files-{path.stem}.txt", "\n".join(lines))
 
 
 def redacted(text: str) -> str:
     """The same without what looks like a secret."""
-    return _URL_PASSWORD.sub(r"\1***\2", _SECRET.sub(r"\1***", text))
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1***", text)
+    return _URL_PASSWORD.sub(r"\1***\2", text)

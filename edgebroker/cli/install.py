@@ -2,9 +2,9 @@
 
     the program -> /opt/edgebroker/releases, its configuration -> /etc/edgebroker, its unit -> /etc/systemd/system
 
-Run again it changes only what is different, and nothing that somebody has changed by hand. The first node of a machine
-is edgebroker.service; a second one (LOCAL beside POS) is edgebroker@local.service, with ports and a directory of its
-own.
+Run again it changes only what is different, and nothing that somebody has changed by hand; what is not given stays as
+it is configured. The first node of a machine is edgebroker.service; a second one (LOCAL beside POS) is
+edgebroker@local.service, with ports and a directory of its own.
 """
 
 from __future__ import annotations
@@ -20,22 +20,28 @@ import tomli
 
 from edgebroker.cli import releases
 from edgebroker.cli.configure import commented_file
-from edgebroker.cli.machine import USER, Machine
+from edgebroker.cli.machine import RECORD, USER, Machine, plainly, point
 from edgebroker.common.config import is_address, is_loopback, load_config, split_list
+from edgebroker.common.durable import sync_directory
 from edgebroker.common.errors import ConfigError
 from edgebroker.version import __version__
 
 UNITS, COMMAND = "etc/systemd/system", "usr/local/bin/edgebroker"
+WANTS, LIMITS_FILE = f"{UNITS}/multi-user.target.wants", "10-limits.conf"
+RESUME = "edgebroker-upgrade.service"
+SHIPPED_UNITS = ("edgebroker.service", "edgebroker@.service", RESUME)
+SYSUSERS, TMPFILES = "etc/sysusers.d/edgebroker.conf", "etc/tmpfiles.d/edgebroker.conf"
 # Not the directory of the service: that is swept when it starts, also while `edgebroker upgrade` restarts it.
 WRAPPER = f"""#!/bin/sh
 # The one-file form unpacks itself at every start; /tmp may be noexec.
 TMPDIR=${{TMPDIR:-/var/tmp}} exec /{releases.CURRENT}/edgebroker "$@"
 """
-FIRST_PORTS, FURTHER_PORTS = (7420, 7421), (7430, 7431)
+FIRST_PORT, FURTHER_PORT, PORT_STEP = 7420, 7430, 10
 DEFAULT_PARENT_PORT = 7421
 LIMITS = {"local": "local", "pos": "pos", "l3": "hub", "l2": "hub", "root": "hub"}
 # Small, worn disks: many records share a sync, a segment is soon sealed.
 TERMINAL = {"storage.commit_interval_ms": 10, "storage.segment_bytes": 16 << 20}
+Values = dict[str, object]  # of a configuration, "section.key" -> value
 
 
 class Place(NamedTuple):
@@ -46,6 +52,14 @@ class Place(NamedTuple):
     @property
     def unit(self) -> str:
         return f"edgebroker@{self.instance}.service" if self.instance else "edgebroker.service"
+
+    @property
+    def template(self) -> str:
+        return "edgebroker@.service" if self.instance else "edgebroker.service"
+
+    @property
+    def limits(self) -> str:
+        return f"{UNITS}/{self.unit}.d/{LIMITS_FILE}"
 
     @property
     def config(self) -> str:
@@ -60,93 +74,125 @@ class Place(NamedTuple):
     def data(self) -> str:
         return f"/var/lib/{self.name}"
 
-    @property
-    def defaults(self) -> str:
-        """The configuration that the package lays there; nobody has decided anything by it."""
-        return commented_file({"node.data_dir": self.data})
-
 
 def install(options: argparse.Namespace) -> int:
     machine = Machine(Path(options.root), options.dry_run)
     machine.check()
-    place = _place(machine, options)
-    config = _configuration(machine, place, options)
-    program = releases.own_program()
-    if not releases.packaged():
-        releases.switch(machine, releases.put(machine, program, __version__))
-        machine.write(COMMAND, WRAPPER, 0o755)
-    _user(machine)
-    _units(machine)
-    machine.write(f"{UNITS}/{place.unit}.d/10-limits.conf", shipped(f"{LIMITS[options.role]}.conf"))
-    machine.write(place.config, config, 0o640, pristine=place.defaults)
-    machine.run("systemctl", "daemon-reload")
-    machine.run("systemctl", "enable", place.unit)
-    if options.start:
-        machine.run("systemctl", "start", place.unit)
-    if not machine.dry:
-        _farewell(place, options.start)
+    with plainly():
+        if options.refresh:
+            return _refresh(machine)
+        if not options.role:
+            raise ConfigError("--role is missing: root, l2, l3, pos or local")
+        place = _place(machine, options)
+        known = _configured(machine, place)
+        values = _values(machine, place, known, options)
+        _program(machine)
+        _user(machine)
+        _units(machine)
+        machine.write(place.limits, shipped(f"{LIMITS[options.role]}.conf"))
+        if values != known:
+            # What the package lays there has been decided by nobody.
+            over = known == _defaults(place)
+            machine.write(place.config, commented_file(values), 0o640, over=over)
+        machine.link(f"{WANTS}/{place.unit}", f"{_unit_home(machine)}/{place.template}")
+        if machine.changed:
+            machine.run("systemctl", "daemon-reload")
+        _start(machine, place, options.start)
+        if machine.changed and not machine.dry:
+            _farewell(place, values)
     return 0
 
 
 def _place(machine: Machine, options: argparse.Namespace) -> Place:
     """The node meant: named by --instance, or else the first of this machine, or the one of this role beside it."""
     if options.instance:
-        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", options.instance):
-            raise ConfigError(f"--instance {options.instance}: lower-case letters, digits and - are allowed")
-        return Place(options.instance)
-    level = _level_of(machine, Place(""))
-    return Place("" if level in ("", options.role) else options.role)
+        return _instance(options.instance)
+    first = Place("")
+    known = _configured(machine, first)
+    if not known or known == _defaults(first) or known.get("node.level", "root") == options.role:
+        return first
+    place = Place(options.role)
+    if not machine.path(place.config).exists():
+        machine.say(
+            f"install {place.unit} beside {first.unit}, which is {known.get('node.level', 'root')} "
+            f"(to change that one instead, edit /{first.config})"
+        )
+    return place
 
 
-def _level_of(machine: Machine, place: Place) -> str:
-    """The configured level of a node of this machine; "" when none is configured."""
-    found = _section(machine, place, "node")
-    return str(found.get("level", "root")) if found is not None else ""
+def _instance(name: str) -> Place:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name) or name == "edgebroker":
+        raise ConfigError(f"--instance {name}: lower-case letters, digits and -, and not edgebroker")
+    return Place(name)
 
 
-def _section(machine: Machine, place: Place, name: str) -> dict[str, object] | None:
+def _configured(machine: Machine, place: Place) -> Values:
+    """What a node's file sets; nothing when there is none."""
     path = machine.path(place.config)
-    if not path.is_file() or (text := path.read_text()) == place.defaults:
-        return None
+    if not path.is_file():
+        return {}
     try:
-        found: dict[str, object] = tomli.loads(text).get(name, {})
-    except tomli.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is no TOML: {error}; correct it, then install again") from error
-    return found
+        tables = tomli.loads(path.read_text())
+        return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
+    except (tomli.TOMLDecodeError, AttributeError) as error:
+        raise ConfigError(f"{path} is no configuration: {error}; correct it, then install again") from error
 
 
-def _configuration(machine: Machine, place: Place, options: argparse.Namespace) -> str:
-    """The text of the configuration: what the running code has checked."""
-    tcp, http = FURTHER_PORTS if place.instance else FIRST_PORTS
+def _defaults(place: Place) -> Values:
+    """What the file of the package sets."""
+    return {"node.data_dir": place.data}
+
+
+def _values(machine: Machine, place: Place, known: Values, options: argparse.Namespace) -> Values:
+    """The configuration: what is given, else what is configured, else what fits the role; checked as a node would."""
+    given: Values = {"node.level": options.role}
+    for key, value in (
+        ("node.name", options.id),
+        ("node.region", options.region),
+        ("node.labels", options.labels),
+        ("pipe.parents", ",".join(_address("--parent", parent) for parent in options.parent)),
+        ("pipe.registry", ",".join(_address("--registry", one) for one in split_list(options.registry))),
+    ):
+        if value:
+            given[key] = value
+    port = FIRST_PORT if not place.instance else _free_port(machine, place)
     host = options.bind or "127.0.0.1"
     host = f"[{host}]" if ":" in host and not host.startswith("[") else host
-    parents = [_address("--parent", parent) for parent in options.parent]
-    if place.instance and not parents and not options.registry:
-        beside = _section(machine, Place(""), "listen") or {}
-        parents = [str(beside.get("http", f"127.0.0.1:{DEFAULT_PARENT_PORT}")).replace("0.0.0.0", "127.0.0.1")]
-    name = options.id or (f"{socket.gethostname()}-{place.instance}" if place.instance else socket.gethostname())
-    values: dict[str, object] = {
-        "node.name": name,
-        "node.level": options.role,
-        "node.data_dir": place.data,
-        "listen.tcp": f"{host}:{tcp}",
-        "listen.http": f"{host}:{http}",
-    }
-    if not is_loopback(f"{host}:0"):
-        values["listen.allow_insecure"] = True
-    if parents:
-        values["pipe.parents"] = ",".join(parents)
-    if options.registry:
-        values["pipe.registry"] = ",".join(_address("--registry", one) for one in split_list(options.registry))
-    for key, value in (("node.region", options.region), ("node.labels", options.labels)):
-        if value:
-            values[key] = value
+    listen: Values = {"listen.tcp": f"{host}:{port}", "listen.http": f"{host}:{port + 1}"}
+    if options.bind:
+        given.update(listen)
+        if not is_loopback(f"{host}:0"):
+            given["listen.allow_insecure"] = True
+    fitting: Values = {"node.name": socket.gethostname(), "node.data_dir": place.data, **listen}
+    if place.instance:
+        fitting["node.name"] = f"{socket.gethostname()}-{place.instance}"
+        if not options.registry and "pipe.registry" not in known:
+            first = _configured(machine, Place("")).get("listen.http", f"127.0.0.1:{DEFAULT_PARENT_PORT}")
+            fitting["pipe.parents"] = _reached(str(first))
     if options.role == "root":
-        values["registry.enabled"] = True
+        fitting["registry.enabled"] = True
     if options.role in ("local", "pos"):
-        values.update(TERMINAL)
+        fitting.update(TERMINAL)
+    values = {**fitting, **known, **given}
     load_config(None, values, environment={})
-    return commented_file(values)
+    return values
+
+
+def _free_port(machine: Machine, place: Place) -> int:
+    """The first port of a pair that no other node of this machine has."""
+    others = [path.stem for path in machine.path("etc/edgebroker").glob("*.toml") if path.stem != place.instance]
+    taken = [
+        str(_configured(machine, Place("" if name == "edgebroker" else name)).get("listen.tcp")) for name in others
+    ]
+    port = FURTHER_PORT
+    while any(address.endswith(f":{port}") for address in taken):
+        port += PORT_STEP
+    return port
+
+
+def _reached(address: str) -> str:
+    """A listening address as somebody on this machine calls it."""
+    return address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
 
 
 def _address(flag: str, text: str) -> str:
@@ -162,22 +208,55 @@ def _address(flag: str, text: str) -> str:
     return found
 
 
+# ---- what belongs to all nodes of a machine ----
+
+
+def _program(machine: Machine) -> None:
+    """Put this program to its place, if there is none yet. Another one is a matter for `upgrade`, which judges it."""
+    program = releases.own_program()
+    if releases.packaged():
+        return
+    if machine.path(f"{releases.PACKAGED}/{releases.PROGRAM}").exists():
+        raise ConfigError("the package is installed here: say /usr/bin/edgebroker install ..., or remove the package")
+    running = releases.current(machine)
+    if not running:
+        release = releases.keep(machine, releases.stage(machine, program), __version__)
+        if not machine.dry:
+            point(machine.path(releases.CURRENT), f"releases/{release}")
+            sync_directory(machine.path(releases.HOME))
+        machine.changed = True
+    elif running != releases.name_of(program, __version__):
+        raise ConfigError(
+            f"release {running} is installed here, and this program is another one: "
+            f"edgebroker upgrade {program} --sha256 {releases.digest_of(program)}"
+        )
+    machine.write(COMMAND, WRAPPER, 0o755)
+
+
 def _user(machine: Machine) -> None:
-    machine.write("etc/sysusers.d/edgebroker.conf", shipped("edgebroker.sysusers"))
+    if releases.packaged():
+        return  # it came with the package
+    machine.write(SYSUSERS, shipped("edgebroker.sysusers"))
+    machine.write(TMPFILES, shipped("edgebroker.tmpfiles"))
     if machine.ask("id", "-u", USER):
         return
     if machine.ask("systemd-sysusers", "--version"):
-        machine.run("systemd-sysusers", "/etc/sysusers.d/edgebroker.conf")
+        machine.run("systemd-sysusers", f"/{SYSUSERS}")
     else:
         machine.run("useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", USER)
 
 
 def _units(machine: Machine) -> None:
     if releases.packaged():
-        return  # they came with the package
-    for name in ("edgebroker.service", "edgebroker@.service"):
+        return
+    for name in SHIPPED_UNITS:
         text = shipped(name).replace("ExecStart=/usr/bin/edgebroker ", f"ExecStart=/{releases.CURRENT}/edgebroker ")
         machine.write(f"{UNITS}/{name}", text)
+    machine.link(f"{WANTS}/{RESUME}", f"/{UNITS}/{RESUME}")
+
+
+def _unit_home(machine: Machine) -> str:
+    return "/usr/lib/systemd/system" if releases.packaged() else f"/{UNITS}"
 
 
 def shipped(name: str) -> str:
@@ -187,35 +266,73 @@ def shipped(name: str) -> str:
     return (base / "systemd" / name).read_text()
 
 
-def _farewell(place: Place, started: bool) -> None:
-    name = place.unit.removesuffix(".service")
-    print(f"\n{'running' if started else 'installed'}: {name}, configured in /{place.config}, data in {place.data}")
-    if not started:
-        print(f"start it:   systemctl start {name}")
-    port = (FURTHER_PORTS if place.instance else FIRST_PORTS)[1]
-    print(f"look at it: edgebroker status{f' --admin 127.0.0.1:{port}' if place.instance else ''}")
+def nodes(machine: Machine) -> list[Place]:
+    """The nodes that are installed on a machine, the first one first."""
+    found = sorted(machine.path(UNITS).glob(f"edgebroker*.service.d/{LIMITS_FILE}"))
+    names = [path.parent.name.removesuffix(".service.d").removeprefix("edgebroker").removeprefix("@") for path in found]
+    return [Place(name) for name in sorted(names)]
+
+
+def _refresh(machine: Machine) -> int:
+    """Bring units and limits to this release; after an upgrade."""
+    _user(machine)
+    _units(machine)
+    for place in nodes(machine):
+        level = str(_configured(machine, place).get("node.level", "root"))
+        machine.write(place.limits, shipped(f"{LIMITS[level]}.conf"))
+    if machine.changed:
+        machine.run("systemctl", "daemon-reload")
+    return 0
+
+
+def _start(machine: Machine, place: Place, wanted: bool) -> None:
+    active = machine.ask("systemctl", "is-active", place.unit) == "active"
+    if wanted and not active:
+        machine.run("systemctl", "start", place.unit)
+    elif wanted and machine.changed:
+        machine.run("systemctl", "restart", place.unit)
+    elif active and machine.changed:
+        print(f"it runs on as it was until: systemctl restart {place.unit}")
+
+
+def _farewell(place: Place, values: Values) -> None:
+    name, admin = place.unit.removesuffix(".service"), _reached(str(values["listen.http"]))
+    print(f"\ninstalled:  {name}, configured in /{place.config}, data in {values['node.data_dir']}")
+    print(f"start it:   systemctl start {name}")
+    print(f"look at it: edgebroker status{'' if admin == '127.0.0.1:7421' else f' --admin {admin}'}")
     print(f"its log:    journalctl -u {name}")
+
+
+# ---- and back ----
 
 
 def uninstall(options: argparse.Namespace) -> int:
     machine = Machine(Path(options.root), options.dry_run)
     machine.check()
+    place = _instance(options.instance) if options.instance else Place("")
     if options.purge and not (options.yes or options.dry_run):
         raise ConfigError("--purge removes all data of the node for good; say --yes as well if that is meant")
-    place = Place(options.instance)
-    if machine.ask("systemctl", "is-enabled", place.unit) or machine.ask("systemctl", "is-active", place.unit):
-        machine.run("systemctl", "disable", "--now", place.unit)
-    machine.remove(f"{UNITS}/{place.unit}.d/10-limits.conf")
-    if options.purge:
-        for name in (place.data[1:], f"var/cache/{place.name}", place.config):
-            machine.discard(name)
-    others = [path for path in machine.path("etc/edgebroker").glob("*.toml") if path != machine.path(place.config)]
-    if not others:
-        for name in (f"{UNITS}/edgebroker.service", f"{UNITS}/edgebroker@.service", "etc/sysusers.d/edgebroker.conf"):
-            machine.remove(name)
-        machine.remove(COMMAND)
-        machine.discard(releases.HOME)
-    machine.run("systemctl", "daemon-reload")
+    with plainly():
+        if machine.ask("systemctl", "is-active", place.unit):
+            machine.run("systemctl", "stop", place.unit)
+        machine.remove(f"{WANTS}/{place.unit}")
+        machine.remove(place.limits)
+        others = [node for node in nodes(machine) if node != place]
+        if options.purge:
+            for name in (place.data[1:], f"var/cache/{place.name}", place.config, f"{place.config}.new"):
+                machine.discard(name)
+        if not others and not releases.packaged():
+            _remove_program(machine)
+        if not others and options.purge:
+            machine.discard(RECORD)
+        machine.run("systemctl", "daemon-reload")
     if not options.purge:
         machine.say(f"keep {place.data} and /{place.config} (uninstall --purge --yes removes them)")
     return 0
+
+
+def _remove_program(machine: Machine) -> None:
+    machine.remove(f"{WANTS}/{RESUME}")
+    for name in (*(f"{UNITS}/{unit}" for unit in SHIPPED_UNITS), SYSUSERS, TMPFILES, COMMAND):
+        machine.remove(name)
+    machine.discard(releases.HOME)

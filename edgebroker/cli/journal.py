@@ -3,8 +3,8 @@ journal, else standard error as text, or as JSON for containers.
 
 A line has a level, the node, the topic and partition where it is about one (such lines begin with `topic NAME` or
 `NAME/PARTITION`), and the name of the problem with what to do. Payloads and keys of records never stand in it. The same
-line (before its arguments are put in) is written BURST times in WINDOW_SECONDS; then it is counted, and the count is
-written when the window is over.
+line (before its arguments are put in) is written BURST times in WINDOW_SECONDS; then it is counted, and the next one
+behind the window says how many there were.
 """
 
 from __future__ import annotations

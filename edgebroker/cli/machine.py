@@ -7,12 +7,14 @@ laid beside them.
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import json
 import os
 import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgebroker.cli.process import environment_of_others
@@ -21,15 +23,16 @@ from edgebroker.common.errors import EdgeBrokerError
 
 RECORD = "etc/edgebroker/.installed.json"
 USER = "edgebroker"
-COMMAND_SECONDS = 400
+ASK_SECONDS = 60
 
 
 class Machine:
-    """`dry` only says what would be done. Every step is told to `say` as one line."""
+    """`dry` only says what would be done. Every step is told to `say` as one line; `changed` when a file was one."""
 
     def __init__(self, root: Path, dry: bool, quiet: bool = False) -> None:
         self.root, self.dry, self._quiet = root, dry, quiet
         self.real = root == Path("/")
+        self.changed = False
         self._record = self._read_record()
 
     def path(self, name: str) -> Path:
@@ -42,53 +45,80 @@ class Machine:
 
     # ---- files ----
 
-    def write(self, name: str, text: str, mode: int = 0o644, *, pristine: str = "") -> bool:
-        """Put a file where it belongs; True when that changed something. A file that says just what `pristine` does
-        was changed by nobody either."""
+    def write(self, name: str, text: str, mode: int = 0o644, *, over: bool = False) -> None:
+        """Put a file where it belongs, whole or not at all. `over`: also over one that was not written here. A file
+        that others may not read belongs to the group of the node."""
         path, new = self.path(name), text.encode()
         old = path.read_bytes() if path.is_file() else None
         if old == new:
+            self._fit(path, mode)
             self._remember(name, new)
-            return False
-        if old is not None and old != pristine.encode() and self._record.get(name) != _digest(old):
-            self.say(f"keep {path}: it was changed here; the new version goes to {path.name}.new")
-            self._put(path.with_name(path.name + ".new"), new, mode)
-            return False
-        self.say(f"{'update' if old is not None else 'write'} {path}")
-        self._put(path, new, mode)
-        self._remember(name, new)
-        return True
+        elif old is not None and not over and self._record.get(name) != _digest(old):
+            beside = path.with_name(path.name + ".new")
+            if not (beside.is_file() and beside.read_bytes() == new):
+                self.say(f"keep {path}: it was changed here; the new version goes to {beside.name}")
+                self._put(beside, new, mode)
+        else:
+            self.say(f"{'update' if old is not None else 'write'} {path}")
+            self._put(path, new, mode)
+            self._remember(name, new)
+            self.changed = True
 
     def _put(self, path: Path, data: bytes, mode: int) -> None:
-        if self.dry:
+        if not self.dry:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_durable(path, data, mode=mode, group=self._group(mode))
+
+    def _fit(self, path: Path, mode: int) -> None:
+        """Rights that somebody has taken away, or that an installation did not come to."""
+        found, group = path.stat(), self._group(mode)
+        if found.st_mode & 0o7777 == mode and group in (-1, found.st_gid):
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_durable(path, data)
-        path.chmod(mode)
-        if self.real and mode & 0o004 == 0:
-            shutil.chown(path, "root", USER)
+        self.say(f"correct the rights of {path}")
+        if not self.dry:
+            os.chown(path, -1, group)
+            path.chmod(mode)
+
+    def _group(self, mode: int) -> int:
+        """-1: as it is. In an image there is no such group yet; systemd-tmpfiles sees to it at the first boot."""
+        if not self.real or mode & 0o004:
+            return -1
+        try:
+            return grp.getgrnam(USER).gr_gid
+        except KeyError:
+            return -1
+
+    def link(self, name: str, target: str) -> None:
+        """Point a symbolic link at `target`, in one step."""
+        path = self.path(name)
+        if path.is_symlink() and os.readlink(path) == target:
+            return
+        self.say(f"link {path} to {target}")
+        self.changed = True
+        if not self.dry:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            point(path, target)
 
     def remove(self, name: str) -> None:
-        """Remove a file that was written here and not changed since."""
+        """Remove a link, or a file that was written here and not changed since."""
         path = self.path(name)
-        if path.is_file() and self._record.get(name) != _digest(path.read_bytes()):
+        if not path.is_symlink() and path.is_file() and self._record.get(name) != _digest(path.read_bytes()):
             self.say(f"keep {path}: it was changed here")
             return
-        if path.is_file():
-            self.say(f"remove {path}")
-            if not self.dry:
-                path.unlink()
-        self._record.pop(name, None)
-        self._store_record()
+        self.discard(name)
+        if self._record.pop(name, None):
+            self._store_record()
 
     def discard(self, name: str) -> None:
-        """Remove a file or a whole directory, whoever has changed it."""
+        """Remove a file, a link or a whole directory, whoever has changed it; of a mounted disk, what is on it."""
         path = self.path(name)
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             self.say(f"remove {path} and everything in it")
-            if not self.dry:
-                shutil.rmtree(path)
-        elif path.exists():
+            if self.dry:
+                return
+            for one in path.iterdir() if path.is_mount() else [path]:
+                shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+        elif path.exists() or path.is_symlink():
             self.say(f"remove {path}")
             if not self.dry:
                 path.unlink()
@@ -108,13 +138,15 @@ class Machine:
             self._store_record()
 
     def _store_record(self) -> None:
-        if not self.dry and self.path(RECORD).parent.is_dir():
+        if not self.dry:
+            self.path(RECORD).parent.mkdir(parents=True, exist_ok=True)
             write_durable(self.path(RECORD), json.dumps(self._record, indent=1, sort_keys=True).encode())
 
     # ---- the running system ----
 
     def run(self, *command: str) -> None:
-        """Run a command of the system; nothing for an image. Raises EdgeBrokerError with what it said."""
+        """Run a command of the system, however long it takes; nothing for an image. Raises EdgeBrokerError with what
+        it said."""
         if not self.real:
             return
         self.say("run " + " ".join(command))
@@ -124,27 +156,38 @@ class Machine:
         if done.returncode:
             raise EdgeBrokerError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}")
 
-    def ask(self, *command: str) -> str:
-        """What a command of the system says, "" when it fails or for an image."""
+    def ask(self, *command: str, whatever: bool = False) -> str:
+        """What a command of the system says; "" for an image, or when it is not there or fails (not so `whatever`)."""
         if not self.real:
             return ""
         try:
-            done = _run(command)
-        except OSError:
+            done = _run(command, ASK_SECONDS)
+        except (OSError, subprocess.TimeoutExpired):
             return ""
-        return done.stdout.strip() if done.returncode == 0 else ""
+        return done.stdout.strip() if done.returncode == 0 or whatever else ""
 
     def check(self) -> None:
         """Raises EdgeBrokerError when this is no machine to install on."""
         if self.real and not self.dry:
             if os.geteuid() != 0:
-                raise EdgeBrokerError("only root can do this: sudo edgebroker ... (--dry-run shows what would be done)")
+                raise EdgeBrokerError("only root can do this: sudo edgebroker ...")
             if shutil.which("systemctl") is None:
                 raise EdgeBrokerError("there is no systemd here; run edgebroker serve --config FILE by other means")
 
 
-def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=COMMAND_SECONDS, env=environment_of_others())
+@contextmanager
+def plainly() -> Iterator[None]:
+    """What the system refuses becomes a sentence: EdgeBrokerError."""
+    try:
+        yield
+    except OSError as error:
+        raise EdgeBrokerError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+    except subprocess.TimeoutExpired as error:
+        raise EdgeBrokerError(f"{error.cmd} did not end within {error.timeout:g} s") from error
+
+
+def _run(command: Sequence[str], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment_of_others())
 
 
 def point(path: Path, target: str) -> None:

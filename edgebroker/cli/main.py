@@ -107,9 +107,7 @@ def _serve(verbs) -> None:  # type: ignore[no-untyped-def]
 
 def _appliance(verbs) -> None:  # type: ignore[no-untyped-def]
     install = _verb(verbs, "install", "make this program a service of this machine", "install", "install")
-    install.add_argument(
-        "--role", required=True, choices=("root", "l2", "l3", "pos", "local"), help="level in the tree"
-    )
+    install.add_argument("--role", default="", choices=("root", "l2", "l3", "pos", "local"), help="level in the tree")
     install.add_argument("--id", default="", metavar="NAME", help="name of the node (default: the host name)")
     install.add_argument(
         "--parent", action="append", default=[], metavar="URL", help="http://HOST:PORT of a parent; again for a second"
@@ -121,6 +119,9 @@ def _appliance(verbs) -> None:  # type: ignore[no-untyped-def]
         "--bind", default="", metavar="ADDRESS", help="listen here, for other machines; without it only on 127.0.0.1"
     )
     install.add_argument("--start", action="store_true", help="start it now, and wait until it is ready")
+    install.add_argument(
+        "--refresh", action="store_true", help="only bring the units to this release; after an upgrade"
+    )
     uninstall = _verb(verbs, "uninstall", "remove the service; the data stays", "install", "uninstall")
     uninstall.add_argument("--purge", action="store_true", help="the data and the configuration, too")
     uninstall.add_argument("--yes", action="store_true", help="with --purge: that is meant")
@@ -136,6 +137,7 @@ def _appliance(verbs) -> None:  # type: ignore[no-untyped-def]
     upgrade.add_argument("file", nargs="?", help="the program of that release")
     upgrade.add_argument("--sha256", default="", metavar="HEX", help="its digest, as published")
     upgrade.add_argument("--undo", action="store_true", help="back to the release before this one")
+    upgrade.add_argument("--resume", action="store_true", help="only finish an upgrade that was interrupted")
     upgrade.add_argument("--accept-format", action="store_true", help="also when there is no way back but a restore")
     upgrade.add_argument(
         "--timeout", type=float, default=60.0, metavar="S", help="for each node to be ready (default 60)"

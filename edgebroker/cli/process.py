@@ -81,7 +81,9 @@ class BrokerProcess:
         self.directory.mkdir(parents=True, exist_ok=True)
         ports = self.directory.with_name(self.directory.name + ".ports")
         ports.unlink(missing_ok=True)
-        environment = {**os.environ, **self._environment, **self._settings}
+        # Not the configuration of a node whose environment we have been given.
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("EDGEBROKER_")}
+        environment = {**ours, **self._environment, **self._settings}
         arguments = ["serve", "--data-dir", str(self.directory), "--listen", self._listen, "--http", self._http]
         arguments += ["--ports-file", str(ports), *self._arguments]
         with self.log_path.open("ab") as log:

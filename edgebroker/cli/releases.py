@@ -2,7 +2,8 @@
 
     /opt/edgebroker/releases/VERSION-DIGEST/edgebroker    one file, or the folder form
     /opt/edgebroker/current -> releases/VERSION-DIGEST    replaced by rename
-    /opt/edgebroker/previous -> releases/...              what a roll-back goes to
+    /opt/edgebroker/previous -> releases/...              what `upgrade --undo` goes to
+    /opt/edgebroker/pending                               while a new release is being judged: where to go back to
 
 A package keeps the program in /usr/lib/edgebroker instead; then its tools upgrade it.
 """
@@ -16,18 +17,29 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from edgebroker.cli.machine import Machine, point
 from edgebroker.cli.process import environment_of_others
-from edgebroker.common.durable import sync_directory, sync_file
+from edgebroker.common.durable import sync_directory, sync_file, write_durable
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 
 HOME = "opt/edgebroker"
-CURRENT, PREVIOUS = f"{HOME}/current", f"{HOME}/previous"
+CURRENT, PREVIOUS, PENDING = f"{HOME}/current", f"{HOME}/previous", f"{HOME}/pending"
+RELEASES, STAGED = f"{HOME}/releases", f"{HOME}/releases/.new"
 PROGRAM = "edgebroker"
-PACKAGED = "/usr/lib/edgebroker"
+PACKAGED = "usr/lib/edgebroker"
 CHECK_SECONDS = 120
+
+
+class Switch(NamedTuple):
+    """A change of the release that is not finished: from what to what, what was `previous` before, and which units were
+    well and have to be so again."""
+
+    before: str
+    after: str
+    previous: str
+    well: list[str]
 
 
 def own_program() -> Path:
@@ -39,12 +51,27 @@ def own_program() -> Path:
 
 def packaged() -> bool:
     """True when this program came with the system's package."""
-    return getattr(sys, "frozen", False) and str(own_program()).startswith(PACKAGED + "/")
+    return getattr(sys, "frozen", False) and str(own_program()).startswith(f"/{PACKAGED}/")
+
+
+def is_folder(program: Path) -> bool:
+    return (program.parent / "_internal").is_dir()
 
 
 def digest_of(program: Path) -> str:
-    with program.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of the one file; of the folder form, over the names and contents of all its files."""
+    if not is_folder(program):
+        with program.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for path in sorted(path for path in program.parent.rglob("*") if path.is_file()):
+        whole.update(f"{path.relative_to(program.parent)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()
+
+
+def name_of(program: Path, version: str) -> str:
+    """What a release of this program is called here."""
+    return f"{version}-{digest_of(program)[:12]}"
 
 
 def ask_version(program: Path) -> dict[str, Any]:
@@ -66,36 +93,46 @@ def ask_version(program: Path) -> dict[str, Any]:
     raise EdgeBrokerError(f"{program} is no edgebroker that runs on this machine: {said.strip()[-500:]}")
 
 
-def put(machine: Machine, program: Path, version: str) -> str:
-    """Copy a program to its place among the releases, durably; the name of the release."""
-    release = f"{version}-{digest_of(program)[:12]}"
-    target = machine.path(f"{HOME}/releases/{release}")
-    if target.is_dir():
-        return release
-    machine.say(f"copy {program} to {target}")
+def stage(machine: Machine, program: Path) -> Path:
+    """Copy a program to where nobody but root can change it, durably; where it is. A dry run copies nothing."""
     if machine.dry:
-        return release
-    temporary = target.with_name(f".{release}.new")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if (program.parent / "_internal").is_dir():
-        shutil.copytree(program.parent, temporary, symlinks=True, dirs_exist_ok=True)
+        return program
+    staged = machine.path(STAGED)
+    shutil.rmtree(staged, ignore_errors=True)
+    staged.mkdir(parents=True)
+    if is_folder(program):
+        shutil.copytree(program.parent, staged, symlinks=True, dirs_exist_ok=True)
     else:
-        shutil.copy2(program, temporary / PROGRAM)
-    (temporary / PROGRAM).chmod(0o755)
-    for folder, _, names in os.walk(temporary):
+        shutil.copy2(program, staged / PROGRAM)
+    (staged / PROGRAM).chmod(0o755)
+    for folder, _, names in os.walk(staged):
         Path(folder).chmod(0o755)
         for path in (Path(folder) / name for name in names):
             if not path.is_symlink():
                 sync_file(path)
         sync_directory(Path(folder))
-    temporary.rename(target)
+    return staged / PROGRAM
+
+
+def keep(machine: Machine, program: Path, version: str) -> str:
+    """Make what was staged a release; its name."""
+    release = name_of(program, version)
+    target = machine.path(f"{RELEASES}/{release}")
+    machine.say(f"copy the program to {target}")
+    if machine.dry:
+        return release
+    if target.exists() and digest_of(target / PROGRAM) == digest_of(program):
+        shutil.rmtree(program.parent)
+        return release
+    if target.exists():  # of an earlier installation that the power ended
+        _remove(target)
+    program.parent.rename(target)
     sync_directory(target.parent)
     return release
 
 
 def current(machine: Machine) -> str:
-    """The release that runs; "" when there is none."""
+    """The release that the next start uses; "" when there is none."""
     return _named(machine, CURRENT)
 
 
@@ -103,22 +140,59 @@ def previous(machine: Machine) -> str:
     return _named(machine, PREVIOUS)
 
 
+def pending(machine: Machine) -> Switch | None:
+    """The change that is not finished, if there is one."""
+    try:
+        return Switch(**json.loads(machine.path(PENDING).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def _named(machine: Machine, link: str) -> str:
+    """The release that a link names; "" when it is not there."""
     path = machine.path(link)
-    return Path(os.readlink(path)).name if path.is_symlink() else ""
+    return Path(os.readlink(path)).name if path.is_symlink() and (path / PROGRAM).exists() else ""
 
 
-def switch(machine: Machine, release: str) -> None:
-    """Make a release the one that the next start uses; the one before stays for a roll-back, older ones go."""
-    before = current(machine)
-    if before == release:
-        return
+def begin(machine: Machine, release: str, well: list[str]) -> Switch:
+    """Let the next start use a release. Until finish() or undo() it is known where to go back to, also after a power
+    cut."""
+    found = Switch(current(machine), release, previous(machine), well)
     machine.say(f"switch to release {release}")
-    if machine.dry:
-        return
-    if before:
-        point(machine.path(PREVIOUS), f"releases/{before}")
-    point(machine.path(CURRENT), f"releases/{release}")
-    for path in machine.path(f"{HOME}/releases").iterdir():
-        if path.name not in (release, before):
-            shutil.rmtree(path)
+    if not machine.dry:
+        write_durable(machine.path(PENDING), json.dumps(found._asdict()).encode())
+        point(machine.path(PREVIOUS), f"releases/{found.before}")
+        point(machine.path(CURRENT), f"releases/{release}")
+    return found
+
+
+def finish(machine: Machine) -> None:
+    """The release is good; the one before stays, older ones go."""
+    machine.path(PENDING).unlink(missing_ok=True)
+    sync_directory(machine.path(HOME))
+    _prune(machine)
+
+
+def undo(machine: Machine, switch: Switch) -> None:
+    """Everything as it was before begin(); the release that was no good goes."""
+    point(machine.path(CURRENT), f"releases/{switch.before}")
+    if switch.previous:
+        point(machine.path(PREVIOUS), f"releases/{switch.previous}")
+    else:
+        machine.path(PREVIOUS).unlink(missing_ok=True)
+    finish(machine)
+
+
+def _prune(machine: Machine) -> None:
+    wanted = (current(machine), previous(machine))
+    for path in machine.path(RELEASES).iterdir():
+        if path.name not in wanted:
+            _remove(path)
+
+
+def _remove(release: Path) -> None:
+    """First under another name: half of a release is none."""
+    gone = release.with_name(f".gone-{release.name.lstrip('.')}")
+    shutil.rmtree(gone, ignore_errors=True)
+    release.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -93,4 +93,5 @@ def _reload(broker: Broker, systemd: Systemd, clock: Clock, options: argparse.Na
         log.info("configuration read again; changed: %s", ", ".join(changes.applied) or "nothing")
         if changes.waiting:
             log.warning("these changes need a restart: %s", ", ".join(changes.waiting))
-    systemd.ready()
+    finally:
+        systemd.reloaded()

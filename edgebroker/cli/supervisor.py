@@ -49,6 +49,10 @@ class Systemd(wellbeing.Supervisor):
     def status(self, line: str) -> None:
         self._say("STATUS=" + line.replace("\n", " "))
 
+    def reloaded(self) -> None:
+        """The status line is as it was."""
+        self._say("READY=1")
+
     def reloading(self, clock: Clock) -> None:
         self._say("RELOADING=1", f"MONOTONIC_USEC={int(clock.monotonic() * 1e6)}")
 

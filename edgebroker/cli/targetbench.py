@@ -54,6 +54,12 @@ def bench_all(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"{directory}: {free >> 20} MiB are free, {NEEDED_BYTES >> 20} are needed so that nobody gets into trouble"
         )
+    path = Path(options.report) if options.report else None
+    if path is not None:
+        try:
+            path.touch()
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}; nothing was measured yet") from error
     psutil.Process().ionice(psutil.IOPRIO_CLASS_IDLE)  # the broker that is measured inherits it
     with tempfile.TemporaryDirectory(prefix="edgebroker-bench-", dir=directory) as place:
         found = _measure(Path(place))
@@ -69,10 +75,9 @@ def bench_all(options: argparse.Namespace) -> int:
         "verdict": verdict(found),
     }
     text = page(report, found)
-    if options.report:
-        path = Path(options.report)
+    print(json.dumps(report) + "\n" if options.json else text, end="")
+    if path is not None:
         path.write_text(json.dumps(report, indent=1) + "\n" if path.suffix == ".json" else text)
-    print(json.dumps(report) if options.json else text, end="")
     return 0
 
 

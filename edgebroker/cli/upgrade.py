@@ -1,10 +1,12 @@
 """`edgebroker upgrade`: another release of the program, or back to the one before, without anybody standing by.
 
-    verify the digest -> let the new program check itself -> switch by rename -> restart -> wait until ready
-    -> not ready in time: switch back, restart, say so, exit 1
+    copy it to where only root can change it -> verify the digest -> let it check itself -> switch by rename -> restart
+    -> ready and steady: the release is good
+    -> not in time: switch back, restart, say so, exit 1
 
-The data is not touched: a release that writes a newer format than the running one reads is refused unless that is
-accepted, for there would be no way back.
+What a power cut interrupts is finished at the next boot by edgebroker-upgrade.service. The data is not touched: a
+release that writes a newer format than the running one reads is refused unless that is accepted, for there would be no
+way back.
 """
 
 from __future__ import annotations
@@ -12,19 +14,19 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edgebroker.cli import releases
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.machine import Machine
+from edgebroker.cli.machine import Machine, plainly
 from edgebroker.cli.process import environment_of_others
+from edgebroker.cli.releases import Switch
 from edgebroker.common.clock import SystemClock, sleep
-from edgebroker.common.config import load_config
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
-from edgebroker.version import DATA_FORMAT
 
 POLL_SECONDS = 0.25
 SELFTEST_SECONDS = 120
@@ -36,128 +38,185 @@ def upgrade(options: argparse.Namespace) -> int:
     machine.check()
     if releases.packaged():
         raise ConfigError("this program came with a package; upgrade that: dpkg -i edgebroker_VERSION_ARCH.deb")
-    running = releases.current(machine)
-    if not running:
+    if not releases.current(machine):
         raise ConfigError("nothing is installed here yet; run: edgebroker install --role ROLE")
-    with _alone(machine.path(releases.HOME) / "lock"):
-        if options.undo:
-            release = releases.previous(machine)
-            if not release:
-                raise ConfigError("there is no release before this one to go back to")
-        else:
-            release = prepare(machine, options)
+    with plainly(), _alone(machine):
+        if unfinished := releases.pending(machine):
+            print(f"the switch to {unfinished.after} was interrupted; that is finished first")
+            if not machine.dry:
+                _judge(machine, unfinished, options.timeout)
+        if options.resume:
+            return 0
+        running = releases.current(machine)
+        release = _undone(machine, options) if options.undo else prepare(machine, options)
         if release == running:
             print(f"{release} runs already")
             return 0
-        return _switch(machine, running, release, options.timeout)
+        units = _units(machine)
+        switch = releases.begin(machine, release, [unit for unit, state in units.items() if state == "active"])
+        if machine.dry:
+            machine.say(f"restart {', '.join(units) or 'nothing (no node runs)'} and judge it")
+            return 0
+        return _judge(machine, switch, options.timeout)
 
 
 def prepare(machine: Machine, options: argparse.Namespace) -> str:
     """Check a program and put it among the releases; its name there."""
     if not options.file or not options.sha256:
         raise ConfigError("upgrade FILE --sha256 HEX (or --undo) is expected")
-    program = Path(options.file).resolve()
-    if not program.is_file():
-        raise ConfigError(f"{program}: there is no such file")
-    found = releases.digest_of(program)
-    if found != options.sha256.lower():
-        raise EdgeBrokerError(f"{program} has the SHA-256 {found}, not {options.sha256}; it was not delivered whole")
-    os.chmod(program, 0o755)
+    given = Path(options.file).resolve()
+    if not given.is_file():
+        raise ConfigError(f"{given}: there is no such file")
+    if releases.is_folder(given):
+        raise ConfigError(f"{given} is the folder form, which no single digest vouches for; give the one file")
+    program = releases.stage(machine, given)
+    try:
+        found = releases.digest_of(program)
+        if found != options.sha256.lower():
+            raise EdgeBrokerError(f"{given} has the SHA-256 {found}, not {options.sha256}; it was not delivered whole")
+        version = releases.ask_version(program)["version"]
+        _check_format(machine, program, options)
+        machine.say(f"let release {version} check itself")
+        if not machine.dry:
+            _selftest(program)
+        return releases.keep(machine, program, version)
+    finally:
+        if not machine.dry:
+            shutil.rmtree(machine.path(releases.STAGED), ignore_errors=True)
+
+
+def _undone(machine: Machine, options: argparse.Namespace) -> str:
+    release = releases.previous(machine)
+    if not release:
+        raise ConfigError("there is no release before this one to go back to")
+    _check_format(machine, machine.path(f"{releases.RELEASES}/{release}/{releases.PROGRAM}"), options)
+    return release
+
+
+def _check_format(machine: Machine, program: Path, options: argparse.Namespace) -> None:
+    """The format that the running release writes must be read by the new one, and the other way round as long as there
+    should be a way back."""
+    here = releases.ask_version(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}"))["data_format"]
     said = releases.ask_version(program)
-    if said["data_format"] > DATA_FORMAT and not options.accept_format:
+    if said["data_format"] > here and not options.accept_format:
         raise EdgeBrokerError(
-            f"release {said['version']} writes data format {said['data_format']}, which this one ({DATA_FORMAT}) "
+            f"release {said['version']} writes data format {said['data_format']}, which the running one ({here}) "
             "cannot read: there is no way back but a restore. Make a backup, then say --accept-format"
         )
-    if said["data_format"] < DATA_FORMAT:
+    if said["data_format"] < here:
         raise EdgeBrokerError(
-            f"release {said['version']} reads data format {said['data_format']} only, the data here has {DATA_FORMAT}; "
+            f"release {said['version']} reads data format {said['data_format']} only, the data here has {here}; "
             "nothing was changed"
         )
-    machine.say(f"let release {said['version']} check itself")
-    if not machine.dry:
-        done = subprocess.run(
-            [program, "selftest"], capture_output=True, text=True, timeout=SELFTEST_SECONDS, env=environment_of_others()
-        )
-        if done.returncode:
-            raise EdgeBrokerError(f"the new program fails its own checks; nothing was changed:\n{done.stderr.strip()}")
-    return releases.put(machine, program, said["version"])
 
 
-def _switch(machine: Machine, running: str, release: str, timeout: float) -> int:
-    units = _active_units(machine)
-    releases.switch(machine, release)
-    if machine.dry:
-        machine.say(f"restart {', '.join(units) or 'nothing (no node runs)'} and wait until ready")
+def _selftest(program: Path) -> None:
+    done = subprocess.run(
+        [program, "selftest"], capture_output=True, text=True, timeout=SELFTEST_SECONDS, env=environment_of_others()
+    )
+    if done.returncode:
+        raise EdgeBrokerError(f"the new program fails its own checks; nothing was changed:\n{done.stderr.strip()}")
+
+
+# ---- the switch ----
+
+
+def _judge(machine: Machine, switch: Switch, timeout: float) -> int:
+    """Restart all nodes with the release that is switched to; back to the one before when that goes wrong somehow."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a line that drops does not end this half-way
+    if releases.current(machine) != switch.after:
+        releases.undo(machine, switch)  # the power went before the link was changed
         return 0
-    failed = _restart(machine, units, timeout)
+    try:
+        failed = _restart(machine, switch, timeout)
+    except BaseException:
+        print(f"interrupted; back to {switch.before}", flush=True)
+        _back(machine, switch, timeout)
+        raise
     if not failed:
-        print(f"release {release} runs ({', '.join(units) or 'no node was running'}); before: {running}")
+        releases.finish(machine)
+        print(f"release {switch.after} runs ({', '.join(switch.well) or 'no node was'}); before: {switch.before}")
         return 0
-    print(f"release {release} does not come up: {failed}\nback to {running}")
-    releases.switch(machine, running)
-    again = _restart(machine, units, timeout)
-    if again:
-        raise EdgeBrokerError(f"release {running} does not come up either: {again}; see journalctl -u edgebroker")
-    raise EdgeBrokerError(f"rolled back: {running} runs again, nothing was lost")
+    print(f"release {switch.after} does not come up: {failed}\nback to {switch.before}", flush=True)
+    _back(machine, switch, timeout)
+    raise EdgeBrokerError(f"rolled back: {switch.before} runs again, nothing was lost")
 
 
-def _active_units(machine: Machine) -> list[str]:
-    """The nodes of this machine that run, or are being started again and again."""
+def _back(machine: Machine, switch: Switch, timeout: float) -> None:
+    releases.undo(machine, switch)
+    failed = _restart(machine, switch, timeout)
+    if failed:
+        raise EdgeBrokerError(
+            f"release {switch.before} does not come up either: {failed}; see journalctl -u edgebroker"
+        )
+
+
+def _units(machine: Machine) -> dict[str, str]:
+    """State of each node of this machine that runs, tries to, or has failed; the first one first. A node that somebody
+    has stopped stays so."""
     names = ("edgebroker.service", "edgebroker@*.service")
-    lines = machine.ask("systemctl", "list-units", "--plain", "--no-legend", "--all", *names).splitlines()
-    states = [line.split() for line in lines if len(line.split()) > 3]
-    return [unit for unit, _, state, *_ in states if state in ("active", "activating", "reloading")]
+    said = machine.ask("systemctl", "list-units", "--plain", "--no-legend", "--all", *names)
+    found = {line.split()[0]: line.split()[2] for line in said.splitlines() if len(line.split()) > 3}
+    return {unit: found[unit] for unit in sorted(found, key=len) if found[unit] != "inactive"}
 
 
-def _restart(machine: Machine, units: list[str], timeout: float) -> str:
-    """Restart the nodes one after the other, the parent of the machine first; why one did not become ready, or ""."""
-    for unit in sorted(units, key=len):
+def _restart(machine: Machine, switch: Switch, timeout: float) -> str:
+    """Restart the nodes one after the other, the first of the machine first, with the units of their release. Why one
+    that was well is not any more; "" when all are. A node that was not well before is no fault of this release."""
+    machine.ask(str(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}")), "install", "--refresh")
+    for unit in dict.fromkeys([*switch.well, *_units(machine)]):
         machine.ask("systemctl", "reset-failed", unit)
         machine.run("systemctl", "restart", "--no-block", unit)
         why = _wait_ready(machine, unit, timeout)
-        if why:
+        if why and unit in switch.well:
             return f"{unit}: {why}"
+        if why:
+            print(f"{unit} was not well before and is not now: {why}; see journalctl -u {unit}", flush=True)
     return ""
 
 
 def _wait_ready(machine: Machine, unit: str, timeout: float) -> str:
-    """Until systemd has heard READY and the node has answered for STEADY_SECONDS in the same process; else why not.
-    A full disk or a missing parent is no fault of a release."""
-    instance = unit.removesuffix(".service").partition("@")[2]
-    config = load_config(machine.path(f"etc/edgebroker/{instance or 'edgebroker'}.toml"), environment={})
-    admin = config.listen.http.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
+    """Until the node has told systemd that it is ready (recovered, both ports answer), and was the same process of this
+    release for STEADY_SECONDS; else why not. A full disk or a missing parent is no fault of a release."""
+    release = machine.path(releases.CURRENT).resolve()
     clock = SystemClock()
-    deadline, why = clock.monotonic() + timeout, "it does not answer"
+    deadline, why = clock.monotonic() + timeout, "it is not ready"
     steady, since = "", 0.0
     while clock.monotonic() < deadline:
         sleep(POLL_SECONDS)
         said = machine.ask("systemctl", "show", unit, "-p", "ActiveState", "-p", "MainPID", "-p", "Result")
         state = dict(line.partition("=")[::2] for line in said.splitlines())
         if state.get("ActiveState") == "failed":
-            return f"it failed ({state.get('Result')}); see journalctl -u {unit}"
-        try:
-            call(admin, "GET", "/healthz")
-        except EdgeBrokerError as error:
-            why, steady = str(error), ""
-            continue
-        if state.get("ActiveState") != "active":
+            return f"it failed ({state.get('Result')})"
+        pid = state.get("MainPID", "0")
+        if state.get("ActiveState") != "active" or not _is_of(pid, release):
             why, steady = f"systemd says {state.get('ActiveState')}", ""
-        elif state["MainPID"] != steady:
-            why, steady, since = "it does not stay up", state["MainPID"], clock.monotonic()
+        elif pid != steady:
+            why, steady, since = "it does not stay up", pid, clock.monotonic()
         elif clock.monotonic() - since >= STEADY_SECONDS:
             return ""
     return f"not ready after {timeout:.0f} s: {why}"
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process. Raises EdgeBrokerError when another process has it."""
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+def _is_of(pid: str, release: Path) -> bool:
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return Path(os.readlink(f"/proc/{pid}/exe")).is_relative_to(release)
+    except OSError:
+        return False
+
+
+@contextmanager
+def _alone(machine: Machine) -> Iterator[None]:
+    """Hold a lock that ends with this process. Raises EdgeBrokerError when another process has it."""
+    if machine.dry:
         yield
-    except BlockingIOError as error:
-        raise EdgeBrokerError("another upgrade is under way") from error
+        return
+    fd = os.open(machine.path(releases.HOME) / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise EdgeBrokerError("another upgrade is under way") from error
+        yield
     finally:
         os.close(fd)

@@ -81,7 +81,7 @@ def test_what_an_engine_is_told(buildah: Buildah, image: str) -> None:
     assert config["Volumes"] == {"/var/lib/edgebroker": {}}
     assert config["Entrypoint"] == ["/opt/edgebroker/edgebroker"]
     assert config["Cmd"] == ["serve"]
-    assert config["Healthcheck"]["Test"] == ["CMD", "/opt/edgebroker/edgebroker", "check", "ready", "--healthcheck"]
+    assert config["Healthcheck"]["Test"] == ["CMD", "/opt/edgebroker/edgebroker", "check", "live", "--healthcheck"]
     assert set(config["ExposedPorts"]) == {"7420/tcp", "7421/tcp"}
 
 
@@ -99,8 +99,8 @@ def test_it_starts_is_healthy_and_stops(buildah: Buildah, image: str, tmp_path: 
         until(lambda: ready(HTTP), 60.0, "the node in the container answers")
         version = ask(HTTP, "/v1/node")[1]["version"]
         assert version == __version__
-        said = buildah.run("run", container, "--", program, "check", "ready", "--healthcheck", "--admin", HTTP)
-        assert said.startswith("EDGEBROKER READY OK")
+        said = buildah.run("run", container, "--", program, "check", "live", "--healthcheck", "--admin", HTTP)
+        assert said.startswith("EDGEBROKER LIVE OK")
         [pid] = [process for process in running(program) if owner(process) == 10001]
         os.kill(pid, signal.SIGTERM)
         assert started.wait(30) == 0

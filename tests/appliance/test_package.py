@@ -60,9 +60,8 @@ def test_it_is_installed_and_starts_as_a_node_of_its_own(machine: Machine, packa
     machine.run("systemctl", "start", "edgebroker")
     assert machine.run("edgebroker", "status").startswith("HEALTHY")
     assert machine.shown(UNIT, "User") == "edgebroker"
-    assert "systemctl" in machine.run(
-        "bash", "-c", "grep -c . /usr/share/bash-completion/completions/edgebroker; type systemctl"
-    )
+    completion = "/usr/share/bash-completion/completions/edgebroker"
+    assert "edgebroker" in machine.run("bash", "-c", f". {completion}; complete -p edgebroker")
 
 
 def test_a_role_is_written_over_the_defaults(machine: Machine) -> None:
@@ -71,7 +70,9 @@ def test_a_role_is_written_over_the_defaults(machine: Machine) -> None:
     machine.run("systemctl", "restart", UNIT)
     assert "store-9 (pos)" in machine.run("edgebroker", "status")
     machine.run("edgebroker", "install", "--role", "local", "--start")
-    assert machine.shown("edgebroker@local.service", "ActiveState") == "active"
+    for unit in (UNIT, "edgebroker@local.service"):
+        assert machine.shown(unit, "ActiveState") == "active"
+        assert machine.run("systemctl", "is-enabled", unit).strip() == "enabled"
     machine.run("edgebroker", "publish", "t", text="a\nb\nc\n")
 
 
