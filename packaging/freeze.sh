@@ -3,16 +3,9 @@
 # and lets the result check itself. Twice from the same commit gives the same bytes.
 set -eu
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
 ENVIRONMENT=${ENVIRONMENT:-build/freeze}
 command -v strip >/dev/null 2>&1 || { echo "strip is missing: apt-get install binutils" >&2; exit 1; }
-if [ ! -e "$ENVIRONMENT/ready" ] || [ packaging/requirements.txt -nt "$ENVIRONMENT/ready" ]; then
-    rm -rf "$ENVIRONMENT"
-    "$PYTHON" -m venv "$ENVIRONMENT"
-    "$ENVIRONMENT/bin/pip" install --quiet --disable-pip-version-check "setuptools>=77" "Cython>=3.1,<4" "flit_core>=3.2,<4"
-    "$ENVIRONMENT/bin/pip" install --quiet --disable-pip-version-check --no-binary tomli --no-build-isolation -r packaging/requirements.txt
-    touch "$ENVIRONMENT/ready"
-fi
+./packaging/environment.sh "$ENVIRONMENT"
 # The program itself from the sources as they are, into a place of its own.
 rm -rf build/tree
 "$ENVIRONMENT/bin/pip" install --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-compile --target build/tree .

@@ -158,3 +158,9 @@ def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     documented = set(re.findall(r"`((?:node|listen|storage|topics|limits|delivery|pipe|registry|log)\.[a-z_]+)`", text))
     assert documented == {key for key, *_ in describe_keys()}
+
+
+@pytest.mark.parametrize(("name", "found"), [("", "till-17"), ("%H-local", "till-17-local"), ("store-3", "store-3")])
+def test_a_name_may_follow_the_host(name: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: "till-17")
+    assert load_config(None, {"node.name": name}, {}).node.name == found

@@ -48,7 +48,6 @@ SOCKETS = {
     "network/loop.py", "network/transport.py", "network/http.py", "network/httpclient.py", "network/link.py",
     "network/producer.py", "network/consumer.py", "broker/broker.py", "broker/session.py", "cli/adminclient.py",
     "broker/tree.py", "cli/treedemo.py", "common/config.py", "cli/supervisor.py", "cli/journal.py",
-    "cli/install.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600

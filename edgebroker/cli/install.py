@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import re
-import socket
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -163,9 +162,9 @@ def _values(machine: Machine, place: Place, known: Values, options: argparse.Nam
         given.update(listen)
         if not is_loopback(f"{host}:0"):
             given["listen.allow_insecure"] = True
-    fitting: Values = {"node.name": socket.gethostname(), "node.data_dir": place.data, **listen}
+    fitting: Values = {"node.data_dir": place.data, **listen}
     if place.instance:
-        fitting["node.name"] = f"{socket.gethostname()}-{place.instance}"
+        fitting["node.name"] = f"%H-{place.instance}"  # also where an image is cloned
         if not options.registry and "pipe.registry" not in known:
             first = _configured(machine, Place("")).get("listen.http", f"127.0.0.1:{DEFAULT_PARENT_PORT}")
             fitting["pipe.parents"] = _reached(str(first))

@@ -34,7 +34,9 @@ _REGION = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 
 class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[str, Meta(max_length=100, description="display name of the node; empty: the host name")] = ""
+    name: Annotated[
+        str, Meta(max_length=100, description="display name of the node; %H is the host name; empty: that alone")
+    ] = ""
     level: Annotated[Level, Meta(description="place of the node in the tree")] = "root"
     region: Annotated[str, Meta(max_length=120, description="where the node stands, from the whole to the part, as `north/store-12`; a pos feeds only nodes of its own region")] = ""  # fmt: skip  # noqa: E501
     labels: Annotated[str, Meta(description="what else is known about the node, as `format=express,wave=1`; at most 8")] = ""  # fmt: skip  # noqa: E501
@@ -274,7 +276,8 @@ def _check_meaning(config: Config) -> list[str]:
 
 
 def _fill(config: Config, environment: Mapping[str, str]) -> Config:
-    node = config.node if config.node.name else msgspec.structs.replace(config.node, name=socket.gethostname())
+    name = (config.node.name or "%H").replace("%H", socket.gethostname())
+    node = msgspec.structs.replace(config.node, name=name)
     runtime = environment.get("RUNTIME_DIRECTORY", "")
     listen = config.listen
     if not listen.socket:
