@@ -5,6 +5,7 @@ In the running system the same is done by tests/appliance.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -118,6 +119,7 @@ def test_a_dry_run_writes_nothing(frozen: Path, image: Path, capsys: pytest.Capt
         (("--instance", "edgebroker"), "not edgebroker"),
         (("--region", "a b"), "region"),
         (("--labels", "nonsense"), "labels"),
+        (("--bind", "0.0.0.0:7420"), "without a port"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_written(
@@ -150,6 +152,9 @@ def test_uninstall_takes_away_what_was_written_and_keeps_the_data(frozen: Path, 
     assert (image / UNITS / "edgebroker.service").exists()
     uninstall(image)
     left = set(files(image))
+    assert json.loads((image / "etc/edgebroker/.installed.json").read_text()).keys() == {
+        "etc/edgebroker/edgebroker.toml", "etc/edgebroker/local.toml"
+    }  # fmt: skip
     configs = {f"etc/edgebroker/{name}" for name in ("edgebroker.toml", "local.toml", ".installed.json")}
     assert left == {*configs, "var/lib/edgebroker/node"}
     assert install(image, "--role", "pos", "--parent", PARENT) == 0, "and back"
@@ -255,3 +260,66 @@ def test_a_refresh_brings_units_up_to_date_and_nothing_else(
         f"{UNITS}/edgebroker.service.d/10-limits.conf",
         f"{UNITS}/edgebroker@local.service.d/10-limits.conf",
     }
+
+
+def test_a_configuration_that_was_left_by_an_uninstall_is_no_node(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    uninstall(image)
+    install(image, "--role", "local")
+    config = load_config(image / CONFIG, environment={})
+    assert (config.node.level, config.pipe.parents) == ("local", "store-3:7421")
+    assert not (image / "etc/edgebroker/local.toml").exists()
+
+
+def test_a_node_is_fed_by_one_above_it_only(frozen: Path, image: Path) -> None:
+    install(image, "--role", "local", "--parent", PARENT)
+    install(image, "--role", "pos")
+    assert load_config(image / "etc/edgebroker/pos.toml", environment={}).pipe.parents == ""
+
+
+def test_the_port_of_a_node_stays(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos")
+    for name in ("a", "b"):
+        install(image, "--role", "local", "--instance", name)
+    uninstall(image, "--instance", "a", "--purge", "--yes")
+    install(image, "--role", "local", "--instance", "b", "--bind", "0.0.0.0")
+    assert load_config(image / "etc/edgebroker/b.toml", environment={}).listen.tcp == "0.0.0.0:7440"
+
+
+def test_limits_that_were_changed_do_not_keep_the_program(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos")
+    limits = image / UNITS / "edgebroker.service.d/10-limits.conf"
+    limits.write_text(limits.read_text() + "# mine\n")
+    uninstall(image)
+    assert limits.exists()
+    assert not (image / "opt/edgebroker").exists()
+
+
+@pytest.mark.parametrize("umask", [0o027, 0o077])
+def test_a_strict_umask_hides_nothing_from_the_node(frozen: Path, image: Path, umask: int) -> None:
+    before = os.umask(umask)
+    try:
+        install(image, "--role", "pos")
+    finally:
+        os.umask(before)
+    for path in image.rglob("*"):
+        mode = path.lstat().st_mode & 0o777
+        if path.is_dir() and not path.is_symlink():
+            assert mode == 0o755, path
+    assert (image / CONFIG).stat().st_mode & 0o777 == 0o640
+
+
+def test_a_refresh_leaves_out_what_cannot_be_read(
+    frozen: Path, image: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(image, "--role", "pos")
+    install(image, "--role", "local")
+    (image / "etc/edgebroker/local.toml").write_bytes(b"# caf\xe9\n")
+    assert install(image, "--refresh") == 0
+    assert "leave the limits of edgebroker@local.service as they are" in capsys.readouterr().out
+
+
+def test_only_the_installed_release_refreshes(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos")
+    script(frozen, "9.9.10")
+    assert install(image, "--refresh") == 2

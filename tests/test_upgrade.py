@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import shutil
+import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +16,9 @@ import pytest
 from programs import frozen, script
 
 from edgebroker.cli import releases
+from edgebroker.cli import upgrade as module
 from edgebroker.cli.machine import Machine, point
-from edgebroker.cli.upgrade import prepare
+from edgebroker.cli.upgrade import judge, prepare
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.version import DATA_FORMAT
 
@@ -25,7 +31,8 @@ def machine(tmp_path: Path) -> Machine:
     (tmp_path / "image").mkdir()
     found = Machine(tmp_path / "image", dry=False, quiet=True)
     for version, link in (("0.1.0", releases.PREVIOUS), ("1.0.0", releases.CURRENT)):
-        release = releases.keep(found, releases.stage(found, script(tmp_path / version, version)), version)
+        with releases.staged(found, script(tmp_path / version, version)) as program:
+            release = releases.keep(found, program, version)
         point(found.path(link), f"releases/{release}")
     return found
 
@@ -104,70 +111,156 @@ def test_the_folder_form_is_refused(machine: Machine, tmp_path: Path) -> None:
 
 
 def test_what_is_checked_is_what_is_kept(machine: Machine, tmp_path: Path) -> None:
-    """Whoever can write to the file given changes nothing any more once its digest was taken."""
+    """Whoever can write to the file that was given changes nothing any more: here it is changed while it is asked."""
     program = script(tmp_path / "new", "2.0.0")
-    given = options(program)
-    staged = releases.stage(machine, program)
-    script(tmp_path / "new", "6.6.6")
-    assert releases.digest_of(staged) == given.sha256
+    evil = script(tmp_path / "evil", "6.6.6")
+    program.write_text(program.read_text().replace("case $1", f"cp {evil} {program}; case $1"))
+    content = program.read_bytes()
+    release = prepare(machine, options(program))
+    assert program.read_bytes() == evil.read_bytes()
+    assert release.startswith("2.0.0-")
+    assert (machine.path(releases.RELEASES) / release / "edgebroker").read_bytes() == content
 
 
 # ---- releases ----
 
 
-def switched(machine: Machine, tmp_path: Path) -> releases.Switch:
-    release = prepare(machine, options(script(tmp_path / "new", "2.0.0")))
-    return releases.begin(machine, release, ["edgebroker.service"])
+UNIT = "edgebroker.service"
 
 
-def test_a_good_release_leaves_the_last_two(machine: Machine, tmp_path: Path) -> None:
-    switch = switched(machine, tmp_path)
-    assert kept(machine) == {"0.1.0", "1.0.0", "2.0.0"}, "nothing goes before it is judged"
-    assert releases.pending(machine) == switch
-    releases.finish(machine)
-    assert releases.pending(machine) is None
-    assert kept(machine) == {"1.0.0", "2.0.0"}
-    assert (releases.current(machine), releases.previous(machine)) == (switch.after, switch.before)
+@pytest.fixture
+def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The releases that nodes were restarted with; those of version 2 do not come up."""
+    found: list[str] = []
+
+    def restart(machine: Machine, switch: releases.Switch, ended: Callable[[], bool]) -> str:
+        found.append(releases.current(machine).partition("-")[0])
+        return f"{UNIT}: it failed" if found[-1] == "2.0.0" else ""
+
+    monkeypatch.setattr(module, "_restart", restart)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    return found
 
 
-def test_a_release_that_was_no_good_leaves_everything_as_it_was(machine: Machine, tmp_path: Path) -> None:
-    before = releases.current(machine), releases.previous(machine)
-    releases.undo(machine, switched(machine, tmp_path))
-    assert (releases.current(machine), releases.previous(machine)) == before
-    assert kept(machine) == {"0.1.0", "1.0.0"}
-    assert releases.pending(machine) is None
+def switched(machine: Machine, tmp_path: Path, version: str = "2.0.0") -> releases.Switch:
+    release = prepare(machine, options(script(tmp_path / f"new{version}", version)))
+    return releases.begin(machine, release, [UNIT], 60.0)
 
 
-@pytest.mark.parametrize("steps", range(4))
-def test_wherever_the_power_goes_it_is_known_where_to_go_back_to(
-    machine: Machine, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+def state(machine: Machine) -> tuple[str, str, set[str], bool]:
+    names = (releases.current(machine).partition("-")[0], releases.previous(machine).partition("-")[0])
+    return *names, kept(machine), releases.pending(machine) is not None
+
+
+def test_a_good_release_leaves_the_last_two(machine: Machine, tmp_path: Path, restarts: list[str]) -> None:
+    switch = switched(machine, tmp_path, "3.0.0")
+    assert state(machine) == ("3.0.0", "1.0.0", {"0.1.0", "1.0.0", "3.0.0"}, True), "nothing goes before it is judged"
+    assert judge(machine, switch) == 0
+    assert state(machine) == ("3.0.0", "1.0.0", {"1.0.0", "3.0.0"}, False)
+    assert restarts == ["3.0.0"]
+
+
+def test_a_release_that_is_no_good_leaves_everything_as_it_was(
+    machine: Machine, tmp_path: Path, restarts: list[str]
 ) -> None:
-    before = releases.current(machine), releases.previous(machine)
-    done = 0
+    before = state(machine)
+    with pytest.raises(EdgeBrokerError, match="rolled back: 1"):
+        judge(machine, switched(machine, tmp_path))
+    assert state(machine) == before
+    assert restarts == ["2.0.0", "1.0.0"]
 
-    def cut(real: Callable[..., None]) -> Callable[..., None]:
+
+def test_nobody_need_be_there_to_read_what_it_says(
+    machine: Machine, tmp_path: Path, restarts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line dropped: what it prints goes nowhere, and it goes back all the same."""
+
+    def gone(*_: object, **__: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    before = state(machine)
+    switch = switched(machine, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("builtins.print", gone)
+        patch.setattr(os, "dup2", lambda *_: None)
+        with pytest.raises(EdgeBrokerError, match="rolled back"):
+            judge(machine, switch)
+    assert state(machine) == before
+
+
+class PowerCut(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["the-first-upgrade", "a-later-one"])
+@pytest.mark.parametrize("version", ["2.0.0", "3.0.0"])
+def test_wherever_the_power_goes_the_next_boot_ends_it(
+    machine: Machine, tmp_path: Path, restarts: list[str], monkeypatch: pytest.MonkeyPatch, version: str, first: bool
+) -> None:
+    """Before each change of a link or a file in turn, until it comes to its end without one."""
+    program = script(tmp_path / "new", version)
+    for cut in range(20):
+        again = tmp_path / f"again{cut}"
+        shutil.copytree(machine.root, again, symlinks=True)
+        one = Machine(again, dry=False, quiet=True)
+        if first:
+            one.path(releases.PREVIOUS).unlink()
+        before = state(one)
+        release = prepare(one, options(program))
+        restarts.clear()
+        done = PowerCuts(monkeypatch, cut, partial(upgrade_to, one, release))
+        found = releases.pending(one)
+        if found is None and done.cut:
+            good = {before[0], version} if version == "3.0.0" else {before[0]}
+            assert releases.current(one).partition("-")[0] in good
+        elif found is not None:
+            assert any((one.path(link) / releases.PROGRAM).exists() for link in (releases.PREVIOUS, releases.CURRENT))
+            upgrade_on(one, found)
+        assert releases.pending(one) is None
+        ended = releases.current(one).partition("-")[0]
+        assert ended == "1.0.0" if version == "2.0.0" else ended in ("1.0.0", "3.0.0")
+        assert releases.previous(one) != releases.current(one)
+        if restarts:
+            assert restarts[-1] == ended, "what runs is what is said to be current"
+        if not done.cut:
+            assert cut > 4
+            return
+    raise AssertionError("no end")
+
+
+def upgrade_to(machine: Machine, release: str) -> None:
+    upgrade_on(machine, releases.begin(machine, release, [UNIT], 60.0))
+
+
+def upgrade_on(machine: Machine, switch: releases.Switch) -> None:
+    try:
+        judge(machine, switch)
+    except EdgeBrokerError as error:
+        assert "rolled back" in str(error)
+
+
+class PowerCuts:
+    """Runs something and ends it before its change number `at`; `cut` when it came to that."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: int, work: Callable[[], None]) -> None:
+        self._left = at
+        self.cut = False
+        with monkeypatch.context() as patch:
+            for name in ("point", "write_durable", "sync_directory", "_remove"):
+                patch.setattr(releases, name, self._step(getattr(releases, name)))
+            try:
+                work()
+            except PowerCut:
+                self.cut = True
+
+    def _step(self, real: Callable[..., None]) -> Callable[..., None]:
         def step(*arguments: Any, **options: Any) -> None:
-            nonlocal done
-            if done == steps:
-                raise KeyboardInterrupt
-            done += 1
+            if self._left == 0:
+                raise PowerCut
+            self._left -= 1
             real(*arguments, **options)
 
         return step
-
-    with monkeypatch.context() as patch:
-        patch.setattr(releases, "point", cut(releases.point))
-        patch.setattr(releases, "write_durable", cut(releases.write_durable))
-        try:
-            switched(machine, tmp_path)
-        except KeyboardInterrupt:
-            pass
-    assert done == min(steps, 3)
-    found = releases.pending(machine)
-    assert (found is None) == (steps == 0)
-    if found is not None:
-        releases.undo(machine, found)
-    assert (releases.current(machine), releases.previous(machine)) == before
 
 
 def test_half_a_release_is_none(machine: Machine, tmp_path: Path) -> None:
@@ -178,3 +271,15 @@ def test_half_a_release_is_none(machine: Machine, tmp_path: Path) -> None:
     (place / "edgebroker").write_text("")
     release = prepare(machine, options(program))
     assert (machine.path(releases.RELEASES) / release / "edgebroker").read_bytes() == program.read_bytes()
+
+
+def test_a_full_disk_leaves_no_half_copy(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: Path, target: Path) -> None:
+        Path(target).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    program = options(script(tmp_path / "new", "2.0.0"))
+    monkeypatch.setattr(shutil, "copy2", full)
+    with pytest.raises(OSError, match="No space"):
+        prepare(machine, program)
+    assert kept(machine) == {"0.1.0", "1.0.0"}

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import platform
 import re
 import tarfile
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -49,8 +51,8 @@ def support_bundle(options: argparse.Namespace) -> int:
     missing: list[str] = []
     if path.exists():
         raise ConfigError(f"{path} exists and is left as it is; choose another name")
-    with plainly(), path.open("xb") as file, tarfile.open(fileobj=file, mode="w:gz") as bundle:
-        path.chmod(0o600)
+    opener = partial(os.open, mode=0o600)
+    with plainly(), open(path, "xb", opener=opener) as file, tarfile.open(fileobj=file, mode="w:gz") as bundle:
 
         def add(name: str, text: str) -> None:
             data = redacted(text).encode()
@@ -78,9 +80,13 @@ def support_bundle(options: argparse.Namespace) -> int:
 
 def _add_config(path: Path, add, missing: list[str]) -> None:  # type: ignore[no-untyped-def]
     """The file as it stands, what is in force, and what lies in its data directory."""
+    environment = Path("/etc/default") / ("edgebroker" if path.stem == "edgebroker" else f"edgebroker-{path.stem}")
     try:
         add(f"config-{path.name}", path.read_text())
-        config = load_config(path)
+        found = environment.read_text() if environment.exists() else ""
+        add(f"environment-{path.stem}.txt", found)
+        set_there = [line.partition("=") for line in found.splitlines() if not line.startswith("#")]
+        config = load_config(path, environment={name.strip(): value.strip(" \"'") for name, _, value in set_there})
     except (OSError, EdgeBrokerError) as error:
         missing.append(f"{path}: {error}")
         return

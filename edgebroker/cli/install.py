@@ -10,16 +10,18 @@ edgebroker@local.service, with ports and a directory of its own.
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import psutil
 import tomli
 
 from edgebroker.cli import releases
 from edgebroker.cli.configure import commented_file
-from edgebroker.cli.machine import RECORD, USER, Machine, plainly, point
+from edgebroker.cli.machine import USER, Machine, plainly, point
 from edgebroker.common.config import is_address, is_loopback, load_config, split_list
 from edgebroker.common.durable import sync_directory
 from edgebroker.common.errors import ConfigError
@@ -37,6 +39,7 @@ TMPDIR=${{TMPDIR:-/var/tmp}} exec /{releases.CURRENT}/edgebroker "$@"
 """
 FIRST_PORT, FURTHER_PORT, PORT_STEP = 7420, 7430, 10
 DEFAULT_PARENT_PORT = 7421
+LEVELS = ("root", "l2", "l3", "pos", "local")
 LIMITS = {"local": "local", "pos": "pos", "l3": "hub", "l2": "hub", "root": "hub"}
 # Small, worn disks: many records share a sync, a segment is soon sealed.
 TERMINAL = {"storage.commit_interval_ms": 10, "storage.segment_bytes": 16 << 20}
@@ -94,7 +97,10 @@ def install(options: argparse.Namespace) -> int:
             over = known == _defaults(place)
             machine.write(place.config, commented_file(values), 0o640, over=over)
         machine.link(f"{WANTS}/{place.unit}", f"{_unit_home(machine)}/{place.template}")
-        if machine.changed:
+        if (
+            machine.changed
+            or machine.ask("systemctl", "show", place.unit, "-p", "NeedDaemonReload", "--value") == "yes"
+        ):
             machine.run("systemctl", "daemon-reload")
         _start(machine, place, options.start)
         if machine.changed and not machine.dry:
@@ -107,16 +113,17 @@ def _place(machine: Machine, options: argparse.Namespace) -> Place:
     if options.instance:
         return _instance(options.instance)
     first = Place("")
-    known = _configured(machine, first)
-    if not known or known == _defaults(first) or known.get("node.level", "root") == options.role:
+    level = _level(machine, first)
+    if first not in nodes(machine) or level == options.role:
         return first
     place = Place(options.role)
-    if not machine.path(place.config).exists():
-        machine.say(
-            f"install {place.unit} beside {first.unit}, which is {known.get('node.level', 'root')} "
-            f"(to change that one instead, edit /{first.config})"
-        )
+    if place not in nodes(machine):
+        machine.say(f"install {place.unit} beside {first.unit}, which is {level} (or edit /{first.config})")
     return place
+
+
+def _level(machine: Machine, place: Place) -> str:
+    return str(_configured(machine, place).get("node.level", "root"))
 
 
 def _instance(name: str) -> Place:
@@ -133,7 +140,7 @@ def _configured(machine: Machine, place: Place) -> Values:
     try:
         tables = tomli.loads(path.read_text())
         return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    except (tomli.TOMLDecodeError, AttributeError) as error:
+    except (tomli.TOMLDecodeError, UnicodeDecodeError, AttributeError) as error:
         raise ConfigError(f"{path} is no configuration: {error}; correct it, then install again") from error
 
 
@@ -154,9 +161,7 @@ def _values(machine: Machine, place: Place, known: Values, options: argparse.Nam
     ):
         if value:
             given[key] = value
-    port = FIRST_PORT if not place.instance else _free_port(machine, place)
-    host = options.bind or "127.0.0.1"
-    host = f"[{host}]" if ":" in host and not host.startswith("[") else host
+    host, port = _host(options.bind or "127.0.0.1"), _port(machine, place, known)
     listen: Values = {"listen.tcp": f"{host}:{port}", "listen.http": f"{host}:{port + 1}"}
     if options.bind:
         given.update(listen)
@@ -166,8 +171,7 @@ def _values(machine: Machine, place: Place, known: Values, options: argparse.Nam
     if place.instance:
         fitting["node.name"] = f"%H-{place.instance}"  # also where an image is cloned
         if not options.registry and "pipe.registry" not in known:
-            first = _configured(machine, Place("")).get("listen.http", f"127.0.0.1:{DEFAULT_PARENT_PORT}")
-            fitting["pipe.parents"] = _reached(str(first))
+            fitting.update(_fed_by_first(machine, options.role))
     if options.role == "root":
         fitting["registry.enabled"] = True
     if options.role in ("local", "pos"):
@@ -175,6 +179,34 @@ def _values(machine: Machine, place: Place, known: Values, options: argparse.Nam
     values = {**fitting, **known, **given}
     load_config(None, values, environment={})
     return values
+
+
+def _fed_by_first(machine: Machine, role: str) -> Values:
+    """The first node of this machine as the parent, where it stands above."""
+    first = Place("")
+    if first not in nodes(machine) or LEVELS.index(_level(machine, first)) >= LEVELS.index(role):
+        return {}
+    http = _configured(machine, first).get("listen.http", f"127.0.0.1:{DEFAULT_PARENT_PORT}")
+    return {"pipe.parents": _reached(str(http))}
+
+
+def _host(text: str) -> str:
+    """What to listen on, as it stands before a port."""
+    bare = text.removeprefix("[").removesuffix("]")
+    try:
+        return f"[{bare}]" if ipaddress.ip_address(bare).version == 6 else bare
+    except ValueError:
+        if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text):
+            return text
+    raise ConfigError(f"--bind {text}: an IP address or a host name is expected, without a port")
+
+
+def _port(machine: Machine, place: Place, known: Values) -> int:
+    """The port of the binary protocol: as it is configured, else one that no other node of this machine has."""
+    configured = str(known.get("listen.tcp", "")).rpartition(":")[2]
+    if configured.isdigit():
+        return int(configured)
+    return _free_port(machine, place) if place.instance else FIRST_PORT
 
 
 def _free_port(machine: Machine, place: Place) -> int:
@@ -214,12 +246,15 @@ def _program(machine: Machine) -> None:
     """Put this program to its place, if there is none yet. Another one is a matter for `upgrade`, which judges it."""
     program = releases.own_program()
     if releases.packaged():
+        if machine.path(releases.CURRENT).exists():
+            raise ConfigError(f"the bare program is installed here as well: /{COMMAND} uninstall, for each node, first")
         return
     if machine.path(f"{releases.PACKAGED}/{releases.PROGRAM}").exists():
         raise ConfigError("the package is installed here: say /usr/bin/edgebroker install ..., or remove the package")
     running = releases.current(machine)
     if not running:
-        release = releases.keep(machine, releases.stage(machine, program), __version__)
+        with releases.staged(machine, program) as copy:
+            release = releases.keep(machine, copy, __version__)
         if not machine.dry:
             point(machine.path(releases.CURRENT), f"releases/{release}")
             sync_directory(machine.path(releases.HOME))
@@ -267,31 +302,49 @@ def shipped(name: str) -> str:
 
 def nodes(machine: Machine) -> list[Place]:
     """The nodes that are installed on a machine, the first one first."""
-    found = sorted(machine.path(UNITS).glob(f"edgebroker*.service.d/{LIMITS_FILE}"))
+    found = machine.path(UNITS).glob(f"edgebroker*.service.d/{LIMITS_FILE}")
     names = [path.parent.name.removesuffix(".service.d").removeprefix("edgebroker").removeprefix("@") for path in found]
-    return [Place(name) for name in sorted(names)]
+    return [place for place in map(Place, sorted(names)) if machine.wrote(place.limits)]
 
 
 def _refresh(machine: Machine) -> int:
     """Bring units and limits to this release; after an upgrade."""
-    _user(machine)
-    _units(machine)
-    for place in nodes(machine):
-        level = str(_configured(machine, place).get("node.level", "root"))
-        machine.write(place.limits, shipped(f"{LIMITS[level]}.conf"))
-    if machine.changed:
-        machine.run("systemctl", "daemon-reload")
+    if not releases.packaged() and releases.current(machine) != releases.name_of(releases.own_program(), __version__):
+        raise ConfigError("this is not the release that is installed here")
+    try:
+        _user(machine)
+        _units(machine)
+        for place in nodes(machine):
+            try:
+                machine.write(place.limits, shipped(f"{LIMITS[_level(machine, place)]}.conf"))
+            except (ConfigError, KeyError) as error:
+                machine.say(f"leave the limits of {place.unit} as they are: {error}")
+    finally:
+        if machine.changed:
+            machine.run("systemctl", "daemon-reload")
     return 0
 
 
 def _start(machine: Machine, place: Place, wanted: bool) -> None:
-    active = machine.ask("systemctl", "is-active", place.unit) == "active"
-    if wanted and not active:
-        machine.run("systemctl", "start", place.unit)
-    elif wanted and machine.changed:
-        machine.run("systemctl", "restart", place.unit)
-    elif active and machine.changed:
-        print(f"it runs on as it was until: systemctl restart {place.unit}")
+    """Start it, or again if it runs with something older than what is installed."""
+    pid = machine.ask("systemctl", "show", place.unit, "-p", "MainPID", "--value")
+    if not pid.isdigit() or int(pid) == 0:
+        if wanted:
+            machine.run("systemctl", "start", place.unit)
+    elif _is_older(machine, place, int(pid)):
+        if wanted:
+            machine.run("systemctl", "restart", place.unit)
+        else:
+            machine.say(f"leave it running as it was until somebody says: systemctl restart {place.unit}")
+
+
+def _is_older(machine: Machine, place: Place, pid: int) -> bool:
+    names = (place.config, place.limits, f"{UNITS}/{place.template}")
+    written = [machine.path(name).stat().st_mtime for name in names if machine.path(name).exists()]
+    try:
+        return psutil.Process(pid).create_time() < max(written, default=0.0)
+    except psutil.NoSuchProcess:
+        return True
 
 
 def _farewell(place: Place, values: Values) -> None:
@@ -312,8 +365,9 @@ def uninstall(options: argparse.Namespace) -> int:
     if options.purge and not (options.yes or options.dry_run):
         raise ConfigError("--purge removes all data of the node for good; say --yes as well if that is meant")
     with plainly():
-        if machine.ask("systemctl", "is-active", place.unit):
-            machine.run("systemctl", "stop", place.unit)
+        if machine.ask("systemctl", "show", place.unit, "-p", "LoadState", "--value") == "loaded":
+            machine.run("systemctl", "stop", place.unit)  # also one that starts again and again
+            machine.ask("systemctl", "reset-failed", place.unit)
         machine.remove(f"{WANTS}/{place.unit}")
         machine.remove(place.limits)
         others = [node for node in nodes(machine) if node != place]
@@ -322,8 +376,6 @@ def uninstall(options: argparse.Namespace) -> int:
                 machine.discard(name)
         if not others and not releases.packaged():
             _remove_program(machine)
-        if not others and options.purge:
-            machine.discard(RECORD)
         machine.run("systemctl", "daemon-reload")
     if not options.purge:
         machine.say(f"keep {place.data} and /{place.config} (uninstall --purge --yes removes them)")

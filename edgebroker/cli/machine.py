@@ -41,7 +41,7 @@ class Machine:
 
     def say(self, what: str) -> None:
         if not self._quiet:
-            print(("would " if self.dry else "") + what)
+            tell(("would " if self.dry else "") + what)
 
     # ---- files ----
 
@@ -102,16 +102,17 @@ class Machine:
     def remove(self, name: str) -> None:
         """Remove a link, or a file that was written here and not changed since."""
         path = self.path(name)
+        self.discard(f"{name}.new")
         if not path.is_symlink() and path.is_file() and self._record.get(name) != _digest(path.read_bytes()):
             self.say(f"keep {path}: it was changed here")
+            self._forget(name)
             return
         self.discard(name)
-        if self._record.pop(name, None):
-            self._store_record()
 
     def discard(self, name: str) -> None:
         """Remove a file, a link or a whole directory, whoever has changed it; of a mounted disk, what is on it."""
         path = self.path(name)
+        self._forget(name)
         if path.is_dir() and not path.is_symlink():
             self.say(f"remove {path} and everything in it")
             if self.dry:
@@ -137,10 +138,23 @@ class Machine:
             self._record[name] = _digest(data)
             self._store_record()
 
+    def wrote(self, name: str) -> bool:
+        """True for a file that was written here and not removed since, whoever has changed it meanwhile."""
+        return name in self._record
+
+    def _forget(self, name: str) -> None:
+        if self._record.pop(name, None):
+            self._store_record()
+
     def _store_record(self) -> None:
-        if not self.dry:
-            self.path(RECORD).parent.mkdir(parents=True, exist_ok=True)
-            write_durable(self.path(RECORD), json.dumps(self._record, indent=1, sort_keys=True).encode())
+        path = self.path(RECORD)
+        if self.dry:
+            return
+        if not self._record:
+            path.unlink(missing_ok=True)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_durable(path, json.dumps(self._record, indent=1, sort_keys=True).encode())
 
     # ---- the running system ----
 
@@ -167,12 +181,23 @@ class Machine:
         return done.stdout.strip() if done.returncode == 0 or whatever else ""
 
     def check(self) -> None:
-        """Raises EdgeBrokerError when this is no machine to install on."""
+        """Before anything is done. Raises EdgeBrokerError when this is no machine to install on."""
+        os.umask(0o022)  # the user of the nodes reads what is made here
         if self.real and not self.dry:
             if os.geteuid() != 0:
                 raise EdgeBrokerError("only root can do this: sudo edgebroker ...")
             if shutil.which("systemctl") is None:
                 raise EdgeBrokerError("there is no systemd here; run edgebroker serve --config FILE by other means")
+
+
+def tell(text: str) -> None:
+    """Print a line. Nobody may be there any more to read it (a line that dropped): that stops nothing."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for fd in (1, 2):
+            os.dup2(nowhere, fd)
 
 
 @contextmanager
@@ -187,7 +212,10 @@ def plainly() -> Iterator[None]:
 
 
 def _run(command: Sequence[str], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment_of_others())
+    """In a session of its own: Ctrl-C is for us to hear."""
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=seconds, env=environment_of_others(), start_new_session=True
+    )
 
 
 def point(path: Path, target: str) -> None:

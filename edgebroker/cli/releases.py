@@ -16,6 +16,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,13 +36,14 @@ CHECK_SECONDS = 120
 
 
 class Switch(NamedTuple):
-    """A change of the release that is not finished: from what to what, what was `previous` before, and which units were
-    well and have to be so again."""
+    """A change of the release that is not finished: from what to what, what was `previous` before, which units were
+    well and have to be so again, and after how many seconds each."""
 
     before: str
     after: str
     previous: str
     well: list[str]
+    timeout: float
 
 
 def own_program() -> Path:
@@ -93,25 +97,31 @@ def ask_version(program: Path) -> dict[str, Any]:
     raise EdgeBrokerError(f"{program} is no edgebroker that runs on this machine: {said.strip()[-500:]}")
 
 
-def stage(machine: Machine, program: Path) -> Path:
-    """Copy a program to where nobody but root can change it, durably; where it is. A dry run copies nothing."""
-    if machine.dry:
-        return program
-    staged = machine.path(STAGED)
-    shutil.rmtree(staged, ignore_errors=True)
-    staged.mkdir(parents=True)
+@contextmanager
+def staged(machine: Machine, program: Path) -> Iterator[Path]:
+    """A copy of a program that nobody but root can change, durable; what is not kept of it goes again."""
+    place = Path(tempfile.mkdtemp(prefix="edgebroker-")) if machine.dry else machine.path(STAGED)
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        _copy(program, place)
+        yield place / PROGRAM
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _copy(program: Path, place: Path) -> None:
+    place.mkdir(parents=True)
     if is_folder(program):
-        shutil.copytree(program.parent, staged, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(program.parent, place, symlinks=True, dirs_exist_ok=True)
     else:
-        shutil.copy2(program, staged / PROGRAM)
-    (staged / PROGRAM).chmod(0o755)
-    for folder, _, names in os.walk(staged):
+        shutil.copy2(program, place / PROGRAM)
+    (place / PROGRAM).chmod(0o755)
+    for folder, _, names in os.walk(place):
         Path(folder).chmod(0o755)
         for path in (Path(folder) / name for name in names):
             if not path.is_symlink():
                 sync_file(path)
         sync_directory(Path(folder))
-    return staged / PROGRAM
 
 
 def keep(machine: Machine, program: Path, version: str) -> str:
@@ -122,7 +132,6 @@ def keep(machine: Machine, program: Path, version: str) -> str:
     if machine.dry:
         return release
     if target.exists() and digest_of(target / PROGRAM) == digest_of(program):
-        shutil.rmtree(program.parent)
         return release
     if target.exists():  # of an earlier installation that the power ended
         _remove(target)
@@ -137,7 +146,9 @@ def current(machine: Machine) -> str:
 
 
 def previous(machine: Machine) -> str:
-    return _named(machine, PREVIOUS)
+    """The release to go back to; "" when there is none."""
+    found = _named(machine, PREVIOUS)
+    return found if found != current(machine) else ""
 
 
 def pending(machine: Machine) -> Switch | None:
@@ -154,10 +165,9 @@ def _named(machine: Machine, link: str) -> str:
     return Path(os.readlink(path)).name if path.is_symlink() and (path / PROGRAM).exists() else ""
 
 
-def begin(machine: Machine, release: str, well: list[str]) -> Switch:
-    """Let the next start use a release. Until finish() or undo() it is known where to go back to, also after a power
-    cut."""
-    found = Switch(current(machine), release, previous(machine), well)
+def begin(machine: Machine, release: str, well: list[str], timeout: float) -> Switch:
+    """Let the next start use a release. Until end() it is known where to go back to, also after a power cut."""
+    found = Switch(current(machine), release, previous(machine), well, timeout)
     machine.say(f"switch to release {release}")
     if not machine.dry:
         write_durable(machine.path(PENDING), json.dumps(found._asdict()).encode())
@@ -166,25 +176,25 @@ def begin(machine: Machine, release: str, well: list[str]) -> Switch:
     return found
 
 
-def finish(machine: Machine) -> None:
-    """The release is good; the one before stays, older ones go."""
+def back(machine: Machine, switch: Switch) -> None:
+    """Let the next start use the release that was used before."""
+    point(machine.path(CURRENT), f"releases/{switch.before}")
+
+
+def end(machine: Machine, switch: Switch) -> None:
+    """The nodes run with the release that `current` names: forget how they came to it. The one before stays."""
     machine.path(PENDING).unlink(missing_ok=True)
     sync_directory(machine.path(HOME))
+    if current(machine) == switch.before:
+        if switch.previous:
+            point(machine.path(PREVIOUS), f"releases/{switch.previous}")
+        else:
+            machine.path(PREVIOUS).unlink(missing_ok=True)
     _prune(machine)
 
 
-def undo(machine: Machine, switch: Switch) -> None:
-    """Everything as it was before begin(); the release that was no good goes."""
-    point(machine.path(CURRENT), f"releases/{switch.before}")
-    if switch.previous:
-        point(machine.path(PREVIOUS), f"releases/{switch.previous}")
-    else:
-        machine.path(PREVIOUS).unlink(missing_ok=True)
-    finish(machine)
-
-
 def _prune(machine: Machine) -> None:
-    wanted = (current(machine), previous(machine))
+    wanted = (current(machine), _named(machine, PREVIOUS))
     for path in machine.path(RELEASES).iterdir():
         if path.name not in wanted:
             _remove(path)

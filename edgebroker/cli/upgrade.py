@@ -14,15 +14,14 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
-import shutil
 import signal
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from edgebroker.cli import releases
-from edgebroker.cli.machine import Machine, plainly
+from edgebroker.cli.machine import Machine, plainly, tell
 from edgebroker.cli.process import environment_of_others
 from edgebroker.cli.releases import Switch
 from edgebroker.common.clock import SystemClock, sleep
@@ -42,22 +41,23 @@ def upgrade(options: argparse.Namespace) -> int:
         raise ConfigError("nothing is installed here yet; run: edgebroker install --role ROLE")
     with plainly(), _alone(machine):
         if unfinished := releases.pending(machine):
-            print(f"the switch to {unfinished.after} was interrupted; that is finished first")
+            tell(f"the switch to {unfinished.after} was interrupted; that is finished first")
             if not machine.dry:
-                _judge(machine, unfinished, options.timeout)
+                judge(machine, unfinished)
         if options.resume:
             return 0
         running = releases.current(machine)
         release = _undone(machine, options) if options.undo else prepare(machine, options)
         if release == running:
-            print(f"{release} runs already")
+            tell(f"{release} runs already")
             return 0
         units = _units(machine)
-        switch = releases.begin(machine, release, [unit for unit, state in units.items() if state == "active"])
+        well = [unit for unit, state in units.items() if state == "active"]
+        switch = releases.begin(machine, release, well, options.timeout)
         if machine.dry:
             machine.say(f"restart {', '.join(units) or 'nothing (no node runs)'} and judge it")
             return 0
-        return _judge(machine, switch, options.timeout)
+        return judge(machine, switch)
 
 
 def prepare(machine: Machine, options: argparse.Namespace) -> str:
@@ -69,8 +69,7 @@ def prepare(machine: Machine, options: argparse.Namespace) -> str:
         raise ConfigError(f"{given}: there is no such file")
     if releases.is_folder(given):
         raise ConfigError(f"{given} is the folder form, which no single digest vouches for; give the one file")
-    program = releases.stage(machine, given)
-    try:
+    with releases.staged(machine, given) as program:
         found = releases.digest_of(program)
         if found != options.sha256.lower():
             raise EdgeBrokerError(f"{given} has the SHA-256 {found}, not {options.sha256}; it was not delivered whole")
@@ -80,9 +79,6 @@ def prepare(machine: Machine, options: argparse.Namespace) -> str:
         if not machine.dry:
             _selftest(program)
         return releases.keep(machine, program, version)
-    finally:
-        if not machine.dry:
-            shutil.rmtree(machine.path(releases.STAGED), ignore_errors=True)
 
 
 def _undone(machine: Machine, options: argparse.Namespace) -> str:
@@ -121,34 +117,38 @@ def _selftest(program: Path) -> None:
 # ---- the switch ----
 
 
-def _judge(machine: Machine, switch: Switch, timeout: float) -> int:
-    """Restart all nodes with the release that is switched to; back to the one before when that goes wrong somehow."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # a line that drops does not end this half-way
-    if releases.current(machine) != switch.after:
-        releases.undo(machine, switch)  # the power went before the link was changed
-        return 0
-    try:
-        failed = _restart(machine, switch, timeout)
-    except BaseException:
-        print(f"interrupted; back to {switch.before}", flush=True)
-        _back(machine, switch, timeout)
-        raise
+def judge(machine: Machine, switch: Switch) -> int:
+    """Restart all nodes with the release that is switched to; back to the one before when that goes wrong somehow, and
+    when somebody ends this. Whatever happens meanwhile, one of the two is gone to to the end."""
+    ended = _ended_by_signals()
+    failed = "the power went before the switch"
+    if releases.current(machine) == switch.after:
+        try:
+            failed = _restart(machine, switch, ended)
+        except EdgeBrokerError as error:
+            failed = str(error)
     if not failed:
-        releases.finish(machine)
-        print(f"release {switch.after} runs ({', '.join(switch.well) or 'no node was'}); before: {switch.before}")
+        releases.end(machine, switch)
+        tell(f"release {switch.after} runs ({', '.join(switch.well) or 'no node did'}); before: {switch.before}")
         return 0
-    print(f"release {switch.after} does not come up: {failed}\nback to {switch.before}", flush=True)
-    _back(machine, switch, timeout)
+    tell(f"release {switch.after} does not come up: {failed}\nback to {switch.before}")
+    releases.back(machine, switch)
+    try:
+        failed = _restart(machine, switch, lambda: False)
+    finally:
+        releases.end(machine, switch)
+    if failed:
+        raise EdgeBrokerError(f"release {switch.before} does not come up either: {failed}; journalctl -u edgebroker")
     raise EdgeBrokerError(f"rolled back: {switch.before} runs again, nothing was lost")
 
 
-def _back(machine: Machine, switch: Switch, timeout: float) -> None:
-    releases.undo(machine, switch)
-    failed = _restart(machine, switch, timeout)
-    if failed:
-        raise EdgeBrokerError(
-            f"release {switch.before} does not come up either: {failed}; see journalctl -u edgebroker"
-        )
+def _ended_by_signals() -> Callable[[], bool]:
+    """From now on signals do not end this process: they are noted. A line that drops means nothing at all."""
+    seen: list[int] = []
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: seen.append(number))
+    return lambda: bool(seen)
 
 
 def _units(machine: Machine) -> dict[str, str]:
@@ -160,22 +160,22 @@ def _units(machine: Machine) -> dict[str, str]:
     return {unit: found[unit] for unit in sorted(found, key=len) if found[unit] != "inactive"}
 
 
-def _restart(machine: Machine, switch: Switch, timeout: float) -> str:
+def _restart(machine: Machine, switch: Switch, ended: Callable[[], bool]) -> str:
     """Restart the nodes one after the other, the first of the machine first, with the units of their release. Why one
     that was well is not any more; "" when all are. A node that was not well before is no fault of this release."""
     machine.ask(str(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}")), "install", "--refresh")
     for unit in dict.fromkeys([*switch.well, *_units(machine)]):
         machine.ask("systemctl", "reset-failed", unit)
         machine.run("systemctl", "restart", "--no-block", unit)
-        why = _wait_ready(machine, unit, timeout)
-        if why and unit in switch.well:
+        why = _wait_ready(machine, unit, switch.timeout, ended)
+        if why and (unit in switch.well or ended()):
             return f"{unit}: {why}"
         if why:
-            print(f"{unit} was not well before and is not now: {why}; see journalctl -u {unit}", flush=True)
+            tell(f"{unit} was not well before and is not now: {why}; see journalctl -u {unit}")
     return ""
 
 
-def _wait_ready(machine: Machine, unit: str, timeout: float) -> str:
+def _wait_ready(machine: Machine, unit: str, timeout: float, ended: Callable[[], bool]) -> str:
     """Until the node has told systemd that it is ready (recovered, both ports answer), and was the same process of this
     release for STEADY_SECONDS; else why not. A full disk or a missing parent is no fault of a release."""
     release = machine.path(releases.CURRENT).resolve()
@@ -183,6 +183,8 @@ def _wait_ready(machine: Machine, unit: str, timeout: float) -> str:
     deadline, why = clock.monotonic() + timeout, "it is not ready"
     steady, since = "", 0.0
     while clock.monotonic() < deadline:
+        if ended():
+            return "interrupted"
         sleep(POLL_SECONDS)
         said = machine.ask("systemctl", "show", unit, "-p", "ActiveState", "-p", "MainPID", "-p", "Result")
         state = dict(line.partition("=")[::2] for line in said.splitlines())

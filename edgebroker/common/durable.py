@@ -22,9 +22,9 @@ def sync_file(path: Path) -> None:
         os.close(fd)
 
 
-def write_durable(path: Path, data: bytes, *, mode: int = 0o640, group: int = -1) -> None:
+def write_durable(path: Path, data: bytes, *, mode: int | None = None, group: int = -1) -> None:
     """Replace a small file: when this returns the new content survives a power cut; before, the old one does. It has
-    this mode and group from its first moment on (-1: that of the process)."""
+    this mode (None: 0640 as the umask allows) and group (-1: that of the process) from its first moment on."""
     _replace(path, data, durable=True, mode=mode, group=group)
     sync_directory(path.parent)
 
@@ -34,12 +34,12 @@ def write_hint(path: Path, data: bytes) -> None:
     _replace(path, data, durable=False)
 
 
-def _replace(path: Path, data: bytes, *, durable: bool, mode: int = 0o640, group: int = -1) -> None:
+def _replace(path: Path, data: bytes, *, durable: bool, mode: int | None = None, group: int = -1) -> None:
     """Write a temporary file, and put it in the place of the old one once it is whole (and synced)."""
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
     try:
-        if mode != 0o640 or group != -1:
+        if mode is not None:
             os.fchown(fd, -1, group)
             os.fchmod(fd, mode)
         _write_all(fd, data)

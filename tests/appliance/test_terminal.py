@@ -394,8 +394,17 @@ def test_a_stop_is_clean_and_quick(terminal: Machine) -> None:
         assert terminal.shown(unit, "ExecMainStatus") == "0"
 
 
-def test_uninstalling_keeps_the_data_unless_told(terminal: Machine) -> None:
+def test_a_node_that_starts_again_and_again_can_be_uninstalled(terminal: Machine) -> None:
+    config = terminal.file("/etc/edgebroker/local.toml")
+    config.write_text(config.read_text().replace(":7430", ":7420"))
+    terminal.run("systemctl", "start", POS_UNIT)
+    terminal.run("systemctl", "start", "--no-block", LOCAL_UNIT)
+    until(lambda: terminal.shown(LOCAL_UNIT, "NRestarts") not in ("", "0"), 30.0, "it is started again")
     terminal.run("edgebroker", "uninstall", "--instance", "local")
+    assert terminal.shown(LOCAL_UNIT, "ActiveState") == "inactive"
+
+
+def test_uninstalling_keeps_the_data_unless_told(terminal: Machine) -> None:
     assert terminal.file(f"{DISK}/topics").is_dir()
     assert terminal.file("/etc/edgebroker/local.toml").exists()
     assert "say --yes" in terminal.run("edgebroker", "uninstall", "--purge", codes=(2,))
