@@ -24,7 +24,7 @@ from edgebroker.cli.adminclient import call
 from edgebroker.cli.disk import percentile
 
 ROOT = Path(__file__).parent.parent
-ONE_FILE, FOLDER = ROOT / "dist" / "edgebroker", ROOT / "dist" / "folder"
+ONE_FILE, FOLDER, NUITKA = (ROOT / "dist" / name for name in ("edgebroker", "folder", "nuitka/edgebroker"))
 FORMS: dict[str, list[str]] = {
     "source": [sys.executable, "-m", "edgebroker"],
     "folder form": [str(FOLDER / "edgebroker")],
@@ -69,6 +69,12 @@ def frozen(pinned: bool) -> list[Row]:
             Row(f"{form}: memory, idle", f"{resident:.1f} MiB resident, {anonymous:.1f} anonymous", "", resident,
                 f"{most} MiB" if most else "reported", most is None or resident <= most)
         )  # fmt: skip
+    if NUITKA.exists():
+        taken, (resident, anonymous) = start_time([str(NUITKA)], cold=False), memory_of([str(NUITKA)])
+        figure = f"{NUITKA.stat().st_size / 1e6:.1f} MB, {resident:.1f} MiB resident, {anonymous:.1f} anonymous"
+        rows.append(
+            Row(f"beside: one file by Nuitka, ready in {taken * 1e3:.0f} ms", figure, "", 1.0, "reported", True)
+        )
     return rows + peer_rows()
 
 
