@@ -40,7 +40,7 @@ HOMES = {
     "os.ftruncate": {"storage/files.py"},
     "os.environ": {"common/config.py", "cli/main.py", "cli/process.py", "cli/serve.py"},
     "time": {"common/clock.py"},
-    "psutil": {"broker/machine.py", "cli/targetbench.py", "cli/install.py"},
+    "psutil": {"broker/machine.py", "cli/targetbench.py"},
     "prometheus_client": {"broker/exposition.py"},
     "h11": {"network/http.py", "network/httpclient.py"},
 }

@@ -13,10 +13,10 @@ import argparse
 import ipaddress
 import re
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import tomli
 
 from edgebroker.cli import releases
@@ -327,24 +327,34 @@ def _refresh(machine: Machine) -> int:
 
 def _start(machine: Machine, place: Place, wanted: bool) -> None:
     """Start it, or again if it runs with something older than what is installed."""
-    pid = machine.ask("systemctl", "show", place.unit, "-p", "MainPID", "--value")
-    if not pid.isdigit() or int(pid) == 0:
+    started = _started(machine, place)
+    if started is None:
         if wanted:
             machine.run("systemctl", "start", place.unit)
-    elif _is_older(machine, place, int(pid)):
+        return
+    names = (place.config, place.limits, f"{UNITS}/{place.template}")
+    if started < max(
+        (machine.path(name).stat().st_mtime for name in names if machine.path(name).exists()), default=0.0
+    ):
         if wanted:
             machine.run("systemctl", "restart", place.unit)
         else:
             machine.say(f"leave it running as it was until somebody says: systemctl restart {place.unit}")
 
 
-def _is_older(machine: Machine, place: Place, pid: int) -> bool:
-    names = (place.config, place.limits, f"{UNITS}/{place.template}")
-    written = [machine.path(name).stat().st_mtime for name in names if machine.path(name).exists()]
+def _started(machine: Machine, place: Place) -> float | None:
+    """When the process was started that runs now, in seconds since 1970; None when there is none."""
+    said = machine.ask(
+        "systemctl", "show", place.unit, "-p", "MainPID", "-p", "ExecMainStartTimestamp", "--timestamp=us+utc"
+    )
+    found = dict(line.partition("=")[::2] for line in said.splitlines())
+    if found.get("MainPID", "0") == "0":
+        return None
     try:
-        return psutil.Process(pid).create_time() < max(written, default=0.0)
-    except psutil.NoSuchProcess:
-        return True
+        when = datetime.strptime(found["ExecMainStartTimestamp"], "%a %Y-%m-%d %H:%M:%S.%f UTC")
+    except (KeyError, ValueError):
+        return 0.0  # a systemd that says it otherwise: better once too often
+    return when.replace(tzinfo=UTC).timestamp()
 
 
 def _farewell(place: Place, values: Values) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,7 +25,6 @@ from edgebroker.version import __version__
 from .builds import ROOT
 from .machine import root_of
 
-TCP, HTTP = "127.0.0.1:17420", "127.0.0.1:17421"
 # A build behind a company's own certificates and mirrors needs them inside as well.
 PASSED = ("/etc/ssl/certs", "/etc/pip.conf")
 
@@ -87,19 +87,20 @@ def test_what_an_engine_is_told(buildah: Buildah, image: str) -> None:
 
 def test_it_starts_is_healthy_and_stops(buildah: Buildah, image: str, tmp_path: Path) -> None:
     """As its engine would, but on loopback: with a volume, and a health check from inside."""
+    tcp, http = free_address(), free_address()
     container = buildah.run("from", "--pull-never", image)
     data = tmp_path / "volume"
     data.mkdir()
     os.chown(data, 10001, 10001)
-    settings = [f"--env=EDGEBROKER_LISTEN_TCP={TCP}", f"--env=EDGEBROKER_LISTEN_HTTP={HTTP}"]
+    settings = [f"--env=EDGEBROKER_LISTEN_TCP={tcp}", f"--env=EDGEBROKER_LISTEN_HTTP={http}"]
     volume = f"--volume={data}:/var/lib/edgebroker"
     program = "/opt/edgebroker/edgebroker"
     started = buildah.start("run", *settings, volume, container, "--", program, "serve")
     try:
-        until(lambda: ready(HTTP), 60.0, "the node in the container answers")
-        version = ask(HTTP, "/v1/node")[1]["version"]
+        until(lambda: ready(http), 60.0, "the node in the container answers")
+        version = ask(http, "/v1/node")[1]["version"]
         assert version == __version__
-        said = buildah.run("run", container, "--", program, "check", "live", "--healthcheck", "--admin", HTTP)
+        said = buildah.run("run", container, "--", program, "check", "live", "--healthcheck", "--admin", http)
         assert said.startswith("EDGEBROKER LIVE OK")
         [pid] = [process for process in running(program) if owner(process) == 10001]
         os.kill(pid, signal.SIGTERM)
@@ -108,6 +109,12 @@ def test_it_starts_is_healthy_and_stops(buildah: Buildah, image: str, tmp_path: 
     finally:
         if started.poll() is None:
             os.killpg(started.pid, signal.SIGKILL)
+
+
+def free_address() -> str:
+    """On loopback, where the container is as well: chroot has no network of its own."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return f"127.0.0.1:{server.getsockname()[1]}"
 
 
 def ready(admin: str) -> bool:
