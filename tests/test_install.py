@@ -84,10 +84,34 @@ def test_what_was_changed_by_hand_is_kept(frozen: Path, image: Path, capsys: pyt
     path = image / CONFIG
     mine = path.read_text() + "# mine\n"
     path.write_text(mine)
-    install(image, "--role", "pos", "--parent", "http://other:7421")
+    assert install(image, "--role", "pos", "--parent", "http://other:7421") == 1
     assert path.read_text() == mine
     assert load_config(path.with_name("edgebroker.toml.new"), environment={}).pipe.parents == "other:7421"
     assert "it was changed here; the new version goes to edgebroker.toml.new" in capsys.readouterr().out
+
+
+def test_what_could_not_be_put_in_is_no_success(frozen: Path, image: Path) -> None:
+    """Whoever deploys must not believe that it is there."""
+    install(image, "--role", "pos", "--parent", PARENT)
+    path = image / CONFIG
+    path.write_text(path.read_text() + "# mine\n")
+    assert install(image, "--role", "pos") == 0
+    for _ in range(2):
+        assert install(image, "--role", "pos", "--region", "north") == 1
+
+
+def test_a_dry_run_shows_the_difference(frozen: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    install(image, "--role", "pos", "--parent", PARENT)
+    capsys.readouterr()
+    install(image, "--role", "pos", "--region", "south/store-4", "--dry-run")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [f"would update {image / CONFIG}", '    -# region = ""', '    +region = "south/store-4"']
+
+
+@pytest.mark.parametrize("verb", [("install", "--role", "pos"), ("uninstall",)])
+def test_an_image_that_is_not_there(frozen: Path, image: Path, verb: tuple[str, ...]) -> None:
+    assert main([*verb, "--root", str(image / "typo")]) == 2
+    assert files(image) == {}
 
 
 def test_what_nobody_changed_is_brought_up_to_date(frozen: Path, image: Path) -> None:
@@ -120,6 +144,11 @@ def test_a_dry_run_writes_nothing(frozen: Path, image: Path, capsys: pytest.Capt
         (("--region", "a b"), "region"),
         (("--labels", "nonsense"), "labels"),
         (("--bind", "0.0.0.0:7420"), "without a port"),
+        (("--bind", "10.0.0.300"), "IP address"),
+        (("--parent", "foo:bar"), "HOST:PORT"),
+        (("--parent", "http://hub:7421/path"), "HOST:PORT"),
+        (("--parent", "hub north"), "HOST:PORT"),
+        (("--start",), "an image starts its nodes when it boots"),
     ],
 )
 def test_what_is_wrong_is_refused_before_anything_is_written(

@@ -66,6 +66,17 @@ def test_what_is_wrong_stands_first_with_what_to_do(tmp_path: Path, capsys: pyte
         assert {"node", "pipe", "topics", "groups"} < found.keys()
 
 
+def test_dead_letters_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with running(tmp_path / "data", {"delivery.max_attempts": 1}) as broker:
+        client = broker.raw("labels")
+        client.publish("prices", numbered(0, 1))
+        with broker.consumer(["prices"], "labels", auto_ack=False) as consumer:
+            consumer.nack(consumer.poll(10.0)[0], "not for us")
+            while broker.counters()["dead_letters"] < 1:
+                consumer.poll(0.05)
+        assert "1 dead letters wait for somebody" in said(capsys, 0, "status", "--admin", admin(broker))
+
+
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--admin", CLOSED]) == 3
     assert "is it running" in capsys.readouterr().err
@@ -111,6 +122,12 @@ def test_lag_in_records(broker: RunningBroker, capsys: pytest.CaptureFixture[str
 
 def test_a_group_that_is_not_there_is_unknown(broker: RunningBroker, capsys: pytest.CaptureFixture[str]) -> None:
     assert "UNKNOWN: there is no group g" in said(capsys, 3, "check", "lag", "--group", "g", "--admin", admin(broker))
+
+
+@pytest.mark.parametrize("wrong", [("raedy",), ("lag", "--warning", "abc"), ()])
+def test_a_call_that_is_wrong_is_unknown(wrong: tuple[str, ...]) -> None:
+    """2 would be taken for CRITICAL."""
+    assert main(["check", *wrong]) == 3
 
 
 # ---- support-bundle ----

@@ -145,6 +145,18 @@ def test_a_name_of_two(tree: Tree, first: str) -> None:
     assert digest(tree, "l2", "notes") == digest(tree, "l3", "notes") != digest(tree, "root", "notes")
 
 
+def test_a_clash_ends_when_this_node_gives_its_topic_up(tree: Tree) -> None:
+    root, node = tree.start("root"), tree.start("l2")
+    publish(node, "notes", 0, 3)
+    tree.stop("l2")
+    node = tree.start("l2", "root")
+    publish(root, "notes", 500, 9)
+    wait_for(lambda: "name_clash" in node.http("GET", "/v1/node")[1]["problems"], "the clash is told")
+    assert node.http("DELETE", "/v1/topics/notes")[0] == 200
+    follows(root, node, "notes")
+    assert node.http("GET", "/v1/node")[1]["problems"] == {}
+
+
 class Load:
     """A producer that publishes at a node, one record after the other, until it is stopped."""
 

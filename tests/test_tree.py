@@ -6,7 +6,7 @@ import shutil
 from itertools import pairwise
 
 import pytest
-from brokers import numbered
+from brokers import RunningBroker, numbered
 from trees import LEVELS, Tree, chain, digest, end, follows, line, pipe, publish, wait_for
 
 from edgebroker.common.errors import Code
@@ -400,6 +400,44 @@ def test_root_is_lost_and_a_hub_takes_its_place(tree: Tree) -> None:
     assert hub.http("DELETE", "/v1/promote") == (200, {})
     assert hub.http("DELETE", "/v1/promote")[0] == 404
     for name in ("root", "l3", "l2"):
+        tree.stop(name)
+    assert len({digest(tree, name, "prices") for name in ("root", "l2", "l3")}) == 1
+
+
+def newest(node: RunningBroker, topic: str) -> int:
+    """The number of the newest history of a log."""
+    found = node.broker.engine.log(topic, 0)
+    assert found is not None
+    return found.identity.epoch
+
+
+@pytest.mark.parametrize("restart", [False, True], ids=["at-once", "after-a-restart"])
+def test_a_promotion_that_was_a_mistake_is_undone(tree: Tree, restart: bool) -> None:
+    """The parent is alive, and nothing was published at the promoted node: it follows again, and so do those below."""
+    root, hub = tree.start("root"), tree.start("l2", "root")
+    root.create("items", partitions=2, kind="table")
+    publish(root, "prices", 0, 20)
+    publish(root, "items", 0, 5, partition=1)
+    store = tree.start("l3", "l2")
+    for topic, partition in (("prices", 0), ("items", 1)):
+        follows(root, store, topic, partition)
+    assert hub.http("POST", "/v1/promote", {"level": "root"}) == (200, {})
+    wait_for(lambda: newest(store, "prices") == 2, "the new history")
+    if restart:
+        tree.stop("l2")
+        hub = tree.start("l2", "root")
+    assert hub.http("DELETE", "/v1/promote") == (200, {})
+    tree.stop("l2")
+    publish(root, "prices", 100, 5)
+    hub = tree.start("l2", "root")
+    publish(root, "prices", 200, 5)
+    publish(root, "items", 200, 5, partition=1)
+    for topic, partition in (("prices", 0), ("items", 1)):
+        follows(root, hub, topic, partition)
+        follows(root, store, topic, partition)
+    assert hub.http("GET", "/v1/node")[1]["problems"] == store.http("GET", "/v1/node")[1]["problems"] == {}
+    assert hub.raw("producer").publish("prices", numbered(0, 1)).code is Code.NOT_ORIGIN
+    for name in ("l3", "l2", "root"):
         tree.stop(name)
     assert len({digest(tree, name, "prices") for name in ("root", "l2", "l3")}) == 1
 

@@ -370,7 +370,13 @@ class Admin:
         elif not isinstance(engine, SegmentStore):
             done(Code.INVALID_BATCH, "a node in memory keeps its topics until it stops")
         else:
-            self._broker.deleting.delete(name, done)
+
+            def deleted(code: Code, message: str) -> None:
+                if code is Code.OK and self._broker.piping is not None:
+                    self._broker.piping.free(name)
+                done(code, message)
+
+            self._broker.deleting.delete(name, deleted)
 
     def _begin_snapshot(self, name: str, request: Request, reply: Reply) -> None:
         if not self._broker.engine.partitions(name):

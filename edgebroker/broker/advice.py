@@ -12,7 +12,7 @@ ADVICE = {
     "history_lost": "get the records back from a child: edgebroker heal --from NODE; or give them up: edgebroker topic "
     "accept TOPIC",
     "metadata": "check space and rights of the data directory; it is tried again every second",
-    "name_clash": "rename the topic here or at the parent: only this node's is served",
+    "name_clash": "only this node's is served; when the parent's is right: edgebroker topic delete TOPIC --yes here",
     "parent": "check the line and the parent; this node goes on serving what it has",
     "read_only": "check the disk (dmesg), then restart the node; what was acknowledged is safe",
     "registry": "free space, or install the release that wrote registry.db; it is tried again every second",

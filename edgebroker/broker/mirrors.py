@@ -162,6 +162,11 @@ class Mirrors:
 
         self._moves.delete(topic, done, {one.identity.log_id: event.epoch for one in logs})
 
+    def free(self, topic: str) -> None:
+        """A topic of this node was deleted: what the parent has of that name is taken, if it was in the way of that."""
+        if self.clashes.pop(topic, None) is not None and topic in self._offered:
+            self._topic(self._offered[topic])
+
     def _was_deleted(self, info: TopicInfo) -> bool:
         """True for a topic that its origin has deleted, and that this parent does not know of yet."""
         found = [self._engine.tombstones.get(part.log_id) for part in info.partitions]
@@ -391,13 +396,20 @@ def identity_of(info: TopicInfo, part: PartitionInfo) -> Identity:
 
 
 def _superseded(info: TopicInfo, logs: list[Log]) -> bool:
-    """True when the parent has the very logs that this node writes, in a newer history of another node."""
+    """True when the parent has the very logs that this node writes: in a newer history of another node, or in the one
+    that this node took over when it was promoted, and has written nothing to since."""
     return len(logs) == len(info.partitions) and all(
         one.identity.log_id == part.log_id
         and part.origin != one.identity.origin
-        and part.epochs[-1][0] > one.identity.epoch
+        and (part.epochs[-1][0] > one.identity.epoch or _wrote_nothing(part, one))
         for one, part in zip(logs, info.partitions, strict=True)
     )
+
+
+def _wrote_nothing(part: PartitionInfo, partition: Log) -> bool:
+    """True when the last history of a log was begun at its end, and the others are the parent's."""
+    *taken, (_, begun) = partition.identity.epochs
+    return bool(taken) and begun >= partition.staged_end and part.epochs[: len(taken)] == taken
 
 
 def _epochs(part: PartitionInfo, partition: Log) -> list[tuple[int, int]]:
@@ -405,7 +417,7 @@ def _epochs(part: PartitionInfo, partition: Log) -> list[tuple[int, int]]:
     Those are cut off first: else it would call its own children diverged, which have the same as it."""
     told = replace(partition.identity, epochs=part.epochs)
     empty = partition.staged_end == partition.log_start
-    fits = empty or told.contains(partition.staged_epoch, partition.staged_end)
+    fits = empty or told.contains(partition.staged_epoch, partition.staged_end) or _wrote_nothing(part, partition)
     return part.epochs if fits else partition.identity.epochs
 
 

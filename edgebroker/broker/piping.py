@@ -72,7 +72,7 @@ class Piping:
         self._complete = self._reconnecting = self.stopped = False
         self._tokens, self._tokens_at = float(bytes_per_second), 0.0
         self._throttled = False
-        self._last_heard = self._polled_at = 0.0
+        self._last_heard = self._polled_at = self._connected_at = 0.0
         # What the parent was asked last: it need not be sent again while nothing of it changes.
         self._said, self._asked_same = b"", False
         self._pause_seconds = POLL_GAP_SECONDS
@@ -115,7 +115,7 @@ class Piping:
         now = self._loop.now()
         transport = self._client.transport
         listening = transport is not None and not transport.paused
-        if listening and now - self._last_heard > SILENT_SECONDS:
+        if listening and now - max(self._last_heard, self._connected_at) > SILENT_SECONDS:
             self._client.close("the parent is silent")
         if self.candidates.behind(now, self.connected and self._follower.lacking):
             self._look_around()
@@ -168,7 +168,7 @@ class Piping:
     # ---- the client's owner ----
 
     def on_connected(self) -> None:
-        self._last_heard = self._loop.now()
+        self._connected_at = self._loop.now()
         self._complete = True
         self._go_on()
 
@@ -364,6 +364,10 @@ class Piping:
     def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
         """An operator takes the parent's log instead of the one that was replaced."""
         self._mirrors.accept(topic, done)
+
+    def free(self, topic: str) -> None:
+        """A topic of this node was deleted."""
+        self._mirrors.free(topic)
 
     def begin_anew(self, topic: str, done: Callable[[Code, str], None]) -> None:
         """Fetch all of a topic again; what is here goes first."""

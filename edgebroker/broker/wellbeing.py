@@ -52,8 +52,8 @@ class Wellbeing:
     def problems(self) -> dict[str, str]:
         """What is wrong now, by name, the missing parent included."""
         found, parent = self._problems(), self._parent()
-        if parent is not None and not parent.connected:
-            found["parent"] = f"not connected: {parent.last_error or 'not yet'}"
+        if parent is not None and not parent.connected and parent.last_error:  # none: the first attempt is under way
+            found["parent"] = f"not connected: {parent.last_error}"
         return found
 
     def verdict(self) -> dict[str, object]:

@@ -71,8 +71,11 @@ def support_bundle(options: argparse.Namespace) -> int:
         for name, command in COMMANDS.items():
             text = machine.ask(*command, whatever=True)
             add(name, text) if text else missing.append(f"{name}: {' '.join(command)} says nothing")
-        for config in sorted(Path("/etc/edgebroker").glob("*.toml")) if not options.config else [options.config]:
-            _add_config(Path(config), add, missing)
+        configs = [Path(options.config)] if options.config else sorted(Path("/etc/edgebroker").glob("*.toml"))
+        for config in configs:
+            _add_config(config, add, missing)
+        if not configs:
+            missing.append("configuration and files: there is none in /etc/edgebroker; say -c FILE")
         add("missing.txt", "\n".join(missing) + "\n")
     print(path)
     return 0

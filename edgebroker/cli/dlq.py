@@ -27,14 +27,18 @@ PREFIX = "eb-dlq-"
 TIMEOUT_SECONDS = 30.0
 
 
-def list_letters(options: argparse.Namespace) -> int:
-    topics = call(options.admin, "GET", "/v1/topics")["topics"]
-    found = [
+def letters(admin: str, topics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each topic that has dead letters: how many wait for somebody, how many are still stored."""
+    return [
         {"topic": topic["name"].removesuffix(DEAD_LETTERS), "pending": end - place, "kept": end - start}
         for topic in topics
         if topic["name"].endswith(DEAD_LETTERS)
-        for start, place, end in [_range(options.admin, topic)]
+        for start, place, end in [_range(admin, topic)]
     ]
+
+
+def list_letters(options: argparse.Namespace) -> int:
+    found = letters(options.admin, call(options.admin, "GET", "/v1/topics")["topics"])
     if options.json:
         print(json.dumps(found))
     else:

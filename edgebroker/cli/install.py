@@ -24,7 +24,7 @@ from edgebroker.cli.configure import commented_file
 from edgebroker.cli.machine import USER, Machine, plainly, point
 from edgebroker.common.config import is_address, is_loopback, load_config, split_list
 from edgebroker.common.durable import sync_directory
-from edgebroker.common.errors import ConfigError
+from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.version import __version__
 
 UNITS, COMMAND = "etc/systemd/system", "usr/local/bin/edgebroker"
@@ -43,6 +43,7 @@ LEVELS = ("root", "l2", "l3", "pos", "local")
 LIMITS = {"local": "local", "pos": "pos", "l3": "hub", "l2": "hub", "root": "hub"}
 # Small, worn disks: many records share a sync, a segment is soon sealed.
 TERMINAL = {"storage.commit_interval_ms": 10, "storage.segment_bytes": 16 << 20}
+_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 Values = dict[str, object]  # of a configuration, "section.key" -> value
 
 
@@ -80,6 +81,10 @@ class Place(NamedTuple):
 def install(options: argparse.Namespace) -> int:
     machine = Machine(Path(options.root), options.dry_run)
     machine.check()
+    if not machine.root.is_dir():
+        raise ConfigError(f"--root {machine.root}: there is no such directory")
+    if options.start and not machine.real:
+        raise ConfigError("--start is for a running system; an image starts its nodes when it boots")
     with plainly():
         if options.refresh:
             return _refresh(machine)
@@ -105,6 +110,8 @@ def install(options: argparse.Namespace) -> int:
         _start(machine, place, options.start)
         if machine.changed and not machine.dry:
             _farewell(place, values)
+        if place.config in machine.kept:
+            raise EdgeBrokerError(f"/{place.config} was changed here and stays as it is: put in by hand what is new")
     return 0
 
 
@@ -196,7 +203,7 @@ def _host(text: str) -> str:
     try:
         return f"[{bare}]" if ipaddress.ip_address(bare).version == 6 else bare
     except ValueError:
-        if re.fullmatch(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?", text):
+        if _HOST.fullmatch(text) and not re.fullmatch(r"[\d.]+", text):
             return text
     raise ConfigError(f"--bind {text}: an IP address or a host name is expected, without a port")
 
@@ -232,8 +239,10 @@ def _address(flag: str, text: str) -> str:
     if slashes and scheme != "http":
         raise ConfigError(f"{flag} {text}: only http:// is known to this release")
     found = rest.rstrip("/")
-    if not re.search(r":\d+$", found):
-        found += f":{DEFAULT_PARENT_PORT}"
+    host, colon, _ = found.rpartition(":") if re.search(r":\d+$", found) else (found, "", "")
+    if not (_HOST.fullmatch(host) or re.fullmatch(r"\[[0-9A-Fa-f:.]+\]", host)):
+        raise ConfigError(f"{flag} {text}: http://HOST:PORT or HOST:PORT is expected")
+    found = found if colon else f"{found}:{DEFAULT_PARENT_PORT}"
     if not is_address(found):
         raise ConfigError(f"{flag} {text}: http://HOST:PORT or HOST:PORT is expected")
     return found
@@ -363,6 +372,8 @@ def _farewell(place: Place, values: Values) -> None:
     print(f"start it:   systemctl start {name}")
     print(f"look at it: edgebroker status{'' if admin == '127.0.0.1:7421' else f' --admin {admin}'}")
     print(f"its log:    journalctl -u {name}")
+    if values["node.level"] != "root" and not values.get("pipe.parents") and not values.get("pipe.registry"):
+        print("it has no parent and keeps to itself: say --parent URL or --registry URL for one")
 
 
 # ---- and back ----
@@ -374,6 +385,12 @@ def uninstall(options: argparse.Namespace) -> int:
     place = _instance(options.instance) if options.instance else Place("")
     if options.purge and not (options.yes or options.dry_run):
         raise ConfigError("--purge removes all data of the node for good; say --yes as well if that is meant")
+    if (
+        place not in nodes(machine)
+        and not machine.path(place.config).exists()
+        and not machine.path(place.data[1:]).exists()
+    ):
+        raise ConfigError(f"there is no node {place.unit} here")
     with plainly():
         if machine.ask("systemctl", "show", place.unit, "-p", "LoadState", "--value") == "loaded":
             machine.run("systemctl", "stop", place.unit)  # also one that starts again and again

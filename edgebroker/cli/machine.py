@@ -7,6 +7,7 @@ laid beside them.
 
 from __future__ import annotations
 
+import difflib
 import grp
 import hashlib
 import json
@@ -33,6 +34,7 @@ class Machine:
         self.root, self.dry, self._quiet = root, dry, quiet
         self.real = root == Path("/")
         self.changed = False
+        self.kept: list[str] = []  # files that somebody changed here and that should be others now
         self._record = self._read_record()
 
     def path(self, name: str) -> Path:
@@ -54,15 +56,24 @@ class Machine:
             self._fit(path, mode)
             self._remember(name, new)
         elif old is not None and not over and self._record.get(name) != _digest(old):
+            self.kept.append(name)
             beside = path.with_name(path.name + ".new")
             if not (beside.is_file() and beside.read_bytes() == new):
                 self.say(f"keep {path}: it was changed here; the new version goes to {beside.name}")
                 self._put(beside, new, mode)
         else:
             self.say(f"{'update' if old is not None else 'write'} {path}")
+            if self.dry and old is not None:
+                self._show(old.decode(errors="replace"), text)
             self._put(path, new, mode)
             self._remember(name, new)
             self.changed = True
+
+    def _show(self, old: str, new: str) -> None:
+        """What a dry run would change in a file."""
+        for line in difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm=""):
+            if line[:1] in "+-" and line[:3] not in ("+++", "---"):
+                tell(f"    {line}")
 
     def _put(self, path: Path, data: bytes, mode: int) -> None:
         if not self.dry:

@@ -22,10 +22,17 @@ Parser = argparse.ArgumentParser
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = build_parser()
-    options = parser.parse_args(arguments)
+    # For a monitoring system 2 would be CRITICAL; what it does not know is UNKNOWN.
+    wrong = 3 if list(sys.argv[1:] if arguments is None else arguments)[:1] == ["check"] else 2
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit as error:
+        if error.code == 2:
+            return wrong
+        raise
     if not hasattr(options, "run"):
         options.parser.print_help(sys.stderr)
-        return 2
+        return wrong
     try:
         module, function = options.run
         command: Callable[[argparse.Namespace], int] = getattr(import_module(f"edgebroker.cli.{module}"), function)
@@ -158,13 +165,13 @@ def _status(verbs) -> None:  # type: ignore[no-untyped-def]
     lag.add_argument("--warning", type=float, default=60.0, metavar="N", help="warning from here on (default 60)")
     lag.add_argument("--critical", type=float, default=600.0, metavar="N", help="critical from here on (default 600)")
     for verb in (live, ready, lag):
-        _admin(verb)
+        _admin(verb, json=False)
     bundle = _verb(
         verbs, "support-bundle", "collect what support needs, without records and secrets", "bundle", "support_bundle"
     )
     bundle.add_argument("file", nargs="?", help="where to (default: edgebroker-HOST-TIME.tar.gz)")
     bundle.add_argument("-c", "--config", metavar="FILE", help="its configuration (default: all in /etc/edgebroker)")
-    _admin(bundle)
+    _admin(bundle, json=False)
     completion = _verb(verbs, "completion", "print what a shell needs to complete commands", "completion", "completion")
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
 
@@ -173,10 +180,11 @@ def _server(parser: Parser) -> None:
     parser.add_argument("--server", default=os.environ.get("EDGEBROKER_SERVER", SERVER), metavar="HOST:PORT")
 
 
-def _admin(parser: Parser) -> None:
+def _admin(parser: Parser, *, json: bool = True) -> None:
     default = os.environ.get("EDGEBROKER_ADMIN", "127.0.0.1:7421")
     parser.add_argument("--admin", default=default, metavar="HOST:PORT|unix:PATH", help="admin interface of the broker")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    if json:
+        parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def _publish(verbs) -> None:  # type: ignore[no-untyped-def]

@@ -8,6 +8,7 @@ from typing import Any
 
 from edgebroker.broker.advice import ADVICE
 from edgebroker.cli.adminclient import ask, call
+from edgebroker.cli.dlq import letters
 from edgebroker.cli.table import print_table
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
 
@@ -31,6 +32,9 @@ def status(options: argparse.Namespace) -> int:
         _print_disk(node["storage"])
         _print_topics(topics)
         _print_groups(groups)
+        waiting = sum(line["pending"] for line in letters(admin, topics))
+        if waiting:
+            print(f"\n{waiting} dead letters wait for somebody (edgebroker dlq list)")
     return 1 if verdict["status"] == "not ready" else 0
 
 

@@ -422,13 +422,13 @@ class Consumer:
                         return item
                 now = subscriber.loop.clock_now()
                 waits = [1.0] if self._timeout is not None else []
+                down = subscriber.down_since
+                if self._timeout is not None and down is not None and now - down >= self._timeout:
+                    return subscriber.last_error or UnreachableError(f"no broker at {subscriber.link.server}")
                 if deadline is not None:
                     if now >= deadline:
                         return None
                     waits.append(deadline - now)
-                down = subscriber.down_since
-                if self._timeout is not None and down is not None and now - down >= self._timeout:
-                    return subscriber.last_error or UnreachableError(f"no broker at {subscriber.link.server}")
                 subscriber.ready.wait(min(waits) if waits else None)
             return None
 

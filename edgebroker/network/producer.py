@@ -388,6 +388,8 @@ class Producer(Accumulator):
         log.info("connection lost: %s", reason)
 
     def unreachable(self, error: EdgeBrokerError) -> None:
+        if self._last_error is None:
+            log.warning("%s; trying again until it works", error)
         self._last_error = error
         if isinstance(error, AnswerError) and not error.code.retryable:
             # The broker will not have this producer: waiting does not help.

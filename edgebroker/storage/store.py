@@ -258,6 +258,10 @@ class SegmentStore:
                 if identity.origin == self.node_uid and identity.epoch != partition.epoch:
                     partition.epoch = identity.epoch
                     partition.stage.resume(partition.staged_end, identity.epoch)
+                elif partition.epoch > identity.epoch:
+                    # A history that was begun here, and given up before anything was written to it.
+                    partition.epoch = identity.epoch_at(partition.staged_end)
+                    partition.stage.resume(partition.staged_end, partition.epoch)
             done(Code.OK, "")
             self._listener.on_topic(name)
 
