@@ -140,7 +140,7 @@ def test_disk_full(tmp_path: Path) -> None:
         client.subscribe_raw(Subscribe(Intent.LEAVE, "g", 0, 0, []))
         answer, stored = client.publish("t", numbered(0, 100, 1000)), 0
         while answer.code is Code.OK:
-            assert stored < 200 << 20
+            assert stored < 20 << 20, "however fast the disk is"
             stored += 100_000
             answer = client.publish("t", numbered(0, 100, 1000))
         assert answer.code is Code.DISK_FULL

@@ -36,6 +36,11 @@ class Budget:
         """Other limits, from the next measurement on."""
         self._max_bytes, self._soft_free, self._hard_free = max_bytes, soft_free, hard_free
 
+    def spend(self, size: int) -> bool:
+        """So many bytes were stored since; True when there may be nothing left: it is time to measure."""
+        self.usable -= size
+        return self.usable < 0
+
     def measured(self, free: int, size: int, used: int) -> None:
         """`used`: bytes of all logs together. Sets `usable` (bytes until producers are refused), `full` (why, or "")
         and `wants_space` (bytes to remove early)."""

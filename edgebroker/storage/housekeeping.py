@@ -185,15 +185,13 @@ class Housekeeping:
         self._timer = self._scheduler.call_later(TICK_SECONDS, self._tick)
         self._watch_clock()
         now = self._scheduler.now()
-        used = 0
         for partition in self._store.logs():
-            used += partition.size_bytes
             segment_ms = partition.settings.segment_ms or self._settings.segment_ms
             if segment_ms and partition.active.size and (now - partition.active.born) * 1000 >= segment_ms:
                 self._committer.seal(partition)
             self._note_sealed(partition)
             partition.stage.expire(now - PRODUCER_EXPIRY_SECONDS)
-        self._measure(used)
+        self._measure()
         self._retain()
         self._drop_aside(now)
         idle = self._groups_seen == self._committer.groups
@@ -233,10 +231,16 @@ class Housekeeping:
             log.warning("%s; nothing is removed by age until it is plausible again", why)
         self.clock_implausible = why
 
-    def _measure(self, used: int) -> None:
+    def stored(self, size: int) -> None:
+        """A fast disk takes more between two ticks than a small one has left: measure as soon as that may be gone."""
+        if self._budget.spend(size):
+            self._measure()
+
+    def _measure(self) -> None:
         if self._measuring:
             return
         self._measuring = True
+        used = sum(partition.size_bytes for partition in self._store.logs())
 
         def done(result: object) -> None:
             self._measuring = False

@@ -435,8 +435,10 @@ class SegmentStore:
         self._listener.on_written(log)
 
     def on_durable(self, log: PartitionLog, chunks: list[Chunk]) -> None:
+        size = sum(len(chunk) for chunk in chunks)
         self._housekeeping.checkpoint(log)
-        log.bytes_in += sum(len(chunk) for chunk in chunks)
+        self._housekeeping.stored(size)
+        log.bytes_in += size
         self._listener.on_durable(log, chunks)
 
     def on_failed(self, log: PartitionLog, code: Code, message: str) -> None:
