@@ -23,8 +23,8 @@ from edgebroker.cli import releases
 from edgebroker.cli.configure import commented_file
 from edgebroker.cli.machine import USER, Machine, plainly, point
 from edgebroker.common.config import is_address, is_loopback, load_config, split_list
-from edgebroker.common.durable import sync_directory
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
+from edgebroker.pipe.follower import LEVELS
 from edgebroker.version import __version__
 
 UNITS, COMMAND = "etc/systemd/system", "usr/local/bin/edgebroker"
@@ -39,7 +39,6 @@ TMPDIR=${{TMPDIR:-/var/tmp}} exec /{releases.CURRENT}/edgebroker "$@"
 """
 FIRST_PORT, FURTHER_PORT, PORT_STEP = 7420, 7430, 10
 DEFAULT_PARENT_PORT = 7421
-LEVELS = ("root", "l2", "l3", "pos", "local")
 LIMITS = {"local": "local", "pos": "pos", "l3": "hub", "l2": "hub", "root": "hub"}
 # Small, worn disks: many records share a sync, a segment is soon sealed.
 TERMINAL = {"storage.commit_interval_ms": 10, "storage.segment_bytes": 16 << 20}
@@ -239,11 +238,11 @@ def _address(flag: str, text: str) -> str:
     if slashes and scheme != "http":
         raise ConfigError(f"{flag} {text}: only http:// is known to this release")
     found = rest.rstrip("/")
-    host, colon, _ = found.rpartition(":") if re.search(r":\d+$", found) else (found, "", "")
-    if not (_HOST.fullmatch(host) or re.fullmatch(r"\[[0-9A-Fa-f:.]+\]", host)):
-        raise ConfigError(f"{flag} {text}: http://HOST:PORT or HOST:PORT is expected")
-    found = found if colon else f"{found}:{DEFAULT_PARENT_PORT}"
-    if not is_address(found):
+    if not re.search(r":\d+$", found):
+        found += f":{DEFAULT_PARENT_PORT}"
+    host = found.rpartition(":")[0]
+    named = _HOST.fullmatch(host) or re.fullmatch(r"\[[0-9A-Fa-f:.]+\]", host)
+    if not (named and is_address(found)):
         raise ConfigError(f"{flag} {text}: http://HOST:PORT or HOST:PORT is expected")
     return found
 
@@ -266,7 +265,6 @@ def _program(machine: Machine) -> None:
             release = releases.keep(machine, copy, __version__)
         if not machine.dry:
             point(machine.path(releases.CURRENT), f"releases/{release}")
-            sync_directory(machine.path(releases.HOME))
         machine.changed = True
     elif running != releases.name_of(program, __version__):
         raise ConfigError(

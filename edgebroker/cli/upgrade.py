@@ -73,8 +73,7 @@ def prepare(machine: Machine, options: argparse.Namespace) -> str:
         found = releases.digest_of(program)
         if found != options.sha256.lower():
             raise EdgeBrokerError(f"{given} has the SHA-256 {found}, not {options.sha256}; it was not delivered whole")
-        version = releases.ask_version(program)["version"]
-        _check_format(machine, program, options)
+        version = _check_format(machine, program, options)
         machine.say(f"let release {version} check itself")
         if not machine.dry:
             _selftest(program)
@@ -89,11 +88,11 @@ def _undone(machine: Machine, options: argparse.Namespace) -> str:
     return release
 
 
-def _check_format(machine: Machine, program: Path, options: argparse.Namespace) -> None:
+def _check_format(machine: Machine, program: Path, options: argparse.Namespace) -> str:
     """The format that the running release writes must be read by the new one, and the other way round as long as there
-    should be a way back."""
-    here = releases.ask_version(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}"))["data_format"]
+    should be a way back. The version of the new one."""
     said = releases.ask_version(program)
+    here = releases.ask_version(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}"))["data_format"]
     if said["data_format"] > here and not options.accept_format:
         raise EdgeBrokerError(
             f"release {said['version']} writes data format {said['data_format']}, which the running one ({here}) "
@@ -104,6 +103,7 @@ def _check_format(machine: Machine, program: Path, options: argparse.Namespace) 
             f"release {said['version']} reads data format {said['data_format']} only, the data here has {here}; "
             "nothing was changed"
         )
+    return str(said["version"])
 
 
 def _selftest(program: Path) -> None:
