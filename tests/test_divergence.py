@@ -7,17 +7,21 @@ import struct
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
 from brokers import RunningBroker, batch_of
+from msgspec.structs import replace
 from trees import LEVELS, Tree, chain, digest, end, follows, line, publish, wait_for
 
+from edgebroker.broker.mirrors import _wrote_nothing
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
+from edgebroker.common.types import TopicSettings
 from edgebroker.network.frames import GapReason
 from edgebroker.storage.engine import Log
-from edgebroker.storage.identity import read_identity
+from edgebroker.storage.identity import make_identity, read_identity
 
 pytestmark = pytest.mark.slow
 
@@ -280,3 +284,23 @@ def test_a_parent_that_begins_further_on(tree: Tree) -> None:
     assert start == root.broker.engine.log("t", 0).log_start  # type: ignore[union-attr]
     assert [tuple(gap) for gap in gaps] == [(100, start - 1, GapReason.RETENTION)]
     assert offsets == list(range(start, end(root, "t")))
+
+
+@pytest.mark.parametrize(
+    ("ours", "end", "parents", "nothing"),
+    [
+        ([(1, 0), (2, 20)], 20, [(1, 0)], True),
+        ([(1, 0), (2, 20)], 20, [(1, 0), (3, 25)], True),
+        ([(1, 0), (2, 20)], 21, [(1, 0)], False),  # written to
+        ([(1, 0)], 20, [(1, 0)], False),  # never promoted
+        ([(1, 0), (2, 5), (3, 20)], 20, [(1, 0)], False),  # taken over twice, written to in between
+        ([(1, 0), (2, 30)], 30, [(1, 0), (2, 20)], False),  # it holds ten records that the parent never had
+    ],
+)
+def test_a_promotion_is_given_up_only_where_nothing_is_lost(
+    ours: list[tuple[int, int]], end: int, parents: list[tuple[int, int]], nothing: bool
+) -> None:
+    identity = replace(make_identity(bytes(16).hex(), TopicSettings()), epochs=ours)
+    partition: Any = SimpleNamespace(identity=identity, staged_end=end)
+    part: Any = SimpleNamespace(epochs=parents)
+    assert _wrote_nothing(part, partition) is nothing

@@ -407,9 +407,13 @@ def _superseded(info: TopicInfo, logs: list[Log]) -> bool:
 
 
 def _wrote_nothing(part: PartitionInfo, partition: Log) -> bool:
-    """True when the last history of a log was begun at its end, and the others are the parent's."""
+    """True when the last history of a log was begun at its end, the others are the parent's, and all that is stored
+    belongs to them: what the parent has begun since, it has begun no earlier."""
     *taken, (_, begun) = partition.identity.epochs
-    return bool(taken) and begun >= partition.staged_end and part.epochs[: len(taken)] == taken
+    end = partition.staged_end
+    if not taken or begun < end or part.epochs[: len(taken)] != taken:
+        return False
+    return replace(partition.identity, epochs=part.epochs).contains(taken[-1][0], end)
 
 
 def _epochs(part: PartitionInfo, partition: Log) -> list[tuple[int, int]]:
