@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench build cover docs clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages freeze freeze-nuitka deb image test-appliance
+.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-groups test-power test-fuzz chaos soak packages freeze freeze-nuitka deb image test-appliance
 
 run: build
 	$(BIN)/edgebroker demo
@@ -21,6 +21,10 @@ lint: build
 bench: build freeze
 	$(BIN)/python -m benchmarks
 	$(BIN)/python -m benchmarks publish publish-1k one-by-one drain push connections --pinned
+
+# In a few minutes: has any row that matters lost a quarter since it was last accepted (benchmarks/accepted.json)?
+bench-gate: build
+	$(BIN)/python -m benchmarks.gate
 
 build: $(VENV)/built
 
