@@ -10,13 +10,13 @@ from setuptools import Extension, setup
 MODULES = {
     "edgebroker.common.crc32c": "cext/crc32c.pyx",
     "edgebroker.common.records": "cext/records.pyx",
-    "edgebroker.storage.segscan": "cext/segscan.pyx",
-    "edgebroker.storage.staging": "cext/staging.pyx",
-    "edgebroker.storage.groupcommit": "cext/groupcommit.pyx",
-    "edgebroker.network.framing": "cext/framing.pyx",
-    "edgebroker.network.accumulator": "cext/accumulator.pyx",
-    "edgebroker.network.sendpath": "cext/sendpath.pyx",
-    "edgebroker.cli.rawclient": "cext/rawclient.pyx",
+    "edgebroker.storage.log.segscan": "cext/segscan.pyx",
+    "edgebroker.storage.log.staging": "cext/staging.pyx",
+    "edgebroker.storage.commit.groupcommit": "cext/groupcommit.pyx",
+    "edgebroker.network.wire.framing": "cext/framing.pyx",
+    "edgebroker.client.accumulator": "cext/accumulator.pyx",
+    "edgebroker.network.io.sendpath": "cext/sendpath.pyx",
+    "edgebroker.cli.bench.native_client": "cext/native_client.pyx",
 }
 HEADERS = sorted(glob("cext/*.h") + glob("cext/*.pxd"))
 TRACE = bool(os.environ.get("EDGEBROKER_TRACE"))  # `make cover`: line events for coverage.py

@@ -19,9 +19,9 @@ import psutil
 
 from benchmarks.node import DIRECTORY, running
 from benchmarks.rows import DURABLE, RUNS, Row, scaled
-from edgebroker.cli import rawclient
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.disk import percentile
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.bench import native_client
+from edgebroker.cli.bench.disk import percentile
 
 ROOT = Path(__file__).parent.parent
 ONE_FILE, FOLDER, NUITKA = (ROOT / "dist" / name for name in ("edgebroker", "folder", "nuitka/edgebroker"))
@@ -193,13 +193,13 @@ def scraped(pinned: bool) -> list[Row]:
     with running(pinned=pinned) as node:
         for number in range(TOPICS):
             topic, group = f"t{number}", f"g{number}"
-            rawclient.one_by_one(node.host, node.port, topic.encode(), 20, 128, DURABLE, b"fill")
-            rawclient.consume(node.host, node.port, topic.encode(), group.encode(), 20, 0, b"read")
+            native_client.one_by_one(node.host, node.port, topic.encode(), 20, 128, DURABLE, b"fill")
+            native_client.consume(node.host, node.port, topic.encode(), group.encode(), 20, 0, b"read")
 
         def once(name: str) -> float:
             topic = name.encode()
-            rawclient.one_by_one(node.host, node.port, topic, 1, 128, DURABLE, b"make" + topic)
-            found = rawclient.push(node.host, node.port, topic, topic, count, 128, 1000.0, DURABLE, topic)
+            native_client.one_by_one(node.host, node.port, topic, 1, 128, DURABLE, b"make" + topic)
+            found = native_client.push(node.host, node.port, topic, topic, count, 128, 1000.0, DURABLE, topic)
             return percentile(found, 0.99)
 
         for run in range(RUNS):

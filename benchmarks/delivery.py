@@ -11,14 +11,14 @@ import time
 
 from benchmarks.node import Node, running
 from benchmarks.rows import DURABLE, RUNS, Row, fill, median_of, number, peer_row, scaled
-from edgebroker.cli import rawclient
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.disk import percentile
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.bench import native_client
+from edgebroker.cli.bench.disk import percentile
+from edgebroker.client.producer import Producer
 from edgebroker.common.types import Start
-from edgebroker.network import frames
-from edgebroker.network.connection import Connection, Frame, ReceiveBuffer, Role
-from edgebroker.network.frames import AckKind, Connect, ConsumerAck, FrameType, Holding, Intent, Subscribe, Wanted
-from edgebroker.network.producer import Producer
+from edgebroker.network.wire import frames
+from edgebroker.network.wire.connection import Connection, Frame, ReceiveBuffer, Role
+from edgebroker.network.wire.frames import AckKind, Connect, ConsumerAck, FrameType, Holding, Intent, Subscribe, Wanted
 
 READERS, LAGGARDS = 1000, 10
 MEMBERS, PARTITIONS = 10, 20
@@ -32,13 +32,13 @@ def fanout(pinned: bool) -> list[Row]:
 
         def measure(run: int) -> float:
             name = b"fan%d" % run
-            seconds, _, _ = rawclient.fanout(node.host, node.port, name, 100, 20_000, 128, 100, 0.0, name)
+            seconds, _, _ = native_client.fanout(node.host, node.port, name, 100, 20_000, 128, 100, 0.0, name)
             return 100 * 20_000 / seconds
 
         values = median_of(measure)
         for run in range(RUNS):
             name = b"many%d" % run
-            ready.append(rawclient.fanout(node.host, node.port, name, READERS, 1, 128, 1, 0.0, name)[1])
+            ready.append(native_client.fanout(node.host, node.port, name, READERS, 1, 128, 1, 0.0, name)[1])
     together = statistics.median(ready)
     return [
         peer_row("fan-out, 1 producer, 100 consumers, 20,000 x 128 B", values, number("fanout"), 1.2, "best peer"),
@@ -57,11 +57,11 @@ def acknowledged(pinned: bool) -> list[Row]:
     """Every delivery acknowledged on its own, the group's place committed."""
     count = 1_000_000
     with running(pinned=pinned) as node:
-        rawclient.produce(node.host, node.port, b"acked", count, 128, 100, 10_000, DURABLE, b"acked")
+        native_client.produce(node.host, node.port, b"acked", count, 128, 100, 10_000, DURABLE, b"acked")
 
         def drain(run: int, window: int) -> float:
             group = b"g%d-%d" % (window, run)
-            return count / rawclient.consume(node.host, node.port, b"acked", group, count, window, b"acked")
+            return count / native_client.consume(node.host, node.port, b"acked", group, count, window, b"acked")
 
         best = number("acknowledged_drain")
         return [
@@ -83,7 +83,7 @@ def laggards(pinned: bool) -> list[Row]:
 
         def pushes(run: str) -> tuple[float, float]:
             name = run.encode()
-            times = rawclient.fanout(node.host, node.port, b"fill", READERS, PUSHES, 128, 1, PUSH_RATE, name)[2]
+            times = native_client.fanout(node.host, node.port, b"fill", READERS, PUSHES, 128, 1, PUSH_RATE, name)[2]
             return percentile(times, 0.99), node.memory()[0]
 
         ratios, extra, p99s = [], [], []
@@ -119,12 +119,12 @@ def laggards(pinned: bool) -> list[Row]:
 
 _LAGGARDS = """
 import os, sys, threading
-from edgebroker.cli import rawclient
+from edgebroker.cli.bench import native_client
 host, port, count, readers = sys.argv[1].encode(), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4])
 os.nice(10)  # the measuring client shall not wait for a core because of these
 def lag(rank):
     for turn in range(1000):
-        rawclient.consume(host, port, b"fill", b"", count, 0, b"lag%d-%d" % (rank, turn))
+        native_client.consume(host, port, b"fill", b"", count, 0, b"lag%d-%d" % (rank, turn))
 threads = [threading.Thread(target=lag, args=(rank,)) for rank in range(readers)]
 [thread.start() for thread in threads]
 """

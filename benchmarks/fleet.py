@@ -11,9 +11,9 @@ import msgspec
 
 from benchmarks.rows import Row, scaled
 from benchmarks.tree import Chain, cpu_seconds
-from edgebroker.cli.adminclient import call
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.main import main
-from edgebroker.cli.process import BrokerProcess
 from edgebroker.common.clock import SystemClock
 from edgebroker.pipe.report import MAX_BATCH_BYTES, GroupReport, Report, TopicReport
 

@@ -27,11 +27,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.node import DIRECTORY, Node, running
-from edgebroker.cli import disk, rawclient
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.bench import python_consume, python_produce
-from edgebroker.cli.disk import percentile
-from edgebroker.network.producer import Producer
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.bench import disk, native_client
+from edgebroker.cli.bench.disk import percentile
+from edgebroker.cli.bench.workloads import python_consume, python_produce
+from edgebroker.client.producer import Producer
 
 ACCEPTED = Path(__file__).with_name("accepted.json")
 MOST_LOST = 0.25
@@ -56,12 +56,12 @@ def spin() -> float:
 
 def ping() -> float:
     """Round trips a second over loopback, between two threads."""
-    return 1 / percentile(rawclient.ping(5_000, -1), 0.5)
+    return 1 / percentile(native_client.ping(5_000, -1), 0.5)
 
 
 def sync() -> float:
     """Appends of 4 KiB with their fdatasync and a ping-pong, a second: the least that an acknowledgement can take."""
-    return 1 / (percentile(disk.append_and_sync(HERE, 200), 0.5) + percentile(rawclient.ping(5_000, -1), 0.5))
+    return 1 / (percentile(disk.append_and_sync(HERE, 200), 0.5) + percentile(native_client.ping(5_000, -1), 0.5))
 
 
 def raw() -> float:
@@ -95,7 +95,7 @@ class Work(NamedTuple):
 def publish(node: Node, run: int) -> float:
     """Records a second: 128 B, batches of 100, C client."""
     name = b"publish%d" % run
-    return RECORDS / rawclient.produce(node.host, node.port, name, RECORDS, 128, 100, 10_000, DURABLE, name)
+    return RECORDS / native_client.produce(node.host, node.port, name, RECORDS, 128, 100, 10_000, DURABLE, name)
 
 
 def publish_python(node: Node, run: int) -> float:
@@ -106,7 +106,7 @@ def publish_python(node: Node, run: int) -> float:
 def publish_singly(node: Node, run: int) -> float:
     """Records a second: a record per batch, C client."""
     name = b"single%d" % run
-    return RECORDS / rawclient.produce(node.host, node.port, name, RECORDS, 128, 1, 10_000, DURABLE, name)
+    return RECORDS / native_client.produce(node.host, node.port, name, RECORDS, 128, 1, 10_000, DURABLE, name)
 
 
 def publish_1k(node: Node, run: int) -> float:
@@ -121,19 +121,21 @@ def publish_1k_wide(node: Node, run: int) -> float:
 
 def _publish_1k(node: Node, run: int, window: int) -> float:
     name, count = b"wide%d-%d" % (window, run), 200_000
-    seconds = rawclient.produce(node.host, node.port, name, count, 1024, 100, window, DURABLE, name)
+    seconds = native_client.produce(node.host, node.port, name, count, 1024, 100, window, DURABLE, name)
     return count * 1024 / seconds
 
 
 def one_by_one(node: Node, run: int) -> float:
     """Durable acknowledgements a second, one record at a time."""
-    return 1 / percentile(rawclient.one_by_one(node.host, node.port, b"one", 2_000, 128, DURABLE, b"one%d" % run), 0.5)
+    return 1 / percentile(
+        native_client.one_by_one(node.host, node.port, b"one", 2_000, 128, DURABLE, b"one%d" % run), 0.5
+    )
 
 
 def drain(node: Node, run: int) -> float:
     """Records a second: batches of 100, C client."""
     _fill(node)
-    return RECORDS / rawclient.consume(node.host, node.port, b"drain", b"c%d" % run, RECORDS, 100_000, b"drain")
+    return RECORDS / native_client.consume(node.host, node.port, b"drain", b"c%d" % run, RECORDS, 100_000, b"drain")
 
 
 def drain_python(node: Node, run: int) -> float:
@@ -144,20 +146,20 @@ def drain_python(node: Node, run: int) -> float:
 
 def _fill(node: Node) -> None:
     if not any(topic["name"] == "drain" for topic in call(node.process.admin, "GET", "/v1/topics")["topics"]):
-        rawclient.produce(node.host, node.port, b"drain", RECORDS, 128, 100, 10_000, DURABLE, b"drain")
+        native_client.produce(node.host, node.port, b"drain", RECORDS, 128, 100, 10_000, DURABLE, b"drain")
 
 
 def fanout(node: Node, run: int) -> float:
     """Records a second that arrive at 100 consumers."""
     name = b"fan%d" % run
-    return 100 * 5_000 / rawclient.fanout(node.host, node.port, name, 100, 5_000, 128, 100, 0.0, name)[0]
+    return 100 * 5_000 / native_client.fanout(node.host, node.port, name, 100, 5_000, 128, 100, 0.0, name)[0]
 
 
 def push(node: Node, run: int) -> float:
     """One by the median of the time from publish to push, at 1,000 records a second."""
     name = b"push%d" % run
-    rawclient.one_by_one(node.host, node.port, name, 1, 128, DURABLE, b"make%d" % run)
-    found = rawclient.push(node.host, node.port, name, b"g%d" % run, 2_000, 128, 1000.0, DURABLE, name)
+    native_client.one_by_one(node.host, node.port, name, 1, 128, DURABLE, b"make%d" % run)
+    found = native_client.push(node.host, node.port, name, b"g%d" % run, 2_000, 128, 1000.0, DURABLE, name)
     return 1 / percentile(found, 0.5)
 
 
@@ -169,7 +171,7 @@ def partitions(node: Node, run: int) -> float:
     def write() -> None:
         while not ended.is_set():
             name = b"beside%d" % run
-            rawclient.produce(node.host, node.port, name, 20_000, 1024, 100, 1_000, DURABLE, name)
+            native_client.produce(node.host, node.port, name, 20_000, 1024, 100, 1_000, DURABLE, name)
 
     writer = threading.Thread(target=write)
     taken = []

@@ -21,8 +21,8 @@ from pathlib import Path
 
 from benchmarks.node import DIRECTORY
 from benchmarks.rows import Row
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.pipe.stream import HEADER_BYTES, Kind
 
 TOPICS = tuple(f"topic-{number}" for number in range(20))

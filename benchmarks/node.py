@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.broker_process import BrokerProcess
 
 DIRECTORY = os.environ.get("EB_BENCH_DIR", "/var/tmp")
 

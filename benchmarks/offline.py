@@ -16,11 +16,11 @@ from benchmarks.leaping import LeapingBroker
 from benchmarks.node import DIRECTORY
 from benchmarks.rows import Row, scaled
 from benchmarks.tree import FREE
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer
 
 HOURS = 7 * 24
 HOUR_SECONDS = 3600

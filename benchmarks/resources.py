@@ -13,14 +13,14 @@ import psutil
 
 from benchmarks.node import DIRECTORY, running
 from benchmarks.rows import DURABLE, Row, fill, scaled
-from edgebroker.cli import rawclient
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.disk import percentile
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.bench import native_client
+from edgebroker.cli.bench.disk import percentile
+from edgebroker.client.producer import Producer
 from edgebroker.common import batch
-from edgebroker.network import frames
-from edgebroker.network.producer import Producer
+from edgebroker.network.wire import frames
 from edgebroker.storage import files
-from edgebroker.storage.log import Extent, PartitionLog
+from edgebroker.storage.log.partition import Extent, PartitionLog
 
 
 def memory(pinned: bool) -> list[Row]:
@@ -32,7 +32,7 @@ def memory(pinned: bool) -> list[Row]:
             Row("memory, idle", f"{idle:.0f} MiB resident, {anonymous:.0f} anonymous", "", idle, "32 MiB", idle <= 32)
         )
         count = fill(node, 1_000_000_000)
-        rawclient.consume(node.host, node.port, b"fill", b"drain", count, 0, b"drain")
+        native_client.consume(node.host, node.port, b"fill", b"drain", count, 0, b"drain")
         time.sleep(3.0)
         _, after = node.memory()
         rows.append(
@@ -61,10 +61,10 @@ def memory(pinned: bool) -> list[Row]:
 def many_topics(pinned: bool) -> list[Row]:
     """64 topics with 50 records a second each, pushes timed on one of them."""
     with running(pinned=pinned) as node:
-        rawclient.one_by_one(node.host, node.port, b"one", 1, 128, DURABLE, b"make")
+        native_client.one_by_one(node.host, node.port, b"one", 1, 128, DURABLE, b"make")
         count = scaled(500)
         alone = percentile(
-            rawclient.push(node.host, node.port, b"one", b"g0", count, 128, 50.0, DURABLE, b"alone"), 0.99
+            native_client.push(node.host, node.port, b"one", b"g0", count, 128, 50.0, DURABLE, b"alone"), 0.99
         )
         before, _ = node.memory()
         ended = threading.Event()
@@ -72,7 +72,7 @@ def many_topics(pinned: bool) -> list[Row]:
         load.start()
         time.sleep(1.0)
         among = percentile(
-            rawclient.push(node.host, node.port, b"one", b"g1", count, 128, 50.0, DURABLE, b"among"), 0.99
+            native_client.push(node.host, node.port, b"one", b"g1", count, 128, 50.0, DURABLE, b"among"), 0.99
         )
         resident, _ = node.memory()
         topics = call(node.process.admin, "GET", "/v1/topics")["topics"]
@@ -134,7 +134,7 @@ def _device_bytes() -> int:
 
 def lookups(pinned: bool) -> list[Row]:
     """Look-ups by offset in active and sealed segments, and sequential reading, on the store itself."""
-    from tests.support import StoreHarness, store_settings
+    from tests.kit.storage import StoreHarness, store_settings
 
     with tempfile.TemporaryDirectory(dir=DIRECTORY) as directory:
         harness = StoreHarness(Path(directory) / "node", store_settings(segment_bytes=64 << 20))

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 from benchmarks import peers
 from benchmarks.node import DIRECTORY, Node, running
-from edgebroker.cli import disk, rawclient
-from edgebroker.cli.bench import python_consume, python_produce
-from edgebroker.cli.disk import percentile
+from edgebroker.cli.bench import disk, native_client
+from edgebroker.cli.bench.disk import percentile
+from edgebroker.cli.bench.workloads import python_consume, python_produce
 
 PEERS = peers.load()
 RUNS = int(os.environ.get("EB_BENCH_RUNS", "3"))
@@ -61,7 +61,7 @@ def publish(pinned: bool) -> list[Row]:
     def raw(node: Node, count: int, batch: int, name: str) -> tuple[float, float, float]:
         def measure(run: int) -> float:
             topic = f"{name}{run}".encode()
-            return count / rawclient.produce(node.host, node.port, topic, count, 128, batch, 10_000, DURABLE, topic)
+            return count / native_client.produce(node.host, node.port, topic, count, 128, batch, 10_000, DURABLE, topic)
 
         return median_of(measure)
 
@@ -89,7 +89,7 @@ def publish_1k(pinned: bool) -> list[Row]:
     with running(pinned=pinned) as node:
         for run in range(RUNS):
             raw = disk.sequential(HERE, count * 1024 // 2, 1 << 20, sync_each=False)
-            seconds = rawclient.produce(
+            seconds = native_client.produce(
                 node.host, node.port, b"k%d" % run, count, 1024, 100, 10_000, DURABLE, b"k%d" % run
             )
             figures.append(count / seconds)
@@ -106,9 +106,9 @@ def one_by_one(pinned: bool) -> list[Row]:
     with running(pinned=pinned) as node:
         for run in range(RUNS):
             floor = percentile(disk.append_and_sync(HERE, 500), 0.5)
-            ping = percentile(rawclient.ping(20_000, 0 if pinned else -1), 0.5)
-            first = rawclient.one_by_one(node.host, node.port, b"o", count, 128, DURABLE, b"d%d" % run)
-            second = rawclient.one_by_one(node.host, node.port, b"o", count, 128, WRITTEN, b"w%d" % run)
+            ping = percentile(native_client.ping(20_000, 0 if pinned else -1), 0.5)
+            first = native_client.one_by_one(node.host, node.port, b"o", count, 128, DURABLE, b"d%d" % run)
+            second = native_client.one_by_one(node.host, node.port, b"o", count, 128, WRITTEN, b"w%d" % run)
             durable.append(percentile(first, 0.5) / (floor + ping))
             written.append(percentile(second, 0.5) / ping)
             medians.append((percentile(first, 0.5) * 1e6, percentile(second, 0.5) * 1e6))
@@ -125,11 +125,11 @@ def drain(pinned: bool) -> list[Row]:
     with running(pinned=pinned) as node:
         for batch, c_target, python_target in ((100, 1.5, 2.0), (1, 2.0, 1.5)):
             topic = b"drain%d" % batch
-            rawclient.produce(node.host, node.port, topic, count, 128, batch, 10_000, DURABLE, topic)
+            native_client.produce(node.host, node.port, topic, count, 128, batch, 10_000, DURABLE, topic)
             values = median_of(
                 lambda run, topic=topic: (
                     count
-                    / rawclient.consume(
+                    / native_client.consume(
                         node.host, node.port, topic, b"c-%s-%d" % (topic, run), count, 100_000, b"drain"
                     )
                 )
@@ -157,11 +157,13 @@ def push(pinned: bool) -> list[Row]:
     with running(pinned=pinned) as node:
         for run in range(RUNS):
             topic = b"push%d" % run
-            rawclient.one_by_one(node.host, node.port, topic, 1, 128, DURABLE, b"make%d" % run)
+            native_client.one_by_one(node.host, node.port, topic, 1, 128, DURABLE, b"make%d" % run)
             floor = percentile(disk.append_and_sync(HERE, 500), 0.5) + percentile(
-                rawclient.ping(20_000, 0 if pinned else -1), 0.5
+                native_client.ping(20_000, 0 if pinned else -1), 0.5
             )
-            found = rawclient.push(node.host, node.port, topic, b"g%d" % run, count, 128, 1000.0, DURABLE, b"p%d" % run)
+            found = native_client.push(
+                node.host, node.port, topic, b"g%d" % run, count, 128, 1000.0, DURABLE, b"p%d" % run
+            )
             p50s.append(percentile(found, 0.5) * 1e6)
             p99s.append(percentile(found, 0.99) * 1e6)
             ratios.append(percentile(found, 0.5) / floor)
@@ -178,7 +180,7 @@ def connections(pinned: bool) -> list[Row]:
     count = scaled(400_000)
     with running(pinned=pinned) as node:
         values = median_of(
-            lambda run: count / rawclient.many(node.host, node.port, b"m", 64, count, 128, DURABLE, b"m%d" % run)
+            lambda run: count / native_client.many(node.host, node.port, b"m", 64, count, 128, DURABLE, b"m%d" % run)
         )
     return [
         Row("64 connections, one at a time each", f"{values[0] / 1e3:.1f} k/s [{values[1] / 1e3:.1f}-"
@@ -212,7 +214,7 @@ def start_after_kill(pinned: bool) -> list[Row]:
 def fill(node: Node, size: int) -> int:
     """Store about `size` bytes of payload in 1 KiB records; returns the records."""
     count = size // 1024
-    rawclient.produce(node.host, node.port, b"fill", count, 1024, 100, 10_000, DURABLE, b"fill")
+    native_client.produce(node.host, node.port, b"fill", count, 1024, 100, 10_000, DURABLE, b"fill")
     return count
 
 

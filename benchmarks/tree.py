@@ -18,14 +18,14 @@ import msgspec
 from benchmarks.line import Line
 from benchmarks.node import DIRECTORY
 from benchmarks.rows import RUNS, Row, scaled
-from edgebroker.cli import disk, rawclient
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.disk import percentile
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.bench import disk, native_client
+from edgebroker.cli.bench.disk import percentile
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 from edgebroker.common.clock import sleep
 from edgebroker.common.crc32c import crc32c
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer
 from edgebroker.pipe.stream import Kind, LogPosition, Poll
 
 DURABLE = 2
@@ -104,7 +104,7 @@ def catch_up(pinned: bool) -> list[Row]:
             call(parent.admin, "POST", "/v1/topics", {"name": "bulk"})
             host, _, port = parent.server.rpartition(":")
             records = scaled(2_000_000)
-            rawclient.produce(host.encode(), int(port), b"bulk", records, 1024, 250, 10_000, DURABLE, b"bulk")
+            native_client.produce(host.encode(), int(port), b"bulk", records, 1024, 250, 10_000, DURABLE, b"bulk")
             size = call(parent.admin, "GET", "/v1/topics/bulk")["partitions"][0]["bytes"]
             raws.append(disk.sequential(Path(DIRECTORY), min(size, 512 << 20), 1 << 20, sync_each=True))
             before = cpu_seconds(parent.pid)

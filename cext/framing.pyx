@@ -96,7 +96,7 @@ def split(data, size_t start, size_t max_frame):
 
 
 def encode_answers(bytes spans, bytes answers, list explanations):
-    """The ACK frames for a run: `answers` as edgebroker.storage.staging gives them, explanations by reason."""
+    """The ACK frames for a run: `answers` as edgebroker.storage.log.staging gives them, explanations by reason."""
     cdef const Span *span = <const Span *>PyBytes_AS_STRING(spans)
     cdef const Placed *placed = <const Placed *>PyBytes_AS_STRING(answers)
     cdef Py_ssize_t count = len(answers) // <Py_ssize_t>sizeof(Placed), i

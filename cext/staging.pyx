@@ -1,7 +1,7 @@
 """The staging area of one partition: takes client batches, checks them, finds duplicates, assigns offsets, copies.
 
 One call handles a whole run of PUBLISH frames. `spans` is packed native u64 correlation, u32 start, u32 end for each
-frame (edgebroker.network.framing makes it); the answer is packed native i64 offset, i32 code, i32 reason for each.
+frame (edgebroker.network.wire.framing makes it); the answer is packed native i64 offset, i32 code, i32 reason for each.
 """
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer

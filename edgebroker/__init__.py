@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 from edgebroker.version import __version__
 
 if TYPE_CHECKING:
+    from edgebroker.client.consumer import Consumer
+    from edgebroker.client.producer import Producer
     from edgebroker.common.records import Record
-    from edgebroker.network.consumer import Consumer
-    from edgebroker.network.producer import Producer
 
 _HOMES = {
-    "Consumer": "edgebroker.network.consumer",
-    "Producer": "edgebroker.network.producer",
+    "Consumer": "edgebroker.client.consumer",
+    "Producer": "edgebroker.client.producer",
     "Record": "edgebroker.common.records",
 }
 __all__ = ["Consumer", "Producer", "Record", "__version__"]

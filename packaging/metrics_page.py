@@ -1,7 +1,7 @@
 """Writes docs/metrics.md from the code: `python packaging/metrics_page.py > docs/metrics.md` (make docs)."""
 
-from edgebroker.broker.advice import ADVICE
-from edgebroker.broker.exposition import families
+from edgebroker.broker.admin.exposition import families
+from edgebroker.broker.observe.problems import ADVICE
 
 HEAD = """# Metrics
 

@@ -6,18 +6,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from trees import Tree
+
+from tests.kit.trees import Tree
 
 EXTENSIONS = (
     "edgebroker.common.crc32c",
     "edgebroker.common.records",
-    "edgebroker.network.accumulator",
-    "edgebroker.network.framing",
-    "edgebroker.network.sendpath",
-    "edgebroker.storage.groupcommit",
-    "edgebroker.storage.segscan",
-    "edgebroker.storage.staging",
-    "edgebroker.cli.rawclient",
+    "edgebroker.client.accumulator",
+    "edgebroker.network.wire.framing",
+    "edgebroker.network.io.sendpath",
+    "edgebroker.storage.commit.groupcommit",
+    "edgebroker.storage.log.segscan",
+    "edgebroker.storage.log.staging",
+    "edgebroker.cli.bench.native_client",
 )
 
 # Machines are booted there, which takes minutes: `make test-appliance`.

@@ -16,22 +16,21 @@ from types import SimpleNamespace
 
 import msgspec
 import pytest
-import tiny_client
-import tiny_reader
-from brokers import RunningBroker, batch_of, numbered, running
-from tiny_client import Record, TinyClient
 
 import edgebroker
-from edgebroker.broker.deadletters import HEADERS
-from edgebroker.broker.metrics import counters_of
-from edgebroker.broker.operations import MoveRequest
-from edgebroker.broker.snapshots import BEGIN, END
+from edgebroker.broker.admin.offsets import MoveRequest
+from edgebroker.broker.delivery.dead_letters import HEADERS
+from edgebroker.broker.delivery.table_snapshots import BEGIN, END
+from edgebroker.broker.observe.metrics import counters_of
+from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.main import build_parser
-from edgebroker.cli.process import BrokerProcess
 from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, Start, TopicSettings
-from edgebroker.network.frames import AckKind, FrameType, GapReason, Holding, Intent
-from edgebroker.storage import meta
+from edgebroker.network.wire.frames import AckKind, FrameType, GapReason, Holding, Intent
+from edgebroker.storage.metadata import meta_db as meta
+from tests.kit import tiny_client, tiny_reader
+from tests.kit.brokers import RunningBroker, batch_of, numbered, running
+from tests.kit.tiny_client import Record, TinyClient
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -187,7 +186,7 @@ def test_the_checksums_of_the_document() -> None:
 
 @pytest.mark.parametrize(("name", "lines"), [("tiny_client.py", 200), ("tiny_reader.py", 150)])
 def test_they_are_tiny_and_need_the_standard_library_only(name: str, lines: int) -> None:
-    text = (TESTS / name).read_text()
+    text = (TESTS / "kit" / name).read_text()
     assert len(text.splitlines()) < lines
     imported: set[str] = set()
     for node in ast.walk(ast.parse(text)):

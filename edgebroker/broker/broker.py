@@ -15,50 +15,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edgebroker.broker.admin import Admin
-from edgebroker.broker.cursor import Cursor
-from edgebroker.broker.deadletters import DeadLetters
-from edgebroker.broker.deleting import Deleting
-from edgebroker.broker.delivery import Delivery
-from edgebroker.broker.digests import Digests
+from edgebroker.broker.admin.admin import Admin
+from edgebroker.broker.admin.exposition import Exposition
+from edgebroker.broker.delivery.cursor import Cursor
+from edgebroker.broker.delivery.dead_letters import DeadLetters
+from edgebroker.broker.delivery.groups import Groups
+from edgebroker.broker.delivery.leases import LeaseLimits, Leases
+from edgebroker.broker.delivery.membership import Membership
+from edgebroker.broker.delivery.push import Delivery
+from edgebroker.broker.delivery.rebase import Readers
+from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.delivery.table_snapshots import Snapshots
 from edgebroker.broker.engines import make_engine, store_settings
-from edgebroker.broker.exposition import Exposition
-from edgebroker.broker.feeding import Feeding, Node
-from edgebroker.broker.freshcopy import CopySettings
-from edgebroker.broker.groups import Groups
-from edgebroker.broker.lags import Lags
-from edgebroker.broker.leases import LeaseLimits, Leases
-from edgebroker.broker.membership import Membership
-from edgebroker.broker.metrics import Metrics
-from edgebroker.broker.promotion import promote
-from edgebroker.broker.publishing import Publishing, PublishLimits
-from edgebroker.broker.ranges import Ranges
-from edgebroker.broker.readers import Readers
-from edgebroker.broker.refreshing import Refreshing
-from edgebroker.broker.resets import Resets
-from edgebroker.broker.session import Session
-from edgebroker.broker.snapshots import Snapshots
-from edgebroker.broker.tree import Tree
-from edgebroker.broker.wellbeing import Supervisor, Wellbeing
+from edgebroker.broker.feed.children import Feeding, Node
+from edgebroker.broker.feed.digests import Digests
+from edgebroker.broker.feed.ranges import Ranges
+from edgebroker.broker.fleet.tree import Tree
+from edgebroker.broker.mirror.fresh_copy import CopySettings
+from edgebroker.broker.mirror.promotion import promote
+from edgebroker.broker.mirror.resync import Resets
+from edgebroker.broker.observe.health import Supervisor, Wellbeing
+from edgebroker.broker.observe.lags import Lags
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.publish.publishing import Publishing, PublishLimits
+from edgebroker.broker.sessions.native import Session
+from edgebroker.broker.topic_deletion import Deleting
 from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, is_loopback, split_list
 from edgebroker.common.errors import Code, EdgeBrokerError
 from edgebroker.common.types import TopicSettings
-from edgebroker.network import frames
-from edgebroker.network.connection import ReceiveBuffer
-from edgebroker.network.http import HttpServer
-from edgebroker.network.loop import Loop
-from edgebroker.network.transport import Listener, listen
+from edgebroker.network.http.server import HttpServer
+from edgebroker.network.io.loop import Loop
+from edgebroker.network.io.transport import Listener, listen
+from edgebroker.network.wire import frames
+from edgebroker.network.wire.connection import ReceiveBuffer
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.report import MAX_BATCH_BYTES
 from edgebroker.pipe.stream import LogPosition
 from edgebroker.storage.engine import Log
-from edgebroker.storage.staging import Chunk
+from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.store import SegmentStore
 
 if TYPE_CHECKING:
-    from edgebroker.broker.healing import Healing
-    from edgebroker.broker.piping import Piping
+    from edgebroker.broker.mirror.repair import Healing
+    from edgebroker.broker.mirror.upstream import Piping
 
 log = logging.getLogger(__name__)
 
@@ -254,7 +254,7 @@ class Broker:
         self.loop.call_later(0.0, self._drain)
 
     def reconfigure(self, config: Config) -> None:
-        """Go on with this configuration, in which only what broker/reloading.py names is different."""
+        """Go on with this configuration, in which only what broker/reload.py names is different."""
         self.config = config
         if isinstance(self.engine, SegmentStore):
             self.engine.reconfigure(store_settings(config))
@@ -432,8 +432,8 @@ class Broker:
     # ---- the tree ----
 
     def _make_piping(self, node: Node) -> Piping:
-        from edgebroker.broker.mirrors import Moves
-        from edgebroker.broker.piping import Piping  # with its HTTP client, for nodes that have a parent
+        from edgebroker.broker.mirror.mirrors import Moves
+        from edgebroker.broker.mirror.upstream import Piping  # with its HTTP client, for nodes that have a parent
 
         pipe, engine = self.config.pipe, self.engine
         assert isinstance(engine, SegmentStore)
@@ -478,7 +478,7 @@ class Broker:
     def healing(self) -> Healing:
         """Made when it is first needed: it brings an HTTP client."""
         if self._healing is None:
-            from edgebroker.broker.healing import Healing
+            from edgebroker.broker.mirror.repair import Healing
 
             def parent() -> str:
                 return self.piping.address if self.piping is not None and self.piping.connected else ""

@@ -8,9 +8,9 @@ from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.storage.engine import Engine
-from edgebroker.storage.housekeeping import HousekeepingSettings
 from edgebroker.storage.memory import MemoryEngine
 from edgebroker.storage.store import SegmentStore, StoreSettings
+from edgebroker.storage.upkeep.housekeeping import HousekeepingSettings
 
 
 def make_engine(config: Config, scheduler: Scheduler, clock: Clock) -> Engine:

@@ -63,7 +63,15 @@ def build_parser() -> Parser:
     _verify(verbs)
     _promote(verbs)
     _backup(verbs)
-    _admin(_verb(verbs, "pipe", "show the parent of a node, what it lacks, and the children it feeds", "pipe", "pipe"))
+    _admin(
+        _verb(
+            verbs,
+            "pipe",
+            "show the parent of a node, what it lacks, and the children it feeds",
+            "commands.pipe",
+            "pipe",
+        )
+    )
     _tree(verbs)
     _node(verbs)
     _reset(verbs)
@@ -72,11 +80,11 @@ def build_parser() -> Parser:
     _log(verbs)
     _config(verbs)
     _bench(verbs)
-    demo = _verb(verbs, "demo", "run the demonstration on real retail data and check it", "demo", "demo")
+    demo = _verb(verbs, "demo", "run the demonstration on real retail data and check it", "demo.demo", "demo")
     demo.add_argument("--rate", type=int, default=5000, help="records published a second (default 5000)")
     demo.add_argument("--json", action="store_true", help="print the result as JSON")
-    _verb(verbs, "selftest", "check that this program is complete and works here", "selftest", "selftest")
-    version = _verb(verbs, "version", "print the version", "version", "version")
+    _verb(verbs, "selftest", "check that this program is complete and works here", "commands.selftest", "selftest")
+    version = _verb(verbs, "version", "print the version", "commands.version", "version")
     version.add_argument("--json", action="store_true")
     return parser
 
@@ -104,7 +112,7 @@ def _family(verbs, name: str, text: str):  # type: ignore[no-untyped-def]
 
 
 def _serve(verbs) -> None:  # type: ignore[no-untyped-def]
-    serve = _verb(verbs, "serve", "run a broker", "serve", "serve")
+    serve = _verb(verbs, "serve", "run a broker", "service.serve", "serve")
     serve.add_argument("-c", "--config", metavar="FILE", help="TOML file; without one, safe defaults on 127.0.0.1")
     serve.add_argument("--data-dir", metavar="DIR", help="where everything is stored")
     serve.add_argument("--listen", metavar="HOST:PORT", help="address of the binary protocol")
@@ -113,7 +121,7 @@ def _serve(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _appliance(verbs) -> None:  # type: ignore[no-untyped-def]
-    install = _verb(verbs, "install", "make this program a service of this machine", "install", "install")
+    install = _verb(verbs, "install", "make this program a service of this machine", "appliance.install", "install")
     install.add_argument("--role", default="", choices=("root", "l2", "l3", "pos", "local"), help="level in the tree")
     install.add_argument("--id", default="", metavar="NAME", help="name of the node (default: the host name)")
     install.add_argument(
@@ -129,7 +137,7 @@ def _appliance(verbs) -> None:  # type: ignore[no-untyped-def]
     install.add_argument(
         "--refresh", action="store_true", help="only bring the units to this release; after an upgrade"
     )
-    uninstall = _verb(verbs, "uninstall", "remove the service; the data stays", "install", "uninstall")
+    uninstall = _verb(verbs, "uninstall", "remove the service; the data stays", "appliance.install", "uninstall")
     uninstall.add_argument("--purge", action="store_true", help="the data and the configuration, too")
     uninstall.add_argument("--yes", action="store_true", help="with --purge: that is meant")
     for verb in (install, uninstall):
@@ -139,7 +147,7 @@ def _appliance(verbs) -> None:  # type: ignore[no-untyped-def]
         verb.add_argument("--dry-run", action="store_true", help="only say what would be done")
         verb.add_argument("--root", default="/", metavar="DIR", help="an image that is being built, instead of /")
     upgrade = _verb(
-        verbs, "upgrade", "run another release; back by itself when it does not come up", "upgrade", "upgrade"
+        verbs, "upgrade", "run another release; back by itself when it does not come up", "appliance.upgrade", "upgrade"
     )
     upgrade.add_argument("file", nargs="?", help="the program of that release")
     upgrade.add_argument("--sha256", default="", metavar="HEX", help="its digest, as published")
@@ -153,13 +161,15 @@ def _appliance(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _status(verbs) -> None:  # type: ignore[no-untyped-def]
-    _admin(_verb(verbs, "status", "how a node is, on one screen", "status", "status"))
+    _admin(_verb(verbs, "status", "how a node is, on one screen", "commands.status", "status"))
     check = _family(verbs, "check", "for monitoring: one line, and 0 ok, 1 warning, 2 critical, 3 unknown")
-    live = _verb(check, "live", "does it answer?", "status", "live")
-    ready = _verb(check, "ready", "can it take and deliver records? a missing parent is a warning", "status", "ready")
+    live = _verb(check, "live", "does it answer?", "commands.status", "live")
+    ready = _verb(
+        check, "ready", "can it take and deliver records? a missing parent is a warning", "commands.status", "ready"
+    )
     for verb in (live, ready):
         verb.add_argument("--healthcheck", action="store_true", help="exit 0 or 1, as container engines expect")
-    lag = _verb(check, "lag", "how far behind are the groups?", "status", "lag")
+    lag = _verb(check, "lag", "how far behind are the groups?", "commands.status", "lag")
     lag.add_argument("--group", default="", help="only this group; without it all of them")
     lag.add_argument("--records", action="store_true", help="count records, not seconds")
     lag.add_argument("--warning", type=float, default=60.0, metavar="N", help="warning from here on (default 60)")
@@ -167,12 +177,18 @@ def _status(verbs) -> None:  # type: ignore[no-untyped-def]
     for verb in (live, ready, lag):
         _admin(verb, json=False)
     bundle = _verb(
-        verbs, "support-bundle", "collect what support needs, without records and secrets", "bundle", "support_bundle"
+        verbs,
+        "support-bundle",
+        "collect what support needs, without records and secrets",
+        "appliance.bundle",
+        "support_bundle",
     )
     bundle.add_argument("file", nargs="?", help="where to (default: edgebroker-HOST-TIME.tar.gz)")
     bundle.add_argument("-c", "--config", metavar="FILE", help="its configuration (default: all in /etc/edgebroker)")
     _admin(bundle, json=False)
-    completion = _verb(verbs, "completion", "print what a shell needs to complete commands", "completion", "completion")
+    completion = _verb(
+        verbs, "completion", "print what a shell needs to complete commands", "commands.completion", "completion"
+    )
     completion.add_argument("shell", choices=("bash", "zsh", "fish"))
 
 
@@ -188,7 +204,9 @@ def _admin(parser: Parser, *, json: bool = True) -> None:
 
 
 def _publish(verbs) -> None:  # type: ignore[no-untyped-def]
-    publish = _verb(verbs, "publish", "publish lines of stdin, or rows of a CSV file as JSON", "publish", "publish")
+    publish = _verb(
+        verbs, "publish", "publish lines of stdin, or rows of a CSV file as JSON", "commands.publish", "publish"
+    )
     publish.add_argument("topic")
     _server(publish)
     publish.add_argument("--key", help="key of every record")
@@ -212,11 +230,11 @@ def _publish(verbs) -> None:  # type: ignore[no-untyped-def]
 
 def _dlq(verbs) -> None:  # type: ignore[no-untyped-def]
     dlq = _family(verbs, "dlq", "list, show, replay and drop dead letters: records that no attempt could handle")
-    _admin(_verb(dlq, "list", "list the topics with dead letters", "dlq", "list_letters"))
-    show = _verb(dlq, "show", "print the dead letters of a topic", "dlq", "show")
-    replay = _verb(dlq, "replay", "publish dead letters again to their topic, in order", "dlq", "replay")
+    _admin(_verb(dlq, "list", "list the topics with dead letters", "commands.dlq", "list_letters"))
+    show = _verb(dlq, "show", "print the dead letters of a topic", "commands.dlq", "show")
+    replay = _verb(dlq, "replay", "publish dead letters again to their topic, in order", "commands.dlq", "replay")
     replay.add_argument("--to", metavar="HOST:PORT", help="where to publish (default: --server; a mirror refuses)")
-    drop = _verb(dlq, "drop", "count dead letters as done", "dlq", "drop")
+    drop = _verb(dlq, "drop", "count dead letters as done", "commands.dlq", "drop")
     for verb in (show, replay, drop):
         verb.add_argument("topic", help="the topic whose records failed, or its dead-letter topic")
         verb.add_argument("--count", type=int, default=0, metavar="N", help="only the first N; 0: all of them")
@@ -227,7 +245,7 @@ def _dlq(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _consume(verbs) -> None:  # type: ignore[no-untyped-def]
-    consume = _verb(verbs, "consume", "print the records of a topic as they come", "consume", "consume")
+    consume = _verb(verbs, "consume", "print the records of a topic as they come", "commands.consume", "consume")
     consume.add_argument("topic", nargs="+")
     _server(consume)
     consume.add_argument("--group", default="", help="consumer group; without one a fresh group is used")
@@ -246,7 +264,7 @@ def _consume(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _heal(verbs) -> None:  # type: ignore[no-untyped-def]
-    heal = _verb(verbs, "heal", "fetch damaged records again from a node that has them", "heal", "heal")
+    heal = _verb(verbs, "heal", "fetch damaged records again from a node that has them", "commands.repair", "heal")
     heal.add_argument(
         "--from", dest="source", required=True, metavar="HOST:PORT", help="HTTP interface of a parent or a child"
     )
@@ -255,7 +273,7 @@ def _heal(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _verify(verbs) -> None:  # type: ignore[no-untyped-def]
-    verify = _verb(verbs, "verify", "compare the logs of two nodes, byte for byte", "verify", "verify")
+    verify = _verb(verbs, "verify", "compare the logs of two nodes, byte for byte", "commands.verify", "verify")
     verify.add_argument(
         "--against", required=True, metavar="HOST:PORT", help="HTTP interface of the other node, a parent or a child"
     )
@@ -265,7 +283,7 @@ def _verify(verbs) -> None:  # type: ignore[no-untyped-def]
 
 def _promote(verbs) -> None:  # type: ignore[no-untyped-def]
     text = "make a mirror the origin of what it mirrors, when the node that wrote it is lost"
-    promote = _verb(verbs, "promote", text, "promote", "promote")
+    promote = _verb(verbs, "promote", text, "commands.promote", "promote")
     promote.add_argument("--level", default="root", help="level that the node gets (default root)")
     promote.add_argument("--undo", action="store_true", help="from the next start on the configuration counts again")
     _admin(promote)
@@ -282,12 +300,16 @@ def _label(parser: Parser) -> None:
 
 
 def _tree(verbs) -> None:  # type: ignore[no-untyped-def]
-    tree = _verb(verbs, "tree", "show the nodes below one: how many, and which are silent or behind", "tree", "tree")
+    tree = _verb(
+        verbs, "tree", "show the nodes below one: how many, and which are silent or behind", "commands.tree", "tree"
+    )
     tree.add_argument("--all", action="store_true", help="every node, not only the worst 20")
     tree.add_argument("--watch", action="store_true", help="again every five seconds, until Ctrl-C")
     _label(tree)
     _admin(tree)
-    wait = _verb(verbs, "wait", "wait until every terminal has applied a topic up to an offset", "tree", "wait")
+    wait = _verb(
+        verbs, "wait", "wait until every terminal has applied a topic up to an offset", "commands.tree", "wait"
+    )
     wait.add_argument("--topic", required=True)
     wait.add_argument("--offset", type=int, default=-1, help="up to this next offset; without it: where it ends now")
     wait.add_argument("--partition", type=int, default=-1, help="only this partition (with --offset: 0)")
@@ -309,7 +331,7 @@ def _node(verbs) -> None:  # type: ignore[no-untyped-def]
         ("undrain", "let a node have children again"),
         ("remove", "forget a node that is silent"),
     ):
-        verb = _verb(node, name, text, "tree", name)
+        verb = _verb(node, name, text, "commands.tree", name)
         verb.add_argument("name", help="name or uid of the node")
         if name == "pin":
             verb.add_argument("parent", nargs="+", help="names or uids of its parents, the best first")
@@ -317,7 +339,9 @@ def _node(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _reset(verbs) -> None:  # type: ignore[no-untyped-def]
-    reset = _verb(verbs, "reset", "load topics afresh from the parent, here or at nodes below", "reset", "reset")
+    reset = _verb(
+        verbs, "reset", "load topics afresh from the parent, here or at nodes below", "commands.resync", "reset"
+    )
     reset.add_argument("--topic", default="", help="which topic; without it all that a node mirrors")
     reset.add_argument("--group", default="", help="instead: have this consumer group load the topic afresh")
     reset.add_argument("--node", default="", metavar="NAME", help="at this node below, by name or uid")
@@ -338,10 +362,10 @@ def _reset(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backup(verbs) -> None:  # type: ignore[no-untyped-def]
-    backup = _verb(verbs, "backup", "copy the logs of a running node on this machine", "backup", "backup")
+    backup = _verb(verbs, "backup", "copy the logs of a running node on this machine", "commands.backup", "backup")
     backup.add_argument("directory", help="a directory that does not exist, best on another disk")
     _admin(backup)
-    restore = _verb(verbs, "restore", "make a data directory from a backup", "backup", "restore")
+    restore = _verb(verbs, "restore", "make a data directory from a backup", "commands.backup", "restore")
     restore.add_argument("directory", help="what edgebroker backup wrote")
     restore.add_argument("--data-dir", required=True, metavar="DIR", help="a directory that does not exist")
     restore.add_argument(
@@ -352,25 +376,25 @@ def _backup(verbs) -> None:  # type: ignore[no-untyped-def]
 
 def _topic(verbs) -> None:  # type: ignore[no-untyped-def]
     topic = _family(verbs, "topic", "create, list, describe, alter, accept and delete topics")
-    create = _verb(topic, "create", "create a topic", "topic", "create")
+    create = _verb(topic, "create", "create a topic", "commands.topic", "create")
     create.add_argument("name")
     create.add_argument("--partitions", type=int, default=1)
     create.add_argument("--kind", choices=("stream", "table"), default="stream")
     _topic_settings(create)
     _admin(create)
-    alter = _verb(topic, "alter", "change settings of a topic", "topic", "alter")
+    alter = _verb(topic, "alter", "change settings of a topic", "commands.topic", "alter")
     alter.add_argument("name")
     _topic_settings(alter)
     _admin(alter)
-    accept = _verb(topic, "accept", "accept that records are lost here, or that the parent has another log", "topic", "accept")  # fmt: skip  # noqa: E501
+    accept = _verb(topic, "accept", "accept that records are lost here, or that the parent has another log", "commands.topic", "accept")  # fmt: skip  # noqa: E501
     accept.add_argument("name")
     _admin(accept)
-    delete = _verb(topic, "delete", "delete a topic here and at every node below, for good", "topic", "delete")
+    delete = _verb(topic, "delete", "delete a topic here and at every node below, for good", "commands.topic", "delete")
     delete.add_argument("name")
     delete.add_argument("--yes", action="store_true", help="without it nothing is deleted")
     _admin(delete)
-    _admin(_verb(topic, "list", "list the topics of a node", "topic", "list_topics"))
-    describe = _verb(topic, "describe", "show one topic with its partitions", "topic", "describe")
+    _admin(_verb(topic, "list", "list the topics of a node", "commands.topic", "list_topics"))
+    describe = _verb(topic, "describe", "show one topic with its partitions", "commands.topic", "describe")
     describe.add_argument("name")
     _admin(describe)
 
@@ -387,11 +411,13 @@ def _topic_settings(parser: Parser) -> None:
 
 def _group(verbs) -> None:  # type: ignore[no-untyped-def]
     group = _family(verbs, "group", "list, describe, reset, refresh and delete consumer groups")
-    _admin(_verb(group, "list", "list the groups of a node with their lag", "group", "list_groups"))
-    describe = _verb(group, "describe", "show one group: places, lag, members", "group", "describe")
-    reset = _verb(group, "reset", "move a group to another place, also while it reads", "group", "reset")
-    refresh = _verb(group, "refresh", "have a group load a topic afresh, beside what it has", "group", "refresh")
-    delete = _verb(group, "delete", "forget a group and its places", "group", "delete")
+    _admin(_verb(group, "list", "list the groups of a node with their lag", "commands.group", "list_groups"))
+    describe = _verb(group, "describe", "show one group: places, lag, members", "commands.group", "describe")
+    reset = _verb(group, "reset", "move a group to another place, also while it reads", "commands.group", "reset")
+    refresh = _verb(
+        group, "refresh", "have a group load a topic afresh, beside what it has", "commands.group", "refresh"
+    )
+    delete = _verb(group, "delete", "forget a group and its places", "commands.group", "delete")
     for verb in (describe, reset, refresh, delete):
         verb.add_argument("name")
         _admin(verb)
@@ -410,7 +436,7 @@ def _log(verbs) -> None:  # type: ignore[no-untyped-def]
         ("dump", "print the batches (and records) of segment files"),
         ("verify", "check every checksum of segment files"),
     ):
-        verb = _verb(log, name, text, "logs", name)
+        verb = _verb(log, name, text, "commands.log", name)
         verb.add_argument("path", help="a .log file, a partition directory, or a data directory")
         verb.add_argument("--json", action="store_true", help="print JSON, one object a line")
         if name == "dump":
@@ -419,12 +445,12 @@ def _log(verbs) -> None:  # type: ignore[no-untyped-def]
 
 def _config(verbs) -> None:  # type: ignore[no-untyped-def]
     config = _family(verbs, "config", "check, show and write configuration files")
-    check = _verb(config, "check", "check a configuration file and name every problem", "configure", "check")
+    check = _verb(config, "check", "check a configuration file and name every problem", "commands.config", "check")
     check.add_argument("file")
-    show = _verb(config, "show", "print the configuration that would be used", "configure", "show")
+    show = _verb(config, "show", "print the configuration that would be used", "commands.config", "show")
     show.add_argument("-c", "--config", metavar="FILE")
     show.add_argument("--json", action="store_true")
-    init = _verb(config, "init", "print a commented configuration file with every key", "configure", "init")
+    init = _verb(config, "init", "print a commented configuration file with every key", "commands.config", "init")
     init.add_argument("file", nargs="?", help="write it here instead (never over an existing file)")
 
 
@@ -437,7 +463,7 @@ def _bench(verbs) -> None:  # type: ignore[no-untyped-def]
         ("connections", "many connections, one record at a time each"),
         ("fanout", "one producer, many consumers that all get everything"),
     ):
-        verb = _verb(bench, name, text, "bench", name)
+        verb = _verb(bench, name, text, "bench.workloads", name)
         _server(verb)
         verb.add_argument("--json", action="store_true")
         verb.add_argument("--topic", default="bench")
@@ -458,12 +484,12 @@ def _bench(verbs) -> None:  # type: ignore[no-untyped-def]
         bench,
         "all",
         "everything on this very machine, on one page that says what to expect of it",
-        "targetbench",
+        "bench.target",
         "bench_all",
     )
     everything.add_argument("directory", nargs="?", default=".", help="on the disk that matters (default: here)")
     everything.add_argument("--report", metavar="FILE", help="write the page here as well; FILE.json: as JSON")
     everything.add_argument("--json", action="store_true")
-    disk = _verb(bench, "disk", "what this disk can do: append and sync, sequential writes", "bench", "disk")
+    disk = _verb(bench, "disk", "what this disk can do: append and sync, sequential writes", "bench.workloads", "disk")
     disk.add_argument("directory", nargs="?", default=".")
     disk.add_argument("--json", action="store_true")

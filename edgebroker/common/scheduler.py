@@ -1,4 +1,4 @@
-"""What the loop offers to those who live on it. Storage knows only this, not edgebroker.network.loop."""
+"""What the loop offers to those who live on it. Storage knows only this, not edgebroker.network.io.loop."""
 
 from collections.abc import Callable
 from typing import Protocol

@@ -10,15 +10,15 @@ import msgspec
 from edgebroker.common.errors import Code
 from edgebroker.common.histogram import Histogram
 from edgebroker.common.types import AckLevel, TopicSettings
-from edgebroker.storage.chains import ChainPoint
-from edgebroker.storage.children import Children
 from edgebroker.storage.identity import Identity
-from edgebroker.storage.log import Extent, Found
-from edgebroker.storage.meta import GroupKey, GroupOffset
-from edgebroker.storage.reader import ColdRead
-from edgebroker.storage.recovery import Hole
-from edgebroker.storage.segment import Segment
-from edgebroker.storage.staging import Chunk
+from edgebroker.storage.log.chains import ChainPoint
+from edgebroker.storage.log.partition import Extent, Found
+from edgebroker.storage.log.reader import ColdRead
+from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.log.staging import Chunk
+from edgebroker.storage.metadata.children import Children
+from edgebroker.storage.metadata.meta_db import GroupKey, GroupOffset
 
 Done = Callable[[Code, str], None]
 

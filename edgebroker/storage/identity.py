@@ -14,7 +14,7 @@ from msgspec.structs import replace
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.common.types import TopicSettings
-from edgebroker.storage.checked import read_checked, write_checked
+from edgebroker.storage.checksummed import read_checked, write_checked
 
 FILE_NAME = "identity"
 

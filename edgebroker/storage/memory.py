@@ -16,17 +16,17 @@ from edgebroker.common.errors import Code
 from edgebroker.common.histogram import Histogram
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
-from edgebroker.storage import segscan
-from edgebroker.storage.chains import ChainPoint
-from edgebroker.storage.children import Children
 from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
 from edgebroker.storage.identity import Identity, make_identity
-from edgebroker.storage.log import Extent, Inline
-from edgebroker.storage.meta import GroupKey, GroupOffset
-from edgebroker.storage.reader import ColdRead
-from edgebroker.storage.recovery import Hole
-from edgebroker.storage.segment import Segment
-from edgebroker.storage.staging import Chunk, Stage
+from edgebroker.storage.log import segscan
+from edgebroker.storage.log.chains import ChainPoint
+from edgebroker.storage.log.partition import Extent, Inline
+from edgebroker.storage.log.reader import ColdRead
+from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.log.staging import Chunk, Stage
+from edgebroker.storage.metadata.children import Children
+from edgebroker.storage.metadata.meta_db import GroupKey, GroupOffset
 
 
 class MemoryLog:

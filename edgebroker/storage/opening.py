@@ -29,15 +29,15 @@ from edgebroker.storage.identity import (
     read_identity,
     write_identity,
 )
-from edgebroker.storage.index import SealedIndex, read_index
-from edgebroker.storage.log import PartitionLog
-from edgebroker.storage.meta import MetaState, SegmentRow
-from edgebroker.storage.mirror import finish_restart
+from edgebroker.storage.log.index import SealedIndex, read_index
+from edgebroker.storage.log.partition import PartitionLog
+from edgebroker.storage.log.recovery import RecoveredLog, Recovery
+from edgebroker.storage.log.segment import SUFFIX, UNKNOWN_CHAIN, Segment
+from edgebroker.storage.log.staging import Stage
+from edgebroker.storage.log.walk import next_good_batch
+from edgebroker.storage.metadata.meta_db import MetaState, SegmentRow
 from edgebroker.storage.quarantine import Quarantine
-from edgebroker.storage.recovery import RecoveredLog, Recovery
-from edgebroker.storage.segment import SUFFIX, UNKNOWN_CHAIN, Segment
-from edgebroker.storage.staging import Stage
-from edgebroker.storage.walk import next_good_batch
+from edgebroker.storage.rewrite.truncate import finish_restart
 
 log = logging.getLogger(__name__)
 

@@ -20,28 +20,28 @@ from edgebroker.common.histogram import Histogram
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
-from edgebroker.storage.ages import Ages
-from edgebroker.storage.chains import ChainPoint, DamagedLogError, find_chains
-from edgebroker.storage.children import Children
-from edgebroker.storage.committer import Committer
+from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
-from edgebroker.storage.heal import Healed, heal_segment
-from edgebroker.storage.housekeeping import Housekeeping, HousekeepingSettings
 from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity
-from edgebroker.storage.log import Extent, PartitionLog
-from edgebroker.storage.meta import GroupKey, GroupOffset, SegmentRow
-from edgebroker.storage.metadata import Metadata
-from edgebroker.storage.mirror import begin_log, cut_log, restart_log
+from edgebroker.storage.log.ages import Ages
+from edgebroker.storage.log.chains import ChainPoint, DamagedLogError, find_chains
+from edgebroker.storage.log.partition import Extent, PartitionLog
+from edgebroker.storage.log.reader import ColdRead, Reader, read_cold
+from edgebroker.storage.log.recovery import Checkpoint, RecoveredLog
+from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.log.staging import Chunk
+from edgebroker.storage.log.timestamps import find_time
+from edgebroker.storage.metadata.children import Children
+from edgebroker.storage.metadata.meta_db import GroupKey, GroupOffset, SegmentRow
+from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener, begin_histories, raise_epochs
 from edgebroker.storage.quarantine import Quarantine
-from edgebroker.storage.reader import ColdRead, Reader, read_cold
-from edgebroker.storage.recovery import Checkpoint, RecoveredLog
-from edgebroker.storage.removal import Removal, finish_removals, read_tombstones
-from edgebroker.storage.segment import Segment
-from edgebroker.storage.staging import Chunk
-from edgebroker.storage.switch import Switch, finish_switches, read_resets
-from edgebroker.storage.timesearch import find_time
+from edgebroker.storage.rewrite.removal import Removal, finish_removals, read_tombstones
+from edgebroker.storage.rewrite.repair import Healed, heal_segment
+from edgebroker.storage.rewrite.replace import Switch, finish_switches, read_resets
+from edgebroker.storage.rewrite.truncate import begin_log, cut_log, restart_log
+from edgebroker.storage.upkeep.housekeeping import Housekeeping, HousekeepingSettings
 
 log = logging.getLogger(__name__)
 

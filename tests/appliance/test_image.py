@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from faults.traffic import until
 
-from edgebroker.cli.adminclient import ask
+from edgebroker.cli.admin_client import ask
 from edgebroker.common.errors import UnreachableError
 from edgebroker.version import __version__
 

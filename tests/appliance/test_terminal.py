@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from faults.traffic import until
 
-from edgebroker.cli.install import LIMITS
+from edgebroker.cli.appliance.install import LIMITS
 from edgebroker.version import __version__
 
 from . import builds

@@ -15,12 +15,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
 from edgebroker.common import batch
 from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import CorruptBatchError
-from edgebroker.network.consumer import Consumer
 
 _HEAD = struct.Struct(">4sQI")
 _FILLER = bytes(range(251)) * 64

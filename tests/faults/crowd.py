@@ -10,15 +10,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.common.errors import UnreachableError
 
 from .checker import History, read_back
 from .group_checker import Journals, read_letters
 from .traffic import CLOCK, until
 
-_TESTS = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Crowd:
         runs = known.runs + 1 if known is not None else 1
         journal = self._directory / f"{name}-{runs}"
         arguments = json.dumps({**orders, "client_id": name, "journal": str(journal)})
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(_TESTS), str(_TESTS.parent)))}
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
         with (self._directory / f"{name}-{runs}.log").open("wb") as log:
             command = [sys.executable, "-m", "faults.member", arguments]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)

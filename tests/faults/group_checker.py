@@ -13,9 +13,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
 from edgebroker.common.clock import SystemClock
-from edgebroker.network.consumer import Consumer
 
 from .checker import Content, origin_of
 

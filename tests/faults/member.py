@@ -22,11 +22,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from edgebroker.client.consumer import Consumer
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import EdgeBrokerError, GapError
 from edgebroker.common.records import Record
 from edgebroker.common.types import TopicPartition
-from edgebroker.network.consumer import Consumer
 
 from .checker import origin_of
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.broker_process import BrokerProcess
 
 IMAGE_BYTES = 192 << 20
 

@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
-from edgebroker.network import frames
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.refresh import Refresh
+from edgebroker.network.wire import frames
 
 STEPS = ("announced", "begun", "accepted", "loading", "unswitched", "switched", "ready")
 _SCHEMA = """

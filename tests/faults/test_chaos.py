@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.cli.adminclient import call
+from edgebroker.cli.admin_client import call
 
 from .chaos import Chaos, draw
 from .checker import History

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
 
 from .checker import History, read_back
 from .traffic import PARTITIONS, SETTINGS, Traffic, pass_time, until

@@ -16,16 +16,16 @@ from typing import NamedTuple
 import pytest
 
 from edgebroker.broker.broker import Broker
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 from edgebroker.common.clock import SystemClock
 from edgebroker.common.config import load_config
 from edgebroker.common.errors import Code
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer
 from edgebroker.storage.engine import Log
 from edgebroker.storage.identity import read_identity
-from edgebroker.storage.staging import Chunk
+from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.store import SegmentStore
 
 from . import crashstates, shim

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from brokers import RunningBroker, numbered, running
 
-from edgebroker.network import transport
+from edgebroker.network.io import transport
+from tests.kit.brokers import RunningBroker, numbered, running
 
 from .traffic import until
 
@@ -26,7 +26,7 @@ SECONDS = 6
 _FAR = """
 import sys, socket
 sys.path[:0] = sys.argv[3:]
-from brokers import RawClient
+from tests.kit.brokers import RawClient
 address = (sys.argv[1], int(sys.argv[2]))
 holder, idle = RawClient(address), RawClient(address)
 holder.connect("far-holder"); idle.connect("far-idle")
@@ -72,9 +72,8 @@ def test_a_host_that_vanishes(tmp_path: Path, far_host: None, monkeypatch: pytes
         near = broker.raw("near")
         near.publish("t", numbered(0, 1))
         here, port = broker.broker.tcp_address
-        paths = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
         far = subprocess.Popen(
-            ["ip", "netns", "exec", NAME, sys.executable, "-c", _FAR, here, str(port), *paths],
+            ["ip", "netns", "exec", NAME, sys.executable, "-c", _FAR, here, str(port), str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

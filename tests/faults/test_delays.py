@@ -13,12 +13,12 @@ from typing import BinaryIO
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError
-from edgebroker.network import frames
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer
+from edgebroker.network.wire import frames
 
 from . import shim
 from .checker import History, read_back, value_of

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 from edgebroker.common.records import Record
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer
 
 from .checker import History, origin_of, read_back
 from .group_checker import Letter, read_letters
@@ -74,8 +74,8 @@ def test_a_dead_letter_waits_for_space(
     small: Small, known: bool, crash: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With and without a dead-letter topic from before; with and without a kill -9 of the broker while it waits."""
-    caplog.set_level(logging.WARNING, "edgebroker.network.subscriber")
-    logging.getLogger("edgebroker.network.subscriber").setLevel(logging.WARNING)
+    caplog.set_level(logging.WARNING, "edgebroker.client.subscriber")
+    logging.getLogger("edgebroker.client.subscriber").setLevel(logging.WARNING)
     broker, history = small.broker, History()
     broker.start()
     call(broker.admin, "POST", "/v1/topics", {"name": TOPIC, "partitions": 2})

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
-from edgebroker.network.producer import Producer
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.producer import Producer
 
 from .checker import History
 from .crowd import Crowd

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.common.errors import EdgeBrokerError
 
 from .checker import History, check_groups, read_back

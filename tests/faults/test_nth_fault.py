@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer, Sent
 from edgebroker.common.errors import AnswerError, EdgeBrokerError, UnreachableError
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer, Sent
 
 from . import shim
 from .checker import ConsumerHistory, History, check_groups, read_back

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
 
 from . import shim
 from .checker import History, check_groups, read_back

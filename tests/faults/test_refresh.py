@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
-from edgebroker.network.producer import Producer
 
 from . import shim
 from .refresher import STEPS, Store
@@ -34,7 +34,7 @@ KEYS, WINDOW = 30, 60
 SECONDS = 20.0
 ATTEMPTS = 8
 BROKER = SETTINGS | {"EDGEBROKER_LOG_LEVEL": "warning", "EDGEBROKER_LIMITS_HEARTBEAT_MS": "200"}
-_TESTS = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 class World:
@@ -60,7 +60,7 @@ class World:
         """Start the consumer process."""
         orders = {"server": self.broker.server, "topic": TOPIC, "group": GROUP}
         arguments = json.dumps({**orders, "store": str(self._path), "window": WINDOW})
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(_TESTS), str(_TESTS.parent)))}
+        environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
         with self._log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "faults.refresher", arguments],

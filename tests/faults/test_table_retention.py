@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 from edgebroker.common.errors import AnswerError, EdgeBrokerError
 from edgebroker.common.types import Position
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer
 
 from .refresher import Store
 from .traffic import SETTINGS, until

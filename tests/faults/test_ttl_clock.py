@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 from edgebroker.common.errors import GapError
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer
 
 from .test_clock import _LIBRARIES, YEAR, set_clock
 from .traffic import CLOCK, SETTINGS, until

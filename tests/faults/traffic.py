@@ -13,12 +13,12 @@ import threading
 from collections.abc import Callable
 from types import TracebackType
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer, Sent
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import EdgeBrokerError
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer, Sent
 
 from .checker import Ack, ConsumerHistory, History, value_of
 
@@ -33,7 +33,7 @@ SETTINGS = {
 }
 PARTITIONS = 4
 
-for _name in ("edgebroker.network.producer", "edgebroker.network.consumer", "edgebroker.network.link"):
+for _name in ("edgebroker.client.producer", "edgebroker.client.consumer", "edgebroker.client.link"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 

@@ -14,9 +14,9 @@ import threading
 from functools import partial
 from types import TracebackType
 
-from edgebroker.cli.adminclient import call
+from edgebroker.cli.admin_client import call
+from edgebroker.client.producer import Producer
 from edgebroker.common.errors import UnreachableError
-from edgebroker.network.producer import Producer
 
 from .checker import ConsumerHistory, History, check_groups, read_back
 from .crowd import Crowd

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from edgebroker.network.frames import Connect, FrameType
+
 from edgebroker.common import batch, records
 from edgebroker.common.errors import Code
 from edgebroker.network import frames
-from edgebroker.network.frames import Connect, FrameType
 
 ROWS = [(b"key", b"value", 1_700_000_000_000), (None, b"", 1_699_999_999_000), (b"", None, 1_700_000_000_500)]
 HEADERS = [("trace", b"\x00\xff"), ("größe", None), ("", b"")]

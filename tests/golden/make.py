@@ -11,10 +11,10 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from edgebroker.cli.adminclient import call
-from edgebroker.cli.process import BrokerProcess
-from edgebroker.network.consumer import Consumer
-from edgebroker.network.producer import Producer
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 
 SETTINGS = {"EDGEBROKER_STORAGE_SEGMENT_BYTES": "65536", "EDGEBROKER_REGISTRY_ENABLED": "true",
             "EDGEBROKER_DELIVERY_MAX_ATTEMPTS": "1"}  # fmt: skip

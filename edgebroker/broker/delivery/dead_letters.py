@@ -1,0 +1,127 @@
+"""Dead letters: a record that could not be handled goes, durably, into <topic>.dlq of this node.
+
+    read the batch (reader thread) -> decode the one record and encode the letter (checker thread) -> publish it
+
+The letter is the record with its key, value, timestamp and headers, and behind those the headers of HEADERS. A letter
+may be written twice when the power goes between it and the group's place: topic, partition, offset and group tell.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from typing import NamedTuple
+
+from edgebroker.broker.publish.publishing import Publishing
+from edgebroker.common import batch, records
+from edgebroker.common.clock import Clock
+from edgebroker.common.errors import Code, CorruptBatchError
+from edgebroker.common.records import BatchBuilder
+from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
+from edgebroker.network.wire import frames
+from edgebroker.network.wire.connection import PublishRun
+from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.log.reader import ColdRead
+
+HEADERS = (
+    "eb-dlq-topic", "eb-dlq-partition", "eb-dlq-offset", "eb-dlq-group", "eb-dlq-attempts", "eb-dlq-reason",
+    "eb-dlq-time",
+)  # fmt: skip
+_SPAN = struct.Struct("=QII")
+
+Done = Callable[[Code, str], None]
+
+
+class Failure(NamedTuple):
+    """What is said about a record: which group could not handle it, after how many attempts, and why."""
+
+    group: str
+    attempts: int
+    reason: str
+
+
+class _Letter:
+    """The publisher of one letter: takes the answer that a session would send."""
+
+    client_id = "dead letters"
+
+    def __init__(self, done: Done) -> None:
+        self._done = done
+
+    def send(self, data: bytes) -> None:
+        answer = frames.read_ack(memoryview(data)[frames.HEADER_BYTES :])
+        assert isinstance(answer, frames.Answer)
+        self._done(answer.code, answer.message)
+
+    def hold(self) -> None: ...
+    def release(self) -> None: ...
+
+
+class DeadLetters:
+    """Owned by the loop thread."""
+
+    def __init__(self, engine: Engine, publishing: Publishing, clock: Clock) -> None:
+        self._engine, self._publishing, self._clock = engine, publishing, clock
+
+    def write(self, source: Log, offset: int, failure: Failure, done: Done) -> None:
+        """Make a letter of one record; done(OK, "") once it is durable, done(OK, why) when there is no record left."""
+
+        def read(result: ColdRead) -> None:
+            if result.hole is not None and source.settings.on_damage == "skip":
+                done(Code.OK, "it is damaged, and on_damage is skip")
+                return
+            if result.error or result.hole is not None:
+                code = Code.STORAGE_TIMEOUT if result.timed_out else Code.DAMAGED
+                done(code, result.error or "the record is damaged")
+                return
+            found: list[bytes | str] = []
+
+            def encode() -> None:
+                try:
+                    found.append(make_letter(result.data, source, offset, failure, self._clock.wall_ms()))
+                except CorruptBatchError as error:
+                    found.append(str(error))
+
+            def encoded() -> None:
+                letter = found[0]
+                if isinstance(letter, str) and source.settings.on_damage == "skip":
+                    done(Code.OK, f"it cannot be decoded ({letter}), and on_damage is skip")
+                elif isinstance(letter, str):
+                    done(
+                        Code.CORRUPT, f"it cannot be decoded ({letter}); set on_damage = skip for the topic to pass it"
+                    )
+                elif not letter:
+                    done(Code.OK, "there is no record any more")
+                else:
+                    self._publish(source.topic + DEAD_LETTERS, letter, done)
+
+            self._publishing.check(encode, encoded)
+
+        self._engine.read_cold(source, offset, 1, read)
+
+    def _publish(self, topic: str, letter: bytes, done: Done) -> None:
+        def created(code: Code, message: str) -> None:
+            if code not in (Code.OK, Code.NAME_CLASH):
+                done(code, message)
+                return
+            run = PublishRun(AckLevel.DURABLE, topic, 0, memoryview(letter), _SPAN.pack(1, 0, len(letter)))
+            self._publishing.submit(_Letter(done), run, internal=True)
+
+        if self._engine.log(topic, 0) is not None:
+            created(Code.OK, "")
+        else:
+            self._engine.create_topic(topic, TopicSettings(), created)
+
+
+def make_letter(data: bytes, source: Log, offset: int, failure: Failure, wall_ms: int) -> bytes:
+    """The batch that holds the letter of one record; b"" when there is no record at the offset. CorruptBatchError."""
+    header = batch.read_header(data)
+    found = batch.decode(data[: header.size], source.topic, source.partition, offset, offset)
+    if not found:
+        return b""
+    record = found[0]
+    said = (source.topic, source.partition, offset, failure.group, failure.attempts, failure.reason, wall_ms)
+    headers = [*record.headers, *((name, str(value).encode()) for name, value in zip(HEADERS, said, strict=True))]
+    builder = BatchBuilder()
+    builder.append(record.value, record.key, record.timestamp, *records.encode_headers(headers))
+    return builder.build()

@@ -1,0 +1,344 @@
+"""The life of a lease: where a holder begins, and what its acknowledgements, failures and silence lead to.
+
+    grant -> [refresh to accept | dead letter to write | pause after a failure] -> lease -> deliveries
+          -> acknowledged | negative | timed out | disconnected | revoked
+
+Order wins: a failure at record n ends the lease, nothing behind n is delivered until n is done. After a failure n is
+delivered alone; behind it the window opens bit by bit. A negative acknowledgement names n and counts as an attempt. A
+timeout or a disconnect names nobody: it counts only when n was alone, and after one, n is alone for its member, in all
+its partitions. With max_attempts used up, n goes to the dead-letter topic, durably, before the group's place passes it.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+from edgebroker.broker.delivery.cursor import Cursor, Key
+from edgebroker.broker.delivery.dead_letters import DeadLetters, Failure
+from edgebroker.broker.delivery.groups import Group, Groups
+from edgebroker.broker.delivery.push import Delivery
+from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.errors import Code
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.types import Start
+from edgebroker.network.wire import frames
+from edgebroker.network.wire.frames import AckKind, Assigned, Assignment, ConsumerAck, Holding, Wanted
+from edgebroker.storage.engine import Engine, Log
+
+log = logging.getLogger(__name__)
+
+LETTER_RETRY_SECONDS = 1.0
+# Failures that name no record.
+SILENT, VANISHED = "not acknowledged in time", "the consumer disconnected"
+
+
+class LeaseLimits(NamedTuple):
+    """Seconds; max_attempts 0: never give a record up."""
+
+    timeout: float
+    backoff: float
+    max_backoff: float
+    max_attempts: int
+
+
+class Leases:
+    """Owned by the loop thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        groups: Groups,
+        delivery: Delivery,
+        refreshing: Refreshing,
+        letters: DeadLetters,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        limits: LeaseLimits,
+    ) -> None:
+        self._engine, self._groups, self._delivery, self._refreshing = engine, groups, delivery, refreshing
+        self._letters, self._scheduler, self._metrics, self._limits = letters, scheduler, metrics, limits
+
+    # ---- beginning ----
+
+    def grant(self, cursor: Cursor, wanted: Wanted | None) -> None:
+        """The cursor's member holds its partition from now on. `wanted` says where it begins; None, and whatever it
+        says while a refresh is under way: at the group's place."""
+        self._groups.grant(cursor)
+        self.place(cursor, wanted)
+
+    def place(self, cursor: Cursor, wanted: Wanted | None) -> None:
+        """Find out where a holder begins, then resume()."""
+        self._delivery.pause(cursor, "starting")
+        cursor.begin(cursor.acked)
+        cursor.lease = self._groups.next_lease()
+        partition, stored = cursor.log, cursor.group.place(cursor.log)
+        if stored is not None and stored.refreshing:
+            self._delivery.announce_reset(cursor)
+            return
+        offset = stored.next_offset if stored is not None else partition.log_start
+        cursor.position_epoch = -1
+        match wanted.start if wanted is not None else Start.COMMITTED:
+            case Start.POSITION:
+                assert wanted is not None
+                same = wanted.log_id in (frames.NO_LOG_ID, partition.identity.log_id_bytes)
+                if not same or not partition.identity.contains(wanted.epoch, wanted.value):
+                    self._refreshing.needed(cursor)
+                    return
+                offset, cursor.position_epoch = wanted.value, wanted.epoch
+            case Start.RESUME:
+                assert wanted is not None
+                same = wanted.log_id == partition.identity.log_id_bytes
+                known = wanted.epoch <= partition.epoch and partition.identity.contains(wanted.epoch, wanted.value)
+                rewound = stored is not None and stored.rewound
+                if same and known and wanted.value <= partition.durable_end and not rewound:
+                    offset = max(offset, wanted.value)
+            case Start.OFFSET:
+                assert wanted is not None
+                offset = wanted.value
+            case Start.LATEST:
+                offset = partition.durable_end
+            case Start.EARLIEST:
+                offset = partition.log_start
+            case Start.TIME:
+                assert wanted is not None
+                lease = cursor.lease
+                self._engine.offset_at_time(
+                    partition, wanted.value, lambda found, error: self._found(cursor, lease, wanted, found, error)
+                )
+                return
+        self.resume(cursor, max(0, offset))
+
+    def _found(self, cursor: Cursor, lease: int, wanted: Wanted, offset: int, error: str) -> None:
+        if cursor.state != "starting" or cursor.lease != lease:
+            return
+        if not error:
+            self.resume(cursor, offset)
+            return
+        cursor.why = f"{error}; trying again"
+        self._delivery.tell(cursor, Code.STORAGE_TIMEOUT, f"{cursor.log.name}: {cursor.why}")
+
+        def again() -> None:
+            if cursor.state == "starting" and cursor.lease == lease:
+                self.place(cursor, wanted)
+
+        self._scheduler.call_later(LETTER_RETRY_SECONDS, again)
+
+    def resume(self, cursor: Cursor, offset: int) -> None:
+        """Deliver from an offset under a new lease, unless something has to be waited for first."""
+        group, key, partition = cursor.group, cursor.key, cursor.log
+        place = group.place(partition)
+        cursor.begin(offset)
+        if place is None or place.next_offset != offset:
+            # Where a group begins is its place, also when it never acknowledges anything.
+            if offset <= partition.durable_end and cursor.position_epoch <= partition.epoch:
+                self._groups.commit(group, partition, offset)
+                self._forget_failure(group, key)  # it was about another record
+            cursor.failed_at = -1
+            group.suspects.pop(cursor, None)
+        else:
+            cursor.failed_at = offset if place.alone else -1
+            if place.alone and group.reasons.get(key, SILENT) in (SILENT, VANISHED):
+                group.suspects[cursor] = None
+            else:
+                group.suspects.pop(cursor, None)
+            if key in group.lettering or 0 < self._limits.max_attempts <= place.attempts:
+                self._bury(cursor, place.attempts)
+                return
+            wait = group.pauses.get(key, 0.0) - self._scheduler.now()
+            if wait > 0:
+                self._pause(cursor, wait)
+                return
+        if cursor.revoking:
+            return  # nothing is in flight any more: it is released at the end of this turn
+        cursor.lease = self._groups.next_lease()
+        self._notify(cursor, Holding.ASSIGNED)
+        if group.holders.get(key) is cursor:  # telling it may have shown that the connection is over
+            self._delivery.start(cursor, offset)
+
+    def move(self, cursor: Cursor, offset: int) -> None:
+        """The operator moved the group's place while this member holds the partition."""
+        self._delivery.pause(cursor, "starting")
+        cursor.position_epoch = -1
+        self.resume(cursor, offset)
+
+    def accept(self, cursor: Cursor, reset_id: bytes, offset: int) -> bool:
+        """The member accepts its refresh; False when it is not the one that was announced."""
+        start = self._refreshing.accept(cursor, reset_id, offset)
+        if start is None:
+            return False
+        self._delivery.pause(cursor, "starting")
+        cursor.position_epoch = -1
+        self.resume(cursor, start)
+        return True
+
+    def _pause(self, cursor: Cursor, seconds: float) -> None:
+        reason = cursor.group.reasons.get(cursor.key, "")
+        self._delivery.pause(cursor, "backoff", f"record {cursor.acked} failed: {reason}")
+        cursor.lease = lease = self._groups.next_lease()
+
+        def over() -> None:
+            if cursor.state == "backoff" and cursor.lease == lease:
+                cursor.group.pauses.pop(cursor.key, None)
+                self.resume(cursor, cursor.acked)
+
+        self._scheduler.call_later(seconds, over)
+
+    # ---- acknowledgements ----
+
+    def acknowledge(self, cursor: Cursor, ack: ConsumerAck) -> bool:
+        """A consumer's ACK of any kind; False when it is stale and changed nothing."""
+        self._metrics.acks_in += 1
+        if (ack.generation, ack.lease) != (cursor.generation, cursor.lease):
+            self._metrics.stale_acks += 1
+            return False
+        now = self._scheduler.now()
+        if ack.kind is AckKind.IN_PROGRESS:
+            if cursor.deadline:
+                cursor.deadline = now + self._limits.timeout
+            self._metrics.in_progress_acks += 1
+            return True
+        negative = ack.kind is AckKind.NEGATIVE
+        before = cursor.acked
+        if (negative and ack.offset >= cursor.next_offset) or not cursor.acknowledge(ack.offset):
+            self._metrics.stale_acks += 1
+            return False
+        cursor.last_ack = now
+        if cursor.acked > before or self._stands_behind(cursor):
+            if cursor.failed_at >= 0:
+                self._recover(cursor)
+            if cursor.group.reasons:
+                self._forget_failure(cursor.group, cursor.key)
+            self._groups.commit(cursor.group, cursor.log, cursor.acked)
+        if negative:
+            self._metrics.negative_acks += 1
+            self.failed(cursor, ack.reason or "the handler failed", counts=True)
+            if not cursor.revoking:
+                self.resume(cursor, cursor.acked)
+            return True
+        cursor.deadline = now + self._limits.timeout if cursor.in_flight else 0.0
+        if cursor.group.suspects and not cursor.in_flight:
+            self._delivery.wake_others(cursor)
+        self._delivery.pump(cursor)
+        return True
+
+    def _recover(self, cursor: Cursor) -> None:
+        """The record that failed is done: the member's other partitions go on, this one's window opens bit by bit."""
+        if cursor in cursor.group.suspects:
+            del cursor.group.suspects[cursor]
+            self._delivery.wake_others(cursor)
+        if cursor.window == cursor.window_records:
+            cursor.failed_at = -1
+
+    @staticmethod
+    def _stands_behind(cursor: Cursor) -> bool:
+        """True when the cursor went over a gap with nothing in flight: the group's place is still before it."""
+        place = cursor.group.place(cursor.log)
+        return place is not None and place.next_offset < cursor.acked and cursor.state != "behind"
+
+    def failed(self, cursor: Cursor, reason: str, *, counts: bool, pause: bool = True) -> None:
+        """What was in flight was not handled: its lease is over. The caller resumes or releases the cursor."""
+        group, key, partition, offset = cursor.group, cursor.key, cursor.log, cursor.acked
+        place = group.place(partition)
+        known = place.attempts if place is not None and place.next_offset == offset else 0
+        attempts = known + 1 if counts else known
+        if offset <= partition.durable_end:
+            self._groups.commit(group, partition, offset, attempts=attempts, alone=True)
+        group.reasons[key] = reason
+        if pause or attempts:
+            doubled = self._limits.backoff * 2 ** min(max(attempts - 1, 0), 30)
+            group.pauses[key] = self._scheduler.now() + min(self._limits.max_backoff, doubled)
+        self._metrics.redeliveries += 1
+        self._delivery.pause(cursor, "backoff", reason)
+        cursor.begin(offset)
+        cursor.lease = self._groups.next_lease()
+
+    @staticmethod
+    def _forget_failure(group: Group, key: Key) -> None:
+        """Another record stands first now."""
+        group.reasons.pop(key, None)
+        group.pauses.pop(key, None)
+
+    def timed_out(self, cursor: Cursor) -> None:
+        """The deadline of what is in flight has passed."""
+        self._metrics.delivery_timeouts += 1
+        log.warning(
+            "group %s: %s held records of %s from %d on for longer than the delivery timeout",
+            cursor.group.name, cursor.member.client_id, cursor.log.name, cursor.acked,
+        )  # fmt: skip
+        self.failed(cursor, SILENT, counts=cursor.alone)
+
+    def disconnected(self, cursor: Cursor) -> None:
+        """The member is gone without having given its partition back."""
+        if cursor.in_flight:
+            self.failed(cursor, VANISHED, counts=cursor.alone, pause=False)
+
+    # ---- ending ----
+
+    def revoke(self, cursor: Cursor) -> None:
+        """Deliver nothing more; the partition is released once nothing is in flight."""
+        cursor.revoking = True
+        self._notify(cursor, Holding.REVOKING)
+
+    def release(self, cursor: Cursor, *, tell: bool) -> None:
+        """The partition is free. Nothing is done when it is not the cursor's any more."""
+        if cursor.group.holders.get(cursor.key) is not cursor:
+            return
+        self._delivery.stop(cursor)
+        self._groups.revoke(cursor)
+        if tell:
+            self._notify(cursor, Holding.REVOKED)
+
+    def _notify(self, cursor: Cursor, holding: Holding) -> None:
+        line = Assignment(*cursor.key, holding, cursor.lease, cursor.next_offset)
+        cursor.member.send(frames.write_assigned(Assigned(cursor.group.name, cursor.generation, [line])))
+
+    # ---- dead letters ----
+
+    def _bury(self, cursor: Cursor, attempts: int) -> None:
+        """Write the record that the cursor stands before into the dead-letter topic; go on behind it when it is."""
+        group, key, partition, offset = cursor.group, cursor.key, cursor.log, cursor.acked
+        reason = group.reasons.get(key, "it failed in an earlier run")
+        cursor.lease = self._groups.next_lease()
+        self._delivery.pause(cursor, "dead_lettering", f"record {offset} failed {attempts} times: {reason}")
+        if key in group.lettering:
+            return
+        group.lettering.add(key)
+        self._letters.write(
+            partition,
+            offset,
+            Failure(group.name or "-", attempts, reason),
+            lambda code, message: self._buried(group, partition, offset, code, message),
+        )
+
+    def _buried(self, group: Group, partition: Log, offset: int, code: Code, message: str) -> None:
+        key: Key = (partition.topic, partition.partition)
+        group.lettering.discard(key)
+        place, holder = group.place(partition), group.holders.get(key)
+        waits = holder if holder is not None and holder.state == "dead_lettering" else None
+        if place is None or place.next_offset != offset:
+            if waits is not None:
+                self.place(waits, None)
+            return
+        if code is Code.OK:
+            self._metrics.dead_letters += not message
+            what = f"no dead letter: {message}" if message else "a dead letter"
+            log.warning("group %s: record %d of %s is %s", group.name, offset, partition.name, what)
+            self._forget_failure(group, key)
+            self._groups.commit(group, partition, offset + 1)
+            if waits is not None:
+                self.resume(waits, offset + 1)
+            return
+        if waits is None:
+            return  # whoever takes the partition next tries again
+        waits.why = f"record {offset} cannot be written to {partition.topic}.dlq: {message}"
+        self._metrics.dead_letter_failures += 1
+        self._delivery.tell(waits, code, f"{partition.name}: {waits.why}; the partition waits")
+        lease = waits.lease
+
+        def again() -> None:
+            if waits.state == "dead_lettering" and waits.lease == lease:
+                self.resume(waits, offset)
+
+        self._scheduler.call_later(LETTER_RETRY_SECONDS, again)

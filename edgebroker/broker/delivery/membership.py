@@ -1,0 +1,227 @@
+"""Who is a member of a group and which partitions it holds: joining, leaving, moving partitions, vanishing.
+
+After every change the partitions are divided anew (assignment.py). A partition that moves is first revoked: its holder
+gets nothing more, and it changes hands when what is in flight was acknowledged, timed out, or its connection closed.
+A member that let a delivery time out gets no partition that another wants, until it is heard again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from edgebroker.broker.delivery.assignment import divide
+from edgebroker.broker.delivery.cursor import Cursor, Key, Member
+from edgebroker.broker.delivery.groups import Group, Subscription
+from edgebroker.broker.delivery.leases import Leases
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.types import Start
+from edgebroker.network.wire.frames import ConsumerAck, Subscribe, Wanted
+from edgebroker.storage.engine import Engine, Log
+
+
+class Membership:
+    """Owned by the loop thread. `frozen`: the node stops, partitions change hands no more."""
+
+    def __init__(self, engine: Engine, leases: Leases, metrics: Metrics) -> None:
+        self._engine, self._leases, self._metrics = engine, leases, metrics
+        self._dirty: dict[Group, set[tuple[Member, Key]]] = {}
+        self._revoking: dict[Cursor, None] = {}
+        self.frozen = False
+
+    def subscribe(
+        self, member: Member, group: Group, subscribe: Subscribe, correlation: int, windows: tuple[int, int]
+    ) -> None:
+        """A SUBSCRIBE whose topics exist: join the group, or say more. `windows`: records and bytes in flight.
+
+        Where a line says to begin counts at once for what the member holds or nobody held; a partition that is taken
+        over from another client begins at the group's place.
+        """
+        entry = group.members.get(member)
+        if entry is None:
+            entry = group.members[member] = Subscription(correlation, *windows)
+        entry.correlation, entry.hung = correlation, False
+        entry.window_records, entry.window_bytes = windows
+        named: dict[Key, None] = {}
+        for line in subscribe.wanted:
+            keys = [(line.topic, log.partition) for log in self._engine.partitions(line.topic)]
+            if line.partition == -1:
+                entry.topics[line.topic] = line
+                entry.left.difference_update(keys)
+                for key in keys:
+                    entry.pins.pop(key, None)
+            else:
+                keys = [(line.topic, line.partition)]
+                entry.pins[keys[0]] = line
+            named.update(dict.fromkeys(keys))
+        entry.begun.difference_update(named)
+        for key in named:
+            cursor = group.holders.get(key)
+            if cursor is not None and cursor.member is member:
+                cursor.correlation = correlation
+                cursor.window_records, cursor.window_bytes = windows
+                cursor.revoking = False
+                self._leases.place(cursor, self._line(group, cursor, entry, fresh=True))
+        self._changed(group, {(member, key) for key in named if key not in group.holders})
+
+    def release(self, member: Member, group: Group, wanted: list[Wanted]) -> None:
+        """Give partitions back now that are being revoked; what is in flight will be delivered to the next holder."""
+        for line in wanted:
+            cursor = group.holders.get((line.topic, line.partition))
+            if cursor is not None and cursor.member is member and cursor.revoking:
+                self._leases.release(cursor, tell=True)
+        self._changed(group)
+
+    def leave(self, member: Member, group: Group, wanted: list[Wanted]) -> None:
+        """Give partitions back and want them no more. What is in flight will be delivered to the next holder."""
+        entry = group.members.get(member)
+        if entry is None:
+            return
+        for line in wanted:
+            if line.partition == -1:
+                entry.topics.pop(line.topic, None)
+                for key in [key for key in entry.pins if key[0] == line.topic]:
+                    del entry.pins[key]
+            else:
+                key = (line.topic, line.partition)
+                entry.pins.pop(key, None)
+                entry.left.add(key)
+            for key, cursor in list(member.cursors.items()):
+                if key[0] == line.topic and line.partition in (-1, key[1]):
+                    self._leases.release(cursor, tell=False)
+        if not entry.topics and not entry.pins:
+            del group.members[member]
+        self._changed(group)
+
+    def forget_topic(self, group: Group, topic: str) -> None:
+        """A topic is deleted: nobody wants it any more. Who held it was told."""
+        for member, entry in list(group.members.items()):
+            entry.topics.pop(topic, None)
+            for key in [key for key in entry.pins if key[0] == topic]:
+                del entry.pins[key]
+            for keys in (entry.left, entry.begun):
+                keys.difference_update([key for key in keys if key[0] == topic])
+            if not entry.topics and not entry.pins:
+                del group.members[member]
+        self._changed(group)
+
+    def vanished(self, member: Member, group: Group) -> None:
+        """The member's connection is over."""
+        group.members.pop(member, None)
+        for cursor in list(member.cursors.values()):
+            if not self.frozen:
+                self._leases.disconnected(cursor)
+            self._leases.release(cursor, tell=False)
+        self._changed(group)
+
+    def acknowledge(self, member: Member, group: Group, ack: ConsumerAck) -> bool:
+        """A consumer's ACK; False when it is stale and changed nothing."""
+        cursor = group.holders.get((ack.topic, ack.partition))
+        accepted = cursor is not None and cursor.member is member and self._leases.acknowledge(cursor, ack)
+        if accepted and cursor is not None and cursor.revoking and not cursor.in_flight:
+            self._leases.release(cursor, tell=True)
+            self._changed(group)
+        entry = group.members.get(member)
+        if entry is not None and entry.hung:
+            entry.hung = False
+            self._changed(group)
+        return accepted
+
+    def timed_out(self, cursor: Cursor) -> None:
+        """What the cursor has in flight is overdue: another member gets the partition, if there is one."""
+        group = cursor.group
+        if group.holders.get(cursor.key) is not cursor:
+            return
+        self._leases.timed_out(cursor)
+        group.members[cursor.member].hung = True
+        others = (member for member in self.candidates(group, cursor.key) if not group.members[member].hung)
+        if cursor.revoking or next(others, None) is not None:
+            self._leases.release(cursor, tell=True)
+        else:
+            self._leases.resume(cursor, cursor.acked)
+        self._changed(group)
+
+    def refreshed(self, group: Group) -> None:
+        """A refresh is over: its partition may move again."""
+        self._changed(group)
+
+    def candidates(self, group: Group, key: Key) -> list[Member]:
+        """Who wants a partition, those who came first in front."""
+        return [member for member, entry in group.members.items() if entry.wants(key)]
+
+    def _changed(self, group: Group, fresh: Collection[tuple[Member, Key]] = ()) -> None:
+        """Divide the group's partitions anew at the end of this turn. `fresh`: lines that say where a member begins, as
+        nobody held the partition when they came."""
+        self._dirty.setdefault(group, set()).update(fresh)
+
+    def divide_changed(self) -> None:
+        """Hand out what is free and revoke what has to move; many changes of one turn cost one division."""
+        if self._revoking and not self.frozen:
+            self._release_idle()
+        while self._dirty and not self.frozen:
+            group, fresh = self._dirty.popitem()
+            self._divide(group, fresh)
+
+    def _release_idle(self) -> None:
+        """What was in flight of a revoked partition may be void: its place was moved, or a refresh began."""
+        for cursor in list(self._revoking):
+            if cursor.state == "gone" or not cursor.revoking:
+                del self._revoking[cursor]
+            elif not cursor.in_flight:
+                self._leases.release(cursor, tell=True)
+                self._changed(cursor.group)
+
+    def _divide(self, group: Group, fresh: set[tuple[Member, Key]]) -> None:
+        wanted_by, logs = self._wishes(group)
+        holders = {key: cursor.member for key, cursor in group.holders.items() if not cursor.revoking}
+        refreshing = {key for key, place in group.places.items() if place.refreshing}
+        for key, member in divide(wanted_by, holders, refreshing).items():
+            if member not in group.members:
+                continue  # telling it showed that it is gone: another division follows
+            holder = group.holders.get(key)
+            if holder is not None and holder.member is not member and not holder.revoking:
+                self._metrics.revocations += 1
+                self._leases.revoke(holder)
+                if not holder.in_flight and group.holders.get(key) is holder:
+                    self._leases.release(holder, tell=True)
+                self._revoking[holder] = None
+                holder = group.holders.get(key)
+            if holder is None:
+                self._grant(group, logs[key], member, (member, key) in fresh)
+
+    def _wishes(self, group: Group) -> tuple[dict[Key, list[Member]], dict[Key, Log]]:
+        """For each partition the members that want it (those that hang only when there is no other), and its log."""
+        by_topic: dict[str, list[Member]] = {}
+        special: dict[Key, None] = {}
+        for member, entry in group.members.items():
+            for topic in entry.topics:
+                by_topic.setdefault(topic, []).append(member)
+            special.update(dict.fromkeys((*entry.pins, *entry.left)))
+        logs = {(topic, log.partition): log for topic in by_topic for log in self._engine.partitions(topic)}
+        logs.update((key, log) for key in special if (log := self._engine.log(*key)) is not None)
+        awake = {topic: self._awake(group, members) for topic, members in by_topic.items()}
+        return {
+            key: self._awake(group, self.candidates(group, key)) if key in special else awake[key[0]] for key in logs
+        }, logs
+
+    @staticmethod
+    def _awake(group: Group, members: list[Member]) -> list[Member]:
+        return [member for member in members if not group.members[member].hung] or members
+
+    def _grant(self, group: Group, log: Log, member: Member, fresh: bool) -> None:
+        entry = group.members[member]
+        cursor = Cursor(group, log, member, entry.window_records, entry.window_bytes)
+        cursor.correlation = entry.correlation
+        self._metrics.assignments += 1
+        self._leases.grant(cursor, self._line(group, cursor, entry, fresh))
+
+    @staticmethod
+    def _line(group: Group, cursor: Cursor, entry: Subscription, fresh: bool) -> Wanted | None:
+        """Where a member said that it begins; None when that does not count, but the group's place."""
+        line, last = entry.line(cursor.key), group.last_clients.get(cursor.key)
+        if line is None:
+            return None
+        # A client whose old connection lingered takes over from itself.
+        own = last == cursor.member.client_id
+        if line.start is Start.RESUME:
+            return line if own or last is None else None
+        return line if fresh or (own and line.start is Start.POSITION) else None

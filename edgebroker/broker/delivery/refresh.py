@@ -1,0 +1,150 @@
+"""Full refreshes: RESET is asked for or needed, stored, announced, accepted, and over with READY.
+
+    begin() -> stored -> announced to the holder (again at every SUBSCRIBE) -> accept() -> deliveries -> ready()
+
+A refresh goes from `reset_from` to `target`, the durable end when it began. A stream is read from its first record; a
+table from its newest complete snapshot, or from offset 0 while nothing is missing; else there is NO_SNAPSHOT, never
+half a table. What was committed before belongs to the refresh before: leases end when a refresh begins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+
+from msgspec.structs import replace
+
+from edgebroker.broker.delivery.cursor import Cursor
+from edgebroker.broker.delivery.groups import Group, Groups
+from edgebroker.broker.delivery.push import Delivery
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.errors import Code
+from edgebroker.network.wire.frames import Ready
+from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.metadata.meta_db import GroupOffset
+
+log = logging.getLogger(__name__)
+
+Done = Callable[[Code, str], None]
+
+
+class Refreshing:
+    """Owned by the loop thread."""
+
+    def __init__(self, engine: Engine, groups: Groups, delivery: Delivery, metrics: Metrics) -> None:
+        self._engine, self._groups, self._delivery, self._metrics = engine, groups, delivery, metrics
+        delivery.on_history_lost(self.needed)
+
+    def begin(self, group: Group, partition: Log, done: Done) -> None:
+        """Begin a refresh of one partition, or go on with the one under way; done once it is stored and announced.
+
+        NO_SNAPSHOT: a table whose history is not complete; nothing was changed.
+        """
+        place = group.place(partition)
+        if place is not None and place.refreshing:
+            self._engine.when_stored(lambda: done(Code.OK, ""))
+            return
+        start = _complete_from(partition)
+        if start is None:
+            done(Code.NO_SNAPSHOT, no_snapshot(partition))
+            return
+        self._store_new(group, partition, start)
+        self._announce_when_stored(group, partition, lambda: done(Code.OK, ""))
+
+    def needed(self, cursor: Cursor) -> None:
+        """The holder cannot go on with what it has: its log is another one, or records are missing in its refresh."""
+        start = _complete_from(cursor.log)
+        if start is None:
+            why = no_snapshot(cursor.log)
+            self._delivery.pause(cursor, "no_snapshot", why)
+            self._delivery.tell(cursor, Code.NO_SNAPSHOT, why)
+            return
+        self._store_new(cursor.group, cursor.log, start)
+        self._announce_when_stored(cursor.group, cursor.log, lambda: None)
+
+    def snapshot_completed(self, partition: Log) -> None:
+        """Who waited for a snapshot of this table gets its refresh now."""
+        for group in self._groups.all():
+            holder = group.holders.get((partition.topic, partition.partition))
+            if holder is not None and holder.state == "no_snapshot":
+                self.needed(holder)
+
+    def accept(self, cursor: Cursor, reset_id: bytes, offset: int) -> int | None:
+        """The member has its staging store and wants the refresh from an offset on (a new one: from its start).
+
+        The offset where delivery begins; None when this is not the refresh that was announced.
+        """
+        place = cursor.group.place(cursor.log)
+        if place is None or not place.refreshing or place.reset_id != reset_id.hex():
+            return None
+        return max(offset, place.reset_from)
+
+    def ready(self, group: Group, partition: Log, ready: Ready, done: Done) -> None:
+        """The member shows the new data; done once that is stored. FENCED: an earlier refresh; BEHIND: too early."""
+        place = group.place(partition)
+        if place is None or place.reset_id != ready.reset_id.hex():
+            done(Code.FENCED, f"{partition.name}: refresh {ready.reset_id.hex()} is not the last one of this group")
+            return
+        if place.refreshing:
+            if ready.next_offset < place.target:
+                done(Code.BEHIND, f"{partition.name}: the refresh goes to {place.target}, not to {ready.next_offset}")
+                return
+            holder = group.holders.get((partition.topic, partition.partition))
+            if holder is not None and holder.state == "reset":
+                done(Code.BEHIND, f"{partition.name}: refresh {place.reset_id} was not accepted since it was announced")
+                return
+            self._metrics.refreshes_done += 1
+            self._groups.put(group, partition, replace(place, target=-1))
+            log.info("group %s has refreshed %s up to %d", group.name, partition.name, ready.next_offset)
+        self._engine.when_stored(lambda: done(Code.OK, ""))
+
+    def _store_new(self, group: Group, partition: Log, start: int) -> None:
+        reset_id = os.urandom(16).hex()
+        self._metrics.refreshes_begun += 1
+        log.info("refresh %s of %s by group %s, from %d", reset_id, partition.name, group.name, start)
+        place = GroupOffset(
+            partition.identity.log_id,
+            partition.epoch,
+            start,
+            reset_id=reset_id,
+            reset_from=start,
+            target=partition.durable_end,
+        )
+        self._groups.put(group, partition, place)
+        group.pauses.pop((partition.topic, partition.partition), None)
+
+    def _announce_when_stored(self, group: Group, partition: Log, then: Callable[[], None]) -> None:
+        key = (partition.topic, partition.partition)
+        holder = group.holders.get(key)
+        if holder is not None and holder.state != "reset":
+            # Its lease is over from here on: what it acknowledges now is of the data before.
+            holder.lease = self._groups.next_lease()
+            self._delivery.pause(holder, "reset", "the refresh is being stored")
+            holder.begin(holder.acked)
+
+        def stored() -> None:
+            holder, place = group.holders.get(key), group.place(partition)
+            if holder is not None and holder.state == "reset" and place is not None and place.refreshing:
+                self._delivery.announce_reset(holder)
+            then()
+
+        self._engine.when_stored(stored)
+
+
+def _complete_from(partition: Log) -> int | None:
+    """Where reading has to begin to get everything; None for a table of which something is missing."""
+    if partition.settings.kind != "table":
+        return partition.log_start
+    first = partition.identity.snapshot[0]
+    start = first if first >= partition.log_start else partition.log_start
+    if (start > 0 and start != first) or any(hole.next > start for hole in partition.holes):
+        return None
+    return start
+
+
+def no_snapshot(partition: Log) -> str:
+    return (
+        f"{partition.name}: the table is not complete any more (it begins at {partition.log_start}) and has no "
+        f"complete snapshot; write one where it is published: edgebroker publish {partition.topic} --snapshot"
+    )

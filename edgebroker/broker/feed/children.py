@@ -1,0 +1,369 @@
+"""Feeding the children: each poll is answered by a stream of stored bytes for up to 90 seconds.
+
+    POST /v1/pipe -> HELLO -> judge every line (chain from memory, else through the reader thread) -> cursors
+    on_durable -> wake the cursors of that log -> frames, by sendfile, in turns with the other children
+
+A waiting child costs a cursor for each log. Many children of one log are served in turns, each gets what has gathered
+since its last one, so a busy log costs no frame for each record and child. An answer ends after 90 seconds, or at once
+when the child has to do something first (GONE, DIVERGED, topics that are new to it).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from edgebroker.broker.feed.stream import Child
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.clock import Clock, second_of_day
+from edgebroker.common.crc32c import crc32c
+from edgebroker.common.hours import parse_hours
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.network.http.server import Reply, Request, Response
+from edgebroker.pipe import stream
+from edgebroker.pipe.feed import FeedCursor, Piece, Rate
+from edgebroker.pipe.follower import LEVELS
+from edgebroker.pipe.stream import (
+    MAX_SAME_BYTES,
+    MAX_SAME_POLL_BYTES,
+    Hello,
+    Kind,
+    LogPosition,
+    PartitionInfo,
+    Poll,
+    SamePoll,
+    TopicInfo,
+)
+from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.identity import Identity
+from edgebroker.storage.metadata.children import LIVE_SECONDS, ChildPlace
+
+log = logging.getLogger(__name__)
+
+TURN_BYTES = 4 << 20
+LEAST_SHARE_BYTES = 64 << 10
+TURN_CHILDREN = 200
+MEASURE_SECONDS = 1.0
+RETRY_AFTER_SECONDS = 5
+PIN_SECONDS = 3600.0
+STORE_SECONDS = 60.0
+
+
+class Node(NamedTuple):
+    """Who this node is, for its neighbours."""
+
+    uid: str
+    name: str
+    level: str
+
+
+class Feeding:
+    """Owned by the loop thread. `path` tells the uids of this node's own parents, the nearest first."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        scheduler: Scheduler,
+        clock: Clock,
+        metrics: Metrics,
+        node: Node,
+        path: Callable[[], list[str]],
+        max_children: int,
+    ) -> None:
+        self.engine, self.scheduler, self.metrics = engine, scheduler, metrics
+        self._clock = clock
+        self._node, self._path, self._max_children = node, path, max_children
+        self.children: dict[Child, None] = {}
+        self._uids: dict[str, Child] = {}
+        # Cursors that have everything, by log: only these are woken when it grows.
+        self._idle: dict[Log, dict[FeedCursor, Child]] = {}
+        # Children that are ahead of a log, and of what they have: when it comes there they are looked at again.
+        self._ahead: dict[Log, dict[Child, LogPosition]] = {}
+        self._waiting: dict[Child, None] = {}
+        # What stands behind an offset up to the end of a log, read once in a turn for many children.
+        self.news: dict[Log, tuple[int, Piece]] = {}
+        self._rates: OrderedDict[str, Rate] = OrderedDict()
+        # The last poll of each child, as it came.
+        self._polls: OrderedDict[str, bytes] = OrderedDict()
+        self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
+        self._asked: dict[Log, dict[str, ChildPlace]] = {}
+        self._pins: dict[Log, dict[str, tuple[int, float]]] = {}
+        self._asked_more = False
+        self._history_lost: Callable[[Log, LogPosition], None] | None = None
+        scheduler.call_later(MEASURE_SECONDS, self._measure)
+        scheduler.call_later(STORE_SECONDS, self._store_now_and_then)
+
+    def restore(self) -> None:
+        """Take over what the children had in an earlier run."""
+        for key, places in self.engine.children().items():
+            partition = self.engine.log(*key)
+            if partition is not None:
+                self._asked[partition] = dict(places)
+
+    def store(self) -> None:
+        """Remember what the children have, for the next run."""
+        self._asked_more = False
+        if self._asked:
+            # Copied here and taken apart by the metadata thread: a hub has many.
+            self.engine.store_children({(log.topic, log.partition): dict(found) for log, found in self._asked.items()})
+
+    def _store_now_and_then(self) -> None:
+        self.scheduler.call_later(STORE_SECONDS, self._store_now_and_then)
+        if self._asked_more:
+            self.store()
+
+    def on_history_lost(self, callback: Callable[[Log, LogPosition], None]) -> None:
+        """Whom to tell that a child has more of a log that this node originates than this node itself."""
+        self._history_lost = callback
+
+    def become(self, node: Node) -> None:
+        """This node stands elsewhere in the tree from now on: its children ask again."""
+        self._node = node
+        for child in list(self.children):
+            child.end()
+
+    def answer(self, request: Request, reply: Reply) -> None:
+        """POST /v1/pipe."""
+        try:
+            body = self._same_as(request.body)
+            if body is None:
+                self.metrics.refused("POLL_AGAIN")
+                why = "this node does not know the poll before; send all of it"
+                reply(Response(409, {"error": why, "code": "POLL_AGAIN"}))
+                return
+            poll = msgspec.json.decode(body, type=Poll)
+        except msgspec.DecodeError as error:
+            reply(Response(400, {"error": str(error)}))
+            return
+        refusal = self._refusal(poll)
+        if refusal is not None:
+            self.metrics.pipe_polls_refused += 1
+            reply(refusal)
+            return
+        self.metrics.pipe_polls += 1
+        self._remember(poll.uid, body)
+        reply(Response(200, Child(self, poll)))
+
+    def _same_as(self, body: bytes) -> bytes | None:
+        """The body that counts: this one, or the last one of the child when it says that it is still true."""
+        if len(body) > MAX_SAME_POLL_BYTES:
+            return body
+        try:
+            said = msgspec.json.decode(body, type=SamePoll)
+        except msgspec.DecodeError:
+            return body
+        known = self._polls.get(said.uid)
+        return known if known is not None and crc32c(known) == said.same else None
+
+    def _remember(self, uid: str, body: bytes) -> None:
+        self._polls.pop(uid, None)
+        if len(body) <= MAX_SAME_BYTES:
+            self._polls[uid] = body
+            if len(self._polls) > self._max_children:
+                self._polls.popitem(last=False)
+
+    def _refusal(self, poll: Poll) -> Response | None:
+        if poll.version != stream.VERSION:
+            return Response(400, {"error": f"pipe version {poll.version} is not spoken here, {stream.VERSION} is"})
+        try:
+            parse_hours(poll.hours)
+        except ValueError as error:
+            return Response(400, {"error": f"hours: {error}"})
+        if poll.level not in LEVELS or LEVELS.index(poll.level) <= LEVELS.index(self._node.level):
+            why = f"this is a {self._node.level} node; a {poll.level} node cannot be its child"
+            return Response(409, {"error": why, "code": "LEVEL"})
+        if poll.uid == self._node.uid or poll.uid in self._path():
+            return Response(409, {"error": "the tree must not be a circle", "code": "LEVEL"})
+        if len(self.children) >= self._max_children:
+            why = f"this node feeds {len(self.children)} children already; try again in a moment, or elsewhere"
+            return Response(503, {"error": why}, (("retry-after", str(RETRY_AFTER_SECONDS)),))
+        return None
+
+    def hello(self, topics: list[TopicInfo]) -> bytes:
+        hello = Hello(**self._node._asdict(), path=self._path(), topics=topics)
+        return stream.write_frame(Kind.HELLO, msgspec.json.encode(hello))
+
+    def info(self, topic: str) -> TopicInfo:
+        """The description of a topic."""
+        logs = self.engine.partitions(topic)
+        known = self._infos.get(topic)
+        if known is None or not all(one is log.identity for one, log in zip(known[0], logs, strict=False)):
+            parts = [
+                PartitionInfo(
+                    log.identity.log_id,
+                    log.identity.origin,
+                    log.identity.epochs,
+                    log.log_start,
+                    log.identity.chain,
+                    log.identity.snapshot,
+                )
+                for log in logs
+            ]
+            known = ([log.identity for log in logs], stream.describe_topic(topic, logs[0].settings, parts))
+            self._infos[topic] = known
+        return known[1]
+
+    # ---- what the engine tells ----
+
+    def on_durable(self, partition: Log) -> None:
+        """A log grew."""
+        for cursor, child in self._idle.pop(partition, {}).items():
+            child.feed.wake(cursor)
+            self._waiting[child] = None
+        if partition in self._ahead:
+            for child, position in list(self._ahead[partition].items()):
+                if partition.durable_end >= position.offset and partition.epoch >= position.epoch:
+                    child.end()
+
+    def on_topic(self, topic: str) -> None:
+        """A topic was made or changed."""
+        if not self.engine.partitions(topic):
+            return  # it was deleted meanwhile
+        for child in list(self.children):
+            child.topic_changed(topic)
+
+    def on_rewritten(self, partition: Log) -> None:
+        """A log was cut or begun anew: whoever follows it has to be judged again."""
+        self.news.pop(partition, None)
+        end, places = partition.durable_end, self._asked.get(partition, {})
+        for uid, place in places.items():
+            if place.offset > end:  # what it has of that is not in this log any more
+                places[uid] = replace(place, offset=end)
+                self._asked_more = True
+        for child in list(self.children):
+            if child.follows(partition):
+                child.end()
+
+    def on_deleted(self, partition: Log) -> None:
+        """A log is gone: whoever follows it asks again, and is told."""
+        self._infos.pop(partition.topic, None)
+        self.on_rewritten(partition)
+        for known in (self._asked, self._pins, self._ahead, self._idle):
+            known.pop(partition, None)
+
+    def floor(self, partition: Log, now: float) -> int | None:
+        """The offset that every child seen within a week has asked for, and has passed; None without any."""
+        children = self._asked.get(partition, {})
+        for uid in [uid for uid, asked in children.items() if now - asked.seen >= LIVE_SECONDS]:
+            del children[uid]
+        # Of a log that was replaced here a child has nothing yet.
+        log_id, start = partition.identity.log_id, partition.log_start
+        passed = (asked.offset if asked.log_id == log_id else start for asked in children.values())
+        return min(passed, default=None)
+
+    def pinned(self, partition: Log, now: float) -> int | None:
+        """From where on retention shall remove nothing, for a child that loads the log afresh; None without one."""
+        return _lowest(self._pins.get(partition, {}), now - PIN_SECONDS)
+
+    def child(self, uid: str) -> Child | None:
+        """The child of this uid, while it is connected."""
+        return self._uids.get(uid)
+
+    def behind(self, uid: str) -> float:
+        """Seconds since the oldest record that a child lacks became durable here (at least so many, where only the disk
+        knows)."""
+        worst, child = 0, self._uids.get(uid)
+        places = child.places() if child is not None else {}
+        for partition, asked in self._asked.items():
+            if uid in asked:
+                offset = places.get(partition, asked[uid].offset)
+                if offset < partition.durable_end:
+                    worst = max(worst, self.engine.age_ms(partition, offset + 1), 1)
+        return worst / 1000
+
+    def _measure(self) -> None:
+        self.scheduler.call_later(MEASURE_SECONDS, self._measure)
+        for child in self.children:
+            child.measure()
+
+    def turn_over(self) -> None:
+        """The turn ends: serve those who wait, each its share; the rest in the next turn."""
+        if not self._waiting:
+            return
+        share = max(LEAST_SHARE_BYTES, TURN_BYTES // len(self._waiting))
+        left = TURN_BYTES
+        for _ in range(min(TURN_CHILDREN, len(self._waiting))):
+            if not self._waiting or left <= 0:
+                break
+            child = next(iter(self._waiting))
+            del self._waiting[child]
+            try:
+                left -= child.pump(share)
+            except Exception:
+                log.exception("feeding %s failed", child.name)
+                child.cut("an internal error")
+        self.news.clear()
+        if self._waiting:
+            self.scheduler.call_later(0.0, lambda: None)
+
+    def wants_turn(self, child: Child) -> None:
+        self._waiting[child] = None
+
+    def joined(self, child: Child) -> None:
+        self.children[child] = None
+        self._uids[child.uid] = child
+
+    def left(self, child: Child, cursors: list[FeedCursor]) -> None:
+        self.children.pop(child, None)
+        if self._uids.get(child.uid) is child:
+            del self._uids[child.uid]
+        self._waiting.pop(child, None)
+        for cursor in cursors:
+            self._idle.get(cursor.log, {}).pop(cursor, None)  # type: ignore[call-overload]
+        for partition in [partition for partition, children in self._ahead.items() if child in children]:
+            del self._ahead[partition][child]
+            if not self._ahead[partition]:
+                del self._ahead[partition]
+
+    def second_of_day(self) -> float:
+        """By this node's wall clock and time zone."""
+        return second_of_day(self._clock.wall_ms())
+
+    def rate_of(self, uid: str) -> Rate:
+        """How fast this child's link was; it outlives the connection."""
+        rate = self._rates.setdefault(uid, Rate())
+        self._rates.move_to_end(uid)
+        if len(self._rates) > self._max_children:
+            self._rates.popitem(last=False)
+        return rate
+
+    def ahead(self, child: Child, partition: Log, position: LogPosition) -> None:
+        self._ahead.setdefault(partition, {})[child] = position
+
+    def asked(self, poll: Poll, partition: Log, position: LogPosition) -> None:
+        """A child has exactly what this log has before its position: it was compared. It may want what follows to be
+        kept for it."""
+        uid = poll.uid
+        if poll.pin:  # the copy of a child, which will not come again
+            self._pins.setdefault(partition, {})[uid] = (position.offset, self.scheduler.now())
+            return
+        children = self._asked.setdefault(partition, {})
+        before = children.get(uid)
+        if before is None and len(children) >= self._max_children:
+            del children[min(children, key=lambda known: children[known].seen)]  # whoever was away for longest
+        place = children[uid] = ChildPlace(position.log_id, position.epoch, position.offset, self.scheduler.now())
+        if before is None or (before.log_id, before.offset) != (place.log_id, place.offset):
+            self._asked_more = True
+
+    def idle(self, child: Child, cursor: FeedCursor, partition: Log) -> None:
+        self._idle.setdefault(partition, {})[cursor] = child
+
+    def history_lost(self, partition: Log, position: LogPosition) -> None:
+        if self._history_lost is not None and partition.identity.origin == self._node.uid:
+            self._history_lost(partition, position)
+
+    def describe(self) -> list[dict[str, object]]:
+        """For /v1/pipe."""
+        return [child.describe() for child in self.children]
+
+
+def _lowest(places: dict[str, tuple[int, float]], since: float) -> int | None:
+    """The lowest offset of those that were seen since then; the others are forgotten."""
+    for uid in [uid for uid, (_, seen) in places.items() if seen <= since]:
+        del places[uid]
+    return min((offset for offset, _ in places.values()), default=None)

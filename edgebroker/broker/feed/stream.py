@@ -1,0 +1,451 @@
+"""One answer to one child that polled: which of its logs may go on, and the frames that it gets.
+
+judge each line -> cursors -> frames, by sendfile, as far as the socket takes them -> end, and the child polls again
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgebroker.common.hours import parse_hours
+from edgebroker.network.http.server import BodyWriter
+from edgebroker.network.io.transport import FileRange
+from edgebroker.pipe import stream
+from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Stopped, judge, same_chain
+from edgebroker.pipe.report import Order
+from edgebroker.pipe.stream import Kind, LogPosition, Patterns, Poll, Refusal, TopicInfo
+from edgebroker.storage.engine import Log
+from edgebroker.storage.log.partition import Extent, Inline, NeedsDisk
+from edgebroker.storage.log.reader import ColdRead
+from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.segment import Segment
+
+if TYPE_CHECKING:
+    from edgebroker.broker.feed.children import Feeding
+
+ANSWER_SECONDS, LEAST_ANSWER_SECONDS = 90.0, 1.0
+IDLE_SECONDS = 45.0
+LEAST_SAMPLE_SECONDS = 0.5
+SHARED_BYTES = 64 << 10
+MOST_COLD = 2
+RETRY_SECONDS = 1.0
+# After these the child has something to do, and then polls again.
+_ASKS = ("GONE", "DIVERGED", "DELETED")
+
+
+class Child:
+    """One answer to one child; what Feed asks for (Reading) and what HTTP asks for (Streamed)."""
+
+    def __init__(self, feeding: Feeding, poll: Poll) -> None:
+        self._feeding, self._poll = feeding, poll
+        self.feed = Feed(self)
+        self._rate = feeding.rate_of(poll.uid)
+        self._busy_since = 0.0
+        self._busy_bytes = 0
+        self._pending = 0
+        self._ending = False
+        self._out: BodyWriter | None = None
+        self._known = dict(poll.known)
+        self._wanted = Patterns(poll.topics)
+        # Cursors whose bytes come through the reader thread, and those that wait for their turn to.
+        self._cold: set[FeedCursor] = set()
+        self._colder: deque[FeedCursor] = deque()
+        self._timers = [feeding.scheduler.call_later(ANSWER_SECONDS, self.end)]
+        self._timers.append(feeding.scheduler.call_later(IDLE_SECONDS, self._idle))
+        hours, second = parse_hours(poll.hours), feeding.second_of_day()
+        self._urgent_only = not hours.open(second)
+        change = hours.until_change(second)
+        if change < ANSWER_SECONDS:
+            self._timers.append(feeding.scheduler.call_later(max(change, LEAST_ANSWER_SECONDS), self.end))
+        # When there was last something to say.
+        self._said_at = feeding.scheduler.now()
+
+    @property
+    def name(self) -> str:
+        return self._poll.name
+
+    @property
+    def uid(self) -> str:
+        return self._poll.uid
+
+    def places(self) -> dict[object, int]:
+        """Up to where the child has been sent what it follows, by log."""
+        return {cursor.log: cursor.offset for cursor in self.feed.cursors.values()}
+
+    def direct(self, order: Order) -> None:
+        """Pass word from the top on."""
+        if self._out is not None and not self._out.closed:
+            self._out.send(stream.write_frame(Kind.ORDER, msgspec.json.encode([order])))
+
+    def follows(self, partition: Log) -> bool:
+        key = (partition.topic, partition.partition)
+        return any((position.topic, position.partition) == key for position in self._poll.logs)
+
+    # ---- Streamed ----
+
+    def begin(self, out: BodyWriter) -> None:
+        self._out = out
+        out.hold_back(self._rate.unsent_bytes)
+        self._feeding.joined(self)
+        fresh = [topic for topic in sorted(self._feeding.engine.topics()) if self._wants(topic)]
+        out.send(self._feeding.hello(self._news(fresh)))
+        for line, position in enumerate(self._poll.logs):
+            self._judge(line, position)
+        self._judged()
+
+    def on_drained(self) -> None:
+        self.measure()
+        self._feeding.wants_turn(self)
+
+    def on_closed(self, reason: str) -> None:
+        self._leave()
+
+    # ---- who may go on ----
+
+    def _wants(self, topic: str) -> bool:
+        return topic in self._wanted
+
+    def _news(self, topics: list[str]) -> list[TopicInfo]:
+        """Descriptions that the child does not have. One of a topic that it does not follow ends the answer."""
+        found = []
+        followed = {position.topic for position in self._poll.logs}
+        for topic in topics:
+            info = self._feeding.info(topic)
+            if self._known.get(topic) != info.digest:
+                self._known[topic] = info.digest
+                found.append(info)
+                self._ending = self._ending or topic not in followed
+        return found
+
+    def _judge(self, line: int, position: LogPosition) -> None:
+        partition = None
+        if self._wants(position.topic):
+            partition = self._feeding.engine.log(position.topic, position.partition)
+            if partition is not None and partition.rewriting:
+                partition = None  # it is judged when that is over
+        deleted = self._feeding.engine.tombstones.get(position.log_id)
+        here = self._feeding.engine.log(position.topic, position.partition)
+        lives = (here is not None and here.identity.log_id == position.log_id) or (
+            deleted is not None and position.epoch > deleted.epoch  # it came back, in a history that is not known here
+        )
+        if deleted is not None and not lives:
+            why = f"{deleted.topic} was deleted"
+            told = Refusal(code="DELETED", message=why, offset=deleted.epoch, log_id=position.log_id)
+            self._refuse(line, told)
+            return
+        facts = _facts(partition) if partition is not None else None
+        refusal = judge(position, facts)
+        if refusal is not None and refusal.code == "BEHIND" and partition and partition.damaged_before(refusal.offset):
+            refusal = _not_comparable(partition)
+        if partition is None or facts is None or refusal is not None:
+            assert refusal is not None
+            self._refuse(line, refusal)
+            if partition is not None and refusal.code == "BEHIND":
+                self._feeding.ahead(self, partition, position)
+                self._feeding.history_lost(partition, position)
+            return
+        known = partition.chain_at(position.offset) if not position.points else None
+        if known is not None:
+            self._accept(line, position, partition, {position.offset: known})
+            return
+        self._pending += 1
+        offsets = sorted({position.offset, *(point.offset for point in position.points)})
+
+        def done(points: list[tuple[int, int]], error: str) -> None:
+            self._pending -= 1
+            if self._out is None or self._out.closed:
+                return
+            if error:
+                self._refuse(line, Refusal(code="DAMAGED", message=f"{partition.name}: {error}"))
+            else:
+                self._accept(line, position, partition, dict(points))
+            self._judged()
+
+        self._feeding.engine.chains(partition, offsets, done)  # type: ignore[arg-type]
+
+    def _accept(self, line: int, position: LogPosition, partition: Log, chains: dict[int, int]) -> None:
+        refusal = same_chain(position, _facts(partition), chains)
+        if refusal is not None:
+            places = [position.offset, *(point.offset for point in position.points)]
+            if any(partition.damaged_before(place) for place in places if place > refusal.offset):
+                refusal = _not_comparable(partition)  # what the child has may be all that is left of it
+            self._refuse(line, refusal)
+            return
+        self._feeding.asked(self._poll, partition, position)
+        if self._urgent_only and not partition.settings.urgent:
+            why = f"{partition.name} is not urgent: it comes in the hours of {self._poll.hours}"
+            self._refuse(line, Refusal(code="HOURS", message=why))
+            return
+        if position.refused and self._out is not None:
+            told = Refusal(code="OK", message="")
+            self._out.send(stream.write_frame(Kind.STATE, msgspec.json.encode(told), line))
+        cursor = FeedCursor(line, partition, position, partition.settings.urgent)
+        self.feed.add(cursor)
+        self._feeding.wants_turn(self)
+
+    def _refuse(self, line: int, refusal: Refusal) -> None:
+        assert self._out is not None
+        self._feeding.metrics.refused(refusal.code)
+        self._out.send(stream.write_frame(Kind.STATE, msgspec.json.encode(refusal), line))
+        self._ending = self._ending or refusal.code in _ASKS
+
+    def _judged(self) -> None:
+        if self._ending and not self._pending:
+            self.end()
+
+    def topic_changed(self, topic: str) -> None:
+        if self._out is None or self._out.closed or not self._wants(topic):
+            return
+        news = self._news([topic])
+        if news:
+            # What changed may change who may go on: the child takes it over and polls again.
+            self._out.send(self._feeding.hello(news))
+            self.end()
+
+    def _idle(self) -> None:
+        """A child that has heard nothing for a while shall know that the line is alive: what counts is when it was
+        told something last, for a line may fall silent long after the answer began."""
+        out, now = self._out, self._feeding.scheduler.now()
+        if out is None or out.closed:
+            return
+        if now - self._said_at >= IDLE_SECONDS:
+            out.send(stream.write_frame(Kind.IDLE))
+            self._said_at = now
+        self._timers[1] = self._feeding.scheduler.call_later(self._said_at + IDLE_SECONDS - now, self._idle)
+
+    # ---- sending ----
+
+    def pump(self, share: int) -> int:
+        """Send what there is, as far as the socket takes it and the share goes; the bytes sent."""
+        out, sent = self._out, 0
+        if out is None or out.closed or out.backlog:
+            return 0
+        self.feed.frame_bytes = self._rate.frame_bytes
+        if not self._busy_since and self.feed.busy:
+            # It was idle: what it was sent before has gone through (asking the kernel would cost as much as a frame).
+            self._busy_since, self._busy_bytes = self._feeding.scheduler.now(), out.bytes_out
+        while sent < share and not out.backlog and not out.closed:
+            found = self.feed.next()
+            if found is None:
+                if not self._cold:
+                    self._busy_since = 0.0  # else the disk has it: there is something to send
+                return sent
+            if isinstance(found, Stopped):
+                self._refuse(found.cursor.line, found.refusal)
+                if self._ending:
+                    self.end()
+                    return sent
+                continue
+            sent += found.piece.length
+            self._said_at = self._feeding.scheduler.now()
+            self._send(out, found)
+        if not out.backlog and self.feed.busy:
+            self._feeding.wants_turn(self)
+        return sent
+
+    def _send(self, out: BodyWriter, found: Outgoing) -> None:
+        piece, cursor = found.piece, found.cursor
+        metrics = self._feeding.metrics
+        metrics.pipe_frames_out += 1
+        metrics.pipe_bytes_out += piece.length
+        if isinstance(piece.source, Segment):
+            segment = piece.source
+            if cursor.piece is not None:
+                segment.hold()  # the rest of it is still to come: read() holds it once for what is sent last
+            engine = self._feeding.engine
+
+            def load(extent: FileRange) -> None:
+                engine.load_range(
+                    segment,
+                    extent.position,
+                    extent.length,
+                    lambda data, error: _supply(out, extent, data, error),
+                )
+
+            out.send_file(found.head, FileRange(segment.fd, piece.position, piece.length, segment.release, load))
+        else:
+            assert isinstance(piece.source, memoryview)
+            out.send_data(found.head, piece.source[piece.position : piece.position + piece.length])
+            if cursor.piece is None and cursor in self._cold:
+                self._warm(cursor)
+
+    def measure(self) -> None:
+        """How fast did the line take what there was for it?"""
+        out, now = self._out, self._feeding.scheduler.now()
+        if self._busy_since and out is not None and not out.closed and now - self._busy_since > LEAST_SAMPLE_SECONDS:
+            through = out.bytes_through
+            self._rate.sent(through - self._busy_bytes, now - self._busy_since)
+            self._busy_since, self._busy_bytes = now, through
+            out.hold_back(self._rate.unsent_bytes)
+
+    # ---- Reading ----
+
+    def read(self, cursor: FeedCursor, max_bytes: int) -> Piece | Refusal | None:
+        partition: Log = cursor.log  # type: ignore[assignment]
+        if cursor.offset == partition.durable_end:
+            cursor.hint = None
+            self._feeding.idle(self, cursor, partition)
+            return None
+        if cursor.offset < partition.log_start:
+            why = f"{partition.name} begins at {partition.log_start} here"
+            start, chain = partition.log_start, partition.identity.chain
+            return Refusal(code="GONE", message=why, offset=start, chain=chain)
+        news = self._feeding.news.get(partition)
+        if news is not None and news[0] == cursor.offset and news[1].length <= max_bytes:
+            cursor.hint = None
+            return news[1]
+        fresh, cursor.fresh = cursor.fresh, False
+        hint: tuple[int, int] | None = cursor.hint  # type: ignore[assignment]
+        found = partition.find(cursor.offset, max_bytes, 1 << 30, hint)
+        if isinstance(found, Extent) and found.sealed and fresh:
+            # What was verified once may have rotted since: a child that found it so comes again, and must not get the
+            # same bytes for ever.
+            cursor.hint = None
+            self._fetch(cursor, partition, max_bytes)
+            return None
+        if isinstance(found, Extent):
+            piece = self._shared(partition, cursor.offset, found)
+            if piece is not None:
+                cursor.hint = None
+                return piece
+            found.segment.hold()
+            cursor.hint = (found.segment.base, found.position + found.length)
+            return Piece(found.segment, found.position, found.length, found.next_offset)
+        cursor.hint = None
+        if isinstance(found, Inline):
+            return Piece(found.data, 0, len(found.data), found.next_offset)
+        if isinstance(found, Hole):
+            why = f"{partition.name}: records {found.first} to {found.next - 1} are damaged here"
+            return Refusal(code="DAMAGED", message=why, offset=found.next)
+        if isinstance(found, NeedsDisk):
+            self._fetch(cursor, partition, max_bytes)
+        else:
+            self._feeding.idle(self, cursor, partition)
+        return None
+
+    def _shared(self, partition: Log, offset: int, found: Extent) -> Piece | None:
+        """The newest batches of a log, small enough to be read once for all the children that stand before them."""
+        if found.length > SHARED_BYTES or found.next_offset != partition.durable_end:
+            return None
+        data = self._feeding.engine.peek(found)
+        if data is None:
+            return None
+        piece = Piece(memoryview(data), 0, found.length, found.next_offset)
+        self._feeding.news[partition] = (offset, piece)
+        return piece
+
+    def chain_at(self, cursor: FeedCursor) -> int | None:
+        partition: Log = cursor.log  # type: ignore[assignment]
+        return partition.chain_at(cursor.offset)
+
+    def durable_end(self, cursor: FeedCursor) -> int:
+        partition: Log = cursor.log  # type: ignore[assignment]
+        return partition.durable_end
+
+    def _fetch(self, cursor: FeedCursor, partition: Log, max_bytes: int) -> None:
+        """Through the reader thread; meanwhile the cursor waits outside of the queue. What came is held in memory until
+        it is sent: so only for a few cursors at a time."""
+        if len(self._cold) >= MOST_COLD and cursor not in self._cold:
+            self._colder.append(cursor)
+            return
+        self._cold.add(cursor)
+        wanted = cursor.offset
+
+        def done(result: ColdRead) -> None:
+            if self.feed.cursors.get(cursor.line) is not cursor or cursor.offset != wanted:
+                self._warm(cursor)
+                return
+            if result.error:
+                self._feeding.scheduler.call_later(RETRY_SECONDS, again)
+                return
+            if result.hole is None and result.data:
+                following = min(result.next_offset, partition.durable_end)
+                skip = cursor.skip if cursor.skip < len(result.data) else 0
+                cursor.skip = skip
+                data = memoryview(result.data)
+                cursor.piece = Piece(data, skip, len(data) - skip, following)
+            else:
+                self._warm(cursor)
+            again()
+
+        def again() -> None:
+            if self.feed.cursors.get(cursor.line) is cursor:
+                self.feed.wake(cursor)
+                self._feeding.wants_turn(self)
+
+        self._feeding.engine.read_cold(partition, wanted, max(max_bytes, 1), done)
+
+    def _warm(self, cursor: FeedCursor) -> None:
+        """It is done with its bytes from the disk: the next one gets its turn."""
+        self._cold.discard(cursor)
+        if self._colder:
+            following = self._colder.popleft()
+            self.feed.wake(following)
+            self._feeding.wants_turn(self)
+
+    # ---- ending ----
+
+    def end(self) -> None:
+        """The answer is over: the child polls again."""
+        out = self._out
+        if out is None or out.closed:
+            return
+        self._leave()
+        out.end()
+
+    def cut(self, reason: str) -> None:
+        if self._out is not None:
+            self._out.cut(reason)
+
+    def _leave(self) -> None:
+        for timer in self._timers:
+            timer.cancel()
+        cursors = self.feed.drop()
+        self._feeding.left(self, cursors)
+        for cursor in cursors:
+            if cursor.piece is not None and isinstance(cursor.piece.source, Segment):
+                cursor.piece.source.release()
+            cursor.piece = None
+        self._out = None
+
+    def describe(self) -> dict[str, object]:
+        lag = sum(
+            max(0, cursor.log.durable_end - cursor.offset)  # type: ignore[attr-defined]
+            for cursor in self.feed.cursors.values()
+        )
+        return {
+            "uid": self._poll.uid,
+            "name": self._poll.name,
+            "level": self._poll.level,
+            "address": self._out.peer if self._out is not None else "",
+            "logs": len(self.feed.cursors),
+            "lag": lag,
+            "bytes_per_second": int(self._rate.bytes_per_second),
+        }
+
+
+def _not_comparable(partition: Log) -> Refusal:
+    holes = (
+        ", ".join(f"{hole.first} to {hole.next - 1}" for hole in partition.holes) or "what was healed since the start"
+    )
+    return Refusal(code="DAMAGED", message=f"{partition.name} cannot be compared here: {holes} is damaged")
+
+
+def _facts(partition: Log) -> LogFacts:
+    end_chain = partition.chain_at(partition.durable_end)
+    return LogFacts(
+        partition.identity.log_id,
+        partition.epoch,
+        partition.log_start,
+        partition.identity.chain,
+        partition.durable_end,
+        end_chain or 0,  # not known behind damage: _judge does not use it then
+        partition.identity.contains,
+    )
+
+
+def _supply(out: BodyWriter, extent: FileRange, data: bytes, error: str) -> None:
+    out.supply(extent, None if error else memoryview(data), error)

@@ -1,0 +1,127 @@
+"""What this node hears from the nodes below: their reports, who of its children is lost, how far each is behind."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from edgebroker.broker.feed.children import Feeding
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.clock import Clock
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.network.http.server import Reply, Request, Response
+from edgebroker.pipe.fleet import Fleet, Member
+from edgebroker.pipe.report import Batch, NodeState, Order, Report
+
+log = logging.getLogger(__name__)
+
+WATCH_SECONDS = 10.0
+# Between two answers to its poll, and while it comes back from a lost connection, a child is not lost.
+GRACE_SECONDS = 60.0
+FORGET_SECONDS = 7 * 24 * 3600.0
+SLICE = 50
+LEAST_SKEW_SECONDS = 2
+
+
+class Overseeing:
+    """Owned by the loop thread. `heard` is told of every node about which there is news."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clock: Clock,
+        metrics: Metrics,
+        fleet: Fleet,
+        feeding: Feeding,
+        heard: Callable[[Member], None],
+    ) -> None:
+        self._scheduler, self._clock, self._metrics = scheduler, clock, metrics
+        self.fleet, self._feeding, self._heard = fleet, feeding, heard
+        # Where the registry is kept, nobody is forgotten until an operator says so.
+        self.forgets = True
+        # The last batch of each child: its session and number; and when the child was last connected.
+        self._batches: dict[str, tuple[str, int]] = {}
+        self._connected: dict[str, float] = {}
+
+    def start(self) -> None:
+        self._scheduler.call_later(WATCH_SECONDS, self._watch)
+
+    def answer(self, request: Request, reply: Reply) -> None:
+        """POST /v1/tree/reports."""
+        now = self._scheduler.now()
+        try:
+            batch = msgspec.json.decode(request.body, type=Batch)
+            if batch.number and self._batches.get(batch.sender) != (batch.session, batch.number - 1):
+                self._metrics.refused("BEGIN_ANEW")
+                why = "this node does not know the batch before; begin anew with number 0"
+                reply(Response(409, {"error": why, "code": "BEGIN_ANEW"}))
+                return
+        except (msgspec.DecodeError, RecursionError) as error:
+            reply(Response(400, {"error": str(error)}))
+            return
+        elsewhere: list[str] = []
+        for state in batch.nodes:
+            try:
+                member = self.fleet.take(state, batch.sender, now)
+            except msgspec.DecodeError as error:
+                self._metrics.reports_refused += 1  # what is wrong with one says nothing about the others
+                log.warning("a report that %s passed on is not understood: %s", batch.sender, error)
+                continue
+            if member is None:
+                elsewhere += self._elsewhere(state, batch.sender)
+                continue
+            self._metrics.reports_heard += 1
+            if member.uid == batch.sender:
+                member.skew = self._skew(batch.wall_ms)
+            self._heard(member)
+        self._batches[batch.sender] = (batch.session, batch.number)
+        self._connected[batch.sender] = now
+        self.fleet.found(batch.sender)
+        reply(Response(200, {"elsewhere": elsewhere}))
+
+    def _elsewhere(self, state: NodeState, sender: str) -> list[str]:
+        """The node that a child says it lost, when it is reached through another one."""
+        uid = msgspec.json.decode(state.report, type=Report).uid
+        member = self.fleet.members.get(uid)
+        gone = state.silent >= 0 and member is not None and member.route not in ("", sender)
+        return [uid] if gone else []
+
+    def _skew(self, wall_ms: int) -> int:
+        seconds = round((wall_ms - self._clock.wall_ms()) / 1000)
+        return seconds if abs(seconds) >= LEAST_SKEW_SECONDS else 0
+
+    def _watch(self) -> None:
+        self._scheduler.call_later(WATCH_SECONDS, self._watch)
+        self._watch_some(list(self._connected.items()))
+
+    def _watch_some(self, children: list[tuple[str, float]]) -> None:
+        """A slice a turn: to know how far each is behind means to look at every log it follows."""
+        now = self._scheduler.now()
+        if len(children) > SLICE:
+            self._scheduler.call_later(0.0, lambda: self._watch_some(children[SLICE:]))
+        for uid, seen in children[:SLICE]:
+            member = self.fleet.members.get(uid)
+            if member is None or member.route != uid:
+                del self._connected[uid]  # it is reached through another child now
+                self._batches.pop(uid, None)
+                continue
+            if self._feeding.child(uid) is not None:
+                self._connected[uid] = now
+                self.fleet.found(uid)
+            elif now - seen > FORGET_SECONDS and self.forgets:
+                self.fleet.forget(uid)
+                continue
+            elif now - seen > GRACE_SECONDS:
+                self.fleet.lost(uid, seen)
+            self.fleet.measured(uid, self._feeding.behind(uid), now)
+
+    def direct(self, order: Order) -> bool:
+        """Pass word from the top on, towards the node it is for; False when the way there is not known, or cut."""
+        member = self.fleet.members.get(order.uid)
+        child = self._feeding.child(member.route) if member is not None else None
+        if child is None:
+            return False
+        child.direct(order)
+        return True

@@ -1,0 +1,300 @@
+"""The registry: which nodes there are, and where each shall look for its parent.
+
+    a report comes up the tree -> remembered -> candidates compared with those the node has -> word down the pipe
+
+Kept in registry.db: who was there and when, what operators pinned, drained and removed. What nodes say of their health
+is not: they say it again. A node hears of a change as soon as the pipe carries it, again after a minute until its
+report says that it has it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from edgebroker.broker.fleet.inbox import Overseeing
+from edgebroker.common.clock import Clock
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.network.http.server import Reply, Request, Response
+from edgebroker.pipe.fleet import Fleet, Member, find
+from edgebroker.pipe.follower import LEVELS
+from edgebroker.pipe.report import MAX_CANDIDATES, Assignment, NodeState, Question, Report, digest
+from edgebroker.pipe.topology import Topology
+from edgebroker.storage.metadata.registry import NodeRow, RegistryStore
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+SWEEP_SECONDS = 30.0
+SLICE = 500
+# A hub that was not heard of for so long comes behind the others.
+LOST_SECONDS = 3600.0
+TELL_AGAIN_SECONDS, LONGEST_TELL_AGAIN_SECONDS = 60.0, 3600.0
+
+
+class PinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of PUT /v1/registry/NODE/pins: the parents of a node, by name or uid, the best first; none: no pins."""
+
+    parents: list[str]
+
+
+class Registrar:
+    """Owned by the loop thread. `itself` makes the report of the node that keeps the registry."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        clock: Clock,
+        overseeing: Overseeing,
+        store: RegistryStore,
+        itself: Callable[[], Report],
+    ) -> None:
+        self._scheduler, self._clock, self._overseeing, self._store = scheduler, clock, overseeing, store
+        self._itself = itself
+        self._fleet: Fleet = overseeing.fleet
+        self.topology = Topology()
+        # What was written of each node: what it said of its place, and whether it was connected.
+        self._written: dict[str, tuple[object, ...]] = {}
+        # To whom what was told: the digest of the list and whether to drain, when, and how long to wait before it is
+        # told again.
+        self._told: dict[str, tuple[tuple[int, bool], float, float]] = {}
+        # What was so when a node needed no word; the version grows with every change of the topology.
+        self._settled: dict[str, tuple[object, ...]] = {}
+        # Nodes that have been at a pinned parent: if they left it, it was lost, and they come back by themselves.
+        self._obeyed: set[str] = set()
+        self._version = 0
+        self._left: deque[str] = deque()
+        self._sweep_due = 0.0
+
+    def start(self) -> None:
+        """Remember what was stored, and begin to look after the nodes."""
+        state = self._store.load()
+        now, wall = self._scheduler.now(), self._clock.wall_ms()
+        self._fleet.removed = state.removed
+        self._overseeing.forgets = False
+        self.topology.pins, self.topology.draining = state.pins, state.draining
+        for uid, row in state.nodes.items():
+            seen = state.wall_ms if row.connected else row.seen_ms
+            silent = max(0.0, (wall - seen) / 1000)
+            try:
+                member = self._fleet.take(NodeState(report=msgspec.Raw(row.report), silent=silent), "", now)
+            except msgspec.DecodeError as error:
+                log.warning("node %s is not understood: %s", uid, error)
+                continue
+            if member is not None:
+                self._written[uid] = _place(member, False)
+                self.topology.put(uid, member.level, member.region, member.address)
+        self._put_itself()
+        self._tick()
+
+    def _put_itself(self) -> None:
+        own = self._itself()
+        if self.topology.put(own.uid, own.level, own.region, own.address):
+            self._changed()
+
+    def _changed(self) -> None:
+        """The topology is another one: look at all nodes soon."""
+        self._version += 1
+        self._sweep_due = 0.0
+
+    def stop(self) -> bool:
+        """Store what is left; True when all of it is durable."""
+        for member in self._fleet.members.values():
+            self._note(member)
+        self._store.changes.wall_ms = self._clock.wall_ms()
+        return self._store.stop(5.0)
+
+    @property
+    def failed(self) -> str:
+        """Why the registry cannot be stored now."""
+        return self._store.failed
+
+    # ---- hearing ----
+
+    def heard(self, member: Member) -> None:
+        """There is news about a node."""
+        if self.topology.put(member.uid, member.level, member.region, member.address):
+            self._changed()  # it may be the parent that others wait for
+        if member.silent_since is None and self._fleet.removed.pop(member.uid, None) is not None:
+            self._store.changes.removed[member.uid] = None  # it is back: when it is lost again, that is news
+        self._note(member)
+        self._direct(member)
+
+    def _note(self, member: Member) -> None:
+        connected = self._fleet.silent_for(member, self._scheduler.now()) < 0
+        place = _place(member, connected)
+        lost = self._fleet.silent_for(member, self._scheduler.now()) > LOST_SECONDS
+        if lost != (member.uid in self.topology.lost) and member.address:
+            (self.topology.lost.add if lost else self.topology.lost.discard)(member.uid)
+            self._changed()
+        if self._written.get(member.uid) != place:
+            self._written[member.uid] = place
+            silent = max(0.0, self._fleet.silent_for(member, self._scheduler.now()))
+            seen_ms = self._clock.wall_ms() - int(silent * 1000)
+            self._store.changes.nodes[member.uid] = NodeRow(member.raw, connected, seen_ms)
+
+    def answer(self, request: Request, reply: Reply) -> None:
+        """POST /v1/registry: a node without a parent asks."""
+        try:
+            question = msgspec.json.decode(request.body, type=Question)
+        except msgspec.DecodeError as error:
+            reply(Response(400, {"error": str(error)}))
+            return
+        report = question.report
+        state = NodeState(report=msgspec.Raw(msgspec.json.encode(report)), silent=0.0)
+        member = self._fleet.take(state, "", self._scheduler.now())
+        if member is not None:
+            self.heard(member)
+        wanted = self.topology.candidates(report.uid, report.level, report.region)
+        reply(Response(200, msgspec.to_builtins(Assignment(uid=report.uid, candidates=wanted))))
+
+    # ---- telling ----
+
+    def _tick(self) -> None:
+        self._scheduler.call_later(TICK_SECONDS, self._tick)
+        now = self._scheduler.now()
+        if not self._left and now >= self._sweep_due:
+            self._sweep_due = now + SWEEP_SECONDS
+            self._put_itself()
+            self._left.extend(self._fleet.members)
+            self._store.changes.wall_ms = self._clock.wall_ms()
+        self._sweep()
+        self._store.write()
+
+    def _sweep(self) -> None:
+        """Look at some of the nodes: has each the candidates that it should, is it still there?"""
+        for _ in range(min(SLICE, len(self._left))):
+            member = self._fleet.members.get(self._left.popleft())
+            if member is not None:
+                self._note(member)
+                self._direct(member)
+        if self._left:
+            self._scheduler.call_later(0.0, self._sweep)
+
+    def _direct(self, member: Member) -> None:
+        if not member.managed or member.silent_since is not None or member.level not in LEVELS:
+            return
+        looked_at = (self._version, member.candidates, member.parent, member.level, member.region)
+        if self._settled.get(member.uid) == looked_at:
+            return
+        wanted = self.topology.candidates(member.uid, member.level, member.region)
+        if member.parent in self.topology.pins.get(member.uid, ()):
+            self._obeyed.add(member.uid)
+        obeyed = member.uid in self._obeyed
+        leave = bool(wanted) and self.topology.must_leave(
+            member.uid, member.parent, member.region, lambda pinned: not obeyed and self._is_connected(pinned)
+        )
+        meant = digest(wanted), leave
+        if (meant[0] == member.candidates or not wanted) and not leave:
+            self._told.pop(member.uid, None)
+            self._settled[member.uid] = looked_at
+            return
+        now = self._scheduler.now()
+        before, at, wait = self._told.get(member.uid, (None, 0.0, 0.0))
+        if before == meant and now < at + wait:
+            return
+        if self._overseeing.direct(Assignment(uid=member.uid, candidates=wanted, drain=leave)):
+            wait = min(LONGEST_TELL_AGAIN_SECONDS, wait * 2) if before == meant and wait else TELL_AGAIN_SECONDS
+            self._told[member.uid] = (meant, now, wait)
+
+    def _is_connected(self, uid: str) -> bool:
+        member = self._fleet.members.get(uid)
+        return member is None or self._fleet.silent_for(member, self._scheduler.now()) < 0  # None: this node itself
+
+    # ---- what operators decide ----
+
+    def pin(self, name: str, parents: list[str], done: Callable[[int, str], None]) -> None:
+        """Pin the parents of a node, none to undo it: done(HTTP status, error), once stored."""
+        node = self._one(name, done)
+        if node is None:
+            return
+        if isinstance(node, Member) and not node.managed:
+            done(409, f"{node.name} is not led by the registry: set pipe.registry there, or change its pipe.parents")
+            return
+        if len(parents) > MAX_CANDIDATES:
+            done(409, f"a node is pinned to {MAX_CANDIDATES} parents at most")
+            return
+        uids = []
+        for parent in parents:
+            hub = self._one(parent, done)
+            if hub is None:
+                return
+            if not {hub.level, node.level} <= {*LEVELS}:
+                done(409, f"{hub.name} is a {hub.level} node, {node.name} a {node.level} node: who stands above whom?")
+                return
+            if LEVELS.index(hub.level) >= LEVELS.index(node.level):
+                done(409, f"{hub.name} is a {hub.level} node; the parent of a {node.level} node stands above it")
+                return
+            if not hub.address:
+                done(409, f"{hub.name} has no address for children; set pipe.address there")
+                return
+            uids.append(hub.uid)
+        if uids:
+            self.topology.pins[node.uid] = uids
+        else:
+            self.topology.pins.pop(node.uid, None)
+        self._obeyed.discard(node.uid)
+        self._store.changes.pins[node.uid] = uids
+        self._decided(done)
+
+    def drain(self, name: str, draining: bool, done: Callable[[int, str], None]) -> None:
+        """Move the children of a node elsewhere, or let it have some again."""
+        node = self._one(name, done)
+        if node is None:
+            return
+        (self.topology.draining.add if draining else self.topology.draining.discard)(node.uid)
+        self._store.changes.draining[node.uid] = draining
+        self._decided(done)
+
+    def remove(self, name: str, done: Callable[[int, str], None]) -> None:
+        """Forget a node that is silent, with what was decided about it."""
+        node = self._one(name, done)
+        if node is None:
+            return
+        if not isinstance(node, Member) or self._fleet.silent_for(node, self._scheduler.now()) < 0:
+            done(409, f"{node.name} is connected; stop it first")
+            return
+        self._fleet.remove(node.uid)
+        self.topology.remove(node.uid)
+        self.topology.pins.pop(node.uid, None)
+        self.topology.draining.discard(node.uid)
+        self.topology.lost.discard(node.uid)
+        self._told.pop(node.uid, None)
+        self._written.pop(node.uid, None)
+        self._settled.pop(node.uid, None)
+        changes = self._store.changes
+        changes.nodes[node.uid], changes.removed[node.uid] = None, node.boot
+        changes.pins[node.uid], changes.draining[node.uid] = [], False
+        self._decided(done)
+
+    def _one(self, name: str, done: Callable[[int, str], None]) -> Member | Report | None:
+        own = self._itself()
+        found: list[Member | Report] = [*find(self._fleet.members.values(), name)]
+        found += [own] if name in (own.uid, own.name) else []
+        if len(found) == 1:
+            return found[0]
+        if found:
+            uids = ", ".join(member.uid for member in found)
+            done(409, f"{name} is the name of {len(found)} nodes; say which by its uid: {uids}")
+        else:
+            done(404, f"the registry knows no node {name}")
+        return None
+
+    def _decided(self, done: Callable[[int, str], None]) -> None:
+        self._changed()
+
+        def stored(error: str) -> None:
+            done(503 if error else 200, f"not stored: {error}" if error else "")
+
+        self._store.write(stored)
+
+
+def _place(member: Member, connected: bool) -> tuple[object, ...]:
+    """What is worth a row."""
+    return (
+        member.name, member.level, member.region, tuple(member.labels.items()), member.address, member.parent,
+        member.boot, connected,
+    )  # fmt: skip

@@ -1,0 +1,286 @@
+"""What this node tells the node above it: about itself, and what has changed below.
+
+    a tick -> the report of this node, made anew -> a batch of what changed -> POST /v1/tree/reports to the parent
+
+Nothing is sent while nothing changes. What changes after a quiet time goes at once, then every ten seconds, and slower
+where there is much of it. A parent that does not know what went before says so (409): then everything is sent again.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+from msgspec.structs import replace
+
+from edgebroker.broker.delivery.groups import Groups
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.clock import Clock
+from edgebroker.common.types import DEAD_LETTERS
+from edgebroker.network.http.call import Ask
+from edgebroker.network.io.loop import Loop
+from edgebroker.pipe.fleet import Fleet
+from edgebroker.pipe.report import (
+    MAX_BATCH_BYTES,
+    Batch,
+    GroupReport,
+    Heard,
+    NodeState,
+    Report,
+    ResetReport,
+    TopicReport,
+    digest_of_logs,
+    within_limit,
+)
+from edgebroker.pipe.stream import is_shared
+from edgebroker.storage.engine import Engine
+from edgebroker.version import __version__
+
+TICK_SECONDS = 2.0
+INTERVAL_SECONDS = 10.0
+LIMIT_SECONDS = 600.0
+BYTES_PER_SECOND = 256 << 10
+# Said again although nothing changed: what an earlier run of this node left behind up the tree is overwritten.
+FIRST_AGAIN_SECONDS, AGAIN_SECONDS = 120.0, 1800.0
+# How finely the days are told that a disk will last: what is said is reported by everybody on the way to the top.
+STEPS = (0, 1, 2, 3, 5, 7, 10, 14, 21, 30, 60, 90, 180, 365)
+# Groups of the program itself.
+INTERNAL_GROUPS = "__"
+
+
+class Itself(NamedTuple):
+    """What of a node does not change while it runs."""
+
+    uid: str
+    name: str
+    region: str
+    labels: dict[str, str]
+    managed: bool
+
+
+class Above(NamedTuple):
+    """The parent, while this node is connected to it; another `connection` may be to another run of it."""
+
+    uid: str
+    address: str
+    connection: int
+
+
+class Moment(NamedTuple):
+    """What a report tells of the node as it is now."""
+
+    level: str
+    address: str
+    candidates: int
+    problems: list[str]
+    resets: list[ResetReport]
+
+
+class Reporting:
+    """Owned by the loop thread. `above` tells the parent, None without one; `moment` the node as it is."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        groups: Groups,
+        loop: Loop,
+        clock: Clock,
+        metrics: Metrics,
+        fleet: Fleet,
+        itself: Itself,
+        moment: Callable[[], Moment],
+        above: Callable[[], Above | None],
+    ) -> None:
+        self._engine, self._groups, self._loop, self._clock = engine, groups, loop, clock
+        self._metrics, self._fleet, self._itself = metrics, fleet, itself
+        self._moment, self._above = moment, above
+        self._report = Report(
+            uid=itself.uid,
+            name=itself.name,
+            level="root",
+            version=__version__,
+            boot=os.urandom(8).hex(),
+            number=0,
+            region=itself.region,
+            labels=itself.labels,
+            managed=itself.managed,
+        )
+        self._growth = Growth()
+        self._told: Report | None = None
+        self._to: Above | None = None
+        self._session, self._number = "", 0
+        self._due = self._again_at = 0.0
+        self._asking: Ask | None = None
+
+    def start(self) -> None:
+        self._loop.call_later(TICK_SECONDS, self._tick)
+
+    def stop(self) -> None:
+        if self._asking is not None:
+            self._asking.stop()
+
+    # ---- the report ----
+
+    def report(self) -> Report:
+        """This node as it is now; with another number when something is not as it was."""
+        moment, above = self._moment(), self._above()
+        free, days = self._growth.disk(self._engine.describe(), self._loop.now())
+        made = within_limit(
+            replace(
+                self._report,
+                level=moment.level,
+                address=moment.address,
+                parent=above.uid if above is not None else "",
+                candidates=moment.candidates,
+                topics=self._topics(),
+                problems=moment.problems,
+                resets=moment.resets,
+                disk_free_percent=free,
+                disk_days=days,
+                left_out=0,
+            )
+        )
+        if made != self._report:
+            self._report = replace(made, number=self._report.number + 1)
+        return self._report
+
+    def _topics(self) -> list[TopicReport]:
+        groups: dict[str, dict[str, GroupReport]] = {}
+        for group in self._groups.all():
+            if group.name.startswith(INTERNAL_GROUPS):
+                continue
+            for (topic, partition), place in group.places.items():
+                log = self._engine.log(topic, partition)
+                if log is None:
+                    continue
+                of_topic = groups.setdefault(topic, {})
+                found = of_topic.get(group.name)
+                if found is None:
+                    found = GroupReport(group.name, [-1] * len(self._engine.partitions(topic)))
+                if place.log_id == log.identity.log_id:
+                    found.applied[partition] = place.next_offset
+                of_topic[group.name] = replace(found, refreshing=found.refreshing or place.refreshing)
+        return [
+            TopicReport(
+                topic,
+                [one.durable_end for one in self._engine.partitions(topic)],
+                list(groups.get(topic, {}).values()),
+                self._letters(topic),
+                digest_of_logs([one.identity.log_id for one in self._engine.partitions(topic)]),
+            )
+            for topic in sorted(self._engine.topics())
+            if is_shared(topic)
+        ]
+
+    def _letters(self, topic: str) -> int:
+        """Dead letters that nobody has replayed or dropped."""
+        letters = self._engine.log(topic + DEAD_LETTERS, 0)
+        if letters is None:
+            return 0
+        done = self._groups.find("__dlq")
+        place = done.place(letters) if done is not None else None
+        return letters.durable_end - max(letters.log_start, place.next_offset if place is not None else 0)
+
+    # ---- sending ----
+
+    def _tick(self) -> None:
+        self._loop.call_later(TICK_SECONDS, self._tick)
+        self._look()
+
+    def _look(self) -> None:
+        now, above = self._loop.now(), self._above()
+        if above is None or self._asking is not None or (above == self._to and now < self._due):
+            return
+        greet = above != self._to
+        if self._to is None or above.uid != self._to.uid:
+            self._begin_anew()
+            self._again_at = now + FIRST_AGAIN_SECONDS
+        self._to = above
+        report = self.report()
+        if now >= self._again_at:
+            self._again_at = now + AGAIN_SECONDS
+            report = self._report = replace(report, number=report.number + 1)
+        nodes = [] if report == self._told else [NodeState(report=msgspec.Raw(msgspec.json.encode(report)))]
+        own = bool(nodes)
+        nodes += self._fleet.take_changes(MAX_BATCH_BYTES - len(nodes) * 4096, now)
+        if nodes or greet:
+            self._send(above, report if own else self._told, nodes)
+
+    def _begin_anew(self) -> None:
+        self._session, self._number, self._told = os.urandom(8).hex(), 0, None
+        self._fleet.tell_all()
+
+    def _send(self, above: Above, report: Report | None, nodes: list[NodeState]) -> None:
+        body = msgspec.json.encode(
+            Batch(
+                sender=self._itself.uid,
+                session=self._session,
+                number=self._number,
+                nodes=nodes,
+                wall_ms=self._clock.wall_ms(),
+            )
+        )
+        self._metrics.reports_sent += len(nodes)
+        more, taken = self._fleet.changed, self._fleet.taken  # more: it was too much for one batch
+
+        def told(status: int, answer: bytes, error: str) -> None:
+            self._asking = None
+            wait = len(body) / BYTES_PER_SECOND
+            if more and not error:
+                self._loop.call_later(wait, self._look)
+            else:
+                wait = max(wait, INTERVAL_SECONDS)
+            self._due = self._loop.now() + wait
+            if status == 409:
+                self._begin_anew()  # it was started anew, and has forgotten
+                self._due = 0.0
+            elif error:
+                # Whether it arrived is not known: it is told again, in a session of its own.
+                self._fleet.put_back(taken)
+                self._session, self._number = os.urandom(8).hex(), 0
+            else:
+                self._told = report
+                self._number += 1
+                self._forget(answer)
+
+        self._asking = Ask(self._loop, above.address, "POST", "/v1/tree/reports", body, told, limit=LIMIT_SECONDS)
+
+    def _forget(self, answer: bytes) -> None:
+        """Nodes that this one lost, and that are elsewhere by now."""
+        try:
+            elsewhere = msgspec.json.decode(answer, type=Heard).elsewhere
+        except msgspec.DecodeError:
+            return
+        for uid in elsewhere:
+            member = self._fleet.members.get(uid)
+            if member is not None and member.silent_since is not None:
+                self._fleet.forget(uid)
+
+
+class Growth:
+    """How long the disk will last, from what its use was hour by hour over a day."""
+
+    HOURS = 24
+
+    def __init__(self) -> None:
+        self._free: list[tuple[float, int]] = []
+        self._percent, self._days = -2, -1
+
+    def disk(self, storage: dict[str, object], now: float) -> tuple[int, int]:
+        """(free space in percent, days until it is used up); -1 days when it is not being used up."""
+        free, size = storage.get("disk_free_bytes", 0), storage.get("disk_bytes", 0)
+        if not isinstance(free, int) or not isinstance(size, int) or not size:
+            return 100, -1
+        if not self._free or now - self._free[-1][0] >= 3600:
+            self._free = [*self._free[-self.HOURS :], (now, free)]
+            since, before = self._free[0]
+            days = -1
+            if now - since >= 3600 and before - free > size // 1000:
+                days = int(free / ((before - free) / (now - since)) / 86400)
+            self._days = max((step for step in STEPS if step <= days), default=min(days, 0))
+        percent = free * 100 // size
+        if abs(percent - self._percent) >= 2:
+            self._percent = percent
+        return self._percent, self._days

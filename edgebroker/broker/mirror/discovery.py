@@ -1,0 +1,126 @@
+"""Where this node looks for its parent: what the registry said last, and what the configuration names.
+
+The registry's word comes down the pipe. A node that has no parent, or whose candidates all failed for a minute, asks
+through the nodes that `pipe.registry` names. Its last answer is kept in meta.db: a node that starts with no line at all
+knows where to look. An empty answer, and one that lacks the parent that works, change nothing, unless it is to drain.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from edgebroker.network.http.call import Ask
+from edgebroker.network.io.loop import Loop
+from edgebroker.pipe.candidates import Candidates
+from edgebroker.pipe.report import Assignment, Question, Report, digest
+from edgebroker.storage.engine import MirrorEngine
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+LOST_SECONDS = 60.0
+# After an answer that was no help, and at most after a failure: the pauses between attempts double.
+ASK_AGAIN_SECONDS = 60.0
+
+
+class Parents:
+    """Owned by the loop thread. `static` are the configured parents, `seeds` the nodes through which the registry is
+    asked. `moved` is called when another parent is to be asked at once; `report` makes this node's report."""
+
+    def __init__(
+        self,
+        engine: MirrorEngine,
+        loop: Loop,
+        candidates: Candidates,
+        static: list[str],
+        seeds: list[str],
+        connected: Callable[[], bool],
+        moved: Callable[[str], None],
+        report: Callable[[], Report],
+    ) -> None:
+        self._engine, self._loop, self._candidates = engine, loop, candidates
+        self._static, self._seeds = static, seeds
+        self._connected, self._moved, self._report = connected, moved, report
+        self._told: list[str] = []
+        self._lost_since: float | None = None
+        self._ask_due = 0.0
+        self._asked = 0
+        self._stopped = False
+
+    @property
+    def managed(self) -> bool:
+        """Does the registry say who the parent is?"""
+        return bool(self._seeds)
+
+    @property
+    def digest(self) -> int:
+        """Of the list that the registry gave."""
+        return digest(self._told)
+
+    def start(self) -> None:
+        """Begin with what was known at the last run."""
+        if self.managed:
+            self._told = self._engine.topology
+            self._candidates.replace(self._all())
+            self._tick()
+
+    def stop(self) -> None:
+        self._stopped = True
+
+    def _all(self) -> list[str]:
+        return list(dict.fromkeys([*self._told, *self._static]))
+
+    def _tick(self) -> None:
+        if self._stopped:
+            return
+        self._loop.call_later(TICK_SECONDS, self._tick)
+        now = self._loop.now()
+        if self._connected():
+            self._lost_since = None
+            return
+        if self._lost_since is None:
+            self._lost_since = now
+        helpless = not self._candidates.addresses or now - self._lost_since > LOST_SECONDS
+        if helpless and now >= self._ask_due:
+            self._ask(now)
+
+    def _ask(self, now: float) -> None:
+        self._ask_due = now + ASK_AGAIN_SECONDS
+        seed = self._seeds[self._asked % len(self._seeds)]
+        self._asked += 1
+
+        def told(status: int, answer: bytes, error: str) -> None:
+            if self._stopped:
+                return
+            if error:
+                log.info("the registry cannot be asked through %s: %s", seed, error)
+                self._ask_due = self._loop.now() + min(ASK_AGAIN_SECONDS, 2.0 ** min(self._asked, 10) / 2)
+                return
+            self._asked = 0
+            try:
+                self.assigned(msgspec.json.decode(answer, type=Assignment))
+            except msgspec.DecodeError as wrong:
+                log.warning("%s answered what is no assignment: %s", seed, wrong)
+
+        Ask(self._loop, seed, "POST", "/v1/registry", msgspec.json.encode(Question(report=self._report())), told)
+
+    def assigned(self, assignment: Assignment) -> None:
+        """The registry's word for this node."""
+        if not self.managed or assignment.uid != self._report().uid:
+            return
+        wanted, current = assignment.candidates, self._candidates.current
+        works = self._connected() and current not in wanted and current not in self._static
+        if (not wanted or works) and not assignment.drain:
+            return
+        if wanted != self._told:
+            self._told = wanted
+            self._engine.store_topology(wanted)
+            log.info("the registry names the parents %s", ", ".join(wanted) or "(none)")
+        other = self._candidates.replace(self._all())
+        if assignment.drain:
+            other = self._candidates.prefer_first() or other
+        if other:
+            self._moved("the registry names another one")

@@ -1,0 +1,156 @@
+"""A fresh copy of one topic, loaded from the parent beside the old one: an ordinary store in a directory of its own.
+
+It has its own pipe to the parent, which keeps what the copy has not got yet. After a crash it goes on where it was.
+When it is complete, it is closed, and its directory of the topic takes the place of the old one
+(storage/rewrite/replace.py).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from edgebroker.broker.feed.children import Node
+from edgebroker.broker.mirror.mirrors import Moves
+from edgebroker.broker.mirror.upstream import Piping
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.clock import Clock
+from edgebroker.common.errors import Code, EdgeBrokerError
+from edgebroker.common.threads import start_thread
+from edgebroker.network.io.loop import Loop
+from edgebroker.pipe.candidates import Candidates
+from edgebroker.storage.engine import Done, Log
+from edgebroker.storage.log.staging import Chunk
+from edgebroker.storage.metadata.meta_db import MetaDatabase
+from edgebroker.storage.store import SegmentStore, StoreSettings
+
+CLOSE_SECONDS = 5.0
+
+
+class CopySettings(NamedTuple):
+    """What the copy has from its node."""
+
+    name: str
+    level: str
+    store: StoreSettings
+    bytes_per_second: int
+
+
+def make_store(
+    directory: Path, settings: CopySettings, loop: Loop, clock: Clock, told: Callable[[SegmentStore | None, str], None]
+) -> None:
+    """Make the store of a copy, or find it again, on a thread of its own, for it syncs: told(store, error), on the
+    loop."""
+
+    def work() -> None:
+        try:
+            store = SegmentStore(directory, loop, clock, settings.store)
+            MetaDatabase(directory / "meta.db", clock).make()
+        except (OSError, EdgeBrokerError) as error:
+            why = str(error)
+            loop.call_soon_threadsafe(lambda: told(None, why))
+        else:
+            loop.call_soon_threadsafe(lambda: told(store, ""))
+
+    start_thread("edgebroker-copy", work)
+
+
+class FreshCopy:
+    """Owned by the loop thread; it is the listener of its store."""
+
+    def __init__(
+        self, store: SegmentStore, topic: str, parents: Sequence[str], settings: CopySettings, loop: Loop
+    ) -> None:
+        self.topic, self._loop, self._store = topic, loop, store
+        self._store.open(self)
+        node = Node(self._store.node_uid, f"{settings.name} (reset)"[:255], settings.level)
+        self._piping = Piping(
+            self._store,
+            loop,
+            Metrics(),
+            node,
+            Candidates(parents, random.uniform),
+            [topic],
+            settings.bytes_per_second,
+            "",
+            Moves(lambda log, offset, then: then(), lambda log: None, lambda log, other: None, self._delete),
+            lambda orders: None,
+            pin=True,
+        )
+        self._piping.start()
+
+    def _delete(self, topic: str, done: Done, epochs: dict[str, int]) -> None:
+        self._store.removal.delete(topic, lambda logs: None, done, epochs)
+
+    # ---- how far it is ----
+
+    @property
+    def logs(self) -> list[Log]:
+        return self._store.partitions(self.topic)
+
+    @property
+    def records(self) -> int:
+        return sum(log.durable_end - log.log_start for log in self.logs)
+
+    def has(self, ends: Sequence[int]) -> bool:
+        """Is everything here up to these ends, one for each partition, and nothing damaged?"""
+        logs = self.logs
+        return len(logs) == len(ends) and all(
+            log.durable_end >= end and not log.holes for log, end in zip(logs, ends, strict=True)
+        )
+
+    @property
+    def problem(self) -> str:
+        """Why it does not go on now; "" when it does."""
+        refusal = self._store.refusal()
+        if refusal is not None:
+            return refusal[1]
+        waiting = [line.why or line.state for line in self._piping.lines(self.topic) if line.state != "live"]
+        return self._piping.last_error if not self._piping.connected else "; ".join(waiting)
+
+    def follow(self, parents: Sequence[str]) -> None:
+        """Where the node looks for its parent now."""
+        self._piping.follow_others(parents)
+
+    @property
+    def log_ids(self) -> list[str]:
+        return [log.identity.log_id for log in self.logs]
+
+    def close(self, then: Callable[[], None]) -> None:
+        """End it; `then` is called when everything that came is stored and nothing of it is open any more."""
+        self._piping.stop()
+
+        def wait() -> None:
+            if self._store.hurry():
+                self._store.when_stored(close)
+            else:
+                self._loop.call_later(0.01, wait)
+
+        def close() -> None:
+            # Not marked as a clean stop: that would be a sync on the loop, for a start that checks little anyway.
+            self._store.close(CLOSE_SECONDS, mark=False)
+            then()
+
+        wait()
+
+    # ---- its store's listener ----
+
+    def on_opening(self, done: int, topics: int) -> None:
+        pass
+
+    def on_written(self, log: Log) -> None: ...
+    def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
+        self._piping.on_durable(log)
+
+    def on_failed(self, log: Log, code: Code, message: str) -> None:
+        self._piping.on_failed(log)
+
+    def on_topic(self, name: str) -> None: ...
+    def on_rewritten(self, log: Log) -> None: ...
+    def retention_floor(self, log: Log) -> int | None:
+        return None
+
+    def retention_pin(self, log: Log) -> int | None:
+        return 0  # what came stays until it is in its place

@@ -1,0 +1,439 @@
+"""The logs that a node mirrors: made, changed, cut and begun anew, as the follower and its parent say.
+
+Whatever takes time is begun with Flow.begin(), which holds the pipe up, and over with Flow.done().
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from msgspec.structs import replace
+
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.errors import Code
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.types import TopicPartition
+from edgebroker.pipe.follower import Compare, Cut, Deleted, Event, Follower, Line, Look, Restart
+from edgebroker.pipe.stream import PartitionInfo, Point, TopicInfo
+from edgebroker.storage.engine import Log, MirrorEngine
+from edgebroker.storage.identity import Identity
+
+log = logging.getLogger(__name__)
+
+STORED_SECONDS = 0.1
+TOPIC_RETRY_SECONDS = 10.0
+
+
+class Moves(NamedTuple):
+    """What the node does with its readers when a log changes under them. `cutting` moves places that stand behind an
+    offset and calls back once that is stored; `cut` and `restarted` are told when it is done; `delete` ends a topic."""
+
+    cutting: Callable[[Log, int, Callable[[], None]], None]
+    cut: Callable[[Log], None]
+    restarted: Callable[[Log, bool], None]
+    delete: Callable[[str, Callable[[Code, str], None], dict[str, int]], None]
+
+
+class Flow(Protocol):
+    """The pipe, as far as the mirrors hold it up."""
+
+    stopped: bool
+
+    def begin(self) -> None: ...
+    def done(self, *, failed: bool = False) -> None: ...
+    def again(self, reason: str) -> None:
+        """What was asked of the parent is not what has to be asked now."""
+
+    def do(self, events: Iterable[Event]) -> None: ...
+
+
+class Mirrors:
+    """Owned by the loop thread."""
+
+    def __init__(
+        self,
+        engine: MirrorEngine,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        uid: str,
+        follower: Follower,
+        flow: Flow,
+        moves: Moves,
+    ) -> None:
+        self._engine, self._loop, self._metrics, self._uid = engine, scheduler, metrics, uid
+        self._follower, self._flow, self._moves = follower, flow, moves
+        self._offered: dict[str, TopicInfo] = {}
+        self._changing: set[str] = set()
+        self._deleting: set[str] = set()
+        self.clashes: dict[str, str] = {}
+
+    def do(self, event: Event) -> None:
+        """What the follower found out."""
+        if isinstance(event, Compare):
+            self._compare(event)
+        elif isinstance(event, Look):
+            self._look(event)
+        elif isinstance(event, Cut):
+            self._cut(event)
+        elif isinstance(event, Restart):
+            self._restart(event)
+        elif isinstance(event, Deleted):
+            self._delete(event)
+
+    def follow(self, partition: Log) -> None:
+        """Stand at the end of a log."""
+        self._follower.follow(
+            TopicPartition(partition.topic, partition.partition),
+            partition.identity.log_id,
+            partition.staged_epoch,
+            partition.log_start,
+            partition.written_end,
+            max(partition.chain, 0),  # not known behind damage: then the parent finds where the logs part
+        )
+
+    def on_durable(self, partition: Log) -> None:
+        """The snapshot that was described may be complete here now."""
+        offered = self._offered.get(partition.topic)
+        if offered is not None and offered.name not in self._changing and partition.partition < len(offered.partitions):
+            first, following = offered.partitions[partition.partition].snapshot
+            if partition.identity.snapshot[0] < first and partition.durable_end >= following:
+                self._change(offered)
+
+    # ---- topics ----
+
+    def offered(self, info: TopicInfo) -> None:
+        """The parent describes a topic that is new, or has changed."""
+        self._offered[info.name] = info
+        self._topic(info)
+
+    def _topic(self, info: TopicInfo) -> None:
+        if not self._follower.wants(info.name):
+            return
+        logs = self._engine.partitions(info.name)
+        if not logs and self._was_deleted(info):
+            self._follower.known[info.name] = info.digest
+        elif not logs:
+            self._create(info)
+        elif logs[0].identity.origin == self._uid and _superseded(info, logs):
+            self._step_down(info)
+        elif logs[0].identity.origin == self._uid:
+            if info.name not in self.clashes:
+                self._metrics.refused(Code.NAME_CLASH.name)
+                log.error("topic %s is written at this node and at its parent; only this node's is served", info.name)
+            self.clashes[info.name] = "written at this node and at its parent"
+            self._follower.known[info.name] = info.digest
+        elif len(logs) != len(info.partitions):
+            self.clashes[info.name] = f"has {len(logs)} partitions here, {len(info.partitions)} at the parent"
+        elif any(one.identity.log_id == part.log_id for one, part in zip(logs, info.partitions, strict=True)):
+            self._change(info)
+        else:
+            self._follower.known[info.name] = info.digest  # another log: the lines say so
+
+    def _delete(self, event: Deleted) -> None:
+        """Its origin has deleted it, unless what is here is of a newer history: then that came back since."""
+        topic = event.line.key.topic
+        logs = self._engine.partitions(topic)
+        if not logs or topic in self._deleting or any(one.identity.origin == self._uid for one in logs):
+            return
+        if any(one.identity.epoch > event.epoch for one in logs):
+            event.line.state, event.line.why = "not_carried", "the parent knows only that it was deleted before"
+            return
+        self._flow.begin()
+        self._deleting.add(topic)
+        for line in self._follower.lines.values():
+            if line.key.topic == topic:
+                line.state = "moving"
+        log.warning("topic %s was deleted by its origin, and is deleted here", topic)
+
+        def done(code: Code, message: str) -> None:
+            self._deleting.discard(topic)
+            if code is not Code.OK:
+                log.error("%s", message)
+            for partition in self._engine.partitions(topic):
+                self.follow(partition)
+            if not self._engine.partitions(topic):
+                self._follower.drop(topic)
+                self._offered.pop(topic, None)
+                self.clashes.pop(topic, None)
+            self._flow.done(failed=code is not Code.OK)
+
+        self._moves.delete(topic, done, {one.identity.log_id: event.epoch for one in logs})
+
+    def free(self, topic: str) -> None:
+        """A topic of this node was deleted: what the parent has of that name is taken, if it was in the way of that."""
+        if self.clashes.pop(topic, None) is not None and topic in self._offered:
+            self._topic(self._offered[topic])
+
+    def _was_deleted(self, info: TopicInfo) -> bool:
+        """True for a topic that its origin has deleted, and that this parent does not know of yet."""
+        found = [self._engine.tombstones.get(part.log_id) for part in info.partitions]
+        return any(
+            one is not None and part.epochs[-1][0] <= one.epoch
+            for one, part in zip(found, info.partitions, strict=True)
+        )
+
+    def _create(self, info: TopicInfo) -> None:
+        self._flow.begin()
+
+        def again() -> None:
+            if not self._flow.stopped and not self._engine.partitions(info.name):
+                self._topic(self._offered.get(info.name, info))
+
+        def done(code: Code, message: str) -> None:
+            self._flow.done()
+            late = self._follower.known.get(info.name) == info.digest
+            # Also when it failed: the other topics do not wait for this one.
+            self._follower.known[info.name] = info.digest
+            if code not in (Code.OK, Code.NAME_CLASH):
+                log.error("topic %s cannot be taken over: %s; trying again", info.name, message)
+                self._loop.call_later(TOPIC_RETRY_SECONDS, again)
+                return
+            for partition in self._engine.partitions(info.name):
+                if partition.identity.origin != self._uid:
+                    self.follow(partition)
+            if late:
+                self._flow.again("a topic was made")
+
+        identities = [identity_of(info, part) for part in info.partitions]
+        self._engine.create_mirror(info.name, identities, done)
+
+    def _change(self, info: TopicInfo) -> None:
+        """Take over what the origin decides: settings, histories (once the log is of them), the newest snapshot (once
+        its records are here)."""
+        logs = self._engine.partitions(info.name)
+        changes = [_changing(info, part, one) for part, one in zip(info.partitions, logs, strict=True)]
+        if all(change(one.identity) == one.identity for change, one in zip(changes, logs, strict=True)):
+            self._follower.known[info.name] = info.digest
+            return
+        self._flow.begin()
+        self._changing.add(info.name)
+
+        def done(code: Code, message: str) -> None:
+            self._flow.done()
+            self._changing.discard(info.name)
+            self._follower.known[info.name] = info.digest
+            if code is not Code.OK:
+                log.error("%s; trying again", message)
+                self._loop.call_later(TOPIC_RETRY_SECONDS, lambda: self._topic(self._offered[info.name]))
+
+        self._engine.change_identities(info.name, changes, done)
+
+    def _step_down(self, info: TopicInfo) -> None:
+        """Another node was promoted to write what this one wrote: follow it."""
+        logs = self._engine.partitions(info.name)
+        log.warning("topic %s is written by node %s now: it is followed", info.name, info.partitions[0].origin)
+        self._flow.begin()
+
+        def change(old: Identity, part: PartitionInfo, epochs: list[tuple[int, int]]) -> Identity:
+            return replace(old, origin=part.origin, epochs=epochs, settings=info.settings)
+
+        def done(code: Code, message: str) -> None:
+            self._flow.done()
+            if code is not Code.OK:
+                log.error("%s; trying again", message)
+                self._loop.call_later(TOPIC_RETRY_SECONDS, lambda: self._topic(info))
+                return
+            self._follower.known[info.name] = info.digest
+            for partition in logs:
+                self.follow(partition)
+            self._flow.again("a topic of this node is followed now")
+
+        changes = [
+            partial(change, part=part, epochs=_epochs(part, one))
+            for part, one in zip(info.partitions, logs, strict=True)
+        ]
+        self._engine.change_identities(info.name, changes, done)
+
+    def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
+        """An operator takes the parent's log instead of the one that was replaced; the old data is set aside."""
+        replaced = [
+            line for line in self._follower.lines.values() if line.key.topic == topic and line.state == "replaced"
+        ]
+        if not replaced or topic not in self._offered:
+            done(Code.UNKNOWN_TOPIC, f"{topic} was not replaced at the parent; there is nothing to accept")
+            return
+        self._begin_anew(replaced, done)
+
+    def begin_anew(self, topic: str, done: Callable[[Code, str], None]) -> None:
+        """Fetch a topic again, all that the parent has of it; what is here is set aside first."""
+        lines = [line for line in self._follower.lines.values() if line.key.topic == topic]
+        if not lines or topic not in self._offered:
+            done(Code.UNKNOWN_TOPIC, f"{topic} is not mirrored from the parent of this node now")
+            return
+        self._begin_anew(lines, done)
+
+    def _begin_anew(self, lines: list[Line], done: Callable[[Code, str], None]) -> None:
+        info = self._offered[lines[0].key.topic]
+        left = [len(lines)]
+        failed: list[tuple[Code, str]] = []
+
+        def one(code: Code, message: str, partition: Log, log_id: str) -> None:
+            self._flow.done()
+            left[0] -= 1
+            self.follow(partition)
+            if code is Code.OK:
+                self._moves.restarted(partition, partition.identity.log_id != log_id)
+            else:
+                failed.append((code, message))
+            if not left[0]:
+                done(*(failed[0] if failed else (Code.OK, "")))
+                self._flow.again("a log was begun anew")
+
+        for line in lines:
+            found = self._engine.log(*line.key)
+            assert found is not None
+            line.state = "moving"
+            self._flow.begin()
+            self._metrics.pipe_restarts += 1
+            self._engine.restart(
+                found,
+                lambda old, line=line: identity_of(info, info.partitions[line.key.partition]),  # type: ignore[misc]
+                lambda code, message, found=found, log_id=found.identity.log_id: one(code, message, found, log_id),  # type: ignore[misc]
+            )
+
+    # ---- when the logs are not the same ----
+
+    def _compare(self, event: Compare) -> None:
+        partition = self._engine.log(*event.line.key)
+        assert partition is not None
+
+        def done(points: list[Point], error: str) -> None:
+            self._flow.done()
+            # Without an answer of the disk the parent is taken to be behind. No boundary there: another log.
+            same = bool(error) or not points or (event.offset, event.chain) in [tuple(point) for point in points]
+            self._flow.do(self._follower.compared(event.line, same, event.offset))
+            if not same:
+                self._flow.again("its log is another one")
+
+        self._flow.begin()
+        self._engine.chains(partition, [event.offset], done)  # type: ignore[arg-type]
+
+    def _look(self, event: Look) -> None:
+        partition = self._engine.log(*event.line.key)
+        assert partition is not None
+
+        def done(points: list[Point], error: str) -> None:
+            self._flow.done(failed=bool(error))
+            if error:
+                log.warning("%s cannot be compared with the parent's: %s", partition.name, error)
+            else:
+                self._flow.do(self._follower.looked(event.line, [Point(*point) for point in points]))
+
+        self._flow.begin()
+        self._engine.chains(partition, event.offsets, done)  # type: ignore[arg-type]
+
+    def _cut(self, event: Cut) -> None:
+        partition, offset = self._engine.log(*event.line.key), event.offset
+        assert partition is not None
+        self._flow.begin()
+        if partition.staged_end != partition.durable_end:
+            self._retry(partition)
+            return
+        self._metrics.pipe_cuts += 1
+        log.warning(
+            "%s: the parent has another past from %d on; %d records are set aside", partition.name, offset,
+            partition.durable_end - offset,
+        )  # fmt: skip
+
+        def done(code: Code, message: str) -> None:
+            if code is not Code.OK:
+                log.error("%s; trying again", message)
+            self._retry(partition)
+            self._moves.cut(partition)  # also when it failed: the readers wait
+
+        self._moves.cutting(partition, offset, lambda: self._engine.cut(partition, offset, done))
+
+    def _restart(self, event: Restart) -> None:
+        partition = self._engine.log(*event.line.key)
+        assert partition is not None
+        self._flow.begin()
+        self._metrics.pipe_restarts += 1
+        log.warning(
+            "%s: the parent's log begins at %d, this node's ends at %d; going on there", partition.name, event.offset,
+            partition.durable_end,
+        )  # fmt: skip
+
+        def further(old: Identity) -> Identity:
+            snapshot = old.snapshot if old.snapshot[0] >= event.offset else (-1, -1)
+            return replace(old, log_start=event.offset, chain=event.chain, snapshot=snapshot)
+
+        def done(code: Code, message: str) -> None:
+            if code is not Code.OK:
+                log.error("%s; trying again", message)
+            self._retry(partition)
+            if code is Code.OK:
+                self._moves.restarted(partition, False)
+
+        self._engine.restart(partition, further, done)
+
+    def _retry(self, partition: Log) -> None:
+        """Go on where the log ends, once everything that was taken is stored."""
+        if self._flow.stopped:
+            return
+        if partition.staged_end != partition.durable_end:
+            self._loop.call_later(STORED_SECONDS, lambda: self._retry(partition))
+            return
+        self.follow(partition)
+        offered = self._offered.get(partition.topic)
+        if offered is not None and offered.name not in self._changing:
+            self._topic(offered)  # histories that the log was not of before
+        self._flow.done()
+
+
+def identity_of(info: TopicInfo, part: PartitionInfo) -> Identity:
+    """The identity of a mirror that begins where its parent begins."""
+    return Identity(
+        log_id=part.log_id,
+        origin=part.origin,
+        epochs=part.epochs,
+        log_start=part.log_start,
+        chain=part.chain,
+        settings=info.settings,
+    )
+
+
+def _superseded(info: TopicInfo, logs: list[Log]) -> bool:
+    """True when the parent has the very logs that this node writes: in a newer history of another node, or in the one
+    that this node took over when it was promoted, and has written nothing to since."""
+    return len(logs) == len(info.partitions) and all(
+        one.identity.log_id == part.log_id
+        and part.origin != one.identity.origin
+        and (part.epochs[-1][0] > one.identity.epoch or _wrote_nothing(part, one))
+        for one, part in zip(logs, info.partitions, strict=True)
+    )
+
+
+def _wrote_nothing(part: PartitionInfo, partition: Log) -> bool:
+    """True when the last history of a log was begun at its end, the others are the parent's, and all that is stored
+    belongs to them: what the parent has begun since, it has begun no earlier."""
+    *taken, (_, begun) = partition.identity.epochs
+    end = partition.staged_end
+    if not taken or begun < end or part.epochs[: len(taken)] != taken:
+        return False
+    return replace(partition.identity, epochs=part.epochs).contains(taken[-1][0], end)
+
+
+def _epochs(part: PartitionInfo, partition: Log) -> list[tuple[int, int]]:
+    """The histories to be told from now on: the parent's, but not while this log holds records that are not of them.
+    Those are cut off first: else it would call its own children diverged, which have the same as it."""
+    told = replace(partition.identity, epochs=part.epochs)
+    empty = partition.staged_end == partition.log_start
+    fits = empty or told.contains(partition.staged_epoch, partition.staged_end) or _wrote_nothing(part, partition)
+    return part.epochs if fits else partition.identity.epochs
+
+
+def _changing(info: TopicInfo, part: PartitionInfo, partition: Log) -> Callable[[Identity], Identity]:
+    epochs = _epochs(part, partition)
+    whole = part.snapshot[0] >= partition.log_start and partition.durable_end >= part.snapshot[1]
+    same = partition.identity.log_id == part.log_id
+
+    def change(old: Identity) -> Identity:
+        if not same:
+            return old
+        snapshot = part.snapshot if whole else old.snapshot
+        return replace(old, origin=part.origin, epochs=epochs, settings=info.settings, snapshot=snapshot)
+
+    return change

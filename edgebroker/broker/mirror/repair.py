@@ -1,0 +1,215 @@
+"""Healing: damaged records are fetched again from a neighbour, one hole after the other.
+
+A mirror asks its parent by itself; any node asks whom an operator names (POST /v1/heal), so that an origin heals from a
+child. What comes is checked and put in by the engine; until then readers wait, or skip, as the topic says. An origin
+that lost the end of a log (HISTORY_LOST) fetches that as well: it is appended if it leads to the child's chain.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from edgebroker.broker.feed.ranges import MOST_BYTES, RangeRequest
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.publish.publishing import Publishing
+from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
+from edgebroker.network.http.call import Ask, Told
+from edgebroker.network.io.loop import Loop
+from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.log import segscan
+
+log = logging.getLogger(__name__)
+
+SWEEP_SECONDS = 5.0
+LONGEST_PAUSE_SECONDS = 300.0
+MOST_LOST_BYTES = 64 << 20
+WAIT_SECONDS = 0.02
+# A fetch is given up when nothing came for so long, and when it takes so long in all.
+SILENCE_SECONDS, FETCH_SECONDS = 60.0, 3600.0
+
+
+class HealRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"source": "from"}):
+    """The body of POST /v1/heal: the neighbour's HTTP address, and which topic (all without one)."""
+
+    source: str
+    topic: str = ""
+
+
+Done = Callable[[dict[str, int], str], None]
+
+
+class Healing:
+    """Owned by the loop thread. `parent` tells where this node's parent is, "" while it has none."""
+
+    def __init__(
+        self, engine: Engine, loop: Loop, metrics: Metrics, parent: Callable[[], str], publishing: Publishing
+    ) -> None:
+        self._engine, self._loop, self._metrics, self._parent = engine, loop, metrics, parent
+        self._publishing = publishing
+        self._busy: Ask | None = None
+        # Logs for which the parent was of no help, and when it is asked again.
+        self._pauses: dict[Log, tuple[float, float]] = {}
+
+    def start(self) -> None:
+        self._loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def _sweep(self) -> None:
+        """Heal what this node mirrors, from its parent."""
+        self._loop.call_later(SWEEP_SECONDS, self._sweep)
+        source, now = self._parent(), self._loop.now()
+        if self._busy is not None or not source:
+            return
+        for partition in self._engine.logs():
+            mirrored = partition.identity.origin != self._engine.node_uid
+            if mirrored and partition.holes and now >= self._pauses.get(partition, (0.0, 0.0))[1]:
+                self._heal(source, [partition], lambda healed, error: None)
+                return
+
+    def heal(self, request: HealRequest, done: Done) -> None:
+        """Heal from a neighbour: done({log: offsets that are whole again}, error)."""
+        if self._busy is not None:
+            done({}, "something is being healed already; try again in a moment")
+            return
+        damaged = [one for one in self._engine.logs() if one.holes and request.topic in ("", one.topic)]
+        lost = [one for one in self._publishing.lost if request.topic in ("", one.topic)]
+
+        def then(healed: dict[str, int], error: str) -> None:
+            if error or not lost:
+                done(healed, error)
+            else:
+                self._recover(request.source, lost, healed, done)
+
+        self._heal(request.source, damaged, then)
+
+    # ---- the lost end of a log that this node writes ----
+
+    def _recover(self, source: str, lost: list[Log], healed: dict[str, int], done: Done) -> None:
+        """Fetch what this node does not have any more, one log after the other."""
+        if not lost:
+            done(healed, "")
+            return
+        partition, known = lost[0], self._publishing.lost[lost[0]]
+        first, found = partition.durable_end, bytearray()
+
+        def fetch(following: int) -> None:
+            self._busy = self._ask(source, _range(partition, following, known.end), fetched)
+
+        def fetched(status: int, data: bytes, error: str) -> None:
+            self._busy = None
+            found.extend(data if not error else b"")
+            if not error and len(found) > MOST_LOST_BYTES:
+                error = f"more than {MOST_LOST_BYTES >> 20} MiB were lost: promote that node instead"
+            if error:
+                failed(error)
+                return
+            scanned = segscan.scan(found, first, partition.chain, 0, STORED_BATCH_BYTES)
+            good, reason, following, chain = scanned[:4]
+            if good != len(found) or not data:
+                failed(EXPLANATION.get(Reason(reason), "nothing came"))
+            elif following < known.end:
+                fetch(following)
+            elif chain != known.chain or partition.durable_end != first:
+                failed("its records do not lead to what its log ends with: accept the loss, or promote that node")
+            else:
+                append()
+
+        def append() -> None:
+            taken = 0
+            while taken < len(found):
+                with memoryview(found)[taken:] as left:
+                    size, reason = self._engine.append_numbered(partition, left)
+                if not size:
+                    failed(f"{EXPLANATION.get(Reason(reason), 'it is no batch')} at byte {taken}")
+                    return
+                taken += size
+            stored()
+
+        def stored() -> None:
+            if partition.durable_end < known.end:
+                self._loop.call_later(WAIT_SECONDS, stored)
+                return
+            self._metrics.records_healed += known.end - first
+            healed[partition.name] = healed.get(partition.name, 0) + known.end - first
+            log.warning("%s: records %d to %d are back, from %s", partition.name, first, known.end - 1, source)
+            self._publishing.loss_accepted(partition)
+            self._recover(source, lost[1:], healed, done)
+
+        def failed(why: str) -> None:
+            self._metrics.healing_failures += 1
+            done(healed, f"{partition.name} cannot be recovered from {source}: {why}")
+
+        fetch(first)
+
+    def _ask(self, source: str, wanted: RangeRequest, told: Told) -> Ask:
+        return Ask(
+            self._loop,
+            source,
+            "POST",
+            "/v1/pipe/range",
+            msgspec.json.encode(wanted),
+            told,
+            most_bytes=MOST_BYTES + (16 << 20),
+            silence=SILENCE_SECONDS,
+            limit=FETCH_SECONDS,
+        )
+
+    # ---- damage ----
+
+    def _heal(self, source: str, damaged: list[Log], done: Done) -> None:
+        healed: dict[str, int] = {}
+        errors: list[str] = []
+        waiting = list(damaged)
+
+        def following() -> None:
+            self._busy = None
+            while waiting and not waiting[0].holes:
+                self._pauses.pop(waiting.pop(0), None)
+            if not waiting:
+                done(healed, "; ".join(errors))
+                return
+            partition = waiting[0]
+            self._busy = self._ask(
+                source,
+                _range(partition, *partition.to_heal()),
+                lambda status, data, error: fetched(partition, data, error),
+            )
+
+        def fetched(partition: Log, data: bytes, error: str) -> None:
+            if error or not data:
+                failed(partition, error or "nothing came")
+                return
+            first = partition.holes[0].first if partition.holes else -1
+            self._engine.heal(partition, data, lambda end, error: put_in(partition, first, end, error))
+
+        def put_in(partition: Log, first: int, end: int, error: str) -> None:
+            if error:
+                failed(partition, error)
+                return
+            self._metrics.records_healed += end - first
+            healed[partition.name] = healed.get(partition.name, 0) + end - first
+            log.warning("%s: records %d to %d are whole again, from %s", partition.name, first, end - 1, source)
+            following()
+
+        def failed(partition: Log, error: str) -> None:
+            self._metrics.healing_failures += 1
+            pause = min(LONGEST_PAUSE_SECONDS, 2 * max(SWEEP_SECONDS, self._pauses.get(partition, (0.0, 0.0))[0]))
+            self._pauses[partition] = (pause, self._loop.now() + pause)
+            errors.append(f"{partition.name}: {error}")
+            log.warning("%s cannot be healed from %s: %s", partition.name, source, error)
+            waiting.pop(0)
+            following()
+
+        following()
+
+
+def _range(partition: Log, first: int, following: int) -> RangeRequest:
+    return RangeRequest(
+        topic=partition.topic,
+        partition=partition.partition,
+        log_id=partition.identity.log_id,
+        first=first,
+        next=following,
+    )

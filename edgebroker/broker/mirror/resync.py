@@ -1,0 +1,523 @@
+"""Loading topics of this node afresh from its parent, one after the other, as an operator orders.
+
+    waiting -> (the parent tells how much it is, NO_SPACE?) -> loading -> (as much as before? the right hours?)
+            -> the pipe stands still -> switching -> done
+
+Meanwhile the old data is served. Rows of what is under way are stored before each step, with the id that the operator
+gave, so that a start after a crash goes on with the same reset. In place there is no copy: the log begins anew.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from msgspec.structs import replace
+
+from edgebroker.broker.delivery.groups import Groups
+from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.mirror.fresh_copy import CopySettings, FreshCopy, make_store
+from edgebroker.broker.mirror.upstream import Piping
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.clock import Clock, second_of_day
+from edgebroker.common.errors import Code, EdgeBrokerError
+from edgebroker.common.hours import parse_hours
+from edgebroker.network.http.call import Ask
+from edgebroker.network.io.loop import Loop
+from edgebroker.pipe.report import ResetOrder, ResetReport
+from edgebroker.storage.engine import Done, Log
+from edgebroker.storage.rewrite.replace import KEPT, ResetRow, drop_staging, staging_of
+from edgebroker.storage.store import SegmentStore
+
+log = logging.getLogger(__name__)
+
+TICK_SECONDS = 1.0
+LEAST_SHARE = 0.9
+# While the pipe stands still the copy catches up with what the old log has; else it is tried again.
+CATCH_UP_SECONDS = 10.0
+LOOK_SECONDS = 10.0
+REPORTED = 4
+UNDER_WAY = ("waiting", "loading", "switching")
+Restarted = Callable[[Log, bool], None]
+
+
+class Resets:
+    """Owned by the loop thread. `cut` and `restarted` are told of logs that were replaced by the same, or by others."""
+
+    def __init__(
+        self,
+        engine: SegmentStore,
+        loop: Loop,
+        clock: Clock,
+        metrics: Metrics,
+        groups: Groups,
+        refreshing: Refreshing,
+        settings: CopySettings,
+        piping: Callable[[], Piping | None],
+        cut: Callable[[Log], None],
+        restarted: Restarted,
+    ) -> None:
+        self._engine, self._loop, self._clock, self._metrics = engine, loop, clock, metrics
+        self._groups, self._refreshing, self.settings = groups, refreshing, settings
+        self._piping, self._cut, self._restarted = piping, cut, restarted
+        self._rows: dict[str, ResetRow] = {}
+        # Orders that are being stored.
+        self._ordered: dict[str, ResetRow] = {}
+        # What there is to say about those under way besides their phase.
+        self._says: dict[str, tuple[str, str]] = {}
+        self._copy: FreshCopy | None = None
+        self._current = ""
+        self._looked: dict[str, float] = {}
+        self._busy = self._stopped = self._closing = False
+        self._held_since = 0.0
+
+    def start(self) -> None:
+        """Go on with what was under way; before the node follows its parent."""
+        # What a crash interrupted between two renames was finished when the store was opened.
+        self._rows = {row.id: row for row in self._engine.switch.rows}
+        drop_staging(self._engine.switch.path, lambda name: name in self._rows and self._under_way(name))
+        if self._rows:
+            self._remember(lambda error: None)
+        self._tick()
+
+    def stop(self) -> None:
+        """End the copy; what came of it stays."""
+        self._stopped = True
+        if self._copy is not None:
+            copy, self._copy = self._copy, None
+            self._close(copy, lambda: None)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing of a copy is open."""
+        return self._copy is None and not self._closing
+
+    def _under_way(self, reset_id: str) -> bool:
+        return self._rows[reset_id].phase in UNDER_WAY
+
+    # ---- orders ----
+
+    def order(self, order: ResetOrder, done: Done) -> None:
+        """Take an order; done once it is stored. The same id again changes only `force`, `accept` and `hours`."""
+        if order.group:
+            self._order_group(order, done)
+            return
+        try:
+            parse_hours(order.hours)
+        except ValueError as error:
+            done(Code.INVALID_BATCH, f"hours: {error}")
+            return
+        if self._piping() is None:
+            done(Code.INVALID_BATCH, "this node follows no parent from which it could load anything")
+            return
+        mirrored = [name for name in self._engine.topics() if self._is_mirrored(name)]
+        topics = [order.topic] if order.topic else sorted(mirrored)
+        if not set(topics) <= set(mirrored):
+            done(Code.UNKNOWN_TOPIC, f"{order.topic} is not mirrored at this node")
+            return
+        ordered: dict[str, ResetRow] = {}
+        for number, topic in enumerate(topics):
+            reset_id = order.id if order.topic else f"{int(order.id, 16) + number & (1 << 128) - 1:032x}"
+            known = self._rows.get(reset_id)
+            if known is not None and known.topic == topic and known.phase in UNDER_WAY:
+                row = replace(known, force=order.force, accept=order.accept, hours=order.hours)
+            elif known is not None:
+                continue
+            else:
+                others = [one for one in self._rows.values() if one.topic == topic and one.phase in UNDER_WAY]
+                if others:
+                    done(Code.OVERLOADED, f"{topic} is being reset already, by {others[0].id}; abort that first")
+                    return
+                row = ResetRow(
+                    id=reset_id, topic=topic, in_place=order.in_place, force=order.force, accept=order.accept,
+                    hours=order.hours,
+                )  # fmt: skip
+            ordered[reset_id] = row
+
+        def stored(error: str) -> None:
+            for reset_id, row in ordered.items():
+                self._ordered.pop(reset_id, None)
+                if not error:  # it may have begun, or be over, since
+                    now = self._rows.get(reset_id, row)
+                    self._rows[reset_id] = replace(now, force=row.force, accept=row.accept, hours=row.hours)
+            done(Code.READ_ONLY if error else Code.OK, error)
+
+        self._ordered.update(ordered)
+        self._remember(stored)
+
+    def _is_mirrored(self, topic: str) -> bool:
+        return any(log.identity.origin != self._engine.node_uid for log in self._engine.partitions(topic))
+
+    def _order_group(self, order: ResetOrder, done: Done) -> None:
+        group, logs = self._groups.find(order.group), self._engine.partitions(order.topic)
+        if group is None or not logs:
+            done(Code.UNKNOWN_TOPIC, f"there is no group {order.group} that reads {order.topic} at this node")
+            return
+        known = self._rows.get(order.id)
+        if known is not None:
+            done(Code.OK, "")
+            return
+        left = [len(logs)]
+        failed: list[tuple[Code, str]] = []
+
+        def one(code: Code, message: str) -> None:
+            left[0] -= 1
+            if code is not Code.OK:
+                failed.append((code, message))
+            if left[0]:
+                return
+            why = failed[0][1] if failed else ""
+            self._rows[order.id] = ResetRow(
+                id=order.id, topic=order.topic, group=order.group, phase="failed" if failed else "loading", why=why
+            )
+            self._remember(lambda error: done(*(failed[0] if failed else (Code.OK, ""))))
+
+        for partition in logs:
+            self._refreshing.begin(group, partition, one)
+
+    def abort(self, reset_id: str, done: Done) -> None:
+        """Give a reset up before its switch; the copy goes, the old data stays."""
+        row = self._rows.get(reset_id)
+        if row is None or row.phase not in UNDER_WAY or row.group:
+            done(Code.UNKNOWN_TOPIC, f"no reset {reset_id} is under way at this node")
+        elif row.phase == "switching" or self._busy:
+            done(Code.OVERLOADED, "it is being switched just now")
+        else:
+            self._end(row, "failed", "aborted by an operator", done)
+
+    def _remember(self, then: Callable[[str], None]) -> None:
+        ended = [row.id for row in self._rows.values() if row.phase not in UNDER_WAY]
+        for reset_id in ended[: max(0, len(ended) - KEPT)]:
+            del self._rows[reset_id]
+        self._engine.switch.remember(list({**self._rows, **self._ordered}.values()), then)
+
+    # ---- the work ----
+
+    def _tick(self) -> None:
+        if self._stopped:
+            return
+        self._loop.call_later(TICK_SECONDS, self._tick)
+        self._watch_groups()
+        if not self._busy:
+            row = self._next()
+            if row is not None:
+                self._current = row.id
+                self._step(row)
+
+    def _next(self) -> ResetRow | None:
+        """The one that is being loaded, else whichever waits and was not looked at for longest: one that has no room
+        holds up no other."""
+        rows = [row for row in self._rows.values() if row.phase in UNDER_WAY and not row.group]
+        loading = [row for row in rows if row.phase == "loading"]
+        if loading:
+            return loading[0]
+        now = self._loop.now()
+        due = [row for row in rows if now - self._looked.get(row.id, -LOOK_SECONDS) >= LOOK_SECONDS]
+        row = min(due, key=lambda row: self._looked.get(row.id, -LOOK_SECONDS), default=None)
+        if row is not None:
+            self._looked[row.id] = now
+        return row
+
+    def _watch_groups(self) -> None:
+        for row in [one for one in self._rows.values() if one.group and one.phase == "loading"]:
+            group = self._groups.find(row.group)
+            places = [place for key, place in group.places.items() if key[0] == row.topic] if group is not None else []
+            if not any(place.refreshing for place in places):
+                self._rows[row.id] = replace(row, phase="done" if group is not None else "failed")
+                self._remember(lambda error: None)
+
+    def _step(self, row: ResetRow) -> None:
+        piping = self._piping()
+        if piping is None:
+            self._end(row, "failed", "this node follows no parent any more")
+        elif row.phase == "waiting":
+            self._ask_how_much(row, piping)
+        elif self._copy is None:
+            self._open_copy(row, piping)
+        else:
+            self._look(row, self._copy, piping)
+
+    def _ask_how_much(self, row: ResetRow, piping: Piping) -> None:
+        """What the parent has of the topic: is it the same log, is there room for it?"""
+        if not piping.connected:
+            self._says[row.id] = ("waiting", f"no parent: {piping.last_error}")
+            return
+        self._busy = True
+
+        def told(status: int, answer: bytes, error: str) -> None:
+            self._busy = False
+            if self._stopped:
+                return
+            if error:
+                self._says[row.id] = ("waiting", f"{piping.address}: {error}")
+                return
+            self._begin(self._rows[row.id], piping, json.loads(answer)["partitions"])
+
+        Ask(self._loop, piping.address, "GET", f"/v1/topics/{row.topic}", b"", told)
+
+    def _begin(self, row: ResetRow, piping: Piping, parts: list[dict[str, Any]]) -> None:
+        logs = self._engine.partitions(row.topic)
+        if len(parts) != len(logs):
+            self._end(row, "failed", f"it has {len(parts)} partitions at the parent, {len(logs)} here")
+            return
+        others = any(part["log_id"] != one.identity.log_id for part, one in zip(parts, logs, strict=True))
+        if others and not row.accept:
+            self._end(row, "failed", "the parent has another log of that name; order it with --accept to take that")
+            return
+        there = sum(int(part["durable_end"]) - int(part["log_start"]) for part in parts)
+        if self._shrunk(row, there, logs):
+            return
+        if row.in_place:
+            self._in_place(row, piping)
+            return
+        needed, free = sum(int(part["bytes"]) for part in parts), self._free()
+        if needed > free:
+            room = f"the copy takes {needed >> 20} MiB, {max(0, free) >> 20} MiB may be used"
+            self._stuck(row, "no_space", f"NO_SPACE: {room}; free some, or order it with --in-place")
+            return
+        self._rows[row.id] = replace(
+            row,
+            phase="loading",
+            targets=[int(part["durable_end"]) for part in parts],
+            log_ids=[str(part["log_id"]) for part in parts],
+        )
+        self._busy = True
+        self._remember(self._remembered)
+
+    def _shrunk(self, row: ResetRow, records: int, logs: list[Log]) -> bool:
+        """Would suspiciously much be lost? Then an operator has to say that it is meant."""
+        before = sum(one.durable_end - one.log_start for one in logs)
+        if records >= LEAST_SHARE * before or row.force:
+            return False
+        share = records * 100 // max(1, before)
+        why = f"{records} records at the parent are {share} % of the {before} here: --force --id {row.id}, or abort"
+        self._stuck(row, "shrunk", why)
+        return True
+
+    def _stuck(self, row: ResetRow, state: str, why: str) -> None:
+        """It waits for an operator, or for room."""
+        if self._says.get(row.id, ("", ""))[0] != state:
+            self._metrics.refused(state.upper())
+            log.warning("reset %s of %s: %s", row.id, row.topic, why)
+        self._says[row.id] = (state, why)
+
+    def problems(self) -> dict[str, str]:
+        """What an operator should see."""
+        found = [
+            f"{self._rows[reset_id].topic}: {why}"
+            for reset_id, (state, why) in self._says.items()
+            if state in ("no_space", "shrunk")
+        ]
+        return {"reset": "; ".join(found)} if found else {}
+
+    def _remembered(self, error: str) -> None:
+        self._busy = False
+        if error:
+            log.error("resets cannot be stored: %s", error)
+
+    def _free(self) -> int:
+        """Bytes that may be used before producers would be refused."""
+        usable = self._engine.describe()["disk_usable_bytes"]
+        assert isinstance(usable, int)
+        return usable
+
+    def _open_copy(self, row: ResetRow, piping: Piping) -> None:
+        log.warning("reset %s: loading %s afresh", row.id, row.topic)
+        self._busy = self._closing = True
+
+        def told(store: SegmentStore | None, error: str) -> None:
+            self._busy = self._closing = False
+            if store is None:
+                self._says[row.id] = ("loading", error)
+                return
+            try:
+                copy = FreshCopy(store, row.topic, piping.candidates.addresses, self.settings, self._loop)
+            except (OSError, EdgeBrokerError) as failure:
+                self._end(self._rows[row.id], "failed", f"the copy cannot be opened: {failure}")
+                return
+            if self._stopped or not self._under_way(row.id):
+                self._close(copy, lambda: None)
+            else:
+                self._copy = copy
+
+        make_store(staging_of(self._engine.switch.path, row.id), self.settings, self._loop, self._clock, told)
+
+    def _close(self, copy: FreshCopy, then: Callable[[], None]) -> None:
+        self._closing = True
+
+        def closed() -> None:
+            self._closing = False
+            then()
+
+        copy.close(closed)
+
+    def _look(self, row: ResetRow, copy: FreshCopy, piping: Piping) -> None:
+        """Is the copy complete, is it as much as before, may it be switched now?"""
+        logs = self._engine.partitions(row.topic)
+        copy.follow(piping.candidates.addresses)
+        if self._other_topic(row, copy, logs):
+            self._end(row, "failed", "the topic was deleted, or is another one by now; order it again")
+            return
+        refusal = self._engine.refusal()
+        if refusal is not None and refusal[0] is Code.DISK_FULL:
+            self._give_way(row, copy)
+            return
+        same = all(new.identity.log_id == old.identity.log_id for new, old in zip(copy.logs, logs, strict=False))
+        ends = [max(end, one.durable_end) if same else end for end, one in zip(row.targets, logs, strict=True)]
+        if not copy.has(row.targets):
+            have, want = sum(one.durable_end for one in copy.logs), sum(row.targets)
+            self._says[row.id] = ("loading", copy.problem or f"{have} of {want}")
+            return
+        if self._shrunk(row, copy.records, logs):
+            return
+        if not parse_hours(row.hours).open(second_of_day(self._clock.wall_ms())):
+            self._says[row.id] = ("held", f"it waits for {row.hours}")
+            return
+        self._busy = True
+        self._held_since = self._loop.now()
+        piping.hold(row.topic)
+        self._catch_up(row, copy, piping, same, ends)
+
+    def _other_topic(self, row: ResetRow, copy: FreshCopy, logs: list[Log]) -> bool:
+        """Is the topic, here or in the copy, not what it was when the reset began?"""
+        if len(logs) != len(row.targets) or (row.log_ids and copy.log_ids not in ([], row.log_ids)):
+            return True
+        here = [one.identity.log_id for one in logs]
+        return not row.accept and copy.log_ids not in ([], here)
+
+    def _give_way(self, row: ResetRow, copy: FreshCopy) -> None:
+        """The disk has filled up: producers and the pipe need the room. It begins anew when there is enough."""
+        self._stuck(row, "no_space", "NO_SPACE: the disk filled up while the copy was loaded; it waits for room")
+        self._rows[row.id] = replace(row, phase="waiting")
+        self._copy = None
+        self._busy = True
+
+        def closed() -> None:
+            drop_staging(self._engine.switch.path, lambda name: name != row.id)
+            self._remember(self._remembered)
+
+        self._close(copy, closed)
+
+    def _catch_up(self, row: ResetRow, copy: FreshCopy, piping: Piping, same: bool, ends: list[int]) -> None:
+        """The pipe stands still: until the copy has what the old logs have, nobody may lose a record by the switch."""
+        logs = self._engine.partitions(row.topic)
+        if self._stopped:
+            return
+        if self._piping() is not piping or len(logs) != len(ends):
+            self._busy = False
+            self._end(row, "failed", "the topic was deleted, or this node follows no parent any more")
+            return
+        ends = [max(end, one.durable_end) if same else end for end, one in zip(ends, logs, strict=True)]
+        if self._engine.switch.quiet(row.topic) and copy.has(ends):
+            self._switch(row, copy, piping, same)
+        elif self._loop.now() - self._held_since > CATCH_UP_SECONDS:
+            self._says[row.id] = ("loading", "the copy does not come up to what is here; trying again")
+            self._busy = False
+            piping.follow_again(row.topic)
+        else:
+            self._loop.call_later(0.02, lambda: self._catch_up(row, copy, piping, same, ends))
+
+    def _switch(self, row: ResetRow, copy: FreshCopy, piping: Piping, same: bool) -> None:
+        directory = staging_of(self._engine.switch.path, row.id)
+        self._copy = None
+
+        def closed() -> None:
+            self._rows[row.id] = replace(self._rows[row.id], phase="switching")
+            self._remember(remembered)
+
+        def remembered(error: str) -> None:
+            if error:
+                switched(Code.READ_ONLY, error)
+            elif self._piping() is not piping or not self._engine.partitions(row.topic):
+                switched(Code.INVALID_BATCH, "the topic was deleted, or this node follows no parent any more")
+            else:
+                self._engine.switch.replace(row.topic, directory / "topics" / row.topic, switched)
+
+        def switched(code: Code, message: str) -> None:
+            self._busy = False
+            if self._piping() is piping:
+                piping.follow_again(row.topic)
+            if code is Code.OK:
+                for partition in self._engine.partitions(row.topic):
+                    if same:
+                        self._cut(partition)
+                    else:
+                        self._restarted(partition, True)
+                log.warning("reset %s: %s is the fresh copy from now on", row.id, row.topic)
+                self._end(self._rows[row.id], "done", "")
+            elif code.retryable:
+                self._rows[row.id] = replace(self._rows[row.id], phase="loading")  # the copy is opened again
+                self._remember(lambda error: None)
+            else:
+                self._end(self._rows[row.id], "failed", message)
+
+        self._close(copy, closed)
+
+    def _in_place(self, row: ResetRow, piping: Piping) -> None:
+        self._busy = True
+        self._says[row.id] = ("switching", "the logs begin anew")
+        piping.hold(row.topic)
+
+        def done(code: Code, message: str) -> None:
+            self._busy = False
+            if code is not Code.OK and self._piping() is piping:
+                piping.follow_again(row.topic)
+            self._end(self._rows[row.id], "done" if code is Code.OK else "failed", message)
+
+        def wait() -> None:
+            if self._stopped:
+                return
+            if self._piping() is not piping:
+                done(Code.INVALID_BATCH, "this node follows no parent any more")
+            elif self._engine.switch.quiet(row.topic):
+                piping.begin_anew(row.topic, done)
+            else:
+                self._loop.call_later(0.02, wait)
+
+        wait()
+
+    def _end(self, row: ResetRow, phase: Any, why: str, done: Done | None = None) -> None:
+        (log.info if phase == "done" else log.error)("reset %s of %s is over: %s %s", row.id, row.topic, phase, why)
+        self._rows[row.id] = replace(row, phase=phase, why=why)
+        self._says.pop(row.id, None)
+        self._looked.pop(row.id, None)
+        self._metrics.resets_done += phase == "done"
+        self._metrics.resets_failed += phase == "failed"
+
+        def remembered(error: str) -> None:
+            drop_staging(self._engine.switch.path, lambda name: name in self._rows and self._under_way(name))
+            if done is not None:
+                done(Code.READ_ONLY if error else Code.OK, error)
+
+        def closed() -> None:
+            self._remember(remembered)
+
+        copy, self._copy = (self._copy, None) if self._current == row.id else (None, self._copy)
+        if copy is not None:
+            self._close(copy, closed)
+        else:
+            closed()
+
+    # ---- telling ----
+
+    def describe(self) -> list[dict[str, object]]:
+        """For /v1/resets: the newest last."""
+        return [
+            {"id": row.id, "topic": row.topic, "group": row.group, "state": self._state(row), "why": self._why(row)}
+            for row in self._rows.values()
+        ]
+
+    def reports(self) -> list[ResetReport]:
+        """For the report of the node: the last ones of those under way, then those that failed, then the others."""
+        rows = sorted(self._rows.values(), key=lambda row: (row.phase in UNDER_WAY, row.phase == "failed"))
+        return [ResetReport(row.id, row.topic, self._state(row)) for row in rows[-REPORTED:]]
+
+    def _state(self, row: ResetRow) -> str:
+        if row.group and row.phase == "loading":
+            return "refreshing"
+        return self._says.get(row.id, (row.phase, ""))[0] if row.phase in UNDER_WAY else row.phase
+
+    def _why(self, row: ResetRow) -> str:
+        return row.why or self._says.get(row.id, ("", ""))[1]

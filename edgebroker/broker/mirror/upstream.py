@@ -1,0 +1,459 @@
+"""Following a parent: this node as a child. The follower thinks, the HTTP client carries, the engine stores.
+
+    poll -> HELLO: topics are made or changed -> DATA -> engine.append_numbered -> the commit of every publish
+         -> refusals: look up chains, cut, begin anew, or wait -> the next poll
+
+One connection to one parent at a time. What has to be done before more may come (topics, a cut) holds the reading up.
+The pipe pauses while the disk is full, and above the high watermark of what waits for the disk.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+
+import msgspec
+
+from edgebroker.broker.feed.children import Node
+from edgebroker.broker.mirror.mirrors import Mirrors, Moves
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.batch import Reason
+from edgebroker.common.crc32c import crc32c
+from edgebroker.common.errors import Code
+from edgebroker.common.types import TopicPartition
+from edgebroker.network.http.call import Ask
+from edgebroker.network.http.client import RECEIVE_BYTES, HttpClient
+from edgebroker.network.io.loop import Loop, TimerHandle
+from edgebroker.pipe.candidates import Candidates
+from edgebroker.pipe.follower import Changed, Directed, Event, Follower, Greeted, Line, Taken
+from edgebroker.pipe.report import Order
+from edgebroker.pipe.stream import MAX_SAME_BYTES, SamePoll
+from edgebroker.storage.engine import Log, MirrorEngine
+
+log = logging.getLogger(__name__)
+
+STAGED_HIGH_BYTES, STAGED_LOW_BYTES = 16 << 20, 4 << 20
+# A parent says something every 45 seconds; who hears nothing for longer has lost it, or the line.
+SILENT_SECONDS = 57.0
+RETRY_SECONDS = 1.0
+POLL_GAP_SECONDS, LONGEST_GAP_SECONDS = 0.02, 2.0
+
+
+class Piping:
+    """Owned by the loop thread. `bytes_per_second` 0: no cap."""
+
+    def __init__(
+        self,
+        engine: MirrorEngine,
+        loop: Loop,
+        metrics: Metrics,
+        node: Node,
+        candidates: Candidates,
+        patterns: list[str],
+        bytes_per_second: int,
+        hours: str,
+        moves: Moves,
+        directed: Callable[[list[Order]], None],
+        *,
+        pin: bool = False,
+    ) -> None:
+        self._engine, self._loop, self._metrics, self._node = engine, loop, metrics, node
+        self.candidates, self._cap, self._directed = candidates, bytes_per_second, directed
+        self._follower = Follower(node.uid, node.name, node.level, patterns, self, hours, pin=pin)
+        receive_bytes = max(4 << 10, min(RECEIVE_BYTES, bytes_per_second or RECEIVE_BYTES))
+        self._client = HttpClient(loop, self, receive_bytes)
+        self._mirrors = Mirrors(engine, loop, metrics, node.uid, self._follower, self, moves)
+        self._timer: TimerHandle | None = None
+        self._status = 0
+        self._retry_after = 0.0
+        self._error = bytearray()
+        # Things to be finished before the next poll, and before more is read.
+        self._busy = 0
+        self._complete = self._reconnecting = self.stopped = False
+        self._tokens, self._tokens_at = float(bytes_per_second), 0.0
+        self._throttled = False
+        self._last_heard = self._polled_at = self._connected_at = 0.0
+        # What the parent was asked last: it need not be sent again while nothing of it changes.
+        self._said, self._asked_same = b"", False
+        self._pause_seconds = POLL_GAP_SECONDS
+        self._taken_before = -1
+        self.connected = False
+        # Grows with every connection that a parent answered.
+        self.connections = 0
+        self.path: list[str] = []
+        self.parent_name = ""
+        self.last_error = ""
+
+    # ---- life ----
+
+    def start(self) -> None:
+        """Take up what this node mirrors already, and connect."""
+        for partition in self._engine.logs():
+            if partition.identity.origin != self._node.uid and self._follower.wants(partition.topic):
+                self._mirrors.follow(partition)
+        self._open()
+        self._watch()
+
+    def stop(self) -> None:
+        self.stopped = True
+        self._client.stop()
+
+    def _open(self) -> None:
+        self._timer = None
+        if self.stopped:
+            return
+        if self.candidates.current:
+            self._client.open(self.candidates.current)
+        else:
+            self._timer = self._loop.call_later(RETRY_SECONDS, self._open)  # until the registry names one
+
+    def _watch(self) -> None:
+        """Once a second: a parent that fell silent, one that is behind for too long, a better one."""
+        if self.stopped:
+            return
+        self._loop.call_later(1.0, self._watch)
+        now = self._loop.now()
+        transport = self._client.transport
+        listening = transport is not None and not transport.paused
+        if listening and now - max(self._last_heard, self._connected_at) > SILENT_SECONDS:
+            self._client.close("the parent is silent")
+        if self.candidates.behind(now, self.connected and self._follower.lacking):
+            self._look_around()
+        for address in self.candidates.to_probe(now):
+            Ask(
+                self._loop,
+                address,
+                "GET",
+                "/healthz",
+                b"",
+                lambda status, body, error, address=address: self._probed(address, status == 200),  # type: ignore[misc]
+            )
+        self._flush()
+        self._metrics.pipe_failovers = self.candidates.failovers
+        self._metrics.pipe_bytes_in = self._follower.bytes_taken
+        self._metrics.pipe_bytes_wasted = self._follower.bytes_wasted
+
+    def _look_around(self) -> None:
+        """The parent lacks something: go to the candidate that has most of it, if one has more."""
+        line = next(line for line in self._follower.lines.values() if line.lacking)
+        others = [address for address in self.candidates.addresses if address != self.candidates.current]
+        ends: dict[str, int] = {}
+
+        def told(address: str, answer: bytes, error: str) -> None:
+            ends[address] = -1 if error else _end_at(answer, line)
+            best = max(ends, key=lambda one: ends[one])  # of those that are equal the first to answer
+            here = line.parent_end if line.state == "behind" else -1
+            if len(ends) < len(others) or self.stopped or not line.lacking or ends[best] <= here:
+                return
+            if best in self.candidates.addresses:
+                log.warning("%s lacks what this node has or wants; going to %s", self.parent_name, best)
+                self.candidates.go_to(best)
+                self.again("it is behind")
+
+        for address in others:
+            Ask(
+                self._loop,
+                address,
+                "GET",
+                f"/v1/topics/{line.key.topic}",
+                b"",
+                lambda status, answer, error, address=address: told(address, answer, error),  # type: ignore[misc]
+            )
+
+    def _probed(self, address: str, healthy: bool) -> None:
+        if not self.stopped and self.candidates.probed(address, healthy, self._loop.now()):
+            log.info("back to %s", address)
+            self.again("a better parent is back")
+
+    # ---- the client's owner ----
+
+    def on_connected(self) -> None:
+        self._connected_at = self._loop.now()
+        self._complete = True
+        self._go_on()
+
+    def on_response(self, status: int, retry_after: float) -> None:
+        self._status, self._retry_after = status, retry_after
+        self._last_heard = self._loop.now()
+        self._error.clear()
+
+    def on_body(self, data: memoryview) -> None:
+        self._last_heard = self._loop.now()
+        if self._status != 200:
+            self._error += data[:1000]
+            return
+        self.do(self._follower.receive(data))
+        self._throttle(len(data))
+        if self._engine.staged_bytes > STAGED_HIGH_BYTES:
+            self._pause()
+
+    def on_complete(self) -> None:
+        if self._status == 409 and self._asked_same:
+            self._said = b""  # the parent was started anew, and has forgotten
+            self._poll()
+            return
+        if self._status != 200:
+            self._said = b""
+            text = bytes(self._error).decode(errors="replace").strip()
+            self._client.close(f"it answered {self._status}: {text[:300]}")
+            return
+        self._complete = True
+        self._go_on()
+
+    def on_lost(self, reason: str) -> None:
+        was, self.connected, self._complete, self._said = self.connected, False, False, b""
+        if self.stopped:
+            return
+        if self._reconnecting:
+            self._reconnecting = False
+            wait = POLL_GAP_SECONDS
+        else:
+            self.last_error = f"{self.candidates.current}: {reason}"
+            self._metrics.pipe_lost += 1
+            (log.warning if was else log.info)("no connection to the parent %s", self.last_error)
+            wait = max(self.candidates.failed(), self._retry_after)
+        self._retry_after = 0.0
+        if self._timer is None:
+            self._timer = self._loop.call_later(wait, self._open)
+
+    def again(self, reason: str) -> None:
+        """Poll anew, on another connection: what the parent was asked is not what has to be asked now."""
+        if self._timer is None:
+            self._reconnecting = True
+            self._client.close(reason)
+
+    def _poll(self) -> None:
+        if self._client.transport is None:
+            return
+        if self._busy or self._throttled:
+            self._complete = True  # as soon as that is over
+            return
+        self._complete = False
+        self._polled_at, self._taken_before = self._loop.now(), self._follower.bytes_taken
+        self._metrics.pipe_polls_sent += 1
+        body = msgspec.json.encode(self._follower.poll())
+        self._asked_same = body == self._said
+        self._said = body if len(body) <= MAX_SAME_BYTES else b""
+        if self._asked_same:
+            body = msgspec.json.encode(SamePoll(uid=self._node.uid, same=crc32c(body)))
+        self._client.request("POST", "/v1/pipe", body)
+
+    def _go_on(self) -> None:
+        """Something was finished: read on, or poll again."""
+        if self._busy or self.stopped:
+            return
+        if self._complete and not self._throttled:
+            self._complete = False
+            self._loop.call_later(self._gap(), self._poll)
+        self._resume()
+
+    def _gap(self) -> float:
+        """How long to wait with the next poll: the longer, the more of them led to nothing."""
+        idle = self._loop.now() - self._polled_at < 1.0 and self._follower.bytes_taken == self._taken_before
+        self._pause_seconds = min(LONGEST_GAP_SECONDS, self._pause_seconds * 2) if idle else POLL_GAP_SECONDS
+        return self._pause_seconds
+
+    def _pause(self) -> None:
+        if self._client.transport is not None:
+            self._client.transport.pause()
+
+    def _resume(self) -> None:
+        held = self._busy or self._throttled or self._engine.staged_bytes > STAGED_LOW_BYTES or self._engine.refusal()
+        if not held and self._client.transport is not None and self._client.transport.paused:
+            self._last_heard = self._loop.now()
+            self._client.transport.resume()
+
+    def _throttle(self, size: int) -> None:
+        """A bucket of one second's worth."""
+        if not self._cap:
+            return
+        now = self._loop.now()
+        self._tokens = min(float(self._cap), self._tokens + (now - self._tokens_at) * self._cap) - size
+        self._tokens_at = now
+        if self._tokens < 0:
+            self._pause()
+        if self._tokens < 0 and not self._throttled:
+            self._throttled = True
+
+            def over() -> None:
+                self._throttled = False
+                self._go_on()
+
+            self._loop.call_later(-self._tokens / self._cap, over)
+
+    # ---- the sink ----
+
+    def append(self, key: TopicPartition, data: memoryview) -> Taken:
+        """Batches from the parent, into the log."""
+        partition = self._engine.log(*key)
+        assert partition is not None
+        if self._engine.refusal() is not None:
+            self._pause()  # they are kept; _flush() tries again
+            return Taken(0, Reason.OK, partition.staged_end, partition.staged_epoch)
+        taken, reason = self._engine.append_numbered(partition, data)
+        return Taken(taken, Reason(reason), partition.staged_end, partition.staged_epoch)
+
+    def _flush(self) -> None:
+        """What was held back by a full disk."""
+        if self._engine.refusal() is None:
+            self._follower.flush()
+            self._resume()
+
+    # ---- the engine's word ----
+
+    def on_durable(self, partition: Log) -> None:
+        self._resume()
+        self._mirrors.on_durable(partition)
+
+    def on_failed(self, partition: Log) -> None:
+        """What was taken is not in the log: stand at its end again."""
+        if TopicPartition(partition.topic, partition.partition) in self._follower.lines:
+            self._mirrors.follow(partition)
+            self.again("something could not be stored")
+
+    # ---- events ----
+
+    def do(self, events: Iterable[Event]) -> None:
+        for event in events:
+            if isinstance(event, Greeted):
+                self._greeted(event)
+            elif isinstance(event, Changed):
+                self._changed(event)
+            elif isinstance(event, Directed):
+                self._directed(event.orders)
+            else:
+                self._mirrors.do(event)
+
+    def _greeted(self, event: Greeted) -> None:
+        hello = event.hello
+        if not self.connected:
+            self.connections += 1
+            log.info("the parent is %s (%s) at %s", hello.name, hello.level, self.candidates.current)
+        self.connected, self.last_error = True, ""
+        self.path, self.parent_name = [hello.uid, *hello.path], hello.name
+        self.candidates.answered()
+        for info in hello.topics:
+            self._mirrors.offered(info)
+
+    def _changed(self, event: Changed) -> None:
+        self._metrics.refused(event.code)
+        line = event.line
+        if event.code == "OK":
+            log.info("%s/%d is fed again", *line.key)
+        elif event.code == "LOG_ID":
+            log.error(
+                "%s/%d: the parent has another log of this name; the old data is served on until an operator accepts "
+                "the new one: edgebroker topic accept %s", *line.key, line.key.topic,
+            )  # fmt: skip
+        else:
+            log.warning("%s/%d: %s", *line.key, line.why or event.code)
+
+    def begin(self) -> None:
+        self._busy += 1
+        self._pause()
+
+    def done(self, *, failed: bool = False) -> None:
+        self._busy -= 1
+        if failed:
+            self._loop.call_later(RETRY_SECONDS, lambda: self.again("something could not be done"))
+        else:
+            self._go_on()
+
+    # ---- telling ----
+
+    def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
+        """An operator takes the parent's log instead of the one that was replaced."""
+        self._mirrors.accept(topic, done)
+
+    def free(self, topic: str) -> None:
+        """A topic of this node was deleted."""
+        self._mirrors.free(topic)
+
+    def begin_anew(self, topic: str, done: Callable[[Code, str], None]) -> None:
+        """Fetch all of a topic again; what is here goes first."""
+        self._mirrors.begin_anew(topic, done)
+
+    def hold(self, topic: str) -> None:
+        """Take nothing more of a topic until follow_again(); the others go on."""
+        for line in self.lines(topic):
+            line.state = "moving"
+
+    def follow_again(self, topic: str) -> None:
+        """Stand at the end of its logs, as they are now."""
+        for partition in self._engine.partitions(topic):
+            self._mirrors.follow(partition)
+        self.again("the logs of a topic are others now")
+
+    def lines(self, topic: str) -> list[Line]:
+        """Where this node stands in the logs of a topic."""
+        return [line for line in self._follower.lines.values() if line.key.topic == topic]
+
+    def follow_others(self, parents: Sequence[str]) -> None:
+        """Ask these nodes from now on."""
+        if list(parents) != self.candidates.addresses and self.candidates.replace(parents):
+            self.again("the parents are others now")
+
+    @property
+    def address(self) -> str:
+        """Where the parent is."""
+        return self.candidates.current
+
+    def problems(self) -> dict[str, str]:
+        """What an operator should see."""
+        found = {}
+        replaced = sorted({line.key.topic for line in self._follower.lines.values() if line.state == "replaced"})
+        if replaced:
+            found["replaced"] = f"another log at the parent: {', '.join(replaced)}; edgebroker topic accept TOPIC"
+        if self._mirrors.clashes:
+            found["name_clash"] = "; ".join(f"topic {name}: {why}" for name, why in self._mirrors.clashes.items())
+        return found
+
+    def limit(self, bytes_per_second: int, hours: str) -> None:
+        """Another cap and other hours, from the next poll on."""
+        self._cap, self._follower.hours = bytes_per_second, hours
+
+    @property
+    def lag(self) -> int:
+        """Records that the parent has and this node lacks, as far as that is known."""
+        return sum(max(0, line.parent_end - line.offset) for line in self._follower.lines.values())
+
+    @property
+    def last_heard(self) -> float:
+        """When the parent said something last, in the loop's time; 0 before."""
+        return self._last_heard
+
+    def describe(self) -> dict[str, object]:
+        """For /v1/pipe."""
+        return {
+            "connected": self.connected,
+            "address": self.candidates.current,
+            "name": self.parent_name,
+            "path": self.path,
+            "candidates": self.candidates.addresses,
+            "error": self.last_error,
+            "heard_seconds_ago": round(self._loop.now() - self._last_heard, 3) if self._last_heard else None,
+            "logs": [_describe(line) for line in self._follower.lines.values()],
+        }
+
+
+def _end_at(answer: bytes, line: Line) -> int:
+    """Up to where a node has a log, from its description of the topic; -1 when it has not, or only damaged."""
+    try:
+        part = msgspec.json.decode(answer)["partitions"][line.key.partition]
+        whole = not any(hole["last"] >= line.offset for hole in part.get("damaged", []))
+        return int(part["durable_end"]) if part["log_id"] == line.log_id and whole else -1
+    except (msgspec.DecodeError, KeyError, IndexError, TypeError, ValueError):
+        return -1
+
+
+def _describe(line: Line) -> dict[str, object]:
+    return {
+        "topic": line.key.topic,
+        "partition": line.key.partition,
+        "state": line.state,
+        "why": line.why,
+        "offset": line.offset,
+        "unfinished_bytes": len(line.partial),
+        "parent_end": line.parent_end,
+        "lag": max(0, line.parent_end - line.offset) if line.parent_end >= 0 else None,
+    }

@@ -1,0 +1,110 @@
+"""`edgebroker support-bundle`: what somebody far away needs to see of a node, in one file. No records, no secrets."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import re
+import tarfile
+from datetime import UTC, datetime
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from edgebroker.cli.admin_client import ask
+from edgebroker.cli.appliance.host import Machine, plainly
+from edgebroker.common.config import load_config
+from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableError
+from edgebroker.version import __version__
+
+PATHS = (
+    "/healthz", "/readyz", "/v1/node", "/v1/topics", "/v1/groups", "/v1/clients", "/v1/pipe", "/v1/tree", "/v1/resets",
+)  # fmt: skip
+COMMANDS = {
+    "journal.txt": ("journalctl", "-u", "edgebroker*", "-n", "5000", "--no-pager", "-o", "short-iso"),
+    "units.txt": ("systemctl", "status", "edgebroker*", "--no-pager", "-l"),
+    "unit-files.txt": ("systemctl", "cat", "edgebroker*", "--no-pager"),
+    "disk-free.txt": ("df", "-h"),
+    "disk-inodes.txt": ("df", "-i"),
+    "kernel.txt": ("dmesg", "--level", "err,warn"),
+    "processes.txt": ("ps", "-C", "edgebroker", "-o", "pid,ppid,rss,nlwp,etimes,stat,args"),
+}
+# What a key, a variable or an argument of that name says is nobody's business.
+_WORDS = r"[\w-]*(?:password|passwd|secret|token|credential|private[_-]key|api[_-]key)[\w-]*"
+_SECRETS = (
+    re.compile(rf'(?i)("?\b{_WORDS}"?\s*[=:]\s*)("(?:[^"\\\n]|\\.)*"|[^\s,;}}]+(?:[^\S\n][^\n,}}]*)?)'),
+    re.compile(rf"(?i)(--{_WORDS}\s+)(\S+)"),
+    re.compile(r"(?i)(\b(?:authorization|proxy-authorization)\b\W+(?:\w+\s+)?)(\S+)"),
+    re.compile(r"(?i)(\bbearer\s+)(\S+)"),
+)
+_URL_PASSWORD = re.compile(r"(://[^/\s:@]+:)[^@\s]+(@)")
+
+
+def support_bundle(options: argparse.Namespace) -> int:
+    when = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    path = Path(options.file or f"edgebroker-{platform.node()}-{when}.tar.gz")
+    machine = Machine(Path("/"), dry=False, quiet=True)
+    missing: list[str] = []
+    if path.exists():
+        raise ConfigError(f"{path} exists and is left as it is; choose another name")
+    opener = partial(os.open, mode=0o600)
+    with plainly(), open(path, "xb", opener=opener) as file, tarfile.open(fileobj=file, mode="w:gz") as bundle:
+
+        def add(name: str, text: str) -> None:
+            data = redacted(text).encode()
+            entry = tarfile.TarInfo(f"edgebroker-bundle/{name}")
+            entry.size, entry.mode = len(data), 0o600
+            bundle.addfile(entry, io.BytesIO(data))
+
+        add("about.json", json.dumps({"version": __version__, "when": when, "machine": platform.uname()._asdict()}))
+        for one in PATHS:
+            try:
+                status, answer = ask(options.admin, one)
+            except UnreachableError as error:
+                missing.append(f"{one}: {error}")
+                continue
+            add(f"http{one.replace('/', '-')}.json", json.dumps({"status": status, "answer": answer}, indent=1))
+        for name, command in COMMANDS.items():
+            text = machine.ask(*command, whatever=True)
+            add(name, text) if text else missing.append(f"{name}: {' '.join(command)} says nothing")
+        configs = [Path(options.config)] if options.config else sorted(Path("/etc/edgebroker").glob("*.toml"))
+        for config in configs:
+            _add_config(config, add, missing)
+        if not configs:
+            missing.append("configuration and files: there is none in /etc/edgebroker; say -c FILE")
+        add("missing.txt", "\n".join(missing) + "\n")
+    print(path)
+    return 0
+
+
+def _add_config(path: Path, add, missing: list[str]) -> None:  # type: ignore[no-untyped-def]
+    """The file as it stands, what is in force, and what lies in its data directory."""
+    environment = Path("/etc/default") / ("edgebroker" if path.stem == "edgebroker" else f"edgebroker-{path.stem}")
+    try:
+        add(f"config-{path.name}", path.read_text())
+        found = environment.read_text() if environment.exists() else ""
+        add(f"environment-{path.stem}.txt", found)
+        set_there = [line.partition("=") for line in found.splitlines() if not line.startswith("#")]
+        config = load_config(path, environment={name.strip(): value.strip(" \"'") for name, _, value in set_there})
+    except (OSError, EdgeBrokerError) as error:
+        missing.append(f"{path}: {error}")
+        return
+    add(f"effective-{path.stem}.json", json.dumps(msgspec.to_builtins(config), indent=1))
+    data, lines = Path(config.node.data_dir), []
+    for one in sorted(data.rglob("*")):
+        try:
+            lines.append(f"{one.stat().st_size:14} {one.relative_to(data)}")
+        except OSError:
+            continue  # removed meanwhile
+    add(f"files-{path.stem}.txt", "\n".join(lines))
+
+
+def redacted(text: str) -> str:
+    """The same without what looks like a secret."""
+    for pattern in _SECRETS:
+        text = pattern.sub(r"\1***", text)
+    return _URL_PASSWORD.sub(r"\1***\2", text)

@@ -1,0 +1,208 @@
+"""The releases of the program on a machine that was installed from the bare binary.
+
+    /opt/edgebroker/releases/VERSION-DIGEST/edgebroker    one file, or the folder form
+    /opt/edgebroker/current -> releases/VERSION-DIGEST    replaced by rename
+    /opt/edgebroker/previous -> releases/...              what `upgrade --undo` goes to
+    /opt/edgebroker/pending                               while a new release is being judged: where to go back to
+
+A package keeps the program in /usr/lib/edgebroker instead; then its tools upgrade it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgebroker.cli.appliance.host import Machine, point
+from edgebroker.cli.broker_process import environment_of_others
+from edgebroker.common.durable import sync_directory, sync_file, write_durable
+from edgebroker.common.errors import ConfigError, EdgeBrokerError
+
+HOME = "opt/edgebroker"
+CURRENT, PREVIOUS, PENDING = f"{HOME}/current", f"{HOME}/previous", f"{HOME}/pending"
+RELEASES, STAGED = f"{HOME}/releases", f"{HOME}/releases/.new"
+PROGRAM = "edgebroker"
+PACKAGED = "usr/lib/edgebroker"
+CHECK_SECONDS = 120
+
+
+class Switch(NamedTuple):
+    """A change of the release that is not finished: from what to what, what was `previous` before, which units were
+    well and have to be so again, and after how many seconds each."""
+
+    before: str
+    after: str
+    previous: str
+    well: list[str]
+    timeout: float
+
+
+def own_program() -> Path:
+    """The file of this program. Raises ConfigError when it is run from source."""
+    if not getattr(sys, "frozen", False):
+        raise ConfigError("this runs from source: build the program first (make freeze), and let that install itself")
+    return Path(sys.executable).resolve()
+
+
+def packaged() -> bool:
+    """True when this program came with the system's package."""
+    return getattr(sys, "frozen", False) and str(own_program()).startswith(f"/{PACKAGED}/")
+
+
+def is_folder(program: Path) -> bool:
+    return (program.parent / "_internal").is_dir()
+
+
+def digest_of(program: Path) -> str:
+    """SHA-256 of the one file; of the folder form, over the names and contents of all its files."""
+    if not is_folder(program):
+        with program.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    whole = hashlib.sha256()
+    for path in sorted(path for path in program.parent.rglob("*") if path.is_file()):
+        whole.update(f"{path.relative_to(program.parent)}\0".encode() + hashlib.sha256(path.read_bytes()).digest())
+    return whole.hexdigest()
+
+
+def name_of(program: Path, version: str) -> str:
+    """What a release of this program is called here."""
+    return f"{version}-{digest_of(program)[:12]}"
+
+
+def ask_version(program: Path) -> dict[str, Any]:
+    """What a program says of itself. Raises EdgeBrokerError when it does not run here or is another one."""
+    try:
+        done = subprocess.run(
+            [program, "version", "--json"],
+            capture_output=True,
+            text=True,
+            timeout=CHECK_SECONDS,
+            env=environment_of_others(),
+        )
+        found = json.loads(done.stdout)
+        if done.returncode == 0 and isinstance(found, dict) and {"version", "data_format"} <= found.keys():
+            return found
+        said = done.stderr or done.stdout
+    except (OSError, ValueError, subprocess.TimeoutExpired) as error:
+        said = str(error)
+    raise EdgeBrokerError(f"{program} is no edgebroker that runs on this machine: {said.strip()[-500:]}")
+
+
+@contextmanager
+def staged(machine: Machine, program: Path) -> Iterator[Path]:
+    """A copy of a program that nobody but root can change, durable; what is not kept of it goes again."""
+    place = Path(tempfile.mkdtemp(prefix="edgebroker-")) if machine.dry else machine.path(STAGED)
+    try:
+        shutil.rmtree(place, ignore_errors=True)
+        _copy(program, place)
+        yield place / PROGRAM
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def _copy(program: Path, place: Path) -> None:
+    place.mkdir(parents=True)
+    if is_folder(program):
+        shutil.copytree(program.parent, place, symlinks=True, dirs_exist_ok=True)
+    else:
+        shutil.copy2(program, place / PROGRAM)
+    (place / PROGRAM).chmod(0o755)
+    for folder, _, names in os.walk(place):
+        Path(folder).chmod(0o755)
+        for path in (Path(folder) / name for name in names):
+            if not path.is_symlink():
+                sync_file(path)
+        sync_directory(Path(folder))
+
+
+def keep(machine: Machine, program: Path, version: str) -> str:
+    """Make what was staged a release; its name."""
+    release = name_of(program, version)
+    target = machine.path(f"{RELEASES}/{release}")
+    machine.say(f"copy the program to {target}")
+    if machine.dry:
+        return release
+    if target.exists() and digest_of(target / PROGRAM) == digest_of(program):
+        return release
+    if target.exists():  # of an earlier installation that the power ended
+        _remove(target)
+    program.parent.rename(target)
+    sync_directory(target.parent)
+    return release
+
+
+def current(machine: Machine) -> str:
+    """The release that the next start uses; "" when there is none."""
+    return _named(machine, CURRENT)
+
+
+def previous(machine: Machine) -> str:
+    """The release to go back to; "" when there is none."""
+    found = _named(machine, PREVIOUS)
+    return found if found != current(machine) else ""
+
+
+def pending(machine: Machine) -> Switch | None:
+    """The change that is not finished, if there is one."""
+    try:
+        return Switch(**json.loads(machine.path(PENDING).read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _named(machine: Machine, link: str) -> str:
+    """The release that a link names; "" when it is not there."""
+    path = machine.path(link)
+    return Path(os.readlink(path)).name if path.is_symlink() and (path / PROGRAM).exists() else ""
+
+
+def begin(machine: Machine, release: str, well: list[str], timeout: float) -> Switch:
+    """Let the next start use a release. Until end() it is known where to go back to, also after a power cut."""
+    found = Switch(current(machine), release, previous(machine), well, timeout)
+    machine.say(f"switch to release {release}")
+    if not machine.dry:
+        write_durable(machine.path(PENDING), json.dumps(found._asdict()).encode())
+        point(machine.path(PREVIOUS), f"releases/{found.before}")
+        point(machine.path(CURRENT), f"releases/{release}")
+    return found
+
+
+def back(machine: Machine, switch: Switch) -> None:
+    """Let the next start use the release that was used before."""
+    point(machine.path(CURRENT), f"releases/{switch.before}")
+
+
+def end(machine: Machine, switch: Switch) -> None:
+    """The nodes run with the release that `current` names: forget how they came to it. The one before stays."""
+    machine.path(PENDING).unlink(missing_ok=True)
+    sync_directory(machine.path(HOME))
+    if current(machine) == switch.before:
+        if switch.previous:
+            point(machine.path(PREVIOUS), f"releases/{switch.previous}")
+        else:
+            machine.path(PREVIOUS).unlink(missing_ok=True)
+    _prune(machine)
+
+
+def _prune(machine: Machine) -> None:
+    wanted = (current(machine), _named(machine, PREVIOUS))
+    for path in machine.path(RELEASES).iterdir():
+        if path.name not in wanted:
+            _remove(path)
+
+
+def _remove(release: Path) -> None:
+    """First under another name: half of a release is none."""
+    gone = release.with_name(f".gone-{release.name.lstrip('.')}")
+    shutil.rmtree(gone, ignore_errors=True)
+    release.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -1,0 +1,140 @@
+"""A broker as a child process: for the demonstration, the self-test and the benchmarks."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+from edgebroker.cli.admin_client import call
+from edgebroker.common.clock import SystemClock, sleep
+from edgebroker.common.errors import EdgeBrokerError, UnreachableError
+
+START_SECONDS = 20.0
+
+
+def program() -> list[str]:
+    """How to start this very program again, from source or as a frozen binary."""
+    if getattr(sys, "frozen", False):
+        return [sys.executable]
+    return [sys.executable, "-m", "edgebroker"]
+
+
+def environment_of_others() -> dict[str, str]:
+    """The environment for programs that are not this very one: what the loader of a frozen program has put into ours
+    would give them its libraries, and would make another release of the program look for this one's files."""
+    found = {name: value for name, value in os.environ.items() if not name.startswith("_PYI_")}
+    if getattr(sys, "frozen", False):
+        found["PYINSTALLER_RESET_ENVIRONMENT"] = "1"
+        found.pop("LD_LIBRARY_PATH", None)
+        if original := found.pop("LD_LIBRARY_PATH_ORIG", ""):
+            found["LD_LIBRARY_PATH"] = original
+    return found
+
+
+class BrokerProcess:
+    """`edgebroker serve` on ports of its own, data in `directory`. start() returns when it is ready.
+
+    The ports are chosen at the first start and kept by the next ones, so that clients find the broker again. They are
+    on loopback, unless `host` is another address.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        settings: dict[str, str] | None = None,
+        command: Sequence[str] = (),
+        environment: dict[str, str] | None = None,
+        arguments: Sequence[str] = (),
+        host: str = "127.0.0.1",
+    ) -> None:
+        self.directory = directory
+        self._settings = settings or {}
+        self._command = list(command)
+        self._environment = environment or {}
+        self._arguments = list(arguments)
+        self._listen = self._http = f"{host}:0"
+        self.process: subprocess.Popen[bytes] | None = None
+        self.log_path = directory.with_name(directory.name + ".log")
+
+    @property
+    def server(self) -> str:
+        return self._listen
+
+    @property
+    def admin(self) -> str:
+        return self._http
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start and wait until /readyz answers. Raises EdgeBrokerError with the end of the log when it does not."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        ports = self.directory.with_name(self.directory.name + ".ports")
+        ports.unlink(missing_ok=True)
+        # Not the configuration of a node whose environment we have been given.
+        ours = {name: value for name, value in os.environ.items() if not name.startswith("EDGEBROKER_")}
+        environment = {**ours, **self._environment, **self._settings}
+        arguments = ["serve", "--data-dir", str(self.directory), "--listen", self._listen, "--http", self._http]
+        arguments += ["--ports-file", str(ports), *self._arguments]
+        with self.log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                [*self._command, *program(), *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+            )
+        clock = SystemClock()
+        deadline = clock.monotonic() + START_SECONDS
+        while clock.monotonic() < deadline:
+            if self.process.poll() is not None:
+                break
+            if ports.exists() and (text := ports.read_text()).endswith("\n"):
+                found = json.loads(text)
+                self._listen, self._http = found["tcp"], found["http"]
+                return
+            sleep(0.002)
+        self.kill()
+        raise EdgeBrokerError(f"the broker did not start: {self.log_path.read_text()[-2000:]}")
+
+    def ready(self) -> bool:
+        try:
+            call(self._http, "GET", "/readyz")
+        except UnreachableError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        """SIGKILL, as a crash."""
+        if self.process is not None and self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait()
+
+    def stop(self, timeout: float = 30.0) -> int:
+        """SIGTERM; the exit code."""
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout)
+
+    def __enter__(self) -> BrokerProcess:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.stop()
+        else:
+            self.kill()

@@ -1,0 +1,113 @@
+"""`edgebroker group list|describe|reset|refresh|delete`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from urllib.parse import quote
+
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.render import print_table
+from edgebroker.common.errors import ConfigError
+
+
+def list_groups(options: argparse.Namespace) -> int:
+    groups = call(options.admin, "GET", "/v1/groups")["groups"]
+    if options.json:
+        print(json.dumps(groups))
+        return 0
+    print_table(
+        ("group", "partitions", "members", "lag"),
+        [
+            (
+                group["name"],
+                len(group["partitions"]),
+                len(group["members"]),
+                sum(max(0, part["lag"]) for part in group["partitions"]),
+            )
+            for group in groups
+        ],
+    )
+    return 0
+
+
+def describe(options: argparse.Namespace) -> int:
+    group = call(options.admin, "GET", f"/v1/groups/{quote(options.name)}")
+    if options.json:
+        print(json.dumps(group))
+        return 0
+    print(f"group {group['name']}, generation {group['generation']}")
+    print_table(
+        ("topic", "partition", "committed", "durable_end", "lag", "in_flight", "attempts", "state", "member"),
+        [
+            (
+                part["topic"],
+                part["partition"],
+                part["committed"],
+                part["durable_end"],
+                part["lag"],
+                part["member"]["in_flight"] if part["member"] else "-",
+                part["attempts"],
+                part["member"]["state"] if part["member"] else "-",
+                part["member"]["client_id"] if part["member"] else "-",
+            )
+            for part in group["partitions"]
+        ],
+    )
+    for part in group["partitions"]:
+        where = f"{part['topic']}/{part['partition']}"
+        if part["member"] and part["member"]["why"]:
+            print(f"{where}: {part['member']['why']}")
+        if part["refresh"] and part["refresh"]["state"] == "refreshing":
+            refresh = part["refresh"]
+            print(f"{where}: refresh {refresh['reset_id']} from {refresh['from']} to {refresh['target']}")
+    return 0
+
+
+def reset(options: argparse.Namespace) -> int:
+    body: dict[str, object] = {"topic": _topic(options), "partition": options.partition, "dry_run": options.dry_run}
+    body.update({"to": options.to} if options.to is not None else {"shift": options.shift})
+    answer = call(options.admin, "POST", f"/v1/groups/{quote(options.name)}/offsets", body)
+    if options.json:
+        print(json.dumps(answer))
+        return 0
+    print_table(
+        ("topic", "partition", "from", "to"),
+        [
+            (move["topic"], move["partition"], move["from"] if move["from"] >= 0 else "-", move["to"])
+            for move in answer["partitions"]
+        ],
+    )
+    if answer["dry_run"]:
+        print("dry run: nothing was changed")
+    return 0
+
+
+def refresh(options: argparse.Namespace) -> int:
+    body = {"topic": _topic(options), "partition": options.partition}
+    group = call(options.admin, "POST", f"/v1/groups/{quote(options.name)}/refresh", body)
+    if options.json:
+        print(json.dumps(group))
+        return 0
+    for part in group["partitions"]:
+        if part["refresh"] and part["topic"] == body["topic"] and options.partition in (-1, part["partition"]):
+            state, where = part["refresh"], f"{part['topic']}/{part['partition']}"
+            print(f"{where}: refresh {state['reset_id']} from {state['from']} to {state['target']}")
+    return 0
+
+
+def delete(options: argparse.Namespace) -> int:
+    call(options.admin, "DELETE", f"/v1/groups/{quote(options.name)}")
+    print(json.dumps({"deleted": options.name}) if options.json else f"group {options.name} is forgotten")
+    return 0
+
+
+def _topic(options: argparse.Namespace) -> str:
+    """The topic named, else the only one that the group reads."""
+    if options.topic:
+        return str(options.topic)
+    group = call(options.admin, "GET", f"/v1/groups/{quote(options.name)}")
+    topics = sorted({part["topic"] for part in group["partitions"]})
+    if len(topics) != 1:
+        raise ConfigError(f"group {options.name} reads {', '.join(topics) or 'nothing'}; name one with --topic")
+    return str(topics[0])

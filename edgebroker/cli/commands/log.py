@@ -1,0 +1,188 @@
+"""`edgebroker log dump|verify`: look into segment files without a broker."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from edgebroker.common import batch
+from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, BatchHeader, Reason
+from edgebroker.common.errors import ConfigError, DamagedDataError
+from edgebroker.storage import files
+from edgebroker.storage.identity import read_identity
+from edgebroker.storage.log.index import read_index
+from edgebroker.storage.log.walk import next_good_batch, walk_file, walk_start
+
+CODEC_NAMES = {0: "none", 1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
+
+
+class Damage(NamedTuple):
+    """A range of a segment file that does not hold."""
+
+    path: Path
+    position: int
+    end: int
+    offset: int
+    why: str
+
+
+def dump(options: argparse.Namespace) -> int:
+    """Print batches or records; damage is reported on stderr and stepped over."""
+    damaged = False
+    for path, limit in segments(Path(options.path)):
+        for found in walk(path, limit):
+            if isinstance(found, Damage):
+                damaged = True
+                print(f"edgebroker: {describe(found)}", file=sys.stderr)
+            elif options.records:
+                _print_records(path, found, options.json)
+            else:
+                _print_batch(path, *found, options.json)
+    return DamagedDataError.exit_code if damaged else 0
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Check CRC, continuity and chain of every batch; exit code 4 when something does not hold."""
+    total = batches = 0
+    damage: list[Damage] = []
+    for path, limit in segments(Path(options.path)):
+        for found in walk(path, limit):
+            if isinstance(found, Damage):
+                damage.append(found)
+            else:
+                batches += 1
+                total += found[1].size
+        damage += _check_chain(path)
+    if options.json:
+        bad = [
+            {"file": str(d.path), "position": d.position, "end": d.end, "offset": d.offset, "why": d.why}
+            for d in damage
+        ]
+        print(json.dumps({"batches": batches, "bytes": total, "damage": bad}))
+    else:
+        for found in damage:
+            print(describe(found))
+        print(f"{batches} batches, {total} bytes, {len(damage)} damaged ranges")
+    return DamagedDataError.exit_code if damage else 0
+
+
+def segments(path: Path) -> list[tuple[Path, int]]:
+    """Segment files below a path, each with the base offset of its successor (-1: none)."""
+    if path.is_file():
+        return [(path, -1)]
+    if not path.is_dir():
+        raise ConfigError(f"{path}: there is no such file or directory")
+    found = sorted(path.rglob("*.log"))
+    if not found:
+        raise ConfigError(f"{path}: no segment files (*.log) below it")
+    limits = []
+    for rank, file in enumerate(found):
+        following = found[rank + 1] if rank + 1 < len(found) else None
+        limits.append((file, int(following.stem) if following and following.parent == file.parent else -1))
+    return limits
+
+
+def walk(path: Path, limit: int) -> Iterator[tuple[int, BatchHeader, bytes] | Damage]:
+    """(position, header, bytes) of every good batch of a file, and the damage between them, in order."""
+    fd = files.open_log(path)
+    try:
+        size = files.size_of(fd)
+        base = int(path.stem) if path.stem.isdigit() else 0
+        state = walk_start(base, 0)
+        while state.position < size and not (0 <= limit <= state.next_offset):
+            pieces: list[bytes] = []
+            began = state.position
+            state = walk_file(
+                fd,
+                state._replace(points=b"", reason=Reason.OK),
+                min(size, began + (4 << 20)),
+                base_offset=base,
+                max_batch=STORED_BATCH_BYTES,
+                limit_offset=limit,
+                on_piece=partial(_keep, pieces),
+            )
+            position = began
+            for piece in pieces:
+                at = 0
+                while at < len(piece):
+                    header = batch.read_header(piece, at)
+                    yield position + at, header, piece[at : at + header.size]
+                    at += header.size
+                position += len(piece)
+            if state.position == began:
+                found = next_good_batch(fd, began, size, state.next_offset, (1 << 62), STORED_BATCH_BYTES)
+                end = found if found >= 0 else size
+                yield Damage(path, began, end, state.next_offset, EXPLANATION.get(state.reason, "damaged"))
+                following = int.from_bytes(files.read_at(fd, 8, found), "big") if found >= 0 else state.next_offset
+                state = state._replace(position=end, next_offset=following)
+    finally:
+        files.close(fd)
+
+
+def _keep(pieces: list[bytes], piece: memoryview) -> None:
+    pieces.append(bytes(piece))
+
+
+def _check_chain(path: Path) -> list[Damage]:
+    """Compare the chain at the end of a sealed segment with its index: it covers what a batch CRC does not."""
+    try:
+        identity = read_identity(path.parent)
+    except (OSError, DamagedDataError):
+        return []
+    size = path.stat().st_size
+    index = read_index(path, identity.log_id_bytes, int(path.stem), size)
+    if index is None:
+        return []
+    fd = files.open_log(path)
+    try:
+        state = walk_file(
+            fd,
+            walk_start(index.base, index.base_chain),
+            size,
+            base_offset=index.base,
+            max_batch=STORED_BATCH_BYTES,
+            limit_offset=index.end_offset,
+        )
+    finally:
+        files.close(fd)
+    if state.reason or state.chain == index.end_chain:
+        return []
+    return [Damage(path, 0, size, index.base, "the chain checksum of the batch headers does not match the index")]
+
+
+def describe(found: Damage) -> str:
+    return f"{found.path}: bytes {found.position} to {found.end} (offset {found.offset} on): {found.why}"
+
+
+def _print_batch(path: Path, position: int, header: BatchHeader, data: bytes, as_json: bool) -> None:
+    codec = CODEC_NAMES.get(header.codec, "?")
+    if as_json:
+        fields = {"file": str(path), "position": position, "codec": codec, **header._asdict()}
+        print(json.dumps(fields))
+    else:
+        print(
+            f"{path.name} @{position}: offsets {header.base_offset}..{header.last_offset}, {header.size} bytes, "
+            f"epoch {header.epoch}, codec {codec}, producer {header.producer_id}/{header.producer_epoch} "
+            f"sequence {header.base_sequence}, timestamps {header.base_timestamp}..{header.max_timestamp}"
+        )
+
+
+def _print_records(path: Path, found: tuple[int, BatchHeader, bytes], as_json: bool) -> None:
+    for record in batch.decode(found[2]):
+        if as_json:
+            fields = {
+                "file": str(path),
+                "offset": record.offset,
+                "timestamp": record.timestamp,
+                "key": record.key.decode(errors="replace") if record.key is not None else None,
+                "value": record.value.decode(errors="replace") if record.value is not None else None,
+                "headers": [[name, (value or b"").decode(errors="replace")] for name, value in record.headers],
+            }
+            print(json.dumps(fields, ensure_ascii=False))
+        else:
+            print(f"{record.offset}\t{record.timestamp}\t{record.key!r}\t{record.value!r}\t{record.headers!r}")

@@ -1,0 +1,97 @@
+"""`edgebroker serve`: a broker in the foreground until SIGTERM or SIGINT; SIGHUP reads the configuration again."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import os
+import signal
+from pathlib import Path
+
+from edgebroker.broker.broker import Broker
+from edgebroker.broker.reload import reload
+from edgebroker.cli.service import journal
+from edgebroker.cli.service.supervisor import Systemd
+from edgebroker.common.clock import Clock, SystemClock
+from edgebroker.common.config import Config, load_config
+from edgebroker.common.errors import ConfigError
+from edgebroker.version import __version__
+
+log = logging.getLogger("edgebroker")
+
+
+def serve(options: argparse.Namespace) -> int:
+    config, clock = _load(options), SystemClock()
+    journal.set_up(config.log.level, config.log.format, config.node.name, clock, os.environ)
+    systemd = Systemd(os.environ)
+    broker = Broker(config, clock, systemd)
+    broker.start()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: broker.loop.call_soon_threadsafe(lambda: _stop(broker, systemd)))
+    signal.signal(
+        signal.SIGHUP, lambda *_: broker.loop.call_soon_threadsafe(lambda: _reload(broker, systemd, clock, options))
+    )
+    _announce(broker, options.ports_file)
+    # What exists now stays for good: the collector need not walk it again and again while records pass.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 50)
+    systemd.ready()
+    systemd.feed_watchdog(broker.loop)
+    clean = broker.run()
+    log.info("stopped%s", "" if clean else "; the stop was not clean, the next start checks the logs")
+    return 0 if clean else 1
+
+
+def _load(options: argparse.Namespace) -> Config:
+    overrides = {
+        key: value
+        for key, value in (
+            ("node.data_dir", options.data_dir),
+            ("listen.tcp", options.listen),
+            ("listen.http", options.http),
+        )
+        if value is not None
+    }
+    return load_config(Path(options.config) if options.config else None, overrides)
+
+
+def _announce(broker: Broker, ports_file: str | None) -> None:
+    node, (host, port), (http_host, http_port) = broker.config.node, broker.tcp_address, broker.http_address
+    log.info(
+        "edgebroker %s: node %s (%s), data in %s, listening on %s:%d, admin on http://%s:%d and unix:%s",
+        __version__,
+        node.name,
+        node.level,
+        Path(node.data_dir).resolve(),
+        host,
+        port,
+        http_host,
+        http_port,
+        broker.socket_path(),
+    )
+    if ports_file:
+        addresses = {"tcp": f"{host}:{port}", "http": f"{http_host}:{http_port}"}
+        Path(ports_file).write_text(json.dumps(addresses) + "\n")
+
+
+def _stop(broker: Broker, systemd: Systemd) -> None:
+    systemd.stopping()
+    broker.stop()
+
+
+def _reload(broker: Broker, systemd: Systemd, clock: Clock, options: argparse.Namespace) -> None:
+    systemd.reloading(clock)
+    try:
+        changes = reload(broker, _load(options))
+    except ConfigError as error:
+        log.error("the configuration is left as it was: %s", error)
+    else:
+        logging.getLogger().setLevel(broker.config.log.level.upper())
+        log.info("configuration read again; changed: %s", ", ".join(changes.applied) or "nothing")
+        if changes.waiting:
+            log.warning("these changes need a restart: %s", ", ".join(changes.waiting))
+    finally:
+        systemd.reloaded()

@@ -1,0 +1,208 @@
+"""A client's connection to a broker: made, kept alive, made again. Runs on the client's I/O thread.
+
+The owner is told `connected` with what the broker granted, gets every event after that, and is told `lost`; the link
+then tries again with growing pauses until it is closed.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError, ProtocolError, UnreachableError
+from edgebroker.network.io.loop import Loop, TimerHandle
+from edgebroker.network.io.transport import Transport, tune
+from edgebroker.network.wire import frames
+from edgebroker.network.wire.connection import Connection, Event, Frame, ReceiveBuffer, Role
+from edgebroker.network.wire.frames import Answer, Connect, FrameType, Grants
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 5.0
+FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+# DELIVER frames carry up to 1 MiB, or one batch of any size that a broker allows.
+MAX_FRAME = (16 << 20) + 65536
+
+
+class LinkOwner(Protocol):
+    """Called on the I/O thread."""
+
+    def connected(self, grants: Grants) -> None: ...
+    def on_answer(self, correlation: int, answer: Answer) -> None:
+        """An answer that no request() waits for."""
+
+    def on_event(self, event: Event) -> None: ...
+    def lost(self, reason: str) -> None: ...
+    def unreachable(self, error: EdgeBrokerError) -> None:
+        """An attempt failed; another follows."""
+
+
+class Link:
+    """One connection at a time to `server` (HOST:PORT)."""
+
+    def __init__(self, loop: Loop, server: str, client_id: str, owner: LinkOwner, *, token: bytes = b"") -> None:
+        self._loop, self.server, self.client_id, self._owner, self.token = loop, server, client_id, owner, token
+        self._buffer = ReceiveBuffer()
+        self._transport: Transport | None = None
+        self._connection = Connection(Role.CLIENT, MAX_FRAME)
+        self._pause = FIRST_PAUSE
+        self._retry: TimerHandle | None = None
+        self._heartbeat: TimerHandle | None = None
+        self._closed = False
+        self._asked: Callable[[], Connect] = self._plain_connect
+        self._correlation = 0
+        self._connect_correlation = 0
+        self._once: set[int] = set()
+        self._requests: dict[int, Callable[[Answer, memoryview], None]] = {}
+        self.grants: Grants | None = None
+
+    @property
+    def up(self) -> bool:
+        return self.grants is not None and self._transport is not None
+
+    @property
+    def backlog(self) -> int:
+        return self._transport.backlog if self._transport is not None else 0
+
+    def ask_with(self, connect: Callable[[], Connect]) -> None:
+        """What to put into CONNECT, asked at every attempt."""
+        self._asked = connect
+
+    def next_correlation(self) -> int:
+        self._correlation += 1
+        return self._correlation
+
+    def open(self) -> None:
+        """Try to connect now; on failure again later."""
+        self._retry = None
+        if self._closed:
+            return
+        host, _, port = self.server.rpartition(":")
+        try:
+            sock = socket.create_connection((host.strip("[]") or "127.0.0.1", int(port)), CONNECT_SECONDS)
+        except (OSError, ValueError) as error:
+            self._failed(UnreachableError(f"no broker at {self.server}: {error}"))
+            return
+        tune(sock)
+        self._connection = Connection(Role.CLIENT, MAX_FRAME)
+        self._transport = Transport(self._loop, sock, self._buffer, self, self.server)
+        self._connect_correlation = self.next_correlation()
+        self._heartbeat = self._loop.call_later(CONNECT_SECONDS, self._unanswered)
+        self._transport.send(frames.write_connect(self._connect_correlation, self._asked()))
+
+    def send(self, data: bytes) -> bool:
+        """False when there is no connection: the data is not kept."""
+        if self._transport is None or self.grants is None:
+            return False
+        self._transport.send(data)
+        return True
+
+    def request(
+        self, correlation: int, data: bytes, done: Callable[[Answer, memoryview], None], *, once: bool = True
+    ) -> bool:
+        """send() something that is answered; `done` gets the answer (every one, for a request with more than one)."""
+        self._requests[correlation] = done
+        if once:
+            self._once.add(correlation)
+        return self.send(data)
+
+    def reconnect(self, reason: str, pause: float = 0.0) -> None:
+        """Drop the connection and make a new one at once, or after a pause."""
+        self._pause = pause
+        if self._transport is not None:
+            self._transport.close(reason)
+        elif self._retry is None:
+            self.open()
+
+    def close(self) -> None:
+        """Send what is queued and end for good."""
+        self._closed = True
+        for timer in (self._retry, self._heartbeat):
+            if timer is not None:
+                timer.cancel()
+        if self._transport is not None:
+            self._transport.close("closed by the client")
+
+    # ---- the transport's owner ----
+
+    def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
+        try:
+            for event in self._connection.receive(buffer, received):
+                self._on_event(event)
+        except ProtocolError as error:
+            log.error("%s: %s", self.server, error)
+            raise
+
+    def on_drained(self) -> None:
+        pass
+
+    def on_closed(self, reason: str) -> None:
+        was_up, self.grants, self._transport = self.grants is not None, None, None
+        self._requests.clear()
+        self._once.clear()
+        if self._heartbeat is not None:
+            self._heartbeat.cancel()
+        if was_up:
+            self._owner.lost(reason)
+        if not self._closed:
+            self._failed(UnreachableError(f"the connection to {self.server} ended: {reason}"), told=was_up)
+
+    def _failed(self, error: EdgeBrokerError, told: bool = False) -> None:
+        if not told:
+            self._owner.unreachable(error)
+        if self._closed or self._retry is not None:
+            return
+        self._retry = self._loop.call_later(self._pause * random.uniform(0.5, 1.0), self.open)
+        self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, self._pause * 2))
+
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, Frame) and event.type == FrameType.ACK:
+            answer = frames.read_ack(event.body)
+            if isinstance(answer, Answer):
+                self._on_answer(event, answer)
+            return
+        if isinstance(event, Frame) and event.type == FrameType.HEARTBEAT and self.grants is None:
+            return
+        self._owner.on_event(event)
+
+    def _on_answer(self, event: Frame, answer: Answer) -> None:
+        if self.grants is None and event.correlation == self._connect_correlation:
+            if answer.code is not Code.OK:
+                self._owner.unreachable(AnswerError(answer.code, answer.message))
+                return
+            self.grants = frames.read_grants(event.body, answer.extra_start)
+            self._pause = FIRST_PAUSE
+            if self._heartbeat is not None:
+                self._heartbeat.cancel()
+            self._beat()
+            self._owner.connected(self.grants)
+            return
+        done = self._requests.get(event.correlation)
+        if event.correlation in self._once:
+            self._once.remove(event.correlation)
+            del self._requests[event.correlation]
+        if done is None:
+            self._owner.on_answer(event.correlation, answer)
+        else:
+            done(answer, event.body)
+
+    def _unanswered(self) -> None:
+        """A peer that takes connections and says nothing is no broker, or a dead one."""
+        if self._transport is not None and self.grants is None:
+            self._transport.close("CONNECT was not answered")
+
+    def _beat(self) -> None:
+        """Keep the connection alive, and end it when the broker has been silent for too long."""
+        if self._transport is None or self.grants is None:
+            return
+        if self._loop.now() - self._transport.last_received > self.grants.idle_ms / 1000:
+            self._transport.close("the broker is silent")
+            return
+        self._transport.send(frames.write_heartbeat([]))
+        self._heartbeat = self._loop.call_later(self.grants.heartbeat_ms / 2000, self._beat)
+
+    def _plain_connect(self) -> Connect:
+        return Connect(frames.PROTOCOL_VERSION, 0, self.client_id, self.token, -1, -1, [])

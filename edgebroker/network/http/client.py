@@ -1,0 +1,322 @@
+"""An HTTP/1.1 client on the loop, for talking to another node: one connection, one request at a time.
+
+h11 reads and writes the heads. A chunked body is taken apart here and handed on piece by piece as it arrives, without
+a copy: it may be gigabytes of a log. Names are looked up by a thread of their own, for a resolver may take its time.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import socket
+from collections.abc import Callable
+from typing import Protocol
+
+import h11
+
+from edgebroker.common.config import is_address
+from edgebroker.common.errors import RemoteProtocolError
+from edgebroker.common.threads import Worker
+from edgebroker.network.io.loop import WRITE, Loop, TimerHandle
+from edgebroker.network.io.transport import Transport, tune
+from edgebroker.network.wire.connection import ReceiveBuffer
+
+CONNECT_SECONDS = 10.0
+ANSWER_SECONDS = 30.0
+# Longer than a parent with nothing to say is silent: a healthy line costs no probes.
+KEEPALIVE_SECONDS = 50
+RECEIVE_BYTES = 1 << 20
+MAX_LINE_BYTES = 200
+_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;.*)?\Z")
+
+
+class HttpOwner(Protocol):
+    """Who is told, on the loop. Methods may raise ProtocolError: the connection is closed then."""
+
+    def on_connected(self) -> None: ...
+    def on_response(self, status: int, retry_after: float) -> None:
+        """A head came; `retry_after` in seconds, 0 when nothing is said about it."""
+
+    def on_body(self, data: memoryview) -> None:
+        """The next piece of the body; valid until it returns."""
+
+    def on_complete(self) -> None:
+        """The answer is over; the connection takes another request."""
+
+    def on_lost(self, reason: str) -> None:
+        """There is no connection (any more); called once for every open()."""
+
+
+class ChunkReader:
+    """Takes a chunked body apart. `done` once the last chunk came."""
+
+    def __init__(self) -> None:
+        self._line = bytearray()
+        self._left = 0
+        self._ending = self._last = False
+        self.done = False
+
+    def feed(self, data: memoryview, take: Callable[[memoryview], None]) -> None:
+        """Hand on what is payload. Raises RemoteProtocolError for what is no chunked body."""
+        while len(data) and not self.done:
+            if self._left:
+                piece, data = data[: self._left], data[self._left :]
+                self._left -= len(piece)
+                self._ending = not self._left
+                take(piece)
+                continue
+            end = bytes(data[: MAX_LINE_BYTES + 2]).find(b"\n")
+            self._line += data[: end + 1] if end >= 0 else data
+            if len(self._line) > MAX_LINE_BYTES:
+                raise RemoteProtocolError("the parent sent a chunk without a size")
+            if end < 0:
+                return
+            data = data[end + 1 :]
+            line, self._line = bytes(self._line).strip(), bytearray()
+            if self._last:
+                self.done = not line  # lines before the empty one would be trailers
+                continue
+            if self._ending:
+                self._ending = False  # the line break behind a chunk
+                if line:
+                    raise RemoteProtocolError("the parent sent a chunk longer than it said")
+                continue
+            size = _SIZE.match(line)
+            if size is None:
+                raise RemoteProtocolError("the parent sent a chunk without a size")
+            self._left = int(size[1], 16)
+            self._last = self._left == 0
+
+
+class HttpClient:
+    """Owned by the loop thread."""
+
+    def __init__(self, loop: Loop, owner: HttpOwner, receive_bytes: int = RECEIVE_BYTES) -> None:
+        self._loop, self._owner = loop, owner
+        self._receive_bytes = receive_bytes
+        self._resolver: Worker | None = None
+        self._connecting: socket.socket | None = None
+        self._transport: Transport | None = None
+        self._protocol = h11.Connection(h11.CLIENT)
+        self._chunks: ChunkReader | None = None
+        self._timer: TimerHandle | None = None
+        self._address = ""
+        self._addresses: list[str] = []
+        # Grows with every open() and every end: an answer that comes later is nobody's.
+        self._attempt = 0
+        self._opened = False
+
+    @property
+    def transport(self) -> Transport | None:
+        """The connection, once there is one."""
+        return self._transport
+
+    def open(self, address: str) -> None:
+        """Connect to HOST:PORT; on_connected() or on_lost() follows."""
+        self._address = address
+        self._attempt += 1
+        self._opened = True
+        self._timer = self._loop.call_later(CONNECT_SECONDS, lambda: self._end("the name is not found in time"))
+        if not is_address(address):
+            self._fail(f"{address!r} is no HOST:PORT")
+            return
+        host, _, port = address.rpartition(":")
+        host = host.strip("[]")
+        try:
+            ipaddress.ip_address(host)
+        except ValueError:
+            self._look_up(host, int(port), self._attempt)
+            return
+        self._addresses = [host]
+        self._connect(int(port))
+
+    def _look_up(self, host: str, port: int, attempt: int) -> None:
+        if self._resolver is None:
+            self._resolver = Worker("names")
+
+        def work() -> None:
+            try:
+                found = [str(entry[4][0]) for entry in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+                self._loop.call_soon_threadsafe(lambda: self._looked_up(attempt, found, port, ""))
+            except (OSError, UnicodeError) as error:
+                why = f"{host} cannot be looked up: {getattr(error, 'strerror', None) or error}"
+                self._loop.call_soon_threadsafe(lambda: self._looked_up(attempt, [], port, why))
+
+        self._resolver.submit(work)
+
+    def _looked_up(self, attempt: int, addresses: list[str], port: int, error: str) -> None:
+        if attempt != self._attempt:
+            return  # nobody waits for it any more
+        if error:
+            self._end(error)
+        else:
+            self._addresses = addresses
+            self._connect(port)
+
+    def _connect(self, port: int) -> None:
+        """Try the next of the addresses."""
+        self._cancel()
+        self._timer = self._loop.call_later(
+            CONNECT_SECONDS, lambda: self._not_connected("no answer to the attempt to connect", port)
+        )
+        host = self._addresses.pop(0)
+        sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        self._connecting = sock
+        try:
+            sock.connect((host, port))
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            self._not_connected(error.strerror or str(error), port)
+            return
+        self._loop.register(sock.fileno(), WRITE, lambda mask: self._connected(sock, port))
+
+    def _not_connected(self, reason: str, port: int) -> None:
+        self._abandon()
+        if self._addresses:
+            self._connect(port)
+        else:
+            self._fail(reason)
+
+    def _abandon(self) -> None:
+        """Give up the socket that is being connected, if there is one."""
+        if self._connecting is not None:
+            sock, self._connecting = self._connecting, None
+            try:
+                self._loop.unregister(sock.fileno())
+            except (KeyError, ValueError):
+                pass
+            sock.close()
+
+    def _fail(self, reason: str) -> None:
+        """End the attempt in the next turn: the owner is never told from within open()."""
+        attempt = self._attempt
+        self._loop.call_later(0.0, lambda: self._end(reason) if attempt == self._attempt else None)
+
+    def _connected(self, sock: socket.socket, port: int) -> None:
+        if sock is not self._connecting:
+            return  # given up earlier in this turn
+        error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            self._not_connected(os.strerror(error), port)
+            return
+        self._loop.unregister(sock.fileno())
+        self._connecting = None
+        self._cancel()
+        tune(sock, KEEPALIVE_SECONDS)
+        # The buffer goes with the connection: this object and its owner are a circle, which the collector finds late.
+        self._transport = Transport(self._loop, sock, ReceiveBuffer(self._receive_bytes), self, self._address)
+        self._owner.on_connected()
+
+    def request(self, method: str, path: str, body: bytes) -> None:
+        """Send a request; on_response(), on_body() and on_complete() follow, or on_lost()."""
+        assert self._transport is not None
+        self._protocol = h11.Connection(h11.CLIENT)
+        self._chunks = None
+        headers = [("host", self._address), ("content-length", str(len(body)))]
+        data = self._protocol.send(h11.Request(method=method, target=path, headers=headers)) or b""
+        data += self._protocol.send(h11.Data(data=body)) or b""
+        data += self._protocol.send(h11.EndOfMessage()) or b""
+        self._timer = self._loop.call_later(ANSWER_SECONDS, lambda: self._unanswered(0))
+        self._transport.send(data)
+
+    def _unanswered(self, before: int) -> None:
+        """Not yet, as long as more of the request goes through."""
+        transport = self._transport
+        through = transport.bytes_out - transport.unacknowledged if transport is not None else 0
+        if through > before:
+            self._timer = self._loop.call_later(ANSWER_SECONDS, lambda: self._unanswered(through))
+        else:
+            self._end("the request is not answered")
+
+    def close(self, reason: str) -> None:
+        """End the connection, or the attempt; on_lost() is told."""
+        self._end(reason)
+
+    def stop(self) -> None:
+        """End for good."""
+        self._end("closed")
+        if self._resolver is not None:
+            self._resolver.stop(1.0)
+
+    # ---- the transport's owner ----
+
+    def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
+        data = buffer.room[:received]
+        try:
+            if self._chunks is not None:
+                self._take_chunks(data)
+            else:
+                self._protocol.receive_data(bytes(data))
+                self._advance()
+        except h11.RemoteProtocolError as error:
+            raise RemoteProtocolError(f"{self._address} does not speak HTTP as expected: {error}") from error
+
+    def on_drained(self) -> None:
+        pass
+
+    def on_closed(self, reason: str) -> None:
+        self._transport = None
+        self._cancel()
+        self._lost(reason)
+
+    def _advance(self) -> None:
+        while self._transport is not None:
+            event = self._protocol.next_event()
+            if event is h11.NEED_DATA or event is h11.PAUSED:
+                return
+            if isinstance(event, h11.Response):
+                self._cancel()
+                self._owner.on_response(event.status_code, _retry_after(event))
+                if (b"transfer-encoding", b"chunked") in [(name, value.lower()) for name, value in event.headers]:
+                    self._chunks = ChunkReader()
+                    self._take_chunks(memoryview(self._protocol.trailing_data[0]))
+                    return
+            elif isinstance(event, h11.Data):
+                self._owner.on_body(memoryview(bytes(event.data)))
+            elif isinstance(event, h11.EndOfMessage):
+                self._owner.on_complete()
+                return
+            elif isinstance(event, h11.ConnectionClosed):
+                self._end("the peer closed the connection")
+                return
+
+    def _take_chunks(self, data: memoryview) -> None:
+        chunks = self._chunks
+        assert chunks is not None
+        chunks.feed(data, self._take)
+        if chunks.done and self._transport is not None:
+            self._chunks = None
+            self._owner.on_complete()
+
+    def _take(self, data: memoryview) -> None:
+        if self._transport is not None:  # else the owner has had enough
+            self._owner.on_body(data)
+
+    def _cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _end(self, reason: str) -> None:
+        self._cancel()
+        if self._transport is not None:
+            self._transport.close(reason)
+        else:
+            self._abandon()
+            self._lost(reason)
+
+    def _lost(self, reason: str) -> None:
+        self._attempt += 1
+        if self._opened:
+            self._opened = False
+            self._owner.on_lost(reason)
+
+
+def _retry_after(response: h11.Response) -> float:
+    for name, value in response.headers:
+        if name == b"retry-after" and value.isdigit():
+            return float(value)
+    return 0.0

@@ -1,0 +1,301 @@
+"""HTTP/1.1 on the loop, by h11: small requests, small JSON answers, on a TCP port and on a unix socket.
+
+h11 is imported with the first connection. Limits: head 16 KiB (h11's own), body 64 KiB (or as said for a path), one
+request at a time for a connection, 75 s idle, 256 connections besides those that are being streamed to. A streamed
+answer goes on for as long as its source has something to say; each piece is a chunk, and may be stored bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+from edgebroker.network.io.loop import Loop
+from edgebroker.network.io.transport import FileRange, Transport
+from edgebroker.network.wire.connection import ReceiveBuffer
+
+if TYPE_CHECKING:
+    import h11
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES = 64 << 10
+STREAM_TYPE = "application/octet-stream"
+MAX_CONNECTIONS = 256
+IDLE_SECONDS = 75.0
+SWEEP_SECONDS = 5.0
+STUCK_SECONDS = 60.0
+
+
+class Request(NamedTuple):
+    method: str
+    path: str
+    body: bytes
+
+
+class Response(NamedTuple):
+    """`body`: a text, a Streamed, or what becomes JSON."""
+
+    status: int
+    body: object
+    headers: tuple[tuple[str, str], ...] = ()
+    content_type: str = "text/plain; charset=utf-8"
+    """Of a text."""
+
+
+class BodyWriter:
+    """Where a streamed body goes. What the peer does not take yet waits: look at `backlog` first. The head of the
+    answer goes out in one packet with what comes first."""
+
+    def __init__(self, connection: HttpConnection, head: bytes) -> None:
+        self._connection = connection
+        self._transport = connection.transport
+        self._head = head
+
+    @property
+    def backlog(self) -> int:
+        return self._transport.backlog
+
+    @property
+    def bytes_out(self) -> int:
+        return self._transport.bytes_out
+
+    @property
+    def bytes_through(self) -> int:
+        """What the peer's kernel has acknowledged."""
+        return self._transport.bytes_out - self._transport.unacknowledged
+
+    def hold_back(self, unsent: int) -> None:
+        self._transport.hold_back(unsent)
+
+    @property
+    def closed(self) -> bool:
+        return self._transport.closed
+
+    @property
+    def peer(self) -> str:
+        return self._transport.peer
+
+    def begun(self) -> None:
+        """What comes first was sent, or is still to come: the head goes without it then."""
+        if self._head:
+            head, self._head = self._head, b""
+            self._transport.send(head)
+
+    def send(self, data: bytes) -> None:
+        head, self._head = self._head, b""
+        self._transport.send(b"%b%x\r\n%b\r\n" % (head, len(data), data))
+
+    def send_data(self, head: bytes, data: memoryview) -> None:
+        """One piece of a head and bytes in memory."""
+        self.begun()
+        self._transport.send_parts((b"%x\r\n%b" % (len(head) + len(data), head), data, b"\r\n"))
+
+    def send_file(self, head: bytes, extent: FileRange) -> None:
+        """One piece of a head and stored bytes, which go from the file to the socket."""
+        self.begun()
+        self._transport.send_file(b"%x\r\n%b" % (len(head) + extent.length, head), extent)
+        self._transport.send(b"\r\n")
+
+    def supply(self, extent: FileRange, data: memoryview | None, error: str) -> None:
+        """Bytes of an extent that were not in the page cache, or why they cannot be had."""
+        self._transport.supply(extent, data, error)
+
+    def end(self) -> None:
+        """The answer is complete; the connection takes the next request."""
+        self.begun()
+        self._connection.end_stream()
+
+    def cut(self, reason: str) -> None:
+        self._transport.close(reason)
+
+
+class Streamed(Protocol):
+    """A body that is sent piece by piece."""
+
+    def begin(self, out: BodyWriter) -> None: ...
+    def on_drained(self) -> None:
+        """The peer has taken everything so far."""
+
+    def on_closed(self, reason: str) -> None:
+        """The connection is over before end()."""
+
+
+Reply = Callable[[Response], None]
+Handler = Callable[[Request, Reply], None]
+
+
+class HttpServer:
+    """Hands requests to one handler, which replies now or later, exactly once."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        handler: Handler,
+        on_request: Callable[[], None],
+        body_limits: Mapping[str, int] | None = None,
+    ) -> None:
+        self.loop, self.handler, self.on_request = loop, handler, on_request
+        self.body_limits = body_limits or {}
+        self.buffer: ReceiveBuffer | None = None
+        self.connections: dict[HttpConnection, None] = {}
+        loop.call_later(SWEEP_SECONDS, self._sweep)
+
+    def accept(self, sock: socket.socket, peer: str) -> None:
+        if len(self.connections) >= MAX_CONNECTIONS and len(self.connections) - self.streams >= MAX_CONNECTIONS:
+            sock.close()
+            return
+        if self.buffer is None:
+            self.buffer = ReceiveBuffer(MAX_BODY_BYTES)
+        self.connections[HttpConnection(self, sock, peer)] = None
+
+    @property
+    def streams(self) -> int:
+        """How many connections are being streamed to."""
+        return sum(connection.stream is not None for connection in self.connections)
+
+    def close(self) -> None:
+        for connection in list(self.connections):
+            connection.transport.close("the node is stopping")
+
+    def _sweep(self) -> None:
+        self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        for connection in list(self.connections):
+            transport, now = connection.transport, self.loop.now()
+            if connection.stream is None and now - transport.last_received > IDLE_SECONDS:
+                transport.close("idle")
+            elif transport.backlog and now - transport.last_progress > STUCK_SECONDS:
+                transport.close("the peer takes nothing")
+
+
+class HttpConnection:
+    """One connection: feeds h11, answers, closes when either side wants to."""
+
+    def __init__(self, server: HttpServer, sock: socket.socket, peer: str) -> None:
+        import h11
+
+        assert server.buffer is not None
+        self._server, self._h11 = server, h11
+        self._protocol = h11.Connection(h11.SERVER, max_incomplete_event_size=16 << 10)
+        self._request: h11.Request | None = None
+        self._body = bytearray()
+        self._early_bytes = 0
+        self.stream: Streamed | None = None
+        self.transport = Transport(server.loop, sock, server.buffer, self, peer)
+
+    def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
+        if self.stream is not None:
+            self._early_bytes += received
+            if self._early_bytes > MAX_BODY_BYTES:
+                self.transport.close("the peer sends more while it is being answered")
+                return
+        self._protocol.receive_data(bytes(buffer.room[:received]))
+        self._advance()
+
+    def on_drained(self) -> None:
+        if self.stream is not None:
+            self.stream.on_drained()
+
+    def on_closed(self, reason: str) -> None:
+        self._server.connections.pop(self, None)
+        self._body = bytearray()  # connection and transport are a circle that the collector finds late
+        stream, self.stream = self.stream, None
+        if stream is not None:
+            stream.on_closed(reason)
+
+    def end_stream(self) -> None:
+        self.stream = None
+        if not self.transport.closed:
+            self.transport.send(self._protocol.send(self._h11.EndOfMessage()) or b"")
+            self._answered()
+
+    def _advance(self) -> None:
+        h11 = self._h11
+        while not self.transport.closed:
+            try:
+                event = self._protocol.next_event()
+            except h11.RemoteProtocolError as error:
+                self._reply(Response(error.error_status_hint, {"error": str(error)}), close=True)
+                return
+            if event is h11.NEED_DATA or event is h11.PAUSED:
+                return
+            if isinstance(event, h11.Request):
+                self._request, self._body = event, bytearray()
+            elif isinstance(event, h11.Data):
+                self._body += event.data
+                assert self._request is not None
+                limit = self._server.body_limits.get(self._request.target.decode("latin-1"), MAX_BODY_BYTES)
+                if len(self._body) > limit:
+                    self._reply(Response(413, {"error": f"a body may take {limit} bytes"}), close=True)
+                    return
+            elif isinstance(event, h11.EndOfMessage):
+                self._dispatch()
+            elif isinstance(event, h11.ConnectionClosed):
+                self.transport.close("the peer closed the connection")
+                return
+
+    def _dispatch(self) -> None:
+        assert self._request is not None
+        request = Request(self._request.method.decode(), self._request.target.decode("latin-1"), bytes(self._body))
+        self._server.on_request()
+        try:
+            self._server.handler(request, self._reply)
+        except Exception:
+            log.exception("%s %s failed", request.method, request.path)
+            self._reply(Response(500, {"error": "an internal error; see the log of the node"}))
+
+    def _reply(self, response: Response, close: bool = False) -> None:
+        if self.transport.closed:
+            return
+        h11 = self._h11
+        if hasattr(response.body, "begin"):
+            self._stream(response)
+            return
+        if isinstance(response.body, str):
+            body, kind = response.body.encode(), response.content_type
+        else:
+            body, kind = json.dumps(response.body).encode() + b"\n", "application/json"
+        headers = [("content-type", kind), ("content-length", str(len(body))), *response.headers]
+        if close:
+            headers.append(("connection", "close"))
+        try:
+            data = self._protocol.send(h11.Response(status_code=response.status, headers=headers)) or b""
+            head_only = self._request is not None and self._request.method == b"HEAD"
+            if not head_only:
+                data += self._protocol.send(h11.Data(data=body)) or b""
+            data += self._protocol.send(h11.EndOfMessage()) or b""
+        except h11.LocalProtocolError as error:
+            self.transport.close(str(error))
+            return
+        self.transport.send(data)
+        self._answered(close)
+
+    def _stream(self, response: Response) -> None:
+        h11 = self._h11
+        if self._protocol.their_http_version != b"1.1":
+            self._reply(Response(505, {"error": "a streamed answer needs HTTP/1.1"}), close=True)
+            return
+        headers = [("content-type", STREAM_TYPE), ("transfer-encoding", "chunked"), *response.headers]
+        try:
+            head = self._protocol.send(h11.Response(status_code=response.status, headers=headers)) or b""
+        except h11.LocalProtocolError as error:
+            self.transport.close(str(error))
+            return
+        stream: Streamed = response.body  # type: ignore[assignment]
+        self.stream, self._early_bytes = stream, 0
+        out = BodyWriter(self, head)
+        stream.begin(out)
+        out.begun()
+
+    def _answered(self, close: bool = False) -> None:
+        h11 = self._h11
+        if self._protocol.our_state is h11.MUST_CLOSE or close:
+            self.transport.close_when_drained("answered")
+            return
+        if self._protocol.our_state is h11.DONE and self._protocol.their_state is h11.DONE:
+            self._protocol.start_next_cycle()
+            self._request = None
+            self._server.loop.call_soon_threadsafe(self._advance)

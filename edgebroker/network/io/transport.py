@@ -1,0 +1,452 @@
+"""A connected socket on the loop: what to send waits in a queue, what arrives goes to the owner.
+
+The queue holds bytes and file extents. An owner that produces without being asked (delivery) looks at `backlog`
+first: a slow peer costs a cursor, not a queue. Above the high watermark the peer is no longer read; a peer that takes
+nothing for ten seconds while there is something to send is cut.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import socket
+import sys
+import termios
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from edgebroker.common.errors import ProtocolError
+from edgebroker.network.io.loop import READ, WRITE, Loop
+from edgebroker.network.io.sendpath import send_cached
+from edgebroker.network.wire.connection import ReceiveBuffer
+
+HIGH_BYTES = 1 << 20
+LOW_BYTES = 256 << 10
+DEAD_HOST_SECONDS = 30
+
+
+class Owner(Protocol):
+    """Whoever a transport belongs to."""
+
+    def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
+        """Bytes are in buffer.room; raise ProtocolError to have the connection closed."""
+
+    def on_drained(self) -> None:
+        """Everything queued was handed to the kernel."""
+
+    def on_closed(self, reason: str) -> None:
+        """The connection is over; called once."""
+
+
+class FileRange:
+    """Stored bytes to send: [position, position + length) of a file held open until released.
+
+    `load` is asked for the bytes when they are not in the page cache; it answers supply() later.
+    """
+
+    __slots__ = ("data", "fd", "length", "load", "position", "release")
+
+    def __init__(
+        self,
+        fd: int,
+        position: int,
+        length: int,
+        release: Callable[[], None],
+        load: Callable[[FileRange], None],
+    ) -> None:
+        self.fd, self.position, self.length, self.release, self.load = fd, position, length, release, load
+        self.data: memoryview | None = None
+
+
+class Transport:
+    """Owned by the loop thread."""
+
+    __slots__ = (
+        "_buffer",
+        "_fd",
+        "_interest",
+        "_loop",
+        "_out",
+        "_owner",
+        "_paused",
+        "_socket",
+        "_waiting_for_disk",
+        "backlog",
+        "bytes_in",
+        "bytes_out",
+        "closed",
+        "closing",
+        "last_progress",
+        "last_received",
+        "peer",
+    )
+
+    def __init__(self, loop: Loop, sock: socket.socket, buffer: ReceiveBuffer, owner: Owner, peer: str) -> None:
+        sock.setblocking(False)
+        self._loop, self._socket, self._buffer, self._owner, self.peer = loop, sock, buffer, owner, peer
+        self._fd = sock.fileno()
+        self._out: deque[bytes | memoryview | FileRange] | None = None
+        self._paused = self._waiting_for_disk = False
+        self.closing = ""
+        self.closed = False
+        self.backlog = 0
+        self.bytes_in = self.bytes_out = 0
+        self.last_received = self.last_progress = loop.now()
+        self._interest = READ
+        loop.register(self._fd, READ, self._ready)
+
+    def send(self, data: bytes | memoryview) -> None:
+        """Send or queue."""
+        if self.closed:
+            return
+        if not self.backlog:
+            try:
+                sent = self._socket.send(data)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                self.close(error.strerror or "sending failed")
+                return
+            self.bytes_out += sent
+            if sent == len(data):
+                return
+            data = memoryview(data)[sent:]
+            self.last_progress = self._loop.now()
+        self._queue(data, len(data))
+
+    def send_pair(self, head: bytes, data: memoryview) -> None:
+        """Send or queue a head and the bytes that follow it, in one call to the kernel when possible."""
+        if self.closed:
+            return
+        if self.backlog:
+            self._queue(head, len(head))
+            self._queue(data, len(data))
+            return
+        try:
+            sent = self._socket.sendmsg((head, data))
+        except BlockingIOError:
+            sent = 0
+        except OSError as error:
+            self.close(error.strerror or "sending failed")
+            return
+        self.bytes_out += sent
+        if sent == len(head) + len(data):
+            return
+        self.last_progress = self._loop.now()
+        if sent < len(head):
+            self._queue(head[sent:], len(head) - sent)
+            sent = len(head)
+        rest = data[sent - len(head) :]
+        self._queue(rest, len(rest))
+
+    def send_parts(self, parts: Sequence[bytes | memoryview]) -> None:
+        """Send or queue several pieces, in one call to the kernel when possible."""
+        if self.closed:
+            return
+        sent = 0
+        if not self.backlog:
+            try:
+                sent = self._socket.sendmsg(parts)
+            except BlockingIOError:
+                pass
+            except OSError as error:
+                self.close(error.strerror or "sending failed")
+                return
+            self.bytes_out += sent
+            self.last_progress = self._loop.now()
+        for part in parts:
+            if sent >= len(part):
+                sent -= len(part)
+            else:
+                rest = memoryview(part)[sent:]
+                sent = 0
+                self._queue(rest, len(rest))
+
+    def send_file(self, head: bytes, extent: FileRange) -> None:
+        """Send or queue a head and stored bytes behind it."""
+        if self.closed:
+            extent.release()
+            return
+        if not self.backlog:
+            try:
+                sent = self._socket.send(head, socket.MSG_MORE)
+            except BlockingIOError:
+                sent = 0
+            except OSError as error:
+                extent.release()
+                self.close(error.strerror or "sending failed")
+                return
+            self.bytes_out += sent
+            if sent < len(head):
+                self._queue(head[sent:], len(head) - sent)
+            elif self._sent_at_once(extent):
+                return
+        else:
+            self._queue(head, len(head))
+        self._queue(extent, extent.length)
+        if self._waiting_for_disk:
+            extent.load(extent)
+
+    def _sent_at_once(self, extent: FileRange) -> bool:
+        """Send what the socket takes now, before anything is queued. True when nothing is left (or all is over)."""
+        try:
+            sent, state = send_cached(self._fd, extent.fd, extent.position, extent.length)
+        except OSError as error:
+            extent.release()
+            self.close(error.strerror or "sending failed")
+            return True
+        extent.position += sent
+        extent.length -= sent
+        self.bytes_out += sent
+        self._waiting_for_disk = state == 2
+        if extent.length:
+            return False
+        extent.release()
+        return True
+
+    def supply(self, extent: FileRange, data: memoryview | None, error: str) -> None:
+        """The answer to extent.load: the rest of its bytes, or why they cannot be had (the peer is cut)."""
+        self._waiting_for_disk = False
+        if self.closed:
+            return
+        if data is None:
+            self.close(error)
+            return
+        extent.data = data
+        self._flush()
+
+    def hold_back(self, unsent: int) -> None:
+        """Let the kernel queue no more than this in front of what is on its way: what is sent later waits less."""
+        try:
+            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent)
+        except OSError:
+            pass  # not TCP: nothing is far away
+
+    @property
+    def unacknowledged(self) -> int:
+        """Bytes that the kernel took and the peer's has not acknowledged."""
+        try:
+            return int.from_bytes(fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+        except OSError:
+            return 0
+
+    @property
+    def paused(self) -> bool:
+        return self._paused
+
+    @property
+    def reading(self) -> bool:
+        """False while the peer is not read: it was paused, or takes too little of what is queued for it."""
+        return bool(self._interest & READ)
+
+    def pause(self) -> None:
+        """Stop reading the peer."""
+        if not self._paused:
+            self._paused = True
+            self._update()
+
+    def resume(self) -> None:
+        """Read the peer again; its idle clock begins anew."""
+        if self._paused:
+            self._paused = False
+            self._update()
+
+    def close(self, reason: str) -> None:
+        """Drop what is queued and close. The owner is told once."""
+        if self.closed:
+            return
+        self.closed = True
+        if self._interest:
+            self._loop.unregister(self._fd)
+        self._socket.close()
+        for item in self._out or ():
+            if isinstance(item, FileRange):
+                item.release()
+        self._out = None
+        self._owner.on_closed(reason)
+
+    def close_when_drained(self, reason: str) -> None:
+        """Send what is queued, then close; nothing more is read."""
+        self.closing = reason
+        if not self.backlog:
+            self.close(reason)
+        else:
+            self.pause()
+
+    def _queue(self, item: bytes | memoryview | FileRange, length: int) -> None:
+        if self._out is None:
+            self._out = deque()
+        if not self._out:
+            self.last_progress = self._loop.now()
+        self._out.append(item)
+        self.backlog += length
+        self._update()
+
+    def _update(self) -> None:
+        if self.closed:
+            return
+        held_up = self.backlog > HIGH_BYTES or (self.backlog > LOW_BYTES and not self._interest & READ)
+        interest = 0 if self._paused or held_up else READ
+        if self.backlog and not self._waiting_for_disk:
+            interest |= WRITE
+        if interest == self._interest:
+            return
+        if interest & READ and not self._interest & READ:
+            self.last_received = self._loop.now()  # it could not know that nobody listened
+        if interest == 0:
+            self._loop.unregister(self._fd)
+        elif self._interest == 0:
+            self._loop.register(self._fd, interest, self._ready)
+        else:
+            self._loop.modify(self._fd, interest, self._ready)
+        self._interest = interest
+
+    def _ready(self, mask: int) -> None:
+        if mask & WRITE:
+            self._flush()
+        if mask & READ and not self.closed:
+            self._receive()
+
+    def _receive(self) -> None:
+        try:
+            received = self._socket.recv_into(self._buffer.room)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            self.close(error.strerror or "receiving failed")
+            return
+        if received == 0:
+            self.close("the peer closed the connection")
+            return
+        self.bytes_in += received
+        self.last_received = self._loop.now()
+        try:
+            self._owner.on_data(self._buffer, received)
+        except ProtocolError as error:
+            self.close_when_drained(str(error))
+
+    def _flush(self) -> None:
+        out = self._out
+        while out and not self.closed:
+            item = out[0]
+            try:
+                sent, done = self._send_file(item) if isinstance(item, FileRange) else self._send_bytes(item)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                self.close(error.strerror or "sending failed")
+                return
+            if sent:
+                self.last_progress = self._loop.now()
+                self.backlog -= sent
+                self.bytes_out += sent
+            if not done:
+                break
+        if self.closed:
+            return
+        self._update()
+        if not self.backlog:
+            if self.closing:
+                self.close(self.closing)
+            else:
+                self._owner.on_drained()
+
+    def _send_bytes(self, item: bytes | memoryview) -> tuple[int, bool]:
+        assert self._out is not None
+        sent = self._socket.send(item)
+        if sent == len(item):
+            self._out.popleft()
+            return sent, True
+        self._out[0] = memoryview(item)[sent:]
+        return sent, False
+
+    def _send_file(self, item: FileRange) -> tuple[int, bool]:
+        assert self._out is not None
+        if item.data is not None:
+            sent = self._socket.send(item.data)
+            item.data = item.data[sent:]
+            item.length -= sent
+        else:
+            sent, state = send_cached(self._fd, item.fd, item.position, item.length)
+            item.position += sent
+            item.length -= sent
+            if state == 2:
+                self._waiting_for_disk = True
+                item.load(item)
+                return sent, False
+        if item.length:
+            return sent, False
+        item.release()
+        self._out.popleft()
+        return sent, True
+
+
+class Listener:
+    """Accepts connections; when descriptors run out it rests and says so instead of spinning."""
+
+    def __init__(
+        self,
+        loop: Loop,
+        sock: socket.socket,
+        accepted: Callable[[socket.socket, str], None],
+        resting: Callable[[], None],
+    ) -> None:
+        sock.setblocking(False)
+        self._loop, self.socket, self._accepted, self._resting = loop, sock, accepted, resting
+        self._registered = False
+        self._wait = 0.1
+        self._register()
+
+    def _register(self) -> None:
+        if not self._registered and self.socket.fileno() >= 0:
+            self._loop.register(self.socket.fileno(), READ, self._ready)
+            self._registered = True
+
+    def _ready(self, mask: int) -> None:
+        for _ in range(64):
+            try:
+                sock, address = self.socket.accept()
+            except BlockingIOError:
+                self._wait = 0.1
+                return
+            except OSError:
+                self.rest()
+                return
+            peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "unix"
+            self._accepted(sock, peer)
+
+    def rest(self) -> None:
+        """Stop accepting for a moment (0.1 to 1 s): there is no room for another connection."""
+        if self._registered:
+            self._loop.unregister(self.socket.fileno())
+            self._registered = False
+            self._resting()
+            self._loop.call_later(self._wait, self._register)
+            self._wait = min(1.0, self._wait * 2)
+
+    def close(self) -> None:
+        if self._registered:
+            self._loop.unregister(self.socket.fileno())
+            self._registered = False
+        self.socket.close()
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket; port 0 takes a free one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((host, port))
+    sock.listen(1024)
+    return sock
+
+
+def tune(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> None:
+    """Small frames go out at once; a host that vanished is noticed by the kernel within DEAD_HOST_SECONDS when there is
+    something on its way to it (TCP_USER_TIMEOUT), else half of that after `quiet_seconds` of silence (keepalive)."""
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, quiet_seconds)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_HOST_SECONDS // 6)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_HOST_SECONDS * 1000)

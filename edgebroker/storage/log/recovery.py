@@ -1,0 +1,294 @@
+"""Bringing one partition's log back after a stop, whatever kind of stop it was.
+
+    1  list the segment files; the names are the truth about where segments begin
+    2  walk forward from the newest place that a checkpoint (or an index) vouches for
+    3  bad bytes that nobody vouched for are a torn tail: kept in quarantine, cut off
+    4  bad bytes below what was vouched for are damage: kept in quarantine, a hole is noted, what follows is kept
+    5  sync the tail and the directory before anybody is told where the log ends
+
+Nothing is deleted. Vouched for is what lies below the checkpoint, below the stored place of a group or a child, or
+below the base of a later segment (a segment is only begun when the one before it is durable).
+"""
+
+import logging
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+from edgebroker.common.batch import EXPLANATION, Reason
+from edgebroker.storage import files
+from edgebroker.storage.identity import Identity
+from edgebroker.storage.log.index import read_index
+from edgebroker.storage.log.segment import ASIDE, SUFFIX, UNKNOWN_CHAIN, Segment, segment_path
+from edgebroker.storage.log.walk import Walked, next_good_batch, walk_file, walk_start
+from edgebroker.storage.quarantine import Quarantine
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoint(NamedTuple):
+    """A durable place: the log was synced at least up to here, and this was the chain, and the newest timestamp of
+    the segment up to here."""
+
+    log_id: str
+    base: int
+    position: int
+    offset: int
+    chain: int
+    epoch: int
+    max_timestamp: int
+
+
+class Hole(NamedTuple):
+    """Offsets [first, next) whose bytes are damaged."""
+
+    first: int
+    next: int
+
+
+class RecoveredLog(NamedTuple):
+    """Segments in order, the last one active and open for writing; `durable_end` is synced."""
+
+    segments: list[Segment]
+    next_offset: int
+    chain: int
+    epoch: int
+    holes: list[Hole]
+    torn_bytes: int
+
+
+class Recovery:
+    """Recovers one partition; blocking, called before the log is used."""
+
+    def __init__(
+        self, directory: Path, identity: Identity, quarantine: Quarantine, *, max_batch: int, name: str
+    ) -> None:
+        self._directory, self._identity, self._quarantine = directory, identity, quarantine
+        self._max_batch, self._name = max_batch, name
+        self._holes: list[Hole] = []
+        self._torn = 0
+        self._leave_tail = False
+        # False behind damage, as far as nobody vouches for the chain: then UNKNOWN_CHAIN is noted instead of it.
+        self._chain_known = True
+
+    def run(self, checkpoint: Checkpoint | None, watermark: int) -> RecoveredLog:
+        """`watermark`: the highest offset that a group or a child was seen to have; -1 when none is known."""
+        if checkpoint is not None and checkpoint.log_id != self._identity.log_id:
+            checkpoint = None
+        segments = self._list()
+        vouched = max(watermark, checkpoint.offset if checkpoint else -1)
+        if not segments:
+            return self._begin(max(self._identity.log_start, vouched), checkpoint)
+        index, state = self._starting_point(segments, checkpoint)
+        for rank in range(index, len(segments)):
+            segment, last = segments[rank], rank == len(segments) - 1
+            limit = -1 if last else segments[rank + 1].base
+            if segment.base > state.next_offset:
+                self._note_hole(state.next_offset, segment.base, "a segment is missing")
+                self._chain_known = False
+            if rank > index:
+                state = walk_start(segment.base, state.chain, epoch=state.epoch, max_timestamp=state.max_timestamp)
+            if state.position == 0:
+                segment.base_chain = self._chain(state)
+            state = self._walk(segment, state, limit, vouched if last else limit)
+        if state.next_offset < self._identity.log_start:
+            # A log that was begun anew further on, and the power went before its old segments did.
+            for segment in segments:
+                segment.close()
+                files.set_aside(segment.path, f"{ASIDE}{segment.path.stat().st_mtime_ns // 1_000_000}")
+            return self._begin(max(self._identity.log_start, vouched), checkpoint)
+        active = segments[-1]
+        if self._leave_tail:
+            self._seal(active, state)
+            if active.base == state.next_offset:
+                active.path = files.set_aside(active.path, ".torn")
+                segments.pop().close()
+            active = self._create(state.next_offset, self._chain(state))
+            segments.append(active)
+        if state.next_offset < vouched:
+            # Everything after the last good byte is damaged, and somebody was told about it: go on after it.
+            self._note_hole(state.next_offset, vouched, "the tail is damaged")
+            self._seal(active, state)
+            if active.base == state.next_offset:
+                active.path = files.set_aside(active.path, ".torn")
+                segments.pop().close()
+            state = self._vouched(vouched, checkpoint, state)
+            active = self._create(vouched, self._chain(state))
+            segments.append(active)
+        active.end_offset = state.next_offset
+        active.end_chain, active.max_timestamp = self._chain(state), state.max_timestamp
+        files.sync_file(active.fd)
+        files.sync_directory(self._directory)
+        epoch = max(state.epoch, self._identity.epoch)
+        return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._holes, self._torn)
+
+    def _chain(self, state: Walked) -> int:
+        return state.chain if self._chain_known else UNKNOWN_CHAIN
+
+    def _vouched(self, offset: int, checkpoint: Checkpoint | None, state: Walked) -> Walked:
+        """Where the log goes on behind a damaged tail: the checkpoint knows the chain there, if that is its offset."""
+        self._chain_known = checkpoint is not None and checkpoint.offset == offset and checkpoint.chain != UNKNOWN_CHAIN
+        chain = checkpoint.chain if checkpoint is not None and self._chain_known else 0
+        return walk_start(offset, chain, epoch=state.epoch)
+
+    def _list(self) -> list[Segment]:
+        segments = []
+        for path in sorted(self._directory.iterdir()):
+            if path.suffix == ".tmp":
+                files.remove(path)
+            elif path.suffix == SUFFIX and path.stem.isdigit() and len(path.stem) == 20:
+                segment = Segment(path, int(path.stem), size=path.stat().st_size)
+                segment.points, segment.points_from = None, segment.size
+                segment.unverified_end = segment.size
+                segment.base_chain = segment.end_chain = UNKNOWN_CHAIN
+                segments.append(segment)
+        start = self._identity.log_start
+        # Retention writes the identity first and removes the files after it: finish what was begun.
+        while len(segments) > 1 and segments[1].base <= start:
+            gone = segments.pop(0)
+            files.remove(gone.path)
+            files.remove(gone.path.with_suffix(".index"))
+        for sealed in segments[:-1]:
+            # Until an index or meta.db says more exactly: when it was last written to.
+            sealed.sealed_ms = sealed.path.stat().st_mtime_ns // 1_000_000
+        for earlier, later in pairwise(segments):
+            earlier.end_offset = later.base
+        if segments:
+            active = segments[-1]
+            active.fd = files.open_log(active.path, writable=True)
+            active.modified_ms = files.modified_ms(active.fd)
+            # Pages left clean by a failed write-back are read from the device again.
+            files.drop_cache(active.fd)
+            if segments[0].base > start:
+                self._note_hole(start, segments[0].base, "the first segments are missing")
+        return segments
+
+    def _starting_point(self, segments: list[Segment], checkpoint: Checkpoint | None) -> tuple[int, Walked]:
+        """The newest place with a known chain, as (rank of the segment, where to begin in it)."""
+        if checkpoint is not None and checkpoint.chain != UNKNOWN_CHAIN:
+            for rank, segment in enumerate(segments):
+                if segment.base == checkpoint.base and checkpoint.position <= segment.size:
+                    segment.base_chain = self._base_chain(segments, rank)
+                    start = walk_start(
+                        checkpoint.offset,
+                        checkpoint.chain,
+                        position=checkpoint.position,
+                        epoch=checkpoint.epoch,
+                        max_timestamp=checkpoint.max_timestamp,
+                    )
+                    return rank, start
+        log_id = self._identity.log_id_bytes
+        for rank in range(len(segments) - 1, 0, -1):
+            before = segments[rank - 1]
+            index = read_index(before.path, log_id, before.base, before.size)
+            if index is not None and index.end_offset == segments[rank].base:
+                before.sealed_ms = index.sealed_ms
+                base = segments[rank].base
+                return rank, walk_start(base, index.end_chain, epoch=self._identity.epoch_at(base))
+        base = segments[0].base
+        return 0, walk_start(base, self._identity.chain, epoch=self._identity.epoch_at(base))
+
+    def _base_chain(self, segments: list[Segment], rank: int) -> int:
+        """The chain at the base of a segment, where the identity or the index before it tells."""
+        if segments[rank].base == self._identity.log_start:
+            return self._identity.chain
+        if rank:
+            before = segments[rank - 1]
+            index = read_index(before.path, self._identity.log_id_bytes, before.base, before.size)
+            if index is not None and index.end_offset == segments[rank].base:
+                return index.end_chain
+        return UNKNOWN_CHAIN
+
+    def _walk(self, segment: Segment, state: Walked, limit: int, vouched: int) -> Walked:
+        """Walk one segment to its end, around damage that lies below `vouched`, and cut a torn tail above it."""
+        first_position = state.position
+        fd = segment.fd if segment.fd >= 0 else files.open_log(segment.path)
+        try:
+            while True:
+                state = walk_file(
+                    fd,
+                    state,
+                    segment.size,
+                    base_offset=segment.base,
+                    max_batch=self._max_batch,
+                    max_epoch=self._identity.epoch,
+                    limit_offset=limit,
+                )
+                ended = state.position == segment.size or (limit >= 0 and state.next_offset >= limit)
+                if ended:
+                    break
+                if state.next_offset >= vouched:
+                    self._cut_tail(segment, state)
+                    break
+                state, found = self._step_over(fd, segment, state, limit)
+                if not found:
+                    break
+                self._chain_known = False
+            if limit >= 0 and state.next_offset < limit:
+                self._note_hole(state.next_offset, limit, "the end of a segment is damaged")
+                state = state._replace(next_offset=limit)
+                self._chain_known = False
+            if limit >= 0 and not self._chain_known:
+                index = read_index(segment.path, self._identity.log_id_bytes, segment.base, segment.size)
+                if index is not None and index.end_offset == limit and index.end_chain != UNKNOWN_CHAIN:
+                    self._chain_known, state = True, state._replace(chain=index.end_chain)
+        finally:
+            if segment.fd < 0:
+                files.close(fd)
+        if limit < 0:
+            segment.points, segment.points_from = bytearray(state.points), first_position
+            segment.unverified_end = first_position
+        return state
+
+    def _step_over(self, fd: int, segment: Segment, state: Walked, limit: int) -> tuple[Walked, bool]:
+        """Go on behind damaged bytes; (state, False) when nothing good follows in this segment."""
+        highest = limit - 1 if limit >= 0 else state.next_offset + (1 << 31)
+        found = next_good_batch(fd, state.position, segment.size, state.next_offset, highest, self._max_batch)
+        end = found if found >= 0 else segment.size
+        self._quarantine.keep(self._name, segment.path, fd, state.position, end, EXPLANATION.get(state.reason, ""))
+        if found < 0:
+            return state, False
+        base = int.from_bytes(files.read_at(fd, 8, found), "big")
+        if base > state.next_offset:
+            self._note_hole(state.next_offset, base, EXPLANATION.get(Reason(state.reason), "damaged"))
+        return state._replace(position=found, next_offset=base), True
+
+    def _cut_tail(self, segment: Segment, state: Walked) -> None:
+        torn = segment.size - state.position
+        kept = self._quarantine.keep(self._name, segment.path, segment.fd, state.position, segment.size, "torn tail")
+        segment.size = segment.allocated_end = state.position
+        self._torn += torn
+        if kept < torn:
+            # Nothing is cut that is not safe elsewhere: the file stays as it is and the log goes on in another.
+            self._leave_tail = True
+            log.error("%s: the last %d bytes of %s are left in place", self._name, torn, segment.path.name)
+            return
+        files.truncate(segment.fd, state.position)
+        log.warning(
+            "%s: %d bytes after offset %d were not complete when the node stopped (%s); kept in quarantine and cut off",
+            self._name,
+            torn,
+            state.next_offset - 1,
+            EXPLANATION.get(state.reason, "cut off"),
+        )
+
+    def _seal(self, segment: Segment, state: Walked) -> None:
+        files.sync_file(segment.fd)
+        segment.size, segment.end_offset, segment.end_chain = state.position, state.next_offset, self._chain(state)
+
+    def _begin(self, base: int, checkpoint: Checkpoint | None) -> RecoveredLog:
+        start = self._identity.log_start
+        state = walk_start(start, self._identity.chain, epoch=self._identity.epoch)
+        if base > start:
+            self._note_hole(start, base, "every segment is missing")
+            state = self._vouched(base, checkpoint, state)
+        active = self._create(base, self._chain(state))
+        return RecoveredLog([active], base, self._chain(state), self._identity.epoch, self._holes, 0)
+
+    def _create(self, base: int, chain: int) -> Segment:
+        path = segment_path(self._directory, base)
+        return Segment(path, base, base_chain=chain, fd=files.create_log(path))
+
+    def _note_hole(self, first: int, following: int, why: str) -> None:
+        self._holes.append(Hole(first, following))
+        log.error("%s: offsets %d to %d are damaged: %s", self._name, first, following - 1, why)

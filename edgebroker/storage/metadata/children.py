@@ -1,0 +1,55 @@
+"""children.snap: what the children of this node last asked for.
+
+It holds early retention back for a child that has not come back yet, and vouches for what a child had: a log that ends
+before that has lost its end. JSON and checksum, as offsets.snap; replaced by the metadata thread. An older state is
+harmless: places only grow, so it holds back more and vouches for less.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import msgspec
+
+from edgebroker.storage.checksummed import read_if_whole, write_checked
+
+# A child that has not asked for that long is not waited for.
+LIVE_SECONDS = 7 * 24 * 3600.0
+
+
+class ChildPlace(msgspec.Struct, frozen=True, array_like=True):
+    """A child has every record of this log before `offset`, the last of them in `epoch`: that was compared. `seen` is
+    when it asked, by the scheduler's clock; in the file, how many seconds before it was written."""
+
+    log_id: str
+    epoch: int
+    offset: int
+    seen: float
+
+
+# (topic, partition) to the child's uid to its place
+Children = Mapping[tuple[str, int], Mapping[str, ChildPlace]]
+
+
+class _Snapshot(msgspec.Struct):
+    children: list[tuple[str, str, int, ChildPlace]]
+
+
+def write_children(path: Path, children: Children, now: float) -> None:
+    """Durable when this returns. Raises OSError."""
+    lines = [
+        (uid, *key, ChildPlace(place.log_id, place.epoch, place.offset, round(max(0.0, now - place.seen), 3)))
+        for key, places in children.items()
+        for uid, place in places.items()
+        if now - place.seen < LIVE_SECONDS
+    ]
+    write_checked(path, _Snapshot(lines))
+
+
+def read_children(path: Path, now: float) -> dict[tuple[str, int], dict[str, ChildPlace]]:
+    """What was written, or nothing when that is missing or damaged (which is logged)."""
+    snapshot = read_if_whole(path, _Snapshot, _Snapshot([]))
+    found: dict[tuple[str, int], dict[str, ChildPlace]] = {}
+    for uid, topic, partition, place in snapshot.children:
+        place = ChildPlace(place.log_id, place.epoch, place.offset, now - place.seen)
+        found.setdefault((topic, partition), {})[uid] = place
+    return found

@@ -1,0 +1,221 @@
+"""Putting a fresh copy of a topic in the place of the old one, in one step.
+
+    rows of the old files go -> old directory aside, new one in its place -> reopened -> everybody goes on in it
+
+The copy is the directory of a topic in another store on the same file system. Which resets are under way stands in
+the file `resets`, so that a start finishes what a crash interrupted: between two renames the topic has no directory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import msgspec
+from msgspec import Meta
+from msgspec.structs import replace
+
+from edgebroker.common.errors import Code, DamagedDataError
+from edgebroker.common.threads import start_thread
+from edgebroker.storage import files
+from edgebroker.storage.checksummed import read_if_whole, write_checked
+from edgebroker.storage.commit.committer import Committer
+from edgebroker.storage.engine import Done, Listener
+from edgebroker.storage.identity import Identity
+from edgebroker.storage.log.partition import PartitionLog
+from edgebroker.storage.log.reader import ColdRead, Reader
+from edgebroker.storage.log.recovery import RecoveredLog
+from edgebroker.storage.metadata.metadata import Metadata
+from edgebroker.storage.opening import Opener
+from edgebroker.storage.upkeep.housekeeping import Housekeeping
+
+log = logging.getLogger(__name__)
+
+FILE_NAME, STAGING, OLD, GONE = "resets", "staging", "old", ".gone"
+KEPT = 32
+
+
+class ResetRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A reset that this node was told to do. `phase`: waiting, loading, switching, done, failed (then `why` tells).
+    `targets`: where each partition ended at the parent when it began, `log_ids`: which logs these are; the rest stands
+    in ResetOrder (pipe/report.py)."""
+
+    id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    topic: str
+    group: str = ""
+    in_place: bool = False
+    force: bool = False
+    accept: bool = False
+    hours: str = ""
+    phase: Literal["waiting", "loading", "switching", "done", "failed"] = "waiting"
+    why: str = ""
+    targets: list[int] = []
+    log_ids: list[str] = []
+
+
+class Switch:
+    """Owned by the loop thread. `topics` are the store's, `rows` the resets that were stored last."""
+
+    def __init__(
+        self,
+        path: Path,
+        topics: dict[str, list[PartitionLog]],
+        opener: Opener,
+        committer: Committer,
+        metadata: Metadata,
+        reader: Reader,
+        housekeeping: Housekeeping,
+        listener: Listener,
+        rows: list[ResetRow],
+    ) -> None:
+        self.path, self.rows = path, rows
+        self._topics, self._opener, self._committer = topics, opener, committer
+        self._metadata, self._reader = metadata, reader
+        self._housekeeping, self._listener = housekeeping, listener
+
+    def quiet(self, name: str) -> bool:
+        """Is everything of a topic stored, and nobody at its files?"""
+        return not any(
+            one.staged_end != one.durable_end or one.rolling or one.rewriting for one in self._topics.get(name, [])
+        )
+
+    def remember(self, rows: list[ResetRow], done: Callable[[str], None]) -> None:
+        """Store which resets there are: done("") once that is durable, done(why) when it is not."""
+        self.rows = rows
+        self._committer.call(
+            lambda: write_resets(self.path, rows), lambda result: done("" if result is None else str(result))
+        )
+
+    def replace(self, name: str, staged: Path, done: Done) -> None:
+        """Take the copy that lies at `staged`; nothing may be staged in the logs of the topic, and nobody writes to the
+        copy. The old directory lies beside it, as OLD, when done is called."""
+        logs = self._topics[name]
+        if not self.quiet(name):
+            done(Code.OVERLOADED, f"{name}: something else is being stored; try again in a moment")
+            return
+        for partition in logs:
+            partition.rewriting = partition.rolling = partition.switching = True
+        live = logs[0].directory.parent
+
+        def work() -> list[tuple[Identity, RecoveredLog]]:
+            exchange(live, staged)
+            try:
+                return [self._opener.reopen(name, one.partition, one.directory) for one in logs]
+            except (OSError, DamagedDataError):
+                exchange_back(live, staged)
+                raise
+
+        def finished(result: object) -> None:
+            for partition in logs:
+                partition.rewriting = partition.rolling = partition.switching = False
+            if not isinstance(result, list):
+                for partition in logs:
+                    self._housekeeping.checkpoint(partition)
+                done(Code.READ_ONLY, f"the fresh copy of {name} cannot take its place: {result}")
+                return
+            for partition, (identity, recovered) in zip(logs, result, strict=True):
+                self._take(partition, identity, recovered)
+            done(Code.OK, "")
+            self._listener.on_topic(name)
+
+        def stored() -> None:
+            # Behind every read that knows the old files by their names.
+            self._reader.submit(ColdRead, lambda result: self._committer.call(work, finished))
+
+        # What was noted about the old files would vouch for bytes at other places.
+        self._metadata.changes.drop_topic(name)
+        self._metadata.touch(stored)
+
+    def _take(self, partition: PartitionLog, identity: Identity, recovered: RecoveredLog) -> None:
+        for segment in partition.rewritten(identity, recovered, whole=True):
+            segment.retire()
+        self._housekeeping.holes_changed(partition)
+        self._housekeeping.checkpoint(partition)
+        for segment in partition.segments:
+            if segment.unverified_end:
+                self._housekeeping.verify(partition, segment)
+        self._listener.on_rewritten(partition)
+
+
+def exchange(live: Path, staged: Path) -> None:
+    """Each step is durable before the next; a failure undoes what was done. Raises OSError."""
+    old = staged.parent.parent / OLD
+    files.move(live, old)
+    files.sync_directory(live.parent)
+    try:
+        files.move(staged, live)
+        files.sync_directory(staged.parent)
+    except OSError:
+        files.move(old, live)
+        raise
+
+
+def exchange_back(live: Path, staged: Path) -> None:
+    """Undo an exchange. Raises OSError."""
+    files.move(live, staged)
+    files.move(staged.parent.parent / OLD, live)
+
+
+def finish_switches(path: Path, rows: Sequence[ResetRow]) -> tuple[list[str], list[ResetRow]]:
+    """What a crash left of switches, before any topic is opened: the topics whose files may be others now, and the rows
+    as they are then. Where the disk does not let it be finished the old files are served, the copy is tried again."""
+    finished: list[str] = []
+    now: list[ResetRow] = []
+    for row in rows:
+        if row.phase != "switching":
+            now.append(row)
+            continue
+        staged, live = staging_of(path, row.id) / "topics" / row.topic, path / "topics" / row.topic
+        old = staging_of(path, row.id) / OLD
+        try:
+            if staged.exists() and live.exists():
+                exchange(live, staged)
+            elif staged.exists():
+                files.move(staged, live)
+                files.sync_directory(staged.parent)
+            now.append(replace(row, phase="done"))
+        except OSError as error:
+            log.error("the fresh copy of %s cannot take its place: %s", row.topic, error)
+            if old.exists() and not live.exists():
+                old.rename(live)
+            now.append(replace(row, phase="loading"))
+        finished.append(row.topic)
+    return finished, now
+
+
+def read_resets(path: Path) -> list[ResetRow]:
+    """None when the file is missing or damaged (which is logged): then a reset has to be ordered again."""
+    return read_if_whole(path / FILE_NAME, list[ResetRow], [])
+
+
+def write_resets(path: Path, rows: Sequence[ResetRow]) -> None:
+    """Durable when this returns. Raises OSError."""
+    write_checked(path / FILE_NAME, rows)
+
+
+def staging_of(path: Path, reset_id: str) -> Path:
+    """Where the fresh copy of a reset is made."""
+    return path / STAGING / reset_id
+
+
+def drop_staging(path: Path, keep: Callable[[str], bool]) -> None:
+    """Remove what resets that are over have left, on a thread of its own: it may be much."""
+    if not (path / STAGING).exists():
+        return
+    gone: list[Path] = []
+    for directory in (path / STAGING).iterdir():
+        if keep(directory.name):
+            continue
+        if directory.suffix != GONE:  # whoever makes it again meanwhile shall not meet the old one
+            directory = directory.rename(directory.with_name(f"{directory.name}-{os.urandom(4).hex()}{GONE}"))
+        gone.append(directory)
+
+    def remove() -> None:
+        for directory in gone:
+            files.remove_tree(directory)
+
+    if gone:
+        start_thread("edgebroker-removal", remove)

@@ -1,0 +1,420 @@
+"""The delivery code of a broker without sockets, threads and real time, for tests/test_delivery_model.py.
+
+Sessions, Groups, Membership, Leases, Delivery, Refreshing, DeadLetters and Publishing are the real ones. Below them are
+a scheduler that is turned by hand and an engine in memory with faults; above them wires instead of sockets. A Watcher
+is told what happens, in the order in which it happens.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, Protocol, cast
+
+from edgebroker.broker.admin.offsets import Operations
+from edgebroker.broker.delivery.cursor import Cursor, Key
+from edgebroker.broker.delivery.dead_letters import DeadLetters, Done, Failure
+from edgebroker.broker.delivery.groups import Group, Groups
+from edgebroker.broker.delivery.leases import LeaseLimits, Leases
+from edgebroker.broker.delivery.membership import Membership
+from edgebroker.broker.delivery.push import Delivery
+from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.publish.publishing import Publishing, PublishLimits
+from edgebroker.broker.sessions.native import Session
+from edgebroker.common import batch
+from edgebroker.common.errors import Code
+from edgebroker.common.records import Record
+from edgebroker.common.types import DEAD_LETTERS, TopicSettings
+from edgebroker.network.io.transport import FileRange
+from edgebroker.network.wire import frames
+from edgebroker.network.wire.connection import Frame
+from edgebroker.network.wire.frames import FrameType, Subscribe
+from edgebroker.storage import engine as engines
+from edgebroker.storage.engine import Log
+from edgebroker.storage.identity import make_identity
+from edgebroker.storage.log.partition import Found, NeedsDisk
+from edgebroker.storage.log.reader import ColdRead
+from edgebroker.storage.log.staging import Chunk, Stage
+from edgebroker.storage.memory import MemoryEngine, MemoryLog
+from edgebroker.storage.metadata.meta_db import GroupOffset
+from tests.kit.storage import MAX, ManualClock
+
+LIMITS = LeaseLimits(timeout=6.0, backoff=0.5, max_backoff=2.0, max_attempts=3)
+SWEEP_SECONDS = 1.0
+TURN_BYTES = 600
+MANY_TURNS = 500
+
+
+class Timer:
+    def __init__(self, callback: Callable[[], None]) -> None:
+        self.callback: Callable[[], None] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
+
+class ManualScheduler:
+    """edgebroker.common.scheduler.Scheduler, one turn at a time. What a callback raises goes to the test."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+        self._numbers = itertools.count()
+        self.reset()
+
+    def reset(self) -> None:
+        self._timers: list[tuple[float, int, Timer]] = []
+        self._posted: list[Callable[[], None]] = []
+        self._end_of_turn: list[Callable[[], None]] = []
+
+    def now(self) -> float:
+        return self._clock.monotonic()
+
+    def clock_now(self) -> float:
+        return self._clock.monotonic()
+
+    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        timer = Timer(callback)
+        heapq.heappush(self._timers, (self.now() + seconds, next(self._numbers), timer))
+        return timer
+
+    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
+        self._posted.append(callback)
+
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None: ...
+    def remove_reader(self, fd: int) -> None: ...
+
+    def at_end_of_turn(self, callback: Callable[[], None]) -> None:
+        self._end_of_turn.append(callback)
+
+    def due(self) -> float:
+        """When something is to be done next."""
+        return self.now() if self._posted else self._timers[0][0]
+
+    def turn(self) -> None:
+        posted, self._posted = self._posted, []
+        for callback in posted:
+            callback()
+        while self._timers and self._timers[0][0] <= self.now():
+            due = heapq.heappop(self._timers)[2].callback
+            if due is not None:
+                due()
+        for callback in self._end_of_turn:
+            callback()
+
+
+class FaultyLog(MemoryLog):
+    """`cold`: its records have to be fetched."""
+
+    cold = False
+
+    def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Any:
+        if self.cold and offset < self.durable_end:
+            return NeedsDisk(cast("Any", None))
+        return super().find(offset, max_bytes, max_records, hint)
+
+    def read(self, offset: int, max_bytes: int) -> Found:
+        return super().find(offset, max_bytes, 1 << 31)
+
+
+class FaultyEngine(MemoryEngine):
+    """Answers later, refuses to publish and to create topics, and cannot be read, as it is told to."""
+
+    def __init__(self, scheduler: ManualScheduler, clock: ManualClock) -> None:
+        super().__init__(scheduler, clock, max_batch=MAX, max_record=MAX, window=20)
+        self.refused: tuple[Code, str] | None = None
+        self.unreadable = False
+        self.stores_slowly = False
+        self._unstored: list[Callable[[], None]] = []
+
+    def refusal(self) -> tuple[Code, str] | None:
+        return self.refused
+
+    def create_topic(self, name: str, settings: TopicSettings, done: engines.Done) -> None:
+        if self.refused is not None:
+            done(*self.refused)
+        elif name in self._topics:
+            done(Code.NAME_CLASH, f"topic {name} exists")
+        else:
+            self._topics[name] = [
+                FaultyLog(name, number, make_identity(self.node_uid, settings), Stage(0, 1, MAX, MAX, 20))
+                for number in range(settings.partitions)
+            ]
+            done(Code.OK, "")
+
+    def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
+        assert isinstance(log, FaultyLog)
+        result = ColdRead(error="the disk does not answer", timed_out=True)
+        if not self.unreadable:
+            found: Any = log.read(offset, max_bytes)
+            result = ColdRead(data=bytes(found.data), first_offset=found.first_offset, next_offset=found.next_offset)
+        self._scheduler.call_soon_threadsafe(lambda: done(result))
+
+    def when_stored(self, callback: Callable[[], None]) -> None:
+        self._unstored.append(callback)
+        if not self.stores_slowly:
+            self.store()
+
+    def store(self) -> None:
+        """What was committed is durable from the next turn on."""
+        waiting, self._unstored = self._unstored, []
+        for callback in waiting:
+            self._scheduler.call_soon_threadsafe(callback)
+
+    def killed(self) -> None:
+        self._unstored.clear()
+
+
+class Watcher(Protocol):
+    """Who is told, each time before the broker acts on it."""
+
+    def subscribed(self, member: Member, group: Group, subscribe: Subscribe, correlation: int) -> None: ...
+    def vanished(self, member: Member) -> None: ...
+    def timed_out(self, cursor: Cursor) -> None: ...
+    def dividing(self, group: Group) -> None: ...
+    def divided(self) -> None: ...
+    def granted(self, cursor: Cursor) -> None: ...
+    def freed(self, cursor: Cursor) -> None: ...
+    def put(self, group: Group, log: Log, place: GroupOffset) -> None: ...
+    def lettering(self, log: Log, offset: int, failure: Failure) -> None: ...
+    def lettered(self, log: Log, offset: int, failure: Failure, code: Code) -> None: ...
+    def sent(self, member: Member, head: bytes, data: bytes) -> None: ...
+
+
+class Wire:
+    """A member's transport. It may be full: what is sent waits. It breaks at the send that `fuse` counts down to."""
+
+    def __init__(self, member: Member) -> None:
+        self._member = member
+        self.backlog = 0
+        self.closed = self.full = False
+        self.fuse = 0
+
+    def send(self, data: bytes | memoryview) -> None:
+        self.send_pair(bytes(data), memoryview(b""))
+
+    def send_pair(self, head: bytes, data: memoryview) -> None:
+        if self.closed:
+            return
+        self._member.world.watcher.sent(self._member, bytes(head), bytes(data))
+        self._member.arrived.append((bytes(head), bytes(data)))
+        if self.fuse:
+            self.fuse -= 1
+            if not self.fuse:
+                self.close("the peer is gone")
+                return
+        if self.full:
+            self.backlog += len(head) + len(data)
+
+    def send_file(self, head: bytes, extent: FileRange) -> None:
+        raise AssertionError("there are no files")
+
+    def close(self, reason: str) -> None:
+        if not self.closed:
+            self.closed = True
+            self._member.world.watcher.vanished(self._member)
+            self._member.on_closed(reason)
+
+    def close_when_drained(self, reason: str) -> None:
+        self.close(reason)
+
+    def pause(self) -> None: ...
+    def resume(self) -> None: ...
+
+
+class Member(Session):
+    """A session whose client is the test. `arrived`: frames the client has not looked at."""
+
+    def __init__(self, world: World, client_id: str) -> None:
+        self.world = world
+        self.arrived: list[tuple[bytes, bytes]] = []
+        self._correlations = itertools.count(1)
+        self._broker = cast("Any", world)
+        self._deferred, self._holds = None, 0
+        self.client_id, self.group, self.opened_at = client_id, None, 0.0
+        self.cursors = {}
+        self.wire = Wire(self)
+        self.transport = cast("Any", self.wire)
+
+    def __repr__(self) -> str:
+        return f"<{self.client_id} {id(self) & 0xFFFF:04x}>"
+
+    def next_correlation(self) -> int:
+        return next(self._correlations)
+
+    def client_says(self, data: bytes) -> None:
+        """A frame from the client."""
+        _, kind, _, _, correlation = frames.HEADER.unpack_from(data)
+        self._handle(Frame(FrameType(kind), correlation, memoryview(data)[frames.HEADER_BYTES :]))
+
+    def looked(self) -> list[tuple[bytes, bytes]]:
+        """What the client gets to see now."""
+        if self.wire.backlog:
+            return []
+        seen, self.arrived = self.arrived, []
+        return seen
+
+
+class _Groups(Groups):
+    watcher: Watcher
+
+    def put(self, group: Group, log: Log, place: GroupOffset) -> None:
+        self.watcher.put(group, log, place)
+        super().put(group, log, place)
+
+    def grant(self, cursor: Cursor) -> None:
+        self.watcher.granted(cursor)
+        super().grant(cursor)
+
+    def revoke(self, cursor: Cursor) -> None:
+        self.watcher.freed(cursor)
+        super().revoke(cursor)
+
+
+class _Membership(Membership):
+    watcher: Watcher
+
+    def subscribe(
+        self, member: Any, group: Group, subscribe: Subscribe, correlation: int, windows: tuple[int, int]
+    ) -> None:
+        self.watcher.subscribed(member, group, subscribe, correlation)
+        super().subscribe(member, group, subscribe, correlation, windows)
+
+    def timed_out(self, cursor: Cursor) -> None:
+        self.watcher.timed_out(cursor)
+        super().timed_out(cursor)
+
+    def divide_changed(self) -> None:
+        super().divide_changed()
+        self.watcher.divided()
+
+    def _divide(self, group: Group, fresh: set[tuple[Any, Key]]) -> None:
+        self.watcher.dividing(group)
+        super()._divide(group, fresh)
+
+
+class _Delivery(Delivery):
+    def turn_over(self) -> None:
+        super().turn_over()
+        self._turn_bytes = TURN_BYTES
+
+
+class _DeadLetters(DeadLetters):
+    watcher: Watcher
+
+    def write(self, source: Log, offset: int, failure: Failure, done: Done) -> None:
+        def told(code: Code, message: str) -> None:
+            self.watcher.lettered(source, offset, failure, code)
+            done(code, message)
+
+        self.watcher.lettering(source, offset, failure)
+        super().write(source, offset, failure, told)
+
+
+class _Publishing(Publishing):
+    """What the checker thread would do happens at once; it is told in the next turn."""
+
+    def check(self, work: Callable[[], None], done: Callable[[], None]) -> None:
+        work()
+        self._scheduler.call_soon_threadsafe(done)
+
+
+class World:
+    """What a Broker is, for its sessions and its engine."""
+
+    def __init__(self) -> None:
+        self.clock = ManualClock()
+        self.loop = ManualScheduler(self.clock)
+        self.engine = FaultyEngine(self.loop, self.clock)
+        self.limits = SimpleNamespace(consume_records=50, consume_bytes=1 << 20)
+        self.members: list[Member] = []
+        self.letters: list[Record] = []
+        self.settled = True
+
+    def start(self, watcher: Watcher) -> None:
+        """Begin, or begin again with what the engine has stored."""
+        self.watcher = watcher
+        self.loop.reset()
+        self.engine.killed()
+        self.members.clear()
+        self.metrics = Metrics()
+        self.groups = _Groups(self.engine)
+        limits = PublishLimits(1 << 30, 1 << 29, MAX, MAX, True, TopicSettings())
+        self.publishing = _Publishing(self.engine, self.loop, self.metrics, limits)
+        self.delivery = _Delivery(self.engine, self.loop, self.metrics, LIMITS.timeout)
+        self.refreshing = Refreshing(self.engine, self.groups, self.delivery, self.metrics)
+        letters = _DeadLetters(self.engine, self.publishing, self.clock)
+        self.leases = Leases(
+            self.engine, self.groups, self.delivery, self.refreshing, letters, self.loop, self.metrics, LIMITS
+        )
+        self.membership = _Membership(self.engine, self.leases, self.metrics)
+        self.operations = Operations(self.engine, self.groups, self.leases, self.refreshing)
+        self.groups.watcher = self.membership.watcher = letters.watcher = watcher
+        self.engine.open(self)
+        for (group, topic, partition), offset in self.engine.group_offsets().items():
+            self.groups.restore(group, topic, partition, offset, self.loop.now())
+        self.loop.at_end_of_turn(self.membership.divide_changed)
+        self.loop.at_end_of_turn(self.delivery.turn_over)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        self.loop.call_later(SWEEP_SECONDS, self._sweep)
+        for cursor in self.delivery.overdue(self.loop.now()):
+            self.membership.timed_out(cursor)
+
+    def connect(self, client_id: str) -> Member:
+        member = Member(self, client_id)
+        self.members.append(member)
+        return member
+
+    def session_closed(self, session: Session, reason: str) -> None:
+        self.members.remove(cast("Member", session))
+
+    def settle(self) -> None:
+        """Turn until there is nothing to do at this moment."""
+        for _ in range(MANY_TURNS):
+            self.loop.turn()
+            if self.loop.due() > self.loop.now():
+                self.settled = True
+                return
+        raise AssertionError("it never comes to rest")
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass; whatever is due meanwhile happens when it is due."""
+        end = self.clock.seconds + seconds
+        self.settle()
+        while self.loop.due() <= end:
+            self.clock.advance(self.loop.due() - self.clock.seconds)
+            self.settle()
+        self.clock.advance(end - self.clock.seconds)
+
+    def log(self, key: Key) -> FaultyLog:
+        log = self.engine.log(*key)
+        assert isinstance(log, FaultyLog)
+        return log
+
+    # ---- the engine's listener ----
+
+    def on_opening(self, done: int, topics: int) -> None: ...
+
+    def on_written(self, log: Log) -> None:
+        self.publishing.on_written(log)
+
+    def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
+        if log.topic.endswith(DEAD_LETTERS):
+            self.letters += [record for chunk in chunks for record in batch.decode(chunk, log.topic, log.partition)]
+        self.publishing.on_durable(log)
+        self.delivery.on_durable(log, chunks)
+
+    def on_failed(self, log: Log, code: Code, message: str) -> None:
+        raise AssertionError("memory does not fail")
+
+    def on_topic(self, name: str) -> None: ...
+    def on_rewritten(self, log: Log) -> None: ...
+    def retention_pin(self, log: Log) -> int | None:
+        return None
+
+    def retention_floor(self, log: Log) -> int | None:
+        return self.groups.floor(log, self.loop.now())

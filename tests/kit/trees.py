@@ -1,0 +1,123 @@
+"""Brokers of a tree in one process: started, stopped, put back to an older state, and looked at."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from edgebroker.common.errors import Code
+from tests.kit.brokers import SECONDS, RunningBroker, numbered, running
+
+LEVELS = ["root", "l2", "l3", "pos", "local"]
+
+
+class Tree:
+    """Nodes that are started and stopped; each below the ones it names."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.nodes: dict[str, RunningBroker] = {}
+        self._stacks: dict[str, ExitStack] = {}
+        self._ports: dict[str, int] = {}
+
+    def start(self, name: str, *parents: str, level: str = "", **settings: object) -> RunningBroker:
+        """A node under one of LEVELS; a node that was here before comes back at its address."""
+        wanted: dict[str, object] = {
+            "node.name": name,
+            "node.level": level or name,
+            "listen.http": f"127.0.0.1:{self._ports.get(name, 0)}",
+            "storage.segment_bytes": 64 << 10,
+            **{key.replace("__", "."): value for key, value in settings.items()},
+        }
+        if parents:
+            wanted["pipe.parents"] = ",".join(self.address(parent) for parent in parents)
+        stack = self._stacks[name] = ExitStack()
+        node = self.nodes[name] = stack.enter_context(running(self.directory / name, wanted))
+        self._ports[name] = node.broker.http_address[1]
+        return node
+
+    def stop(self, name: str) -> None:
+        self._stacks.pop(name).close()
+        del self.nodes[name]
+
+    def address(self, name: str) -> str:
+        return f"127.0.0.1:{self._ports[name]}"
+
+    def keep(self, name: str) -> None:
+        """Copy the directory of a node that is stopped, for put_back()."""
+        shutil.rmtree(self.directory / "kept", ignore_errors=True)
+        ignored = shutil.ignore_patterns("ctl.sock")
+        shutil.copytree(self.directory / name, self.directory / "kept", ignore=ignored)
+
+    def put_back(self, name: str) -> None:
+        """An older state takes the place of what a stopped node has now."""
+        shutil.rmtree(self.directory / name)
+        shutil.copytree(self.directory / "kept", self.directory / name)
+
+    def close(self) -> None:
+        for name in list(self._stacks):
+            self.stop(name)
+
+
+def wait_for(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline, f"not in time: {what}"
+        time.sleep(0.01)
+
+
+def end(node: RunningBroker, topic: str, partition: int = 0) -> int:
+    found = node.broker.engine.log(topic, partition)
+    return found.durable_end if found is not None else -1
+
+
+def chain(node: RunningBroker, topic: str) -> int:
+    found = node.broker.engine.log(topic, 0)
+    assert found is not None
+    return found.chain
+
+
+def digest(tree: Tree, name: str, topic: str, partition: int = 0) -> str:
+    """Over the batch bytes as they lie on the disk."""
+    directory = tree.directory / name / "topics" / topic / str(partition)
+    found = hashlib.sha256()
+    for path in sorted(directory.glob("*.log")):
+        found.update(path.read_bytes())
+    return found.hexdigest()
+
+
+def follows(upper: RunningBroker, lower: RunningBroker, topic: str, partition: int = 0) -> None:
+    wait_for(
+        lambda: end(lower, topic, partition) == end(upper, topic, partition) >= 0,
+        f"{topic}/{partition} arrives: {end(lower, topic, partition)} of {end(upper, topic, partition)}; {pipe(lower)}",
+    )
+
+
+def pipe(node: RunningBroker) -> dict[str, Any]:
+    found: dict[str, Any] = node.http("GET", "/v1/pipe")[1]
+    return found
+
+
+def line(node: RunningBroker, topic: str) -> dict[str, Any]:
+    lines: list[dict[str, Any]] = [one for one in pipe(node)["parent"]["logs"] if one["topic"] == topic]
+    return lines[0] if lines else {"state": ""}
+
+
+def grown(tree: Tree) -> RunningBroker:
+    """A root with twenty batches of ten records in topic t, in several segments, and a child l2 that has them all."""
+    root = tree.start("root")
+    for number in range(20):
+        publish(root, "t", number * 10, 10, size=900)
+    follows(root, tree.start("l2", "root"), "t")
+    return root
+
+
+def publish(node: RunningBroker, topic: str, first: int, count: int, partition: int = 0, size: int = 0) -> None:
+    client = node.raw("producer")
+    assert client.publish(topic, numbered(first, count, size), partition=partition).code is Code.OK
+    node.drop(client)

@@ -1,0 +1,124 @@
+"""Dividing partitions among members, against every other division that there could be."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edgebroker.broker.delivery.assignment import divide
+
+MEMBERS = "abcd"
+quick = settings(derandomize=True, deadline=None, max_examples=150, database=None)
+
+some_members = st.lists(st.sampled_from(MEMBERS), min_size=1, unique=True)
+# Holders may be gone by now, or hold what they do not want any more.
+some_holders = st.dictionaries(st.integers(0, 5), st.sampled_from(MEMBERS + "xy"))
+some_wishes = st.dictionaries(st.integers(0, 5), st.lists(st.sampled_from(MEMBERS), unique=True))
+
+Wishes = Mapping[int, Sequence[str]]
+Holders = Mapping[int, str]
+
+
+def loads(division: Holders, members: Collection[str]) -> list[int]:
+    counts = Counter(division.values())
+    return [counts[member] for member in members]
+
+
+def moves(division: Holders, wanted_by: Wishes, holders: Holders) -> int:
+    """How many partitions change hands although their holder still wants them."""
+    return sum(1 for key, member in division.items() if holders.get(key) in wanted_by[key] and holders[key] != member)
+
+
+def is_balanced(division: Holders, members: Collection[str]) -> bool:
+    return max(loads(division, members)) - min(loads(division, members)) <= 1
+
+
+@quick
+@given(st.integers(0, 6), some_members, some_holders, st.booleans())
+def test_who_want_the_same_get_the_same_with_the_fewest_moves(
+    count: int, members: list[str], holders: dict[int, str], shared: bool
+) -> None:
+    wanted_by = {partition: members if shared else list(members) for partition in range(count)}
+    division = divide(wanted_by, holders)
+    assert division.keys() == wanted_by.keys()
+    assert is_balanced(division, members)
+    every = (dict(enumerate(chosen)) for chosen in itertools.product(members, repeat=count))
+    fewest = min(moves(other, wanted_by, holders) for other in every if is_balanced(other, members))
+    assert moves(division, wanted_by, holders) == fewest
+
+
+@quick
+@given(some_wishes, some_holders, st.sets(st.integers(0, 5)))
+def test_every_division(wanted_by: dict[int, list[str]], holders: dict[int, str], pinned: set[int]) -> None:
+    division = divide(wanted_by, holders, pinned)
+    # Everything that somebody wants is held, by one of those.
+    assert division.keys() == {partition for partition, members in wanted_by.items() if members}
+    assert all(member in wanted_by[partition] for partition, member in division.items())
+    # What is pinned stays.
+    for partition in pinned & division.keys():
+        if holders.get(partition) in wanted_by[partition]:
+            assert division[partition] == holders[partition]
+    # No single move would even it out.
+    counts = Counter(division.values())
+    for partition, member in division.items():
+        if partition not in pinned:
+            assert all(counts[member] - counts[other] <= 1 for other in wanted_by[partition])
+    # The same facts give the same division, and nobody moves when nothing has changed.
+    assert divide(wanted_by, holders, pinned) == division
+    assert divide(wanted_by, division, pinned) == division
+
+
+@quick
+@given(st.integers(0, 12), st.integers(1, 5), st.integers(0, 12))
+def test_one_more_member_takes_its_share_and_no_more(count: int, members: int, order: int) -> None:
+    before = divide({partition: range(members) for partition in range(count)}, {})
+    newcomer = min(order, members)
+    everybody = [*range(newcomer), 99, *range(newcomer, members)]
+    wanted_by = {partition: everybody for partition in range(count)}
+    after = divide(wanted_by, before)
+    assert {member for key, member in after.items() if member != before[key]} <= {99}
+    assert Counter(after.values())[99] == count // (members + 1)
+    # It leaves again: only what it held changes hands.
+    rest = divide({partition: range(members) for partition in range(count)}, after)
+    assert all(rest[key] == member for key, member in after.items() if member != 99)
+
+
+@pytest.mark.parametrize(
+    ("wanted_by", "holders", "pinned", "expected"),
+    [
+        ({}, {}, (), {}),
+        ({0: []}, {}, (), {}),
+        ({0: [], 1: ["a"]}, {0: "a"}, (), {1: "a"}),
+        ({0: ["a", "b"], 1: ["a", "b"]}, {}, (), None),
+        # Two topics count together: who holds much of one gets less of the other.
+        ({0: ["a"], 1: ["a"], 2: ["a", "b"], 3: ["a", "b"]}, {}, (), {0: "a", 1: "a", 2: "b", 3: "b"}),
+        ({0: ["a"], 1: ["a"], 2: ["b", "a"], 3: ["b", "a"]}, dict.fromkeys(range(4), "a"), (), {2: "b", 3: "b"}),
+        # What is pinned counts, but does not move.
+        ({key: ["a", "b"] for key in range(3)}, dict.fromkeys(range(3), "a"), (0, 1, 2), dict.fromkeys(range(3), "a")),
+        ({key: ["a", "b"] for key in range(3)}, dict.fromkeys(range(3), "a"), (0, 1), {0: "a", 1: "a", 2: "b"}),
+        ({0: ["b"]}, {0: "a"}, (0,), {0: "b"}),
+    ],
+)
+def test_cases(wanted_by: Wishes, holders: Holders, pinned: Collection[int], expected: Holders | None) -> None:
+    division = divide(wanted_by, holders, pinned)
+    if expected is None:
+        assert sorted(division.values()) == ["a", "b"]
+    else:
+        assert {**division, **expected} == division
+
+
+def test_a_large_group() -> None:
+    """A thousand members, a thousand partitions: the last one to come takes one from a single other."""
+    members = list(range(1000))
+    wanted_by = {partition: members for partition in range(1024)}
+    division = divide(wanted_by, {})
+    assert set(Counter(division.values()).values()) == {1, 2}
+    more = [*members, 1000]
+    after = divide(dict.fromkeys(wanted_by, more), division)
+    assert sum(1 for key in after if after[key] != division[key]) == 1
+    assert set(Counter(after.values()).values()) == {1, 2}
