@@ -20,7 +20,7 @@ from edgebroker.client.producer import Producer
 from edgebroker.common import batch
 from edgebroker.network.wire import frames
 from edgebroker.storage import files
-from edgebroker.storage.log.partition import Extent, PartitionLog
+from edgebroker.storage.log.partition import FileSlice, PartitionLog
 
 
 def memory(pinned: bool) -> list[Row]:
@@ -159,7 +159,7 @@ def lookups(pinned: bool) -> list[Row]:
             began, offset, seen = time.perf_counter(), low, 0
             while offset < high:
                 found = log.find(offset, 1 << 20, 1 << 30)
-                assert isinstance(found, Extent)
+                assert isinstance(found, FileSlice)
                 data = files.read_at(found.segment.fd, found.length, found.position)
                 seen += len(batch.decode(data, first=offset))
                 offset = found.next_offset
@@ -172,7 +172,7 @@ def lookups(pinned: bool) -> list[Row]:
 def _look_up(harness: Any, log: PartitionLog, offset: int) -> int:
     """The base offset of the batch that holds an offset; through the reader thread where the cache has it not."""
     found = log.find(offset, 16 << 10, 1 << 30)
-    if isinstance(found, Extent):
+    if isinstance(found, FileSlice):
         return found.first_offset
     cold: int = harness.read_cold(offset, 16 << 10).first_offset
     return cold

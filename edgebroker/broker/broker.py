@@ -22,24 +22,24 @@ from edgebroker.broker.delivery.dead_letters import DeadLetters
 from edgebroker.broker.delivery.groups import Groups
 from edgebroker.broker.delivery.leases import LeaseLimits, Leases
 from edgebroker.broker.delivery.membership import Membership
-from edgebroker.broker.delivery.push import Delivery
-from edgebroker.broker.delivery.rebase import Readers
-from edgebroker.broker.delivery.refresh import Refreshing
-from edgebroker.broker.delivery.table_snapshots import Snapshots
+from edgebroker.broker.delivery.push import Push
+from edgebroker.broker.delivery.rebase import CursorRebase
+from edgebroker.broker.delivery.refresh import Refreshes
+from edgebroker.broker.delivery.table_snapshots import TableSnapshots
 from edgebroker.broker.engines import make_engine, store_settings
-from edgebroker.broker.feed.children import Feeding, Node
 from edgebroker.broker.feed.digests import Digests
+from edgebroker.broker.feed.downstream import Downstream, NodeInfo
 from edgebroker.broker.feed.ranges import Ranges
 from edgebroker.broker.fleet.tree import Tree
 from edgebroker.broker.mirror.fresh_copy import CopySettings
 from edgebroker.broker.mirror.promotion import promote
-from edgebroker.broker.mirror.resync import Resets
-from edgebroker.broker.observe.health import Supervisor, Wellbeing
+from edgebroker.broker.mirror.resync import Resyncs
+from edgebroker.broker.observe.health import Health, Supervisor
 from edgebroker.broker.observe.lags import Lags
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.publishing import Publishing, PublishLimits
 from edgebroker.broker.sessions.native import Session
-from edgebroker.broker.topic_deletion import Deleting
+from edgebroker.broker.topic_deletion import TopicDeletion
 from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, is_loopback, split_list
 from edgebroker.common.errors import Code, EdgeBrokerError
@@ -57,8 +57,8 @@ from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.store import SegmentStore
 
 if TYPE_CHECKING:
-    from edgebroker.broker.mirror.repair import Healing
-    from edgebroker.broker.mirror.upstream import Piping
+    from edgebroker.broker.mirror.repair import Repairs
+    from edgebroker.broker.mirror.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
@@ -126,8 +126,8 @@ class Broker:
             ),
         )
         pace = config.delivery
-        self.delivery = Delivery(self.engine, self.loop, self.metrics, pace.timeout_ms / 1000)
-        self.refreshing = Refreshing(self.engine, self.groups, self.delivery, self.metrics)
+        self.delivery = Push(self.engine, self.loop, self.metrics, pace.timeout_ms / 1000)
+        self.refreshing = Refreshes(self.engine, self.groups, self.delivery, self.metrics)
         self.leases = Leases(
             self.engine,
             self.groups,
@@ -139,7 +139,7 @@ class Broker:
             LeaseLimits(pace.timeout_ms / 1000, pace.backoff_ms / 1000, pace.max_backoff_ms / 1000, pace.max_attempts),
         )
         self.membership = Membership(self.engine, self.leases, self.metrics)
-        self.snapshots = Snapshots(
+        self.snapshots = TableSnapshots(
             self.engine,
             self.publishing,
             self.refreshing,
@@ -147,19 +147,21 @@ class Broker:
             self.metrics,
             lambda client_id: any(session.client_id == client_id for session in self.sessions),
         )
-        self.readers = Readers(self.engine, self.groups, self.leases, self.delivery, self.refreshing, self._holders)
-        node = Node(self.engine.node_uid, config.node.name, self.level)
-        self.feeding = Feeding(
+        self.readers = CursorRebase(
+            self.engine, self.groups, self.leases, self.delivery, self.refreshing, self._holders
+        )
+        node = NodeInfo(self.engine.node_uid, config.node.name, self.level)
+        self.downstream = Downstream(
             self.engine,
             self.loop,
             clock,
             self.metrics,
             node,
-            lambda: self.piping.path if self.piping is not None else [],
+            lambda: self.upstream.path if self.upstream is not None else [],
             config.pipe.max_children,
         )
-        self.feeding.on_history_lost(self._history_lost)
-        self.deleting = Deleting(
+        self.downstream.on_history_lost(self._history_lost)
+        self.topic_deletion = TopicDeletion(
             self.engine,
             self.groups,
             self.membership,
@@ -167,7 +169,7 @@ class Broker:
             self.delivery,
             self.publishing,
             self.snapshots,
-            self.feeding,
+            self.downstream,
             self._holders,
             lambda: [session.group for session in self.sessions if session.group is not None],
         )
@@ -177,29 +179,29 @@ class Broker:
             clock,
             self.metrics,
             self.groups,
-            self.feeding,
+            self.downstream,
             config,
             level=lambda: self.level,
             problems=self.problems,
             listening=lambda: self.http_address,
-            piping=lambda: self.piping,
-            resets=lambda: self.resets,
+            upstream=lambda: self.upstream,
+            resyncs=lambda: self.resyncs,
         )
         follows = config.pipe.parents or config.pipe.registry
-        self.piping = self._make_piping(node) if follows and not self.promoted else None
+        self.upstream = self._make_piping(node) if follows and not self.promoted else None
         if follows and self.promoted:
             log.warning(
                 "promoted to %s: pipe.parents, pipe.registry and node.level are not followed (see edgebroker promote "
                 "--undo)",
                 self.level,
             )
-        self.resets = self._make_resets() if isinstance(self.engine, SegmentStore) else None
+        self.resyncs = self._make_resets() if isinstance(self.engine, SegmentStore) else None
         self.ranges = Ranges(self.engine)
         self.digests = Digests(self.engine)
         self.lags = Lags(self.engine)
         self.exposition = Exposition(self)
-        self.wellbeing = Wellbeing(lambda: self.ready, self.problems, lambda: self.piping, self._supervisor)
-        self._healing: Healing | None = None
+        self.health = Health(lambda: self.ready, self.problems, lambda: self.upstream, self._supervisor)
+        self._repairs: Repairs | None = None
         self.sessions: dict[Session, None] = {}
         self.started_at = clock.monotonic()
         self.ready = False
@@ -217,19 +219,19 @@ class Broker:
         now = self.loop.now()
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.groups.restore(group, topic, partition, offset, now)
-        self.feeding.restore()
-        self.loop.at_end_of_turn(self.membership.divide_changed)
-        self.loop.at_end_of_turn(self.delivery.turn_over)
-        self.loop.at_end_of_turn(self.feeding.turn_over)
+        self.downstream.restore()
+        self.loop.at_end_of_iteration(self.membership.divide_changed)
+        self.loop.at_end_of_iteration(self.delivery.end_iteration)
+        self.loop.at_end_of_iteration(self.downstream.end_iteration)
         self._listen()
         self.ready = True
         self._sweep()
         self.tree.start()
-        if self.resets is not None:
-            self.resets.start()
-        if self.piping is not None:
-            self.piping.start()
-            self.healing.start()
+        if self.resyncs is not None:
+            self.resyncs.start()
+        if self.upstream is not None:
+            self.upstream.start()
+            self.repairs.start()
 
     def run(self) -> bool:
         """Turn until stopped. True when the stop was clean."""
@@ -247,10 +249,10 @@ class Broker:
             listener.close()
         self.membership.divide_changed()  # who was told OK in this turn begins where it said
         self.publishing.draining = self.membership.frozen = True
-        if self.resets is not None:
-            self.resets.stop()
-        if self.piping is not None:
-            self.piping.stop()
+        if self.resyncs is not None:
+            self.resyncs.stop()
+        if self.upstream is not None:
+            self.upstream.stop()
         self.loop.call_later(0.0, self._drain)
 
     def reconfigure(self, config: Config) -> None:
@@ -258,18 +260,18 @@ class Broker:
         self.config = config
         if isinstance(self.engine, SegmentStore):
             self.engine.reconfigure(store_settings(config))
-        if self.piping is not None:
-            self.piping.limit(config.pipe.bytes_per_second, config.pipe.hours)
-        if self.resets is not None:
-            self.resets.settings = self._copy_settings()  # for those that begin from now on
+        if self.upstream is not None:
+            self.upstream.limit(config.pipe.bytes_per_second, config.pipe.hours)
+        if self.resyncs is not None:
+            self.resyncs.settings = self._copy_settings()  # for those that begin from now on
 
     def stop_threadsafe(self) -> None:
         """stop() from a signal handler or another thread."""
         self.loop.call_soon_threadsafe(self.stop)
 
     def _drain(self) -> None:
-        copied = self.resets is None or self.resets.idle
-        idle = self.engine.hurry() and not self.publishing.waiting_bytes and copied
+        copied = self.resyncs is None or self.resyncs.idle
+        idle = self.engine.flush() and not self.publishing.waiting_bytes and copied
         if not idle and self.loop.now() < self._stop_deadline:
             self.loop.call_later(0.005, self._drain)
             return
@@ -286,7 +288,7 @@ class Broker:
             self.socket_path().unlink(missing_ok=True)
         self.publishing.stop()
         self.exposition.stop()
-        self.feeding.store()
+        self.downstream.store()
         kept = self.tree.stop()
         clean = self.engine.close(5.0) and kept
         self.loop.close()
@@ -384,7 +386,7 @@ class Broker:
             self.membership.timed_out(cursor)
         self.snapshots.sweep()
         self.lags.sample(now)
-        self.wellbeing.look()
+        self.health.look()
 
     # ---- the engine's listener ----
 
@@ -397,31 +399,33 @@ class Broker:
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
         self.publishing.on_durable(log)
         self.delivery.on_durable(log, chunks)
-        self.feeding.on_durable(log)
+        self.downstream.on_durable(log)
         self.snapshots.on_durable(log)
-        if self.piping is not None:
-            self.piping.on_durable(log)
+        if self.upstream is not None:
+            self.upstream.on_durable(log)
 
     def on_failed(self, log: Log, code: Code, message: str) -> None:
         self.publishing.on_failed(log, code, message)
         self.snapshots.on_failed(log, code, message)
-        if self.piping is not None:
-            self.piping.on_failed(log)
+        if self.upstream is not None:
+            self.upstream.on_failed(log)
 
     def on_topic(self, name: str) -> None:
-        self.feeding.on_topic(name)
+        self.downstream.on_topic(name)
         for log in self.engine.partitions(name):
             self.delivery.settings_changed(log)
 
     def on_rewritten(self, log: Log) -> None:
-        self.feeding.on_rewritten(log)
+        self.downstream.on_rewritten(log)
 
     def retention_pin(self, log: Log) -> int | None:
-        return self.feeding.pinned(log, self.loop.now())
+        return self.downstream.pinned(log, self.loop.now())
 
     def retention_floor(self, log: Log) -> int | None:
         now = self.loop.now()
-        passed = [floor for floor in (self.groups.floor(log, now), self.feeding.floor(log, now)) if floor is not None]
+        passed = [
+            floor for floor in (self.groups.floor(log, now), self.downstream.floor(log, now)) if floor is not None
+        ]
         return min(passed, default=None)
 
     def _holders(self, log: Log) -> list[Cursor]:
@@ -431,15 +435,15 @@ class Broker:
 
     # ---- the tree ----
 
-    def _make_piping(self, node: Node) -> Piping:
-        from edgebroker.broker.mirror.mirrors import Moves
-        from edgebroker.broker.mirror.upstream import Piping  # with its HTTP client, for nodes that have a parent
+    def _make_piping(self, node: NodeInfo) -> Upstream:
+        from edgebroker.broker.mirror.mirrors import ReaderHooks
+        from edgebroker.broker.mirror.upstream import Upstream  # with its HTTP client, for nodes that have a parent
 
         pipe, engine = self.config.pipe, self.engine
         assert isinstance(engine, SegmentStore)
         candidates = Candidates(split_list(pipe.parents), random.uniform)
-        moves = Moves(self.readers.cutting, self.readers.cut, self.readers.restarted, self.deleting.delete)
-        piping = Piping(
+        moves = ReaderHooks(self.readers.cutting, self.readers.cut, self.readers.restarted, self.topic_deletion.delete)
+        upstream = Upstream(
             engine,
             self.loop,
             self.metrics,
@@ -451,17 +455,17 @@ class Broker:
             moves,
             self.tree.directed,
         )
-        self.tree.follow(engine, piping)
-        return piping
+        self.tree.follow(engine, upstream)
+        return upstream
 
     def _copy_settings(self) -> CopySettings:
         node, pipe = self.config.node, self.config.pipe
         return CopySettings(node.name, node.level, store_settings(self.config), pipe.bytes_per_second)
 
-    def _make_resets(self) -> Resets:
+    def _make_resets(self) -> Resyncs:
         engine = self.engine
         assert isinstance(engine, SegmentStore)
-        return Resets(
+        return Resyncs(
             engine,
             self.loop,
             self.clock,
@@ -469,22 +473,22 @@ class Broker:
             self.groups,
             self.refreshing,
             self._copy_settings(),
-            lambda: self.piping,
+            lambda: self.upstream,
             self.readers.cut,
             self.readers.restarted,
         )
 
     @property
-    def healing(self) -> Healing:
+    def repairs(self) -> Repairs:
         """Made when it is first needed: it brings an HTTP client."""
-        if self._healing is None:
-            from edgebroker.broker.mirror.repair import Healing
+        if self._repairs is None:
+            from edgebroker.broker.mirror.repair import Repairs
 
             def parent() -> str:
-                return self.piping.address if self.piping is not None and self.piping.connected else ""
+                return self.upstream.address if self.upstream is not None and self.upstream.connected else ""
 
-            self._healing = Healing(self.engine, self.loop, self.metrics, parent, self.publishing)
-        return self._healing
+            self._repairs = Repairs(self.engine, self.loop, self.metrics, parent, self.publishing)
+        return self._repairs
 
     @property
     def level(self) -> str:
@@ -503,13 +507,13 @@ class Broker:
             return
 
         def end_pipe() -> None:
-            piping, self.piping = self.piping, None
+            upstream, self.upstream = self.upstream, None
             self.tree.let_go()
-            if piping is not None:
-                piping.stop()
+            if upstream is not None:
+                upstream.stop()
 
         def promoted(code: Code, message: str) -> None:
-            self.feeding.become(Node(engine.node_uid, self.config.node.name, self.level))
+            self.downstream.become(NodeInfo(engine.node_uid, self.config.node.name, self.level))
             done(code, message)
 
         promote(engine, self.loop, level, end_pipe, promoted)
@@ -530,10 +534,10 @@ class Broker:
         found = self.engine.problems()
         if self.publishing.lost:
             found["history_lost"] = "; ".join(lost.why for lost in self.publishing.lost.values())
-        if self.piping is not None:
-            found.update(self.piping.problems())
-        if self.resets is not None:
-            found.update(self.resets.problems())
+        if self.upstream is not None:
+            found.update(self.upstream.problems())
+        if self.resyncs is not None:
+            found.update(self.resyncs.problems())
         return {**found, **self.tree.problems()}
 
 

@@ -8,16 +8,16 @@ from edgebroker.broker.delivery.cursor import Cursor
 from edgebroker.broker.delivery.groups import Group, Groups
 from edgebroker.broker.delivery.leases import Leases
 from edgebroker.broker.delivery.membership import Membership
-from edgebroker.broker.delivery.push import Delivery
-from edgebroker.broker.delivery.table_snapshots import Snapshots
-from edgebroker.broker.feed.children import Feeding
+from edgebroker.broker.delivery.push import Push
+from edgebroker.broker.delivery.table_snapshots import TableSnapshots
+from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common.errors import Code
 from edgebroker.storage.engine import Done, Engine, Log
 from edgebroker.storage.store import SegmentStore
 
 
-class Deleting:
+class TopicDeletion:
     """Owned by the loop thread. `holders` finds everybody who reads a log now, `reading` the groups of all who are
     connected, also those without a name."""
 
@@ -27,16 +27,16 @@ class Deleting:
         groups: Groups,
         membership: Membership,
         leases: Leases,
-        delivery: Delivery,
+        delivery: Push,
         publishing: Publishing,
-        snapshots: Snapshots,
-        feeding: Feeding,
+        snapshots: TableSnapshots,
+        downstream: Downstream,
         holders: Callable[[Log], list[Cursor]],
         reading: Callable[[], list[Group]],
     ) -> None:
         self._engine, self._groups, self._membership, self._leases = engine, groups, membership, leases
-        self._delivery, self._publishing, self._snapshots = delivery, publishing, snapshots
-        self._feeding, self._holders, self._reading = feeding, holders, reading
+        self._push, self._publishing, self._snapshots = delivery, publishing, snapshots
+        self._downstream, self._holders, self._reading = downstream, holders, reading
 
     def delete(self, topic: str, done: Done, epochs: dict[str, int] | None = None) -> None:
         """Delete a topic of this node, or one whose origin has deleted it (up to these `epochs`, by log id): done when
@@ -48,11 +48,11 @@ class Deleting:
         self._snapshots.give_up(topic)
         for partition in logs:
             for cursor in self._holders(partition):
-                self._delivery.tell(cursor, Code.UNKNOWN_TOPIC, f"topic {topic} was deleted")
+                self._push.tell(cursor, Code.UNKNOWN_TOPIC, f"topic {topic} was deleted")
                 self._leases.release(cursor, tell=True)
-            self._delivery.forget(partition)
+            self._push.forget(partition)
             self._publishing.loss_accepted(partition)
-            self._feeding.on_deleted(partition)
+            self._downstream.on_deleted(partition)
         for group in {*self._groups.all(), *self._reading()}:
             self._membership.forget_topic(group, topic)
         self._groups.forget_topic(topic)

@@ -59,7 +59,7 @@ def build_parser() -> Parser:
     _publish(verbs)
     _consume(verbs)
     _topic(verbs)
-    _heal(verbs)
+    _repair(verbs)
     _verify(verbs)
     _promote(verbs)
     _backup(verbs)
@@ -263,13 +263,15 @@ def _consume(verbs) -> None:  # type: ignore[no-untyped-def]
     consume.add_argument("--json", action="store_true", help="offset, key, timestamp and headers too, one JSON a line")
 
 
-def _heal(verbs) -> None:  # type: ignore[no-untyped-def]
-    heal = _verb(verbs, "heal", "fetch damaged records again from a node that has them", "commands.repair", "heal")
-    heal.add_argument(
+def _repair(verbs) -> None:  # type: ignore[no-untyped-def]
+    repair = _verb(
+        verbs, "repair", "fetch damaged records again from a node that has them", "commands.repair", "repair"
+    )
+    repair.add_argument(
         "--from", dest="source", required=True, metavar="HOST:PORT", help="HTTP interface of a parent or a child"
     )
-    heal.add_argument("--topic", default="", help="only this topic; without it all of them")
-    _admin(heal)
+    repair.add_argument("--topic", default="", help="only this topic; without it all of them")
+    _admin(repair)
 
 
 def _verify(verbs) -> None:  # type: ignore[no-untyped-def]
@@ -340,7 +342,7 @@ def _node(verbs) -> None:  # type: ignore[no-untyped-def]
 
 def _reset(verbs) -> None:  # type: ignore[no-untyped-def]
     reset = _verb(
-        verbs, "reset", "load topics afresh from the parent, here or at nodes below", "commands.resync", "reset"
+        verbs, "resync", "load topics afresh from the parent, here or at nodes below", "commands.resync", "resync"
     )
     reset.add_argument("--topic", default="", help="which topic; without it all that a node mirrors")
     reset.add_argument("--group", default="", help="instead: have this consumer group load the topic afresh")
@@ -413,7 +415,9 @@ def _group(verbs) -> None:  # type: ignore[no-untyped-def]
     group = _family(verbs, "group", "list, describe, reset, refresh and delete consumer groups")
     _admin(_verb(group, "list", "list the groups of a node with their lag", "commands.group", "list_groups"))
     describe = _verb(group, "describe", "show one group: places, lag, members", "commands.group", "describe")
-    reset = _verb(group, "reset", "move a group to another place, also while it reads", "commands.group", "reset")
+    reset = _verb(
+        group, "reset-offsets", "move a group to another place, also while it reads", "commands.group", "reset_offsets"
+    )
     refresh = _verb(
         group, "refresh", "have a group load a topic afresh, beside what it has", "commands.group", "refresh"
     )

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from edgebroker.client.positions import PositionFile
 from edgebroker.client.refresh import Refresh, Staging
-from edgebroker.client.subscriber import Arrived, Item, Notice, Place, Subscriber
+from edgebroker.client.subscriber import Arrived, Item, Notice, PartitionState, Subscriber
 from edgebroker.common import batch
 from edgebroker.common.errors import (
     AnswerError,
@@ -433,7 +433,7 @@ class Consumer:
             return None
 
     @staticmethod
-    def _hand_out(item: Arrived, place: Place) -> None:
+    def _hand_out(item: Arrived, place: PartitionState) -> None:
         place.handed = item.deliver.last + 1
 
     def _decode(self, item: Arrived) -> list[Record]:
@@ -473,9 +473,9 @@ class Consumer:
                 self._on_revoked([notice.partition])
         finally:
             if notice.holding is Holding.REVOKING:
-                self._subscriber.give_back(notice.partition)
+                self._subscriber.returned(notice.partition)
             else:
-                self._subscriber.show_up(notice.partition)
+                self._subscriber.appeared(notice.partition)
 
     def _take_back(self, key: TopicPartition) -> None:
         """What is being handed out of a partition ends here."""

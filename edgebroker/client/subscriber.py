@@ -43,7 +43,7 @@ LEAVE_SECONDS = 1.0
 NOBODYS_LOG_ID = b"\xff" * 16
 
 
-class Place:
+class PartitionState:
     """Where this consumer stands in one partition.
 
     acked <= handed <= expected: acknowledged, handed to the caller, arrived. `awaiting` is the SUBSCRIBE whose answer
@@ -116,12 +116,12 @@ class Subscriber:
         window: tuple[int, int],
     ) -> None:
         self._group, self._topics, self._start, self._window = group, list(topics), start, window
-        self.places: dict[TopicPartition, Place] = {}
+        self.places: dict[TopicPartition, PartitionState] = {}
         for (topic, partition), place in positions.items():
             if topic not in topics:
                 continue  # kept for another consumer
             wanted = Wanted(topic, partition, Start.POSITION, place.log_id, place.epoch, place.next_offset)
-            self.places[TopicPartition(topic, partition)] = Place(wanted)
+            self.places[TopicPartition(topic, partition)] = PartitionState(wanted)
         self.arrived: deque[Item] = deque()
         self.ready = Condition()
         self.durable_ends: dict[TopicPartition, int] = {}
@@ -131,7 +131,7 @@ class Subscriber:
         self.last_error: EdgeBrokerError | None = None
         self.closed = False
         self._joined = False
-        self._asked: dict[int, Place] = {}
+        self._asked: dict[int, PartitionState] = {}
         self._paused_timer: TimerHandle | None = None
         self.loop.call_soon_threadsafe(self.link.open)
 
@@ -184,7 +184,7 @@ class Subscriber:
         log.warning("%s; asking for it again", why)
         self.loop.call_soon_threadsafe(lambda: self.link.reconnect(why, DAMAGED_SECONDS))
 
-    def show_up(self, key: TopicPartition) -> None:
+    def appeared(self, key: TopicPartition) -> None:
         """Tell the broker, which took a partition away for silence, that this member is there: by a stale ACK."""
         with self.ready:
             generation, lease = self.places[key].old_lease
@@ -210,7 +210,7 @@ class Subscriber:
         with self.ready:
             place = self.places.get(key)
             if place is None:
-                place = self.places[key] = Place()
+                place = self.places[key] = PartitionState()
             place.wanted = wanted
             place.acked = place.handed = -1
             place.void()
@@ -218,7 +218,7 @@ class Subscriber:
             self._drop(key)
         self.loop.call_soon_threadsafe(lambda: self._subscribe([wanted]))
 
-    def give_back(self, key: TopicPartition) -> None:
+    def returned(self, key: TopicPartition) -> None:
         """Release a partition that is being revoked, once all that was handed out of it is acknowledged."""
         with self.ready:
             place = self.places[key]
@@ -235,7 +235,7 @@ class Subscriber:
 
     def set_paused(self, key: TopicPartition, paused: bool) -> None:
         with self.ready:
-            place = self.places.setdefault(key, Place())
+            place = self.places.setdefault(key, PartitionState())
             place.paused = paused
             if not paused:
                 self.arrived.extendleft(reversed(place.parked))
@@ -290,12 +290,12 @@ class Subscriber:
 
     # ---- the I/O thread: speaking ----
 
-    def _acknowledge(self, key: TopicPartition, place: Place) -> None:
+    def _acknowledge(self, key: TopicPartition, place: PartitionState) -> None:
         if place.lease:
             ack = ConsumerAck(AckKind.CUMULATIVE, *key, place.generation, place.lease, place.acked)
             self.link.send(frames.write_consumer_ack(0, ack))
         if place.revoking:
-            self.give_back(key)
+            self.returned(key)
 
     def _confirm(self, targets: dict[TopicPartition, int], done: Callable[[], None]) -> None:
         for key, wanted in list(targets.items()):
@@ -347,7 +347,7 @@ class Subscriber:
         if self._paused_timer is None:
             self._keep_paused(grants.delivery_ms / 3000)
 
-    def _resumed(self, key: TopicPartition, place: Place) -> Wanted | None:
+    def _resumed(self, key: TopicPartition, place: PartitionState) -> Wanted | None:
         """Where to go on after a reconnect: behind what was acknowledged here, unless another member went on since."""
         if place.refreshing and not self._group:
             # The broker has forgotten the refresh of a reader of its own: no log is its own, so it gets another.
@@ -393,7 +393,7 @@ class Subscriber:
         for line in assigned.lines:
             key = TopicPartition(line.topic, line.partition)
             with self.ready:
-                place = self.places.setdefault(key, Place())
+                place = self.places.setdefault(key, PartitionState())
                 if place.awaiting:
                     continue  # sent before the broker heard of the seek
                 self._drop(key)
@@ -413,7 +413,7 @@ class Subscriber:
                     self._lose(key, place)
                 self.ready.notify()
 
-    def _lose(self, key: TopicPartition, place: Place) -> None:
+    def _lose(self, key: TopicPartition, place: PartitionState) -> None:
         if place.held and (not place.leaving or place.revoking):
             self.arrived.append(Notice(Holding.REVOKED, key, late=place.leaving))
         place.held = place.leaving = place.revoking = False
@@ -426,7 +426,7 @@ class Subscriber:
     def _on_reset(self, reset: Reset) -> None:
         key = TopicPartition(reset.topic, reset.partition)
         with self.ready:
-            place = self.places.setdefault(key, Place())
+            place = self.places.setdefault(key, PartitionState())
             place.void()
             place.log_id, place.epoch = reset.log_id, -1
             place.acked = place.handed = -1  # what was acknowledged before is of other data

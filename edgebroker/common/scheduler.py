@@ -29,8 +29,8 @@ class Scheduler(Protocol):
 
     def remove_reader(self, fd: int) -> None: ...
 
-    def at_end_of_turn(self, callback: Callable[[], None]) -> None:
+    def at_end_of_iteration(self, callback: Callable[[], None]) -> None:
         """Run a callback at the end of every turn, after all events of the turn were handled."""
 
-    def not_at_end_of_turn(self, callback: Callable[[], None]) -> None:
+    def remove_end_of_iteration(self, callback: Callable[[], None]) -> None:
         """Undo that."""

@@ -19,18 +19,36 @@ from edgebroker.pipe.report import MAX_REPORT_BYTES, NodeState, Report
 
 MAX_NODES = 65_536
 # Two machines with the same identity speak in turns, each with the name of its own run.
-TWIN_TURNS, TWIN_SECONDS = 3, 600.0
+TWIN_CHANGES, TWIN_SECONDS = 3, 600.0
 
 
-class Member:
+class FleetMember:
     """A node below. `route` is the uid of the child through which it is reached (its own when it is one), "" when it
     was only heard of. `silent_since` and `behind_at` are monotonic seconds here; `runs` are those before
     the present one, `turns` when an earlier one came back."""
 
     __slots__ = (
-        "address", "behind", "behind_at", "boot", "candidates", "labels", "level", "managed", "name", "number",
-        "parent", "raw", "region", "route", "runs", "silent_since", "skew", "told_at",
-        "told_behind", "turns", "uid",
+        "address",
+        "behind",
+        "behind_at",
+        "boot",
+        "candidates",
+        "labels",
+        "level",
+        "managed",
+        "name",
+        "number",
+        "parent",
+        "raw",
+        "region",
+        "route",
+        "run_changes",
+        "runs",
+        "silent_since",
+        "skew",
+        "told_at",
+        "told_behind",
+        "uid",
     )  # fmt: skip
 
     def __init__(self, uid: str) -> None:
@@ -41,7 +59,7 @@ class Member:
         self.behind = self.behind_at = self.told_behind = self.told_at = 0.0
         self.skew = 0
         self.runs: tuple[str, ...] = ()
-        self.turns: tuple[float, ...] = ()
+        self.run_changes: tuple[float, ...] = ()
 
     def say(self, report: Report, raw: bytes) -> None:
         """Take over a report."""
@@ -58,12 +76,12 @@ class Member:
     def another_run(self, boot: str, now: float) -> None:
         """A run that was there before, and is back behind a later one: two machines with one identity."""
         if boot in self.runs:
-            self.turns = (*self.turns[1 - TWIN_TURNS :], now)
+            self.run_changes = (*self.run_changes[1 - TWIN_CHANGES :], now)
         self.runs = (*self.runs[-3:], self.boot)
 
     def twins(self, now: float) -> bool:
         """Do two machines use this identity?"""
-        return len(self.turns) == TWIN_TURNS and now - self.turns[0] < TWIN_SECONDS
+        return len(self.run_changes) == TWIN_CHANGES and now - self.run_changes[0] < TWIN_SECONDS
 
     def lag(self, now: float) -> float:
         """Seconds that the node is behind the one above it, by now."""
@@ -75,7 +93,7 @@ class Fleet:
 
     def __init__(self, top: str) -> None:
         self._top = top
-        self.members: dict[str, Member] = {}
+        self.members: dict[str, FleetMember] = {}
         # What the node above has not been told yet, in the order in which it changed.
         self._changed: dict[str, None] = {}
         # Runs of nodes that an operator removed: that they are lost is no news.
@@ -85,7 +103,7 @@ class Fleet:
         self.taken: list[str] = []
         self.refused = 0
 
-    def take(self, state: NodeState, route: str, now: float) -> Member | None:
+    def take(self, state: NodeState, route: str, now: float) -> FleetMember | None:
         """Hear of a node; the member when that was news. Raises msgspec.DecodeError for what is no report."""
         raw = bytes(state.report)
         if len(raw) > MAX_REPORT_BYTES * 2:
@@ -99,7 +117,7 @@ class Fleet:
             if len(self.members) >= MAX_NODES:
                 self.refused += 1
                 return None
-            member = self.members[report.uid] = Member(report.uid)
+            member = self.members[report.uid] = FleetMember(report.uid)
         elif report.boot == member.boot:
             if report.number < member.number:
                 return None
@@ -118,7 +136,7 @@ class Fleet:
         self._changed[member.uid] = None
         return member
 
-    def _started_anew(self, member: Member, report: Report, now: float) -> None:
+    def _started_anew(self, member: FleetMember, report: Report, now: float) -> None:
         """Another run of a node has not heard of those below it: they are lost until it has."""
         known = report.boot in member.runs
         member.another_run(report.boot, now)
@@ -159,7 +177,7 @@ class Fleet:
             for below in self._below.get(uid, ()):  # that was all that told that they are silent
                 self.lost(below, min(since))
 
-    def forget(self, uid: str) -> Member:
+    def forget(self, uid: str) -> FleetMember:
         """A node is not below this one any more."""
         member = self.members.pop(uid)
         self._below.get(member.parent, set()).discard(uid)
@@ -200,7 +218,7 @@ class Fleet:
             )
         return found
 
-    def path(self, member: Member) -> Iterator[Member]:
+    def path(self, member: FleetMember) -> Iterator[FleetMember]:
         """The node and those above it, up to the top."""
         seen = 0
         while member is not None and seen < 8:
@@ -211,17 +229,17 @@ class Fleet:
                 return
             member = found
 
-    def silent_for(self, member: Member, now: float) -> float:
+    def silent_for(self, member: FleetMember, now: float) -> float:
         """Seconds since this node, or one above it, was lost; -1 when it is connected."""
         lost = [now - one.silent_since for one in self.path(member) if one.silent_since is not None]
         return max(lost, default=-1.0)
 
-    def lag(self, member: Member, now: float) -> float:
+    def lag(self, member: FleetMember, now: float) -> float:
         """Seconds that the node is behind the top: each hop's own measure, added up."""
         return sum(one.lag(now) for one in self.path(member))
 
 
-def matches(member: Member, wanted: dict[str, str]) -> bool:
+def matches(member: FleetMember, wanted: dict[str, str]) -> bool:
     """Has a node these labels? `name`, `level` and `region` count as labels; a region contains its parts."""
     for key, value in wanted.items():
         if key == "region":
@@ -232,6 +250,6 @@ def matches(member: Member, wanted: dict[str, str]) -> bool:
     return True
 
 
-def find(members: Iterable[Member], name: str) -> list[Member]:
+def find(members: Iterable[FleetMember], name: str) -> list[FleetMember]:
     """The nodes of a name, or the one of a uid."""
     return [member for member in members if name in (member.uid, member.name)]

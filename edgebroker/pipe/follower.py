@@ -19,14 +19,25 @@ from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.types import TopicPartition
 from edgebroker.pipe.divergence import Search
-from edgebroker.pipe.report import Order
-from edgebroker.pipe.stream import Flags, Frame, FrameReader, Hello, Kind, LogPosition, Patterns, Point, Poll, Refusal
+from edgebroker.pipe.report import Directive
+from edgebroker.pipe.stream import (
+    Flags,
+    FrameReader,
+    Hello,
+    Kind,
+    LogPosition,
+    Patterns,
+    PipeFrame,
+    Point,
+    Poll,
+    Refusal,
+)
 
 T = TypeVar("T")
 LEVELS = ("root", "l2", "l3", "pos", "local")
 
 
-class Taken(NamedTuple):
+class AppendResult(NamedTuple):
     """What a sink took: so many bytes, why not more, and where its log stands now."""
 
     size: int
@@ -38,11 +49,11 @@ class Taken(NamedTuple):
 class Sink(Protocol):
     """Where batches go: the node's own log."""
 
-    def append(self, key: TopicPartition, data: memoryview) -> Taken:
+    def append(self, key: TopicPartition, data: memoryview) -> AppendResult:
         """Take whole batches from the beginning of `data`."""
 
 
-class Line:
+class FollowedLog:
     """One log. `state` is one of live, behind, damaged, not_carried, waiting, replaced, diverged, moving; `why` tells.
     `offset` and `chain` are behind the last batch that the sink took, `partial` is the beginning of the next one."""
 
@@ -70,62 +81,71 @@ class Line:
         self.state, self.why = "live", ""
 
 
-class Greeted(NamedTuple):
+class HelloReceived(NamedTuple):
     hello: Hello
 
 
-class Directed(NamedTuple):
+class DirectivesReceived(NamedTuple):
     """Word from the top, for this node or for those below it."""
 
-    orders: list[Order]
+    directives: list[Directive]
 
 
-class Compare(NamedTuple):
+class CompareChain(NamedTuple):
     """The parent ends at `offset`: is the chain there the same in our log? Answer with compared()."""
 
-    line: Line
+    line: FollowedLog
     offset: int
     chain: int
 
 
-class Look(NamedTuple):
+class FindBoundaries(NamedTuple):
     """Look up the boundaries at or behind these offsets in our log; answer with looked()."""
 
-    line: Line
+    line: FollowedLog
     offsets: list[int]
 
 
-class Cut(NamedTuple):
+class TruncateLog(NamedTuple):
     """Our log and the parent's are the same up to `offset`: what lies behind it goes. Then follow() again."""
 
-    line: Line
+    line: FollowedLog
     offset: int
 
 
-class Restart(NamedTuple):
+class RecreateLog(NamedTuple):
     """The parent has nothing that continues our log: begin anew at `offset`. Then follow() again."""
 
-    line: Line
+    line: FollowedLog
     offset: int
     chain: int
 
 
-class Deleted(NamedTuple):
+class LogDeleted(NamedTuple):
     """The origin has deleted this log up to a history of it, and the topic with it. Then drop(), or follow() if ours is
     a newer one."""
 
-    line: Line
+    line: FollowedLog
     epoch: int
 
 
-class Changed(NamedTuple):
+class StateChanged(NamedTuple):
     """A line is in another state; for logs and counters."""
 
-    line: Line
+    line: FollowedLog
     code: str
 
 
-Event = Greeted | Directed | Compare | Look | Cut | Restart | Deleted | Changed
+Event = (
+    HelloReceived
+    | DirectivesReceived
+    | CompareChain
+    | FindBoundaries
+    | TruncateLog
+    | RecreateLog
+    | LogDeleted
+    | StateChanged
+)
 
 
 class Follower:
@@ -144,13 +164,13 @@ class Follower:
         pin: bool = False,
     ) -> None:
         self._uid, self._name, self._level, self._patterns, self._sink = uid, name, level, list(patterns), sink
-        self.lines: dict[TopicPartition, Line] = {}
+        self.lines: dict[TopicPartition, FollowedLog] = {}
         self._wanted, self.hours, self._pin = Patterns(self._patterns), hours, pin
         self._parent = ""
         self.known: dict[str, int] = {}
-        self._polled: list[Line] = []
+        self._polled: list[FollowedLog] = []
         self._reader = FrameReader()
-        self._begun: set[Line] = set()
+        self._begun: set[FollowedLog] = set()
         self.bytes_taken = self.bytes_wasted = 0
 
     def wants(self, topic: str) -> bool:
@@ -161,7 +181,7 @@ class Follower:
         """Stand at a place of a log: new, moved, or after something that was taken could not be stored."""
         line = self.lines.get(key)
         if line is None:
-            self.lines[key] = Line(key, log_id, epoch, log_start, offset, chain)
+            self.lines[key] = FollowedLog(key, log_id, epoch, log_start, offset, chain)
         else:
             line.begin(log_id, epoch, log_start, offset, chain)
 
@@ -221,15 +241,15 @@ class Follower:
                 yield self._hello(_decode(payload, Hello))
             elif frame.kind == Kind.STATE:
                 yield from self._refused(self._line(frame), _decode(payload, Refusal))
-            elif frame.kind == Kind.ORDER:
-                yield Directed(_orders(payload))
+            elif frame.kind == Kind.DIRECTIVE:
+                yield DirectivesReceived(_directives(payload))
 
-    def _line(self, frame: Frame) -> Line:
+    def _line(self, frame: PipeFrame) -> FollowedLog:
         if frame.line >= len(self._polled):
             raise RemoteProtocolError(f"the parent answered line {frame.line} of {len(self._polled)}")
         return self._polled[frame.line]
 
-    def _hello(self, hello: Hello) -> Greeted:
+    def _hello(self, hello: Hello) -> HelloReceived:
         if self._uid in (hello.uid, *hello.path):
             raise RemoteProtocolError(f"{hello.name} gets its data from this node: the tree must not be a circle")
         if hello.level not in LEVELS or LEVELS.index(hello.level) >= LEVELS.index(self._level):
@@ -244,9 +264,9 @@ class Follower:
             self._parent = hello.uid
             for line in self.lines.values():
                 line.search, line.points = None, []
-        return Greeted(hello)
+        return HelloReceived(hello)
 
-    def _data(self, frame: Frame, payload: memoryview, first: bool) -> Iterator[Event]:
+    def _data(self, frame: PipeFrame, payload: memoryview, first: bool) -> Iterator[Event]:
         line = self._line(frame)
         if line.state == "moving":
             return
@@ -277,7 +297,7 @@ class Follower:
                     taken, _ = self._take(line, whole)
                 del line.partial[:taken]
 
-    def _begins_right(self, line: Line, frame: Frame) -> None:
+    def _begins_right(self, line: FollowedLog, frame: PipeFrame) -> None:
         if frame.flags & Flags.CONTINUES and line in self._begun:
             return
         self._begun.add(line)
@@ -290,7 +310,7 @@ class Follower:
                 f"node stands at {here[0]}+{here[1]} (chain {line.chain:08x})"
             )
 
-    def _take(self, line: Line, data: memoryview) -> tuple[int, Reason]:
+    def _take(self, line: FollowedLog, data: memoryview) -> tuple[int, Reason]:
         taken = self._sink.append(line.key, data)
         if taken.size:
             with data[: taken.size] as whole:
@@ -301,7 +321,7 @@ class Follower:
 
     # ---- refusals ----
 
-    def _refused(self, line: Line, refusal: Refusal) -> Iterator[Event]:
+    def _refused(self, line: FollowedLog, refusal: Refusal) -> Iterator[Event]:
         if line.state == "moving":
             return
         before, line.why = line.state, refusal.message
@@ -309,10 +329,10 @@ class Follower:
             case "BEHIND":
                 line.state, line.parent_end = "behind", refusal.offset
                 if line.log_start <= refusal.offset < line.offset:
-                    yield Compare(line, refusal.offset, refusal.chain)
+                    yield CompareChain(line, refusal.offset, refusal.chain)
             case "GONE":
                 line.state = "moving"
-                yield Restart(line, refusal.offset, refusal.chain)
+                yield RecreateLog(line, refusal.offset, refusal.chain)
             case "OK":
                 yield from _may_go_on(line)
                 return
@@ -322,7 +342,7 @@ class Follower:
                 if refusal.log_id != line.log_id:
                     raise RemoteProtocolError(f"{_name(line)}: the parent deleted another log, {refusal.log_id}")
                 line.state = "moving"
-                yield Deleted(line, refusal.offset)
+                yield LogDeleted(line, refusal.offset)
             case "HOURS":
                 line.state = "waiting"
             case "DAMAGED":
@@ -335,24 +355,24 @@ class Follower:
             case _:
                 raise RemoteProtocolError(f"{_name(line)}: the parent answered {refusal.code}")
         if line.state != before:
-            yield Changed(line, refusal.code)
+            yield StateChanged(line, refusal.code)
 
-    def compared(self, line: Line, same: bool, offset: int) -> Iterator[Event]:
+    def compared(self, line: FollowedLog, same: bool, offset: int) -> Iterator[Event]:
         """The answer to Compare. The same chain: the parent is only behind. Another one: the logs part before."""
         if line.state == "behind" and not same:
             line.state = "diverged"
             line.search = Search(line.log_start, max(offset, line.log_start + 1))
-            yield Changed(line, "DIVERGED")
-            yield Look(line, line.search.offsets())
+            yield StateChanged(line, "DIVERGED")
+            yield FindBoundaries(line, line.search.offsets())
 
-    def _diverged(self, line: Line, refusal: Refusal) -> Iterator[Event]:
+    def _diverged(self, line: FollowedLog, refusal: Refusal) -> Iterator[Event]:
         if line.search is None:
             line.search = Search(line.log_start, line.offset)
         line.search.answered(refusal.offset if line.points else -1, Point(refusal.start, refusal.start_chain))
         line.points = []
-        yield Look(line, line.search.offsets())
+        yield FindBoundaries(line, line.search.offsets())
 
-    def looked(self, line: Line, found: Sequence[Point]) -> Iterator[Event]:
+    def looked(self, line: FollowedLog, found: Sequence[Point]) -> Iterator[Event]:
         """The answer to Look; without an event the next poll asks the parent about what was found."""
         search = line.search
         if line.state != "diverged" or search is None:
@@ -360,28 +380,28 @@ class Follower:
         line.points = search.take(found)
         if not line.points and search.low >= 0:
             line.state = "moving"
-            yield Cut(line, search.low)
+            yield TruncateLog(line, search.low)
         elif not line.points and search.start.offset >= 0:
             line.state = "moving"
-            yield Restart(line, *search.start)
+            yield RecreateLog(line, *search.start)
 
 
-def _may_go_on(line: Line) -> Iterator[Event]:
+def _may_go_on(line: FollowedLog) -> Iterator[Event]:
     if line.state != "live":
         line.state, line.why, line.search, line.points = "live", "", None, []
-        yield Changed(line, "OK")
+        yield StateChanged(line, "OK")
 
 
-def _name(line: Line) -> str:
+def _name(line: FollowedLog) -> str:
     return f"{line.key.topic}/{line.key.partition}"
 
 
-def _orders(payload: memoryview) -> list[Order]:
+def _directives(payload: memoryview) -> list[Directive]:
     """Those that this release knows; a newer one may have others."""
-    found: list[Order] = []
+    found: list[Directive] = []
     for raw in _decode(payload, list[msgspec.Raw]):
         try:
-            found.append(msgspec.json.decode(raw, type=Order))
+            found.append(msgspec.json.decode(raw, type=Directive))
         except msgspec.DecodeError:
             continue
     return found

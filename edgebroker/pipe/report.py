@@ -49,7 +49,7 @@ class TopicReport(msgspec.Struct, frozen=True, array_like=True):
     logs: int = 0
 
 
-class ResetReport(msgspec.Struct, frozen=True, array_like=True):
+class ResyncReport(msgspec.Struct, frozen=True, array_like=True):
     """How far a node is with a reset: waiting, loading, held (until its hours), shrunk, no_space, switching, done,
     failed, refreshing (a group)."""
 
@@ -77,7 +77,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     managed: bool = False
     candidates: int = 0
     topics: list[TopicReport] = []
-    resets: Annotated[list[ResetReport], Meta(max_length=4)] = []
+    resyncs: Annotated[list[ResyncReport], Meta(max_length=4)] = []
     problems: Annotated[list[_Word], Meta(max_length=32)] = []
     disk_free_percent: int = 100
     disk_days: int = -1
@@ -112,7 +112,7 @@ class Heard(msgspec.Struct, frozen=True):
     elsewhere: list[str] = []
 
 
-class Assignment(msgspec.Struct, frozen=True, kw_only=True, tag="parents"):
+class ParentAssignment(msgspec.Struct, frozen=True, kw_only=True, tag="parents"):
     """Where a node shall look for its parent: HTTP addresses, the best first. `drain`: leave a parent that is not in
     the list even if it works, and take an empty list for an answer."""
 
@@ -121,7 +121,7 @@ class Assignment(msgspec.Struct, frozen=True, kw_only=True, tag="parents"):
     drain: bool = False
 
 
-class ResetOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="reset"):
+class ResyncDirective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="resync"):
     """What a node shall load afresh from its parent: a topic ("" all that it mirrors), or with `group` have that group
     load it afresh. `in_place`: without a copy beside it, for want of space. `force`: even if the new copy has less than
     90 % of the records. `accept`: even if the parent's is another log. `hours`: switch only then, by its own clock."""
@@ -136,7 +136,7 @@ class ResetOrder(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     hours: Annotated[str, Meta(max_length=200)] = ""
 
 
-Order = Assignment | ResetOrder
+Directive = ParentAssignment | ResyncDirective
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

@@ -57,7 +57,7 @@ class Kind(IntEnum):
     DATA = 2
     STATE = 3
     IDLE = 4
-    ORDER = 5
+    DIRECTIVE = 5
 
 
 class Flags(IntFlag):
@@ -190,7 +190,7 @@ class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     start_chain: _U32 = 0
 
 
-class Frame(NamedTuple):
+class PipeFrame(NamedTuple):
     """The header of a frame."""
 
     size: int
@@ -207,7 +207,7 @@ class Part(NamedTuple):
     """A frame, or for DATA what has arrived of it: `first` piece of it or not. The payload is valid until the next
     bytes are read."""
 
-    frame: Frame
+    frame: PipeFrame
     payload: memoryview
     first: bool
 
@@ -223,7 +223,7 @@ class FrameReader:
     def __init__(self) -> None:
         self._head = bytearray()
         self._body = bytearray()
-        self._frame: Frame | None = None
+        self._frame: PipeFrame | None = None
         self._left = 0
 
     def feed(self, data: memoryview) -> Iterator[Part]:
@@ -253,7 +253,7 @@ class FrameReader:
         self._head += data[:missing]
         begun = len(self._head) == HEADER_BYTES
         if begun:
-            frame = Frame._make(HEADER.unpack(self._head))
+            frame = PipeFrame._make(HEADER.unpack(self._head))
             self._head.clear()
             if frame.kind not in Kind._value2member_map_:
                 raise RemoteProtocolError(f"the parent sent a frame of kind {frame.kind}")

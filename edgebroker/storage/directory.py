@@ -26,7 +26,7 @@ class Format(msgspec.Struct, forbid_unknown_fields=False):
     incompat: list[str] = []
 
 
-class Node(msgspec.Struct, forbid_unknown_fields=False):
+class NodeFile(msgspec.Struct, forbid_unknown_fields=False):
     """node: made once, changed only by a promotion: then its level counts, not the configured one."""
 
     uid: str
@@ -106,15 +106,15 @@ class DataDirectory:
                 "nothing was changed, install the newer release again"
             )
 
-    def _node(self, level: str) -> Node:
+    def _node(self, level: str) -> NodeFile:
         path = self.path / "node"
         try:
-            node = msgspec.json.decode(path.read_bytes(), type=Node)
+            node = msgspec.json.decode(path.read_bytes(), type=NodeFile)
             if len(bytes.fromhex(node.uid)) == 16:
                 return node
         except (FileNotFoundError, msgspec.DecodeError, ValueError):
             pass
-        node = Node(os.urandom(16).hex(), level)
+        node = NodeFile(os.urandom(16).hex(), level)
         self._write_full_proof(path, msgspec.json.encode(node) + b"\n")
         return node
 
@@ -124,7 +124,7 @@ class DataDirectory:
         files.sync_directory(self.path)
         self.restored = False
 
-    def change_node(self, node: Node) -> None:
+    def change_node(self, node: NodeFile) -> None:
         """Store another level; durable when this returns."""
         files.write_durable(self.path / "node", msgspec.json.encode(node) + b"\n")
         self.node = node

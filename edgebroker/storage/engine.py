@@ -12,9 +12,9 @@ from edgebroker.common.histogram import Histogram
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.log.chains import ChainPoint
-from edgebroker.storage.log.partition import Extent, Found
+from edgebroker.storage.log.partition import FileSlice, Found
 from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.metadata.children import Children
@@ -33,7 +33,7 @@ class Log(Protocol):
     epoch: int
     written_end: int
     durable_end: int
-    holes: list[Hole]
+    corrupt_ranges: list[CorruptRange]
     records_in: int
     bytes_in: int
     chain: int
@@ -57,7 +57,7 @@ class Log(Protocol):
     def size_bytes(self) -> int: ...
     def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Found: ...
     def end_hint(self) -> tuple[int, int] | None: ...
-    def to_heal(self) -> tuple[int, int]:
+    def to_repair(self) -> tuple[int, int]:
         """The offsets [first, next) to be fetched first: the first hole, or a part of it."""
 
     def chain_at(self, offset: int) -> int | None:
@@ -69,7 +69,7 @@ class Log(Protocol):
     def describe(self) -> dict[str, object]: ...
 
 
-class Listener(Protocol):
+class EngineListener(Protocol):
     """Who is told, on the loop, what became of staged batches."""
 
     def on_opening(self, done: int, topics: int) -> None:
@@ -117,13 +117,13 @@ class Engine(Protocol):
     def tombstones(self) -> Mapping[str, Tombstone]:
         """Logs that were deleted, by log id."""
 
-    def open(self, listener: Listener) -> None:
+    def open(self, listener: EngineListener) -> None:
         """Recover what is stored. Blocks; before the loop runs."""
 
     def close(self, timeout: float) -> bool:
         """Store and release everything. True when the stop was clean."""
 
-    def hurry(self) -> bool:
+    def flush(self) -> bool:
         """Store what is staged without waiting for intervals; True when nothing is left to do (stop)."""
 
     def topics(self) -> Iterable[str]: ...
@@ -131,7 +131,7 @@ class Engine(Protocol):
     def logs(self) -> Iterable[Log]: ...
     def partitions(self, topic: str) -> list[Log]: ...
     def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None: ...
-    def heal(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
+    def repair(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
         """Put batches from another node into the first hole of a log: done(offset up to which it is whole, error)."""
 
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
@@ -153,7 +153,7 @@ class Engine(Protocol):
         """What waits for the disk, over all partitions."""
 
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None: ...
-    def peek(self, extent: Extent) -> bytes | None:
+    def read_cached(self, extent: FileSlice) -> bytes | None:
         """The bytes of an extent, when all of them are in the page cache. Does not wait."""
 
     def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:

@@ -16,13 +16,13 @@ from edgebroker.common.errors import Code
 from edgebroker.common.histogram import Histogram
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
-from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
+from edgebroker.storage.engine import Appended, Done, EngineListener, Log, Tombstone
 from edgebroker.storage.identity import Identity, make_identity
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.chains import ChainPoint
-from edgebroker.storage.log.partition import Extent, Inline
+from edgebroker.storage.log.partition import FileSlice, Inline
 from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.staging import Chunk, Stage
 from edgebroker.storage.metadata.children import Children
@@ -38,7 +38,7 @@ class MemoryLog:
         self.chunks: list[Chunk] = []
         self.born: list[float] = []
         self.written_end = self.durable_end = 0
-        self.holes: list[Hole] = []
+        self.corrupt_ranges: list[CorruptRange] = []
         self.records_in = self.bytes_in = 0
         self.chain = identity.chain
         self.chains: list[int] = []
@@ -75,7 +75,7 @@ class MemoryLog:
         length, following = segscan.cut(view[start:], max_bytes, min(chunk.next_offset, first + max_records))
         return Inline(view[start : start + length], first, following)
 
-    def to_heal(self) -> tuple[int, int]:
+    def to_repair(self) -> tuple[int, int]:
         raise AssertionError("memory is never damaged")
 
     def end_hint(self) -> tuple[int, int] | None:
@@ -107,14 +107,14 @@ class MemoryEngine:
         self.node_uid = "00" * 16
         self.tombstones: dict[str, Tombstone] = {}
 
-    def open(self, listener: Listener) -> None:
+    def open(self, listener: EngineListener) -> None:
         self._listener = listener
-        self._scheduler.at_end_of_turn(self._flush)
+        self._scheduler.at_end_of_iteration(self._flush)
 
     def close(self, timeout: float) -> bool:
         return True
 
-    def hurry(self) -> bool:
+    def flush(self) -> bool:
         return not self._dirty
 
     def topics(self) -> Iterable[str]:
@@ -141,7 +141,7 @@ class MemoryEngine:
         done(Code.OK, "")
         self._listener.on_topic(name)
 
-    def heal(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
+    def repair(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
         raise AssertionError("memory is never damaged")
 
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
@@ -188,7 +188,7 @@ class MemoryEngine:
         assert isinstance(found, Inline)
         done(ColdRead(data=bytes(found.data), first_offset=found.first_offset, next_offset=found.next_offset))
 
-    def peek(self, extent: Extent) -> bytes | None:
+    def read_cached(self, extent: FileSlice) -> bytes | None:
         raise AssertionError("memory has no extents")
 
     def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:

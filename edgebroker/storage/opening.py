@@ -135,9 +135,9 @@ class Opener:
         recovered = recovery.run(checkpoint, watermark)
         self._describe(recovered.segments, state.segments.get(key, {}), identity)
         partition = self.make_log(topic, number, identity, recovered)
-        for hole in state.holes.get(key, []):
-            if identity.log_start < hole.next <= recovered.next_offset:  # else it was of what is not there any more
-                partition.add_hole(hole)
+        for corrupt in state.corrupt_ranges.get(key, []):
+            if identity.log_start < corrupt.next <= recovered.next_offset:  # else it was of what is not there any more
+                partition.add_corrupt_range(corrupt)
         windows = state.windows.get(key)
         now = self._scheduler.now()
         if windows is not None:

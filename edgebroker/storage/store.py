@@ -22,12 +22,12 @@ from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.directory import DataDirectory
-from edgebroker.storage.engine import Appended, Done, Listener, Log, Tombstone
+from edgebroker.storage.engine import Appended, Done, EngineListener, Log, Tombstone
 from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity
 from edgebroker.storage.log.ages import Ages
 from edgebroker.storage.log.chains import ChainPoint, DamagedLogError, find_chains
-from edgebroker.storage.log.partition import Extent, PartitionLog
-from edgebroker.storage.log.reader import ColdRead, Reader, read_cold
+from edgebroker.storage.log.partition import FileSlice, PartitionLog
+from edgebroker.storage.log.reader import ColdRead, ColdReader, read_cold
 from edgebroker.storage.log.recovery import Checkpoint, RecoveredLog
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.staging import Chunk
@@ -38,8 +38,8 @@ from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener, begin_histories, raise_epochs
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.rewrite.removal import Removal, finish_removals, read_tombstones
-from edgebroker.storage.rewrite.repair import Healed, heal_segment
-from edgebroker.storage.rewrite.replace import Switch, finish_switches, read_resets
+from edgebroker.storage.rewrite.repair import RepairResult, repair_segment
+from edgebroker.storage.rewrite.replace import TopicReplacement, finish_replacements, read_resyncs
 from edgebroker.storage.rewrite.truncate import begin_log, cut_log, restart_log
 from edgebroker.storage.upkeep.housekeeping import Housekeeping, HousekeepingSettings
 
@@ -93,18 +93,18 @@ class SegmentStore:
 
     # ---- life ----
 
-    def open(self, listener: Listener) -> None:
+    def open(self, listener: EngineListener) -> None:
         """Recover every log; raises only for what DataDirectory refuses."""
         self._listener = listener
         self._metadata = Metadata(self._path, self._scheduler, self._clock)
-        self._reader = Reader(self._scheduler, self._settings.read_timeout)
+        self._reader = ColdReader(self._scheduler, self._settings.read_timeout)
         self._committer = Committer(self._scheduler, self._clock, self, interval_seconds=self._settings.commit_interval)
         if not self._directory.was_clean:
             log.info("no clean stop before this start: the logs are checked from their last checkpoints on")
         state = self._metadata.load()
         self.tombstones = read_tombstones(self._path)
-        resets = read_resets(self._path)
-        switched, resets = finish_switches(self._path, resets)
+        resyncs = read_resyncs(self._path)
+        switched, resyncs = finish_replacements(self._path, resyncs)
         gone, left = finish_removals(self._path, self.tombstones)
         changed = gone + switched
         state.forget(changed)
@@ -129,9 +129,9 @@ class SegmentStore:
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, listener, self._committer,
             self._metadata, self._reader, self._quarantine,
         )  # fmt: skip
-        self.switch = Switch(
+        self.replacement = TopicReplacement(
             self._path, self._topics, self._opener, self._committer, self._metadata, self._reader, self._housekeeping,
-            listener, resets,
+            listener, resyncs,
         )  # fmt: skip
         self._housekeeping.start()
 
@@ -162,9 +162,9 @@ class SegmentStore:
             clean = False
         return clean
 
-    def hurry(self) -> bool:
+    def flush(self) -> bool:
         """Sync without waiting for intervals; True when nothing is left to do."""
-        self._committer.hurry()
+        self._committer.flush_now()
         return self._committer.idle
 
     # ---- topics ----
@@ -307,7 +307,7 @@ class SegmentStore:
             for segment in partition.rewritten(*result):
                 segment.retire()
                 self._metadata.changes.segments[*key, segment.base] = None
-            self._housekeeping.holes_changed(partition)
+            self._housekeeping.corrupt_ranges_changed(partition)
             self._housekeeping.checkpoint(partition)
             self._listener.on_rewritten(partition)
             done(Code.OK, "")
@@ -317,7 +317,7 @@ class SegmentStore:
         self._metadata.changes.checkpoints[key] = NO_CHECKPOINT
         self._metadata.touch(lambda: self._committer.call(work, finished))
 
-    def heal(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
+    def repair(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
         """Put batches from another node into the first hole of a log, from its beginning on: done(offset up to which it
         is whole now, error). A hole in the active segment waits until that is sealed."""
         assert isinstance(log, PartitionLog)
@@ -336,11 +336,11 @@ class SegmentStore:
         def finished(result: object) -> None:
             partition.rewriting = False
             self._housekeeping.checkpoint(partition)
-            if not isinstance(result, Healed):
+            if not isinstance(result, RepairResult):
                 self._listener.on_rewritten(partition)
                 done(-1, str(result))
                 return
-            for segment in partition.healed(wound, result, self._clock.wall_ms()):
+            for segment in partition.repaired(wound, result, self._clock.wall_ms()):
                 segment.retire()
             for segment in {partition.segment_of(result.base), partition.segment_of(wound.base)}:
                 self._metadata.changes.segments[*key, segment.base] = SegmentRow(
@@ -348,18 +348,18 @@ class SegmentStore:
                     segment.sealed_ms,
                 )  # fmt: skip
                 self._housekeeping.verify(partition, segment)
-            self._housekeeping.holes_changed(partition)
+            self._housekeeping.corrupt_ranges_changed(partition)
             self._listener.on_rewritten(partition)
             self._listener.on_topic(partition.topic)
             # Until it is stored that the hole is gone, a crash would bring it back.
             self._metadata.touch(lambda: done(result.next_offset, ""))
 
-        self._committer.call(lambda: heal_segment(wound, data), finished)
+        self._committer.call(lambda: repair_segment(wound, data), finished)
 
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
         """For each offset the first batch boundary at or behind it and the chain there: done(points, error)."""
         assert isinstance(log, PartitionLog)
-        if log.switching:
+        if log.replacing:
             self._scheduler.call_later(0.0, lambda: done([], BEING_SWITCHED))
             return
         inside = [offset for offset in offsets if log.log_start <= offset <= log.durable_end]
@@ -449,7 +449,7 @@ class SegmentStore:
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
         """Read through the reader thread; new indexes and holes found on the way are taken over."""
         assert isinstance(log, PartitionLog)
-        if log.switching:
+        if log.replacing:
             self._scheduler.call_later(0.0, lambda: done(ColdRead(error=BEING_SWITCHED)))
             return
         segment = log.segment_of(offset)
@@ -460,12 +460,12 @@ class SegmentStore:
                 log.take_index(segment, result.index, -1)
                 if segment is not log.active:
                     self._housekeeping.index_loaded(segment)
-            if result.hole is not None and segment.retired:
+            if result.corrupt is not None and segment.retired:
                 # It was healed meanwhile: what was found belongs to the file before.
-                result.hole, result.error = None, "the segment was replaced while it was read"
-            if result.hole is not None:
-                log.add_hole(result.hole)
-                self._housekeeping.holes_changed(log)
+                result.corrupt, result.error = None, "the segment was replaced while it was read"
+            if result.corrupt is not None:
+                log.add_corrupt_range(result.corrupt)
+                self._housekeeping.corrupt_ranges_changed(log)
             if result.fd >= 0:
                 if segment.fd < 0 and not segment.retired:
                     segment.fd = result.fd
@@ -476,7 +476,7 @@ class SegmentStore:
 
         self._reader.submit(lambda: read_cold(view, offset, max_bytes, self._quarantine), answer)
 
-    def peek(self, extent: Extent) -> bytes | None:
+    def read_cached(self, extent: FileSlice) -> bytes | None:
         return files.read_cached(extent.segment.fd, extent.length, extent.position)
 
     def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
@@ -518,7 +518,7 @@ class SegmentStore:
 
     def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
         assert isinstance(log, PartitionLog)
-        if log.switching:
+        if log.replacing:
             self._scheduler.call_later(0.0, lambda: done(-1, BEING_SWITCHED))
             return
         views = [(log.view(segment), segment.max_timestamp) for segment in log.segments]
@@ -575,7 +575,7 @@ class SegmentStore:
             found["disk_stalled"] = "the disk does not answer"
         if self._opener.unserved:
             found["unserved_topics"] = "; ".join(f"{topic}: {why}" for topic, why in self._opener.unserved.items())
-        damaged = [partition.name for partition in self.logs() if partition.holes]
+        damaged = [partition.name for partition in self.logs() if partition.corrupt_ranges]
         if damaged:
             found["damaged"] = ", ".join(damaged[:20])
         return {name: why for name, why in found.items() if why}

@@ -22,10 +22,10 @@ _ROOT = Path(__file__).parents[2]
 
 
 @dataclass
-class Child:
+class ChildStream:
     """One member: what it was told, its process now, and when it is let go on (0: it is not stopped)."""
 
-    orders: dict[str, Any]
+    directives: dict[str, Any]
     process: subprocess.Popen[bytes]
     runs: int = 1
     wake_at: float = 0.0
@@ -42,26 +42,31 @@ class Crowd:
         self.broker, self.topic, self.group = broker, topic, group
         self._directory = directory / f"journals-{topic}"
         self._directory.mkdir()
-        self.children: dict[str, Child] = {}
+        self.children: dict[str, ChildStream] = {}
         self.problems: list[str] = []
 
     # ---- members ----
 
-    def start(self, name: str, server: str = "", **orders: Any) -> None:
+    def start(self, name: str, server: str = "", **directives: Any) -> None:
         """Start a member; with a name that was used before, start that one again."""
         known = self.children.get(name)
         if known is not None:
-            orders = {**known.orders, **orders}
+            directives = {**known.directives, **directives}
         else:
-            orders = {"server": server or self.broker.server, "topic": self.topic, "group": self.group, **orders}
+            directives = {
+                "server": server or self.broker.server,
+                "topic": self.topic,
+                "group": self.group,
+                **directives,
+            }
         runs = known.runs + 1 if known is not None else 1
         journal = self._directory / f"{name}-{runs}"
-        arguments = json.dumps({**orders, "client_id": name, "journal": str(journal)})
+        arguments = json.dumps({**directives, "client_id": name, "journal": str(journal)})
         environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
         with (self._directory / f"{name}-{runs}.log").open("wb") as log:
-            command = [sys.executable, "-m", "faults.member", arguments]
+            command = [sys.executable, "-m", "tests.faults.member", arguments]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        self.children[name] = Child(orders, process, runs)
+        self.children[name] = ChildStream(directives, process, runs)
 
     def names(self, *, stopped: bool = False) -> list[str]:
         """Those that run, and are (or are not) stopped."""

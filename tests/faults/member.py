@@ -1,6 +1,6 @@
 """One member of a consumer group as a process of its own: handles records and writes down what it did.
 
-    python -m faults.member '{"server": ..., "topic": ..., "group": ..., "client_id": ..., "journal": ..., ...}'
+    python -m tests.faults.member '{"server": ..., "topic": ..., "group": ..., "client_id": ..., "journal": ..., ...}'
 
 Every line of the journal is one write, so that it survives a kill of the process: monotonic nanoseconds, what, values.
 
@@ -58,18 +58,18 @@ class Member(Consumer):
 
     lease = 0
 
-    def __init__(self, orders: Orders) -> None:
-        self._orders, self._rng = orders, random.Random(orders.seed)
-        self._journal = os.open(orders.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+    def __init__(self, directives: Orders) -> None:
+        self._directives, self._rng = directives, random.Random(directives.seed)
+        self._journal = os.open(directives.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
         self._clock = SystemClock()
         self.stopping = False
         super().__init__(
-            orders.server,
-            [orders.topic],
-            orders.group,
-            client_id=orders.client_id,
+            directives.server,
+            [directives.topic],
+            directives.group,
+            client_id=directives.client_id,
             auto_ack=False,
-            window_records=orders.window,
+            window_records=directives.window,
             on_gap=self._on_a_gap,
             on_assigned=self._on_coming,
             on_revoked=self._on_going,
@@ -93,7 +93,7 @@ class Member(Consumer):
 
     def _ack_handed(self) -> None:
         """All that was handed out was handled."""
-        if self._orders.acks:
+        if self._directives.acks:
             for key, offset in self.handed().items():
                 self.ack_to(*key, offset)
 
@@ -108,28 +108,28 @@ class Member(Consumer):
                 self._handle(records, self.lease)
             else:
                 self._ack_handed()
-            if self._orders.acks and self._rng.random() < 0.1:
+            if self._directives.acks and self._rng.random() < 0.1:
                 self._store()
 
     def _handle(self, records: list[Record], lease: int) -> None:
         """One delivery; with acknowledgements in the middle of it, and one record that is refused, now and then."""
-        orders, rng = self._orders, self._rng
+        directives, rng = self._directives, self._rng
         for record in records:
             producer, n = origin_of(record.value or b"")
             if producer == POISON:
                 self.note("x", record.partition, lease, record.offset)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if rng.random() < orders.refuse:
+            if rng.random() < directives.refuse:
                 self.nack(record, "refused")
                 return
-            if orders.pause:
-                sleep(rng.uniform(0.0, orders.pause))
-            if orders.hang and rng.random() < 0.002:
-                sleep(orders.hang)
+            if directives.pause:
+                sleep(rng.uniform(0.0, directives.pause))
+            if directives.hang and rng.random() < 0.002:
+                sleep(directives.hang)
             self.note("h", record.partition, lease, record.offset, producer, n)
-            if orders.acks and rng.random() < orders.often:
+            if directives.acks and rng.random() < directives.often:
                 self.ack(record)
-        if orders.acks and rng.random() < 0.9:
+        if directives.acks and rng.random() < 0.9:
             self.ack(records[-1])
 
     def _store(self) -> None:

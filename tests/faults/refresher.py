@@ -1,6 +1,6 @@
 """A consumer with a store of its own, as a process that stops at each step of a refresh until it is told to go on.
 
-    python -m faults.refresher '{"server": ..., "topic": ..., "group": ..., "store": ..., "window": 40}'
+    python -m tests.faults.refresher '{"server": ..., "topic": ..., "group": ..., "store": ..., "window": 40}'
 
 It writes "at STEP RESET_ID" and reads a line before it goes on; STEPS are in the order in which they come.
 """
@@ -142,16 +142,16 @@ def watch_ready(consumer: Consumer) -> None:
 
 
 def main() -> None:
-    orders = json.loads(sys.argv[1])
-    store = Store(orders["store"], report)
+    directives = json.loads(sys.argv[1])
+    store = Store(directives["store"], report)
     with Consumer(
-        orders["server"],
-        [orders["topic"]],
-        orders["group"],
+        directives["server"],
+        [directives["topic"]],
+        directives["group"],
         client_id="refresher",
         auto_ack=False,
         staging=store,
-        window_records=orders["window"],
+        window_records=directives["window"],
     ) as consumer:
         watch_ready(consumer)
         while True:

@@ -56,7 +56,7 @@ class Listener:
 class Recovered(NamedTuple):
     content: dict[int, PartitionContent]
     offsets: dict[int, int]
-    holes: int
+    corrupt_ranges: int
 
 
 class Lab:
@@ -128,8 +128,8 @@ class Lab:
             Ack(TOPIC, int(line[1]), int(line[2]), "p", int(line[3]), "durable") for line in words if line[0] == "ack"
         ]
         problems = self.history.problems(TOPIC, found.content, retention=True)
-        if found.holes:
-            problems.append(f"{found.holes} holes although nothing is damaged")
+        if found.corrupt_ranges:
+            problems.append(f"{found.corrupt_ranges} holes although nothing is damaged")
         for partition, least in {int(line[1]): int(line[2]) for line in words if line[0] == "group"}.items():
             offset = found.offsets.get(partition, -1)
             if not least <= offset <= found.content[partition].durable_end:
@@ -152,7 +152,7 @@ def recover(directory: Path) -> Recovered:
     store.open(Listener())
     # Closed before the files are read: a start may go on with retention at once.
     ends = {log.partition: log.durable_end for log in store.partitions(TOPIC)}
-    holes = sum(len(log.holes) for log in store.partitions(TOPIC))
+    corrupt_ranges = sum(len(log.corrupt_ranges) for log in store.partitions(TOPIC))
     offsets = {partition: place.next_offset for (_, _, partition), place in store.group_offsets().items()}
     store.close(5.0)
     broker.loop.close()
@@ -160,7 +160,7 @@ def recover(directory: Path) -> Recovered:
     for partition, end in ends.items():
         place = directory / "topics" / TOPIC / str(partition)
         content[partition] = read_files(place, read_identity(place).log_start, end)
-    return Recovered(content, offsets, holes)
+    return Recovered(content, offsets, corrupt_ranges)
 
 
 @pytest.fixture

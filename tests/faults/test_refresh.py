@@ -58,12 +58,12 @@ class World:
 
     def consume(self) -> None:
         """Start the consumer process."""
-        orders = {"server": self.broker.server, "topic": TOPIC, "group": GROUP}
-        arguments = json.dumps({**orders, "store": str(self._path), "window": WINDOW})
+        directives = {"server": self.broker.server, "topic": TOPIC, "group": GROUP}
+        arguments = json.dumps({**directives, "store": str(self._path), "window": WINDOW})
         environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
         with self._log.open("ab") as log:
             process = subprocess.Popen(
-                [sys.executable, "-m", "faults.refresher", arguments],
+                [sys.executable, "-m", "tests.faults.refresher", arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -110,7 +110,7 @@ def test_while_it_is_written_to_and_removed_from(
         log = root.broker.engine.log("prices", 0)
         assert log is not None
         made = json.loads((tmp_path / f"copy{number}" / "BACKUP").read_text())
-        assert (log.durable_end, log.holes) == (made["logs"]["prices/0"]["end"], [])
+        assert (log.durable_end, log.corrupt_ranges) == (made["logs"]["prices/0"]["end"], [])
         reader = root.raw("reader")
         reader.subscribe("prices", "")
         following = log.log_start

@@ -162,12 +162,12 @@ def test_a_long_handler_keeps_its_lease(tmp_path: Path) -> None:
         fill(broker, 1)
         consumer = broker.consumer(["t"], "g", auto_ack=False)
         (record,) = take(consumer, 1)
-        sweeps = broker.broker.loop.turns
+        sweeps = broker.broker.loop.iterations
         deadline = time.monotonic() + 1.0
         while time.monotonic() < deadline:
             consumer.in_progress()
             threading.Event().wait(0.05)
-        assert broker.broker.loop.turns > sweeps
+        assert broker.broker.loop.iterations > sweeps
         consumer.ack(record)
         consumer.commit(SECONDS)
         assert place(broker, "g")["committed"] == 1

@@ -41,8 +41,8 @@ def shares(broker: RunningBroker) -> dict[object, int]:
     return dict(Counter(line["member"]["client_id"] for line in lines if line["member"]))  # type: ignore[index]
 
 
-def hung(broker: RunningBroker) -> set[object]:
-    return {member["client_id"] for member in group_of(broker)["members"] if member["hung"]}
+def unresponsive(broker: RunningBroker) -> set[object]:
+    return {member["client_id"] for member in group_of(broker)["members"] if member["unresponsive"]}
 
 
 def member(broker: RunningBroker, name: str) -> RawClient:
@@ -77,7 +77,7 @@ def test_who_hangs_loses_the_partition_until_it_is_heard(tmp_path: Path, heard: 
         stuck, other, lease = two_members(broker)
         broker.advance(61)
         # It has nothing of it in its hands any more: nobody waits for it a second time.
-        assert hung(broker) == {"stuck"}
+        assert unresponsive(broker) == {"stuck"}
         assert shares(broker) == {"other": 2}
         assert stuck.notices()[-1].holding is Holding.REVOKED
         line = group_of(broker)["partitions"][lease.partition]
@@ -95,7 +95,7 @@ def test_who_hangs_loses_the_partition_until_it_is_heard(tmp_path: Path, heard: 
             assert stuck.acked(lease, 1, kind=heard) is Code.STALE
         else:
             assert stuck.subscribe("t", "g", start=Start.COMMITTED).code is Code.OK
-        assert hung(broker) == set()
+        assert unresponsive(broker) == set()
         while shares(broker) != {"stuck": 1, "other": 1}:
             delivered = other.deliver()
             assert other.acked(delivered.head, delivered.head.last + 1) is Code.OK
@@ -122,7 +122,7 @@ def test_when_all_hang_the_partitions_are_held_all_the_same(broker: RunningBroke
     broker.raw("producer").publish("t", numbered(0, 10), partition=1 - lease.partition)
     assert other.deliver().offsets == list(range(10))
     broker.advance(61)
-    assert hung(broker) == {"stuck", "other"}
+    assert unresponsive(broker) == {"stuck", "other"}
     assert shares(broker) == {"stuck": 1, "other": 1}
     broker.advance(3601)
     assert (stuck.deliver().offsets, other.deliver().offsets) == ([0], [0])

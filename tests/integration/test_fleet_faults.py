@@ -18,7 +18,7 @@ import pytest
 from edgebroker.broker.fleet.reports import Growth
 from edgebroker.cli.main import main
 from edgebroker.common.clock import SystemClock
-from edgebroker.network.http.call import Ask
+from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet
 from edgebroker.pipe.report import Report, within_limit
@@ -184,13 +184,13 @@ def test_a_pin_to_a_dead_hub(tree: Tree, capsys: pytest.CaptureFixture[str]) -> 
     until(tree, lambda: parent(pos) == "a", "pos is pinned", 5.0)
     tree.stop("a")
     until(tree, lambda: parent(pos) == "root", "pos has gone on", 2.0)
-    before = pipe(pos)["parent"]["error"], pos.call(lambda: pos.broker.piping.connections)
+    before = pipe(pos)["parent"]["error"], pos.call(lambda: pos.broker.upstream.connections)
     moved = 0
     for _ in range(200):
         pass_time(tree, 3.0, 3.0)
         time.sleep(0.05)
         moved += parent(pos) != "root"
-    after = pos.call(lambda: pos.broker.piping.connections)
+    after = pos.call(lambda: pos.broker.upstream.connections)
     assert moved <= 2 and after - before[1] < 12, (moved, before, after)
 
 
@@ -209,7 +209,7 @@ def test_a_line_that_drops_now_and_then(tree: Tree, monkeypatch: pytest.MonkeyPa
     from edgebroker.broker.fleet import reports as reporting
 
     calls = []
-    real = reporting.Ask
+    real = reporting.HttpCall
 
     def dropping(loop: Any, address: str, method: str, path: str, body: bytes, told_it: Any, **more: Any) -> Any:
         calls.append(len(body))
@@ -417,7 +417,7 @@ def test_a_batch_that_goes_up_slowly_but_goes_on() -> None:
         loop.stop()
 
     address = f"127.0.0.1:{server.getsockname()[1]}"
-    Ask(loop, address, "POST", "/x", b"x" * (4 << 20), told_it, silence=0.5)
+    HttpCall(loop, address, "POST", "/x", b"x" * (4 << 20), told_it, silence=0.5)
     loop.run()
     loop.close()
     serving.join(10.0)

@@ -80,7 +80,7 @@ def test_node(broker: RunningBroker) -> None:
     assert node["connections"] == 1
     assert node["storage"]["engine"] == "segment"
     assert node["counters"]["records_published"] == 10
-    assert node["loop"]["turns"] > 0
+    assert node["loop"]["iterations"] > 0
     again = broker.http("GET", "/v1/node")[1]
     assert again["uptime_seconds"] >= node["uptime_seconds"]
     assert again["counters"]["http_requests"] == node["counters"]["http_requests"] + 1

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from edgebroker.broker.admin import exposition
 from edgebroker.broker.admin.exposition import families
-from edgebroker.broker.observe.health import Supervisor, Wellbeing
+from edgebroker.broker.observe.health import Health, Supervisor
 from edgebroker.broker.observe.host import device_of, read_machine
 from edgebroker.broker.observe.lags import MOST, Lags
 from edgebroker.broker.observe.problems import ADVICE, BLOCKING
@@ -223,7 +223,7 @@ def test_a_log_that_was_cut_begins_anew() -> None:
 # ---- being well ----
 
 
-class Told(Supervisor):
+class OnResponse(Supervisor):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -243,8 +243,8 @@ def test_every_problem_has_an_advice_and_a_row_in_the_manual(broker: RunningBrok
 def test_changes_are_logged_once_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
     problems: dict[str, str] = {}
     parent = SimpleNamespace(connected=True, last_error="")
-    told = Told()
-    well = Wellbeing(lambda: True, lambda: dict(problems), lambda: parent, told)
+    told = OnResponse()
+    well = Health(lambda: True, lambda: dict(problems), lambda: parent, told)
     caplog.set_level(logging.INFO)
     well.look()
     assert well.verdict()["status"] == "ok"

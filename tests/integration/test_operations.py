@@ -127,7 +127,7 @@ def test_a_move_forgets_what_failed(broker: RunningBroker) -> None:
     # The same record, at once and as if it had never failed.
     assert client.deliver().head.first == 0
     line = group_of(broker)["partitions"][0]
-    assert (line["attempts"], line["reason"], line["member"]["alone"]) == (0, "", False)
+    assert (line["attempts"], line["reason"], line["member"]["isolated"]) == (0, "", False)
 
 
 def test_moving_what_is_being_revoked_hands_it_over(broker: RunningBroker) -> None:
@@ -273,8 +273,8 @@ def test_a_group_as_an_operator_sees_it(broker: RunningBroker) -> None:
     group = group_of(broker)
     assert (group["name"], group["generation"]) == ("g", heads[1].generation)
     assert group["members"] == [
-        {"client_id": "first", "partitions": 2, "hung": False},
-        {"client_id": "pinned", "partitions": 0, "hung": False},
+        {"client_id": "first", "partitions": 2, "unresponsive": False},
+        {"client_id": "pinned", "partitions": 0, "unresponsive": False},
     ]
     log_ids = [line["log_id"] for line in broker.http("GET", "/v1/topics/t")[1]["partitions"]]
     for number, line in enumerate(group["partitions"]):
@@ -285,7 +285,7 @@ def test_a_group_as_an_operator_sees_it(broker: RunningBroker) -> None:
             "lag": 9 + number, "attempts": 0, "reason": "", "refresh": None, "standbys": number,
         }  # fmt: skip
         assert (holder["client_id"], holder["topic"], holder["partition"]) == ("first", "t", number)
-        assert (holder["state"], holder["why"], holder["alone"]) == ("live", "", False)
+        assert (holder["state"], holder["why"], holder["isolated"]) == ("live", "", False)
         assert (holder["acked"], holder["next_offset"], holder["in_flight"]) == (1 - number, 10, 9 + number)
         assert (holder["generation"], holder["lease"]) == (heads[number].generation, heads[number].lease)
         assert holder["in_flight_bytes"] > 0
@@ -304,28 +304,28 @@ def test_refreshing_a_group_that_reads(broker: RunningBroker) -> None:
     leases = [client.assigned(partition) for partition in range(2)]
     assert client.acked(client.deliver().head, 1) is Code.OK
     assert broker.http("POST", REFRESH, {"topic": "t"})[0] == 200
-    resets = {reset.partition: reset for reset in (client.reset(), client.reset())}
-    assert {(reset.from_offset, reset.target) for reset in resets.values()} == {(0, 10)}
+    resyncs = {reset.partition: reset for reset in (client.reset(), client.reset())}
+    assert {(reset.from_offset, reset.target) for reset in resyncs.values()} == {(0, 10)}
     assert [client.acked(lease, 10) for lease in leases] == [Code.STALE] * 2
     for number, line in enumerate(group_of(broker)["partitions"]):
         assert line["refresh"] == {
-            "reset_id": resets[number].reset_id.hex(), "from": 0, "target": 10, "state": "refreshing",
+            "reset_id": resyncs[number].reset_id.hex(), "from": 0, "target": 10, "state": "refreshing",
         }  # fmt: skip
-        assert line["member"]["state"] == "reset"
+        assert line["member"]["state"] == "refresh"
     # Asked for again: it is the same one. Moving it is refused meanwhile.
     status, answer = broker.http("POST", REFRESH, {"topic": "t", "partition": 1})
     assert status == 200
-    assert answer["partitions"][1]["refresh"]["reset_id"] == resets[1].reset_id.hex()
+    assert answer["partitions"][1]["refresh"]["reset_id"] == resyncs[1].reset_id.hex()
     status, answer = broker.http("POST", OFFSETS, {"topic": "t", "to": "3"})
     assert (status, "being refreshed" in answer["error"]) == (409, True)
     # Over in one partition when its member says so.
-    assert client.accept(resets[1]).code is Code.OK
+    assert client.accept(resyncs[1]).code is Code.OK
     lease = client.assigned(1)
-    assert client.answer(client.send_ready(resets[1], 9)).code is Code.BEHIND
+    assert client.answer(client.send_ready(resyncs[1], 9)).code is Code.BEHIND
     assert client.acked(lease, 0) is Code.OK
-    assert client.ready(resets[1], 10).next_offset == 10
+    assert client.ready(resyncs[1], 10).next_offset == 10
     line = group_of(broker)["partitions"][1]["refresh"]
-    assert line == {"reset_id": resets[1].reset_id.hex(), "from": 0, "target": None, "state": "ready"}
+    assert line == {"reset_id": resyncs[1].reset_id.hex(), "from": 0, "target": None, "state": "ready"}
     assert moved(broker, partition=1, to="3") == [(1, 0, 3)]
 
 

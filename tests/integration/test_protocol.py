@@ -297,10 +297,10 @@ def test_damaged_waits_and_goes_on_when_told_to_skip(tmp_path: Path) -> None:
         offsets: list[int] = []
         assert told.code is Code.DAMAGED
         assert told.code.retryable
-        hole = told.offset
-        assert 0 < hole < 400
-        read_to(client, offsets, hole - 1)
-        assert offsets == list(range(hole))
+        corrupt = told.offset
+        assert 0 < corrupt < 400
+        read_to(client, offsets, corrupt - 1)
+        assert offsets == list(range(corrupt))
         assert broker.refused(Code.DAMAGED) == 1
         assert "t/0" in broker.http("GET", "/readyz")[1]["warnings"]["damaged"]
         # Publishing behind it changes nothing for this reader.
@@ -308,10 +308,10 @@ def test_damaged_waits_and_goes_on_when_told_to_skip(tmp_path: Path) -> None:
         assert broker.http("GET", "/v1/groups/group")[1]["partitions"][0]["member"]["state"] == "damaged"
         assert broker.http("PATCH", "/v1/topics/t", {"on_damage": "skip"})[0] == 200
         gap = client.deliver().head
-        assert (gap.first, gap.gaps[0].reason) == (hole, GapReason.DAMAGED)
+        assert (gap.first, gap.gaps[0].reason) == (corrupt, GapReason.DAMAGED)
         assert gap.gaps[0][:2] == (gap.first, gap.last)
         read_to(client, offsets, 402)
-        assert offsets == [*range(hole), *range(gap.last + 1, 403)]
+        assert offsets == [*range(corrupt), *range(gap.last + 1, 403)]
         assert broker.counters()["gaps"] == 1
 
 

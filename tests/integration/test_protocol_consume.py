@@ -218,7 +218,7 @@ def test_a_position_of_another_log_gets_reset(broker: RunningBroker) -> None:
     assert reset.log_id.hex() == partition["log_id"]
     assert (reset.topic, reset.partition, reset.from_offset, reset.target) == ("t", 0, 0, 10)
     assert client.silent(FrameType.DELIVER)
-    assert broker.counters()["resets_announced"] == 1
+    assert broker.counters()["refreshes_announced"] == 1
     # It goes on in this log only through the refresh: a place of its own does not count before.
     client.subscribe("t", start=Start.POSITION, value=4, partition=0, log_id=reset.log_id)
     assert client.reset() == reset

@@ -58,7 +58,7 @@ def test_a_negative_acknowledgement(broker: RunningBroker) -> None:
     line = line_of(broker)
     assert (line["committed"], line["attempts"], line["reason"]) == (3, 1, "no such article")
     holder = line["member"]
-    assert (holder["state"], holder["alone"], holder["in_flight"]) == ("backoff", True, 0)
+    assert (holder["state"], holder["isolated"], holder["in_flight"]) == ("backoff", True, 0)
     assert "3" in holder["why"]
     assert "no such article" in holder["why"]
     broker.raw("producer").publish("t", batch_of(b"new"))

@@ -249,11 +249,11 @@ def test_an_empty_answer_changes_nothing(tree: Tree) -> None:
     uid, address = pos.broker.engine.node_uid, tree.address("root")
 
     def assign(candidates: list[str], drain: bool = False) -> list[str]:
-        from edgebroker.pipe.report import Assignment
+        from edgebroker.pipe.report import ParentAssignment
 
         def work() -> list[str]:
-            pos.broker.tree.directed([Assignment(uid=uid, candidates=candidates, drain=drain)])
-            return list(pos.broker.piping.candidates.addresses)  # type: ignore[union-attr]
+            pos.broker.tree.directed([ParentAssignment(uid=uid, candidates=candidates, drain=drain)])
+            return list(pos.broker.upstream.candidates.addresses)  # type: ignore[union-attr]
 
         return pos.call(work)
 
@@ -284,7 +284,7 @@ def test_a_registry_without_a_way(tree: Tree) -> None:
     assert root.http("POST", "/v1/tree/reports", {"sender": "x"})[0] == 400
     batch = {"sender": "1" * 32, "session": "s", "number": 4, "nodes": []}
     status, answer = root.http("POST", "/v1/tree/reports", batch)
-    assert (status, answer["code"]) == (409, "BEGIN_ANEW")
+    assert (status, answer["code"]) == (409, "NEW_SESSION")
     odd = {"report": {**report, "level": "moon"}}
     batch = {"sender": "1" * 32, "session": "s", "number": 0, "nodes": [odd, {"report": {**report, "uid": "2" * 32}}]}
     assert root.http("POST", "/v1/tree/reports", batch) == (200, {"elsewhere": []})

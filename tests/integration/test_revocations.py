@@ -38,9 +38,9 @@ def wait_for(condition: Callable[[], object]) -> None:
         assert time.monotonic() < deadline
 
 
-def hung(broker: RunningBroker) -> list[str]:
+def unresponsive(broker: RunningBroker) -> list[str]:
     members = broker.http("GET", "/v1/groups/g")[1]["members"]
-    return [member["client_id"] for member in members if member["hung"]]
+    return [member["client_id"] for member in members if member["unresponsive"]]
 
 
 def fail_at_will(consumer: Consumer, how: str) -> None:
@@ -100,13 +100,13 @@ def test_who_was_silent_for_too_long_gets_partitions_again(broker: RunningBroker
     assert len(stuck.poll(SECONDS)) == 3
     broker.advance(61)
     assert other.assigned().partition == lost.partition
-    assert hung(broker) == ["stuck"]
+    assert unresponsive(broker) == ["stuck"]
     if how:
         with pytest.raises(FAILURES[how]):
             stuck.poll(SECONDS)
     else:
         assert stuck.poll(0.0) == []
-    wait_for(lambda: hung(broker) == [])
+    wait_for(lambda: unresponsive(broker) == [])
     delivered = other.deliver().head
     other.ack(delivered, 1)
     wait_for(lambda: stuck.assignment)
@@ -123,11 +123,11 @@ def test_who_is_silent_while_a_partition_is_revoked_may_show_up(broker: RunningB
         slow.ack(held[1 - going][-1])
         slow.commit(SECONDS)
         broker.advance(61)
-        assert hung(broker) == ["slow"]
+        assert unresponsive(broker) == ["slow"]
 
         def shown_up() -> bool:
             slow.poll(0.01)
-            return not hung(broker)
+            return not unresponsive(broker)
 
         wait_for(shown_up)
         assert revoked.count([TopicPartition("t", going)]) == 1, "it is told once"

@@ -74,7 +74,9 @@ def test_meta_db_is_gone(tree: Tree, name: str, older: bool) -> None:
     assert {one: place(tree.nodes[one]) for one in THREE} == places
     for one in THREE:
         counters = tree.nodes[one].counters()
-        found = [counters[key] for key in ("refreshes_begun", "resets_announced", "pipe_restarts", "pipe_cuts")]
+        found = [
+            counters[key] for key in ("refreshes_begun", "refreshes_announced", "logs_recreated", "log_truncations")
+        ]
         assert found == [0, 0, 0, 0], one
     if name != "root":
         assert node.counters()["pipe_bytes_in"] < 1000, "only what is new"
@@ -250,7 +252,7 @@ def test_moving_about_under_load(tree: Tree) -> None:
     assert till.offsets == list(range(published))
     for name in ("a", "b", "local"):
         counters = tree.nodes[name].counters()
-        assert (counters["pipe_cuts"], counters["pipe_restarts"]) == (0, 0)
+        assert (counters["log_truncations"], counters["logs_recreated"]) == (0, 0)
     for name in ("local", "a", "b", "root"):
         tree.stop(name)
     assert len({digest(tree, name, "prices") for name in ("root", "a", "b", "local")}) == 1

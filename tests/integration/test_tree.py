@@ -109,7 +109,7 @@ def test_failover_to_the_next_parent(tree: Tree) -> None:
     wait_for(lambda: child.counters()["pipe_failovers"] == 1, "it is counted")
     tree.start("l2", "root")
     child.advance(30.0)
-    wait_for(lambda: child.broker.piping.candidates._healthy_since, "it is seen again")  # type: ignore[union-attr]
+    wait_for(lambda: child.broker.upstream.candidates._healthy_since, "it is seen again")  # type: ignore[union-attr]
     child.advance(301.0)
     child.advance(1.0)
     wait_for(lambda: pipe(child)["parent"]["name"] == "l2" and pipe(child)["parent"]["connected"], "it is back")
@@ -147,7 +147,7 @@ def test_a_restored_parent_that_went_on(tree: Tree) -> None:
     )
     again = client.deliver()
     assert again.head.first == 100, "the group goes back to where the logs part"
-    assert lower.counters()["pipe_cuts"] == 1
+    assert lower.counters()["log_truncations"] == 1
     for name in ("l3", "l2", "root"):
         tree.stop(name)
     assert len({digest(tree, name, "prices") for name in ("root", "l2", "l3")}) == 1
@@ -221,7 +221,7 @@ def test_what_the_parent_has_removed(tree: Tree) -> None:
     follows(root, child, "prices")
     start = child.broker.engine.log("prices", 0).log_start  # type: ignore[union-attr]
     assert start > 5
-    assert child.counters()["pipe_restarts"] == 1
+    assert child.counters()["logs_recreated"] == 1
     tree.stop("l2")
     child = tree.start("l2", "root")
     publish(root, "prices", 0, 1)
@@ -259,7 +259,7 @@ def test_without_metadata_nothing_is_fetched_twice(tree: Tree, file: str) -> Non
         publish(tree.nodes["root"], "prices", 0, 1)
         follows(tree.nodes["root"], tree.nodes["l3"], "prices")
         counters = node.counters()
-        assert (counters["pipe_cuts"], counters["pipe_restarts"], counters["pipe_bytes_wasted"]) == (0, 0, 0)
+        assert (counters["log_truncations"], counters["logs_recreated"], counters["pipe_bytes_wasted"]) == (0, 0, 0)
         assert counters["pipe_bytes_in"] < 1000
     assert len({tree.nodes[name].broker.engine.log("prices", 0).identity.log_id for name in tree.nodes}) == 1
     lines = tree.nodes["l3"].http("GET", "/v1/groups/tills")[1]["partitions"]
@@ -310,7 +310,7 @@ def test_a_line_that_waits_for_the_disk_is_measured_on(tree: Tree) -> None:
     follows(root, tree.start("l2", "root"), "prices")
 
     def pumped(cold: bool) -> float:
-        child = next(iter(root.broker.feeding.children))
+        child = next(iter(root.broker.downstream.children))
         child._busy_since = 5.0
         child._cold = set(child.feed.cursors.values()) if cold else set()
         child.pump(1000)
@@ -325,7 +325,7 @@ def test_hours(tree: Tree) -> None:
     """Outside of the hours only what is urgent comes; they begin and end while the line is up."""
     root = tree.start("root")
     second = 12 * 3600.0
-    root.broker.feeding.second_of_day = lambda: second  # type: ignore[method-assign]
+    root.broker.downstream.second_of_day = lambda: second  # type: ignore[method-assign]
     root.create("items", kind="table", urgent=True)
     publish(root, "prices", 0, 30)
     publish(root, "items", 0, 3)
@@ -451,7 +451,7 @@ def test_a_child_does_not_say_the_same_again(tree: Tree) -> None:
     for number in range(20):
         follows(root, child, f"topic-{number}")
     bodies: list[int] = []
-    client = child.broker.piping._client  # type: ignore[union-attr]
+    client = child.broker.upstream._client  # type: ignore[union-attr]
     real = client.request
 
     def request(method: str, path: str, body: bytes) -> None:
@@ -472,7 +472,7 @@ def test_a_child_does_not_say_the_same_again(tree: Tree) -> None:
 
     polls(3)
     assert bodies[-1] < 120, bodies
-    root.call(root.broker.feeding._polls.clear)
+    root.call(root.broker.downstream._polls.clear)
     polls(1)
     wait_for(lambda: bodies[-1] > 1000, "all of it is said again")
     publish(root, "topic-7", 3, 5)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from msgspec.structs import replace
 
-from edgebroker.broker.feed.stream import IDLE_SECONDS
+from edgebroker.broker.feed.child_stream import IDLE_SECONDS
 from edgebroker.broker.mirror.upstream import SILENT_SECONDS
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
@@ -249,7 +249,7 @@ def test_what_comes_while_it_is_answered_is_not_kept(tree: Tree) -> None:
         with pytest.raises(OSError):
             for _ in range(1000):
                 peer.sendall(bytes(1 << 16))
-    wait_for(lambda: not root.broker.feeding.children, "it is gone")
+    wait_for(lambda: not root.broker.downstream.children, "it is gone")
 
 
 def test_an_idle_line_costs_little(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +264,7 @@ def test_an_idle_line_costs_little(tree: Tree, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Transport, "send", recorded)
     with polled(root) as answer:
         assert answer.status == 200
-        wait_for(lambda: root.broker.feeding.children, "it is answered")
+        wait_for(lambda: root.broker.downstream.children, "it is answered")
     assert len(sent) == 1 and root.broker.engine.node_uid.encode() in sent[0]
 
 
@@ -285,7 +285,7 @@ def test_a_parent_that_says_nothing(tree: Tree) -> None:
     threading.Thread(target=serve, daemon=True).start()
     tree._ports["mute"] = listener.getsockname()[1]
     child = tree.start("l2", "mute")
-    wait_for(lambda: child.broker.piping._status == 200, "it answers")  # type: ignore[union-attr]
+    wait_for(lambda: child.broker.upstream._status == 200, "it answers")  # type: ignore[union-attr]
     child.advance(58.0)
     wait_for(lambda: len(kept) > 1, "another attempt")
     assert "silent" in pipe(child)["parent"]["error"]
@@ -300,12 +300,12 @@ def test_a_line_stands_at_the_end_of_what_is_stored(tree: Tree) -> None:
     root, child = tree.start("root"), tree.start("l2", "root")
     publish(root, "t", 0, 5)
     follows(root, child, "t")
-    piping, log = child.broker.piping, child.broker.engine.log("t", 0)
-    assert piping is not None and log is not None
+    upstream, log = child.broker.upstream, child.broker.engine.log("t", 0)
+    assert upstream is not None and log is not None
     child.call(lambda: setattr(log, "rolling", True))
     publish(root, "t", 5, 5)
     wait_for(lambda: log.staged_end == 10, "it is staged")
-    child.call(lambda: (piping.begin(), piping._mirrors._retry(log)))
+    child.call(lambda: (upstream.begin(), upstream._mirrors._retry(log)))
     child.call(lambda: setattr(log, "rolling", False))
     publish(root, "t", 10, 3)
     child.advance(1.0)
@@ -318,17 +318,17 @@ def test_the_cap_outlives_the_connection(tree: Tree) -> None:
     for number in range(12):
         publish(root, "t", number * 100, 100, size=9000)
     child = tree.start("l2", "root", pipe__bytes_per_second=20_000)
-    piping = child.broker.piping
-    assert piping is not None
+    upstream = child.broker.upstream
+    assert upstream is not None
 
     def taken() -> int:
-        follower = piping._follower
+        follower = upstream._follower
         return follower.bytes_taken + sum(len(one.partial) for one in follower.lines.values())
 
     for _ in range(4):
-        wait_for(lambda: piping._throttled, "the bucket is empty")
+        wait_for(lambda: upstream._throttled, "the bucket is empty")
         before = child.counters()["pipe_polls_sent"]
-        child.call(lambda: piping.again("the line drops"))
+        child.call(lambda: upstream.again("the line drops"))
         child.advance(3.0)
         wait_for(lambda before=before: child.counters()["pipe_polls_sent"] > before, "it goes on")  # type: ignore[misc]
     assert child.call(taken) < 20_000 * 12 + (100 << 10)
@@ -345,7 +345,7 @@ def test_many_cold_logs_cost_little_memory(tree: Tree) -> None:
     root = tree.start("root", storage__segment_bytes=16 << 20, storage__verify_bytes_per_second=1)
     logs = [root.broker.engine.log(topic, 0) for topic in topics]
     lines = [[log.topic, 0, log.identity.log_id, 1, 0, log.identity.chain] for log in logs if log is not None]
-    known = {topic: root.call(lambda topic=topic: root.broker.feeding.info(topic).digest) for topic in topics}  # type: ignore[misc]
+    known = {topic: root.call(lambda topic=topic: root.broker.downstream.info(topic).digest) for topic in topics}  # type: ignore[misc]
     body = {
         "version": 1,
         "uid": "ee" * 16,
@@ -362,7 +362,7 @@ def test_many_cold_logs_cost_little_memory(tree: Tree) -> None:
         peer.sendall(b"POST /v1/pipe HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
 
         def held() -> list[int]:
-            cursors = [cursor for child in root.broker.feeding.children for cursor in child.feed.cursors.values()]
+            cursors = [cursor for child in root.broker.downstream.children for cursor in child.feed.cursors.values()]
             return [len(c.piece.source) for c in cursors if c.piece and isinstance(c.piece.source, memoryview)]
 
         wait_for(lambda: root.call(held), "something was read for it")
@@ -405,7 +405,7 @@ def test_a_line_that_falls_silent_is_alive(tree: Tree) -> None:
     log = root.broker.engine.log("t", 0)
     assert log is not None
     lines = [["t", 0, log.identity.log_id, 1, 0, log.identity.chain]]
-    known = {"t": root.call(lambda: root.broker.feeding.info("t").digest)}
+    known = {"t": root.call(lambda: root.broker.downstream.info("t").digest)}
     with polled(root, topics=["t"], logs=lines, known=known) as answer:
         found = kinds(answer)
         assert [next(found), next(found)] == [Kind.HELLO, Kind.DATA]
@@ -431,10 +431,10 @@ def test_damage_that_nobody_has_noticed_is_no_other_past(tree: Tree) -> None:
         file.write(b"~")
     lines = [["t", 0, log.identity.log_id, 1, 5, 4711]]
     with polled(
-        root, topics=["t"], logs=lines, known={"t": root.call(lambda: root.broker.feeding.info("t").digest)}
+        root, topics=["t"], logs=lines, known={"t": root.call(lambda: root.broker.downstream.info("t").digest)}
     ) as answer:
         found = b""
         while b"DAMAGED" not in found:
             assert b"DIVERGED" not in found
             found += answer.read1(4000)
-    wait_for(lambda: log.holes, "the node knows of it")
+    wait_for(lambda: log.corrupt_ranges, "the node knows of it")

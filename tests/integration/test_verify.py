@@ -11,7 +11,7 @@ import pytest
 from edgebroker.broker.feed import digests
 from edgebroker.cli.main import main
 from edgebroker.common import batch, crc32c
-from tests.integration.test_healing import flip, logs_of
+from tests.integration.test_repair import flip, logs_of
 from tests.kit.trees import Tree, follows, grown, publish, wait_for
 
 
@@ -62,7 +62,7 @@ def test_the_same(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.slow
 def test_what_only_one_has_is_told(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     root = grown(tree)
-    root.broker.feeding.second_of_day = lambda: 12 * 3600.0  # type: ignore[method-assign]
+    root.broker.downstream.second_of_day = lambda: 12 * 3600.0  # type: ignore[method-assign]
     tree.stop("l2")
     tree.start("l2", "root", pipe__hours="01:00-02:00")
     publish(root, "t", 200, 5)
@@ -115,7 +115,7 @@ def test_damage_is_found_and_named(tree: Tree, capsys: pytest.CaptureFixture[str
     assert (code, found["same"]) == (1, False)
     assert found["differing"] == {"t/0": [[first, following]]}
     assert found["damaged"] == [[f"t/0 at {tree.address('root')}", first, following]]
-    assert root.http("POST", "/v1/heal", {"from": tree.address("l2")})[0] == 200
+    assert root.http("POST", "/v1/repair", {"from": tree.address("l2")})[0] == 200
     wait_for(lambda: verify(tree, "l2", "root", capsys)[1]["same"], "it is the same again")
 
 

@@ -38,7 +38,7 @@ STATES = {
     "": {"live", "behind", "reading"},
     "backoff": {"backoff"},
     "letter": {"dead_lettering"},
-    "reset": {"reset"},
+    "refresh": {"refresh"},
     "no_snapshot": {"no_snapshot"},
 }
 
@@ -61,13 +61,13 @@ class Spot:
     key: Key
     log: Log
     group: GroupModel
-    place: int | None = None
+    committed: int | None = None
     attempts: int = 0
-    alone: bool = False
+    isolated: bool = False
     reason: str = "it failed in an earlier run"
     silent: bool = True
     pause: tuple[int, float] = (-1, 0.0)
-    lettering: int | None = None
+    dead_lettering: int | None = None
     retry_at: float = 0.0
     refresh: Refresh | None = None
     announced: bool = True
@@ -127,8 +127,8 @@ class Spot:
         self.lease, self.waits, self.acked, self.next, self.deadline = None, waits, offset, offset, 0.0
         self.pieces.clear()
 
-    def commit(self, place: int, attempts: int = 0, alone: bool = False) -> None:
-        self.place, self.attempts, self.alone = place, attempts, alone
+    def commit(self, committed: int, attempts: int = 0, isolated: bool = False) -> None:
+        self.committed, self.attempts, self.isolated = committed, attempts, isolated
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class Entry:
     fresh: set[Key] = field(default_factory=set)
     window: tuple[int, int] = (0, 0)
     correlation: int = 0
-    hung: bool = False
+    unresponsive: bool = False
 
     def wants(self, key: Key) -> bool:
         return key in self.pins or (key[0] in self.topics and key not in self.left)
@@ -160,7 +160,7 @@ class GroupModel:
     def eligible(self, key: Key) -> list[Member]:
         """Who may get a partition: who wants it and does not hang; if all hang, all who want it."""
         wanting = {member: entry for member, entry in self.entries.items() if entry.wants(key)}
-        return [member for member, entry in wanting.items() if not entry.hung] or list(wanting)
+        return [member for member, entry in wanting.items() if not entry.unresponsive] or list(wanting)
 
 
 class Model:
@@ -212,7 +212,7 @@ class Model:
     def subscribed(self, member: Member, group: Group, subscribe: Subscribe, correlation: int) -> None:
         assert not member.wire.closed, "who is gone does not join"
         entry = self.group(group).entries.setdefault(member, Entry())
-        entry.hung, entry.correlation = False, correlation
+        entry.unresponsive, entry.correlation = False, correlation
         entry.window = (subscribe.window_records, subscribe.window_bytes)
         named: dict[Key, None] = {}
         for line in subscribe.wanted:
@@ -273,7 +273,7 @@ class Model:
         assert spot.holder is cursor.member, "what nobody holds is not overdue"
         assert spot.in_flight and self.now >= spot.deadline, "it is not overdue"
         self.fail(spot, "not acknowledged in time", counts=spot.single)
-        spot.group.entries[spot.holder].hung = True
+        spot.group.entries[spot.holder].unresponsive = True
         if spot.revoking or spot.holder not in spot.group.eligible(spot.key):
             spot.giving_back = "told"
         else:
@@ -327,16 +327,16 @@ class Model:
         own = spot.last_client == spot.holder.client_id
         start = line.start if line is not None else Start.COMMITTED
         if start is Start.RESUME:
-            counts = (own or spot.last_client is None) and (spot.place or 0) >= spot.moved_end
+            counts = (own or spot.last_client is None) and (spot.committed or 0) >= spot.moved_end
         else:
             counts = fresh or (own and start is Start.POSITION)
         spot.epoch = -1
         if spot.refreshing:
-            assert spot.place is not None
-            spot.stand(spot.place, "reset")
+            assert spot.committed is not None
+            spot.stand(spot.committed, "refresh")
             spot.announced = False
             return
-        offset = spot.place or 0
+        offset = spot.committed or 0
         if line is not None and counts:
             end = spot.log.durable_end
             if start is Start.POSITION:
@@ -357,23 +357,23 @@ class Model:
         """The holder goes on at an offset: now, behind a pause, or behind a dead letter."""
         spot.stand(offset)
         spot.failed_at = -1
-        if spot.place != offset:
+        if spot.committed != offset:
             spot.suspect = False
             if not spot.behind:
                 spot.commit(offset)
                 spot.pause = (-1, 0.0)
             return
-        spot.suspect = spot.alone and spot.silent
-        if spot.alone:
+        spot.suspect = spot.isolated and spot.silent
+        if spot.isolated:
             spot.failed_at = offset
-        if spot.lettering is not None or spot.attempts >= LIMITS.max_attempts:
+        if spot.dead_lettering is not None or spot.attempts >= LIMITS.max_attempts:
             spot.waits, spot.retry_at = "letter", self.now
         elif spot.pause[0] == offset and spot.pause[1] > self.now:
             spot.waits = "backoff"
 
     def fail(self, spot: Spot, reason: str, *, counts: bool, silent: bool = True, pause: bool = True) -> None:
-        known = spot.attempts if spot.place == spot.acked else 0
-        spot.commit(spot.acked, known + counts, alone=True)
+        known = spot.attempts if spot.committed == spot.acked else 0
+        spot.commit(spot.acked, known + counts, isolated=True)
         spot.reason, spot.silent = reason, silent
         if pause or spot.attempts:
             seconds = min(LIMITS.max_backoff, LIMITS.backoff * 2 ** max(0, spot.attempts - 1))
@@ -387,7 +387,7 @@ class Model:
         group = self.group_of(member)
         entry, spot = group.entries.get(member), self.spot(group, (ack.topic, ack.partition))
         if entry is not None:
-            entry.hung = False
+            entry.unresponsive = False
         lease = (spot.generation, spot.lease)
         if spot.holder is not member or lease != (ack.generation, ack.lease):
             return Code.STALE
@@ -397,7 +397,7 @@ class Model:
         negative = ack.kind is AckKind.NEGATIVE
         if not spot.acked <= ack.offset <= spot.next - negative:
             return Code.STALE
-        came_late = not spot.behind and spot.place is not None and spot.place < spot.acked
+        came_late = not spot.behind and spot.committed is not None and spot.committed < spot.acked
         if ack.offset > spot.acked or came_late:
             spot.acked, spot.suspect = ack.offset, False
             if spot.room == spot.window[0]:
@@ -420,26 +420,26 @@ class Model:
 
     # ---- dead letters ----
 
-    def lettering(self, log: Log, offset: int, failure: Failure) -> None:
+    def dead_lettering(self, log: Log, offset: int, failure: Failure) -> None:
         key = (log.topic, log.partition)
         said = (failure.group, failure.attempts, failure.reason)
         due = [
             spot
             for spot in self.spots()
-            if (spot.key, spot.waits, spot.place, spot.lettering) == (key, "letter", offset, None)
+            if (spot.key, spot.waits, spot.committed, spot.dead_lettering) == (key, "letter", offset, None)
             and (spot.group.name or "-", spot.attempts, spot.reason) == said
         ]
         assert due, f"record {offset} of {log.name} must not become a dead letter: {failure}"
-        due[0].lettering = offset
+        due[0].dead_lettering = offset
         self.letters_begun.append((failure.group, key, offset))
 
     def lettered(self, log: Log, offset: int, failure: Failure, code: Code) -> None:
         name = "" if failure.group == "-" else failure.group
         key = (log.topic, log.partition)
-        spot = next(s for s in self.spots() if (s.group.name, s.key, s.lettering) == (name, key, offset))
-        spot.lettering = None
+        spot = next(s for s in self.spots() if (s.group.name, s.key, s.dead_lettering) == (name, key, offset))
+        spot.dead_lettering = None
         waits = spot.waits == "letter"
-        if spot.place != offset:
+        if spot.committed != offset:
             if waits:
                 self.begin(spot, None, fresh=False)
         elif code is Code.OK:
@@ -471,13 +471,13 @@ class Model:
         if spot.log.settings.kind == "table":
             first = spot.log.identity.snapshot[0]
             start = max(0, first)
-            if any(hole.next > start for hole in spot.log.holes):
+            if any(corrupt.next > start for corrupt in spot.log.corrupt_ranges):
                 return Code.NO_SNAPSHOT
         spot.commit(start)
         spot.pause, spot.moved_end = (-1, 0.0), -1
         spot.refresh = Refresh(start, spot.log.durable_end)
         if spot.holder is not None:
-            spot.stand(start, "reset")
+            spot.stand(start, "refresh")
             spot.announced = False
         return Code.OK
 
@@ -497,7 +497,7 @@ class Model:
         refresh = spot.refresh
         if refresh is None or refresh.reset_id != ready.reset_id:
             return Code.FENCED
-        if not refresh.over and (ready.next_offset < refresh.target or spot.waits == "reset"):
+        if not refresh.over and (ready.next_offset < refresh.target or spot.waits == "refresh"):
             return Code.BEHIND
         refresh.over = True
         return Code.OK
@@ -577,7 +577,7 @@ class Model:
         assert spot.waits == "" or self.now >= spot.pause[1], "the pause is not over"
         assert line.lease not in self.leases, "leases are never used twice"
         assert line.offset == spot.acked == spot.next
-        assert spot.behind or spot.place == line.offset
+        assert spot.behind or spot.committed == line.offset
         if spot.generation < 0:
             assert assigned.generation not in group.generations, "each grant has a generation of its own"
             group.generations.add(assigned.generation)
@@ -590,7 +590,7 @@ class Model:
         spot = self.spot(self.group_of(member), (reset.topic, reset.partition))
         refresh = spot.refresh
         assert refresh is not None and not refresh.over
-        assert (spot.holder, spot.waits) == (member, "reset")
+        assert (spot.holder, spot.waits) == (member, "refresh")
         assert correlation == spot.correlation
         assert (reset.from_offset, reset.target) == (refresh.start, refresh.target)
         assert reset.log_id == spot.log.identity.log_id_bytes
@@ -603,9 +603,11 @@ class Model:
 
     # ---- what the broker has stored ----
 
-    def put(self, group: Group, log: Log, place: GroupOffset) -> None:
+    def put(self, group: Group, log: Log, committed: GroupOffset) -> None:
         spot = self.spot(self.group(group), (log.topic, log.partition))
-        assert place.next_offset == spot.place, f"{log.name}: the place moves from {spot.place} to {place.next_offset}"
+        assert committed.next_offset == spot.committed, (
+            f"{log.name}: the place moves from {spot.committed} to {committed.next_offset}"
+        )
 
     def restarted(self) -> None:
         """The broker was killed; places are what is left of it."""
@@ -614,7 +616,7 @@ class Model:
         for name, group in list(self.groups.items()):
             fresh = self.groups[name] = GroupModel(name)
             for key, old in group.spots.items():
-                spot = Spot(key, old.log, fresh, old.place, old.attempts, old.alone, refresh=old.refresh)
+                spot = Spot(key, old.log, fresh, old.committed, old.attempts, old.isolated, refresh=old.refresh)
                 spot.moved_end = old.moved_end
                 fresh.spots[key] = spot
 
@@ -625,7 +627,7 @@ class Model:
         for name, group in self.groups.items():
             found = world.groups.find(name)
             if found is None:
-                assert not group.entries and all(spot.place is None for spot in group.spots.values())
+                assert not group.entries and all(spot.committed is None for spot in group.spots.values())
             else:
                 self._check_group(group, found)
         for private, group in self.private.items():
@@ -661,15 +663,19 @@ class Model:
                 assert loads[spot.holder] - least < 2, "the division is not balanced"
 
     def _check_spot(self, spot: Spot, real: Group) -> None:
-        place = real.place(spot.log)
-        if spot.place is None:
-            assert place is None
+        committed = real.committed(spot.log)
+        if spot.committed is None:
+            assert committed is None
         else:
-            assert place is not None
-            assert (place.next_offset, place.attempts, place.alone) == (spot.place, spot.attempts, spot.alone)
-            assert place.refreshing == spot.refreshing
+            assert committed is not None
+            assert (committed.next_offset, committed.attempts, committed.isolated) == (
+                spot.committed,
+                spot.attempts,
+                spot.isolated,
+            )
+            assert committed.refreshing == spot.refreshing
             if real.name:
-                assert self.world.engine.group_offsets()[real.name, *spot.key] == place
+                assert self.world.engine.group_offsets()[real.name, *spot.key] == committed
         assert spot.tell is None or spot.tell.wire.closed, "who lost a partition is told"
         cursor = real.holders.get(spot.key)
         assert (cursor.member if cursor is not None else None) is spot.holder
@@ -677,7 +683,7 @@ class Model:
             return
         assert cursor.state in STATES[spot.waits], (cursor.state, spot.waits)
         assert (cursor.in_flight, cursor.deadline) == (spot.in_flight, spot.deadline)
-        assert cursor.acked == spot.acked or spot.waits == "reset"
+        assert cursor.acked == spot.acked or spot.waits == "refresh"
         assert (cursor.revoking, cursor.in_flight_bytes) == (spot.revoking, spot.bytes_in_flight)
         assert not spot.revoking or spot.in_flight, "what is being revoked is given back once nothing is in flight"
         assert not spot.deadline or self.now < spot.deadline + 1.0, "what is overdue is found within a sweep"
@@ -686,11 +692,11 @@ class Model:
             assert self.now < spot.pause[1], "the pause is over"
         elif spot.waits == "letter":
             assert self.now < spot.retry_at, "the letter is due"
-        elif spot.waits == "reset":
+        elif spot.waits == "refresh":
             assert spot.refreshing, "there is nothing to accept"
             assert spot.announced or engine.stores_slowly, "the refresh was not announced"
         elif spot.waits == "":
-            assert (cursor.lease, cursor.generation, cursor.alone) == (spot.lease, spot.generation, spot.single)
+            assert (cursor.lease, cursor.generation, cursor.isolated) == (spot.lease, spot.generation, spot.single)
             readable = not engine.unreadable and self.now >= self.readable_from
             able = readable and not spot.holder.wire.backlog and not spot.behind and not self.held_back(spot)
             assert not able or spot.in_flight or spot.next == spot.log.durable_end, "there is something to deliver"

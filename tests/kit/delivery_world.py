@@ -13,14 +13,14 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
-from edgebroker.broker.admin.offsets import Operations
+from edgebroker.broker.admin.offsets import GroupOperations
 from edgebroker.broker.delivery.cursor import Cursor, Key
 from edgebroker.broker.delivery.dead_letters import DeadLetters, Done, Failure
 from edgebroker.broker.delivery.groups import Group, Groups
 from edgebroker.broker.delivery.leases import LeaseLimits, Leases
 from edgebroker.broker.delivery.membership import Membership
-from edgebroker.broker.delivery.push import Delivery
-from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.delivery.push import Push
+from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.publishing import Publishing, PublishLimits
 from edgebroker.broker.sessions.native import Session
@@ -86,7 +86,7 @@ class ManualScheduler:
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None: ...
     def remove_reader(self, fd: int) -> None: ...
 
-    def at_end_of_turn(self, callback: Callable[[], None]) -> None:
+    def at_end_of_iteration(self, callback: Callable[[], None]) -> None:
         self._end_of_turn.append(callback)
 
     def due(self) -> float:
@@ -177,8 +177,8 @@ class Watcher(Protocol):
     def divided(self) -> None: ...
     def granted(self, cursor: Cursor) -> None: ...
     def freed(self, cursor: Cursor) -> None: ...
-    def put(self, group: Group, log: Log, place: GroupOffset) -> None: ...
-    def lettering(self, log: Log, offset: int, failure: Failure) -> None: ...
+    def put(self, group: Group, log: Log, committed: GroupOffset) -> None: ...
+    def dead_lettering(self, log: Log, offset: int, failure: Failure) -> None: ...
     def lettered(self, log: Log, offset: int, failure: Failure, code: Code) -> None: ...
     def sent(self, member: Member, head: bytes, data: bytes) -> None: ...
 
@@ -260,9 +260,9 @@ class Member(Session):
 class _Groups(Groups):
     watcher: Watcher
 
-    def put(self, group: Group, log: Log, place: GroupOffset) -> None:
-        self.watcher.put(group, log, place)
-        super().put(group, log, place)
+    def put(self, group: Group, log: Log, committed: GroupOffset) -> None:
+        self.watcher.put(group, log, committed)
+        super().put(group, log, committed)
 
     def grant(self, cursor: Cursor) -> None:
         self.watcher.granted(cursor)
@@ -295,9 +295,9 @@ class _Membership(Membership):
         super()._divide(group, fresh)
 
 
-class _Delivery(Delivery):
-    def turn_over(self) -> None:
-        super().turn_over()
+class _Delivery(Push):
+    def end_iteration(self) -> None:
+        super().end_iteration()
         self._turn_bytes = TURN_BYTES
 
 
@@ -309,7 +309,7 @@ class _DeadLetters(DeadLetters):
             self.watcher.lettered(source, offset, failure, code)
             done(code, message)
 
-        self.watcher.lettering(source, offset, failure)
+        self.watcher.dead_lettering(source, offset, failure)
         super().write(source, offset, failure, told)
 
 
@@ -344,19 +344,19 @@ class World:
         limits = PublishLimits(1 << 30, 1 << 29, MAX, MAX, True, TopicSettings())
         self.publishing = _Publishing(self.engine, self.loop, self.metrics, limits)
         self.delivery = _Delivery(self.engine, self.loop, self.metrics, LIMITS.timeout)
-        self.refreshing = Refreshing(self.engine, self.groups, self.delivery, self.metrics)
+        self.refreshing = Refreshes(self.engine, self.groups, self.delivery, self.metrics)
         letters = _DeadLetters(self.engine, self.publishing, self.clock)
         self.leases = Leases(
             self.engine, self.groups, self.delivery, self.refreshing, letters, self.loop, self.metrics, LIMITS
         )
         self.membership = _Membership(self.engine, self.leases, self.metrics)
-        self.operations = Operations(self.engine, self.groups, self.leases, self.refreshing)
+        self.operations = GroupOperations(self.engine, self.groups, self.leases, self.refreshing)
         self.groups.watcher = self.membership.watcher = letters.watcher = watcher
         self.engine.open(self)
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.groups.restore(group, topic, partition, offset, self.loop.now())
-        self.loop.at_end_of_turn(self.membership.divide_changed)
-        self.loop.at_end_of_turn(self.delivery.turn_over)
+        self.loop.at_end_of_iteration(self.membership.divide_changed)
+        self.loop.at_end_of_iteration(self.delivery.end_iteration)
         self._sweep()
 
     def _sweep(self) -> None:

@@ -19,9 +19,9 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.log.partition import Extent, Inline
+from edgebroker.storage.log.partition import FileSlice, Inline
 from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.memory import MemoryEngine
@@ -218,21 +218,21 @@ class Harness:
         raise AssertionError("waited in vain")
 
     def read(self, start: int | None = None, *, max_bytes: int = MAX, max_records: int = 1 << 30, topic: str = TOPIC,
-             partition: int = 0) -> tuple[list[Message], list[Hole]]:  # fmt: skip
+             partition: int = 0) -> tuple[list[Message], list[CorruptRange]]:  # fmt: skip
         """Everything from `start` on as a reader without a memory sees it, and the holes it was told of."""
-        log, found, holes = self.log(topic, partition), [], []
+        log, found, corrupt_ranges = self.log(topic, partition), [], []
         offset = log.log_start if start is None else start
         while True:
             piece = log.find(offset, max_bytes, max_records)
             if piece is None:
                 assert offset == log.durable_end, "the reader is beyond the durable end"
-                return found, holes
-            if isinstance(piece, Hole):
+                return found, corrupt_ranges
+            if isinstance(piece, CorruptRange):
                 assert piece.first <= offset < piece.next
-                holes.append(piece)
+                corrupt_ranges.append(piece)
                 offset = piece.next
                 continue
-            if isinstance(piece, Extent):
+            if isinstance(piece, FileSlice):
                 data = os.pread(piece.segment.fd, piece.length, piece.position)
                 assert len(data) == piece.length
                 following = piece.next_offset
@@ -241,8 +241,8 @@ class Harness:
             else:
                 cold = self.read_cold(offset, max_bytes, topic=topic, partition=partition)
                 assert not cold.error, cold.error
-                if cold.hole is not None:
-                    assert log.find(offset, max_bytes, max_records) == log.hole_at(offset) is not None
+                if cold.corrupt is not None:
+                    assert log.find(offset, max_bytes, max_records) == log.corrupt_range_at(offset) is not None
                     continue
                 data, following = cold.data, cold.next_offset
             assert following > offset, "a read that does not move"
@@ -253,8 +253,8 @@ class Harness:
 
     def values(self, start: int | None = None, **options: Any) -> list[bytes | None]:
         """The values of everything; there must be no hole."""
-        found, holes = self.read(start, **options)
-        assert not holes
+        found, corrupt_ranges = self.read(start, **options)
+        assert not corrupt_ranges
         return [message.value for message in found]
 
     def read_cold(self, offset: int, max_bytes: int = MAX, *, topic: str = TOPIC, partition: int = 0) -> ColdRead:
@@ -294,7 +294,7 @@ class Harness:
         return None if offset is None else offset.next_offset
 
     def close(self) -> bool:
-        self.until(self.engine.hurry)
+        self.until(self.engine.flush)
         clean = self.engine.close(5.0)
         self.loop.close()
         return clean
@@ -366,7 +366,7 @@ class StoreHarness(Harness):
         """Let housekeeping have its turn, and finish what it began."""
         self.clock.advance(seconds)
         self.loop.turn(0.0)
-        self.until(lambda: self.store.hurry())
+        self.until(lambda: self.store.flush())
         self.stored()
         self._finish(self.store._reader._worker.submit)
         self.loop.turn(0.0)

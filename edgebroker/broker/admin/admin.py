@@ -7,7 +7,7 @@ GET /v1/backup
 POST /v1/topics   PATCH|DELETE /v1/topics/NAME   POST /v1/topics/NAME/snapshot   POST|DELETE /v1/topics/NAME/snapshot/ID
 POST /v1/groups/NAME/offsets   POST /v1/groups/NAME/refresh   DELETE /v1/groups/NAME
 POST /v1/topics/NAME/accept   POST /v1/pipe   POST /v1/pipe/range   POST /v1/pipe/digest
-POST /v1/heal
+POST /v1/repair
 POST|DELETE /v1/promote
 """
 
@@ -21,11 +21,11 @@ from urllib.parse import unquote
 import msgspec
 
 from edgebroker.broker.admin.fleet import TreeAdmin
-from edgebroker.broker.admin.offsets import Move, MoveRequest, Operations, RefreshRequest
+from edgebroker.broker.admin.offsets import GroupOperations, Move, MoveRequest, RefreshRequest
 from edgebroker.broker.admin.responses import refusal, report
 from edgebroker.broker.delivery.cursor import Cursor, Key
 from edgebroker.broker.delivery.groups import Group
-from edgebroker.broker.delivery.table_snapshots import Snapshot
+from edgebroker.broker.delivery.table_snapshots import TableSnapshot
 from edgebroker.common.config import is_address
 from edgebroker.common.errors import Code
 from edgebroker.common.names import check_group_name, check_topic_name
@@ -67,8 +67,8 @@ class SnapshotRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Admin:
     def __init__(self, broker: Broker) -> None:
         self._broker = broker
-        self._tree = TreeAdmin(broker.tree, broker.resets, broker.engine.node_uid)
-        self._operations = Operations(broker.engine, broker.groups, broker.leases, broker.refreshing)
+        self._tree = TreeAdmin(broker.tree, broker.resyncs, broker.engine.node_uid)
+        self._operations = GroupOperations(broker.engine, broker.groups, broker.leases, broker.refreshing)
 
     def handle(self, request: Request, reply: Reply) -> None:
         parts = [unquote(part) for part in request.path.split("?")[0].strip("/").split("/")]
@@ -76,7 +76,7 @@ class Admin:
             case (("GET" | "HEAD"), ["healthz"]):
                 reply(Response(200, {"status": "ok"}))
             case (("GET" | "HEAD"), ["readyz"]):
-                verdict = self._broker.wellbeing.verdict()
+                verdict = self._broker.health.verdict()
                 reply(Response(503 if verdict["status"] == "not ready" else 200, verdict))
             case "GET", ["metrics"]:
                 self._broker.exposition.answer(reply)
@@ -103,14 +103,14 @@ class Admin:
             case "GET", ["v1", "pipe"]:
                 reply(Response(200, self._pipe()))
             case "POST", ["v1", "pipe"]:
-                self._broker.feeding.answer(request, reply)
+                self._broker.downstream.answer(request, reply)
             case "POST", ["v1", "pipe", "range"]:
                 self._broker.ranges.answer(request, reply)
             case "POST", ["v1", "pipe", "digest"]:
                 self._broker.digests.answer(request, reply)
-            case "POST", ["v1", "heal"]:
-                self._heal(request, reply)
-            case _, ["v1", ("tree" | "registry" | "resets"), *_]:
+            case "POST", ["v1", "repair"]:
+                self._repair(request, reply)
+            case _, ["v1", ("tree" | "registry" | "resyncs"), *_]:
                 self._tree.handle(request, parts[1:], reply)
             case "GET", ["v1", "backup"]:
                 reply(self._backup())
@@ -156,7 +156,7 @@ class Admin:
             "connections": len(broker.sessions),
             "problems": broker.problems(),
             "loop": {
-                "turns": broker.loop.turns,
+                "iterations": broker.loop.iterations,
                 "slow_callbacks": broker.loop.slow_callbacks,
                 "failed_callbacks": broker.loop.failed_callbacks,
             },
@@ -205,36 +205,37 @@ class Admin:
             "name": group.name,
             "generation": group.generation,
             "members": [
-                {"client_id": member.client_id, "partitions": len(member.cursors), "hung": entry.hung}
+                {"client_id": member.client_id, "partitions": len(member.cursors), "unresponsive": entry.unresponsive}
                 for member, entry in group.members.items()
             ],
             "partitions": [
-                self._group_partition(group, key) for key in sorted(group.places.keys() | group.holders.keys() | wanted)
+                self._group_partition(group, key)
+                for key in sorted(group.committed_offsets.keys() | group.holders.keys() | wanted)
             ],
         }
 
     def _group_partition(self, group: Group, key: Key) -> dict[str, object]:
         log = self._broker.engine.log(*key)
-        place, cursor = group.places.get(key), group.holders.get(key)
-        committed = place.next_offset if place is not None else -1
+        committed, cursor = group.committed_offsets.get(key), group.holders.get(key)
+        offset = committed.next_offset if committed is not None else -1
         wanted_by = len(self._broker.membership.candidates(group, key))
         refresh = None
-        if place is not None and place.reset_id:
+        if committed is not None and committed.reset_id:
             refresh = {
-                "reset_id": place.reset_id,
-                "from": place.reset_from,
-                "target": place.target if place.refreshing else None,
-                "state": "refreshing" if place.refreshing else "ready",
+                "reset_id": committed.reset_id,
+                "from": committed.reset_from,
+                "target": committed.target if committed.refreshing else None,
+                "state": "refreshing" if committed.refreshing else "ready",
             }
         return {
             "topic": key[0],
             "partition": key[1],
-            "committed": committed,
-            "log_id": place.log_id if place is not None else "",
+            "committed": offset,
+            "log_id": committed.log_id if committed is not None else "",
             "durable_end": log.durable_end if log is not None else -1,
-            "lag": log.durable_end - max(committed, 0) if log is not None else -1,
-            "lag_seconds": self._lag_seconds(log, max(committed, 0)) if log is not None else -1,
-            "attempts": place.attempts if place is not None else 0,
+            "lag": log.durable_end - max(offset, 0) if log is not None else -1,
+            "lag_seconds": self._lag_seconds(log, max(offset, 0)) if log is not None else -1,
+            "attempts": committed.attempts if committed is not None else 0,
             "reason": group.reasons.get(key, ""),
             "refresh": refresh,
             "standbys": wanted_by - (1 if cursor is not None else 0),
@@ -252,7 +253,7 @@ class Admin:
             "partition": cursor.log.partition,
             "state": cursor.state,
             "why": cursor.why,
-            "alone": cursor.alone,
+            "isolated": cursor.isolated,
             "revoking": cursor.revoking,
             "next_offset": cursor.next_offset,
             "acked": cursor.acked,
@@ -302,8 +303,8 @@ class Admin:
 
     def _pipe(self) -> dict[str, object]:
         broker = self._broker
-        parent = broker.piping.describe() if broker.piping is not None else None
-        return {"parent": parent, "children": broker.feeding.describe()}
+        parent = broker.upstream.describe() if broker.upstream is not None else None
+        return {"parent": parent, "children": broker.downstream.describe()}
 
     def _backup(self) -> Response:
         engine = self._broker.engine
@@ -312,7 +313,7 @@ class Admin:
         if any(log.rewriting for log in engine.logs()):
             return Response(503, {"error": "a log is being cut or healed; try again in a moment"})
         offsets: list[list[object]] = [
-            [*key, msgspec.to_builtins(place)] for key, place in engine.group_offsets().items()
+            [*key, msgspec.to_builtins(committed)] for key, committed in engine.group_offsets().items()
         ]
         return Response(
             200,
@@ -332,11 +333,11 @@ class Admin:
             return
         self._broker.promote(level, report(reply))
 
-    def _heal(self, request: Request, reply: Reply) -> None:
-        from edgebroker.broker.mirror.repair import HealRequest  # with its HTTP client
+    def _repair(self, request: Request, reply: Reply) -> None:
+        from edgebroker.broker.mirror.repair import RepairRequest  # with its HTTP client
 
         try:
-            wanted = msgspec.json.decode(request.body, type=HealRequest)
+            wanted = msgspec.json.decode(request.body, type=RepairRequest)
         except msgspec.DecodeError as error:
             reply(Response(400, {"error": str(error)}))
             return
@@ -344,10 +345,10 @@ class Admin:
             reply(Response(400, {"error": f"from: HOST:PORT of a node's HTTP interface, not {wanted.source!r}"}))
             return
 
-        def done(healed: dict[str, int], error: str) -> None:
-            reply(Response(409 if error else 200, {"healed": healed, "error": error}))
+        def done(repaired: dict[str, int], error: str) -> None:
+            reply(Response(409 if error else 200, {"repaired": repaired, "error": error}))
 
-        self._broker.healing.heal(wanted, done)
+        self._broker.repairs.repair(wanted, done)
 
     def _accept(self, name: str, done: Callable[[Code, str], None]) -> None:
         """An operator accepts what cannot be undone: that records are lost, or that the parent has another log."""
@@ -356,8 +357,8 @@ class Admin:
         lost = [log for log in logs if log in broker.publishing.lost]
         if lost:
             self._operations.accept_loss(name, lost, broker.publishing.loss_accepted, done)
-        elif logs and broker.piping is not None:
-            broker.piping.accept(name, done)
+        elif logs and broker.upstream is not None:
+            broker.upstream.accept(name, done)
         else:
             done(Code.UNKNOWN_TOPIC, f"there is nothing to accept about topic {name} on this node")
 
@@ -372,11 +373,11 @@ class Admin:
         else:
 
             def deleted(code: Code, message: str) -> None:
-                if code is Code.OK and self._broker.piping is not None:
-                    self._broker.piping.free(name)
+                if code is Code.OK and self._broker.upstream is not None:
+                    self._broker.upstream.free(name)
                 done(code, message)
 
-            self._broker.deleting.delete(name, deleted)
+            self._broker.topic_deletion.delete(name, deleted)
 
     def _begin_snapshot(self, name: str, request: Request, reply: Reply) -> None:
         if not self._broker.engine.partitions(name):
@@ -388,7 +389,7 @@ class Admin:
             reply(Response(400, {"error": str(error)}))
             return
 
-        def done(code: Code, message: str, snapshot: Snapshot | None) -> None:
+        def done(code: Code, message: str, snapshot: TableSnapshot | None) -> None:
             if code is Code.OK and snapshot is not None:
                 first = {str(log.partition): offset for log, offset in snapshot.begins.items()}
                 reply(Response(201, {"id": snapshot.id.hex(), "first": first}))

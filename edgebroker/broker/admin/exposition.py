@@ -65,7 +65,7 @@ _FAMILIES = (
     Family("edgebroker_uptime_seconds", "gauge", "since the node was started"),
     Family("edgebroker_connections", "gauge", "clients that are connected"),
     Family("edgebroker_publish_waiting_bytes", "gauge", "bytes of producers that wait for the disk"),
-    Family("edgebroker_loop_turns_total", "counter", "turns of the event loop"),
+    Family("edgebroker_loop_iterations_total", "counter", "turns of the event loop"),
     Family("edgebroker_loop_slow_callbacks_total", "counter", "callbacks that kept the event loop for over 20 ms"),
     Family("edgebroker_loop_failed_callbacks_total", "counter", "callbacks that ended with a defect; see the log"),
     Family(
@@ -206,28 +206,28 @@ class Exposition:
         """Note everything, yielding whenever the loop should turn."""
         self._note_node(noted)
         logs = list(self._broker.engine.logs())
-        places = [(group, key) for group in self._broker.groups.all() for key in group.places]
-        left_out = max(0, len(logs) - MOST_SERIES) + max(0, len(places) - MOST_SERIES)
-        logs, places = logs[:MOST_SERIES], places[:MOST_SERIES]
+        committed_offsets = [(group, key) for group in self._broker.groups.all() for key in group.committed_offsets]
+        left_out = max(0, len(logs) - MOST_SERIES) + max(0, len(committed_offsets) - MOST_SERIES)
+        logs, committed_offsets = logs[:MOST_SERIES], committed_offsets[:MOST_SERIES]
         for first in range(0, len(logs), SLICE):
             yield True
             for log in logs[first : first + SLICE]:
                 _note_log(noted, log)
-        for first in range(0, len(places), SLICE):
+        for first in range(0, len(committed_offsets), SLICE):
             yield True
-            for group, key in places[first : first + SLICE]:
+            for group, key in committed_offsets[first : first + SLICE]:
                 self._note_place(noted, group, key)
         for group in islice(self._broker.groups.all(), MOST_SERIES):
             _add(noted, "edgebroker_consumer_members", Sample((group.name,), len(group.members)))
         _add(noted, "edgebroker_series_left_out", Sample((), left_out))
 
     def _note_place(self, noted: Noted, group: Group, key: Key) -> None:
-        log, place, cursor = self._broker.engine.log(*key), group.places.get(key), group.holders.get(key)
-        if log is None or place is None:
+        log, committed, cursor = self._broker.engine.log(*key), group.committed_offsets.get(key), group.holders.get(key)
+        if log is None or committed is None:
             return
-        offset, labels = max(place.next_offset, 0), (group.name, key[0], str(key[1]))
+        offset, labels = max(committed.next_offset, 0), (group.name, key[0], str(key[1]))
         seconds = self._broker.lags.seconds(log, offset, self._broker.loop.now())
-        _add(noted, "edgebroker_consumer_committed_offset", Sample(labels, place.next_offset))
+        _add(noted, "edgebroker_consumer_committed_offset", Sample(labels, committed.next_offset))
         _add(noted, "edgebroker_consumer_lag_records", Sample(labels, max(0, log.durable_end - offset)))
         _add(noted, "edgebroker_consumer_lag_seconds", Sample(labels, seconds))
         _add(noted, "edgebroker_consumer_in_flight_records", Sample(labels, cursor.in_flight if cursor else 0))
@@ -238,7 +238,7 @@ class Exposition:
             _add(noted, f"edgebroker_{one.name}_total", Sample((), getattr(metrics, one.name)))
         for code, count in metrics.refused_by_code.items():
             _add(noted, "edgebroker_requests_refused_total", Sample((code,), count))
-        node, problems = broker.config.node, broker.wellbeing.problems()
+        node, problems = broker.config.node, broker.health.problems()
         for name, labels in (
             ("edgebroker_build_info", (__version__, platform.python_version())),
             ("edgebroker_node_info", (node.name, broker.level, node.region)),
@@ -248,14 +248,14 @@ class Exposition:
             _add(noted, "edgebroker_problem", Sample((problem,), problem in problems))
         value: float
         for name, value in (
-            ("edgebroker_ready", broker.wellbeing.verdict()["status"] != "not ready"),
+            ("edgebroker_ready", broker.health.verdict()["status"] != "not ready"),
             ("edgebroker_uptime_seconds", broker.clock.monotonic() - broker.started_at),
             ("edgebroker_connections", len(broker.sessions)),
             ("edgebroker_publish_waiting_bytes", broker.publishing.waiting_bytes),
-            ("edgebroker_loop_turns_total", broker.loop.turns),
+            ("edgebroker_loop_iterations_total", broker.loop.iterations),
             ("edgebroker_loop_slow_callbacks_total", broker.loop.slow_callbacks),
             ("edgebroker_loop_failed_callbacks_total", broker.loop.failed_callbacks),
-            ("edgebroker_pipe_children", len(broker.feeding.children)),
+            ("edgebroker_pipe_children", len(broker.downstream.children)),
         ):
             _add(noted, name, Sample((), value))
         latencies = broker.engine.latencies()
@@ -276,17 +276,17 @@ class Exposition:
         days = broker.tree.report().disk_days
         if days >= 0:
             _add(noted, "edgebroker_disk_days_left", Sample((), days))
-        if broker.piping is not None:
-            _add(noted, "edgebroker_pipe_parent_up", Sample((), broker.piping.connected))
-            _add(noted, "edgebroker_pipe_lag_records", Sample((), broker.piping.lag))
-            heard = broker.piping.last_heard
+        if broker.upstream is not None:
+            _add(noted, "edgebroker_pipe_parent_up", Sample((), broker.upstream.connected))
+            _add(noted, "edgebroker_pipe_lag_records", Sample((), broker.upstream.lag))
+            heard = broker.upstream.last_heard
             wall = broker.clock.wall_ms() / 1000 - (broker.loop.now() - heard) if heard else 0.0
             _add(noted, "edgebroker_pipe_last_success_timestamp_seconds", Sample((), wall))
 
 
 def _note_log(noted: Noted, log: Log) -> None:
     labels = (log.topic, str(log.partition))
-    damaged = sum(hole.next - hole.first for hole in log.holes)
+    damaged = sum(corrupt.next - corrupt.first for corrupt in log.corrupt_ranges)
     _add(noted, "edgebroker_log_start_offset", Sample(labels, log.log_start))
     _add(noted, "edgebroker_log_end_offset", Sample(labels, log.durable_end))
     _add(noted, "edgebroker_log_size_bytes", Sample(labels, log.size_bytes))

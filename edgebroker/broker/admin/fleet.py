@@ -1,7 +1,7 @@
 """The tree over HTTP: reports of the nodes below, the view of an operator, and the registry (docs/protocol.md).
 
 POST /v1/tree/reports   GET /v1/tree  /v1/tree/nodes  /v1/tree/applied
-GET|POST /v1/resets   DELETE /v1/resets/ID
+GET|POST /v1/resyncs   DELETE /v1/resyncs/ID
 POST /v1/registry   PUT /v1/registry/NODE/pins   PUT|DELETE /v1/registry/NODE/drain   DELETE /v1/registry/NODE
 """
 
@@ -15,16 +15,16 @@ import msgspec
 from edgebroker.broker.admin.responses import report
 from edgebroker.broker.fleet.registrar import PinRequest
 from edgebroker.broker.fleet.tree import Tree
-from edgebroker.broker.mirror.resync import Resets
+from edgebroker.broker.mirror.resync import Resyncs
 from edgebroker.network.http.server import Reply, Request, Response
-from edgebroker.pipe.report import Question, ResetOrder
+from edgebroker.pipe.report import Question, ResyncDirective
 
 
 class TreeAdmin:
     """Owned by the loop thread. `uid` is this node's."""
 
-    def __init__(self, tree: Tree, resets: Resets | None, uid: str) -> None:
-        self._tree, self._resets, self._uid = tree, resets, uid
+    def __init__(self, tree: Tree, resyncs: Resyncs | None, uid: str) -> None:
+        self._tree, self._resyncs, self._uid = tree, resyncs, uid
 
     def handle(self, request: Request, parts: list[str], reply: Reply) -> None:
         """`parts` is the path behind /v1."""
@@ -32,19 +32,19 @@ class TreeAdmin:
         query = parse_qs(request.path.partition("?")[2])
         match request.method, parts:
             case "POST", ["tree", "reports"]:
-                self._tree.overseeing.answer(request, reply)
+                self._tree.inbox.answer(request, reply)
             case "GET", ["tree"]:
                 view.summary(query, reply)
             case "GET", ["tree", "nodes"]:
                 view.nodes(query, reply)
             case "GET", ["tree", "applied"]:
                 view.applied(query, reply)
-            case "GET", ["resets"]:
-                reply(Response(200, {"resets": self._resets.describe() if self._resets is not None else []}))
-            case "POST", ["resets"]:
+            case "GET", ["resyncs"]:
+                reply(Response(200, {"resyncs": self._resyncs.describe() if self._resyncs is not None else []}))
+            case "POST", ["resyncs"]:
                 self._reset(request, reply)
-            case "DELETE", ["resets", reset_id] if self._resets is not None:
-                self._resets.abort(reset_id, report(reply))
+            case "DELETE", ["resyncs", resync_id] if self._resyncs is not None:
+                self._resyncs.abort(resync_id, report(reply))
             case "POST", ["registry"]:
                 self._ask(request, reply)
             case (("PUT" | "DELETE"), ["registry", name, *verb]):
@@ -54,7 +54,7 @@ class TreeAdmin:
 
     def _reset(self, request: Request, reply: Reply) -> None:
         try:
-            order = msgspec.json.decode(request.body, type=ResetOrder)
+            order = msgspec.json.decode(request.body, type=ResyncDirective)
         except msgspec.DecodeError as error:
             reply(Response(400, {"error": str(error)}))
             return

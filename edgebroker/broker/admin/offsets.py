@@ -9,7 +9,7 @@ import msgspec
 
 from edgebroker.broker.delivery.groups import Group, Groups
 from edgebroker.broker.delivery.leases import Leases
-from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.common.errors import Code
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.identity import Identity, begin_history
@@ -45,11 +45,11 @@ class RefusedError(Exception):
     """What the operator asked for cannot be done; the message says why."""
 
 
-class Operations:
+class GroupOperations:
     """Owned by the loop thread."""
 
-    def __init__(self, engine: Engine, groups: Groups, leases: Leases, refreshing: Refreshing) -> None:
-        self._engine, self._groups, self._leases, self._refreshing = engine, groups, leases, refreshing
+    def __init__(self, engine: Engine, groups: Groups, leases: Leases, refreshing: Refreshes) -> None:
+        self._engine, self._groups, self._leases, self._refreshes = engine, groups, leases, refreshing
 
     def move(self, group: Group, request: MoveRequest, done: Callable[[list[Move], str], None]) -> None:
         """Move (or with dry_run only tell) a group's places, also while members read: their leases end, they go on
@@ -59,8 +59,8 @@ class Operations:
             if bool(request.to) == bool(request.shift):
                 raise RefusedError("give either to (earliest, latest, an offset, @TIME) or shift (a number of records)")
             for log in logs:
-                place = group.place(log)
-                if place is not None and place.refreshing:
+                committed = group.committed(log)
+                if committed is not None and committed.refreshing:
                     raise RefusedError(f"{log.name} is being refreshed by this group; its place moves with that")
             found: dict[Log, int] = {}
             if request.to.startswith("@"):
@@ -88,7 +88,7 @@ class Operations:
                 done(*next((answer for answer in answers if answer[0] is not Code.OK), answers[0]))
 
         for log in logs:
-            self._refreshing.begin(group, log, one)
+            self._refreshes.begin(group, log, one)
 
     def accept_loss(
         self, topic: str, lost: list[Log], accepted: Callable[[Log], None], done: Callable[[Code, str], None]
@@ -126,8 +126,8 @@ class Operations:
     @staticmethod
     def _target(group: Group, log: Log, request: MoveRequest) -> int:
         if request.shift:
-            place = group.place(log)
-            return min(log.durable_end, max(log.log_start, (place.next_offset if place else 0) + request.shift))
+            committed = group.committed(log)
+            return min(log.durable_end, max(log.log_start, (committed.next_offset if committed else 0) + request.shift))
         if request.to in ("earliest", "latest"):
             return log.log_start if request.to == "earliest" else log.durable_end
         if not _is_number(request.to):
@@ -167,16 +167,16 @@ class Operations:
         self, group: Group, found: dict[Log, int], dry_run: bool, done: Callable[[list[Move], str], None]
     ) -> None:
         for log in found:
-            place = group.place(log)
-            if place is not None and place.refreshing:  # it may have begun while a time was looked up
+            committed = group.committed(log)
+            if committed is not None and committed.refreshing:  # it may have begun while a time was looked up
                 done([], f"{log.name} is being refreshed by this group; its place moves with that")
                 return
         moves = []
         if not dry_run:
             group = self._groups.adopt(group)
         for log, offset in found.items():
-            place = group.place(log)
-            moves.append(Move(log, place.next_offset if place is not None else -1, offset))
+            committed = group.committed(log)
+            moves.append(Move(log, committed.next_offset if committed is not None else -1, offset))
             if dry_run:
                 continue
             key = (log.topic, log.partition)

@@ -93,7 +93,7 @@ class Cursor:
         return min(self.window_records, 1 + self.acked - self.failed_at)
 
     @property
-    def alone(self) -> bool:
+    def isolated(self) -> bool:
         """The record that failed is the only one that may be in flight, here and for this member."""
         return self.acked == self.failed_at
 
@@ -101,7 +101,7 @@ class Cursor:
     def wants_turn(self) -> bool:
         """Alone, and there is a record to deliver or to wait for."""
         ready = self.state in ("live", "reading") and not self.revoking and self.next_offset < self.log.durable_end
-        return self.alone and (ready or self.in_flight > 0)
+        return self.isolated and (ready or self.in_flight > 0)
 
     def begin(self, offset: int) -> None:
         """Stand at an offset with nothing in flight."""

@@ -67,10 +67,10 @@ class DeadLetters:
         """Make a letter of one record; done(OK, "") once it is durable, done(OK, why) when there is no record left."""
 
         def read(result: ColdRead) -> None:
-            if result.hole is not None and source.settings.on_damage == "skip":
+            if result.corrupt is not None and source.settings.on_damage == "skip":
                 done(Code.OK, "it is damaged, and on_damage is skip")
                 return
-            if result.error or result.hole is not None:
+            if result.error or result.corrupt is not None:
                 code = Code.STORAGE_TIMEOUT if result.timed_out else Code.DAMAGED
                 done(code, result.error or "the record is damaged")
                 return

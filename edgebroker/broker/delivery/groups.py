@@ -31,7 +31,7 @@ class Subscription:
     pins: dict[Key, Wanted] = field(default_factory=dict)
     left: set[Key] = field(default_factory=set)
     begun: set[Key] = field(default_factory=set)
-    hung: bool = False
+    unresponsive: bool = False
 
     def wants(self, key: Key) -> bool:
         return key in self.pins or (key[0] in self.topics and key not in self.left)
@@ -53,27 +53,36 @@ class Group:
     """
 
     __slots__ = (
-        "generation", "holders", "last_clients", "last_seen", "lettering", "members", "name", "pauses", "places",
-        "reasons", "suspects",
+        "committed_offsets",
+        "dead_lettering",
+        "generation",
+        "holders",
+        "last_clients",
+        "last_seen",
+        "members",
+        "name",
+        "pauses",
+        "reasons",
+        "suspects",
     )  # fmt: skip
 
     def __init__(self, name: str, now: float) -> None:
         self.name = name
-        self.places: dict[Key, GroupOffset] = {}
+        self.committed_offsets: dict[Key, GroupOffset] = {}
         self.members: dict[Member, Subscription] = {}
         self.holders: dict[Key, Cursor] = {}
         self.last_clients: dict[Key, str] = {}
         self.pauses: dict[Key, float] = {}
         self.reasons: dict[Key, str] = {}
-        self.lettering: set[Key] = set()
+        self.dead_lettering: set[Key] = set()
         self.suspects: dict[Cursor, None] = {}
         self.generation = 0
         self.last_seen = now
 
-    def place(self, log: Log) -> GroupOffset | None:
+    def committed(self, log: Log) -> GroupOffset | None:
         """The group's place in this very log."""
-        place = self.places.get((log.topic, log.partition))
-        return place if place is not None and place.log_id == log.identity.log_id else None
+        committed = self.committed_offsets.get((log.topic, log.partition))
+        return committed if committed is not None and committed.log_id == log.identity.log_id else None
 
 
 class Groups:
@@ -107,16 +116,16 @@ class Groups:
 
     def forget(self, group: Group) -> None:
         """Delete a group and every place it had."""
-        for topic, partition in group.places:
+        for topic, partition in group.committed_offsets:
             self._engine.commit_offset((group.name, topic, partition), None)
-        group.places.clear()  # what was under way for it (a dead letter) finds no place to move
+        group.committed_offsets.clear()  # what was under way for it (a dead letter) finds no place to move
         self._groups.pop(group.name, None)
 
     def forget_topic(self, topic: str) -> None:
         """A topic is deleted: no group has a place in it."""
         for group in self._groups.values():
-            for key in [key for key in group.places if key[0] == topic]:
-                del group.places[key]
+            for key in [key for key in group.committed_offsets if key[0] == topic]:
+                del group.committed_offsets[key]
                 self._engine.commit_offset((group.name, *key), None)
             for known in (group.pauses, group.reasons, group.last_clients):
                 for key in [key for key in known if key[0] == topic]:
@@ -124,32 +133,36 @@ class Groups:
 
     def restore(self, group: str, topic: str, partition: int, offset: GroupOffset, now: float) -> None:
         """A place stored by an earlier run."""
-        self.group(group, now).places[topic, partition] = offset
+        self.group(group, now).committed_offsets[topic, partition] = offset
 
-    def commit(self, group: Group, log: Log, offset: int, *, attempts: int = 0, alone: bool = False) -> None:
+    def commit(self, group: Group, log: Log, offset: int, *, attempts: int = 0, isolated: bool = False) -> None:
         """Move a group's place; what is known about its refreshes and moves stays."""
-        place = group.place(log)
-        if place is not None and (place.next_offset, place.attempts, place.alone) == (offset, attempts, alone):
+        committed = group.committed(log)
+        if committed is not None and (committed.next_offset, committed.attempts, committed.isolated) == (
+            offset,
+            attempts,
+            isolated,
+        ):
             return
-        if place is None:
-            moved = GroupOffset(log.identity.log_id, log.epoch, offset, 0, attempts, alone)
+        if committed is None:
+            moved = GroupOffset(log.identity.log_id, log.epoch, offset, 0, attempts, isolated)
         else:
-            moved = replace(place, epoch=log.epoch, next_offset=offset, attempts=attempts, alone=alone)
+            moved = replace(committed, epoch=log.epoch, next_offset=offset, attempts=attempts, isolated=isolated)
         self.put(group, log, moved)
 
     def move(self, group: Group, log: Log, offset: int) -> None:
         """commit() by an operator: what members acknowledged before does not take the group past the new place."""
         self.commit(group, log, offset)
-        place = group.place(log)
-        assert place is not None
-        self.put(group, log, replace(place, moved_end=log.durable_end))
+        committed = group.committed(log)
+        assert committed is not None
+        self.put(group, log, replace(committed, moved_end=log.durable_end))
 
-    def put(self, group: Group, log: Log, place: GroupOffset) -> None:
+    def put(self, group: Group, log: Log, committed: GroupOffset) -> None:
         """Replace a group's place; stored within 50 ms (Engine.when_stored tells when)."""
         key = (log.topic, log.partition)
-        group.places[key] = place
+        group.committed_offsets[key] = committed
         if group.name:
-            self._engine.commit_offset((group.name, *key), place)
+            self._engine.commit_offset((group.name, *key), committed)
 
     def grant(self, cursor: Cursor) -> None:
         """Make a cursor the holder of its partition."""
@@ -170,10 +183,10 @@ class Groups:
     def floor(self, log: Log, now: float) -> int | None:
         """The offset that every live group of this log has passed; None when there is no such group."""
         key = (log.topic, log.partition)
-        places = [
-            place.next_offset
+        committed_offsets = [
+            committed.next_offset
             for group in self._groups.values()
-            if (place := group.place(log)) is not None
+            if (committed := group.committed(log)) is not None
             and (now - group.last_seen < LIVE_SECONDS or key in group.holders)
         ]
-        return min(places, default=None)
+        return min(committed_offsets, default=None)

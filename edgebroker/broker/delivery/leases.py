@@ -17,8 +17,8 @@ from typing import NamedTuple
 from edgebroker.broker.delivery.cursor import Cursor, Key
 from edgebroker.broker.delivery.dead_letters import DeadLetters, Failure
 from edgebroker.broker.delivery.groups import Group, Groups
-from edgebroker.broker.delivery.push import Delivery
-from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.delivery.push import Push
+from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
@@ -50,14 +50,14 @@ class Leases:
         self,
         engine: Engine,
         groups: Groups,
-        delivery: Delivery,
-        refreshing: Refreshing,
+        delivery: Push,
+        refreshing: Refreshes,
         letters: DeadLetters,
         scheduler: Scheduler,
         metrics: Metrics,
         limits: LeaseLimits,
     ) -> None:
-        self._engine, self._groups, self._delivery, self._refreshing = engine, groups, delivery, refreshing
+        self._engine, self._groups, self._push, self._refreshes = engine, groups, delivery, refreshing
         self._letters, self._scheduler, self._metrics, self._limits = letters, scheduler, metrics, limits
 
     # ---- beginning ----
@@ -66,16 +66,16 @@ class Leases:
         """The cursor's member holds its partition from now on. `wanted` says where it begins; None, and whatever it
         says while a refresh is under way: at the group's place."""
         self._groups.grant(cursor)
-        self.place(cursor, wanted)
+        self.committed(cursor, wanted)
 
-    def place(self, cursor: Cursor, wanted: Wanted | None) -> None:
+    def committed(self, cursor: Cursor, wanted: Wanted | None) -> None:
         """Find out where a holder begins, then resume()."""
-        self._delivery.pause(cursor, "starting")
+        self._push.pause(cursor, "starting")
         cursor.begin(cursor.acked)
         cursor.lease = self._groups.next_lease()
-        partition, stored = cursor.log, cursor.group.place(cursor.log)
+        partition, stored = cursor.log, cursor.group.committed(cursor.log)
         if stored is not None and stored.refreshing:
-            self._delivery.announce_reset(cursor)
+            self._push.announce_refresh(cursor)
             return
         offset = stored.next_offset if stored is not None else partition.log_start
         cursor.position_epoch = -1
@@ -84,7 +84,7 @@ class Leases:
                 assert wanted is not None
                 same = wanted.log_id in (frames.NO_LOG_ID, partition.identity.log_id_bytes)
                 if not same or not partition.identity.contains(wanted.epoch, wanted.value):
-                    self._refreshing.needed(cursor)
+                    self._refreshes.needed(cursor)
                     return
                 offset, cursor.position_epoch = wanted.value, wanted.epoch
             case Start.RESUME:
@@ -117,20 +117,20 @@ class Leases:
             self.resume(cursor, offset)
             return
         cursor.why = f"{error}; trying again"
-        self._delivery.tell(cursor, Code.STORAGE_TIMEOUT, f"{cursor.log.name}: {cursor.why}")
+        self._push.tell(cursor, Code.STORAGE_TIMEOUT, f"{cursor.log.name}: {cursor.why}")
 
         def again() -> None:
             if cursor.state == "starting" and cursor.lease == lease:
-                self.place(cursor, wanted)
+                self.committed(cursor, wanted)
 
         self._scheduler.call_later(LETTER_RETRY_SECONDS, again)
 
     def resume(self, cursor: Cursor, offset: int) -> None:
         """Deliver from an offset under a new lease, unless something has to be waited for first."""
         group, key, partition = cursor.group, cursor.key, cursor.log
-        place = group.place(partition)
+        committed = group.committed(partition)
         cursor.begin(offset)
-        if place is None or place.next_offset != offset:
+        if committed is None or committed.next_offset != offset:
             # Where a group begins is its place, also when it never acknowledges anything.
             if offset <= partition.durable_end and cursor.position_epoch <= partition.epoch:
                 self._groups.commit(group, partition, offset)
@@ -138,13 +138,13 @@ class Leases:
             cursor.failed_at = -1
             group.suspects.pop(cursor, None)
         else:
-            cursor.failed_at = offset if place.alone else -1
-            if place.alone and group.reasons.get(key, SILENT) in (SILENT, VANISHED):
+            cursor.failed_at = offset if committed.isolated else -1
+            if committed.isolated and group.reasons.get(key, SILENT) in (SILENT, VANISHED):
                 group.suspects[cursor] = None
             else:
                 group.suspects.pop(cursor, None)
-            if key in group.lettering or 0 < self._limits.max_attempts <= place.attempts:
-                self._bury(cursor, place.attempts)
+            if key in group.dead_lettering or 0 < self._limits.max_attempts <= committed.attempts:
+                self._bury(cursor, committed.attempts)
                 return
             wait = group.pauses.get(key, 0.0) - self._scheduler.now()
             if wait > 0:
@@ -155,27 +155,27 @@ class Leases:
         cursor.lease = self._groups.next_lease()
         self._notify(cursor, Holding.ASSIGNED)
         if group.holders.get(key) is cursor:  # telling it may have shown that the connection is over
-            self._delivery.start(cursor, offset)
+            self._push.start(cursor, offset)
 
     def move(self, cursor: Cursor, offset: int) -> None:
         """The operator moved the group's place while this member holds the partition."""
-        self._delivery.pause(cursor, "starting")
+        self._push.pause(cursor, "starting")
         cursor.position_epoch = -1
         self.resume(cursor, offset)
 
     def accept(self, cursor: Cursor, reset_id: bytes, offset: int) -> bool:
         """The member accepts its refresh; False when it is not the one that was announced."""
-        start = self._refreshing.accept(cursor, reset_id, offset)
+        start = self._refreshes.accept(cursor, reset_id, offset)
         if start is None:
             return False
-        self._delivery.pause(cursor, "starting")
+        self._push.pause(cursor, "starting")
         cursor.position_epoch = -1
         self.resume(cursor, start)
         return True
 
     def _pause(self, cursor: Cursor, seconds: float) -> None:
         reason = cursor.group.reasons.get(cursor.key, "")
-        self._delivery.pause(cursor, "backoff", f"record {cursor.acked} failed: {reason}")
+        self._push.pause(cursor, "backoff", f"record {cursor.acked} failed: {reason}")
         cursor.lease = lease = self._groups.next_lease()
 
         def over() -> None:
@@ -219,38 +219,38 @@ class Leases:
             return True
         cursor.deadline = now + self._limits.timeout if cursor.in_flight else 0.0
         if cursor.group.suspects and not cursor.in_flight:
-            self._delivery.wake_others(cursor)
-        self._delivery.pump(cursor)
+            self._push.wake_others(cursor)
+        self._push.pump(cursor)
         return True
 
     def _recover(self, cursor: Cursor) -> None:
         """The record that failed is done: the member's other partitions go on, this one's window opens bit by bit."""
         if cursor in cursor.group.suspects:
             del cursor.group.suspects[cursor]
-            self._delivery.wake_others(cursor)
+            self._push.wake_others(cursor)
         if cursor.window == cursor.window_records:
             cursor.failed_at = -1
 
     @staticmethod
     def _stands_behind(cursor: Cursor) -> bool:
         """True when the cursor went over a gap with nothing in flight: the group's place is still before it."""
-        place = cursor.group.place(cursor.log)
-        return place is not None and place.next_offset < cursor.acked and cursor.state != "behind"
+        committed = cursor.group.committed(cursor.log)
+        return committed is not None and committed.next_offset < cursor.acked and cursor.state != "behind"
 
     def failed(self, cursor: Cursor, reason: str, *, counts: bool, pause: bool = True) -> None:
         """What was in flight was not handled: its lease is over. The caller resumes or releases the cursor."""
         group, key, partition, offset = cursor.group, cursor.key, cursor.log, cursor.acked
-        place = group.place(partition)
-        known = place.attempts if place is not None and place.next_offset == offset else 0
+        committed = group.committed(partition)
+        known = committed.attempts if committed is not None and committed.next_offset == offset else 0
         attempts = known + 1 if counts else known
         if offset <= partition.durable_end:
-            self._groups.commit(group, partition, offset, attempts=attempts, alone=True)
+            self._groups.commit(group, partition, offset, attempts=attempts, isolated=True)
         group.reasons[key] = reason
         if pause or attempts:
             doubled = self._limits.backoff * 2 ** min(max(attempts - 1, 0), 30)
             group.pauses[key] = self._scheduler.now() + min(self._limits.max_backoff, doubled)
         self._metrics.redeliveries += 1
-        self._delivery.pause(cursor, "backoff", reason)
+        self._push.pause(cursor, "backoff", reason)
         cursor.begin(offset)
         cursor.lease = self._groups.next_lease()
 
@@ -267,12 +267,12 @@ class Leases:
             "group %s: %s held records of %s from %d on for longer than the delivery timeout",
             cursor.group.name, cursor.member.client_id, cursor.log.name, cursor.acked,
         )  # fmt: skip
-        self.failed(cursor, SILENT, counts=cursor.alone)
+        self.failed(cursor, SILENT, counts=cursor.isolated)
 
     def disconnected(self, cursor: Cursor) -> None:
         """The member is gone without having given its partition back."""
         if cursor.in_flight:
-            self.failed(cursor, VANISHED, counts=cursor.alone, pause=False)
+            self.failed(cursor, VANISHED, counts=cursor.isolated, pause=False)
 
     # ---- ending ----
 
@@ -285,7 +285,7 @@ class Leases:
         """The partition is free. Nothing is done when it is not the cursor's any more."""
         if cursor.group.holders.get(cursor.key) is not cursor:
             return
-        self._delivery.stop(cursor)
+        self._push.stop(cursor)
         self._groups.revoke(cursor)
         if tell:
             self._notify(cursor, Holding.REVOKED)
@@ -301,10 +301,10 @@ class Leases:
         group, key, partition, offset = cursor.group, cursor.key, cursor.log, cursor.acked
         reason = group.reasons.get(key, "it failed in an earlier run")
         cursor.lease = self._groups.next_lease()
-        self._delivery.pause(cursor, "dead_lettering", f"record {offset} failed {attempts} times: {reason}")
-        if key in group.lettering:
+        self._push.pause(cursor, "dead_lettering", f"record {offset} failed {attempts} times: {reason}")
+        if key in group.dead_lettering:
             return
-        group.lettering.add(key)
+        group.dead_lettering.add(key)
         self._letters.write(
             partition,
             offset,
@@ -314,12 +314,12 @@ class Leases:
 
     def _buried(self, group: Group, partition: Log, offset: int, code: Code, message: str) -> None:
         key: Key = (partition.topic, partition.partition)
-        group.lettering.discard(key)
-        place, holder = group.place(partition), group.holders.get(key)
+        group.dead_lettering.discard(key)
+        committed, holder = group.committed(partition), group.holders.get(key)
         waits = holder if holder is not None and holder.state == "dead_lettering" else None
-        if place is None or place.next_offset != offset:
+        if committed is None or committed.next_offset != offset:
             if waits is not None:
-                self.place(waits, None)
+                self.committed(waits, None)
             return
         if code is Code.OK:
             self._metrics.dead_letters += not message
@@ -334,7 +334,7 @@ class Leases:
             return  # whoever takes the partition next tries again
         waits.why = f"record {offset} cannot be written to {partition.topic}.dlq: {message}"
         self._metrics.dead_letter_failures += 1
-        self._delivery.tell(waits, code, f"{partition.name}: {waits.why}; the partition waits")
+        self._push.tell(waits, code, f"{partition.name}: {waits.why}; the partition waits")
         lease = waits.lease
 
         def again() -> None:

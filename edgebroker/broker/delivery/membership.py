@@ -39,7 +39,7 @@ class Membership:
         entry = group.members.get(member)
         if entry is None:
             entry = group.members[member] = Subscription(correlation, *windows)
-        entry.correlation, entry.hung = correlation, False
+        entry.correlation, entry.unresponsive = correlation, False
         entry.window_records, entry.window_bytes = windows
         named: dict[Key, None] = {}
         for line in subscribe.wanted:
@@ -60,7 +60,7 @@ class Membership:
                 cursor.correlation = correlation
                 cursor.window_records, cursor.window_bytes = windows
                 cursor.revoking = False
-                self._leases.place(cursor, self._line(group, cursor, entry, fresh=True))
+                self._leases.committed(cursor, self._line(group, cursor, entry, fresh=True))
         self._changed(group, {(member, key) for key in named if key not in group.holders})
 
     def release(self, member: Member, group: Group, wanted: list[Wanted]) -> None:
@@ -121,8 +121,8 @@ class Membership:
             self._leases.release(cursor, tell=True)
             self._changed(group)
         entry = group.members.get(member)
-        if entry is not None and entry.hung:
-            entry.hung = False
+        if entry is not None and entry.unresponsive:
+            entry.unresponsive = False
             self._changed(group)
         return accepted
 
@@ -132,8 +132,8 @@ class Membership:
         if group.holders.get(cursor.key) is not cursor:
             return
         self._leases.timed_out(cursor)
-        group.members[cursor.member].hung = True
-        others = (member for member in self.candidates(group, cursor.key) if not group.members[member].hung)
+        group.members[cursor.member].unresponsive = True
+        others = (member for member in self.candidates(group, cursor.key) if not group.members[member].unresponsive)
         if cursor.revoking or next(others, None) is not None:
             self._leases.release(cursor, tell=True)
         else:
@@ -173,7 +173,7 @@ class Membership:
     def _divide(self, group: Group, fresh: set[tuple[Member, Key]]) -> None:
         wanted_by, logs = self._wishes(group)
         holders = {key: cursor.member for key, cursor in group.holders.items() if not cursor.revoking}
-        refreshing = {key for key, place in group.places.items() if place.refreshing}
+        refreshing = {key for key, committed in group.committed_offsets.items() if committed.refreshing}
         for key, member in divide(wanted_by, holders, refreshing).items():
             if member not in group.members:
                 continue  # telling it showed that it is gone: another division follows
@@ -205,7 +205,7 @@ class Membership:
 
     @staticmethod
     def _awake(group: Group, members: list[Member]) -> list[Member]:
-        return [member for member in members if not group.members[member].hung] or members
+        return [member for member in members if not group.members[member].unresponsive] or members
 
     def _grant(self, group: Group, log: Log, member: Member, fresh: bool) -> None:
         entry = group.members[member]

@@ -21,9 +21,9 @@ from edgebroker.network.io.transport import FileRange, Transport
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import Gap, GapReason, Reset
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.log.partition import Extent, Inline, NeedsDisk
+from edgebroker.storage.log.partition import FileSlice, Inline, NeedsDisk
 from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.staging import Chunk
 
 log = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ RETRY_SECONDS = 1.0
 MAX_AGE_MS = (1 << 32) - 1
 
 
-class DeliveryMember(Protocol):
+class PushMember(Protocol):
     """A session, as far as delivery knows it."""
 
     client_id: str
@@ -45,7 +45,7 @@ class DeliveryMember(Protocol):
     def send(self, data: bytes) -> None: ...
 
 
-class Delivery:
+class Push:
     """Owned by the loop thread. A cursor's member is a DeliveryMember. `timeout` in seconds."""
 
     def __init__(self, engine: Engine, scheduler: Scheduler, metrics: Metrics, timeout: float) -> None:
@@ -111,7 +111,7 @@ class Delivery:
     @staticmethod
     def _held_back(cursor: Cursor) -> bool:
         """True while the cursor's member is to have one record in flight and no other: one at which it fell silent."""
-        if cursor in cursor.group.suspects and cursor.alone:
+        if cursor in cursor.group.suspects and cursor.isolated:
             return any(other.in_flight for other in cursor.member.cursors.values() if other is not cursor)
         return any(suspect.member is cursor.member and suspect.wants_turn for suspect in cursor.group.suspects)
 
@@ -157,7 +157,7 @@ class Delivery:
         else:
             self._pump(cursor)
 
-    def turn_over(self) -> None:
+    def end_iteration(self) -> None:
         """The turn ends: whoever has more to send gets it in the next one."""
         self._turn_bytes = TURN_BYTES
         if self._waiting:
@@ -172,7 +172,7 @@ class Delivery:
             self._pump(cursor)
 
     def _pump(self, cursor: Cursor) -> None:
-        member: DeliveryMember = cursor.member  # type: ignore[assignment]
+        member: PushMember = cursor.member  # type: ignore[assignment]
         while (
             cursor.state == "live"
             and not cursor.revoking
@@ -198,8 +198,8 @@ class Delivery:
             found = cursor.log.find(cursor.next_offset, min(size, share), records, cursor.hint)
             if found is None:
                 return
-            if isinstance(found, Hole):
-                self._at_hole(cursor, found)
+            if isinstance(found, CorruptRange):
+                self._at_corrupt_range(cursor, found)
             elif isinstance(found, NeedsDisk) or self._to_check(cursor, found):
                 self._fetch(cursor, min(size, DELIVER_BYTES))
             elif cursor.in_flight and (found.next_offset - cursor.next_offset > records or _length(found) > size):
@@ -212,11 +212,11 @@ class Delivery:
                 self._send_extent(cursor, found)
 
     @staticmethod
-    def _to_check(cursor: Cursor, found: Extent | Inline) -> bool:
+    def _to_check(cursor: Cursor, found: FileSlice | Inline) -> bool:
         """True for the first piece of a sealed segment that a reader gets. What was verified once may have rotted, and
         a reader that found it so comes again: it must not get the same bytes for ever."""
         fresh, cursor.fresh = cursor.fresh, False
-        return fresh and isinstance(found, Extent) and found.sealed
+        return fresh and isinstance(found, FileSlice) and found.sealed
 
     @staticmethod
     def _should_wait(cursor: Cursor, records: int, size: int) -> bool:
@@ -225,7 +225,7 @@ class Delivery:
         return crack and cursor.in_flight > 0 and cursor.log.durable_end - cursor.next_offset > records
 
     def _fits(self, cursor: Cursor, chunk: Chunk) -> bool:
-        member: DeliveryMember = cursor.member  # type: ignore[assignment]
+        member: PushMember = cursor.member  # type: ignore[assignment]
         return (
             cursor.state == "live"
             and not cursor.revoking
@@ -241,15 +241,15 @@ class Delivery:
         return min(next_offset, cursor.acked + cursor.window)
 
     def _send(self, cursor: Cursor, data: memoryview, next_offset: int, age_ms: int = 0) -> None:
-        member: DeliveryMember = cursor.member  # type: ignore[assignment]
+        member: PushMember = cursor.member  # type: ignore[assignment]
         wanted = self._wanted(cursor, next_offset)
         head = self._head(cursor, wanted, len(data), age_ms)
         self._delivered(cursor, wanted, len(data))
         cursor.hint = None
         member.transport.send_pair(head, data)
 
-    def _send_extent(self, cursor: Cursor, extent: Extent) -> None:
-        member: DeliveryMember = cursor.member  # type: ignore[assignment]
+    def _send_extent(self, cursor: Cursor, extent: FileSlice) -> None:
+        member: PushMember = cursor.member  # type: ignore[assignment]
         wanted = self._wanted(cursor, extent.next_offset)
         head = self._head(cursor, wanted, extent.length, self._engine.age_ms(cursor.log, wanted))
         self._delivered(cursor, wanted, extent.length)
@@ -301,7 +301,7 @@ class Delivery:
 
     def _gap(self, cursor: Cursor, next_offset: int, reason: GapReason) -> None:
         """Tell the member that records will not come, and go on behind them."""
-        member: DeliveryMember = cursor.member  # type: ignore[assignment]
+        member: PushMember = cursor.member  # type: ignore[assignment]
         gap = Gap(cursor.next_offset, next_offset - 1, reason)
         self._metrics.gaps += 1
         head = self._head(cursor, next_offset, 0, gaps=[gap])
@@ -321,20 +321,25 @@ class Delivery:
 
     def _lost_history(self, cursor: Cursor) -> bool:
         """True when records are gone that a table's refresh needs: it has to begin again, not to go on with a gap."""
-        place = cursor.group.place(cursor.log)
-        if place is None or not place.refreshing or cursor.log.settings.kind != "table" or not self._history_lost:
+        committed = cursor.group.committed(cursor.log)
+        if (
+            committed is None
+            or not committed.refreshing
+            or cursor.log.settings.kind != "table"
+            or not self._history_lost
+        ):
             return False
         self._history_lost(cursor)
         return True
 
-    def _at_hole(self, cursor: Cursor, hole: Hole) -> None:
+    def _at_corrupt_range(self, cursor: Cursor, corrupt: CorruptRange) -> None:
         if cursor.log.settings.on_damage == "skip":
             if not self._lost_history(cursor):
-                self._gap(cursor, hole.next, GapReason.DAMAGED)
+                self._gap(cursor, corrupt.next, GapReason.DAMAGED)
             return
         why = (
-            f"{cursor.log.name}: records {hole.first} to {hole.next - 1} are damaged; delivery waits at {hole.first} "
-            f"(set on_damage = skip for the topic to go on without them)"
+            f"{cursor.log.name}: records {corrupt.first} to {corrupt.next - 1} are corrupt; delivery waits at "
+            f"{corrupt.first} (set on_damage = skip for the topic to continue without them)"
         )
         self._set(cursor, "damaged", why)
         self.tell(cursor, Code.DAMAGED, why)
@@ -357,7 +362,7 @@ class Delivery:
             if cursor.in_flight and len(result.data) > cursor.window_bytes - cursor.in_flight_bytes:
                 return  # one batch, larger than what is left of the window
             later = self._engine.live_from(cursor.log) > wanted or cursor.revoking or self._held_back(cursor)
-            if result.hole is None and cursor.next_offset == wanted and not later:
+            if result.corrupt is None and cursor.next_offset == wanted and not later:
                 limit = min(result.next_offset, cursor.log.durable_end)
                 self._send(cursor, memoryview(result.data), limit, self._engine.age_ms(cursor.log, limit))
             self.pump(cursor)
@@ -369,21 +374,21 @@ class Delivery:
 
         self._engine.read_cold(cursor.log, wanted, size, done)
 
-    def announce_reset(self, cursor: Cursor) -> None:
+    def announce_refresh(self, cursor: Cursor) -> None:
         """Tell the member that its partition has to be refreshed; it accepts with a RESET of its own."""
-        place = cursor.group.place(cursor.log)
-        assert place is not None
-        self.pause(cursor, "reset", f"refresh {place.reset_id} waits to be accepted")
-        cursor.begin(place.next_offset)
-        self._metrics.resets_announced += 1
+        committed = cursor.group.committed(cursor.log)
+        assert committed is not None
+        self.pause(cursor, "refresh", f"refresh {committed.reset_id} waits to be accepted")
+        cursor.begin(committed.next_offset)
+        self._metrics.refreshes_announced += 1
         partition = cursor.log
         reset = Reset(
-            bytes.fromhex(place.reset_id),
+            bytes.fromhex(committed.reset_id),
             partition.identity.log_id_bytes,
             partition.topic,
             partition.partition,
-            place.reset_from,
-            place.target,
+            committed.reset_from,
+            committed.target,
         )
         cursor.member.send(frames.write_reset(cursor.correlation, reset))
 
@@ -393,11 +398,11 @@ class Delivery:
         cursor.member.send(frames.write_answer(cursor.correlation, code, message, cursor.next_offset))
 
 
-def _length(found: Extent | Inline) -> int:
-    return found.length if isinstance(found, Extent) else len(found.data)
+def _length(found: FileSlice | Inline) -> int:
+    return found.length if isinstance(found, FileSlice) else len(found.data)
 
 
-def _supply(member: DeliveryMember, piece: FileRange) -> Callable[[bytes, str], None]:
+def _supply(member: PushMember, piece: FileRange) -> Callable[[bytes, str], None]:
     def answer(data: bytes, error: str) -> None:
         member.transport.supply(piece, None if error else memoryview(data), error)
 

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from edgebroker.broker.delivery.cursor import Cursor
 from edgebroker.broker.delivery.groups import Groups
 from edgebroker.broker.delivery.leases import Leases
-from edgebroker.broker.delivery.push import Delivery
-from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.delivery.push import Push
+from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.storage.engine import Engine, Log
 
 log = logging.getLogger(__name__)
 
 
-class Readers:
+class CursorRebase:
     """Owned by the loop thread. `holders` finds everybody who reads a log now, also without a group."""
 
     def __init__(
@@ -23,12 +23,12 @@ class Readers:
         engine: Engine,
         groups: Groups,
         leases: Leases,
-        delivery: Delivery,
-        refreshing: Refreshing,
+        delivery: Push,
+        refreshing: Refreshes,
         holders: Callable[[Log], list[Cursor]],
     ) -> None:
         self._engine, self._groups, self._leases = engine, groups, leases
-        self._delivery, self._refreshing, self._holders = delivery, refreshing, holders
+        self._push, self._refreshes, self._holders = delivery, refreshing, holders
 
     def cutting(self, partition: Log, offset: int, then: Callable[[], None]) -> None:
         """Everything from an offset on goes: groups that stand behind it go back to it, stored before `then`. What
@@ -36,7 +36,7 @@ class Readers:
         holders = self._holders(partition)
         for cursor in holders:
             # Under no lease that anybody knows: what is acknowledged now is of the records that go.
-            self._delivery.pause(cursor, "starting", "the log is being cut")
+            self._push.pause(cursor, "starting", "the log is being cut")
             cursor.begin(cursor.acked)
             cursor.lease = self._groups.next_lease()
         self._go_back(partition, offset)
@@ -46,24 +46,24 @@ class Readers:
         """It is done: everybody goes on from the group's place, under a new lease."""
         self._go_back(partition, partition.durable_end)  # who joined meanwhile
         for cursor in self._holders(partition):
-            place = cursor.group.place(partition)
-            self._leases.move(cursor, place.next_offset if place is not None else cursor.acked)
+            committed = cursor.group.committed(partition)
+            self._leases.move(cursor, committed.next_offset if committed is not None else cursor.acked)
 
     def _go_back(self, partition: Log, offset: int) -> None:
         for group in {*self._groups.all(), *(cursor.group for cursor in self._holders(partition))}:
-            place = group.place(partition)
-            if place is not None and place.next_offset > offset:
+            committed = group.committed(partition)
+            if committed is not None and committed.next_offset > offset:
                 log.warning(
                     "group %s goes back from %d to %d of %s: the rest is not in the parent's log", group.name,
-                    place.next_offset, offset, partition.name,
+                    committed.next_offset, offset, partition.name,
                 )  # fmt: skip
                 self._groups.move(group, partition, offset)
 
     def restarted(self, partition: Log, other: bool) -> None:
         """The log begins further on (readers get a gap), or it is another log (they are refreshed)."""
-        self._delivery.forget(partition)
+        self._push.forget(partition)
         for cursor in self._holders(partition):
             if other:
-                self._refreshing.needed(cursor)
+                self._refreshes.needed(cursor)
             else:
-                self._delivery.pump(cursor)
+                self._push.pump(cursor)

@@ -17,7 +17,7 @@ from msgspec.structs import replace
 
 from edgebroker.broker.delivery.cursor import Cursor
 from edgebroker.broker.delivery.groups import Group, Groups
-from edgebroker.broker.delivery.push import Delivery
+from edgebroker.broker.delivery.push import Push
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.errors import Code
 from edgebroker.network.wire.frames import Ready
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 Done = Callable[[Code, str], None]
 
 
-class Refreshing:
+class Refreshes:
     """Owned by the loop thread."""
 
-    def __init__(self, engine: Engine, groups: Groups, delivery: Delivery, metrics: Metrics) -> None:
-        self._engine, self._groups, self._delivery, self._metrics = engine, groups, delivery, metrics
+    def __init__(self, engine: Engine, groups: Groups, delivery: Push, metrics: Metrics) -> None:
+        self._engine, self._groups, self._push, self._metrics = engine, groups, delivery, metrics
         delivery.on_history_lost(self.needed)
 
     def begin(self, group: Group, partition: Log, done: Done) -> None:
@@ -41,8 +41,8 @@ class Refreshing:
 
         NO_SNAPSHOT: a table whose history is not complete; nothing was changed.
         """
-        place = group.place(partition)
-        if place is not None and place.refreshing:
+        committed = group.committed(partition)
+        if committed is not None and committed.refreshing:
             self._engine.when_stored(lambda: done(Code.OK, ""))
             return
         start = _complete_from(partition)
@@ -57,8 +57,8 @@ class Refreshing:
         start = _complete_from(cursor.log)
         if start is None:
             why = no_snapshot(cursor.log)
-            self._delivery.pause(cursor, "no_snapshot", why)
-            self._delivery.tell(cursor, Code.NO_SNAPSHOT, why)
+            self._push.pause(cursor, "no_snapshot", why)
+            self._push.tell(cursor, Code.NO_SNAPSHOT, why)
             return
         self._store_new(cursor.group, cursor.log, start)
         self._announce_when_stored(cursor.group, cursor.log, lambda: None)
@@ -75,27 +75,32 @@ class Refreshing:
 
         The offset where delivery begins; None when this is not the refresh that was announced.
         """
-        place = cursor.group.place(cursor.log)
-        if place is None or not place.refreshing or place.reset_id != reset_id.hex():
+        committed = cursor.group.committed(cursor.log)
+        if committed is None or not committed.refreshing or committed.reset_id != reset_id.hex():
             return None
-        return max(offset, place.reset_from)
+        return max(offset, committed.reset_from)
 
     def ready(self, group: Group, partition: Log, ready: Ready, done: Done) -> None:
         """The member shows the new data; done once that is stored. FENCED: an earlier refresh; BEHIND: too early."""
-        place = group.place(partition)
-        if place is None or place.reset_id != ready.reset_id.hex():
+        committed = group.committed(partition)
+        if committed is None or committed.reset_id != ready.reset_id.hex():
             done(Code.FENCED, f"{partition.name}: refresh {ready.reset_id.hex()} is not the last one of this group")
             return
-        if place.refreshing:
-            if ready.next_offset < place.target:
-                done(Code.BEHIND, f"{partition.name}: the refresh goes to {place.target}, not to {ready.next_offset}")
+        if committed.refreshing:
+            if ready.next_offset < committed.target:
+                done(
+                    Code.BEHIND, f"{partition.name}: the refresh goes to {committed.target}, not to {ready.next_offset}"
+                )
                 return
             holder = group.holders.get((partition.topic, partition.partition))
-            if holder is not None and holder.state == "reset":
-                done(Code.BEHIND, f"{partition.name}: refresh {place.reset_id} was not accepted since it was announced")
+            if holder is not None and holder.state == "refresh":
+                done(
+                    Code.BEHIND,
+                    f"{partition.name}: refresh {committed.reset_id} was not accepted since it was announced",
+                )
                 return
             self._metrics.refreshes_done += 1
-            self._groups.put(group, partition, replace(place, target=-1))
+            self._groups.put(group, partition, replace(committed, target=-1))
             log.info("group %s has refreshed %s up to %d", group.name, partition.name, ready.next_offset)
         self._engine.when_stored(lambda: done(Code.OK, ""))
 
@@ -103,7 +108,7 @@ class Refreshing:
         reset_id = os.urandom(16).hex()
         self._metrics.refreshes_begun += 1
         log.info("refresh %s of %s by group %s, from %d", reset_id, partition.name, group.name, start)
-        place = GroupOffset(
+        committed = GroupOffset(
             partition.identity.log_id,
             partition.epoch,
             start,
@@ -111,22 +116,22 @@ class Refreshing:
             reset_from=start,
             target=partition.durable_end,
         )
-        self._groups.put(group, partition, place)
+        self._groups.put(group, partition, committed)
         group.pauses.pop((partition.topic, partition.partition), None)
 
     def _announce_when_stored(self, group: Group, partition: Log, then: Callable[[], None]) -> None:
         key = (partition.topic, partition.partition)
         holder = group.holders.get(key)
-        if holder is not None and holder.state != "reset":
+        if holder is not None and holder.state != "refresh":
             # Its lease is over from here on: what it acknowledges now is of the data before.
             holder.lease = self._groups.next_lease()
-            self._delivery.pause(holder, "reset", "the refresh is being stored")
+            self._push.pause(holder, "refresh", "the refresh is being stored")
             holder.begin(holder.acked)
 
         def stored() -> None:
-            holder, place = group.holders.get(key), group.place(partition)
-            if holder is not None and holder.state == "reset" and place is not None and place.refreshing:
-                self._delivery.announce_reset(holder)
+            holder, committed = group.holders.get(key), group.committed(partition)
+            if holder is not None and holder.state == "refresh" and committed is not None and committed.refreshing:
+                self._push.announce_refresh(holder)
             then()
 
         self._engine.when_stored(stored)
@@ -138,7 +143,7 @@ def _complete_from(partition: Log) -> int | None:
         return partition.log_start
     first = partition.identity.snapshot[0]
     start = first if first >= partition.log_start else partition.log_start
-    if (start > 0 and start != first) or any(hole.next > start for hole in partition.holes):
+    if (start > 0 and start != first) or any(corrupt.next > start for corrupt in partition.corrupt_ranges):
         return None
     return start
 

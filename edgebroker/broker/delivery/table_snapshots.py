@@ -20,7 +20,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common.batch import CONTROL_BIT
@@ -41,7 +41,7 @@ Done = Callable[[Code, str], None]
 
 
 @dataclass(slots=True, eq=False)
-class Snapshot:
+class TableSnapshot:
     """One being written. `begins`: the offset of the BEGIN batch of each partition; `ends` behind the END batches."""
 
     id: bytes
@@ -54,24 +54,24 @@ class Snapshot:
     active_at: float = 0.0
 
 
-class Snapshots:
+class TableSnapshots:
     """Owned by the loop thread."""
 
     def __init__(
         self,
         engine: Engine,
         publishing: Publishing,
-        refreshing: Refreshing,
+        refreshing: Refreshes,
         scheduler: Scheduler,
         metrics: Metrics,
         connected: Callable[[str], bool],
     ) -> None:
-        self._engine, self._publishing, self._refreshing = engine, publishing, refreshing
+        self._engine, self._publishing, self._refreshes = engine, publishing, refreshing
         self._scheduler, self._metrics, self._connected = scheduler, metrics, connected
-        self._snapshots: dict[str, Snapshot] = {}
-        self._marking: dict[Log, list[Snapshot]] = {}
+        self._snapshots: dict[str, TableSnapshot] = {}
+        self._marking: dict[Log, list[TableSnapshot]] = {}
 
-    def begin(self, topic: str, client_id: str, done: Callable[[Code, str, Snapshot | None], None]) -> None:
+    def begin(self, topic: str, client_id: str, done: Callable[[Code, str, TableSnapshot | None], None]) -> None:
         """Reserve a table for a client and write BEGIN; done with the snapshot once that is durable."""
         logs = self._engine.partitions(topic)
         refusal = self._engine.refusal()
@@ -86,7 +86,7 @@ class Snapshots:
         if refusal is not None:
             done(*refusal, None)
             return
-        snapshot = Snapshot(os.urandom(16), client_id, list(logs))
+        snapshot = TableSnapshot(os.urandom(16), client_id, list(logs))
         self._snapshots[topic] = snapshot
         for partition in logs:
             self._publishing.reserve(partition, client_id)
@@ -120,7 +120,7 @@ class Snapshots:
                     self._metrics.snapshots_completed += 1
                     log.info("a snapshot of %s is complete", topic)
                     for each in snapshot.logs:
-                        self._refreshing.snapshot_completed(each)
+                        self._refreshes.snapshot_completed(each)
                     done(Code.OK, "")
 
             for partition in snapshot.logs:
@@ -174,7 +174,7 @@ class Snapshots:
         snapshot = self._snapshots.get(topic)
         return {"id": snapshot.id.hex(), "client_id": snapshot.client_id} if snapshot is not None else None
 
-    def _find(self, topic: str, snapshot_id: str, done: Done) -> Snapshot | None:
+    def _find(self, topic: str, snapshot_id: str, done: Done) -> TableSnapshot | None:
         snapshot = self._snapshots.get(topic)
         if snapshot is None or snapshot.id.hex() != snapshot_id:
             done(Code.FENCED, f"no snapshot {snapshot_id} of {topic} is being written; begin it again")
@@ -185,13 +185,13 @@ class Snapshots:
         for partition in self._snapshots.pop(topic).logs:
             self._publishing.free(partition)
 
-    def _wait(self, snapshot: Snapshot, done: Done) -> None:
+    def _wait(self, snapshot: TableSnapshot, done: Done) -> None:
         """Until the control batches just appended are durable in every partition."""
         snapshot.waiting, snapshot.done = set(snapshot.logs), done
         for partition in snapshot.logs:
             self._marking.setdefault(partition, []).append(snapshot)
 
-    def _settled(self, snapshot: Snapshot, partition: Log, code: Code, message: str) -> None:
+    def _settled(self, snapshot: TableSnapshot, partition: Log, code: Code, message: str) -> None:
         settled = list(snapshot.waiting) if code is not Code.OK else [partition]
         for each in settled:
             snapshot.waiting.discard(each)
@@ -205,7 +205,7 @@ class Snapshots:
         done, snapshot.done = snapshot.done, None
         done(code, message)
 
-    def _mark(self, partition: Log, kind: int, snapshot: Snapshot) -> int:
+    def _mark(self, partition: Log, kind: int, snapshot: TableSnapshot) -> int:
         """Append a control batch; its offset."""
         offset = partition.staged_end
         builder = BatchBuilder()

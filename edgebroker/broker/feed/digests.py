@@ -31,7 +31,7 @@ class Digests:
             reply(too_many(f"{MOST_AT_ONCE} digests are being made"))
         else:
             partition, wanted = found
-            Digest(self, partition, wanted.first, wanted.next, reply).go_on()
+            Digest(self, partition, wanted.first, wanted.next, reply).advance()
 
 
 class Digest:
@@ -49,7 +49,7 @@ class Digest:
         self._damaged: list[tuple[int, int]] = []
         digests.running += 1
 
-    def go_on(self) -> None:
+    def advance(self) -> None:
         if self._offset < self._next and self._bytes < MOST_BYTES:
             self._digests.engine.read_cold(self._log, self._offset, PIECE_BYTES, self._read)
             return
@@ -71,8 +71,8 @@ class Digest:
                 Response(503, {"error": f"{self._log.name}: offset {self._offset} cannot be read: {result.error}"})
             )
             return
-        if result.hole is not None:
-            following = min(result.hole.next, self._next)
+        if result.corrupt is not None:
+            following = min(result.corrupt.next, self._next)
             self._damaged.append((self._offset, following))
             self._sum.update(b"damaged")
             self._offset = following
@@ -80,7 +80,7 @@ class Digest:
             length, self._offset = segscan.cut(result.data, len(result.data), self._next)
             self._sum.update(memoryview(result.data)[:length])
             self._bytes += length
-        self.go_on()
+        self.advance()
 
     def _end(self, response: Response) -> None:
         self._digests.running -= 1

@@ -15,7 +15,7 @@ from edgebroker.network.http.server import BodyWriter, Reply, Request, Response
 from edgebroker.network.io.transport import FileRange
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.log import segscan
-from edgebroker.storage.log.partition import Extent, Inline, NeedsDisk
+from edgebroker.storage.log.partition import FileSlice, Inline, NeedsDisk
 from edgebroker.storage.log.reader import ColdRead
 
 MOST_BYTES = 32 << 20
@@ -68,7 +68,7 @@ class Ranges:
             reply(found)
             return
         partition, wanted = found
-        if any(hole.first < wanted.next and wanted.first < hole.next for hole in partition.holes):
+        if any(corrupt.first < wanted.next and wanted.first < corrupt.next for corrupt in partition.corrupt_ranges):
             reply(Response(409, {"error": f"{partition.name} is damaged there here as well"}))
         elif len(self.open) >= MOST_AT_ONCE:
             reply(too_many(f"{MOST_AT_ONCE} ranges are being read"))
@@ -88,16 +88,16 @@ class Range:
     def begin(self, out: BodyWriter) -> None:
         self._out = out
         self._ranges.open.add(self)
-        self._go_on()
+        self._advance()
 
     def on_drained(self) -> None:
-        self._go_on()
+        self._advance()
 
     def on_closed(self, reason: str) -> None:
         self._out = None
         self._ranges.open.discard(self)
 
-    def _go_on(self) -> None:
+    def _advance(self) -> None:
         out = self._out
         while out is not None and not out.closed and not out.backlog:
             if self._offset >= self._next or self._left <= 0:
@@ -106,7 +106,7 @@ class Range:
                 out.end()
                 return
             found = self._log.find(self._offset, PIECE_BYTES, self._next - self._offset)
-            if isinstance(found, Extent):
+            if isinstance(found, FileSlice):
                 self._send_extent(out, found)
             elif isinstance(found, Inline):
                 self._send(out, bytes(found.data), found.next_offset)
@@ -121,18 +121,18 @@ class Range:
         out = self._out
         if out is None or out.closed:
             return
-        if result.error or result.hole is not None:
+        if result.error or result.corrupt is not None:
             out.cut("the range cannot be read")
             return
         length, following = segscan.cut(result.data, len(result.data), self._next)
         self._send(out, result.data[:length], following)
-        self._go_on()
+        self._advance()
 
     def _send(self, out: BodyWriter, data: bytes, following: int) -> None:
         self._offset, self._left = following, self._left - len(data)
         out.send(data)
 
-    def _send_extent(self, out: BodyWriter, extent: Extent) -> None:
+    def _send_extent(self, out: BodyWriter, extent: FileSlice) -> None:
         segment = extent.segment
         self._offset, self._left = extent.next_offset, self._left - extent.length
         segment.hold()

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from edgebroker.broker.feed.children import Feeding
+from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http.server import Reply, Request, Response
-from edgebroker.pipe.fleet import Fleet, Member
-from edgebroker.pipe.report import Batch, NodeState, Order, Report
+from edgebroker.pipe.fleet import Fleet, FleetMember
+from edgebroker.pipe.report import Batch, Directive, NodeState, Report
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ SLICE = 50
 LEAST_SKEW_SECONDS = 2
 
 
-class Overseeing:
+class Inbox:
     """Owned by the loop thread. `heard` is told of every node about which there is news."""
 
     def __init__(
@@ -34,11 +34,11 @@ class Overseeing:
         clock: Clock,
         metrics: Metrics,
         fleet: Fleet,
-        feeding: Feeding,
-        heard: Callable[[Member], None],
+        downstream: Downstream,
+        heard: Callable[[FleetMember], None],
     ) -> None:
         self._scheduler, self._clock, self._metrics = scheduler, clock, metrics
-        self.fleet, self._feeding, self._heard = fleet, feeding, heard
+        self.fleet, self._downstream, self._heard = fleet, downstream, heard
         # Where the registry is kept, nobody is forgotten until an operator says so.
         self.forgets = True
         # The last batch of each child: its session and number; and when the child was last connected.
@@ -54,9 +54,9 @@ class Overseeing:
         try:
             batch = msgspec.json.decode(request.body, type=Batch)
             if batch.number and self._batches.get(batch.sender) != (batch.session, batch.number - 1):
-                self._metrics.refused("BEGIN_ANEW")
+                self._metrics.refused("NEW_SESSION")
                 why = "this node does not know the batch before; begin anew with number 0"
-                reply(Response(409, {"error": why, "code": "BEGIN_ANEW"}))
+                reply(Response(409, {"error": why, "code": "NEW_SESSION"}))
                 return
         except (msgspec.DecodeError, RecursionError) as error:
             reply(Response(400, {"error": str(error)}))
@@ -72,7 +72,7 @@ class Overseeing:
             if member is None:
                 elsewhere += self._elsewhere(state, batch.sender)
                 continue
-            self._metrics.reports_heard += 1
+            self._metrics.reports_received += 1
             if member.uid == batch.sender:
                 member.skew = self._skew(batch.wall_ms)
             self._heard(member)
@@ -107,7 +107,7 @@ class Overseeing:
                 del self._connected[uid]  # it is reached through another child now
                 self._batches.pop(uid, None)
                 continue
-            if self._feeding.child(uid) is not None:
+            if self._downstream.child(uid) is not None:
                 self._connected[uid] = now
                 self.fleet.found(uid)
             elif now - seen > FORGET_SECONDS and self.forgets:
@@ -115,12 +115,12 @@ class Overseeing:
                 continue
             elif now - seen > GRACE_SECONDS:
                 self.fleet.lost(uid, seen)
-            self.fleet.measured(uid, self._feeding.behind(uid), now)
+            self.fleet.measured(uid, self._downstream.behind(uid), now)
 
-    def direct(self, order: Order) -> bool:
+    def direct(self, order: Directive) -> bool:
         """Pass word from the top on, towards the node it is for; False when the way there is not known, or cut."""
         member = self.fleet.members.get(order.uid)
-        child = self._feeding.child(member.route) if member is not None else None
+        child = self._downstream.child(member.route) if member is not None else None
         if child is None:
             return False
         child.direct(order)

@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from edgebroker.broker.fleet.inbox import Overseeing
+from edgebroker.broker.fleet.inbox import Inbox
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http.server import Reply, Request, Response
-from edgebroker.pipe.fleet import Fleet, Member, find
+from edgebroker.pipe.fleet import Fleet, FleetMember, find
 from edgebroker.pipe.follower import LEVELS
-from edgebroker.pipe.report import MAX_CANDIDATES, Assignment, NodeState, Question, Report, digest
+from edgebroker.pipe.report import MAX_CANDIDATES, NodeState, ParentAssignment, Question, Report, digest
 from edgebroker.pipe.topology import Topology
 from edgebroker.storage.metadata.registry import NodeRow, RegistryStore
 
@@ -48,13 +48,13 @@ class Registrar:
         self,
         scheduler: Scheduler,
         clock: Clock,
-        overseeing: Overseeing,
+        inbox: Inbox,
         store: RegistryStore,
         itself: Callable[[], Report],
     ) -> None:
-        self._scheduler, self._clock, self._overseeing, self._store = scheduler, clock, overseeing, store
+        self._scheduler, self._clock, self._inbox, self._store = scheduler, clock, inbox, store
         self._itself = itself
-        self._fleet: Fleet = overseeing.fleet
+        self._fleet: Fleet = inbox.fleet
         self.topology = Topology()
         # What was written of each node: what it said of its place, and whether it was connected.
         self._written: dict[str, tuple[object, ...]] = {}
@@ -74,7 +74,7 @@ class Registrar:
         state = self._store.load()
         now, wall = self._scheduler.now(), self._clock.wall_ms()
         self._fleet.removed = state.removed
-        self._overseeing.forgets = False
+        self._inbox.forgets = False
         self.topology.pins, self.topology.draining = state.pins, state.draining
         for uid, row in state.nodes.items():
             seen = state.wall_ms if row.connected else row.seen_ms
@@ -114,7 +114,7 @@ class Registrar:
 
     # ---- hearing ----
 
-    def heard(self, member: Member) -> None:
+    def heard(self, member: FleetMember) -> None:
         """There is news about a node."""
         if self.topology.put(member.uid, member.level, member.region, member.address):
             self._changed()  # it may be the parent that others wait for
@@ -123,7 +123,7 @@ class Registrar:
         self._note(member)
         self._direct(member)
 
-    def _note(self, member: Member) -> None:
+    def _note(self, member: FleetMember) -> None:
         connected = self._fleet.silent_for(member, self._scheduler.now()) < 0
         place = _place(member, connected)
         lost = self._fleet.silent_for(member, self._scheduler.now()) > LOST_SECONDS
@@ -149,7 +149,7 @@ class Registrar:
         if member is not None:
             self.heard(member)
         wanted = self.topology.candidates(report.uid, report.level, report.region)
-        reply(Response(200, msgspec.to_builtins(Assignment(uid=report.uid, candidates=wanted))))
+        reply(Response(200, msgspec.to_builtins(ParentAssignment(uid=report.uid, candidates=wanted))))
 
     # ---- telling ----
 
@@ -174,7 +174,7 @@ class Registrar:
         if self._left:
             self._scheduler.call_later(0.0, self._sweep)
 
-    def _direct(self, member: Member) -> None:
+    def _direct(self, member: FleetMember) -> None:
         if not member.managed or member.silent_since is not None or member.level not in LEVELS:
             return
         looked_at = (self._version, member.candidates, member.parent, member.level, member.region)
@@ -196,7 +196,7 @@ class Registrar:
         before, at, wait = self._told.get(member.uid, (None, 0.0, 0.0))
         if before == meant and now < at + wait:
             return
-        if self._overseeing.direct(Assignment(uid=member.uid, candidates=wanted, drain=leave)):
+        if self._inbox.direct(ParentAssignment(uid=member.uid, candidates=wanted, drain=leave)):
             wait = min(LONGEST_TELL_AGAIN_SECONDS, wait * 2) if before == meant and wait else TELL_AGAIN_SECONDS
             self._told[member.uid] = (meant, now, wait)
 
@@ -211,7 +211,7 @@ class Registrar:
         node = self._one(name, done)
         if node is None:
             return
-        if isinstance(node, Member) and not node.managed:
+        if isinstance(node, FleetMember) and not node.managed:
             done(409, f"{node.name} is not led by the registry: set pipe.registry there, or change its pipe.parents")
             return
         if len(parents) > MAX_CANDIDATES:
@@ -254,7 +254,7 @@ class Registrar:
         node = self._one(name, done)
         if node is None:
             return
-        if not isinstance(node, Member) or self._fleet.silent_for(node, self._scheduler.now()) < 0:
+        if not isinstance(node, FleetMember) or self._fleet.silent_for(node, self._scheduler.now()) < 0:
             done(409, f"{node.name} is connected; stop it first")
             return
         self._fleet.remove(node.uid)
@@ -270,9 +270,9 @@ class Registrar:
         changes.pins[node.uid], changes.draining[node.uid] = [], False
         self._decided(done)
 
-    def _one(self, name: str, done: Callable[[int, str], None]) -> Member | Report | None:
+    def _one(self, name: str, done: Callable[[int, str], None]) -> FleetMember | Report | None:
         own = self._itself()
-        found: list[Member | Report] = [*find(self._fleet.members.values(), name)]
+        found: list[FleetMember | Report] = [*find(self._fleet.members.values(), name)]
         found += [own] if name in (own.uid, own.name) else []
         if len(found) == 1:
             return found[0]
@@ -292,7 +292,7 @@ class Registrar:
         self._store.write(stored)
 
 
-def _place(member: Member, connected: bool) -> tuple[object, ...]:
+def _place(member: FleetMember, connected: bool) -> tuple[object, ...]:
     """What is worth a row."""
     return (
         member.name, member.level, member.region, tuple(member.labels.items()), member.address, member.parent,

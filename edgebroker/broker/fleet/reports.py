@@ -19,7 +19,7 @@ from edgebroker.broker.delivery.groups import Groups
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.clock import Clock
 from edgebroker.common.types import DEAD_LETTERS
-from edgebroker.network.http.call import Ask
+from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet
 from edgebroker.pipe.report import (
@@ -29,7 +29,7 @@ from edgebroker.pipe.report import (
     Heard,
     NodeState,
     Report,
-    ResetReport,
+    ResyncReport,
     TopicReport,
     digest_of_logs,
     within_limit,
@@ -50,7 +50,7 @@ STEPS = (0, 1, 2, 3, 5, 7, 10, 14, 21, 30, 60, 90, 180, 365)
 INTERNAL_GROUPS = "__"
 
 
-class Itself(NamedTuple):
+class NodeIdentity(NamedTuple):
     """What of a node does not change while it runs."""
 
     uid: str
@@ -60,7 +60,7 @@ class Itself(NamedTuple):
     managed: bool
 
 
-class Above(NamedTuple):
+class ParentLink(NamedTuple):
     """The parent, while this node is connected to it; another `connection` may be to another run of it."""
 
     uid: str
@@ -68,17 +68,17 @@ class Above(NamedTuple):
     connection: int
 
 
-class Moment(NamedTuple):
+class NodeStatus(NamedTuple):
     """What a report tells of the node as it is now."""
 
     level: str
     address: str
     candidates: int
     problems: list[str]
-    resets: list[ResetReport]
+    resyncs: list[ResyncReport]
 
 
-class Reporting:
+class Reporter:
     """Owned by the loop thread. `above` tells the parent, None without one; `moment` the node as it is."""
 
     def __init__(
@@ -89,9 +89,9 @@ class Reporting:
         clock: Clock,
         metrics: Metrics,
         fleet: Fleet,
-        itself: Itself,
-        moment: Callable[[], Moment],
-        above: Callable[[], Above | None],
+        itself: NodeIdentity,
+        moment: Callable[[], NodeStatus],
+        above: Callable[[], ParentLink | None],
     ) -> None:
         self._engine, self._groups, self._loop, self._clock = engine, groups, loop, clock
         self._metrics, self._fleet, self._itself = metrics, fleet, itself
@@ -109,10 +109,10 @@ class Reporting:
         )
         self._growth = Growth()
         self._told: Report | None = None
-        self._to: Above | None = None
+        self._to: ParentLink | None = None
         self._session, self._number = "", 0
         self._due = self._again_at = 0.0
-        self._asking: Ask | None = None
+        self._asking: HttpCall | None = None
 
     def start(self) -> None:
         self._loop.call_later(TICK_SECONDS, self._tick)
@@ -136,7 +136,7 @@ class Reporting:
                 candidates=moment.candidates,
                 topics=self._topics(),
                 problems=moment.problems,
-                resets=moment.resets,
+                resyncs=moment.resyncs,
                 disk_free_percent=free,
                 disk_days=days,
                 left_out=0,
@@ -151,7 +151,7 @@ class Reporting:
         for group in self._groups.all():
             if group.name.startswith(INTERNAL_GROUPS):
                 continue
-            for (topic, partition), place in group.places.items():
+            for (topic, partition), committed in group.committed_offsets.items():
                 log = self._engine.log(topic, partition)
                 if log is None:
                     continue
@@ -159,9 +159,9 @@ class Reporting:
                 found = of_topic.get(group.name)
                 if found is None:
                     found = GroupReport(group.name, [-1] * len(self._engine.partitions(topic)))
-                if place.log_id == log.identity.log_id:
-                    found.applied[partition] = place.next_offset
-                of_topic[group.name] = replace(found, refreshing=found.refreshing or place.refreshing)
+                if committed.log_id == log.identity.log_id:
+                    found.applied[partition] = committed.next_offset
+                of_topic[group.name] = replace(found, refreshing=found.refreshing or committed.refreshing)
         return [
             TopicReport(
                 topic,
@@ -180,8 +180,8 @@ class Reporting:
         if letters is None:
             return 0
         done = self._groups.find("__dlq")
-        place = done.place(letters) if done is not None else None
-        return letters.durable_end - max(letters.log_start, place.next_offset if place is not None else 0)
+        committed = done.committed(letters) if done is not None else None
+        return letters.durable_end - max(letters.log_start, committed.next_offset if committed is not None else 0)
 
     # ---- sending ----
 
@@ -195,7 +195,7 @@ class Reporting:
             return
         greet = above != self._to
         if self._to is None or above.uid != self._to.uid:
-            self._begin_anew()
+            self._new_session()
             self._again_at = now + FIRST_AGAIN_SECONDS
         self._to = above
         report = self.report()
@@ -208,11 +208,11 @@ class Reporting:
         if nodes or greet:
             self._send(above, report if own else self._told, nodes)
 
-    def _begin_anew(self) -> None:
+    def _new_session(self) -> None:
         self._session, self._number, self._told = os.urandom(8).hex(), 0, None
         self._fleet.tell_all()
 
-    def _send(self, above: Above, report: Report | None, nodes: list[NodeState]) -> None:
+    def _send(self, above: ParentLink, report: Report | None, nodes: list[NodeState]) -> None:
         body = msgspec.json.encode(
             Batch(
                 sender=self._itself.uid,
@@ -234,7 +234,7 @@ class Reporting:
                 wait = max(wait, INTERVAL_SECONDS)
             self._due = self._loop.now() + wait
             if status == 409:
-                self._begin_anew()  # it was started anew, and has forgotten
+                self._new_session()  # it was started anew, and has forgotten
                 self._due = 0.0
             elif error:
                 # Whether it arrived is not known: it is told again, in a session of its own.
@@ -245,7 +245,7 @@ class Reporting:
                 self._number += 1
                 self._forget(answer)
 
-        self._asking = Ask(self._loop, above.address, "POST", "/v1/tree/reports", body, told, limit=LIMIT_SECONDS)
+        self._asking = HttpCall(self._loop, above.address, "POST", "/v1/tree/reports", body, told, limit=LIMIT_SECONDS)
 
     def _forget(self, answer: bytes) -> None:
         """Nodes that this one lost, and that are elsewhere by now."""

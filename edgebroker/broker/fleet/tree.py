@@ -12,22 +12,22 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgebroker.broker.delivery.groups import Groups
-from edgebroker.broker.feed.children import Feeding
-from edgebroker.broker.fleet.inbox import Overseeing
+from edgebroker.broker.feed.downstream import Downstream
+from edgebroker.broker.fleet.inbox import Inbox
 from edgebroker.broker.fleet.registrar import Registrar
-from edgebroker.broker.fleet.reports import Above, Itself, Moment, Reporting
-from edgebroker.broker.fleet.view import TreeView
+from edgebroker.broker.fleet.reports import NodeIdentity, NodeStatus, ParentLink, Reporter
+from edgebroker.broker.fleet.view import FleetView
 from edgebroker.broker.mirror.discovery import Parents
-from edgebroker.broker.mirror.resync import Resets
-from edgebroker.broker.mirror.upstream import Piping
+from edgebroker.broker.mirror.resync import Resyncs
+from edgebroker.broker.mirror.upstream import Upstream
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, parse_labels, split_list
 from edgebroker.common.errors import Code
-from edgebroker.network.http.call import Ask
+from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
-from edgebroker.pipe.fleet import Fleet, Member
-from edgebroker.pipe.report import Order, Report, ResetOrder, digest_of_logs
+from edgebroker.pipe.fleet import Fleet, FleetMember
+from edgebroker.pipe.report import Directive, Report, ResyncDirective, digest_of_logs
 from edgebroker.storage.engine import Done, Engine, MirrorEngine
 from edgebroker.storage.metadata.registry import RegistryStore
 
@@ -48,54 +48,54 @@ class Tree:
         clock: Clock,
         metrics: Metrics,
         groups: Groups,
-        feeding: Feeding,
+        downstream: Downstream,
         config: Config,
         *,
         level: Callable[[], str],
         problems: Callable[[], dict[str, str]],
         listening: Callable[[], tuple[str, int]],
-        piping: Callable[[], Piping | None],
-        resets: Callable[[], Resets | None],
+        upstream: Callable[[], Upstream | None],
+        resyncs: Callable[[], Resyncs | None],
     ) -> None:
         self._config, self._level, self._problems, self._listening = config, level, problems, listening
-        self._loop, self._piping, self._resets, self._uid = loop, piping, resets, engine.node_uid
+        self._loop, self._upstream, self._resyncs, self._uid = loop, upstream, resyncs, engine.node_uid
         self._engine, self._started_at = engine, loop.now()
         self.fleet = Fleet(engine.node_uid)
-        itself = Itself(
+        itself = NodeIdentity(
             engine.node_uid,
             config.node.name,
             config.node.region,
             parse_labels(config.node.labels),
             bool(config.pipe.registry),
         )
-        self._reporting = Reporting(engine, groups, loop, clock, metrics, self.fleet, itself, self._moment, self._above)
-        self.overseeing = Overseeing(loop, clock, metrics, self.fleet, feeding, self._heard)
+        self._reporter = Reporter(engine, groups, loop, clock, metrics, self.fleet, itself, self._moment, self._above)
+        self.inbox = Inbox(loop, clock, metrics, self.fleet, downstream, self._heard)
         self.registrar: Registrar | None = None
         if config.registry.enabled:
             store = RegistryStore(Path(config.node.data_dir), loop, clock)
-            self.registrar = Registrar(loop, clock, self.overseeing, store, self.report)
-        self.view = TreeView(
+            self.registrar = Registrar(loop, clock, self.inbox, store, self.report)
+        self.view = FleetView(
             loop, self.fleet, engine.node_uid, config.node.name, self._decided, self._logs_of, self._settled
         )
         self.parents: Parents | None = None
 
-    def follow(self, engine: MirrorEngine, piping: Piping) -> None:
+    def follow(self, engine: MirrorEngine, upstream: Upstream) -> None:
         """This node has a parent, or is told of one."""
         pipe = self._config.pipe
         self.parents = Parents(
             engine,
             self._loop,
-            piping.candidates,
+            upstream.candidates,
             split_list(pipe.parents),
             split_list(pipe.registry),
-            lambda: piping.connected,
-            piping.again,
+            lambda: upstream.connected,
+            upstream.again,
             self.report,
         )
 
     def start(self) -> None:
-        self._reporting.start()
-        self.overseeing.start()
+        self._reporter.start()
+        self.inbox.start()
         if self.registrar is not None:
             self.registrar.start()
         if self.parents is not None:
@@ -110,33 +110,33 @@ class Tree:
     def stop(self) -> bool:
         """True when all that is to be kept is durable."""
         self.let_go()
-        self._reporting.stop()
+        self._reporter.stop()
         return self.registrar.stop() if self.registrar is not None else True
 
     def report(self) -> Report:
         """This node about itself."""
-        return self._reporting.report()
+        return self._reporter.report()
 
-    def directed(self, orders: list[Order]) -> None:
+    def directed(self, directives: list[Directive]) -> None:
         """Word from the top came down the pipe."""
-        for order in orders:
+        for order in directives:
             if order.uid != self._uid:
-                self.overseeing.direct(order)
-            elif isinstance(order, ResetOrder):
+                self.inbox.direct(order)
+            elif isinstance(order, ResyncDirective):
                 self.reset(order, _note)
             elif self.parents is not None:
                 self.parents.assigned(order)
 
-    def reset(self, order: ResetOrder, done: Done) -> None:
+    def reset(self, order: ResyncDirective, done: Done) -> None:
         """Load something afresh, here or at a node below: done once it is stored here, or on its way."""
-        resets = self._resets()
+        resyncs = self._resyncs()
         if order.uid != self._uid:
-            told = self.overseeing.direct(order)
+            told = self.inbox.direct(order)
             done(Code.OK if told else Code.BEHIND, "" if told else "that node is not connected; order it again later")
-        elif resets is None:
+        elif resyncs is None:
             done(Code.INVALID_BATCH, "a node in memory loads nothing afresh")
         else:
-            resets.order(order, done)
+            resyncs.order(order, done)
 
     def problems(self) -> dict[str, str]:
         found = {}
@@ -148,13 +148,13 @@ class Tree:
 
     def ask_above(self, path: str, body: bytes, told: Callable[[int, bytes, str], None]) -> bool:
         """Pass a question on to the parent; False when there is none."""
-        piping = self._piping()
-        if piping is None or not piping.connected:
+        upstream = self._upstream()
+        if upstream is None or not upstream.connected:
             return False
-        Ask(self._loop, piping.address, "POST", path, body, told)
+        HttpCall(self._loop, upstream.address, "POST", path, body, told)
         return True
 
-    def _heard(self, member: Member) -> None:
+    def _heard(self, member: FleetMember) -> None:
         if self.registrar is not None:
             self.registrar.heard(member)
 
@@ -172,17 +172,17 @@ class Tree:
         """A registry remembers who there is; else every node has reported some minutes after the start, if ever."""
         return self.registrar is not None or self._loop.now() - self._started_at >= SETTLED_SECONDS
 
-    def _above(self) -> Above | None:
-        piping = self._piping()
-        if piping is None or not piping.connected:
+    def _above(self) -> ParentLink | None:
+        upstream = self._upstream()
+        if upstream is None or not upstream.connected:
             return None
-        return Above(piping.path[0], piping.address, piping.connections)
+        return ParentLink(upstream.path[0], upstream.address, upstream.connections)
 
-    def _moment(self) -> Moment:
+    def _moment(self) -> NodeStatus:
         candidates = self.parents.digest if self.parents is not None else 0
-        resets = self._resets()
-        states = resets.reports() if resets is not None else []
-        return Moment(self._level(), self._address(), candidates, sorted(self._problems())[:16], states)
+        resyncs = self._resyncs()
+        states = resyncs.reports() if resyncs is not None else []
+        return NodeStatus(self._level(), self._address(), candidates, sorted(self._problems())[:16], states)
 
     def _address(self) -> str:
         """Where children reach this node; "" when it takes none."""

@@ -13,7 +13,7 @@ import msgspec
 
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http.server import Reply, Response
-from edgebroker.pipe.fleet import Fleet, Member, matches
+from edgebroker.pipe.fleet import Fleet, FleetMember, matches
 from edgebroker.pipe.follower import LEVELS
 from edgebroker.pipe.report import Report
 
@@ -43,7 +43,7 @@ class Facts(NamedTuple):
         return self.silent, self.lag, len(self.problems), sum(self.waiting.values())
 
 
-class TreeView:
+class FleetView:
     """Owned by the loop thread. `uid` and `name` are this node's; `decided` tells what an operator decided about a
     node, `logs_of` which logs of a topic are here (a digest, 0: none), `settled` if all nodes can be known by now."""
 
@@ -66,9 +66,9 @@ class TreeView:
         wanted = _labels(query)
         counted: dict[tuple[str, str], dict[str, int]] = {}
         names = self._names()
-        worst: list[tuple[Badness, Member]] = []
+        worst: list[tuple[Badness, FleetMember]] = []
 
-        def take(member: Member) -> None:
+        def take(member: FleetMember) -> None:
             if not matches(member, wanted):
                 return
             facts = self._facts(member, names)
@@ -107,7 +107,7 @@ class TreeView:
         found: list[dict[str, Any]] = []
         last = [""]
 
-        def take(member: Member) -> bool:
+        def take(member: FleetMember) -> bool:
             if not matches(member, wanted):
                 return False
             if len(found) == PAGE:
@@ -135,7 +135,7 @@ class TreeView:
         logs = self._logs_of(topic)
         missing: list[dict[str, object]] = []
 
-        def take(member: Member) -> None:
+        def take(member: FleetMember) -> None:
             if not matches(member, wanted):
                 return
             counts["nodes"] += 1
@@ -153,7 +153,7 @@ class TreeView:
 
     # ---- one node ----
 
-    def _node(self, member: Member, names: dict[str, int]) -> dict[str, Any]:
+    def _node(self, member: FleetMember, names: dict[str, int]) -> dict[str, Any]:
         facts, report = self._facts(member, names), member.report()
         parent = self._fleet.members.get(member.parent)
         return {
@@ -177,13 +177,13 @@ class TreeView:
             "skew_seconds": member.skew,
             "disk_free_percent": report.disk_free_percent,
             "disk_days": report.disk_days,
-            "resets": msgspec.to_builtins(report.resets),
+            "resyncs": msgspec.to_builtins(report.resyncs),
             "left_out": report.left_out,
             "states": facts.states,
             **self._decided(member.uid),
         }
 
-    def _facts(self, member: Member, names: dict[str, int]) -> Facts:
+    def _facts(self, member: FleetMember, names: dict[str, int]) -> Facts:
         now, report = self._scheduler.now(), member.report()
         silent, lag = self._fleet.silent_for(member, now), self._fleet.lag(member, now)
         waiting: dict[tuple[str, str], int] = {}
@@ -219,7 +219,9 @@ class TreeView:
                 found[member.name] = found.get(member.name, 0) + 1
         return found
 
-    def _each(self, members: list[Member], take: Callable[[Member], object], done: Callable[[], None]) -> None:
+    def _each(
+        self, members: list[FleetMember], take: Callable[[FleetMember], object], done: Callable[[], None]
+    ) -> None:
         """Until one of them says that it is enough."""
 
         def turn(first: int) -> None:
@@ -263,5 +265,5 @@ def _labels(query: Query) -> dict[str, str]:
     return dict(text.partition("=")[::2] for text in query.get("label", []))
 
 
-def _badness(entry: tuple[Badness, Member]) -> Badness:
+def _badness(entry: tuple[Badness, FleetMember]) -> Badness:
     return entry[0]

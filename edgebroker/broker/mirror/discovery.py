@@ -12,10 +12,10 @@ from collections.abc import Callable
 
 import msgspec
 
-from edgebroker.network.http.call import Ask
+from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.candidates import Candidates
-from edgebroker.pipe.report import Assignment, Question, Report, digest
+from edgebroker.pipe.report import ParentAssignment, Question, Report, digest
 from edgebroker.storage.engine import MirrorEngine
 
 log = logging.getLogger(__name__)
@@ -101,13 +101,13 @@ class Parents:
                 return
             self._asked = 0
             try:
-                self.assigned(msgspec.json.decode(answer, type=Assignment))
+                self.assigned(msgspec.json.decode(answer, type=ParentAssignment))
             except msgspec.DecodeError as wrong:
                 log.warning("%s answered what is no assignment: %s", seed, wrong)
 
-        Ask(self._loop, seed, "POST", "/v1/registry", msgspec.json.encode(Question(report=self._report())), told)
+        HttpCall(self._loop, seed, "POST", "/v1/registry", msgspec.json.encode(Question(report=self._report())), told)
 
-    def assigned(self, assignment: Assignment) -> None:
+    def assigned(self, assignment: ParentAssignment) -> None:
         """The registry's word for this node."""
         if not self.managed or assignment.uid != self._report().uid:
             return

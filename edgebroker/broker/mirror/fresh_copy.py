@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from edgebroker.broker.feed.children import Node
-from edgebroker.broker.mirror.mirrors import Moves
-from edgebroker.broker.mirror.upstream import Piping
+from edgebroker.broker.feed.downstream import NodeInfo
+from edgebroker.broker.mirror.mirrors import ReaderHooks
+from edgebroker.broker.mirror.upstream import Upstream
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code, EdgeBrokerError
@@ -65,8 +65,8 @@ class FreshCopy:
     ) -> None:
         self.topic, self._loop, self._store = topic, loop, store
         self._store.open(self)
-        node = Node(self._store.node_uid, f"{settings.name} (reset)"[:255], settings.level)
-        self._piping = Piping(
+        node = NodeInfo(self._store.node_uid, f"{settings.name} (reset)"[:255], settings.level)
+        self._upstream = Upstream(
             self._store,
             loop,
             Metrics(),
@@ -75,11 +75,11 @@ class FreshCopy:
             [topic],
             settings.bytes_per_second,
             "",
-            Moves(lambda log, offset, then: then(), lambda log: None, lambda log, other: None, self._delete),
-            lambda orders: None,
+            ReaderHooks(lambda log, offset, then: then(), lambda log: None, lambda log, other: None, self._delete),
+            lambda directives: None,
             pin=True,
         )
-        self._piping.start()
+        self._upstream.start()
 
     def _delete(self, topic: str, done: Done, epochs: dict[str, int]) -> None:
         self._store.removal.delete(topic, lambda logs: None, done, epochs)
@@ -98,7 +98,7 @@ class FreshCopy:
         """Is everything here up to these ends, one for each partition, and nothing damaged?"""
         logs = self.logs
         return len(logs) == len(ends) and all(
-            log.durable_end >= end and not log.holes for log, end in zip(logs, ends, strict=True)
+            log.durable_end >= end and not log.corrupt_ranges for log, end in zip(logs, ends, strict=True)
         )
 
     @property
@@ -107,12 +107,12 @@ class FreshCopy:
         refusal = self._store.refusal()
         if refusal is not None:
             return refusal[1]
-        waiting = [line.why or line.state for line in self._piping.lines(self.topic) if line.state != "live"]
-        return self._piping.last_error if not self._piping.connected else "; ".join(waiting)
+        waiting = [line.why or line.state for line in self._upstream.lines(self.topic) if line.state != "live"]
+        return self._upstream.last_error if not self._upstream.connected else "; ".join(waiting)
 
     def follow(self, parents: Sequence[str]) -> None:
         """Where the node looks for its parent now."""
-        self._piping.follow_others(parents)
+        self._upstream.follow_others(parents)
 
     @property
     def log_ids(self) -> list[str]:
@@ -120,10 +120,10 @@ class FreshCopy:
 
     def close(self, then: Callable[[], None]) -> None:
         """End it; `then` is called when everything that came is stored and nothing of it is open any more."""
-        self._piping.stop()
+        self._upstream.stop()
 
         def wait() -> None:
-            if self._store.hurry():
+            if self._store.flush():
                 self._store.when_stored(close)
             else:
                 self._loop.call_later(0.01, wait)
@@ -142,10 +142,10 @@ class FreshCopy:
 
     def on_written(self, log: Log) -> None: ...
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
-        self._piping.on_durable(log)
+        self._upstream.on_durable(log)
 
     def on_failed(self, log: Log, code: Code, message: str) -> None:
-        self._piping.on_failed(log)
+        self._upstream.on_failed(log)
 
     def on_topic(self, name: str) -> None: ...
     def on_rewritten(self, log: Log) -> None: ...

@@ -16,7 +16,16 @@ from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.errors import Code
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import TopicPartition
-from edgebroker.pipe.follower import Compare, Cut, Deleted, Event, Follower, Line, Look, Restart
+from edgebroker.pipe.follower import (
+    CompareChain,
+    Event,
+    FindBoundaries,
+    FollowedLog,
+    Follower,
+    LogDeleted,
+    RecreateLog,
+    TruncateLog,
+)
 from edgebroker.pipe.stream import PartitionInfo, Point, TopicInfo
 from edgebroker.storage.engine import Log, MirrorEngine
 from edgebroker.storage.identity import Identity
@@ -27,7 +36,7 @@ STORED_SECONDS = 0.1
 TOPIC_RETRY_SECONDS = 10.0
 
 
-class Moves(NamedTuple):
+class ReaderHooks(NamedTuple):
     """What the node does with its readers when a log changes under them. `cutting` moves places that stand behind an
     offset and calls back once that is stored; `cut` and `restarted` are told when it is done; `delete` ends a topic."""
 
@@ -61,7 +70,7 @@ class Mirrors:
         uid: str,
         follower: Follower,
         flow: Flow,
-        moves: Moves,
+        moves: ReaderHooks,
     ) -> None:
         self._engine, self._loop, self._metrics, self._uid = engine, scheduler, metrics, uid
         self._follower, self._flow, self._moves = follower, flow, moves
@@ -72,15 +81,15 @@ class Mirrors:
 
     def do(self, event: Event) -> None:
         """What the follower found out."""
-        if isinstance(event, Compare):
+        if isinstance(event, CompareChain):
             self._compare(event)
-        elif isinstance(event, Look):
+        elif isinstance(event, FindBoundaries):
             self._look(event)
-        elif isinstance(event, Cut):
+        elif isinstance(event, TruncateLog):
             self._cut(event)
-        elif isinstance(event, Restart):
+        elif isinstance(event, RecreateLog):
             self._restart(event)
-        elif isinstance(event, Deleted):
+        elif isinstance(event, LogDeleted):
             self._delete(event)
 
     def follow(self, partition: Log) -> None:
@@ -132,7 +141,7 @@ class Mirrors:
         else:
             self._follower.known[info.name] = info.digest  # another log: the lines say so
 
-    def _delete(self, event: Deleted) -> None:
+    def _delete(self, event: LogDeleted) -> None:
         """Its origin has deleted it, unless what is here is of a newer history: then that came back since."""
         topic = event.line.key.topic
         logs = self._engine.partitions(topic)
@@ -255,17 +264,17 @@ class Mirrors:
         if not replaced or topic not in self._offered:
             done(Code.UNKNOWN_TOPIC, f"{topic} was not replaced at the parent; there is nothing to accept")
             return
-        self._begin_anew(replaced, done)
+        self._recreate(replaced, done)
 
-    def begin_anew(self, topic: str, done: Callable[[Code, str], None]) -> None:
+    def recreate(self, topic: str, done: Callable[[Code, str], None]) -> None:
         """Fetch a topic again, all that the parent has of it; what is here is set aside first."""
         lines = [line for line in self._follower.lines.values() if line.key.topic == topic]
         if not lines or topic not in self._offered:
             done(Code.UNKNOWN_TOPIC, f"{topic} is not mirrored from the parent of this node now")
             return
-        self._begin_anew(lines, done)
+        self._recreate(lines, done)
 
-    def _begin_anew(self, lines: list[Line], done: Callable[[Code, str], None]) -> None:
+    def _recreate(self, lines: list[FollowedLog], done: Callable[[Code, str], None]) -> None:
         info = self._offered[lines[0].key.topic]
         left = [len(lines)]
         failed: list[tuple[Code, str]] = []
@@ -287,7 +296,7 @@ class Mirrors:
             assert found is not None
             line.state = "moving"
             self._flow.begin()
-            self._metrics.pipe_restarts += 1
+            self._metrics.logs_recreated += 1
             self._engine.restart(
                 found,
                 lambda old, line=line: identity_of(info, info.partitions[line.key.partition]),  # type: ignore[misc]
@@ -296,7 +305,7 @@ class Mirrors:
 
     # ---- when the logs are not the same ----
 
-    def _compare(self, event: Compare) -> None:
+    def _compare(self, event: CompareChain) -> None:
         partition = self._engine.log(*event.line.key)
         assert partition is not None
 
@@ -311,7 +320,7 @@ class Mirrors:
         self._flow.begin()
         self._engine.chains(partition, [event.offset], done)  # type: ignore[arg-type]
 
-    def _look(self, event: Look) -> None:
+    def _look(self, event: FindBoundaries) -> None:
         partition = self._engine.log(*event.line.key)
         assert partition is not None
 
@@ -325,14 +334,14 @@ class Mirrors:
         self._flow.begin()
         self._engine.chains(partition, event.offsets, done)  # type: ignore[arg-type]
 
-    def _cut(self, event: Cut) -> None:
+    def _cut(self, event: TruncateLog) -> None:
         partition, offset = self._engine.log(*event.line.key), event.offset
         assert partition is not None
         self._flow.begin()
         if partition.staged_end != partition.durable_end:
             self._retry(partition)
             return
-        self._metrics.pipe_cuts += 1
+        self._metrics.log_truncations += 1
         log.warning(
             "%s: the parent has another past from %d on; %d records are set aside", partition.name, offset,
             partition.durable_end - offset,
@@ -346,11 +355,11 @@ class Mirrors:
 
         self._moves.cutting(partition, offset, lambda: self._engine.cut(partition, offset, done))
 
-    def _restart(self, event: Restart) -> None:
+    def _restart(self, event: RecreateLog) -> None:
         partition = self._engine.log(*event.line.key)
         assert partition is not None
         self._flow.begin()
-        self._metrics.pipe_restarts += 1
+        self._metrics.logs_recreated += 1
         log.warning(
             "%s: the parent's log begins at %d, this node's ends at %d; going on there", partition.name, event.offset,
             partition.durable_end,

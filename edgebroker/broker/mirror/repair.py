@@ -1,8 +1,9 @@
-"""Healing: damaged records are fetched again from a neighbour, one hole after the other.
+"""Repair from a peer: corrupt ranges are fetched again from a neighbour, one after the other.
 
-A mirror asks its parent by itself; any node asks whom an operator names (POST /v1/heal), so that an origin heals from a
-child. What comes is checked and put in by the engine; until then readers wait, or skip, as the topic says. An origin
-that lost the end of a log (HISTORY_LOST) fetches that as well: it is appended if it leads to the child's chain.
+A mirror asks its parent by itself; any node asks the peer that an operator names (POST /v1/repair), so that an origin
+is repaired from a child. The engine verifies what arrives and puts it in place; until then readers wait, or skip the
+range, as the topic says. An origin that lost the end of a log (HISTORY_LOST) fetches that as well: it is appended if it
+leads to the child's header chain checksum.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from edgebroker.broker.feed.ranges import MOST_BYTES, RangeRequest
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
-from edgebroker.network.http.call import Ask, Told
+from edgebroker.network.http.call import HttpCall, OnResponse
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.log import segscan
@@ -31,8 +32,8 @@ WAIT_SECONDS = 0.02
 SILENCE_SECONDS, FETCH_SECONDS = 60.0, 3600.0
 
 
-class HealRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"source": "from"}):
-    """The body of POST /v1/heal: the neighbour's HTTP address, and which topic (all without one)."""
+class RepairRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"source": "from"}):
+    """The body of POST /v1/repair: the neighbour's HTTP address, and which topic (all without one)."""
 
     source: str
     topic: str = ""
@@ -41,7 +42,7 @@ class HealRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 Done = Callable[[dict[str, int], str], None]
 
 
-class Healing:
+class Repairs:
     """Owned by the loop thread. `parent` tells where this node's parent is, "" while it has none."""
 
     def __init__(
@@ -49,7 +50,7 @@ class Healing:
     ) -> None:
         self._engine, self._loop, self._metrics, self._parent = engine, loop, metrics, parent
         self._publishing = publishing
-        self._busy: Ask | None = None
+        self._busy: HttpCall | None = None
         # Logs for which the parent was of no help, and when it is asked again.
         self._pauses: dict[Log, tuple[float, float]] = {}
 
@@ -64,32 +65,32 @@ class Healing:
             return
         for partition in self._engine.logs():
             mirrored = partition.identity.origin != self._engine.node_uid
-            if mirrored and partition.holes and now >= self._pauses.get(partition, (0.0, 0.0))[1]:
-                self._heal(source, [partition], lambda healed, error: None)
+            if mirrored and partition.corrupt_ranges and now >= self._pauses.get(partition, (0.0, 0.0))[1]:
+                self._repair(source, [partition], lambda repaired, error: None)
                 return
 
-    def heal(self, request: HealRequest, done: Done) -> None:
+    def repair(self, request: RepairRequest, done: Done) -> None:
         """Heal from a neighbour: done({log: offsets that are whole again}, error)."""
         if self._busy is not None:
             done({}, "something is being healed already; try again in a moment")
             return
-        damaged = [one for one in self._engine.logs() if one.holes and request.topic in ("", one.topic)]
+        damaged = [one for one in self._engine.logs() if one.corrupt_ranges and request.topic in ("", one.topic)]
         lost = [one for one in self._publishing.lost if request.topic in ("", one.topic)]
 
-        def then(healed: dict[str, int], error: str) -> None:
+        def then(repaired: dict[str, int], error: str) -> None:
             if error or not lost:
-                done(healed, error)
+                done(repaired, error)
             else:
-                self._recover(request.source, lost, healed, done)
+                self._recover(request.source, lost, repaired, done)
 
-        self._heal(request.source, damaged, then)
+        self._repair(request.source, damaged, then)
 
     # ---- the lost end of a log that this node writes ----
 
-    def _recover(self, source: str, lost: list[Log], healed: dict[str, int], done: Done) -> None:
+    def _recover(self, source: str, lost: list[Log], repaired: dict[str, int], done: Done) -> None:
         """Fetch what this node does not have any more, one log after the other."""
         if not lost:
-            done(healed, "")
+            done(repaired, "")
             return
         partition, known = lost[0], self._publishing.lost[lost[0]]
         first, found = partition.durable_end, bytearray()
@@ -131,20 +132,20 @@ class Healing:
             if partition.durable_end < known.end:
                 self._loop.call_later(WAIT_SECONDS, stored)
                 return
-            self._metrics.records_healed += known.end - first
-            healed[partition.name] = healed.get(partition.name, 0) + known.end - first
+            self._metrics.records_repaired += known.end - first
+            repaired[partition.name] = repaired.get(partition.name, 0) + known.end - first
             log.warning("%s: records %d to %d are back, from %s", partition.name, first, known.end - 1, source)
             self._publishing.loss_accepted(partition)
-            self._recover(source, lost[1:], healed, done)
+            self._recover(source, lost[1:], repaired, done)
 
         def failed(why: str) -> None:
-            self._metrics.healing_failures += 1
-            done(healed, f"{partition.name} cannot be recovered from {source}: {why}")
+            self._metrics.repair_failures += 1
+            done(repaired, f"{partition.name} cannot be recovered from {source}: {why}")
 
         fetch(first)
 
-    def _ask(self, source: str, wanted: RangeRequest, told: Told) -> Ask:
-        return Ask(
+    def _ask(self, source: str, wanted: RangeRequest, told: OnResponse) -> HttpCall:
+        return HttpCall(
             self._loop,
             source,
             "POST",
@@ -158,22 +159,22 @@ class Healing:
 
     # ---- damage ----
 
-    def _heal(self, source: str, damaged: list[Log], done: Done) -> None:
-        healed: dict[str, int] = {}
+    def _repair(self, source: str, damaged: list[Log], done: Done) -> None:
+        repaired: dict[str, int] = {}
         errors: list[str] = []
         waiting = list(damaged)
 
         def following() -> None:
             self._busy = None
-            while waiting and not waiting[0].holes:
+            while waiting and not waiting[0].corrupt_ranges:
                 self._pauses.pop(waiting.pop(0), None)
             if not waiting:
-                done(healed, "; ".join(errors))
+                done(repaired, "; ".join(errors))
                 return
             partition = waiting[0]
             self._busy = self._ask(
                 source,
-                _range(partition, *partition.to_heal()),
+                _range(partition, *partition.to_repair()),
                 lambda status, data, error: fetched(partition, data, error),
             )
 
@@ -181,20 +182,20 @@ class Healing:
             if error or not data:
                 failed(partition, error or "nothing came")
                 return
-            first = partition.holes[0].first if partition.holes else -1
-            self._engine.heal(partition, data, lambda end, error: put_in(partition, first, end, error))
+            first = partition.corrupt_ranges[0].first if partition.corrupt_ranges else -1
+            self._engine.repair(partition, data, lambda end, error: put_in(partition, first, end, error))
 
         def put_in(partition: Log, first: int, end: int, error: str) -> None:
             if error:
                 failed(partition, error)
                 return
-            self._metrics.records_healed += end - first
-            healed[partition.name] = healed.get(partition.name, 0) + end - first
+            self._metrics.records_repaired += end - first
+            repaired[partition.name] = repaired.get(partition.name, 0) + end - first
             log.warning("%s: records %d to %d are whole again, from %s", partition.name, first, end - 1, source)
             following()
 
         def failed(partition: Log, error: str) -> None:
-            self._metrics.healing_failures += 1
+            self._metrics.repair_failures += 1
             pause = min(LONGEST_PAUSE_SECONDS, 2 * max(SWEEP_SECONDS, self._pauses.get(partition, (0.0, 0.0))[0]))
             self._pauses[partition] = (pause, self._loop.now() + pause)
             errors.append(f"{partition.name}: {error}")

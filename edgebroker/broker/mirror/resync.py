@@ -17,18 +17,18 @@ from typing import Any
 from msgspec.structs import replace
 
 from edgebroker.broker.delivery.groups import Groups
-from edgebroker.broker.delivery.refresh import Refreshing
+from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.broker.mirror.fresh_copy import CopySettings, FreshCopy, make_store
-from edgebroker.broker.mirror.upstream import Piping
+from edgebroker.broker.mirror.upstream import Upstream
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.clock import Clock, second_of_day
 from edgebroker.common.errors import Code, EdgeBrokerError
 from edgebroker.common.hours import parse_hours
-from edgebroker.network.http.call import Ask
+from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
-from edgebroker.pipe.report import ResetOrder, ResetReport
+from edgebroker.pipe.report import ResyncDirective, ResyncReport
 from edgebroker.storage.engine import Done, Log
-from edgebroker.storage.rewrite.replace import KEPT, ResetRow, drop_staging, staging_of
+from edgebroker.storage.rewrite.replace import KEPT, ResyncRow, drop_staging, staging_of
 from edgebroker.storage.store import SegmentStore
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ UNDER_WAY = ("waiting", "loading", "switching")
 Restarted = Callable[[Log, bool], None]
 
 
-class Resets:
+class Resyncs:
     """Owned by the loop thread. `cut` and `restarted` are told of logs that were replaced by the same, or by others."""
 
     def __init__(
@@ -53,18 +53,18 @@ class Resets:
         clock: Clock,
         metrics: Metrics,
         groups: Groups,
-        refreshing: Refreshing,
+        refreshing: Refreshes,
         settings: CopySettings,
-        piping: Callable[[], Piping | None],
+        upstream: Callable[[], Upstream | None],
         cut: Callable[[Log], None],
         restarted: Restarted,
     ) -> None:
         self._engine, self._loop, self._clock, self._metrics = engine, loop, clock, metrics
-        self._groups, self._refreshing, self.settings = groups, refreshing, settings
-        self._piping, self._cut, self._restarted = piping, cut, restarted
-        self._rows: dict[str, ResetRow] = {}
+        self._groups, self._refreshes, self.settings = groups, refreshing, settings
+        self._upstream, self._cut, self._restarted = upstream, cut, restarted
+        self._rows: dict[str, ResyncRow] = {}
         # Orders that are being stored.
-        self._ordered: dict[str, ResetRow] = {}
+        self._ordered: dict[str, ResyncRow] = {}
         # What there is to say about those under way besides their phase.
         self._says: dict[str, tuple[str, str]] = {}
         self._copy: FreshCopy | None = None
@@ -76,8 +76,8 @@ class Resets:
     def start(self) -> None:
         """Go on with what was under way; before the node follows its parent."""
         # What a crash interrupted between two renames was finished when the store was opened.
-        self._rows = {row.id: row for row in self._engine.switch.rows}
-        drop_staging(self._engine.switch.path, lambda name: name in self._rows and self._under_way(name))
+        self._rows = {row.id: row for row in self._engine.replacement.rows}
+        drop_staging(self._engine.replacement.path, lambda name: name in self._rows and self._under_way(name))
         if self._rows:
             self._remember(lambda error: None)
         self._tick()
@@ -94,12 +94,12 @@ class Resets:
         """Nothing of a copy is open."""
         return self._copy is None and not self._closing
 
-    def _under_way(self, reset_id: str) -> bool:
-        return self._rows[reset_id].phase in UNDER_WAY
+    def _under_way(self, resync_id: str) -> bool:
+        return self._rows[resync_id].phase in UNDER_WAY
 
     # ---- orders ----
 
-    def order(self, order: ResetOrder, done: Done) -> None:
+    def order(self, order: ResyncDirective, done: Done) -> None:
         """Take an order; done once it is stored. The same id again changes only `force`, `accept` and `hours`."""
         if order.group:
             self._order_group(order, done)
@@ -109,7 +109,7 @@ class Resets:
         except ValueError as error:
             done(Code.INVALID_BATCH, f"hours: {error}")
             return
-        if self._piping() is None:
+        if self._upstream() is None:
             done(Code.INVALID_BATCH, "this node follows no parent from which it could load anything")
             return
         mirrored = [name for name in self._engine.topics() if self._is_mirrored(name)]
@@ -117,10 +117,10 @@ class Resets:
         if not set(topics) <= set(mirrored):
             done(Code.UNKNOWN_TOPIC, f"{order.topic} is not mirrored at this node")
             return
-        ordered: dict[str, ResetRow] = {}
+        ordered: dict[str, ResyncRow] = {}
         for number, topic in enumerate(topics):
-            reset_id = order.id if order.topic else f"{int(order.id, 16) + number & (1 << 128) - 1:032x}"
-            known = self._rows.get(reset_id)
+            resync_id = order.id if order.topic else f"{int(order.id, 16) + number & (1 << 128) - 1:032x}"
+            known = self._rows.get(resync_id)
             if known is not None and known.topic == topic and known.phase in UNDER_WAY:
                 row = replace(known, force=order.force, accept=order.accept, hours=order.hours)
             elif known is not None:
@@ -130,18 +130,18 @@ class Resets:
                 if others:
                     done(Code.OVERLOADED, f"{topic} is being reset already, by {others[0].id}; abort that first")
                     return
-                row = ResetRow(
-                    id=reset_id, topic=topic, in_place=order.in_place, force=order.force, accept=order.accept,
+                row = ResyncRow(
+                    id=resync_id, topic=topic, in_place=order.in_place, force=order.force, accept=order.accept,
                     hours=order.hours,
                 )  # fmt: skip
-            ordered[reset_id] = row
+            ordered[resync_id] = row
 
         def stored(error: str) -> None:
-            for reset_id, row in ordered.items():
-                self._ordered.pop(reset_id, None)
+            for resync_id, row in ordered.items():
+                self._ordered.pop(resync_id, None)
                 if not error:  # it may have begun, or be over, since
-                    now = self._rows.get(reset_id, row)
-                    self._rows[reset_id] = replace(now, force=row.force, accept=row.accept, hours=row.hours)
+                    now = self._rows.get(resync_id, row)
+                    self._rows[resync_id] = replace(now, force=row.force, accept=row.accept, hours=row.hours)
             done(Code.READ_ONLY if error else Code.OK, error)
 
         self._ordered.update(ordered)
@@ -150,7 +150,7 @@ class Resets:
     def _is_mirrored(self, topic: str) -> bool:
         return any(log.identity.origin != self._engine.node_uid for log in self._engine.partitions(topic))
 
-    def _order_group(self, order: ResetOrder, done: Done) -> None:
+    def _order_group(self, order: ResyncDirective, done: Done) -> None:
         group, logs = self._groups.find(order.group), self._engine.partitions(order.topic)
         if group is None or not logs:
             done(Code.UNKNOWN_TOPIC, f"there is no group {order.group} that reads {order.topic} at this node")
@@ -169,19 +169,19 @@ class Resets:
             if left[0]:
                 return
             why = failed[0][1] if failed else ""
-            self._rows[order.id] = ResetRow(
+            self._rows[order.id] = ResyncRow(
                 id=order.id, topic=order.topic, group=order.group, phase="failed" if failed else "loading", why=why
             )
             self._remember(lambda error: done(*(failed[0] if failed else (Code.OK, ""))))
 
         for partition in logs:
-            self._refreshing.begin(group, partition, one)
+            self._refreshes.begin(group, partition, one)
 
-    def abort(self, reset_id: str, done: Done) -> None:
+    def abort(self, resync_id: str, done: Done) -> None:
         """Give a reset up before its switch; the copy goes, the old data stays."""
-        row = self._rows.get(reset_id)
+        row = self._rows.get(resync_id)
         if row is None or row.phase not in UNDER_WAY or row.group:
-            done(Code.UNKNOWN_TOPIC, f"no reset {reset_id} is under way at this node")
+            done(Code.UNKNOWN_TOPIC, f"no reset {resync_id} is under way at this node")
         elif row.phase == "switching" or self._busy:
             done(Code.OVERLOADED, "it is being switched just now")
         else:
@@ -189,9 +189,9 @@ class Resets:
 
     def _remember(self, then: Callable[[str], None]) -> None:
         ended = [row.id for row in self._rows.values() if row.phase not in UNDER_WAY]
-        for reset_id in ended[: max(0, len(ended) - KEPT)]:
-            del self._rows[reset_id]
-        self._engine.switch.remember(list({**self._rows, **self._ordered}.values()), then)
+        for resync_id in ended[: max(0, len(ended) - KEPT)]:
+            del self._rows[resync_id]
+        self._engine.replacement.remember(list({**self._rows, **self._ordered}.values()), then)
 
     # ---- the work ----
 
@@ -206,7 +206,7 @@ class Resets:
                 self._current = row.id
                 self._step(row)
 
-    def _next(self) -> ResetRow | None:
+    def _next(self) -> ResyncRow | None:
         """The one that is being loaded, else whichever waits and was not looked at for longest: one that has no room
         holds up no other."""
         rows = [row for row in self._rows.values() if row.phase in UNDER_WAY and not row.group]
@@ -223,26 +223,30 @@ class Resets:
     def _watch_groups(self) -> None:
         for row in [one for one in self._rows.values() if one.group and one.phase == "loading"]:
             group = self._groups.find(row.group)
-            places = [place for key, place in group.places.items() if key[0] == row.topic] if group is not None else []
-            if not any(place.refreshing for place in places):
+            committed_offsets = (
+                [committed for key, committed in group.committed_offsets.items() if key[0] == row.topic]
+                if group is not None
+                else []
+            )
+            if not any(committed.refreshing for committed in committed_offsets):
                 self._rows[row.id] = replace(row, phase="done" if group is not None else "failed")
                 self._remember(lambda error: None)
 
-    def _step(self, row: ResetRow) -> None:
-        piping = self._piping()
-        if piping is None:
+    def _step(self, row: ResyncRow) -> None:
+        upstream = self._upstream()
+        if upstream is None:
             self._end(row, "failed", "this node follows no parent any more")
         elif row.phase == "waiting":
-            self._ask_how_much(row, piping)
+            self._ask_how_much(row, upstream)
         elif self._copy is None:
-            self._open_copy(row, piping)
+            self._open_copy(row, upstream)
         else:
-            self._look(row, self._copy, piping)
+            self._look(row, self._copy, upstream)
 
-    def _ask_how_much(self, row: ResetRow, piping: Piping) -> None:
+    def _ask_how_much(self, row: ResyncRow, upstream: Upstream) -> None:
         """What the parent has of the topic: is it the same log, is there room for it?"""
-        if not piping.connected:
-            self._says[row.id] = ("waiting", f"no parent: {piping.last_error}")
+        if not upstream.connected:
+            self._says[row.id] = ("waiting", f"no parent: {upstream.last_error}")
             return
         self._busy = True
 
@@ -251,13 +255,13 @@ class Resets:
             if self._stopped:
                 return
             if error:
-                self._says[row.id] = ("waiting", f"{piping.address}: {error}")
+                self._says[row.id] = ("waiting", f"{upstream.address}: {error}")
                 return
-            self._begin(self._rows[row.id], piping, json.loads(answer)["partitions"])
+            self._begin(self._rows[row.id], upstream, json.loads(answer)["partitions"])
 
-        Ask(self._loop, piping.address, "GET", f"/v1/topics/{row.topic}", b"", told)
+        HttpCall(self._loop, upstream.address, "GET", f"/v1/topics/{row.topic}", b"", told)
 
-    def _begin(self, row: ResetRow, piping: Piping, parts: list[dict[str, Any]]) -> None:
+    def _begin(self, row: ResyncRow, upstream: Upstream, parts: list[dict[str, Any]]) -> None:
         logs = self._engine.partitions(row.topic)
         if len(parts) != len(logs):
             self._end(row, "failed", f"it has {len(parts)} partitions at the parent, {len(logs)} here")
@@ -270,7 +274,7 @@ class Resets:
         if self._shrunk(row, there, logs):
             return
         if row.in_place:
-            self._in_place(row, piping)
+            self._in_place(row, upstream)
             return
         needed, free = sum(int(part["bytes"]) for part in parts), self._free()
         if needed > free:
@@ -286,7 +290,7 @@ class Resets:
         self._busy = True
         self._remember(self._remembered)
 
-    def _shrunk(self, row: ResetRow, records: int, logs: list[Log]) -> bool:
+    def _shrunk(self, row: ResyncRow, records: int, logs: list[Log]) -> bool:
         """Would suspiciously much be lost? Then an operator has to say that it is meant."""
         before = sum(one.durable_end - one.log_start for one in logs)
         if records >= LEAST_SHARE * before or row.force:
@@ -296,7 +300,7 @@ class Resets:
         self._stuck(row, "shrunk", why)
         return True
 
-    def _stuck(self, row: ResetRow, state: str, why: str) -> None:
+    def _stuck(self, row: ResyncRow, state: str, why: str) -> None:
         """It waits for an operator, or for room."""
         if self._says.get(row.id, ("", ""))[0] != state:
             self._metrics.refused(state.upper())
@@ -306,11 +310,11 @@ class Resets:
     def problems(self) -> dict[str, str]:
         """What an operator should see."""
         found = [
-            f"{self._rows[reset_id].topic}: {why}"
-            for reset_id, (state, why) in self._says.items()
+            f"{self._rows[resync_id].topic}: {why}"
+            for resync_id, (state, why) in self._says.items()
             if state in ("no_space", "shrunk")
         ]
-        return {"reset": "; ".join(found)} if found else {}
+        return {"resync": "; ".join(found)} if found else {}
 
     def _remembered(self, error: str) -> None:
         self._busy = False
@@ -323,7 +327,7 @@ class Resets:
         assert isinstance(usable, int)
         return usable
 
-    def _open_copy(self, row: ResetRow, piping: Piping) -> None:
+    def _open_copy(self, row: ResyncRow, upstream: Upstream) -> None:
         log.warning("reset %s: loading %s afresh", row.id, row.topic)
         self._busy = self._closing = True
 
@@ -333,7 +337,7 @@ class Resets:
                 self._says[row.id] = ("loading", error)
                 return
             try:
-                copy = FreshCopy(store, row.topic, piping.candidates.addresses, self.settings, self._loop)
+                copy = FreshCopy(store, row.topic, upstream.candidates.addresses, self.settings, self._loop)
             except (OSError, EdgeBrokerError) as failure:
                 self._end(self._rows[row.id], "failed", f"the copy cannot be opened: {failure}")
                 return
@@ -342,7 +346,7 @@ class Resets:
             else:
                 self._copy = copy
 
-        make_store(staging_of(self._engine.switch.path, row.id), self.settings, self._loop, self._clock, told)
+        make_store(staging_of(self._engine.replacement.path, row.id), self.settings, self._loop, self._clock, told)
 
     def _close(self, copy: FreshCopy, then: Callable[[], None]) -> None:
         self._closing = True
@@ -353,10 +357,10 @@ class Resets:
 
         copy.close(closed)
 
-    def _look(self, row: ResetRow, copy: FreshCopy, piping: Piping) -> None:
+    def _look(self, row: ResyncRow, copy: FreshCopy, upstream: Upstream) -> None:
         """Is the copy complete, is it as much as before, may it be switched now?"""
         logs = self._engine.partitions(row.topic)
-        copy.follow(piping.candidates.addresses)
+        copy.follow(upstream.candidates.addresses)
         if self._other_topic(row, copy, logs):
             self._end(row, "failed", "the topic was deleted, or is another one by now; order it again")
             return
@@ -377,17 +381,17 @@ class Resets:
             return
         self._busy = True
         self._held_since = self._loop.now()
-        piping.hold(row.topic)
-        self._catch_up(row, copy, piping, same, ends)
+        upstream.hold(row.topic)
+        self._catch_up(row, copy, upstream, same, ends)
 
-    def _other_topic(self, row: ResetRow, copy: FreshCopy, logs: list[Log]) -> bool:
+    def _other_topic(self, row: ResyncRow, copy: FreshCopy, logs: list[Log]) -> bool:
         """Is the topic, here or in the copy, not what it was when the reset began?"""
         if len(logs) != len(row.targets) or (row.log_ids and copy.log_ids not in ([], row.log_ids)):
             return True
         here = [one.identity.log_id for one in logs]
         return not row.accept and copy.log_ids not in ([], here)
 
-    def _give_way(self, row: ResetRow, copy: FreshCopy) -> None:
+    def _give_way(self, row: ResyncRow, copy: FreshCopy) -> None:
         """The disk has filled up: producers and the pipe need the room. It begins anew when there is enough."""
         self._stuck(row, "no_space", "NO_SPACE: the disk filled up while the copy was loaded; it waits for room")
         self._rows[row.id] = replace(row, phase="waiting")
@@ -395,32 +399,32 @@ class Resets:
         self._busy = True
 
         def closed() -> None:
-            drop_staging(self._engine.switch.path, lambda name: name != row.id)
+            drop_staging(self._engine.replacement.path, lambda name: name != row.id)
             self._remember(self._remembered)
 
         self._close(copy, closed)
 
-    def _catch_up(self, row: ResetRow, copy: FreshCopy, piping: Piping, same: bool, ends: list[int]) -> None:
+    def _catch_up(self, row: ResyncRow, copy: FreshCopy, upstream: Upstream, same: bool, ends: list[int]) -> None:
         """The pipe stands still: until the copy has what the old logs have, nobody may lose a record by the switch."""
         logs = self._engine.partitions(row.topic)
         if self._stopped:
             return
-        if self._piping() is not piping or len(logs) != len(ends):
+        if self._upstream() is not upstream or len(logs) != len(ends):
             self._busy = False
             self._end(row, "failed", "the topic was deleted, or this node follows no parent any more")
             return
         ends = [max(end, one.durable_end) if same else end for end, one in zip(ends, logs, strict=True)]
-        if self._engine.switch.quiet(row.topic) and copy.has(ends):
-            self._switch(row, copy, piping, same)
+        if self._engine.replacement.quiet(row.topic) and copy.has(ends):
+            self._switch(row, copy, upstream, same)
         elif self._loop.now() - self._held_since > CATCH_UP_SECONDS:
             self._says[row.id] = ("loading", "the copy does not come up to what is here; trying again")
             self._busy = False
-            piping.follow_again(row.topic)
+            upstream.follow_again(row.topic)
         else:
-            self._loop.call_later(0.02, lambda: self._catch_up(row, copy, piping, same, ends))
+            self._loop.call_later(0.02, lambda: self._catch_up(row, copy, upstream, same, ends))
 
-    def _switch(self, row: ResetRow, copy: FreshCopy, piping: Piping, same: bool) -> None:
-        directory = staging_of(self._engine.switch.path, row.id)
+    def _switch(self, row: ResyncRow, copy: FreshCopy, upstream: Upstream, same: bool) -> None:
+        directory = staging_of(self._engine.replacement.path, row.id)
         self._copy = None
 
         def closed() -> None:
@@ -430,15 +434,15 @@ class Resets:
         def remembered(error: str) -> None:
             if error:
                 switched(Code.READ_ONLY, error)
-            elif self._piping() is not piping or not self._engine.partitions(row.topic):
+            elif self._upstream() is not upstream or not self._engine.partitions(row.topic):
                 switched(Code.INVALID_BATCH, "the topic was deleted, or this node follows no parent any more")
             else:
-                self._engine.switch.replace(row.topic, directory / "topics" / row.topic, switched)
+                self._engine.replacement.replace(row.topic, directory / "topics" / row.topic, switched)
 
         def switched(code: Code, message: str) -> None:
             self._busy = False
-            if self._piping() is piping:
-                piping.follow_again(row.topic)
+            if self._upstream() is upstream:
+                upstream.follow_again(row.topic)
             if code is Code.OK:
                 for partition in self._engine.partitions(row.topic):
                     if same:
@@ -455,39 +459,39 @@ class Resets:
 
         self._close(copy, closed)
 
-    def _in_place(self, row: ResetRow, piping: Piping) -> None:
+    def _in_place(self, row: ResyncRow, upstream: Upstream) -> None:
         self._busy = True
         self._says[row.id] = ("switching", "the logs begin anew")
-        piping.hold(row.topic)
+        upstream.hold(row.topic)
 
         def done(code: Code, message: str) -> None:
             self._busy = False
-            if code is not Code.OK and self._piping() is piping:
-                piping.follow_again(row.topic)
+            if code is not Code.OK and self._upstream() is upstream:
+                upstream.follow_again(row.topic)
             self._end(self._rows[row.id], "done" if code is Code.OK else "failed", message)
 
         def wait() -> None:
             if self._stopped:
                 return
-            if self._piping() is not piping:
+            if self._upstream() is not upstream:
                 done(Code.INVALID_BATCH, "this node follows no parent any more")
-            elif self._engine.switch.quiet(row.topic):
-                piping.begin_anew(row.topic, done)
+            elif self._engine.replacement.quiet(row.topic):
+                upstream.recreate(row.topic, done)
             else:
                 self._loop.call_later(0.02, wait)
 
         wait()
 
-    def _end(self, row: ResetRow, phase: Any, why: str, done: Done | None = None) -> None:
+    def _end(self, row: ResyncRow, phase: Any, why: str, done: Done | None = None) -> None:
         (log.info if phase == "done" else log.error)("reset %s of %s is over: %s %s", row.id, row.topic, phase, why)
         self._rows[row.id] = replace(row, phase=phase, why=why)
         self._says.pop(row.id, None)
         self._looked.pop(row.id, None)
-        self._metrics.resets_done += phase == "done"
-        self._metrics.resets_failed += phase == "failed"
+        self._metrics.resyncs_done += phase == "done"
+        self._metrics.resyncs_failed += phase == "failed"
 
         def remembered(error: str) -> None:
-            drop_staging(self._engine.switch.path, lambda name: name in self._rows and self._under_way(name))
+            drop_staging(self._engine.replacement.path, lambda name: name in self._rows and self._under_way(name))
             if done is not None:
                 done(Code.READ_ONLY if error else Code.OK, error)
 
@@ -503,21 +507,21 @@ class Resets:
     # ---- telling ----
 
     def describe(self) -> list[dict[str, object]]:
-        """For /v1/resets: the newest last."""
+        """For /v1/resyncs: the newest last."""
         return [
             {"id": row.id, "topic": row.topic, "group": row.group, "state": self._state(row), "why": self._why(row)}
             for row in self._rows.values()
         ]
 
-    def reports(self) -> list[ResetReport]:
+    def reports(self) -> list[ResyncReport]:
         """For the report of the node: the last ones of those under way, then those that failed, then the others."""
         rows = sorted(self._rows.values(), key=lambda row: (row.phase in UNDER_WAY, row.phase == "failed"))
-        return [ResetReport(row.id, row.topic, self._state(row)) for row in rows[-REPORTED:]]
+        return [ResyncReport(row.id, row.topic, self._state(row)) for row in rows[-REPORTED:]]
 
-    def _state(self, row: ResetRow) -> str:
+    def _state(self, row: ResyncRow) -> str:
         if row.group and row.phase == "loading":
             return "refreshing"
         return self._says.get(row.id, (row.phase, ""))[0] if row.phase in UNDER_WAY else row.phase
 
-    def _why(self, row: ResetRow) -> str:
+    def _why(self, row: ResyncRow) -> str:
         return row.why or self._says.get(row.id, ("", ""))[1]

@@ -14,19 +14,27 @@ from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
-from edgebroker.broker.feed.children import Node
-from edgebroker.broker.mirror.mirrors import Mirrors, Moves
+from edgebroker.broker.feed.downstream import NodeInfo
+from edgebroker.broker.mirror.mirrors import Mirrors, ReaderHooks
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicPartition
-from edgebroker.network.http.call import Ask
+from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import RECEIVE_BYTES, HttpClient
 from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.pipe.candidates import Candidates
-from edgebroker.pipe.follower import Changed, Directed, Event, Follower, Greeted, Line, Taken
-from edgebroker.pipe.report import Order
+from edgebroker.pipe.follower import (
+    AppendResult,
+    DirectivesReceived,
+    Event,
+    FollowedLog,
+    Follower,
+    HelloReceived,
+    StateChanged,
+)
+from edgebroker.pipe.report import Directive
 from edgebroker.pipe.stream import MAX_SAME_BYTES, SamePoll
 from edgebroker.storage.engine import Log, MirrorEngine
 
@@ -39,7 +47,7 @@ RETRY_SECONDS = 1.0
 POLL_GAP_SECONDS, LONGEST_GAP_SECONDS = 0.02, 2.0
 
 
-class Piping:
+class Upstream:
     """Owned by the loop thread. `bytes_per_second` 0: no cap."""
 
     def __init__(
@@ -47,13 +55,13 @@ class Piping:
         engine: MirrorEngine,
         loop: Loop,
         metrics: Metrics,
-        node: Node,
+        node: NodeInfo,
         candidates: Candidates,
         patterns: list[str],
         bytes_per_second: int,
         hours: str,
-        moves: Moves,
-        directed: Callable[[list[Order]], None],
+        moves: ReaderHooks,
+        directed: Callable[[list[Directive]], None],
         *,
         pin: bool = False,
     ) -> None:
@@ -120,7 +128,7 @@ class Piping:
         if self.candidates.behind(now, self.connected and self._follower.lacking):
             self._look_around()
         for address in self.candidates.to_probe(now):
-            Ask(
+            HttpCall(
                 self._loop,
                 address,
                 "GET",
@@ -151,7 +159,7 @@ class Piping:
                 self.again("it is behind")
 
         for address in others:
-            Ask(
+            HttpCall(
                 self._loop,
                 address,
                 "GET",
@@ -170,7 +178,7 @@ class Piping:
     def on_connected(self) -> None:
         self._connected_at = self._loop.now()
         self._complete = True
-        self._go_on()
+        self._advance()
 
     def on_response(self, status: int, retry_after: float) -> None:
         self._status, self._retry_after = status, retry_after
@@ -198,7 +206,7 @@ class Piping:
             self._client.close(f"it answered {self._status}: {text[:300]}")
             return
         self._complete = True
-        self._go_on()
+        self._advance()
 
     def on_lost(self, reason: str) -> None:
         was, self.connected, self._complete, self._said = self.connected, False, False, b""
@@ -238,7 +246,7 @@ class Piping:
             body = msgspec.json.encode(SamePoll(uid=self._node.uid, same=crc32c(body)))
         self._client.request("POST", "/v1/pipe", body)
 
-    def _go_on(self) -> None:
+    def _advance(self) -> None:
         """Something was finished: read on, or poll again."""
         if self._busy or self.stopped:
             return
@@ -277,21 +285,21 @@ class Piping:
 
             def over() -> None:
                 self._throttled = False
-                self._go_on()
+                self._advance()
 
             self._loop.call_later(-self._tokens / self._cap, over)
 
     # ---- the sink ----
 
-    def append(self, key: TopicPartition, data: memoryview) -> Taken:
+    def append(self, key: TopicPartition, data: memoryview) -> AppendResult:
         """Batches from the parent, into the log."""
         partition = self._engine.log(*key)
         assert partition is not None
         if self._engine.refusal() is not None:
             self._pause()  # they are kept; _flush() tries again
-            return Taken(0, Reason.OK, partition.staged_end, partition.staged_epoch)
+            return AppendResult(0, Reason.OK, partition.staged_end, partition.staged_epoch)
         taken, reason = self._engine.append_numbered(partition, data)
-        return Taken(taken, Reason(reason), partition.staged_end, partition.staged_epoch)
+        return AppendResult(taken, Reason(reason), partition.staged_end, partition.staged_epoch)
 
     def _flush(self) -> None:
         """What was held back by a full disk."""
@@ -315,16 +323,16 @@ class Piping:
 
     def do(self, events: Iterable[Event]) -> None:
         for event in events:
-            if isinstance(event, Greeted):
+            if isinstance(event, HelloReceived):
                 self._greeted(event)
-            elif isinstance(event, Changed):
+            elif isinstance(event, StateChanged):
                 self._changed(event)
-            elif isinstance(event, Directed):
-                self._directed(event.orders)
+            elif isinstance(event, DirectivesReceived):
+                self._directed(event.directives)
             else:
                 self._mirrors.do(event)
 
-    def _greeted(self, event: Greeted) -> None:
+    def _greeted(self, event: HelloReceived) -> None:
         hello = event.hello
         if not self.connected:
             self.connections += 1
@@ -335,7 +343,7 @@ class Piping:
         for info in hello.topics:
             self._mirrors.offered(info)
 
-    def _changed(self, event: Changed) -> None:
+    def _changed(self, event: StateChanged) -> None:
         self._metrics.refused(event.code)
         line = event.line
         if event.code == "OK":
@@ -357,7 +365,7 @@ class Piping:
         if failed:
             self._loop.call_later(RETRY_SECONDS, lambda: self.again("something could not be done"))
         else:
-            self._go_on()
+            self._advance()
 
     # ---- telling ----
 
@@ -369,9 +377,9 @@ class Piping:
         """A topic of this node was deleted."""
         self._mirrors.free(topic)
 
-    def begin_anew(self, topic: str, done: Callable[[Code, str], None]) -> None:
+    def recreate(self, topic: str, done: Callable[[Code, str], None]) -> None:
         """Fetch all of a topic again; what is here goes first."""
-        self._mirrors.begin_anew(topic, done)
+        self._mirrors.recreate(topic, done)
 
     def hold(self, topic: str) -> None:
         """Take nothing more of a topic until follow_again(); the others go on."""
@@ -384,7 +392,7 @@ class Piping:
             self._mirrors.follow(partition)
         self.again("the logs of a topic are others now")
 
-    def lines(self, topic: str) -> list[Line]:
+    def lines(self, topic: str) -> list[FollowedLog]:
         """Where this node stands in the logs of a topic."""
         return [line for line in self._follower.lines.values() if line.key.topic == topic]
 
@@ -436,17 +444,17 @@ class Piping:
         }
 
 
-def _end_at(answer: bytes, line: Line) -> int:
+def _end_at(answer: bytes, line: FollowedLog) -> int:
     """Up to where a node has a log, from its description of the topic; -1 when it has not, or only damaged."""
     try:
         part = msgspec.json.decode(answer)["partitions"][line.key.partition]
-        whole = not any(hole["last"] >= line.offset for hole in part.get("damaged", []))
+        whole = not any(corrupt["last"] >= line.offset for corrupt in part.get("damaged", []))
         return int(part["durable_end"]) if part["log_id"] == line.log_id and whole else -1
     except (msgspec.DecodeError, KeyError, IndexError, TypeError, ValueError):
         return -1
 
 
-def _describe(line: Line) -> dict[str, object]:
+def _describe(line: FollowedLog) -> dict[str, object]:
     return {
         "topic": line.key.topic,
         "partition": line.key.partition,

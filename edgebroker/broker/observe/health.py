@@ -35,7 +35,7 @@ class Supervisor:
         """How the node is, in one line; told whenever that changes."""
 
 
-class Wellbeing:
+class Health:
     """Owned by the loop thread. `ready` says that the node is started and not stopping."""
 
     def __init__(

@@ -4,20 +4,20 @@ docs/operations.md says the same at more length; a test holds the two together.
 """
 
 ADVICE = {
-    "damaged": "it is fetched again from the parent by itself; at an origin: edgebroker heal --from NODE; to go on "
+    "damaged": "it is fetched again from the parent by itself; at an origin: edgebroker repair --from NODE; to go on "
     "without the records: edgebroker topic alter TOPIC --on-damage skip",
     "disk_full": "free space or raise storage.max_bytes; writing resumes by itself",
     "disk_stalled": "check the disk (dmesg); nothing is lost, what is in memory is still delivered",
     "fleet_full": "remove nodes that are gone: edgebroker node remove NAME",
-    "history_lost": "get the records back from a child: edgebroker heal --from NODE; or give them up: edgebroker topic "
-    "accept TOPIC",
+    "history_lost": "fetch the records from a child: edgebroker repair --from NODE; or give them up: "
+    "edgebroker topic accept TOPIC",
     "metadata": "check space and rights of the data directory; it is tried again every second",
     "name_clash": "only this node's is served; when the parent's is right: edgebroker topic delete TOPIC --yes here",
     "parent": "check the line and the parent; this node goes on serving what it has",
     "read_only": "check the disk (dmesg), then restart the node; what was acknowledged is safe",
     "registry": "free space, or install the release that wrote registry.db; it is tried again every second",
     "replaced": "if the parent's log is the right one: edgebroker topic accept TOPIC",
-    "reset": "edgebroker reset --status says which reset waits for what",
+    "resync": "edgebroker resync --status says which reset waits for what",
     "unserved_topics": "check the disk and the rights of the topic's directory, then restart the node",
 }
 # While one of these lasts, the node is not ready: nothing can be published.

@@ -170,7 +170,7 @@ class Publishing:
         if known is None or known.end < end:
             why = (
                 f"{log.name} ends at {log.durable_end}, but a child has it up to {end}: acknowledged records were lost "
-                "here; fetch them with: edgebroker heal --from CHILD, or accept the loss with: "
+                "here; fetch them with: edgebroker repair --from CHILD, or accept the loss with: "
                 f"edgebroker topic accept {log.topic}"
             )
             self.lost[log] = Lost(end, chain, why)

@@ -22,7 +22,7 @@ from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableEr
 from edgebroker.version import __version__
 
 PATHS = (
-    "/healthz", "/readyz", "/v1/node", "/v1/topics", "/v1/groups", "/v1/clients", "/v1/pipe", "/v1/tree", "/v1/resets",
+    "/healthz", "/readyz", "/v1/node", "/v1/topics", "/v1/groups", "/v1/clients", "/v1/pipe", "/v1/tree", "/v1/resyncs",
 )  # fmt: skip
 COMMANDS = {
     "journal.txt": ("journalctl", "-u", "edgebroker*", "-n", "5000", "--no-pager", "-o", "short-iso"),

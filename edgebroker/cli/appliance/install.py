@@ -46,7 +46,7 @@ _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 Values = dict[str, object]  # of a configuration, "section.key" -> value
 
 
-class Place(NamedTuple):
+class InstallPaths(NamedTuple):
     """Where a node of this machine has its things. `instance` "" is edgebroker.service."""
 
     instance: str
@@ -114,31 +114,31 @@ def install(options: argparse.Namespace) -> int:
     return 0
 
 
-def _place(machine: Machine, options: argparse.Namespace) -> Place:
+def _place(machine: Machine, options: argparse.Namespace) -> InstallPaths:
     """The node meant: named by --instance, or else the first of this machine, or the one of this role beside it."""
     if options.instance:
         return _instance(options.instance)
-    first = Place("")
+    first = InstallPaths("")
     level = _level(machine, first)
     if first not in nodes(machine) or level == options.role:
         return first
-    place = Place(options.role)
+    place = InstallPaths(options.role)
     if place not in nodes(machine):
         machine.say(f"install {place.unit} beside {first.unit}, which is {level} (or edit /{first.config})")
     return place
 
 
-def _level(machine: Machine, place: Place) -> str:
+def _level(machine: Machine, place: InstallPaths) -> str:
     return str(_configured(machine, place).get("node.level", "root"))
 
 
-def _instance(name: str) -> Place:
+def _instance(name: str) -> InstallPaths:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name) or name == "edgebroker":
         raise ConfigError(f"--instance {name}: lower-case letters, digits and -, and not edgebroker")
-    return Place(name)
+    return InstallPaths(name)
 
 
-def _configured(machine: Machine, place: Place) -> Values:
+def _configured(machine: Machine, place: InstallPaths) -> Values:
     """What a node's file sets; nothing when there is none."""
     path = machine.path(place.config)
     if not path.is_file():
@@ -150,12 +150,12 @@ def _configured(machine: Machine, place: Place) -> Values:
         raise ConfigError(f"{path} is no configuration: {error}; correct it, then install again") from error
 
 
-def _defaults(place: Place) -> Values:
+def _defaults(place: InstallPaths) -> Values:
     """What the file of the package sets."""
     return {"node.data_dir": place.data}
 
 
-def _values(machine: Machine, place: Place, known: Values, options: argparse.Namespace) -> Values:
+def _values(machine: Machine, place: InstallPaths, known: Values, options: argparse.Namespace) -> Values:
     """The configuration: what is given, else what is configured, else what fits the role; checked as a node would."""
     given: Values = {"node.level": options.role}
     for key, value in (
@@ -189,7 +189,7 @@ def _values(machine: Machine, place: Place, known: Values, options: argparse.Nam
 
 def _fed_by_first(machine: Machine, role: str) -> Values:
     """The first node of this machine as the parent, where it stands above."""
-    first = Place("")
+    first = InstallPaths("")
     if first not in nodes(machine) or LEVELS.index(_level(machine, first)) >= LEVELS.index(role):
         return {}
     http = _configured(machine, first).get("listen.http", f"127.0.0.1:{DEFAULT_PARENT_PORT}")
@@ -207,7 +207,7 @@ def _host(text: str) -> str:
     raise ConfigError(f"--bind {text}: an IP address or a host name is expected, without a port")
 
 
-def _port(machine: Machine, place: Place, known: Values) -> int:
+def _port(machine: Machine, place: InstallPaths, known: Values) -> int:
     """The port of the binary protocol: as it is configured, else one that no other node of this machine has."""
     configured = str(known.get("listen.tcp", "")).rpartition(":")[2]
     if configured.isdigit():
@@ -215,11 +215,12 @@ def _port(machine: Machine, place: Place, known: Values) -> int:
     return _free_port(machine, place) if place.instance else FIRST_PORT
 
 
-def _free_port(machine: Machine, place: Place) -> int:
+def _free_port(machine: Machine, place: InstallPaths) -> int:
     """The first port of a pair that no other node of this machine has."""
     others = [path.stem for path in machine.path("etc/edgebroker").glob("*.toml") if path.stem != place.instance]
     taken = [
-        str(_configured(machine, Place("" if name == "edgebroker" else name)).get("listen.tcp")) for name in others
+        str(_configured(machine, InstallPaths("" if name == "edgebroker" else name)).get("listen.tcp"))
+        for name in others
     ]
     port = FURTHER_PORT
     while any(address.endswith(f":{port}") for address in taken):
@@ -307,11 +308,11 @@ def shipped(name: str) -> str:
     return (base / "systemd" / name).read_text()
 
 
-def nodes(machine: Machine) -> list[Place]:
+def nodes(machine: Machine) -> list[InstallPaths]:
     """The nodes that are installed on a machine, the first one first."""
     found = machine.path(UNITS).glob(f"edgebroker*.service.d/{LIMITS_FILE}")
     names = [path.parent.name.removesuffix(".service.d").removeprefix("edgebroker").removeprefix("@") for path in found]
-    return [place for place in map(Place, sorted(names)) if machine.wrote(place.limits)]
+    return [place for place in map(InstallPaths, sorted(names)) if machine.wrote(place.limits)]
 
 
 def _refresh(machine: Machine) -> int:
@@ -332,7 +333,7 @@ def _refresh(machine: Machine) -> int:
     return 0
 
 
-def _start(machine: Machine, place: Place, wanted: bool) -> None:
+def _start(machine: Machine, place: InstallPaths, wanted: bool) -> None:
     """Start it, or again if it runs with something older than what is installed."""
     started = _started(machine, place)
     if started is None:
@@ -349,7 +350,7 @@ def _start(machine: Machine, place: Place, wanted: bool) -> None:
             machine.say(f"leave it running as it was until somebody says: systemctl restart {place.unit}")
 
 
-def _started(machine: Machine, place: Place) -> float | None:
+def _started(machine: Machine, place: InstallPaths) -> float | None:
     """When the process was started that runs now, in seconds since 1970; None when there is none."""
     said = machine.ask(
         "systemctl", "show", place.unit, "-p", "MainPID", "-p", "ExecMainStartTimestamp", "--timestamp=us+utc"
@@ -364,7 +365,7 @@ def _started(machine: Machine, place: Place) -> float | None:
     return when.replace(tzinfo=UTC).timestamp()
 
 
-def _farewell(place: Place, values: Values) -> None:
+def _farewell(place: InstallPaths, values: Values) -> None:
     name, admin = place.unit.removesuffix(".service"), _reached(str(values["listen.http"]))
     print(f"\ninstalled:  {name}, configured in /{place.config}, data in {values['node.data_dir']}")
     print(f"start it:   systemctl start {name}")
@@ -380,7 +381,7 @@ def _farewell(place: Place, values: Values) -> None:
 def uninstall(options: argparse.Namespace) -> int:
     machine = Machine(Path(options.root), options.dry_run)
     machine.check()
-    place = _instance(options.instance) if options.instance else Place("")
+    place = _instance(options.instance) if options.instance else InstallPaths("")
     if options.purge and not (options.yes or options.dry_run):
         raise ConfigError("--purge removes all data of the node for good; say --yes as well if that is meant")
     if (

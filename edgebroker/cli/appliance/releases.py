@@ -35,7 +35,7 @@ PACKAGED = "usr/lib/edgebroker"
 CHECK_SECONDS = 120
 
 
-class Switch(NamedTuple):
+class ReleaseSwitch(NamedTuple):
     """A change of the release that is not finished: from what to what, what was `previous` before, which units were
     well and have to be so again, and after how many seconds each."""
 
@@ -151,10 +151,10 @@ def previous(machine: Machine) -> str:
     return found if found != current(machine) else ""
 
 
-def pending(machine: Machine) -> Switch | None:
+def pending(machine: Machine) -> ReleaseSwitch | None:
     """The change that is not finished, if there is one."""
     try:
-        return Switch(**json.loads(machine.path(PENDING).read_text()))
+        return ReleaseSwitch(**json.loads(machine.path(PENDING).read_text()))
     except (OSError, ValueError, TypeError):
         return None
 
@@ -165,9 +165,9 @@ def _named(machine: Machine, link: str) -> str:
     return Path(os.readlink(path)).name if path.is_symlink() and (path / PROGRAM).exists() else ""
 
 
-def begin(machine: Machine, release: str, well: list[str], timeout: float) -> Switch:
+def begin(machine: Machine, release: str, well: list[str], timeout: float) -> ReleaseSwitch:
     """Let the next start use a release. Until end() it is known where to go back to, also after a power cut."""
-    found = Switch(current(machine), release, previous(machine), well, timeout)
+    found = ReleaseSwitch(current(machine), release, previous(machine), well, timeout)
     machine.say(f"switch to release {release}")
     if not machine.dry:
         write_durable(machine.path(PENDING), json.dumps(found._asdict()).encode())
@@ -176,12 +176,12 @@ def begin(machine: Machine, release: str, well: list[str], timeout: float) -> Sw
     return found
 
 
-def back(machine: Machine, switch: Switch) -> None:
+def back(machine: Machine, switch: ReleaseSwitch) -> None:
     """Let the next start use the release that was used before."""
     point(machine.path(CURRENT), f"releases/{switch.before}")
 
 
-def end(machine: Machine, switch: Switch) -> None:
+def end(machine: Machine, switch: ReleaseSwitch) -> None:
     """The nodes run with the release that `current` names: forget how they came to it. The one before stays."""
     machine.path(PENDING).unlink(missing_ok=True)
     sync_directory(machine.path(HOME))

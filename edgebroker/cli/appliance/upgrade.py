@@ -22,7 +22,7 @@ from pathlib import Path
 
 from edgebroker.cli.appliance import releases
 from edgebroker.cli.appliance.host import Machine, plainly, tell
-from edgebroker.cli.appliance.releases import Switch
+from edgebroker.cli.appliance.releases import ReleaseSwitch
 from edgebroker.cli.broker_process import environment_of_others
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
@@ -117,7 +117,7 @@ def _selftest(program: Path) -> None:
 # ---- the switch ----
 
 
-def judge(machine: Machine, switch: Switch) -> int:
+def judge(machine: Machine, switch: ReleaseSwitch) -> int:
     """Restart all nodes with the release that is switched to; back to the one before when that goes wrong somehow, and
     when somebody ends this. Whatever happens meanwhile, one of the two is gone to to the end."""
     ended = _ended_by_signals()
@@ -160,7 +160,7 @@ def _units(machine: Machine) -> dict[str, str]:
     return {unit: found[unit] for unit in sorted(found, key=len) if found[unit] != "inactive"}
 
 
-def _restart(machine: Machine, switch: Switch, ended: Callable[[], bool]) -> str:
+def _restart(machine: Machine, switch: ReleaseSwitch, ended: Callable[[], bool]) -> str:
     """Restart the nodes one after the other, the first of the machine first, with the units of their release. Why one
     that was well is not any more; "" when all are. A node that was not well before is no fault of this release."""
     machine.ask(str(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}")), "install", "--refresh")

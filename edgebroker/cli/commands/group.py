@@ -64,7 +64,7 @@ def describe(options: argparse.Namespace) -> int:
     return 0
 
 
-def reset(options: argparse.Namespace) -> int:
+def reset_offsets(options: argparse.Namespace) -> int:
     body: dict[str, object] = {"topic": _topic(options), "partition": options.partition, "dry_run": options.dry_run}
     body.update({"to": options.to} if options.to is not None else {"shift": options.shift})
     answer = call(options.admin, "POST", f"/v1/groups/{quote(options.name)}/offsets", body)

@@ -1,4 +1,4 @@
-"""`edgebroker heal --from HOST:PORT`: fetch damaged records again from a node that has them."""
+"""`edgebroker repair --from HOST:PORT`: fetch damaged records again from a node that has them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import json
 from edgebroker.cli.admin_client import call
 
 
-def heal(options: argparse.Namespace) -> int:
-    found = call(options.admin, "POST", "/v1/heal", {"from": options.source, "topic": options.topic})
+def repair(options: argparse.Namespace) -> int:
+    found = call(options.admin, "POST", "/v1/repair", {"from": options.source, "topic": options.topic})
     if options.json:
         print(json.dumps(found))
         return 0
-    for name, count in found["healed"].items():
+    for name, count in found["repaired"].items():
         print(f"{name}: {count} records are whole again")
-    if not found["healed"]:
+    if not found["repaired"]:
         print("nothing is damaged")
     return 0

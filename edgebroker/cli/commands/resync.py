@@ -1,4 +1,4 @@
-"""`edgebroker reset`: nodes load topics afresh from their parents, so many at a time, and what came of it."""
+"""`edgebroker resync`: nodes load topics afresh from their parents, so many at a time, and what came of it."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ UNDER_WAY = ("waiting", "loading", "switching", "refreshing")
 GOOD = ("done", "held")
 
 
-def reset(options: argparse.Namespace) -> int:
+def resync(options: argparse.Namespace) -> int:
     if options.status:
         return _status(options)
     if options.abort:
-        call(options.admin, "DELETE", f"/v1/resets/{options.abort}")
+        call(options.admin, "DELETE", f"/v1/resyncs/{options.abort}")
         return 0
     if options.group and not options.topic:
         raise ConfigError("--group needs --topic: which topic the group shall load afresh")
     if options.id and (options.node or options.region or options.label):
         raise ConfigError("--id is for the resets of one node; ask that node (--admin)")
     if options.id and not options.topic:
-        raise ConfigError("--id needs --topic: see edgebroker reset --status")
+        raise ConfigError("--id needs --topic: see edgebroker resync --status")
     if options.wave < 1:
         raise ConfigError("--wave: at least 1 node at a time")
     below = bool(options.node or options.region or options.label)
@@ -45,7 +45,7 @@ def reset(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(results))
     else:
-        print_table(("node", "reset"), sorted(results.items()))
+        print_table(("node", "resync"), sorted(results.items()))
     return 1 if bad else 0
 
 
@@ -67,12 +67,12 @@ def _wave(options: argparse.Namespace, nodes: list[dict[str, Any]], below: bool,
     names = {node["uid"]: node["name"] for node in nodes}
     for node in nodes:
         order = {
-            "type": "reset", "id": options.id or secrets.token_hex(16), "uid": node["uid"], "topic": options.topic,
+            "type": "resync", "id": options.id or secrets.token_hex(16), "uid": node["uid"], "topic": options.topic,
             "group": options.group, "in_place": options.in_place, "force": options.force, "accept": options.accept,
             "hours": options.hours,
         }  # fmt: skip
         try:
-            call(options.admin, "POST", "/v1/resets", order)
+            call(options.admin, "POST", "/v1/resyncs", order)
             ids[node["uid"]] = str(order["id"])
         except EdgeBrokerError as error:
             if not below:
@@ -99,24 +99,24 @@ def _wave(options: argparse.Namespace, nodes: list[dict[str, Any]], below: bool,
 
 
 def _states_here(options: argparse.Namespace, ids: dict[str, str]) -> dict[str, str]:
-    rows = [(one["id"], one["state"], one["why"]) for one in call(options.admin, "GET", "/v1/resets")["resets"]]
-    return {uid: _state(rows, reset_id) for uid, reset_id in ids.items()}
+    rows = [(one["id"], one["state"], one["why"]) for one in call(options.admin, "GET", "/v1/resyncs")["resyncs"]]
+    return {uid: _state(rows, resync_id) for uid, resync_id in ids.items()}
 
 
 def _states_below(options: argparse.Namespace, ids: dict[str, str]) -> dict[str, str]:
     found = {}
     for node in pages(options.admin, []):
         if node["uid"] in ids:
-            rows = [(reset_id, state, "") for reset_id, _, state in node["resets"]]
+            rows = [(resync_id, state, "") for resync_id, _, state in node["resyncs"]]
             state = _state(rows, ids[node["uid"]])
             if state:
                 found[node["uid"]] = state
     return found
 
 
-def _state(rows: list[tuple[str, str, str]], reset_id: str) -> str:
+def _state(rows: list[tuple[str, str, str]], resync_id: str) -> str:
     """Of an order: all of its resets, one for each topic, have ids from this one on. "" when nothing is known of it."""
-    first = int(reset_id, 16)
+    first = int(resync_id, 16)
     mine = [(state, why) for one, state, why in rows if 0 <= int(one, 16) - first < 1 << 20]
     for state, _ in mine:
         if state in UNDER_WAY:
@@ -128,7 +128,7 @@ def _state(rows: list[tuple[str, str, str]], reset_id: str) -> str:
 
 
 def _status(options: argparse.Namespace) -> int:
-    found = call(options.admin, "GET", "/v1/resets")["resets"]
+    found = call(options.admin, "GET", "/v1/resyncs")["resyncs"]
     if options.json:
         print(json.dumps(found))
     else:

@@ -93,7 +93,11 @@ def _print_topics(topics: list[dict[str, Any]]) -> None:
             len(topic["partitions"]),
             sum(part["durable_end"] - part["log_start"] for part in topic["partitions"]),
             _size(sum(part["bytes"] for part in topic["partitions"])),
-            sum(hole["last"] - hole["first"] + 1 for part in topic["partitions"] for hole in part.get("damaged", []))
+            sum(
+                corrupt["last"] - corrupt["first"] + 1
+                for part in topic["partitions"]
+                for corrupt in part.get("damaged", [])
+            )
             or "-",
         )
         for topic in largest[:MOST_LINES]

@@ -95,7 +95,7 @@ def _show(topic: dict[str, Any], as_json: bool) -> None:
                 part.get("segments", "-"),
                 part["bytes"],
                 part["epoch"],
-                " ".join(f"{hole['first']}-{hole['last']}" for hole in part.get("damaged", [])) or "-",
+                " ".join(f"{corrupt['first']}-{corrupt['last']}" for corrupt in part.get("damaged", [])) or "-",
             )
             for part in topic["partitions"]
         ],

@@ -23,7 +23,7 @@ from pathlib import Path
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.commands.publish import Pace
-from edgebroker.cli.demo.tree_demo import LEVELS, Tree
+from edgebroker.cli.demo.tree_demo import LEVELS, DemoTree
 from edgebroker.cli.progress import progress
 from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer
@@ -76,11 +76,11 @@ def _one_broker(directory: Path, rate: int) -> dict[str, object]:
 
 def _tree(directory: Path, rate: int) -> dict[str, object]:
     print("a tree of five brokers: " + " - ".join(LEVELS), file=sys.stderr)
-    with Tree(directory) as tree:
+    with DemoTree(directory) as tree:
         result = Retail(tree.root, tree.local, rate, tree.disturb, ready=tree.wait_for_topic).run()
         result["same_bytes"] = tree.wait_until_same("sales", PARTITIONS)
         result["applied"] = tree.wait_until_applied("sales", PARTITIONS)
-        result["healed"] = tree.healed
+        result["repaired"] = tree.repaired
         result["clean_stop"] = tree.stop()
     return result
 
@@ -266,7 +266,7 @@ def judge_tree(result: dict[str, object]) -> list[str]:
         problems.append("the five nodes do not hold the same bytes")
     if not result["applied"]:
         problems.append("ROOT does not know that LOCAL has applied everything")
-    if not result["healed"]:
+    if not result["repaired"]:
         problems.append("the damaged records were not fetched again")
     return problems
 
@@ -287,7 +287,7 @@ def _print_tree(result: dict[str, object]) -> None:
     print(f"five levels         {result['lines']} lines published at ROOT at {result['publish_per_second']}/s")
     print("gone wrong          POS - L3 cut, L3 and POS killed, a byte flipped in a segment at POS; back after "
           f"{result['down_ms']} ms")  # fmt: skip
-    print(f"healed              {result['healed']} damaged records fetched again from the parent")
+    print(f"healed              {result['repaired']} damaged records fetched again from the parent")
     print(f"consumer at LOCAL   {result['distinct']} of {result['lines']} lines, {result['missing']} missing, "
           f"{result['out_of_order']} out of order, {result['redelivered']} delivered again")  # fmt: skip
     who = "every terminal has" if result["applied"] else "NOT every terminal has"

@@ -30,7 +30,7 @@ SETTINGS = {
 }
 
 
-class Line:
+class DemoLine:
     """A line to another node, `target`, that can be cut; children reach the node by its `address`."""
 
     def __init__(self) -> None:
@@ -93,14 +93,14 @@ def _shut(sock: socket.socket) -> None:
         pass
 
 
-class Tree:
+class DemoTree:
     """Started by `with`; whatever happens, all processes end with it."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._clock = SystemClock()
         self._nodes: dict[str, BrokerProcess] = {}
-        self._line: Line | None = None
+        self._line: DemoLine | None = None
         self._damaged: Path | None = None
 
     @property
@@ -111,9 +111,9 @@ class Tree:
     def local(self) -> BrokerProcess:
         return self._nodes["local"]
 
-    def __enter__(self) -> Tree:
+    def __enter__(self) -> DemoTree:
         try:
-            self._line = Line()
+            self._line = DemoLine()
             above = ""
             for level, region in LEVELS.items():
                 settings = {**SETTINGS, "EDGEBROKER_NODE_LEVEL": level, "EDGEBROKER_NODE_NAME": level}
@@ -182,9 +182,9 @@ class Tree:
         self._line.mend()
 
     @property
-    def healed(self) -> int:
+    def repaired(self) -> int:
         """Damaged records that POS fetched again."""
-        return int(call(self._nodes["pos"].admin, "GET", "/v1/node")["counters"]["records_healed"])
+        return int(call(self._nodes["pos"].admin, "GET", "/v1/node")["counters"]["records_repaired"])
 
     def wait_until_applied(self, topic: str, partitions: int) -> bool:
         """Wait until ROOT knows that every terminal has applied what it holds; False when it does not in time."""
@@ -207,7 +207,9 @@ class Tree:
         def settled() -> bool:
             found = [call(node.admin, "GET", f"/v1/topics/{topic}")["partitions"] for node in self._nodes.values()]
             ends = {tuple(part["durable_end"] for part in parts) for parts in found}
-            return len(ends) == 1 and not any(part["damaged"] for parts in found for part in parts) and self.healed > 0
+            return (
+                len(ends) == 1 and not any(part["damaged"] for parts in found for part in parts) and self.repaired > 0
+            )
 
         try:
             self._until(settled)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 
-from edgebroker.broker.observe import health as wellbeing
+from edgebroker.broker.observe import health as health
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler
 
@@ -19,7 +19,7 @@ from edgebroker.common.scheduler import Scheduler
 EXTENSION_SECONDS = 300
 
 
-class Systemd(wellbeing.Supervisor):
+class Systemd(health.Supervisor):
     """Callable from any thread; a message that cannot be sent is lost, never an error."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:

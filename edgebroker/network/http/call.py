@@ -11,10 +11,10 @@ SILENCE_SECONDS, LIMIT_SECONDS = 15.0, 60.0
 MOST_ERROR_BYTES = 2000
 RECEIVE_BYTES = 64 << 10
 
-Told = Callable[[int, bytes, str], None]
+OnResponse = Callable[[int, bytes, str], None]
 
 
-class Ask:
+class HttpCall:
     """`told(status, body, error)` is called once, on the loop: the error is "" when the answer was 200, else it says
     what went wrong; status 0 when there was no answer at all. It is given up when nothing came for `silence` seconds,
     after `limit` seconds, and when more than `most_bytes` come."""
@@ -26,14 +26,14 @@ class Ask:
         method: str,
         path: str,
         body: bytes,
-        told: Told,
+        told: OnResponse,
         *,
         most_bytes: int = 1 << 20,
         silence: float = SILENCE_SECONDS,
         limit: float = LIMIT_SECONDS,
     ) -> None:
         self._loop, self._method, self._path, self._body = loop, method, path, body
-        self._told: Told | None = told
+        self._told: OnResponse | None = told
         self._most_bytes, self._silence_seconds = most_bytes, silence
         self._data = bytearray()
         self._status = self._through = 0

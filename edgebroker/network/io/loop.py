@@ -58,7 +58,7 @@ class Loop:
         self._now = clock.monotonic()
         self._slow_logged = 0.0
         self.slow_callbacks = self.failed_callbacks = 0
-        self.turns = 0
+        self.iterations = 0
 
     # ---- the scheduler ----
 
@@ -89,10 +89,10 @@ class Loop:
     def remove_reader(self, fd: int) -> None:
         self._selector.unregister(fd)
 
-    def at_end_of_turn(self, callback: Callable[[], None]) -> None:
+    def at_end_of_iteration(self, callback: Callable[[], None]) -> None:
         self._end_of_turn.append(callback)
 
-    def not_at_end_of_turn(self, callback: Callable[[], None]) -> None:
+    def remove_end_of_iteration(self, callback: Callable[[], None]) -> None:
         self._end_of_turn = [one for one in self._end_of_turn if one != callback]
 
     # ---- descriptors ----
@@ -144,7 +144,7 @@ class Loop:
                 began = self._watch(began, getattr(callback, "__qualname__", str(callback)), 1)
         for callback in self._end_of_turn:
             self._guarded(callback)
-        self.turns += 1
+        self.iterations += 1
 
     def _guarded(self, callback: Callable[[], None]) -> None:
         try:

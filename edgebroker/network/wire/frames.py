@@ -195,7 +195,7 @@ class Ready(NamedTuple):
     next_offset: int
 
 
-class Reader:
+class BodyReader:
     """Reads fields one after the other and never past the end."""
 
     __slots__ = ("_data", "position")
@@ -289,7 +289,7 @@ def write_connect(correlation: int, connect: Connect) -> bytes:
 
 
 def read_connect(body: memoryview) -> Connect:
-    reader = Reader(body)
+    reader = BodyReader(body)
     if reader.raw(4) != MAGIC:
         raise RemoteProtocolError("a connection begins with a CONNECT frame that carries the magic EDGE")
     version, flags = reader.take(struct.Struct(">HH"))
@@ -318,7 +318,7 @@ def write_grants(correlation: int, grants: Grants) -> bytes:
 
 
 def read_grants(body: memoryview, start: int) -> Grants:
-    reader = Reader(body, start)
+    reader = BodyReader(body, start)
     *fields, count = reader.take(_GRANTS)
     topics = []
     for _ in range(count):
@@ -339,7 +339,7 @@ def publish_prefix(level: int, topic: str, partition: int) -> bytes:
 
 def read_publish_prefix(prefix: memoryview) -> tuple[int, str, int]:
     """(ack level, topic, partition)."""
-    reader = Reader(prefix)
+    reader = BodyReader(prefix)
     (level,) = reader.take(_U8)
     topic = reader.text()
     (partition,) = reader.take(struct.Struct(">I"))
@@ -363,7 +363,7 @@ def write_subscribe(correlation: int, subscribe: Subscribe) -> bytes:
 
 
 def read_subscribe(body: memoryview) -> Subscribe:
-    reader = Reader(body)
+    reader = BodyReader(body)
     (intent,) = reader.take(_SUBSCRIBE)
     group = reader.text()
     window_records, window_bytes, count = reader.take(_WINDOW)
@@ -388,7 +388,7 @@ def write_assigned(assigned: Assigned) -> bytes:
 
 
 def read_assigned(body: memoryview) -> Assigned:
-    reader = Reader(body)
+    reader = BodyReader(body)
     group = reader.text()
     generation, count = reader.take(_ASSIGNED)
     lines = []
@@ -425,7 +425,7 @@ def deliver_head(
 
 
 def read_deliver(body: memoryview) -> Deliver:
-    reader = Reader(body)
+    reader = BodyReader(body)
     topic = reader.text()
     *fields, count = reader.take(_DELIVER)
     gaps = []
@@ -469,12 +469,12 @@ def read_ack(body: memoryview) -> Answer | ConsumerAck:
         except UnicodeDecodeError as error:
             raise RemoteProtocolError("a name is not UTF-8") from error
     if kind == AckKind.ANSWER:
-        reader = Reader(body)
+        reader = BodyReader(body)
         _, _, code, offset, length = reader.take(_ANSWER)
         return Answer(_known(Code, code), offset, reader.raw(length).decode(errors="replace"), reader.position)
     if kind > AckKind.IN_PROGRESS:
         raise RemoteProtocolError(f"ACK kind {kind} is unknown")
-    reader = Reader(body, 1)
+    reader = BodyReader(body, 1)
     topic = reader.text()
     partition, generation, lease, offset = reader.take(_CONSUMER_ACK)
     reason = reader.text() if kind == AckKind.NEGATIVE else ""
@@ -493,7 +493,7 @@ def write_heartbeat(ends: list[tuple[str, int, int]]) -> bytes:
 
 
 def read_heartbeat(body: memoryview) -> list[tuple[str, int, int]]:
-    reader = Reader(body)
+    reader = BodyReader(body)
     (count,) = reader.take(_U16)
     ends = []
     for _ in range(count):
@@ -515,7 +515,7 @@ def write_reset(correlation: int, reset: Reset) -> bytes:
 
 
 def read_reset(body: memoryview) -> Reset:
-    reader = Reader(body)
+    reader = BodyReader(body)
     reset_id, log_id = reader.raw(16), reader.raw(16)
     topic = reader.text()
     partition, from_offset, target = reader.take(_RESET_RANGE)
@@ -534,7 +534,7 @@ def write_ready(correlation: int, ready: Ready) -> bytes:
 
 
 def read_ready(body: memoryview) -> Ready:
-    reader = Reader(body)
+    reader = BodyReader(body)
     reset_id = reader.raw(16)
     topic = reader.text()
     partition, next_offset = reader.take(_READY)

@@ -66,7 +66,7 @@ class Committer:
         self._timer_due = 0.0
         self._calling = 0  # closures whose result was not told yet
         self._calls: deque[tuple[Callable[[], object], Callable[[object], None]]] = deque()
-        self._hurrying = self._ending = False
+        self._flushing = self._ending = False
         self.read_only = ""
         self.disk_full = ""
         self.groups = self.group_bytes = self.write_ns = self.sync_ns = self.rolls = self.slowest_sync_ns = 0
@@ -75,7 +75,7 @@ class Committer:
         # When the first batch of the group was staged that is in flight, or is just being told to the listener.
         self.staged_at = 0.0
         scheduler.add_reader(self._group.done_fd, self._collect)
-        scheduler.at_end_of_turn(self.flush)
+        scheduler.at_end_of_iteration(self.flush)
         self._thread = start_thread("edgebroker-commit", self._run)
 
     def mark(self, partition: PartitionLog, *, durable: bool, written: bool, urgent: bool) -> None:
@@ -133,9 +133,9 @@ class Committer:
                 return
             self._roll(partition)
 
-    def hurry(self) -> None:
+    def flush_now(self) -> None:
         """Sync what is left without waiting for intervals (stop)."""
-        self._hurrying = True
+        self._flushing = True
         self.flush()
 
     def flush(self) -> None:
@@ -143,8 +143,8 @@ class Committer:
         if not (self._dirty or self._unsynced) or not self._group.idle:
             return
         now = self._scheduler.now()
-        ready = bool(self._dirty) and (self._flush_due <= now or self._hurrying)
-        sync = bool(self._sync_due and self._sync_due <= now) or self._hurrying
+        ready = bool(self._dirty) and (self._flush_due <= now or self._flushing)
+        sync = bool(self._sync_due and self._sync_due <= now) or self._flushing
         if not (ready or sync):
             self._wake_at(min((due for due in (self._flush_due, self._sync_due) if due > 0), default=now))
             return
@@ -369,7 +369,7 @@ class Committer:
         self._group.call()
         self._thread.join(timeout)
         self._scheduler.remove_reader(self._group.done_fd)
-        self._scheduler.not_at_end_of_turn(self.flush)
+        self._scheduler.remove_end_of_iteration(self.flush)
         if self._thread.is_alive():
             return False
         self._group.close()

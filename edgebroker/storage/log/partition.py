@@ -22,10 +22,10 @@ from edgebroker.storage.log import segscan
 from edgebroker.storage.log.ages import granularity_ms
 from edgebroker.storage.log.index import INTERVAL_BYTES, POINT_BYTES, SealedIndex
 from edgebroker.storage.log.reader import SegmentView
-from edgebroker.storage.log.recovery import Checkpoint, Hole, RecoveredLog
+from edgebroker.storage.log.recovery import Checkpoint, CorruptRange, RecoveredLog
 from edgebroker.storage.log.segment import UNKNOWN_CHAIN, Segment
 from edgebroker.storage.log.staging import Chunk, Stage
-from edgebroker.storage.rewrite.repair import Healed, Wound
+from edgebroker.storage.rewrite.repair import RepairResult, RepairTarget
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -36,7 +36,7 @@ PREALLOCATE_BYTES, MAX_PREALLOCATE_BYTES = 512 << 10, 8 << 20
 MAX_CHUNK_BYTES = 8 << 20
 
 
-class Extent(NamedTuple):
+class FileSlice(NamedTuple):
     """Whole stored batches that are in the page cache: what one DELIVER carries. hold() it before sending."""
 
     segment: Segment
@@ -61,7 +61,7 @@ class NeedsDisk(NamedTuple):
     view: SegmentView
 
 
-Found = Extent | Inline | NeedsDisk | Hole | None
+Found = FileSlice | Inline | NeedsDisk | CorruptRange | None
 
 
 class Layout(NamedTuple):
@@ -93,7 +93,7 @@ class PartitionLog:
         self.topic, self.partition, self.name = topic, partition, f"{topic}/{partition}"
         self.directory, self.identity = directory, identity
         self.segments: list[Segment] = recovered.segments
-        self.holes: list[Hole] = list(recovered.holes)
+        self.corrupt_ranges: list[CorruptRange] = list(recovered.corrupt_ranges)
         self.stage = stage
         self.max_batch, self.segment_bytes = max_batch, segment_bytes
         self.written_end = self.durable_end = recovered.next_offset
@@ -105,7 +105,7 @@ class PartitionLog:
         # The files are being cut or begun anew: nobody else changes them meanwhile.
         self.rewriting = False
         # They are being exchanged for others: nothing may be read by their names.
-        self.switching = False
+        self.replacing = False
         # A roll was begun and failed: the next segment may exist, so that nothing more belongs into this one.
         self.must_roll = False
         self.wants_sync = False
@@ -248,12 +248,16 @@ class PartitionLog:
             active.base_chain = before.base_chain
         segments.append(active)
         gone = [segment for segment in self.segments if segment not in segments]
-        kept = [hole for hole in self.holes if hole.first >= identity.log_start and hole.next <= recovered.next_offset]
+        kept = [
+            corrupt
+            for corrupt in self.corrupt_ranges
+            if corrupt.first >= identity.log_start and corrupt.next <= recovered.next_offset
+        ]
         if whole or identity.log_id != self.identity.log_id:
             kept = []
-        self.identity, self.segments, self.holes = identity, segments, list(recovered.holes)
-        for hole in kept:
-            self.add_hole(hole)
+        self.identity, self.segments, self.corrupt_ranges = identity, segments, list(recovered.corrupt_ranges)
+        for corrupt in kept:
+            self.add_corrupt_range(corrupt)
         self.written_end = self.durable_end = recovered.next_offset
         self.chain = self.durable_chain = recovered.chain
         self.durable_position = active.size
@@ -263,60 +267,61 @@ class PartitionLog:
         self.live = (0, 0, 0.0)
         return gone
 
-    def to_heal(self) -> tuple[int, int]:
+    def to_repair(self) -> tuple[int, int]:
         """The offsets [first, next) to be fetched first: the first hole, as far as one segment goes."""
-        hole, wound = self.holes[0], self.wound()
-        return hole.first, min(hole.next, wound.end_offset) if wound is not None else hole.next
+        corrupt, wound = self.corrupt_ranges[0], self.wound()
+        return corrupt.first, min(corrupt.next, wound.end_offset) if wound is not None else corrupt.next
 
-    def wound(self) -> Wound | None:
+    def wound(self) -> RepairTarget | None:
         """The first hole, for healing; None when there is none, or when it lies in the active segment."""
-        if not self.holes:
+        if not self.corrupt_ranges:
             return None
-        hole = self.holes[0]
-        rank = max(0, bisect_right(self.segments, hole.first, key=lambda segment: segment.base) - 1)
+        corrupt = self.corrupt_ranges[0]
+        rank = max(0, bisect_right(self.segments, corrupt.first, key=lambda segment: segment.base) - 1)
         segment = self.segments[rank]
-        if segment.base > hole.first:  # the first segments are missing
-            return self._missing(hole, segment.base, segment.base_chain, self.identity.chain)
-        if hole.first >= segment.end_offset and segment is not self.active:
+        if segment.base > corrupt.first:  # the first segments are missing
+            return self._missing(corrupt, segment.base, segment.base_chain, self.identity.chain)
+        if corrupt.first >= segment.end_offset and segment is not self.active:
             following = self.segments[rank + 1]
-            return self._missing(hole, following.base, following.base_chain, segment.end_chain)
+            return self._missing(corrupt, following.base, following.base_chain, segment.end_chain)
         if segment is self.active:
             return None
         following = self.segments[rank + 1]
         end_chain = following.base_chain if following.base == segment.end_offset else UNKNOWN_CHAIN
-        return Wound(
+        return RepairTarget(
             self.directory, segment.path, segment.size, segment.base, segment.base_chain, segment.end_offset, end_chain,
-            hole.first, min(hole.next, segment.end_offset), self.identity.epoch_at(segment.base), self.identity.epoch,
-        )  # fmt: skip
-
-    def _missing(self, hole: Hole, end: int, end_chain: int, base_chain: int) -> Wound:
-        epoch, following = self.identity.epoch_at(hole.first), min(hole.next, end)
-        return Wound(
-            self.directory, None, 0, hole.first, base_chain, end, end_chain, hole.first, following, epoch,
+            corrupt.first, min(corrupt.next, segment.end_offset), self.identity.epoch_at(segment.base),
             self.identity.epoch,
         )  # fmt: skip
 
-    def healed(self, wound: Wound, healed: Healed, wall_ms: int) -> list[Segment]:
+    def _missing(self, corrupt: CorruptRange, end: int, end_chain: int, base_chain: int) -> RepairTarget:
+        epoch, following = self.identity.epoch_at(corrupt.first), min(corrupt.next, end)
+        return RepairTarget(
+            self.directory, None, 0, corrupt.first, base_chain, end, end_chain, corrupt.first, following, epoch,
+            self.identity.epoch,
+        )  # fmt: skip
+
+    def repaired(self, wound: RepairTarget, repaired: RepairResult, wall_ms: int) -> list[Segment]:
         """Files with good bytes took the place of a damaged or missing one; the segments that are gone."""
-        rank = max(0, bisect_right(self.segments, healed.base, key=lambda segment: segment.base) - 1)
+        rank = max(0, bisect_right(self.segments, repaired.base, key=lambda segment: segment.base) - 1)
         nearest, gone = self.segments[rank], []
-        segment = _on_disk(healed.path, healed.base, healed.size, nearest.sealed_ms or wall_ms)
-        if nearest.base == healed.base:
+        segment = _on_disk(repaired.path, repaired.base, repaired.size, nearest.sealed_ms or wall_ms)
+        if nearest.base == repaired.base:
             segment.base_chain = nearest.base_chain
             self.segments[rank] = segment
             gone.append(nearest)
         else:
-            if healed.shortened is not None:
-                size, chain = healed.shortened
+            if repaired.shortened is not None:
+                size, chain = repaired.shortened
                 before = _on_disk(nearest.path, nearest.base, size, nearest.sealed_ms)
-                before.base_chain, before.end_offset, before.end_chain = nearest.base_chain, healed.base, chain
+                before.base_chain, before.end_offset, before.end_chain = nearest.base_chain, repaired.base, chain
                 self.segments[rank] = before
                 gone.append(nearest)
-            at = rank if nearest.base > healed.base else rank + 1
+            at = rank if nearest.base > repaired.base else rank + 1
             segment.base_chain = self.segments[at - 1].end_chain if at else self.identity.chain
             self.segments.insert(at, segment)
-        segment.end_offset, segment.end_chain = healed.end_offset, healed.end_chain
-        segment.max_timestamp = healed.max_timestamp
+        segment.end_offset, segment.end_chain = repaired.end_offset, repaired.end_chain
+        segment.max_timestamp = repaired.max_timestamp
         following = self.segments[self.segments.index(segment) + 1]
         if (
             following.base_chain == UNKNOWN_CHAIN
@@ -324,16 +329,18 @@ class PartitionLog:
             and following is not self.active
         ):
             following.base_chain, following.points = segment.end_chain, None
-        holes, self.holes = self.holes, []
+        corrupt_ranges, self.corrupt_ranges = self.corrupt_ranges, []
         if following.base > segment.end_offset:
-            holes.append(Hole(segment.end_offset, following.base))  # nothing good was left behind it either
-        for hole in holes:
+            corrupt_ranges.append(
+                CorruptRange(segment.end_offset, following.base)
+            )  # nothing good was left behind it either
+        for corrupt in corrupt_ranges:
             for part in (
-                Hole(hole.first, min(hole.next, wound.first)),
-                Hole(max(hole.first, healed.next_offset), hole.next),
+                CorruptRange(corrupt.first, min(corrupt.next, wound.first)),
+                CorruptRange(max(corrupt.first, repaired.next_offset), corrupt.next),
             ):
                 if part.first < part.next:
-                    self.add_hole(part)
+                    self.add_corrupt_range(part)
         return gone
 
     def checkpoint(self) -> Checkpoint:
@@ -355,22 +362,22 @@ class PartitionLog:
         """The segment that holds an offset."""
         return self.segments[max(0, bisect_right(self.segments, offset, key=lambda segment: segment.base) - 1)]
 
-    def hole_at(self, offset: int) -> Hole | None:
-        for hole in self.holes:
-            if hole.first <= offset < hole.next:
-                return hole
+    def corrupt_range_at(self, offset: int) -> CorruptRange | None:
+        for corrupt in self.corrupt_ranges:
+            if corrupt.first <= offset < corrupt.next:
+                return corrupt
         return None
 
-    def add_hole(self, hole: Hole) -> None:
+    def add_corrupt_range(self, corrupt: CorruptRange) -> None:
         """Note damage found while reading; overlapping holes become one."""
-        first, following = hole
+        first, following = corrupt
         kept = []
-        for other in self.holes:
+        for other in self.corrupt_ranges:
             if other.next < first or other.first > following:
                 kept.append(other)
             else:
                 first, following = min(first, other.first), max(following, other.next)
-        self.holes = sorted([*kept, Hole(first, following)])
+        self.corrupt_ranges = sorted([*kept, CorruptRange(first, following)])
 
     def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Found:
         """What to send a reader that stands at `offset`: at most max_bytes and max_records, but at least one batch.
@@ -380,10 +387,10 @@ class PartitionLog:
         """
         if offset >= self.durable_end:
             return None
-        if self.holes:
-            hole = self.hole_at(offset)
-            if hole is not None:
-                return hole
+        if self.corrupt_ranges:
+            corrupt = self.corrupt_range_at(offset)
+            if corrupt is not None:
+                return corrupt
         segment = self.segment_of(offset)
         active = segment is self.active
         end = self.durable_position if active else segment.size
@@ -407,10 +414,12 @@ class PartitionLog:
                 return NeedsDisk(self.view(segment))
             position, first = position + found[0], found[1]
         end_offset = min(segment.end_offset, self.durable_end)
-        if self.holes:
-            end_offset = min([end_offset, *(hole.first for hole in self.holes if hole.first > offset)])
+        if self.corrupt_ranges:
+            end_offset = min(
+                [end_offset, *(corrupt.first for corrupt in self.corrupt_ranges if corrupt.first > offset)]
+            )
         if end - position <= max_bytes and end_offset - offset <= max_records and end_offset == segment.end_offset:
-            return Extent(segment, position, end - position, first, end_offset, not active)
+            return FileSlice(segment, position, end - position, first, end_offset, not active)
         return self._cut(segment, position, end, first, min(end_offset, offset + max_records), max_bytes)
 
     def chain_at(self, offset: int) -> int | None:
@@ -432,9 +441,12 @@ class PartitionLog:
         if offset == self.durable_end:
             return self.durable_chain == UNKNOWN_CHAIN
         segment = self.segment_of(offset)
-        unknown = segment.base_chain == UNKNOWN_CHAIN and any(hole.next <= segment.base for hole in self.holes)
+        unknown = segment.base_chain == UNKNOWN_CHAIN and any(
+            corrupt.next <= segment.base for corrupt in self.corrupt_ranges
+        )
         return unknown or any(
-            segment.base <= hole.first < offset or hole.first < offset < hole.next for hole in self.holes
+            segment.base <= corrupt.first < offset or corrupt.first < offset < corrupt.next
+            for corrupt in self.corrupt_ranges
         )
 
     def end_hint(self) -> tuple[int, int] | None:
@@ -450,14 +462,14 @@ class PartitionLog:
             relative, cut_at, _, _ = min(by_bytes, by_records)
             if cut_at > position:
                 following = segment.base + relative
-                return Extent(segment, position, cut_at - position, first, following, segment is not self.active)
+                return FileSlice(segment, position, cut_at - position, first, following, segment is not self.active)
         head = files.read_cached(segment.fd, min(end - position, PEEK_BYTES), position)
         if head is None:
             return NeedsDisk(self.view(segment))
         length, following = segscan.cut(head, max_bytes, end_offset)
         if following < 0:
             return NeedsDisk(self.view(segment))
-        return Extent(segment, position, length, first, following, segment is not self.active)
+        return FileSlice(segment, position, length, first, following, segment is not self.active)
 
     def view(self, segment: Segment) -> SegmentView:
         """A segment for the reader thread."""
@@ -539,7 +551,7 @@ class PartitionLog:
             "producers": self.stage.producer_count,
             "staged_bytes": self.stage.pending_bytes,
             "checkpoint": self.checkpointed,
-            "damaged": [{"first": hole.first, "last": hole.next - 1} for hole in self.holes],
+            "damaged": [{"first": corrupt.first, "last": corrupt.next - 1} for corrupt in self.corrupt_ranges],
         }
 
     def close(self) -> None:

@@ -15,9 +15,9 @@ from edgebroker.common.threads import Worker
 from edgebroker.storage import files
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.index import SealedIndex, read_index, write_index
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.segment import NO_TIMESTAMP, UNKNOWN_CHAIN
-from edgebroker.storage.log.walk import Walked, next_good_batch, walk_file, walk_start
+from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_file, walk_start
 from edgebroker.storage.quarantine import Quarantine
 
 
@@ -54,7 +54,7 @@ class ColdRead:
     next_offset: int = -1
     fd: int = -1
     index: SealedIndex | None = None
-    hole: Hole | None = None
+    corrupt: CorruptRange | None = None
     error: str = ""
     timed_out: bool = False
 
@@ -90,19 +90,19 @@ def _read_cold(view: SegmentView, fd: int, offset: int, max_bytes: int, quaranti
             length, answer.next_offset = segscan.cut(wanted, max_bytes, walked.next_offset)
             answer.data = bytes(wanted[:length])
             return answer
-        hole, end = _damage(view, fd, walked)
-        if hole.next <= hole.first:
-            raise CorruptBatchError(f"{view.path}: {hole.first} comes twice")
-        if hole.next > offset:
+        corrupt, end = _damage(view, fd, walked)
+        if corrupt.next <= corrupt.first:
+            raise CorruptBatchError(f"{view.path}: {corrupt.first} comes twice")
+        if corrupt.next > offset:
             reason = EXPLANATION.get(walked.reason, "cut off")
             quarantine.keep(view.name, view.path, fd, walked.position, end, reason)
-            answer.hole = hole
+            answer.corrupt = corrupt
             return answer
         # The damage lies between the index point and what is wanted.
-        state = walk_start(hole.next, walked.chain, position=end, epoch=walked.epoch)
+        state = walk_start(corrupt.next, walked.chain, position=end, epoch=walked.epoch)
 
 
-def _read_good(view: SegmentView, fd: int, state: Walked, want: int, offset: int) -> tuple[Walked, bytearray]:
+def _read_good(view: SegmentView, fd: int, state: ScanState, want: int, offset: int) -> tuple[ScanState, bytearray]:
     """Good batches from a place on: `want` bytes, or more when the batch with `offset` is longer."""
     data, most = bytearray(), want + 2 * view.max_batch
     while True:
@@ -130,13 +130,13 @@ def view_margin(points: bytes, position: int, size: int) -> int:
     return min(64 << 10, size - position) if after is not None else size - position
 
 
-def _damage(view: SegmentView, fd: int, walked: Walked) -> tuple[Hole, int]:
+def _damage(view: SegmentView, fd: int, walked: ScanState) -> tuple[CorruptRange, int]:
     """How far the damage reaches that a walk stopped at: (offsets, position behind it)."""
     first = walked.next_offset
     found = next_good_batch(fd, walked.position, view.size, first, view.end_offset - 1, view.max_batch)
     if found < 0:
-        return Hole(first, view.end_offset), view.size
-    return Hole(first, int.from_bytes(files.read_at(fd, 8, found), "big")), found
+        return CorruptRange(first, view.end_offset), view.size
+    return CorruptRange(first, int.from_bytes(files.read_at(fd, 8, found), "big")), found
 
 
 def load_index(view: SegmentView, fd: int) -> SealedIndex:
@@ -149,24 +149,24 @@ def load_index(view: SegmentView, fd: int) -> SealedIndex:
     return index
 
 
-def verify_segment(view: SegmentView, fd: int) -> tuple[SealedIndex, list[Hole]]:
+def verify_segment(view: SegmentView, fd: int) -> tuple[SealedIndex, list[CorruptRange]]:
     """Verify every batch of a segment and build its index, stepping over damage.
 
     The chain after a hole is not known; it goes on from where it was. An index is written only when the chain at its
     base is known.
     """
     state = walk_start(view.base, max(view.base_chain, 0), epoch=view.epoch)
-    damage: list[Hole] = []
+    damage: list[CorruptRange] = []
     points: list[bytes] = []
     before = -1
     while state.next_offset < view.end_offset:
         stands, before = state.position == before, state.position
         if state.reason or state.position >= view.size or stands:
-            hole, end = _damage(view, fd, state)
-            damage.append(hole)
-            if hole.next >= view.end_offset:
+            corrupt, end = _damage(view, fd, state)
+            damage.append(corrupt)
+            if corrupt.next >= view.end_offset:
                 break
-            state = state._replace(position=end, next_offset=hole.next, reason=Reason.OK)
+            state = state._replace(position=end, next_offset=corrupt.next, reason=Reason.OK)
         state = walk_file(
             fd,
             state._replace(points=b""),
@@ -193,7 +193,7 @@ def verify_segment(view: SegmentView, fd: int) -> tuple[SealedIndex, list[Hole]]
     return index, damage
 
 
-class Reader:
+class ColdReader:
     """Submit jobs from the loop; answers come back on the loop."""
 
     def __init__(self, scheduler: Scheduler, timeout_seconds: float) -> None:

@@ -20,7 +20,7 @@ from edgebroker.storage import files
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.log.index import read_index
 from edgebroker.storage.log.segment import ASIDE, SUFFIX, UNKNOWN_CHAIN, Segment, segment_path
-from edgebroker.storage.log.walk import Walked, next_good_batch, walk_file, walk_start
+from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_file, walk_start
 from edgebroker.storage.quarantine import Quarantine
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ class Checkpoint(NamedTuple):
     max_timestamp: int
 
 
-class Hole(NamedTuple):
+class CorruptRange(NamedTuple):
     """Offsets [first, next) whose bytes are damaged."""
 
     first: int
@@ -53,7 +53,7 @@ class RecoveredLog(NamedTuple):
     next_offset: int
     chain: int
     epoch: int
-    holes: list[Hole]
+    corrupt_ranges: list[CorruptRange]
     torn_bytes: int
 
 
@@ -65,7 +65,7 @@ class Recovery:
     ) -> None:
         self._directory, self._identity, self._quarantine = directory, identity, quarantine
         self._max_batch, self._name = max_batch, name
-        self._holes: list[Hole] = []
+        self._holes: list[CorruptRange] = []
         self._torn = 0
         self._leave_tail = False
         # False behind damage, as far as nobody vouches for the chain: then UNKNOWN_CHAIN is noted instead of it.
@@ -122,10 +122,10 @@ class Recovery:
         epoch = max(state.epoch, self._identity.epoch)
         return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._holes, self._torn)
 
-    def _chain(self, state: Walked) -> int:
+    def _chain(self, state: ScanState) -> int:
         return state.chain if self._chain_known else UNKNOWN_CHAIN
 
-    def _vouched(self, offset: int, checkpoint: Checkpoint | None, state: Walked) -> Walked:
+    def _vouched(self, offset: int, checkpoint: Checkpoint | None, state: ScanState) -> ScanState:
         """Where the log goes on behind a damaged tail: the checkpoint knows the chain there, if that is its offset."""
         self._chain_known = checkpoint is not None and checkpoint.offset == offset and checkpoint.chain != UNKNOWN_CHAIN
         chain = checkpoint.chain if checkpoint is not None and self._chain_known else 0
@@ -163,7 +163,7 @@ class Recovery:
                 self._note_hole(start, segments[0].base, "the first segments are missing")
         return segments
 
-    def _starting_point(self, segments: list[Segment], checkpoint: Checkpoint | None) -> tuple[int, Walked]:
+    def _starting_point(self, segments: list[Segment], checkpoint: Checkpoint | None) -> tuple[int, ScanState]:
         """The newest place with a known chain, as (rank of the segment, where to begin in it)."""
         if checkpoint is not None and checkpoint.chain != UNKNOWN_CHAIN:
             for rank, segment in enumerate(segments):
@@ -199,7 +199,7 @@ class Recovery:
                 return index.end_chain
         return UNKNOWN_CHAIN
 
-    def _walk(self, segment: Segment, state: Walked, limit: int, vouched: int) -> Walked:
+    def _walk(self, segment: Segment, state: ScanState, limit: int, vouched: int) -> ScanState:
         """Walk one segment to its end, around damage that lies below `vouched`, and cut a torn tail above it."""
         first_position = state.position
         fd = segment.fd if segment.fd >= 0 else files.open_log(segment.path)
@@ -240,7 +240,7 @@ class Recovery:
             segment.unverified_end = first_position
         return state
 
-    def _step_over(self, fd: int, segment: Segment, state: Walked, limit: int) -> tuple[Walked, bool]:
+    def _step_over(self, fd: int, segment: Segment, state: ScanState, limit: int) -> tuple[ScanState, bool]:
         """Go on behind damaged bytes; (state, False) when nothing good follows in this segment."""
         highest = limit - 1 if limit >= 0 else state.next_offset + (1 << 31)
         found = next_good_batch(fd, state.position, segment.size, state.next_offset, highest, self._max_batch)
@@ -253,7 +253,7 @@ class Recovery:
             self._note_hole(state.next_offset, base, EXPLANATION.get(Reason(state.reason), "damaged"))
         return state._replace(position=found, next_offset=base), True
 
-    def _cut_tail(self, segment: Segment, state: Walked) -> None:
+    def _cut_tail(self, segment: Segment, state: ScanState) -> None:
         torn = segment.size - state.position
         kept = self._quarantine.keep(self._name, segment.path, segment.fd, state.position, segment.size, "torn tail")
         segment.size = segment.allocated_end = state.position
@@ -272,7 +272,7 @@ class Recovery:
             EXPLANATION.get(state.reason, "cut off"),
         )
 
-    def _seal(self, segment: Segment, state: Walked) -> None:
+    def _seal(self, segment: Segment, state: ScanState) -> None:
         files.sync_file(segment.fd)
         segment.size, segment.end_offset, segment.end_chain = state.position, state.next_offset, self._chain(state)
 
@@ -290,5 +290,5 @@ class Recovery:
         return Segment(path, base, base_chain=chain, fd=files.create_log(path))
 
     def _note_hole(self, first: int, following: int, why: str) -> None:
-        self._holes.append(Hole(first, following))
+        self._holes.append(CorruptRange(first, following))
         log.error("%s: offsets %d to %d are damaged: %s", self._name, first, following - 1, why)

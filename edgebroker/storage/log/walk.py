@@ -18,7 +18,7 @@ PIECE_BYTES = 1 << 20
 WINDOW_BYTES = 4 << 20
 
 
-class Walked(NamedTuple):
+class ScanState(NamedTuple):
     """How far a walk came and what it knows there. `reason` OK means that all bytes asked for were good."""
 
     position: int
@@ -32,7 +32,7 @@ class Walked(NamedTuple):
 
 def walk_file(
     fd: int,
-    start: Walked,
+    start: ScanState,
     end: int,
     *,
     base_offset: int,
@@ -40,7 +40,7 @@ def walk_file(
     max_epoch: int = (1 << 31) - 1,
     limit_offset: int = -1,
     on_piece: Callable[[memoryview], object] | None = None,
-) -> Walked:
+) -> ScanState:
     """Verify batches by pread from start.position to `end`; `on_piece` sees every run of good batches.
 
     Memory stays at one piece plus one batch. Stops early at the first bad byte or at limit_offset. `max_epoch` is the
@@ -79,7 +79,7 @@ def walk_file(
             points.append(found)
             last_point = int.from_bytes(found[-36:-32], "little")
         carry = data[good:]
-        state = Walked(state.position + good, Reason(reason), next_offset, chain, epoch, max_timestamp, b"")
+        state = ScanState(state.position + good, Reason(reason), next_offset, chain, epoch, max_timestamp, b"")
         cut_off = reason == Reason.TRUNCATED or (reason == Reason.ZEROES and len(carry) < HEADER_BYTES)
         more = read_to < end and (reason == Reason.OK or cut_off)
         stopped = limit_offset >= 0 and next_offset >= limit_offset
@@ -88,8 +88,8 @@ def walk_file(
 
 
 def walk_mapped(
-    fd: int, size: int, start: Walked, *, base_offset: int, max_batch: int, max_epoch: int, limit_offset: int
-) -> Walked:
+    fd: int, size: int, start: ScanState, *, base_offset: int, max_batch: int, max_epoch: int, limit_offset: int
+) -> ScanState:
     """Verify a window of a sealed file through a mapping, from start.position on; for the background check.
 
     A page that the device cannot read raises OSError (EIO), never SIGBUS. Call again from where it stopped; it is
@@ -115,7 +115,7 @@ def walk_mapped(
             guarded=True,
         )
         good, reason, next_offset, chain, epoch, max_timestamp, points = _within_epoch(check, window, max_epoch)
-    return Walked(start.position + good, Reason(reason), next_offset, chain, epoch, max_timestamp, points)
+    return ScanState(start.position + good, Reason(reason), next_offset, chain, epoch, max_timestamp, points)
 
 
 Scanned = tuple[int, int, int, int, int, int, bytes]
@@ -135,9 +135,9 @@ def _within_epoch(check: Callable[..., Scanned], data: bytes | memoryview, max_e
 
 def walk_start(
     offset: int, chain: int, *, position: int = 0, epoch: int = 0, max_timestamp: int = NO_TIMESTAMP
-) -> Walked:
+) -> ScanState:
     """Where a walk begins."""
-    return Walked(position, Reason.OK, offset, chain, epoch, max_timestamp, b"")
+    return ScanState(position, Reason.OK, offset, chain, epoch, max_timestamp, b"")
 
 
 def next_good_batch(fd: int, position: int, end: int, min_offset: int, max_offset: int, max_batch: int) -> int:

@@ -16,7 +16,7 @@ from edgebroker.storage.checksummed import read_if_whole, write_checked
 LIVE_SECONDS = 7 * 24 * 3600.0
 
 
-class ChildPlace(msgspec.Struct, frozen=True, array_like=True):
+class ChildPosition(msgspec.Struct, frozen=True, array_like=True):
     """A child has every record of this log before `offset`, the last of them in `epoch`: that was compared. `seen` is
     when it asked, by the scheduler's clock; in the file, how many seconds before it was written."""
 
@@ -27,29 +27,29 @@ class ChildPlace(msgspec.Struct, frozen=True, array_like=True):
 
 
 # (topic, partition) to the child's uid to its place
-Children = Mapping[tuple[str, int], Mapping[str, ChildPlace]]
+Children = Mapping[tuple[str, int], Mapping[str, ChildPosition]]
 
 
-class _Snapshot(msgspec.Struct):
-    children: list[tuple[str, str, int, ChildPlace]]
+class _ChildrenFile(msgspec.Struct):
+    children: list[tuple[str, str, int, ChildPosition]]
 
 
 def write_children(path: Path, children: Children, now: float) -> None:
     """Durable when this returns. Raises OSError."""
     lines = [
-        (uid, *key, ChildPlace(place.log_id, place.epoch, place.offset, round(max(0.0, now - place.seen), 3)))
+        (uid, *key, ChildPosition(place.log_id, place.epoch, place.offset, round(max(0.0, now - place.seen), 3)))
         for key, places in children.items()
         for uid, place in places.items()
         if now - place.seen < LIVE_SECONDS
     ]
-    write_checked(path, _Snapshot(lines))
+    write_checked(path, _ChildrenFile(lines))
 
 
-def read_children(path: Path, now: float) -> dict[tuple[str, int], dict[str, ChildPlace]]:
+def read_children(path: Path, now: float) -> dict[tuple[str, int], dict[str, ChildPosition]]:
     """What was written, or nothing when that is missing or damaged (which is logged)."""
-    snapshot = read_if_whole(path, _Snapshot, _Snapshot([]))
-    found: dict[tuple[str, int], dict[str, ChildPlace]] = {}
+    snapshot = read_if_whole(path, _ChildrenFile, _ChildrenFile([]))
+    found: dict[tuple[str, int], dict[str, ChildPosition]] = {}
     for uid, topic, partition, place in snapshot.children:
-        place = ChildPlace(place.log_id, place.epoch, place.offset, now - place.seen)
+        place = ChildPosition(place.log_id, place.epoch, place.offset, now - place.seen)
         found.setdefault((topic, partition), {})[uid] = place
     return found

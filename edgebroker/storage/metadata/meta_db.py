@@ -17,7 +17,7 @@ import msgspec
 
 from edgebroker.common.clock import Clock
 from edgebroker.storage.checksummed import read_if_whole, write_checked
-from edgebroker.storage.log.recovery import Checkpoint, Hole
+from edgebroker.storage.log.recovery import Checkpoint, CorruptRange
 from edgebroker.storage.metadata.children import Children
 from edgebroker.storage.metadata.database import connect, set_aside, transaction
 
@@ -80,7 +80,7 @@ class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
     next_offset: int
     revision: int = 0
     attempts: int = 0
-    alone: bool = False
+    isolated: bool = False
     reset_id: str = ""
     reset_from: int = -1
     target: int = -1
@@ -124,7 +124,7 @@ class MetaState:
     def __init__(self) -> None:
         self.checkpoints: dict[PartitionKey, Checkpoint] = {}
         self.segments: dict[PartitionKey, dict[int, SegmentRow]] = {}
-        self.holes: dict[PartitionKey, list[Hole]] = {}
+        self.corrupt_ranges: dict[PartitionKey, list[CorruptRange]] = {}
         self.group_offsets: dict[GroupKey, GroupOffset] = {}
         self.producers: dict[str, tuple[int, int]] = {}
         self.windows: dict[PartitionKey, Windows] = {}
@@ -133,7 +133,7 @@ class MetaState:
 
     def forget(self, topics: Sequence[str]) -> None:
         """The files of these topics are gone, or others: what was known about them is about others."""
-        for table in (self.checkpoints, self.segments, self.holes, self.windows):
+        for table in (self.checkpoints, self.segments, self.corrupt_ranges, self.windows):
             for key in [key for key in table if key[0] in topics]:
                 del table[key]
 
@@ -144,7 +144,7 @@ class MetaChanges:
     def __init__(self) -> None:
         self.checkpoints: dict[PartitionKey, Checkpoint] = {}
         self.segments: dict[tuple[str, int, int], SegmentRow | None] = {}
-        self.holes: dict[PartitionKey, list[Hole]] = {}
+        self.corrupt_ranges: dict[PartitionKey, list[CorruptRange]] = {}
         self.group_offsets: dict[GroupKey, GroupOffset | None] = {}
         self.producers: dict[str, tuple[int, int]] = {}
         self.windows: dict[PartitionKey, Windows] = {}
@@ -153,12 +153,19 @@ class MetaChanges:
         self.dropped: set[str] = set()
 
     def __bool__(self) -> bool:
-        tables = (self.checkpoints, self.segments, self.holes, self.group_offsets, self.producers, self.windows)
+        tables = (
+            self.checkpoints,
+            self.segments,
+            self.corrupt_ranges,
+            self.group_offsets,
+            self.producers,
+            self.windows,
+        )
         return any(tables) or self.topology is not None or bool(self.dropped)
 
     def drop_topic(self, topic: str) -> None:
         """Forget what is known about the logs of a topic. Groups forget their places in it themselves."""
-        tables: tuple[dict[Any, Any], ...] = (self.checkpoints, self.segments, self.holes, self.windows)
+        tables: tuple[dict[Any, Any], ...] = (self.checkpoints, self.segments, self.corrupt_ranges, self.windows)
         for table in tables:
             for key in [key for key in table if key[0] == topic]:
                 del table[key]
@@ -170,7 +177,7 @@ class MetaChanges:
             self.drop_topic(topic)
         self.checkpoints.update(later.checkpoints)
         self.segments.update(later.segments)
-        self.holes.update(later.holes)
+        self.corrupt_ranges.update(later.corrupt_ranges)
         self.group_offsets.update(later.group_offsets)
         self.producers.update(later.producers)
         self.windows.update(later.windows)
@@ -237,9 +244,9 @@ class MetaDatabase:
                 )
             else:
                 cursor.execute("REPLACE INTO segments VALUES (?,?,?,?,?,?,?,?,?)", (topic, partition, base, *segment))
-        for key, holes in changes.holes.items():
+        for key, corrupt_ranges in changes.corrupt_ranges.items():
             cursor.execute("DELETE FROM holes WHERE topic=? AND partition=?", key)
-            cursor.executemany("INSERT INTO holes VALUES (?,?,?,?)", [(*key, *hole) for hole in holes])
+            cursor.executemany("INSERT INTO holes VALUES (?,?,?,?)", [(*key, *corrupt) for corrupt in corrupt_ranges])
         for group_key, offset in changes.group_offsets.items():
             if offset is None:
                 cursor.execute("DELETE FROM group_offsets WHERE grp=? AND topic=? AND partition=?", group_key)
@@ -290,7 +297,7 @@ class MetaDatabase:
         for topic, partition, base, *row in connection.execute("SELECT * FROM segments"):
             state.segments.setdefault((topic, partition), {})[base] = SegmentRow(*row)
         for topic, partition, *row in connection.execute("SELECT * FROM holes ORDER BY first"):
-            state.holes.setdefault((topic, partition), []).append(Hole(*row))
+            state.corrupt_ranges.setdefault((topic, partition), []).append(CorruptRange(*row))
         for group, topic, partition, *row in connection.execute("SELECT * FROM group_offsets"):
             state.group_offsets[group, topic, partition] = _group_offset(row)
         for client, *row in connection.execute("SELECT * FROM producers"):
@@ -341,18 +348,18 @@ def _group_offset(row: list[Any]) -> GroupOffset:
     return GroupOffset(*row)
 
 
-class _Snapshot(msgspec.Struct):
+class _OffsetsFile(msgspec.Struct):
     offsets: list[tuple[str, str, int, GroupOffset]]
 
 
 def write_offsets_snapshot(path: Path, offsets: dict[GroupKey, GroupOffset]) -> None:
     """offsets.snap: JSON, then its CRC-32C on a line of its own. Durable when this returns."""
-    write_checked(path, _Snapshot([(*key, offset) for key, offset in offsets.items()]))
+    write_checked(path, _OffsetsFile([(*key, offset) for key, offset in offsets.items()]))
 
 
 def read_offsets_snapshot(path: Path) -> dict[GroupKey, GroupOffset]:
     """The snapshot, or nothing when it is missing or damaged (which is logged)."""
-    snapshot = read_if_whole(path, _Snapshot, _Snapshot([]))
+    snapshot = read_if_whole(path, _OffsetsFile, _OffsetsFile([]))
     return {(group, topic, partition): offset for group, topic, partition, offset in snapshot.offsets}
 
 

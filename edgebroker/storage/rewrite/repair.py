@@ -15,10 +15,10 @@ from edgebroker.storage import files
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.index import index_path
 from edgebroker.storage.log.segment import NO_TIMESTAMP, UNKNOWN_CHAIN, segment_path
-from edgebroker.storage.log.walk import Walked, next_good_batch, walk_file, walk_start
+from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_file, walk_start
 
 
-class Wound(NamedTuple):
+class RepairTarget(NamedTuple):
     """A damaged place as the loop sees it: offsets [first, next), in the sealed segment that holds the first one
     (`path` None: its file is missing), where that ends, and the chains before it and behind it as far as known."""
 
@@ -35,7 +35,7 @@ class Wound(NamedTuple):
     max_epoch: int
 
 
-class Healed(NamedTuple):
+class RepairResult(NamedTuple):
     """The file that holds good bytes now; offsets up to `next_offset` are whole again. `shortened`: the segment before
     it lost its damaged end, and has this size and this chain at its end; None when nothing changed there."""
 
@@ -49,7 +49,7 @@ class Healed(NamedTuple):
     shortened: tuple[int, int] | None = None
 
 
-def heal_segment(wound: Wound, data: bytes) -> Healed:
+def repair_segment(wound: RepairTarget, data: bytes) -> RepairResult:
     """Put whole batches, the first of which begins at wound.first, where they belong; durable when this returns.
 
     Raises DamagedDataError when they do not fit, OSError when they cannot be stored.
@@ -66,7 +66,7 @@ def heal_segment(wound: Wound, data: bytes) -> Healed:
         if _walk(wound, fd, size, wound.next).next_offset >= wound.next:
             # An earlier heal came as far as the file, and was not heard of any more.
             whole = _walk(wound, fd, size, wound.end_offset)
-            return _healed(wound, whole, size, wound.next)
+            return _repaired(wound, whole, size, wound.next)
         following = _check(data, wound, before.chain, before.epoch).next_offset
         at = next_good_batch(fd, before.position, size, following, wound.end_offset - 1, STORED_BATCH_BYTES)
         target = path.with_suffix(".tmp")
@@ -89,14 +89,14 @@ def heal_segment(wound: Wound, data: bytes) -> Healed:
         with files.removed_on_error(target):
             files.copy_start(fd, target, before.position)
             written = files.append_copy(target, memoryview(data), fd, at, size)
-            healed = _look_over(wound, target, written, following)
+            repaired = _look_over(wound, target, written, following)
         _replace(target, path)
-        return healed
+        return repaired
     finally:
         files.close(fd)
 
 
-def _walk(wound: Wound, fd: int, size: int, limit: int) -> Walked:
+def _walk(wound: RepairTarget, fd: int, size: int, limit: int) -> ScanState:
     """Verify the batches of a segment up to an offset."""
     return walk_file(
         fd, walk_start(wound.base, max(wound.base_chain, 0), epoch=wound.epoch), size, base_offset=wound.base,
@@ -104,7 +104,7 @@ def _walk(wound: Wound, fd: int, size: int, limit: int) -> Walked:
     )  # fmt: skip
 
 
-def _check(data: bytes, wound: Wound, chain: int, epoch: int) -> Walked:
+def _check(data: bytes, wound: RepairTarget, chain: int, epoch: int) -> ScanState:
     """What was fetched, as the continuation of what lies before it."""
     good, reason, following, chain, last_epoch, newest, _ = segscan.scan(
         data, wound.first, chain, epoch, STORED_BATCH_BYTES
@@ -113,18 +113,18 @@ def _check(data: bytes, wound: Wound, chain: int, epoch: int) -> Walked:
         raise DamagedDataError(f"what was fetched for offset {wound.first} does not fit: {Reason(reason).name}")
     if following > wound.next:
         raise DamagedDataError(f"the batches go to {following}, records from {wound.next} on are here")
-    return Walked(good, Reason.OK, following, chain, last_epoch, newest, b"")
+    return ScanState(good, Reason.OK, following, chain, last_epoch, newest, b"")
 
 
-def _look_over(wound: Wound, path: Path, size: int, following: int) -> Healed:
+def _look_over(wound: RepairTarget, path: Path, size: int, following: int) -> RepairResult:
     fd = files.open_log(path)
     try:
-        return _healed(wound, _walk(wound, fd, size, wound.end_offset), size, following)
+        return _repaired(wound, _walk(wound, fd, size, wound.end_offset), size, following)
     finally:
         files.close(fd)
 
 
-def _healed(wound: Wound, whole: Walked, size: int, following: int) -> Healed:
+def _repaired(wound: RepairTarget, whole: ScanState, size: int, following: int) -> RepairResult:
     """A segment that keeps its file name: the chain at its end is known when there is no more damage in it, and then it
     has to be the one that is known otherwise."""
     assert wound.path is not None
@@ -134,15 +134,17 @@ def _healed(wound: Wound, whole: Walked, size: int, following: int) -> Healed:
         if wound.base_chain != UNKNOWN_CHAIN:
             end_chain = whole.chain
             _same_chain(wound, end_chain)
-    return Healed(wound.path, wound.base, size, newest, following, wound.end_offset, end_chain)
+    return RepairResult(wound.path, wound.base, size, newest, following, wound.end_offset, end_chain)
 
 
-def _same_chain(wound: Wound, chain: int) -> None:
+def _same_chain(wound: RepairTarget, chain: int) -> None:
     if wound.end_chain not in (UNKNOWN_CHAIN, chain):
         raise DamagedDataError(f"offset {wound.first}: the chain behind what was fetched is another one")
 
 
-def _new_file(wound: Wound, data: bytes, base_chain: int, before: Callable[[], None] = lambda: None) -> Healed:
+def _new_file(
+    wound: RepairTarget, data: bytes, base_chain: int, before: Callable[[], None] = lambda: None
+) -> RepairResult:
     """A segment of its own for what was fetched; `before` is done once that is stored, before it gets its name."""
     found = _check(data, wound, max(base_chain, 0), wound.epoch)
     end_chain = found.chain if base_chain != UNKNOWN_CHAIN else UNKNOWN_CHAIN
@@ -155,7 +157,7 @@ def _new_file(wound: Wound, data: bytes, base_chain: int, before: Callable[[], N
         before()
     _replace(target, path)
     following = found.next_offset
-    return Healed(path, wound.first, len(data), found.max_timestamp, following, following, end_chain)
+    return RepairResult(path, wound.first, len(data), found.max_timestamp, following, following, end_chain)
 
 
 def _replace(target: Path, path: Path) -> None:

@@ -23,10 +23,10 @@ from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.storage.commit.committer import Committer
-from edgebroker.storage.engine import Done, Listener
+from edgebroker.storage.engine import Done, EngineListener
 from edgebroker.storage.identity import Identity
 from edgebroker.storage.log.partition import PartitionLog
-from edgebroker.storage.log.reader import ColdRead, Reader
+from edgebroker.storage.log.reader import ColdRead, ColdReader
 from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener
@@ -38,7 +38,7 @@ FILE_NAME, STAGING, OLD, GONE = "resets", "staging", "old", ".gone"
 KEPT = 32
 
 
-class ResetRow(msgspec.Struct, frozen=True, kw_only=True):
+class ResyncRow(msgspec.Struct, frozen=True, kw_only=True):
     """A reset that this node was told to do. `phase`: waiting, loading, switching, done, failed (then `why` tells).
     `targets`: where each partition ended at the parent when it began, `log_ids`: which logs these are; the rest stands
     in ResetOrder (pipe/report.py)."""
@@ -56,7 +56,7 @@ class ResetRow(msgspec.Struct, frozen=True, kw_only=True):
     log_ids: list[str] = []
 
 
-class Switch:
+class TopicReplacement:
     """Owned by the loop thread. `topics` are the store's, `rows` the resets that were stored last."""
 
     def __init__(
@@ -66,10 +66,10 @@ class Switch:
         opener: Opener,
         committer: Committer,
         metadata: Metadata,
-        reader: Reader,
+        reader: ColdReader,
         housekeeping: Housekeeping,
-        listener: Listener,
-        rows: list[ResetRow],
+        listener: EngineListener,
+        rows: list[ResyncRow],
     ) -> None:
         self.path, self.rows = path, rows
         self._topics, self._opener, self._committer = topics, opener, committer
@@ -82,11 +82,11 @@ class Switch:
             one.staged_end != one.durable_end or one.rolling or one.rewriting for one in self._topics.get(name, [])
         )
 
-    def remember(self, rows: list[ResetRow], done: Callable[[str], None]) -> None:
+    def remember(self, rows: list[ResyncRow], done: Callable[[str], None]) -> None:
         """Store which resets there are: done("") once that is durable, done(why) when it is not."""
         self.rows = rows
         self._committer.call(
-            lambda: write_resets(self.path, rows), lambda result: done("" if result is None else str(result))
+            lambda: write_resyncs(self.path, rows), lambda result: done("" if result is None else str(result))
         )
 
     def replace(self, name: str, staged: Path, done: Done) -> None:
@@ -97,7 +97,7 @@ class Switch:
             done(Code.OVERLOADED, f"{name}: something else is being stored; try again in a moment")
             return
         for partition in logs:
-            partition.rewriting = partition.rolling = partition.switching = True
+            partition.rewriting = partition.rolling = partition.replacing = True
         live = logs[0].directory.parent
 
         def work() -> list[tuple[Identity, RecoveredLog]]:
@@ -110,7 +110,7 @@ class Switch:
 
         def finished(result: object) -> None:
             for partition in logs:
-                partition.rewriting = partition.rolling = partition.switching = False
+                partition.rewriting = partition.rolling = partition.replacing = False
             if not isinstance(result, list):
                 for partition in logs:
                     self._housekeeping.checkpoint(partition)
@@ -132,7 +132,7 @@ class Switch:
     def _take(self, partition: PartitionLog, identity: Identity, recovered: RecoveredLog) -> None:
         for segment in partition.rewritten(identity, recovered, whole=True):
             segment.retire()
-        self._housekeeping.holes_changed(partition)
+        self._housekeeping.corrupt_ranges_changed(partition)
         self._housekeeping.checkpoint(partition)
         for segment in partition.segments:
             if segment.unverified_end:
@@ -159,11 +159,11 @@ def exchange_back(live: Path, staged: Path) -> None:
     files.move(staged.parent.parent / OLD, live)
 
 
-def finish_switches(path: Path, rows: Sequence[ResetRow]) -> tuple[list[str], list[ResetRow]]:
+def finish_replacements(path: Path, rows: Sequence[ResyncRow]) -> tuple[list[str], list[ResyncRow]]:
     """What a crash left of switches, before any topic is opened: the topics whose files may be others now, and the rows
     as they are then. Where the disk does not let it be finished the old files are served, the copy is tried again."""
     finished: list[str] = []
-    now: list[ResetRow] = []
+    now: list[ResyncRow] = []
     for row in rows:
         if row.phase != "switching":
             now.append(row)
@@ -186,19 +186,19 @@ def finish_switches(path: Path, rows: Sequence[ResetRow]) -> tuple[list[str], li
     return finished, now
 
 
-def read_resets(path: Path) -> list[ResetRow]:
+def read_resyncs(path: Path) -> list[ResyncRow]:
     """None when the file is missing or damaged (which is logged): then a reset has to be ordered again."""
-    return read_if_whole(path / FILE_NAME, list[ResetRow], [])
+    return read_if_whole(path / FILE_NAME, list[ResyncRow], [])
 
 
-def write_resets(path: Path, rows: Sequence[ResetRow]) -> None:
+def write_resyncs(path: Path, rows: Sequence[ResyncRow]) -> None:
     """Durable when this returns. Raises OSError."""
     write_checked(path / FILE_NAME, rows)
 
 
-def staging_of(path: Path, reset_id: str) -> Path:
+def staging_of(path: Path, resync_id: str) -> Path:
     """Where the fresh copy of a reset is made."""
-    return path / STAGING / reset_id
+    return path / STAGING / resync_id
 
 
 def drop_staging(path: Path, keep: Callable[[str], bool]) -> None:

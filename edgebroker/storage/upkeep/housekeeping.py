@@ -20,15 +20,15 @@ from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
-from edgebroker.storage.engine import Listener
+from edgebroker.storage.engine import EngineListener
 from edgebroker.storage.identity import Identity, change_identity
 from edgebroker.storage.log import staging
 from edgebroker.storage.log.index import index_path
 from edgebroker.storage.log.partition import PartitionLog
-from edgebroker.storage.log.reader import ColdRead, Reader
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.reader import ColdRead, ColdReader
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.segment import UNKNOWN_CHAIN, Segment
-from edgebroker.storage.log.walk import Walked, next_good_batch, walk_mapped, walk_start
+from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_mapped, walk_start
 from edgebroker.storage.metadata.meta_db import SegmentRow, Windows
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.quarantine import Quarantine
@@ -74,10 +74,10 @@ class Housekeeping:
         clock: Clock,
         settings: HousekeepingSettings,
         store: Logs,
-        listener: Listener,
+        listener: EngineListener,
         committer: Committer,
         metadata: Metadata,
-        reader: Reader,
+        reader: ColdReader,
         quarantine: Quarantine,
     ) -> None:
         self._path, self._scheduler, self._clock, self._settings = path, scheduler, clock, settings
@@ -114,8 +114,8 @@ class Housekeeping:
     def start(self) -> None:
         """Begin ticking; verify in the background what this process did not write itself."""
         for partition in self._store.logs():
-            if partition.holes:
-                self.holes_changed(partition)
+            if partition.corrupt_ranges:
+                self.corrupt_ranges_changed(partition)
             self.checkpoint(partition)
         self._tick()
         for partition in self._store.logs():
@@ -158,8 +158,8 @@ class Housekeeping:
         ]
         self._metadata.changes.windows[partition.topic, partition.partition] = Windows(below, producers)
 
-    def holes_changed(self, partition: PartitionLog) -> None:
-        self._metadata.changes.holes[partition.topic, partition.partition] = list(partition.holes)
+    def corrupt_ranges_changed(self, partition: PartitionLog) -> None:
+        self._metadata.changes.corrupt_ranges[partition.topic, partition.partition] = list(partition.corrupt_ranges)
         self._metadata.touch()
 
     # ---- open files and loaded indexes are bounded ----
@@ -336,8 +336,10 @@ class Housekeeping:
                 self._indexed.pop(segment, None)
                 segment.retire()
                 self._metadata.changes.segments[partition.topic, partition.partition, segment.base] = None
-            partition.holes = [hole for hole in partition.holes if hole.next > result.log_start]
-            self.holes_changed(partition)
+            partition.corrupt_ranges = [
+                corrupt for corrupt in partition.corrupt_ranges if corrupt.next > result.log_start
+            ]
+            self.corrupt_ranges_changed(partition)
             self.removed_segments += len(gone)
             self._metadata.touch()
             self._listener.on_topic(partition.topic)
@@ -364,7 +366,7 @@ class Housekeeping:
                 self._scrub(partition, segment, state, False)
                 return
 
-    def _scrub(self, partition: PartitionLog, segment: Segment, state: Walked, damaged: bool) -> None:
+    def _scrub(self, partition: PartitionLog, segment: Segment, state: ScanState, damaged: bool) -> None:
         """Verify one window of a segment; then wait as long as the allowed rate says, and go on."""
         if partition.rewriting:
             # Its files may be others in a moment; which of them are left is looked at again.
@@ -374,7 +376,7 @@ class Housekeeping:
         size = min(segment.unverified_end, segment.size)
         end_offset, whole = segment.end_offset, size == segment.size
         max_epoch = partition.identity.epoch
-        found: list[tuple[Walked, Hole | None]] = []
+        found: list[tuple[ScanState, CorruptRange | None]] = []
 
         def work() -> ColdRead:
             fd = files.open_log(segment.path)
@@ -397,8 +399,8 @@ class Housekeeping:
                 end = at if at >= 0 else size
                 reason = EXPLANATION.get(Reason(walked.reason), "damaged")
                 self._quarantine.keep(partition.name, segment.path, fd, walked.position, end, reason)
-                hole = Hole(walked.next_offset, following)
-                found.append((walked._replace(position=end, next_offset=following), hole))
+                corrupt = CorruptRange(walked.next_offset, following)
+                found.append((walked._replace(position=end, next_offset=following), corrupt))
                 return ColdRead()
             finally:
                 files.close(fd)
@@ -409,20 +411,20 @@ class Housekeeping:
                     log.error("%s: %s could not be verified: %s", partition.name, segment.path.name, result.error)
                 self._scrub_next()
                 return
-            walked, hole = found[0]
-            if hole is not None:
-                partition.add_hole(hole)
-                self.holes_changed(partition)
+            walked, corrupt = found[0]
+            if corrupt is not None:
+                partition.add_corrupt_range(corrupt)
+                self.corrupt_ranges_changed(partition)
             moved = walked.position - state.position
             self.scrubbed_bytes += moved
             if walked.position >= size or walked.next_offset >= end_offset:
-                if hole is None and not damaged:
+                if corrupt is None and not damaged:
                     segment.unverified_end = 0
                     if whole:
                         partition.verified(segment, walked.position, walked.chain)
                 again = self._scrub_next
             else:
-                again = partial(self._scrub, partition, segment, walked, damaged or hole is not None)
+                again = partial(self._scrub, partition, segment, walked, damaged or corrupt is not None)
             rate = self._settings.scrub_bytes_per_second
             self._scrub_timer = self._scheduler.call_later(moved / rate if rate else 0.0, again)
 

@@ -31,7 +31,7 @@ from edgebroker.network.wire.frames import (
     Subscribe,
     Wanted,
 )
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from tests.kit.delivery_model import Model, Spot
 from tests.kit.delivery_world import Member, World
 from tests.kit.storage import pack
@@ -170,7 +170,9 @@ class DeliveryMachine(RuleBasedStateMachine):
         """All that the broker knows of its groups (but who hangs)."""
         found: list[object] = [dict(self.world.engine.group_offsets())]
         for group in {id(m.group): m.group for m in self.world.members if m.group is not None}.values():
-            found.append((dict(group.places), dict(group.pauses), dict(group.reasons), set(group.lettering)))
+            found.append(
+                (dict(group.committed_offsets), dict(group.pauses), dict(group.reasons), set(group.dead_lettering))
+            )
             found.append((group.generation, list(group.members), dict(group.last_clients)))
             for cursor in group.holders.values():
                 found.append({name: repr(getattr(cursor, name)) for name in cursor.__slots__})
@@ -257,7 +259,7 @@ class DeliveryMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.world.members)
     @rule(choice=CHOICE, intent=st.sampled_from([Intent.LEAVE, Intent.RELEASE, Intent.RELEASE]), partition=PARTITION)
-    def give_back(self, choice: int, intent: Intent, partition: int) -> None:
+    def returned(self, choice: int, intent: Intent, partition: int) -> None:
         member = self.member(choice)
         assert member.group is not None
         topic, number = self.some_key(member, choice)
@@ -425,7 +427,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         log = self.world.log(("items", choice % 2))
         if log.durable_end:
             offset = choice // 2 % log.durable_end
-            log.holes.append(Hole(offset, offset + 1))
+            log.corrupt_ranges.append(CorruptRange(offset, offset + 1))
 
     @rule(choice=CHOICE)
     def snapshot(self, choice: int) -> None:
@@ -452,13 +454,13 @@ class DeliveryMachine(RuleBasedStateMachine):
         spot, answers = self.model.spot(self.model.groups[name], key), list[tuple[list[Move], str]]()
         if to in ("+", "-"):
             shift = 2 if to == "+" else -2
-            request, target = MoveRequest(topic=key[0], partition=key[1], shift=shift), (spot.place or 0) + shift
+            request, target = MoveRequest(topic=key[0], partition=key[1], shift=shift), (spot.committed or 0) + shift
         elif to in ("earliest", "latest"):
             request, target = MoveRequest(topic=key[0], partition=key[1], to=to), {"latest": end}.get(to, 0)
         else:
             request, target = MoveRequest(topic=key[0], partition=key[1], to=f"{to}{offset}"), offset
         refused = spot.refreshing or (to == "" and offset > end)
-        before = -1 if spot.place is None else spot.place
+        before = -1 if spot.committed is None else spot.committed
         target = min(max(0, target), end)
         if not refused:
             self.model.moved(spot, target)
@@ -569,7 +571,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             spot = self.spot(member, key)
             if view.refresh is not None and spot.holder is member and spot.refreshing:
                 reset, end = view.refresh, spot.acked
-                if spot.waits == "reset":
+                if spot.waits == "refresh":
                     assert self.model.accepted(member, spot, reset.reset_id, reset.from_offset) is Code.OK
                     self.ask(member, lambda number, it=reset: frames.write_reset(number, it), Code.OK)  # type: ignore[misc]
                 elif end >= reset.target:
@@ -581,7 +583,7 @@ class DeliveryMachine(RuleBasedStateMachine):
                 self.acknowledge(member, ConsumerAck(AckKind.CUMULATIVE, *key, view.generation, view.lease, view.next))
 
     def is_done(self, spot: Spot) -> bool:
-        return spot.place == len(self.model.records[spot.key]) and not spot.refreshing and not spot.revoking
+        return spot.committed == len(self.model.records[spot.key]) and not spot.refreshing and not spot.revoking
 
 
 EXAMPLES = int(os.environ.get("EB_MODEL_EXAMPLES", "0"))

@@ -13,7 +13,7 @@ import pytest
 from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.network.http import client as httpclient
-from edgebroker.network.http.call import Ask
+from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import ChunkReader, HttpClient
 from edgebroker.network.http.server import HttpServer, Response
 from edgebroker.network.io.loop import Loop
@@ -161,10 +161,10 @@ def test_a_name_that_is_found_too_late(loop: Loop, monkeypatch: pytest.MonkeyPat
     """The attempt is over; what comes of it afterwards is nobody's connection."""
     monkeypatch.setattr(httpclient, "CONNECT_SECONDS", 0.05)
     listener = socket.create_server(("127.0.0.1", 0))
-    port, go_on, real = listener.getsockname()[1], threading.Event(), socket.getaddrinfo
+    port, advance, real = listener.getsockname()[1], threading.Event(), socket.getaddrinfo
 
     def late(*rest: object, **options: object) -> object:
-        go_on.wait(10.0)
+        advance.wait(10.0)
         return real("127.0.0.1", port, type=socket.SOCK_STREAM)
 
     monkeypatch.setattr(socket, "getaddrinfo", late)
@@ -173,7 +173,7 @@ def test_a_name_that_is_found_too_late(loop: Loop, monkeypatch: pytest.MonkeyPat
     client.open(f"slow.example:{port}")
     turn_until(loop, lambda: owner.log)
     client.open(f"slow.example:{port}")
-    go_on.set()
+    advance.set()
     turn_until(loop, lambda: "connected" in owner.log)
     for _ in range(20):
         loop.turn(0.01)
@@ -189,7 +189,7 @@ def test_questions_leave_nothing_behind(loop: Loop) -> None:
     told: list[int] = []
     before = threading.active_count()
     for number in range(5):
-        Ask(loop, f"localhost:{port}", "GET", "/healthz", b"", lambda status, body, error: told.append(status))
+        HttpCall(loop, f"localhost:{port}", "GET", "/healthz", b"", lambda status, body, error: told.append(status))
         turn_until(loop, lambda number=number: len(told) > number)  # type: ignore[misc]
     assert told == [0] * 5
     assert threading.active_count() <= before + 1
@@ -207,7 +207,7 @@ def test_a_finished_request_holds_no_buffer_until_the_collector_comes(loop: Loop
 
     def ask() -> None:
         told: list[int] = []
-        Ask(loop, address, "GET", "/", b"", lambda status, body, error: told.append(status))
+        HttpCall(loop, address, "GET", "/", b"", lambda status, body, error: told.append(status))
         turn_until(loop, lambda: told == [200])
 
     gc.collect()

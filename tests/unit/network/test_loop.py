@@ -96,8 +96,8 @@ def test_the_order_of_a_turn(loop: Loop, clock: TurnedClock) -> None:
     ours, theirs = socket.socketpair()
     loop.register(ours.fileno(), READ, lambda mask: (ran.append("event"), ours.recv(10)))  # type: ignore[arg-type, return-value, func-returns-value]
     theirs.send(b"x")
-    loop.at_end_of_turn(lambda: ran.append("end"))
-    loop.at_end_of_turn(lambda: ran.append("end 2"))
+    loop.at_end_of_iteration(lambda: ran.append("end"))
+    loop.at_end_of_iteration(lambda: ran.append("end 2"))
     loop.call_soon_threadsafe(lambda: ran.append("posted"))
     loop.call_later(0.0, lambda: ran.append("timer"))
     loop.turn(0)
@@ -145,7 +145,7 @@ def test_run_until_stopped() -> None:
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10.0)
     assert not thread.is_alive()
-    assert loop.turns >= 1
+    assert loop.iterations >= 1
     loop.close()
     loop.call_soon_threadsafe(loop.stop)  # to nobody; harmless
 
@@ -174,7 +174,7 @@ def test_no_wake_up_is_lost() -> None:
         each.join(60.0)
     assert late == []
     # A turn per callback and one for its wake-up at most: it does not spin either.
-    assert loop.turns <= 2 * 4 * count + 10
+    assert loop.iterations <= 2 * 4 * count + 10
     loop.call_soon_threadsafe(loop.stop)
     thread.join(10.0)
     assert not thread.is_alive()

@@ -67,8 +67,8 @@ def test_a_failing_callback_is_counted_and_the_others_go_on(caplog: pytest.LogCa
     loop.call_soon_threadsafe(lambda: seen.append("posted"))
     loop.call_later(0.0, fail)
     loop.call_later(0.0, lambda: seen.append("timer"))
-    loop.at_end_of_turn(fail)
-    loop.at_end_of_turn(lambda: seen.append("end"))
+    loop.at_end_of_iteration(fail)
+    loop.at_end_of_iteration(lambda: seen.append("end"))
     with caplog.at_level(logging.ERROR):
         loop.turn(0.0)
     assert sorted(seen) == ["end", "posted", "timer"]

@@ -64,14 +64,14 @@ class Watched:
 
     @staticmethod
     def _watch(node: RunningBroker, topic: str, states: list[State]) -> None:
-        before: Callable[[Log], None] = node.broker.feeding.on_durable
+        before: Callable[[Log], None] = node.broker.downstream.on_durable
 
         def on_durable(log: Log) -> None:
             if log.topic == topic:
                 states.append(State(log.durable_end, log.durable_chain))  # type: ignore[attr-defined]
             before(log)
 
-        node.broker.feeding.on_durable = on_durable  # type: ignore[method-assign]
+        node.broker.downstream.on_durable = on_durable  # type: ignore[method-assign]
 
     def counted(self, name: str, counter: str) -> int:
         """How far a counter of a node came since the beginning."""
@@ -159,7 +159,7 @@ def test_an_older_copy_that_went_on(tree: Tree) -> None:
     watched = Watched(tree, "t", *MIRRORS)
     root = back(tree)
     arrived(tree)
-    assert {name: watched.counted(name, "pipe_cuts") for name in MIRRORS} == dict.fromkeys(MIRRORS, 1)
+    assert {name: watched.counted(name, "log_truncations") for name in MIRRORS} == dict.fromkeys(MIRRORS, 1)
     few_polls(watched, 15)
     watched.took_only(before, after)
     offsets: list[int] = []
@@ -271,8 +271,8 @@ def test_a_parent_that_begins_further_on(tree: Tree) -> None:
     watched = Watched(tree, "t", *MIRRORS)
     root = back(tree)
     arrived(tree)
-    assert {name: watched.counted(name, "pipe_restarts") for name in MIRRORS} == dict.fromkeys(MIRRORS, 1)
-    assert {name: watched.counted(name, "pipe_cuts") for name in MIRRORS} == dict.fromkeys(MIRRORS, 0)
+    assert {name: watched.counted(name, "logs_recreated") for name in MIRRORS} == dict.fromkeys(MIRRORS, 1)
+    assert {name: watched.counted(name, "log_truncations") for name in MIRRORS} == dict.fromkeys(MIRRORS, 0)
     few_polls(watched, 15)
     watched.took_only(before, states_of(files_of(tree, "root")))
     gaps, offsets = [], list[int]()

@@ -12,9 +12,9 @@ from edgebroker.pipe.fleet import MAX_NODES, Fleet, matches
 from edgebroker.pipe.report import (
     MAX_CANDIDATES,
     MAX_REPORT_BYTES,
-    Assignment,
     GroupReport,
     NodeState,
+    ParentAssignment,
     Report,
     TopicReport,
     digest,
@@ -286,7 +286,7 @@ def test_pins_are_at_most_as_many_as_an_order_may_carry() -> None:
         topology.put(uid(number), "l3", "eu", f"hub-{number}:1")
     topology.pins[uid(99)] = [uid(number) for number in range(12)]
     found = topology.candidates(uid(99), "pos", "eu/1")
-    msgspec.json.decode(msgspec.json.encode(Assignment(uid=uid(99), candidates=found)), type=Assignment)
+    msgspec.json.decode(msgspec.json.encode(ParentAssignment(uid=uid(99), candidates=found)), type=ParentAssignment)
 
 
 def test_a_pin_does_not_hold_a_node_at_a_hub_that_is_drained() -> None:

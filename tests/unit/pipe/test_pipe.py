@@ -13,10 +13,19 @@ from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.types import TopicPartition
-from edgebroker.pipe import feed as feeding
+from edgebroker.pipe import feed as downstream
 from edgebroker.pipe.divergence import Search, last_common
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, judge, same_chain
-from edgebroker.pipe.follower import Changed, Compare, Cut, Follower, Greeted, Look, Restart, Taken
+from edgebroker.pipe.follower import (
+    AppendResult,
+    CompareChain,
+    FindBoundaries,
+    Follower,
+    HelloReceived,
+    RecreateLog,
+    StateChanged,
+    TruncateLog,
+)
 from edgebroker.pipe.stream import Hello, Kind, LogPosition, Point, Poll, Refusal, write_frame
 
 LOG_ID = "ab" * 16
@@ -132,7 +141,7 @@ class Parent:
         return out
 
 
-class Child:
+class ChildStream:
     """A follower with model logs, which does at once what it is told to do."""
 
     def __init__(self, logs: dict[TopicPartition, ModelLog], level: str = "l2") -> None:
@@ -146,20 +155,20 @@ class Child:
         log = self.logs[key]
         self.follower.follow(key, log.log_id, log.epoch, log.log_start, log.end, log.chains[-1])
 
-    def append(self, key: TopicPartition, data: memoryview) -> Taken:
+    def append(self, key: TopicPartition, data: memoryview) -> AppendResult:
         log, position = self.logs[key], 0
         while position < len(data):
             reason, fields = records.header(data, position)
             if fields is None:
-                return Taken(position, Reason(reason), log.end, log.epoch)
+                return AppendResult(position, Reason(reason), log.end, log.epoch)
             if fields[0] != log.end:
-                return Taken(position, Reason.BAD_OFFSET, log.end, log.epoch)
+                return AppendResult(position, Reason.BAD_OFFSET, log.end, log.epoch)
             one = bytes(data[position : position + fields[1]])
             if crc32c(one[21:]) != fields[3]:
-                return Taken(position, Reason.BAD_CRC, log.end, log.epoch)
+                return AppendResult(position, Reason.BAD_CRC, log.end, log.epoch)
             log.take(one)
             position += len(one)
-        return Taken(position, Reason.OK, log.end, log.epoch)
+        return AppendResult(position, Reason.OK, log.end, log.epoch)
 
     def receive(self, data: bytes) -> None:
         self._do(self.follower.receive(memoryview(data)))
@@ -167,15 +176,15 @@ class Child:
     def _do(self, events: Iterator[object]) -> None:
         for event in events:
             self.events.append(event)
-            if isinstance(event, Look):
+            if isinstance(event, FindBoundaries):
                 self._do(self.follower.looked(event.line, self.logs[event.line.key].points(event.offsets)))
-            elif isinstance(event, Compare):
+            elif isinstance(event, CompareChain):
                 same = Point(event.offset, event.chain) in self.logs[event.line.key].points([event.offset])
                 self._do(self.follower.compared(event.line, same, event.offset))
-            elif isinstance(event, Cut):
+            elif isinstance(event, TruncateLog):
                 self.logs[event.line.key].cut(event.offset)
                 self.follow(event.line.key)
-            elif isinstance(event, Restart):
+            elif isinstance(event, RecreateLog):
                 self.logs[event.line.key] = ModelLog(LOG_ID, event.offset, event.chain)
                 self.follow(event.line.key)
 
@@ -186,12 +195,12 @@ class Child:
 ONE = TopicPartition("t", 0)
 
 
-def settle(parent: Parent, child: Child, rounds: int = 20) -> int:
+def settle(parent: Parent, child: ChildStream, rounds: int = 20) -> int:
     """Poll until nothing changes any more; how many answers that took."""
     for number in range(rounds):
         before = len(child.events), {key: log.end for key, log in child.logs.items()}
         child.receive(parent.answer(child.follower))
-        child.events = [event for event in child.events if not isinstance(event, Greeted | Compare)]
+        child.events = [event for event in child.events if not isinstance(event, HelloReceived | CompareChain)]
         if before == (len(child.events), {key: log.end for key, log in child.logs.items()}):
             return number
     raise AssertionError(f"it does not come to rest: {child.events[-5:]}")
@@ -201,9 +210,9 @@ def settle(parent: Parent, child: Child, rounds: int = 20) -> int:
 def test_cut_at_every_byte(frame_bytes: int) -> None:
     """The connection breaks behind every byte: what came is not asked for again, and the copy is exact."""
     parent = Parent({ONE: ModelLog().publish(1, 3, 1, size=9)}, frame_bytes)
-    whole = parent.answer(Child({ONE: ModelLog()}).follower)
+    whole = parent.answer(ChildStream({ONE: ModelLog()}).follower)
     for cut in range(len(whole)):
-        child = Child({ONE: ModelLog()})
+        child = ChildStream({ONE: ModelLog()})
         first = parent.answer(child.follower)
         child.receive(first[:cut])
         rest = parent.answer(child.follower)
@@ -215,7 +224,7 @@ def test_cut_at_every_byte(frame_bytes: int) -> None:
 
 def test_byte_by_byte_with_a_cut_every_few_bytes() -> None:
     parent = Parent({ONE: ModelLog().publish(*[2] * 30, size=50)}, 100)
-    child, draw = Child({ONE: ModelLog()}), random.Random(5)
+    child, draw = ChildStream({ONE: ModelLog()}), random.Random(5)
     for _ in range(5000):
         answer = parent.answer(child.follower)
         for byte in answer[: draw.randrange(200, 400)]:
@@ -229,14 +238,14 @@ def test_byte_by_byte_with_a_cut_every_few_bytes() -> None:
 def test_urgent_topics_wait_one_frame_of_a_long_batch() -> None:
     urgent = TopicPartition("urgent", 0)
     logs = {ONE: ModelLog().publish(1, size=5000), urgent: ModelLog().publish(1, 1)}
-    parent, child = Parent(logs, 500), Child({key: ModelLog() for key in logs})
+    parent, child = Parent(logs, 500), ChildStream({key: ModelLog() for key in logs})
     answer = parent.answer(child.follower)
-    position = len(write_frame(Kind.HELLO, b"")) + feeding.HEADER.unpack_from(answer)[0]
+    position = len(write_frame(Kind.HELLO, b"")) + downstream.HEADER.unpack_from(answer)[0]
     lines = []
     while position < len(answer):
-        size, _, _, line, *_ = feeding.HEADER.unpack_from(answer, position)
+        size, _, _, line, *_ = downstream.HEADER.unpack_from(answer, position)
         lines.append(line)
-        position += feeding.HEADER.size + size
+        position += downstream.HEADER.size + size
     assert lines[:2] == [1, 0] or lines[0] == 1
     assert lines.count(0) == -(-len(logs[ONE].data) // 500)
     child.receive(answer)
@@ -246,10 +255,10 @@ def test_urgent_topics_wait_one_frame_of_a_long_batch() -> None:
 def test_a_byte_that_changed_on_the_way() -> None:
     """Every single one: nothing wrong is taken, and the next answer mends it."""
     parent = Parent({ONE: ModelLog().publish(2, 1, size=9)})
-    good = parent.answer(Child({ONE: ModelLog()}).follower)
-    hello = len(write_frame(Kind.HELLO, b"")) + feeding.HEADER.unpack_from(good)[0]
-    for position in range(hello + feeding.HEADER.size, len(good)):
-        child = Child({ONE: ModelLog()})
+    good = parent.answer(ChildStream({ONE: ModelLog()}).follower)
+    hello = len(write_frame(Kind.HELLO, b"")) + downstream.HEADER.unpack_from(good)[0]
+    for position in range(hello + downstream.HEADER.size, len(good)):
+        child = ChildStream({ONE: ModelLog()})
         answer = bytearray(parent.answer(child.follower))
         answer[position] ^= 0x10
         try:
@@ -277,14 +286,14 @@ def test_a_parent_with_another_past(common: int, more: int) -> None:
     one, other = ModelLog().publish(*[1] * common), ModelLog().publish(*[1] * common)
     one.publish(*[1] * (100 - common), salt="old")
     other.publish(*[1, 2] * 40, salt="new")
-    child, parent = Child({ONE: one}), Parent({ONE: other})
+    child, parent = ChildStream({ONE: one}), Parent({ONE: other})
     if other.end <= one.end:
         other.publish(*[1] * (one.end - other.end + more), salt="new")
     rounds = settle(parent, child)
     assert child.logs[ONE].data == other.data
     assert rounds < 8
     if common < 100:
-        cuts = [event.offset for event in child.events if isinstance(event, Cut)]
+        cuts = [event.offset for event in child.events if isinstance(event, TruncateLog)]
         assert cuts == [common]
 
 
@@ -295,18 +304,18 @@ def test_another_past_in_one_long_batch(before: list[int], gone: int) -> None:
     one, other = ModelLog().publish(*before).publish(100, salt="old"), ModelLog().publish(*before)
     other.publish(*[1] * 200, salt="new")
     start = sum(before[:gone])
-    child, parent = Child({ONE: one}), Parent({ONE: other.removed(start)})
+    child, parent = ChildStream({ONE: one}), Parent({ONE: other.removed(start)})
     settle(parent, child)
     assert child.logs[ONE].end == other.end
-    assert [event.offset for event in child.events if isinstance(event, Cut)] == [sum(before)]
-    assert not any(isinstance(event, Restart) for event in child.events)
+    assert [event.offset for event in child.events if isinstance(event, TruncateLog)] == [sum(before)]
+    assert not any(isinstance(event, RecreateLog) for event in child.events)
 
 
 @pytest.mark.parametrize("same", [True, False])
 def test_a_parent_that_is_shorter(same: bool) -> None:
     one = ModelLog().publish(*[1] * 50)
     other = ModelLog().publish(*[1] * 20).publish(*[1] * 10, salt="" if same else "new")
-    child, parent = Child({ONE: one}), Parent({ONE: other})
+    child, parent = ChildStream({ONE: one}), Parent({ONE: other})
     settle(parent, child)
     if same:
         assert (child.state(ONE), child.logs[ONE].end) == ("behind", 50)
@@ -320,7 +329,10 @@ def test_a_parent_that_is_shorter(same: bool) -> None:
 
 
 def test_a_parent_that_begins_further_on() -> None:
-    child, parent = Child({ONE: ModelLog().publish(1, 1)}), Parent({ONE: ModelLog().publish(*[1] * 30).removed(20)})
+    child, parent = (
+        ChildStream({ONE: ModelLog().publish(1, 1)}),
+        Parent({ONE: ModelLog().publish(*[1] * 30).removed(20)}),
+    )
     settle(parent, child)
     assert (child.logs[ONE].log_start, child.logs[ONE].data) == (20, parent.logs[ONE].data)
 
@@ -328,14 +340,14 @@ def test_a_parent_that_begins_further_on() -> None:
 def test_a_parent_whose_past_is_another_one_and_gone() -> None:
     """No boundary is common: the child begins anew where the parent begins."""
     other = ModelLog().publish(*[1] * 60, salt="new").removed(30)
-    child, parent = Child({ONE: ModelLog().publish(*[1] * 50)}), Parent({ONE: other})
+    child, parent = ChildStream({ONE: ModelLog().publish(*[1] * 50)}), Parent({ONE: other})
     settle(parent, child)
     assert (child.logs[ONE].log_start, child.logs[ONE].data) == (30, other.data)
 
 
 def test_another_log_is_never_followed() -> None:
     one = ModelLog().publish(1, 1)
-    child, parent = Child({ONE: one}), Parent({ONE: ModelLog("cd" * 16).publish(5, 5, 5)})
+    child, parent = ChildStream({ONE: one}), Parent({ONE: ModelLog("cd" * 16).publish(5, 5, 5)})
     before = one.data
     settle(parent, child)
     assert (child.state(ONE), child.logs[ONE].data) == ("replaced", before)
@@ -343,10 +355,10 @@ def test_another_log_is_never_followed() -> None:
 
 
 def test_a_topic_that_is_not_carried_deletes_nothing() -> None:
-    child, parent = Child({ONE: ModelLog().publish(1)}), Parent({})
+    child, parent = ChildStream({ONE: ModelLog().publish(1)}), Parent({})
     settle(parent, child)
     assert (child.state(ONE), child.logs[ONE].end, child.follower.lacking) == ("not_carried", 1, True)
-    assert [event.code for event in child.events if isinstance(event, Changed)] == ["NOT_CARRIED"]
+    assert [event.code for event in child.events if isinstance(event, StateChanged)] == ["NOT_CARRIED"]
 
 
 @pytest.mark.parametrize(
@@ -360,7 +372,7 @@ def test_a_topic_that_is_not_carried_deletes_nothing() -> None:
     ],
 )
 def test_the_tree_has_a_direction(hello: Hello, why: str) -> None:
-    child = Child({})
+    child = ChildStream({})
     child.follower.poll()
     with pytest.raises(RemoteProtocolError, match=why):
         child.receive(write_frame(Kind.HELLO, msgspec.json.encode(hello)))
@@ -368,22 +380,22 @@ def test_the_tree_has_a_direction(hello: Hello, why: str) -> None:
 
 def test_frames_that_cannot_be() -> None:
     for data in (
-        feeding.HEADER.pack(4, 9, 0, 0, 0, 0, 0, 0),
+        downstream.HEADER.pack(4, 9, 0, 0, 0, 0, 0, 0),
         write_frame(Kind.HELLO, b"{}"),
         write_frame(Kind.STATE, msgspec.json.encode(Refusal(code="GONE", message="")), line=3),
         write_frame(Kind.STATE, msgspec.json.encode(Refusal(code="NONSENSE", message=""))),
-        feeding.HEADER.pack(1 << 31, Kind.STATE, 0, 0, 0, 0, 0, 0),
-        feeding.HEADER.pack(4, Kind.DATA, 0, 0, 0, 5, 0, 9) + b"data",
-        feeding.HEADER.pack(4, Kind.DATA, feeding.Flags.CHAINED, 0, 1, 0, 0, 9) + b"data",
+        downstream.HEADER.pack(1 << 31, Kind.STATE, 0, 0, 0, 0, 0, 0),
+        downstream.HEADER.pack(4, Kind.DATA, 0, 0, 0, 5, 0, 9) + b"data",
+        downstream.HEADER.pack(4, Kind.DATA, downstream.Flags.CHAINED, 0, 1, 0, 0, 9) + b"data",
     ):
-        child = Child({ONE: ModelLog()})
+        child = ChildStream({ONE: ModelLog()})
         child.follower.poll()
         with pytest.raises(RemoteProtocolError):
             child.receive(data)
 
 
 def test_patterns() -> None:
-    follower = Follower(ME, "child", "l2", ["prices", "store-*"], Child({}))
+    follower = Follower(ME, "child", "l2", ["prices", "store-*"], ChildStream({}))
     assert [follower.wants(name) for name in ("prices", "store-7", "sales", "prices.dlq", "__own")] == [
         True, True, False, False, False,
     ]  # fmt: skip
@@ -427,7 +439,7 @@ def test_a_position_beyond_the_end_of_its_history() -> None:
 def test_a_log_whose_beginning_cannot_be_compared() -> None:
     """No boundary is known to be common, and there are none left to ask about: it begins anew."""
     one, other = ModelLog().publish(*[1] * 50, salt="old"), ModelLog().publish(*[1] * 60, salt="new")
-    child, parent = Child({ONE: one}), Parent({ONE: other})
+    child, parent = ChildStream({ONE: one}), Parent({ONE: other})
     whole = one.points
     one.points = lambda offsets: [point for point in whole(offsets) if point.offset >= 10]  # type: ignore[method-assign]
     assert settle(parent, child) < 10
@@ -438,9 +450,9 @@ def test_what_lies_before_the_parents_log_is_not_lost() -> None:
     one, other = ModelLog().publish(*[1] * 130), ModelLog().publish(*[1] * 130)
     one.publish(*[1] * 70, salt="old")
     other.publish(*[1] * 100, salt="new").removed(100)
-    child, parent = Child({ONE: one}), Parent({ONE: other})
+    child, parent = ChildStream({ONE: one}), Parent({ONE: other})
     settle(parent, child)
-    assert [event.offset for event in child.events if isinstance(event, Cut)] == [130]
+    assert [event.offset for event in child.events if isinstance(event, TruncateLog)] == [130]
     assert (child.logs[ONE].log_start, child.logs[ONE].end) == (0, 230)
     assert child.logs[ONE].data.endswith(other.data)
 
@@ -463,7 +475,7 @@ def test_topics_that_cannot_be(topic: dict[str, object]) -> None:
     good = {"name": "t", "settings": {}, "partitions": [[LOG_ID, UP, [[1, 0]], 0, 0, [-1, -1]]], "digest": 1}
     for changes, refused in ((topic, True), ({}, False)):
         hello = {"uid": UP, "name": "up", "level": "root", "path": [], "topics": [{**good, **changes}]}
-        child = Child({})
+        child = ChildStream({})
         child.follower.poll()
         frame = write_frame(Kind.HELLO, msgspec.json.encode(hello))
         if refused:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.storage.metadata.children import LIVE_SECONDS, ChildPlace, read_children, write_children
+from edgebroker.storage.metadata.children import LIVE_SECONDS, ChildPosition, read_children, write_children
 from tests.kit.brokers import SECONDS, RunningBroker
 from tests.kit.trees import Tree, chain, digest, end, follows, grown, publish, wait_for
 
 pytestmark = pytest.mark.slow
 
-PLACES = {("t", 0): {"aa": ChildPlace("ab" * 16, 1, 7, 40.0), "bb": ChildPlace("ab" * 16, 2, 9, 99.5)}}
+PLACES = {("t", 0): {"aa": ChildPosition("ab" * 16, 1, 7, 40.0), "bb": ChildPosition("ab" * 16, 2, 9, 99.5)}}
 
 
 def floor(node: RunningBroker, topic: str = "t") -> int | None:
@@ -35,7 +35,7 @@ def test_there_and_back(tmp_path: Path) -> None:
     assert read_children(path, 0.0) == {}
     write_children(path, PLACES, 100.0)
     assert read_children(path, 1060.0) == {
-        ("t", 0): {"aa": ChildPlace("ab" * 16, 1, 7, 1000.0), "bb": ChildPlace("ab" * 16, 2, 9, 1059.5)}
+        ("t", 0): {"aa": ChildPosition("ab" * 16, 1, 7, 1000.0), "bb": ChildPosition("ab" * 16, 2, 9, 1059.5)}
     }
     write_children(path, PLACES, 50.0 + LIVE_SECONDS)
     assert list(read_children(path, 0.0)["t", 0]) == ["bb"]
@@ -98,15 +98,15 @@ def test_a_lost_end_is_no_torn_tail(tree: Tree) -> None:
     last.write_bytes(data[: len(data) // 2])
     root = tree.start("root")
     log = root.broker.engine.log("t", 0)
-    assert log is not None and log.holes and end(root, "t") == 200
-    status, answer = root.http("POST", "/v1/heal", {"from": tree.address("l2"), "topic": "t"})
+    assert log is not None and log.corrupt_ranges and end(root, "t") == 200
+    status, answer = root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"})
     assert (status, answer["error"]) == (200, "")
     tree.stop("root")
     root = tree.start("root")
     publish(root, "t", 200, 1)
     tree.nodes["l2"].advance(31.0)
     follows(root, tree.nodes["l2"], "t")
-    assert tree.nodes["l2"].counters()["pipe_cuts"] == 0
+    assert tree.nodes["l2"].counters()["log_truncations"] == 0
     assert digest(tree, "root", "t") == digest(tree, "l2", "t")
 
 
@@ -134,7 +134,7 @@ def test_a_loss_that_was_accepted_is_not_missed(tree: Tree) -> None:
     tree.stop("root")
     (tree.directory / "root" / "children.snap").write_bytes(kept)
     root = tree.start("root")
-    assert (root.broker.engine.log("t", 0).holes, end(root, "t")) == ([], 10)  # type: ignore[union-attr]
+    assert (root.broker.engine.log("t", 0).corrupt_ranges, end(root, "t")) == ([], 10)  # type: ignore[union-attr]
 
 
 def test_what_was_not_compared_does_not_count(tree: Tree) -> None:

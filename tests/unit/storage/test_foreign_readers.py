@@ -60,8 +60,8 @@ def test_batches_of_a_foreign_writer_are_stored_and_read_back(tmp_path: Path, co
     harness = StoreHarness(tmp_path / "node")
     harness.create()
     assert harness.append_inflated(bytes(builder.build())) == 0
-    found, holes = harness.read()
-    assert not holes
+    found, corrupt_ranges = harness.read()
+    assert not corrupt_ranges
     assert [(row.offset, row.value, row.timestamp) for row in found] == [
         (item, b"v" * 50, 5000 + item) for item in range(10)
     ]

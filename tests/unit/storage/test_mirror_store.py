@@ -142,7 +142,7 @@ def test_cut(harness: StoreHarness, offset: int, crash: bool) -> None:
     if crash:
         harness.restart()
     log = harness.log()
-    assert (log.durable_end, log.staged_end, log.holes) == (offset, offset, [])
+    assert (log.durable_end, log.staged_end, log.corrupt_ranges) == (offset, offset, [])
     assert bytes_of(harness) == b"".join(stored[:offset])
     assert log.chain == records.chain(b"".join(stored[:offset]), identity_of().chain)
     take(harness, *batches(offset, 35 - offset, size=90))
@@ -186,7 +186,7 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
                 code = restart(harness, further)
         harness.restart()
         log = harness.log()
-        assert log.holes == []
+        assert log.corrupt_ranges == []
         if log.log_start == 100:
             assert (what != "cut", log.durable_end, log.chain) == (True, 100, 5)
             assert log.identity.log_id == further.log_id
@@ -256,7 +256,7 @@ def test_a_group_beyond_the_end_makes_no_hole(harness: StoreHarness) -> None:
     harness.commit(15)
     assert cut(harness, 5) is Code.OK
     harness.restart()
-    assert (harness.log().durable_end, harness.log().holes) == (5, [])
+    assert (harness.log().durable_end, harness.log().corrupt_ranges) == (5, [])
 
 
 def test_what_was_set_aside_goes_by_itself(harness: StoreHarness) -> None:

@@ -12,8 +12,8 @@ import pytest
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage import files
 from edgebroker.storage.log.partition import NeedsDisk
-from edgebroker.storage.log.reader import ColdRead, Reader
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.reader import ColdRead, ColdReader
+from edgebroker.storage.log.recovery import CorruptRange
 from tests.kit.storage import ManualClock, StoreHarness, encode, store_settings, turn_until
 
 
@@ -23,7 +23,7 @@ class Disk:
     def __init__(self) -> None:
         self.clock = ManualClock()
         self.loop = Loop(self.clock)
-        self.reader = Reader(self.loop, 5.0)
+        self.reader = ColdReader(self.loop, 5.0)
         self.gates: list[threading.Event] = []
         self.answers: list[ColdRead] = []
 
@@ -139,8 +139,8 @@ def test_a_device_error_is_told_and_nothing_is_noted(cold: StoreHarness, monkeyp
 
         patch.setattr(files, "read_at", refuse)
         answer = cold.read_cold(2)
-        assert "Input/output error" in answer.error and answer.hole is None and not answer.data
-    assert cold.log().holes == [] and cold.store.problems() == {}
+        assert "Input/output error" in answer.error and answer.corrupt is None and not answer.data
+    assert cold.log().corrupt_ranges == [] and cold.store.problems() == {}
     assert len(cold.values()) == 20
 
 
@@ -167,7 +167,7 @@ def test_every_offset_can_be_asked_for(cold: StoreHarness) -> None:
     for offset in range(cold.bases()[1], cold.log().active.base):
         assert isinstance(cold.log().find(offset, 100, 1), NeedsDisk)
         answer = cold.read_cold(offset, 1)
-        assert (answer.first_offset, answer.error, answer.hole) == (offset, "", None)
+        assert (answer.first_offset, answer.error, answer.corrupt) == (offset, "", None)
         assert answer.next_offset > offset
 
 
@@ -214,7 +214,7 @@ def test_after_a_crash_everything_is_verified(tmp_path: Path) -> None:
     assert all(segment.unverified_end for segment in harness.segments())
     harness.tick_until(lambda: not any(segment.unverified_end for segment in harness.segments()))
     assert harness.store.describe()["verified_bytes"] == sum(segment.size for segment in harness.segments())
-    assert harness.log().holes == []
+    assert harness.log().corrupt_ranges == []
     harness.values()
     assert not isinstance(harness.log().find(0, 100, 1), NeedsDisk)
     harness.close()
@@ -230,11 +230,11 @@ def test_the_check_names_damage_that_nobody_has_read(tmp_path: Path) -> None:
     assert "damaged" not in harness.store.problems()
     first = int(log.stem)
     harness.tick_until(lambda: "damaged" in harness.store.problems())
-    assert harness.log().holes == [Hole(first, first + 1)]
+    assert harness.log().corrupt_ranges == [CorruptRange(first, first + 1)]
     harness.tick()
     harness.crash()
     harness.open()
-    assert harness.log().holes == [Hole(first, first + 1)], "it was forgotten"
+    assert harness.log().corrupt_ranges == [CorruptRange(first, first + 1)], "it was forgotten"
     assert not harness.close(), "a damaged store does not stop clean"
 
 

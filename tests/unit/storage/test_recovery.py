@@ -180,11 +180,15 @@ def test_damage_costs_what_it_hit_and_is_named(
             harness.read()
         if when != "read at once":
             harness.tick_until(lambda harness=harness: not unverified(harness))
-        found, holes = harness.read()
+        found, corrupt_ranges = harness.read()
         assert [(message.offset, message.value) for message in found] == [
             (offset, value(offset)) for offset in range(30) if offset not in gone
         ]
-        assert {offset for hole in holes for offset in range(*hole)} == set(gone), (name, again, holes)
+        assert {offset for corrupt in corrupt_ranges for offset in range(*corrupt)} == set(gone), (
+            name,
+            again,
+            corrupt_ranges,
+        )
         assert ("damaged" in harness.store.problems()) == bool(gone)
         assert harness.log().durable_end == 30
         assert harness.committed() == 30
@@ -195,7 +199,7 @@ def unverified(harness: StoreHarness) -> list[int]:
     """Bases of segments that the background check has yet to look at; a damaged one stays unverified."""
     log = harness.log()
     return [s.base for s in log.segments if s.unverified_end and not any(
-        s.base <= hole.first < max(s.end_offset, s.base + 1) for hole in log.holes)]  # fmt: skip
+        s.base <= corrupt.first < max(s.end_offset, s.base + 1) for corrupt in log.corrupt_ranges)]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TABLE)
@@ -209,9 +213,9 @@ def test_writing_goes_on_after_damage(name: str, thirty: Path, tmp_path: Path, s
     new = harness.fill(12)
     assert harness.read(30)[0][0].offset == 30
     harness.restart()
-    found, holes = harness.read()
+    found, corrupt_ranges = harness.read()
     assert [message.value for message in found] == [value(o) for o in range(30) if o not in gone] + new
-    assert {offset for hole in holes for offset in range(*hole)} == set(gone)
+    assert {offset for corrupt in corrupt_ranges for offset in range(*corrupt)} == set(gone)
     assert "read_only" not in harness.store.problems()
 
 

@@ -15,7 +15,7 @@ from edgebroker.storage.identity import Identity, read_identity
 from edgebroker.storage.log import recovery, segscan
 from edgebroker.storage.log.index import INTERVAL_BYTES, read_index
 from edgebroker.storage.log.reader import SegmentView, read_cold, verify_segment
-from edgebroker.storage.log.recovery import Checkpoint, Hole, RecoveredLog
+from edgebroker.storage.log.recovery import Checkpoint, CorruptRange, RecoveredLog
 from edgebroker.storage.log.segment import NO_TIMESTAMP, segment_path
 from edgebroker.storage.log.walk import walk_mapped, walk_start
 from edgebroker.storage.quarantine import Quarantine
@@ -102,21 +102,21 @@ def view_of(small: Small, points: bytes | None) -> SegmentView:
     )
 
 
-def read_all(view: SegmentView, shelf: Shelf) -> tuple[dict[int, bytes | None], list[Hole]]:
+def read_all(view: SegmentView, shelf: Shelf) -> tuple[dict[int, bytes | None], list[CorruptRange]]:
     """Ask for every offset of its own: a reader may begin anywhere."""
     found: dict[int, bytes | None] = {}
-    holes = []
+    corrupt_ranges = []
     for offset in range(view.base, view.end_offset):
         answer = read_cold(view, offset, 1, shelf)
         files.close(answer.fd)
-        if answer.hole is not None:
-            assert answer.hole.first <= offset < answer.hole.next and not answer.data
-            holes.append(answer.hole)
+        if answer.corrupt is not None:
+            assert answer.corrupt.first <= offset < answer.corrupt.next and not answer.data
+            corrupt_ranges.append(answer.corrupt)
         else:
             assert answer.first_offset <= offset < answer.next_offset
             rows = batch.decode(answer.data, first=offset, last=offset)
             found[offset] = rows[0].value
-    return found, holes
+    return found, corrupt_ranges
 
 
 def test_every_bit_below_the_checkpoint_costs_one_batch(small: Small) -> None:
@@ -130,14 +130,14 @@ def test_every_bit_below_the_checkpoint_costs_one_batch(small: Small) -> None:
             hit = small.batch_of(bit // 8)
             for points in (healthy.points, None):
                 shelf, view = Shelf(), view_of(small, points)
-                found, holes = read_all(view, shelf)
-                assert holes == [Hole(hit, hit + 1)], (bit, points)
+                found, corrupt_ranges = read_all(view, shelf)
+                assert corrupt_ranges == [CorruptRange(hit, hit + 1)], (bit, points)
                 assert found == {offset: v for offset, v in enumerate(VALUES) if offset != hit}
                 start, end = small.edges[hit], small.edges[hit + 1]
                 assert shelf.kept == [Kept(start, flipped(small.raw, bit)[start:end])]
             fd = files.open_log(small.path)
             try:
-                assert verify_segment(view, fd)[1] == [Hole(hit, hit + 1)]
+                assert verify_segment(view, fd)[1] == [CorruptRange(hit, hit + 1)]
                 checked = walk_mapped(fd, view.size, walk_start(0, 0, epoch=1), base_offset=0, max_batch=MAX_BATCH,
                                       max_epoch=1, limit_offset=len(VALUES))  # fmt: skip
                 assert checked.position == small.edges[hit], bit
@@ -182,7 +182,7 @@ def test_every_bit_above_the_checkpoint_is_cut_and_kept(small: Small) -> None:
             small.path.write_bytes(damaged)
             hit = small.batch_of(bit // 8)
             recovered, shelf = recover(small, 2)
-            assert (recovered.next_offset, recovered.holes) == (hit, []), bit
+            assert (recovered.next_offset, recovered.corrupt_ranges) == (hit, []), bit
             assert recovered.torn_bytes == len(small.raw) - small.edges[hit]
             assert shelf.kept == [Kept(small.edges[hit], damaged[small.edges[hit] :])]
             assert small.path.read_bytes() == small.raw[: small.edges[hit]]
@@ -199,7 +199,7 @@ def test_every_bit_that_a_group_vouches_for_is_a_hole(small: Small) -> None:
             small.path.write_bytes(damaged)
             hit = small.batch_of(bit // 8)
             recovered, shelf = recover(small, 1, watermark=len(VALUES))
-            assert (recovered.next_offset, recovered.holes) == (len(VALUES), [Hole(hit, hit + 1)]), bit
+            assert (recovered.next_offset, recovered.corrupt_ranges) == (len(VALUES), [CorruptRange(hit, hit + 1)]), bit
             assert shelf.kept == [Kept(small.edges[hit], damaged[small.edges[hit] : small.edges[hit + 1]])]
             assert small.path.read_bytes() == damaged, "bytes that were acknowledged are never changed"
             restore(small)
@@ -218,7 +218,7 @@ def test_the_tail_cut_at_every_byte(small: Small, checkpoint_at: int | None) -> 
             for torn in (length - whole, 0):
                 recovered, shelf = recover(small, checkpoint_at)
                 assert recovered.next_offset == small.edges.index(whole)
-                assert (recovered.holes, recovered.torn_bytes) == ([], torn)
+                assert (recovered.corrupt_ranges, recovered.torn_bytes) == ([], torn)
                 assert shelf.kept == ([Kept(whole, small.raw[whole:length])] if torn else [])
                 assert small.path.read_bytes() == small.raw[:whole]
     finally:
@@ -232,7 +232,7 @@ def test_the_tail_cut_at_every_byte_below_the_checkpoint(small: Small) -> None:
             small.path.write_bytes(small.raw[:length])
             have = max(rank for rank, edge in enumerate(small.edges) if edge <= length)
             recovered, shelf = recover(small, 4)
-            assert (recovered.next_offset, recovered.holes) == (4, [Hole(have, 4)])
+            assert (recovered.next_offset, recovered.corrupt_ranges) == (4, [CorruptRange(have, 4)])
             assert b"".join(kept.data for kept in shelf.kept) == small.raw[small.edges[have] : length]
             kept_at = small.path if have else small.path.with_suffix(".torn")
             assert kept_at.read_bytes() == small.raw[:length]
@@ -262,8 +262,8 @@ def test_random_bits_through_the_whole_store(batch_rank: int, tmp_path: Path) ->
         harness.open()
         if rng.random() < 0.5:
             harness.tick(2.0)
-        found, holes = harness.read()
-        assert holes == [Hole(batch_rank, batch_rank + 1)], bit
+        found, corrupt_ranges = harness.read()
+        assert corrupt_ranges == [CorruptRange(batch_rank, batch_rank + 1)], bit
         assert [message.value for message in found] == values[:batch_rank] + values[batch_rank + 1 :]
         kept = [p.read_bytes() for p in (harness.path / "quarantine").glob("*.bytes")]
         assert kept == [flipped(raw, bit)[position : position + size]]

@@ -12,7 +12,7 @@ from edgebroker.common import batch, records
 from edgebroker.common.batch import Reason
 from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, TopicSettings
-from edgebroker.storage.log.partition import Extent
+from edgebroker.storage.log.partition import FileSlice
 from edgebroker.storage.metadata.meta_db import GroupOffset
 from tests.kit.storage import TOPIC, Harness, StoreHarness, encode, pack, store_settings
 
@@ -212,7 +212,7 @@ def test_a_reader_at_the_tail_sees_everything_once(start: Start) -> None:
             assert offset == log.durable_end
             hint = rng.choice((None, log.end_hint()))
             continue
-        if isinstance(found, Extent):
+        if isinstance(found, FileSlice):
             assert found.next_offset <= log.durable_end
             hint = rng.choice((None, (found.segment.base, found.position + found.length)))
             following = found.next_offset

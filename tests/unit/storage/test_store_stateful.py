@@ -111,8 +111,8 @@ class StoreMachine(RuleBasedStateMachine):
     def read_from(self, data: st.DataObject, max_bytes: int, records: int) -> None:
         log = self.harness.log()
         start = data.draw(st.integers(log.log_start, self.end))
-        found, holes = self.harness.read(start, max_bytes=max_bytes, max_records=records)
-        assert not holes
+        found, corrupt_ranges = self.harness.read(start, max_bytes=max_bytes, max_records=records)
+        assert not corrupt_ranges
         assert [(m.offset, m.value) for m in found] == [(o, self.log[o]) for o in range(start, self.end)]
 
     @rule(data=st.data())
@@ -125,7 +125,7 @@ class StoreMachine(RuleBasedStateMachine):
     def the_store_is_the_model(self) -> None:
         log = self.harness.log()
         assert log.durable_end == log.written_end == log.stage.next_offset == self.end
-        assert log.holes == []
+        assert log.corrupt_ranges == []
         assert self.harness.store.problems() == {}
         assert {group: self.harness.committed(group) for group in self.groups} == self.groups
         bases = self.harness.bases()
@@ -134,8 +134,8 @@ class StoreMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "harness"):
-            found, holes = self.harness.read()
-            assert not holes
+            found, corrupt_ranges = self.harness.read()
+            assert not corrupt_ranges
             start = self.harness.log().log_start
             assert [(m.offset, m.value) for m in found] == [(o, self.log[o]) for o in range(start, self.end)]
             assert self.harness.clock.wall > START_WALL_MS - 1

@@ -15,9 +15,9 @@ from edgebroker.common import records
 from edgebroker.common.errors import Code
 from edgebroker.storage import files
 from edgebroker.storage import store as store_module
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.segment import UNKNOWN_CHAIN
-from tests.integration.test_healing import cut_short, flip, heal, logs_of, lose
+from tests.integration.test_repair import cut_short, flip, logs_of, lose, repair
 from tests.kit.brokers import RunningBroker, numbered
 from tests.kit.storage import StoreHarness, encode, store_settings
 from tests.kit.trees import Tree, digest, end, follows, grown, line, publish, wait_for
@@ -45,31 +45,31 @@ def hurt(tmp_path: Path, *numbers: int, count: int = 30, **settings: object) -> 
     harness = stored(tmp_path, count, **settings)
     spoil(harness, *numbers)
     harness.open()
-    harness.tick_until(lambda: harness.log().holes)
+    harness.tick_until(lambda: harness.log().corrupt_ranges)
     return harness
 
 
 def fetched(harness: StoreHarness) -> bytes:
-    first, following = harness.log().to_heal()
+    first, following = harness.log().to_repair()
     return b"".join(batches(first, following - first))
 
 
 def test_a_file_that_was_healed_and_a_hole_that_was_not_forgotten(tmp_path: Path) -> None:
     """The power went between the new file and meta.db."""
     harness = hurt(tmp_path, 12, 13)
-    assert harness.log().holes == [Hole(12, 14)]
+    assert harness.log().corrupt_ranges == [CorruptRange(12, 14)]
     results: list[object] = []
     committer = harness.store._committer
     original = committer.call
     committer.call = lambda work, done: original(work, results.append)  # type: ignore[method-assign]
-    harness.store.heal(harness.log(), fetched(harness), lambda *answer: None)
+    harness.store.repair(harness.log(), fetched(harness), lambda *answer: None)
     harness.until(lambda: results)
     committer.call = original  # type: ignore[method-assign]
     harness.restart()
     assert bytes_of(harness) == b"".join(batches(0, 30)), "the file is whole"
-    assert harness.log().holes == [Hole(12, 14)]
-    assert heal(harness, b"".join(batches(12, 2))) == (14, "")
-    assert (harness.log().holes, bytes_of(harness)) == ([], b"".join(batches(0, 30)))
+    assert harness.log().corrupt_ranges == [CorruptRange(12, 14)]
+    assert repair(harness, b"".join(batches(12, 2))) == (14, "")
+    assert (harness.log().corrupt_ranges, bytes_of(harness)) == ([], b"".join(batches(0, 30)))
     harness.close()
 
 
@@ -85,10 +85,10 @@ def test_a_stop_waits_for_what_the_commit_thread_does(tmp_path: Path) -> None:
 
     harness.store._committer.call(work, told.append)
     assert begun.wait(10)
-    assert not harness.store.hurry()
+    assert not harness.store.flush()
     gate.set()
     harness.until(lambda: told)
-    harness.until(harness.store.hurry)
+    harness.until(harness.store.flush)
     harness.close()
 
 
@@ -99,16 +99,16 @@ def test_the_end_of_the_log(tmp_path: Path, damage: str) -> None:
     data = path.read_bytes()
     path.write_bytes({"cut off": data[:200], "empty": b"", "overwritten": b"\x55" * len(data)}[damage])
     harness.open()
-    harness.tick_until(lambda: harness.log().holes)
+    harness.tick_until(lambda: harness.log().corrupt_ranges)
     if damage == "overwritten":  # the checkpoint vouches for its end: the active segment is sealed before it is healed
-        assert heal(harness, fetched(harness))[0] == -1
+        assert repair(harness, fetched(harness))[0] == -1
         harness.tick()
-    assert heal(harness, fetched(harness)) == (23, "")
+    assert repair(harness, fetched(harness)) == (23, "")
     for one in batches(23, 7):
         take(harness, one)
     values = [b"%d-1" % offset for offset in range(30)]
     for _ in range(2):
-        assert (harness.log().holes, [value.rstrip(b".") for value in harness.values()]) == ([], values)
+        assert (harness.log().corrupt_ranges, [value.rstrip(b".") for value in harness.values()]) == ([], values)
         harness.restart()
     harness.close()
 
@@ -119,9 +119,9 @@ def test_what_does_not_continue_the_end_is_not_put_in(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     harness.open()
     other = b"".join(records.restamp(encode(b"other".ljust(100, b".")), offset, 1) for offset in (21, 22))
-    assert heal(harness, other) == (-1, "offset 21: the chain behind what was fetched is another one")
-    assert (harness.log().holes, list(harness.directory().glob("*.tmp"))) == ([Hole(21, 23)], [])
-    assert heal(harness, fetched(harness)) == (23, "")
+    assert repair(harness, other) == (-1, "offset 21: the chain behind what was fetched is another one")
+    assert (harness.log().corrupt_ranges, list(harness.directory().glob("*.tmp"))) == ([CorruptRange(21, 23)], [])
+    assert repair(harness, fetched(harness)) == (23, "")
     harness.close()
 
 
@@ -136,10 +136,10 @@ def test_what_was_healed_is_found_by_time(tmp_path: Path) -> None:
     harness.close()
     cut_short(harness.logs()[2])
     harness.open()
-    harness.tick_until(lambda: harness.log().holes)
+    harness.tick_until(lambda: harness.log().corrupt_ranges)
     harness.read(10)  # a reader builds the index of what is left
-    first, following = harness.log().to_heal()
-    assert heal(harness, b"".join(one(offset) for offset in range(first, following))) == (following, "")
+    first, following = harness.log().to_repair()
+    assert repair(harness, b"".join(one(offset) for offset in range(first, following))) == (following, "")
     for _ in range(2):
         assert [harness.offset_at(1000 + offset) for offset in range(30)] == list(range(30))
         harness.restart()
@@ -150,8 +150,8 @@ def test_what_was_healed_is_removed_by_age(tmp_path: Path) -> None:
     harness = stored(tmp_path, 7, retention_ms=60_000)
     lose(harness.logs()[0])  # only the active segment is left
     harness.open()
-    harness.tick_until(lambda: harness.log().holes)
-    assert heal(harness, fetched(harness)) == (5, "")
+    harness.tick_until(lambda: harness.log().corrupt_ranges)
+    assert repair(harness, fetched(harness)) == (5, "")
     for one in batches(7, 20):
         take(harness, one)
     assert len(harness.segments()) > 4
@@ -164,10 +164,10 @@ def test_what_was_healed_is_removed_by_age(tmp_path: Path) -> None:
 def test_damage_that_is_found_meanwhile_stays_known(tmp_path: Path) -> None:
     harness = hurt(tmp_path, 12)
     answers: list[object] = []
-    harness.store.heal(harness.log(), fetched(harness), lambda *answer: answers.append(answer))
-    harness.log().add_hole(Hole(3, 4))  # as a reader does
+    harness.store.repair(harness.log(), fetched(harness), lambda *answer: answers.append(answer))
+    harness.log().add_corrupt_range(CorruptRange(3, 4))  # as a reader does
     harness.tick_until(lambda: answers)
-    assert (answers, harness.log().holes) == ([(13, "")], [Hole(3, 4)])
+    assert (answers, harness.log().corrupt_ranges) == ([(13, "")], [CorruptRange(3, 4)])
     harness.close()
 
 
@@ -178,12 +178,12 @@ def test_no_room_for_the_new_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     harness = hurt(tmp_path, 12)
     with monkeypatch.context() as patch:
         patch.setattr(files, "append_copy", full)
-        assert heal(harness, fetched(harness)) == (-1, "[Errno 28] no space left")
+        assert repair(harness, fetched(harness)) == (-1, "[Errno 28] no space left")
     assert not list(harness.directory().glob("*.tmp"))
     harness.store._committer.disk_full = "no space"
-    assert heal(harness, fetched(harness)) == (-1, "prices/0: the disk is full: no space")
+    assert repair(harness, fetched(harness)) == (-1, "prices/0: the disk is full: no space")
     harness.store._committer.disk_full = ""
-    assert heal(harness, fetched(harness)) == (13, "")
+    assert repair(harness, fetched(harness)) == (13, "")
     harness.close()
 
 
@@ -194,11 +194,11 @@ def test_a_read_that_was_asked_for_before_invents_no_damage(tmp_path: Path) -> N
     harness.store._reader._worker.submit(gate.wait)
     answers: list[object] = []
     harness.engine.read_cold(harness.log(), 351, 1000, answers.append)
-    assert heal(harness, batches(12, 1)[0]) == (13, "")  # the first of two: all that follows it moves
+    assert repair(harness, batches(12, 1)[0]) == (13, "")  # the first of two: all that follows it moves
     gate.set()
     harness.until(lambda: answers)
-    assert harness.log().holes == [Hole(13, 14)]
-    assert heal(harness, fetched(harness)) == (14, "")
+    assert harness.log().corrupt_ranges == [CorruptRange(13, 14)]
+    assert repair(harness, fetched(harness)) == (14, "")
     assert bytes_of(harness) == b"".join(batches(0, 600))
     harness.close()
 
@@ -206,11 +206,11 @@ def test_a_read_that_was_asked_for_before_invents_no_damage(tmp_path: Path) -> N
 def test_more_is_lost_than_was_known(tmp_path: Path) -> None:
     """A hole of one record, behind which the rest of the file is bad by now as well."""
     harness = hurt(tmp_path, 12)
-    assert harness.log().holes == [Hole(12, 13)]
+    assert harness.log().corrupt_ranges == [CorruptRange(12, 13)]
     spoil(harness, 13, 14)
-    assert heal(harness, batches(12, 1)[0]) == (13, "")
-    assert harness.log().holes == [Hole(13, 15)]
-    assert heal(harness, fetched(harness)) == (15, "")
+    assert repair(harness, batches(12, 1)[0]) == (13, "")
+    assert harness.log().corrupt_ranges == [CorruptRange(13, 15)]
+    assert repair(harness, fetched(harness)) == (15, "")
     assert bytes_of(harness) == b"".join(batches(0, 30))
     harness.close()
 
@@ -220,15 +220,15 @@ def test_missing_segments_come_back_as_segments(tmp_path: Path) -> None:
     for path in harness.logs()[1:-2]:
         lose(path)
     harness.open()
-    harness.tick_until(lambda: harness.log().holes)
-    while harness.log().holes:
-        first, following = harness.log().to_heal()
-        assert heal(harness, b"".join(batches(first, min(5, following - first))))[1] == ""
+    harness.tick_until(lambda: harness.log().corrupt_ranges)
+    while harness.log().corrupt_ranges:
+        first, following = harness.log().to_repair()
+        assert repair(harness, b"".join(batches(first, min(5, following - first))))[1] == ""
     assert max(segment.size for segment in harness.segments()) < 2000
     harness.tick_until(lambda: harness.store.describe()["unverified_segments"] == 0)
     assert bytes_of(harness) == b"".join(batches(0, 100))
     harness.restart()
-    assert (len(harness.values()), harness.log().holes) == (100, [])
+    assert (len(harness.values()), harness.log().corrupt_ranges) == (100, [])
     harness.close()
 
 
@@ -241,7 +241,7 @@ def damaged_root(tree: Tree) -> RunningBroker:
     flip(logs_of(tree, "root")[0])
     root = tree.start("root", storage__verify_bytes_per_second=0)
     log = root.broker.engine.log("t", 0)
-    wait_for(lambda: log is not None and log.holes, "the damage is found")
+    wait_for(lambda: log is not None and log.corrupt_ranges, "the damage is found")
     return root
 
 
@@ -255,8 +255,8 @@ def test_children_keep_what_their_origin_lost_at_its_end(tree: Tree) -> None:
     root = tree.start("root")
     publish(root, "t", 200, 1)
     follows(root, child, "t")
-    assert child.counters()["pipe_cuts"] == 0
-    status, answer = root.http("POST", "/v1/heal", {"from": tree.address("l2"), "topic": "t"})
+    assert child.counters()["log_truncations"] == 0
+    status, answer = root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"})
     assert (status, answer["error"]) == (200, "")
     publish(root, "t", 201, 1)
     follows(root, child, "t")
@@ -276,16 +276,16 @@ def test_damage_that_nobody_vouches_for_cuts_no_child(tree: Tree) -> None:
     flip(logs_of(tree, "root")[1])
     root = tree.start("root")
     log = root.broker.engine.log("t", 0)
-    assert log is not None and log.holes and log.chain_at(log.durable_end) is None
+    assert log is not None and log.corrupt_ranges and log.chain_at(log.durable_end) is None
     wait_for(lambda: line(child, "t")["state"] == "damaged", "it is not compared")
-    assert (child.counters()["pipe_cuts"], end(child, "t")) == (0, 200)
-    status, answer = root.http("POST", "/v1/heal", {"from": tree.address("l2"), "topic": "t"})
+    assert (child.counters()["log_truncations"], end(child, "t")) == (0, 200)
+    status, answer = root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"})
     assert (status, answer["error"]) == (200, "")
     tree.stop("root")
     root = tree.start("root")
     publish(root, "t", 200, 1)
     follows(root, child, "t")
-    assert (child.counters()["pipe_cuts"], line(child, "t")["state"]) == (0, "live")
+    assert (child.counters()["log_truncations"], line(child, "t")["state"]) == (0, "live")
     assert digest(tree, "root", "t") == digest(tree, "l2", "t")
 
 
@@ -295,14 +295,16 @@ def test_neighbours_that_are_no_help_do_not_end_healing(tree: Tree) -> None:
     with socket.create_connection(root.broker.http_address) as connection:
         for source in ("127.0.0.1:99999", "127.0.0.1:\u00b2", "127.0.0.1:0", ":80", "nowhere"):
             body = json.dumps({"from": source}, ensure_ascii=False).encode()
-            connection.sendall(b"POST /v1/heal HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+            connection.sendall(
+                b"POST /v1/repair HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+            )
             assert b" 400 " in connection.recv(10_000), source
-    status, answer = root.http("POST", "/v1/heal", {"from": "255.255.255.255:80"})
+    status, answer = root.http("POST", "/v1/repair", {"from": "255.255.255.255:80"})
     assert (status, "unreachable" in answer["error"] or "denied" in answer["error"]) == (409, True)
     with socket.create_server(("127.0.0.1", 0)) as server:
         answers: list[object] = []
         source = f"127.0.0.1:{server.getsockname()[1]}"
-        asked = threading.Thread(target=lambda: answers.append(root.http("POST", "/v1/heal", {"from": source})))
+        asked = threading.Thread(target=lambda: answers.append(root.http("POST", "/v1/repair", {"from": source})))
         asked.start()
         peer, _ = server.accept()
         with peer:
@@ -311,7 +313,7 @@ def test_neighbours_that_are_no_help_do_not_end_healing(tree: Tree) -> None:
             wait_for(lambda: not root.advance(61.0) and answers, "it is given up")
         asked.join()
     assert answers[0][0] == 409 and "does not go on" in answers[0][1]["error"]  # type: ignore[index]
-    assert root.http("POST", "/v1/heal", {"from": tree.address("l2"), "topic": "t"})[0] == 200
+    assert root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"})[0] == 200
 
 
 @pytest.mark.slow
@@ -329,7 +331,7 @@ def test_a_child_that_asks_while_healing_fails(tree: Tree, monkeypatch: pytest.M
     monkeypatch.setattr(store_module, "heal_segment", slow)
     answers: list[object] = []
     root.broker.loop.call_soon_threadsafe(
-        lambda: root.broker.engine.heal(log, b"x", lambda *answer: answers.append(answer))
+        lambda: root.broker.engine.repair(log, b"x", lambda *answer: answers.append(answer))
     )
     wait_for(lambda: log.rewriting, "it is begun")
     child = tree.start("l2", "root")
@@ -404,15 +406,15 @@ def test_an_origin_gets_its_lost_end_back_from_a_child(tree: Tree) -> None:
     assert root.raw("p").publish("t", numbered(0, 1)).code is Code.HISTORY_LOST
     other = tree.start("other", level="root")
     publish(other, "t", 0, 400)
-    status, answer = root.http("POST", "/v1/heal", {"from": tree.address("other")})
+    status, answer = root.http("POST", "/v1/repair", {"from": tree.address("other")})
     assert (status, "404" in answer["error"]) == (409, True)
-    status, answer = root.http("POST", "/v1/heal", {"from": tree.address("l2")})
-    assert (status, answer) == (200, {"healed": {"t/0": 300}, "error": ""})
+    status, answer = root.http("POST", "/v1/repair", {"from": tree.address("l2")})
+    assert (status, answer) == (200, {"repaired": {"t/0": 300}, "error": ""})
     assert end(root, "t") == 400
     assert "history_lost" not in root.http("GET", "/v1/node")[1]["problems"]
     publish(root, "t", 400, 20)
     follows(root, l2, "t")
-    assert l2.counters()["pipe_cuts"] == 0
+    assert l2.counters()["log_truncations"] == 0
     for name in ("root", "l2"):
         tree.stop(name)
     assert digest(tree, "root", "t") == digest(tree, "l2", "t")

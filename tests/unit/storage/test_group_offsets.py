@@ -33,7 +33,7 @@ def test_everything_about_a_place_survives(harness: StoreHarness) -> None:
         stop()
         harness.open()
         found = harness.engine.group_offsets()["tills", TOPIC, 0]
-        assert (found.next_offset, found.attempts, found.alone) == (3, 4, True)
+        assert (found.next_offset, found.attempts, found.isolated) == (3, 4, True)
         assert (found.reset_id, found.reset_from, found.target, found.refreshing) == ("ab" * 16, 1, 5, True)
 
 

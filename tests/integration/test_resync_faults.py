@@ -20,11 +20,11 @@ from edgebroker.storage import files
 from edgebroker.storage.engine import Tombstone
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.partition import PartitionLog
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.rewrite import removal
 from edgebroker.storage.rewrite.removal import read_tombstones, write_tombstones
-from edgebroker.storage.rewrite.replace import ResetRow, write_resets
-from tests.integration.test_resets import ID, order, state, until
+from edgebroker.storage.rewrite.replace import ResyncRow, write_resyncs
+from tests.integration.test_resync import ID, order, state, until
 from tests.integration.test_topic_delete import revived, topics
 from tests.kit.storage import TOPIC, StoreHarness, store_settings
 from tests.kit.trees import Tree, end, follows, grown, line, pipe, publish, wait_for
@@ -41,8 +41,8 @@ def harness(tmp_path: Path) -> Iterator[StoreHarness]:
     found.close()
 
 
-def settle(harness: StoreHarness, turns: int = 60) -> None:
-    for _ in range(turns):
+def settle(harness: StoreHarness, iterations: int = 60) -> None:
+    for _ in range(iterations):
         harness.loop.turn(0.005)
         harness.clock.advance(0.01)
 
@@ -110,7 +110,7 @@ def test_a_topic_made_again_over_what_could_not_be_moved(
     harness.restart()
     if TOPIC in list(harness.store.topics()):
         log = harness.log()
-        assert not log.holes, "what was deleted is in the new log"
+        assert not log.corrupt_ranges, "what was deleted is in the new log"
         assert log.durable_end == 3
 
 
@@ -131,7 +131,7 @@ def test_a_topic_called_old_and_a_crash(harness: StoreHarness) -> None:
     harness.crash()
     staged = harness.path / "staging" / ID / "topics" / "old"
     shutil.copytree(harness.path / "topics" / "old", staged)
-    write_resets(harness.path, [ResetRow(id=ID, topic="old", phase="switching", targets=[0])])
+    write_resyncs(harness.path, [ResyncRow(id=ID, topic="old", phase="switching", targets=[0])])
     harness.open()
     assert "old" in list(harness.store.topics())
 
@@ -161,7 +161,7 @@ def test_a_start_does_not_depend_on_a_switch(harness: StoreHarness, monkeypatch:
     harness.crash()
     staged = harness.path / "staging" / ID / "topics" / TOPIC
     shutil.copytree(harness.path / "topics" / TOPIC, staged)
-    write_resets(harness.path, [ResetRow(id=ID, topic=TOPIC, phase="switching", targets=[0])])
+    write_resyncs(harness.path, [ResyncRow(id=ID, topic=TOPIC, phase="switching", targets=[0])])
 
     def fail(source: Path, target: Path) -> None:
         raise OSError(errno.ENOSPC, "full")
@@ -176,7 +176,7 @@ def test_a_start_does_not_depend_on_the_copy(tree: Tree, monkeypatch: pytest.Mon
     """On a full disk the store of the copy cannot be made."""
     grown(tree)
     tree.stop("l2")
-    write_resets(tree.directory / "l2", [ResetRow(id=ID, topic="t", phase="loading", targets=[200])])
+    write_resyncs(tree.directory / "l2", [ResyncRow(id=ID, topic="t", phase="loading", targets=[200])])
     real = files.make_directory
 
     def full(path: Path) -> None:
@@ -195,8 +195,8 @@ def test_a_start_does_not_depend_on_the_copy(tree: Tree, monkeypatch: pytest.Mon
 def test_holes_of_a_log_that_was_begun_anew(harness: StoreHarness, monkeypatch: pytest.MonkeyPatch) -> None:
     """The process dies when the files are begun anew and what was noted about them is not stored yet."""
     log = harness.log()
-    log.add_hole(Hole(5, 9))
-    harness.store._housekeeping.holes_changed(log)
+    log.add_corrupt_range(CorruptRange(5, 9))
+    harness.store._housekeeping.corrupt_ranges_changed(log)
     harness.stored()
     with monkeypatch.context() as patch:
         reached: list[int] = []
@@ -211,7 +211,7 @@ def test_holes_of_a_log_that_was_begun_anew(harness: StoreHarness, monkeypatch: 
         harness.crash()
     harness.open()
     assert harness.log().durable_end == 0
-    assert harness.log().holes == []
+    assert harness.log().corrupt_ranges == []
 
 
 # ---- the fresh copy cannot be opened
@@ -248,13 +248,13 @@ def test_a_copy_that_cannot_be_opened(harness: StoreHarness, tmp_path: Path, mon
             harness.store._opener, "reopen", lambda *a: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many"))
         )
         done: list[Code] = []
-        harness.store.switch.replace(TOPIC, staged, lambda *told: done.append(told[0]))
+        harness.store.replacement.replace(TOPIC, staged, lambda *told: done.append(told[0]))
         turn(harness, lambda: done)
     assert done == [Code.READ_ONLY]
     harness.fill(5)
     assert len(harness.values()) == 37
     harness.restart()
-    assert not harness.log().holes
+    assert not harness.log().corrupt_ranges
     assert len(harness.values()) == 37
 
 
@@ -278,7 +278,7 @@ def test_a_read_in_the_middle_of_the_switch(
 
     monkeypatch.setattr(harness.store._opener, "reopen", slow)
     done: list[Code] = []
-    harness.store.switch.replace(TOPIC, staged, lambda *told: done.append(told[0]))
+    harness.store.replacement.replace(TOPIC, staged, lambda *told: done.append(told[0]))
     turn(harness, exchanged.is_set)
     sizes = {segment.path: segment.size for segment in log.segments[:-1]}
     found: list[Any] = []
@@ -296,7 +296,7 @@ def test_a_read_in_the_middle_of_the_switch(
         go.set()
         turn(harness, lambda: done)
     assert answered == len(sizes), "the reader thread never comes back"
-    assert [one.hole for one in found if one.hole] == []
+    assert [one.corrupt for one in found if one.corrupt] == []
 
 
 # ---- who is told DELETED of a log that lives
@@ -360,7 +360,7 @@ def test_a_copy_of_another_log_needs_consent(tree: Tree) -> None:
     before = tree.nodes["l2"].broker.engine.log("t", 0).identity.log_id  # type: ignore[union-attr]
     tree.stop("l2")
     tree.stop("root")
-    write_resets(tree.directory / "l2", [ResetRow(id=ID, topic="t", phase="loading", targets=[200])])
+    write_resyncs(tree.directory / "l2", [ResyncRow(id=ID, topic="t", phase="loading", targets=[200])])
     shutil.rmtree(tree.directory / "root")
     root = tree.start("root")
     publish(root, "t", 0, 250)
@@ -384,19 +384,19 @@ def test_a_reset_that_is_over_holds_nothing_back(tree: Tree) -> None:
     for number in range(5):
         publish(root, "t", 200 + number * 10, 10)
         follows(root, l2, "t")
-    l2.call(lambda: l2.broker.piping.again("ask again"))  # type: ignore[union-attr]
+    l2.call(lambda: l2.broker.upstream.again("ask again"))  # type: ignore[union-attr]
     log = root.broker.engine.log("t", 0)
     assert log is not None
 
     def floor() -> int | None:
-        return root.call(lambda: root.broker.feeding.floor(log, root.broker.loop.now()))
+        return root.call(lambda: root.broker.downstream.floor(log, root.broker.loop.now()))
 
-    wait_for(lambda: len(root.broker.feeding._asked[log]) >= 1, "it asks")
+    wait_for(lambda: len(root.broker.downstream._asked[log]) >= 1, "it asks")
     root.advance(24 * 3600.0)
     wait_for(lambda: pipe(l2)["parent"]["connected"], "connected")
-    l2.call(lambda: l2.broker.piping.again("ask again"))  # type: ignore[union-attr]
+    l2.call(lambda: l2.broker.upstream.again("ask again"))  # type: ignore[union-attr]
     time.sleep(1.0)
-    print({uid == l2.broker.engine.node_uid: place for uid, place in root.broker.feeding._asked[log].items()})
+    print({uid == l2.broker.engine.node_uid: place for uid, place in root.broker.downstream._asked[log].items()})
     assert floor() == 250, "the place of the copy holds early retention back for a week"
 
 
@@ -505,14 +505,14 @@ def test_a_node_that_is_promoted_keeps_what_it_writes(tree: Tree, monkeypatch: p
     def seen(self: FreshCopy, ends: Any) -> bool:
         # complete for the first look; behind while the pipe stands still, until the test says otherwise
         whole = real(self, ends)
-        held = l2.broker.resets is not None and l2.broker.resets._busy
+        held = l2.broker.resyncs is not None and l2.broker.resyncs._busy
         return whole and (go[0] or not held)
 
     monkeypatch.setattr(FreshCopy, "has", seen)
     assert order(l2)[0] == 200
     for _ in range(200):
         l2.advance(0.5)
-        if l2.broker.resets is not None and l2.broker.resets._held_since:
+        if l2.broker.resyncs is not None and l2.broker.resyncs._held_since:
             break
         time.sleep(0.02)
     assert l2.http("POST", "/v1/promote", {"level": "root"})[0] == 200
@@ -538,36 +538,36 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
     path[0].write_bytes(data)
     root = tree.start("root")
     l2 = tree.start("l2", "root")
-    wait_for(lambda: root.broker.engine.log("t", 0).holes, "the damage is found")  # type: ignore[union-attr]
+    wait_for(lambda: root.broker.engine.log("t", 0).corrupt_ranges, "the damage is found")  # type: ignore[union-attr]
     wait_for(lambda: pipe(l2)["parent"]["connected"], "l2 follows")
     from edgebroker.storage import store as store_module
 
-    real_heal, real_write, begun = store_module.heal_segment, removal.write_tombstones, threading.Event()
+    real_repair, real_write, begun = store_module.repair_segment, removal.write_tombstones, threading.Event()
 
     def slow_write(path: Path, tombstones: Any) -> None:
         begun.set()
         time.sleep(1.0)
         real_write(path, tombstones)
 
-    def slow_heal(wound: Any, data: bytes) -> Any:
+    def slow_repair(wound: Any, data: bytes) -> Any:
         time.sleep(1.0)  # children ask again meanwhile
-        return real_heal(wound, data)
+        return real_repair(wound, data)
 
     monkeypatch.setattr(removal, "write_tombstones", slow_write)
-    monkeypatch.setattr(store_module, "heal_segment", slow_heal)
+    monkeypatch.setattr(store_module, "heal_segment", slow_repair)
     # The child hears of it later.
-    l2.call(lambda: setattr(l2.broker.piping._mirrors, "_delete", lambda topic: None))  # type: ignore[union-attr]
-    deleting = threading.Thread(target=lambda: root.http("DELETE", "/v1/topics/t"))
-    deleting.start()
+    l2.call(lambda: setattr(l2.broker.upstream._mirrors, "_delete", lambda topic: None))  # type: ignore[union-attr]
+    topic_deletion = threading.Thread(target=lambda: root.http("DELETE", "/v1/topics/t"))
+    topic_deletion.start()
     assert begun.wait(10)
-    healing = threading.Thread(
-        target=lambda: root.http("POST", "/v1/heal", {"from": tree.address("l2"), "topic": "t"}), daemon=True
+    repairs = threading.Thread(
+        target=lambda: root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"}), daemon=True
     )
-    healing.start()
-    deleting.join(8.0)
+    repairs.start()
+    topic_deletion.join(8.0)
     time.sleep(1.0)
     failed, root.broker.loop.failed_callbacks = root.broker.loop.failed_callbacks, 0
-    assert (failed, root.broker.healing._busy) == (0, None), "nothing is ever healed again"
+    assert (failed, root.broker.repairs._busy) == (0, None), "nothing is ever healed again"
 
 
 # ---- the pipe while a copy cannot catch up
@@ -583,7 +583,7 @@ def test_other_topics_come_while_a_copy_cannot_catch_up(tree: Tree, monkeypatch:
     real = FreshCopy.has
 
     def behind(self: FreshCopy, ends: Any) -> bool:
-        held = l2.broker.resets is not None and l2.broker.resets._busy
+        held = l2.broker.resyncs is not None and l2.broker.resyncs._busy
         return real(self, ends) and not held
 
     monkeypatch.setattr(FreshCopy, "has", behind)
@@ -595,7 +595,7 @@ def test_other_topics_come_while_a_copy_cannot_catch_up(tree: Tree, monkeypatch:
     while time.monotonic() < deadline:
         if not held:
             l2.advance(0.5)
-            held = l2.broker.resets._held_since > 0  # type: ignore[union-attr]
+            held = l2.broker.resyncs._held_since > 0  # type: ignore[union-attr]
             time.sleep(0.05)
             continue
         began = time.monotonic()
@@ -650,8 +650,8 @@ def test_the_copy_follows_its_node_to_another_parent(tree: Tree) -> None:
     wait_for(lambda: pos.advance(0.2) or len(pipe(tree.nodes["a"])["children"]) == 2, "the copy asks")  # type: ignore[func-returns-value]
 
     def moved() -> None:
-        pos.broker.piping.candidates.replace([tree.address("b")])  # type: ignore[union-attr]
-        pos.broker.piping.again("the registry names another one")  # type: ignore[union-attr]
+        pos.broker.upstream.candidates.replace([tree.address("b")])  # type: ignore[union-attr]
+        pos.broker.upstream.again("the registry names another one")  # type: ignore[union-attr]
 
     pos.call(moved)
     tree.stop("a")
@@ -699,16 +699,17 @@ def test_a_failure_is_not_forgotten_among_many(tree: Tree, capsys: pytest.Captur
         publish(root, name, 0, 3)
         follows(root, l2, name)
     assert order(l2, "")[0] == 200
-    assert l2.http("DELETE", f"/v1/resets/{ID}")[0] in (200, 503)
+    assert l2.http("DELETE", f"/v1/resyncs/{ID}")[0] in (200, 503)
     wait_for(
         lambda: (
-            l2.advance(0.3) or all(r["state"] in ("done", "failed") for r in l2.http("GET", "/v1/resets")[1]["resets"])
+            l2.advance(0.3)
+            or all(r["state"] in ("done", "failed") for r in l2.http("GET", "/v1/resyncs")[1]["resyncs"])
         ),  # type: ignore[func-returns-value]
         "all are over",
     )
-    states = [row["state"] for row in l2.http("GET", "/v1/resets")[1]["resets"]]
+    states = [row["state"] for row in l2.http("GET", "/v1/resyncs")[1]["resyncs"]]
     assert "failed" in states
-    told = [one.state for one in l2.call(lambda: l2.broker.resets.reports())]  # type: ignore[union-attr]
+    told = [one.state for one in l2.call(lambda: l2.broker.resyncs.reports())]  # type: ignore[union-attr]
     assert "failed" in told, (states, told)
 
 
@@ -720,7 +721,7 @@ def test_a_deleted_topic_does_not_come_back_by_a_switch(harness: StoreHarness) -
     harness.crash()
     shutil.copytree(harness.path / "topics" / TOPIC, harness.path / "staging" / ID / "topics" / TOPIC)
     write_tombstones(harness.path, {log_id: Tombstone(TOPIC, 1)})
-    write_resets(harness.path, [ResetRow(id=ID, topic=TOPIC, phase="switching", targets=[30])])
+    write_resyncs(harness.path, [ResyncRow(id=ID, topic=TOPIC, phase="switching", targets=[30])])
     harness.open()
     assert list(harness.store.topics()) == []
 
@@ -747,7 +748,7 @@ def test_many_resets_leave_nothing(tree: Tree) -> None:
         reset_id = f"{number + 101:032x}"
         assert order(l2, id=reset_id, hours="00:00-00:01")[0] == 200
         until(l2, "held", reset_id)
-        assert l2.http("DELETE", f"/v1/resets/{reset_id}")[0] == 200
+        assert l2.http("DELETE", f"/v1/resyncs/{reset_id}")[0] == 200
         time.sleep(0.3)
         found.append(counts())
     assert found[-1][0] <= found[0][0] and found[-1][1] <= found[0][1] + 2, found
@@ -760,19 +761,19 @@ def test_a_stop_while_the_copy_is_closed(tree: Tree, monkeypatch: pytest.MonkeyP
     l2 = tree.nodes["l2"]
     from edgebroker.storage.store import SegmentStore
 
-    real, closing = SegmentStore.hurry, [0.0]
+    real, closing = SegmentStore.flush, [0.0]
 
-    def hurry(self: SegmentStore) -> bool:
+    def flush(self: SegmentStore) -> bool:
         if "staging" in self._path.parts and (closing[0] == 0.0 or time.monotonic() < closing[0] + 2.0):
             closing[0] = closing[0] or time.monotonic()
             return False
         return real(self)
 
-    monkeypatch.setattr(SegmentStore, "hurry", hurry)
+    monkeypatch.setattr(SegmentStore, "hurry", flush)
     assert order(l2)[0] == 200
     wait_for(lambda: l2.advance(0.3) or closing[0], "it is being closed")  # type: ignore[func-returns-value]
-    assert l2.broker.resets is not None
-    print("idle", l2.broker.resets.idle)
+    assert l2.broker.resyncs is not None
+    print("idle", l2.broker.resyncs.idle)
     before = {thread.name for thread in threading.enumerate()}
     tree.stop("l2")
     time.sleep(0.5)

@@ -11,7 +11,7 @@ import pytest
 from edgebroker.client.consumer import Consumer, check_dense
 from edgebroker.common import records
 from edgebroker.common.errors import DamagedBatchError
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from tests.kit.storage import StoreHarness, encode, store_settings
 from tests.kit.trees import Tree, digest, end, follows, grown, line, publish, wait_for
 from tests.unit.storage.test_mirror_store import batches, bytes_of, identity_of, mirror, take
@@ -86,9 +86,9 @@ def test_a_mirror_heals_itself(tree: Tree, damage: str) -> None:
         child.advance(6.0)
         log = child.broker.engine.log("t", 0)
         assert log is not None
-        return not log.holes and log.durable_end == 400 and digest(tree, "l2", "t") == before
+        return not log.corrupt_ranges and log.durable_end == 400 and digest(tree, "l2", "t") == before
 
-    wait_for(whole, f"it is healed: {child.broker.engine.log('t', 0).holes}")  # type: ignore[union-attr]
+    wait_for(whole, f"it is healed: {child.broker.engine.log('t', 0).corrupt_ranges}")  # type: ignore[union-attr]
     offsets: list[int] = []
     while not offsets or offsets[-1] < 399:
         offsets += reader.deliver().offsets
@@ -97,9 +97,9 @@ def test_a_mirror_heals_itself(tree: Tree, damage: str) -> None:
     follows(root, child, "t")
     tree.stop("l2")
     child = tree.start("l2", "root")
-    assert child.broker.engine.log("t", 0).holes == []  # type: ignore[union-attr]
+    assert child.broker.engine.log("t", 0).corrupt_ranges == []  # type: ignore[union-attr]
     follows(root, child, "t")
-    assert child.counters()["pipe_cuts"] == child.counters()["pipe_restarts"] == 0
+    assert child.counters()["log_truncations"] == child.counters()["logs_recreated"] == 0
     assert bytes_in(tree, "l2") == bytes_in(tree, "root")
 
 
@@ -112,15 +112,15 @@ def test_an_origin_heals_from_its_child(tree: Tree) -> None:
     root = tree.start("root", storage__verify_bytes_per_second=0)
     log = root.broker.engine.log("t", 0)
     assert log is not None
-    wait_for(lambda: log.holes, "the damage is found")
-    assert root.http("POST", "/v1/heal", {"from": "nowhere"})[0] == 400
-    status, answer = root.http("POST", "/v1/heal", {"from": "127.0.0.1:1"})
+    wait_for(lambda: log.corrupt_ranges, "the damage is found")
+    assert root.http("POST", "/v1/repair", {"from": "nowhere"})[0] == 400
+    status, answer = root.http("POST", "/v1/repair", {"from": "127.0.0.1:1"})
     assert (status, "refused" in answer["error"]) == (409, True)
-    lost = log.holes[0]
-    status, answer = root.http("POST", "/v1/heal", {"from": tree.address("l2"), "topic": "t"})
-    assert (status, answer) == (200, {"healed": {"t/0": lost.next - lost.first}, "error": ""})
+    lost = log.corrupt_ranges[0]
+    status, answer = root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"})
+    assert (status, answer) == (200, {"repaired": {"t/0": lost.next - lost.first}, "error": ""})
     assert digest(tree, "root", "t") == before
-    assert root.http("POST", "/v1/heal", {"from": tree.address("l2")}) == (200, {"healed": {}, "error": ""})
+    assert root.http("POST", "/v1/repair", {"from": tree.address("l2")}) == (200, {"repaired": {}, "error": ""})
 
 
 @pytest.mark.slow
@@ -132,12 +132,12 @@ def test_a_damaged_parent_is_no_help(tree: Tree) -> None:
         flip(logs_of(tree, name)[0])
     root = tree.start("root", storage__verify_bytes_per_second=0)
     child = tree.start("l2", "root", storage__verify_bytes_per_second=0)
-    wait_for(lambda: root.broker.engine.log("t", 0).holes, "the parent knows")  # type: ignore[union-attr]
-    wait_for(lambda: child.broker.engine.log("t", 0).holes, "the child knows")  # type: ignore[union-attr]
+    wait_for(lambda: root.broker.engine.log("t", 0).corrupt_ranges, "the parent knows")  # type: ignore[union-attr]
+    wait_for(lambda: child.broker.engine.log("t", 0).corrupt_ranges, "the child knows")  # type: ignore[union-attr]
 
     def tried() -> bool:
         child.advance(6.0)
-        return bool(child.counters()["healing_failures"])
+        return bool(child.counters()["repair_failures"])
 
     wait_for(tried, "it asks")
     publish(root, "t", 200, 1)
@@ -157,15 +157,15 @@ def hurt(tmp_path: Path) -> Iterator[StoreHarness]:
     path = next(path for path in found.logs() if b"12-1." in path.read_bytes())
     path.write_bytes(path.read_bytes().replace(b"12-1.", b"12-9."))
     found.open()
-    found.tick_until(lambda: found.log().holes)
-    assert found.log().holes == [Hole(12, 13)]
+    found.tick_until(lambda: found.log().corrupt_ranges)
+    assert found.log().corrupt_ranges == [CorruptRange(12, 13)]
     yield found
     found.close()
 
 
-def heal(harness: StoreHarness, data: bytes) -> tuple[int, str]:
+def repair(harness: StoreHarness, data: bytes) -> tuple[int, str]:
     answers: list[tuple[int, str]] = []
-    harness.store.heal(harness.log(), data, lambda end, error: answers.append((end, error)))
+    harness.store.repair(harness.log(), data, lambda end, error: answers.append((end, error)))
     for _ in range(300):
         if answers:
             return answers[0]
@@ -175,12 +175,12 @@ def heal(harness: StoreHarness, data: bytes) -> tuple[int, str]:
 
 
 def test_the_very_bytes_come_back(hurt: StoreHarness) -> None:
-    assert hurt.log().to_heal() == (12, 13)
-    assert heal(hurt, batches(12, 1)[0]) == (13, "")
+    assert hurt.log().to_repair() == (12, 13)
+    assert repair(hurt, batches(12, 1)[0]) == (13, "")
     assert bytes_of(hurt) == b"".join(batches(0, 30))
-    assert (hurt.log().holes, len(hurt.values())) == ([], 30)
+    assert (hurt.log().corrupt_ranges, len(hurt.values())) == ([], 30)
     hurt.restart()
-    assert (hurt.log().holes, len(hurt.values())) == ([], 30)
+    assert (hurt.log().corrupt_ranges, len(hurt.values())) == ([], 30)
 
 
 @pytest.mark.parametrize(
@@ -199,11 +199,11 @@ def test_the_very_bytes_come_back(hurt: StoreHarness) -> None:
 )
 def test_what_does_not_fit_is_not_put_in(hurt: StoreHarness, data: bytes) -> None:
     before = bytes_of(hurt)
-    offset, error = heal(hurt, data)
+    offset, error = repair(hurt, data)
     assert (offset, bool(error)) == (-1, True)
-    assert (bytes_of(hurt), hurt.log().holes) == (before, [Hole(12, 13)])
+    assert (bytes_of(hurt), hurt.log().corrupt_ranges) == (before, [CorruptRange(12, 13)])
     assert not list(hurt.directory().glob("*.tmp"))
-    assert heal(hurt, batches(12, 1)[0]) == (13, "")
+    assert repair(hurt, batches(12, 1)[0]) == (13, "")
 
 
 def test_a_range_that_nobody_has(tmp_path: Path) -> None:
@@ -241,7 +241,7 @@ def test_what_rots_under_a_running_node_reaches_no_handler(tree: Tree, group: st
     with Consumer(node.server, ["t"], group, start="earliest", auto_ack=False, window_records=20) as consumer:
         wait_for(lambda: arrived(consumer), "everything arrives")
     assert seen == list(range(200))
-    assert node.counters()["records_healed"] > 0
+    assert node.counters()["records_repaired"] > 0
     assert bytes_in(tree, "l2") == bytes_in(tree, "root")
 
 
@@ -268,5 +268,5 @@ def test_what_rots_under_a_running_node_goes_to_no_child(tree: Tree) -> None:
         return end(child, "t") == end(root, "t")
 
     wait_for(arrived, "everything arrives")
-    assert node.counters()["records_healed"] > 0
+    assert node.counters()["records_repaired"] > 0
     assert bytes_in(tree, "l3") == bytes_in(tree, "l2") == bytes_in(tree, "root")

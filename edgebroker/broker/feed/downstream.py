@@ -18,7 +18,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from edgebroker.broker.feed.stream import Child
+from edgebroker.broker.feed.child_stream import ChildStream
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.clock import Clock, second_of_day
 from edgebroker.common.crc32c import crc32c
@@ -41,7 +41,7 @@ from edgebroker.pipe.stream import (
 )
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.identity import Identity
-from edgebroker.storage.metadata.children import LIVE_SECONDS, ChildPlace
+from edgebroker.storage.metadata.children import LIVE_SECONDS, ChildPosition
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ PIN_SECONDS = 3600.0
 STORE_SECONDS = 60.0
 
 
-class Node(NamedTuple):
+class NodeInfo(NamedTuple):
     """Who this node is, for its neighbours."""
 
     uid: str
@@ -62,7 +62,7 @@ class Node(NamedTuple):
     level: str
 
 
-class Feeding:
+class Downstream:
     """Owned by the loop thread. `path` tells the uids of this node's own parents, the nearest first."""
 
     def __init__(
@@ -71,27 +71,27 @@ class Feeding:
         scheduler: Scheduler,
         clock: Clock,
         metrics: Metrics,
-        node: Node,
+        node: NodeInfo,
         path: Callable[[], list[str]],
         max_children: int,
     ) -> None:
         self.engine, self.scheduler, self.metrics = engine, scheduler, metrics
         self._clock = clock
         self._node, self._path, self._max_children = node, path, max_children
-        self.children: dict[Child, None] = {}
-        self._uids: dict[str, Child] = {}
+        self.children: dict[ChildStream, None] = {}
+        self._uids: dict[str, ChildStream] = {}
         # Cursors that have everything, by log: only these are woken when it grows.
-        self._idle: dict[Log, dict[FeedCursor, Child]] = {}
+        self._idle: dict[Log, dict[FeedCursor, ChildStream]] = {}
         # Children that are ahead of a log, and of what they have: when it comes there they are looked at again.
-        self._ahead: dict[Log, dict[Child, LogPosition]] = {}
-        self._waiting: dict[Child, None] = {}
+        self._ahead: dict[Log, dict[ChildStream, LogPosition]] = {}
+        self._waiting: dict[ChildStream, None] = {}
         # What stands behind an offset up to the end of a log, read once in a turn for many children.
         self.news: dict[Log, tuple[int, Piece]] = {}
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         # The last poll of each child, as it came.
         self._polls: OrderedDict[str, bytes] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
-        self._asked: dict[Log, dict[str, ChildPlace]] = {}
+        self._asked: dict[Log, dict[str, ChildPosition]] = {}
         self._pins: dict[Log, dict[str, tuple[int, float]]] = {}
         self._asked_more = False
         self._history_lost: Callable[[Log, LogPosition], None] | None = None
@@ -121,7 +121,7 @@ class Feeding:
         """Whom to tell that a child has more of a log that this node originates than this node itself."""
         self._history_lost = callback
 
-    def become(self, node: Node) -> None:
+    def become(self, node: NodeInfo) -> None:
         """This node stands elsewhere in the tree from now on: its children ask again."""
         self._node = node
         for child in list(self.children):
@@ -147,7 +147,7 @@ class Feeding:
             return
         self.metrics.pipe_polls += 1
         self._remember(poll.uid, body)
-        reply(Response(200, Child(self, poll)))
+        reply(Response(200, ChildStream(self, poll)))
 
     def _same_as(self, body: bytes) -> bytes | None:
         """The body that counts: this one, or the last one of the child when it says that it is still true."""
@@ -260,7 +260,7 @@ class Feeding:
         """From where on retention shall remove nothing, for a child that loads the log afresh; None without one."""
         return _lowest(self._pins.get(partition, {}), now - PIN_SECONDS)
 
-    def child(self, uid: str) -> Child | None:
+    def child(self, uid: str) -> ChildStream | None:
         """The child of this uid, while it is connected."""
         return self._uids.get(uid)
 
@@ -281,7 +281,7 @@ class Feeding:
         for child in self.children:
             child.measure()
 
-    def turn_over(self) -> None:
+    def end_iteration(self) -> None:
         """The turn ends: serve those who wait, each its share; the rest in the next turn."""
         if not self._waiting:
             return
@@ -301,14 +301,14 @@ class Feeding:
         if self._waiting:
             self.scheduler.call_later(0.0, lambda: None)
 
-    def wants_turn(self, child: Child) -> None:
+    def wants_turn(self, child: ChildStream) -> None:
         self._waiting[child] = None
 
-    def joined(self, child: Child) -> None:
+    def joined(self, child: ChildStream) -> None:
         self.children[child] = None
         self._uids[child.uid] = child
 
-    def left(self, child: Child, cursors: list[FeedCursor]) -> None:
+    def left(self, child: ChildStream, cursors: list[FeedCursor]) -> None:
         self.children.pop(child, None)
         if self._uids.get(child.uid) is child:
             del self._uids[child.uid]
@@ -332,7 +332,7 @@ class Feeding:
             self._rates.popitem(last=False)
         return rate
 
-    def ahead(self, child: Child, partition: Log, position: LogPosition) -> None:
+    def ahead(self, child: ChildStream, partition: Log, position: LogPosition) -> None:
         self._ahead.setdefault(partition, {})[child] = position
 
     def asked(self, poll: Poll, partition: Log, position: LogPosition) -> None:
@@ -346,11 +346,11 @@ class Feeding:
         before = children.get(uid)
         if before is None and len(children) >= self._max_children:
             del children[min(children, key=lambda known: children[known].seen)]  # whoever was away for longest
-        place = children[uid] = ChildPlace(position.log_id, position.epoch, position.offset, self.scheduler.now())
+        place = children[uid] = ChildPosition(position.log_id, position.epoch, position.offset, self.scheduler.now())
         if before is None or (before.log_id, before.offset) != (place.log_id, place.offset):
             self._asked_more = True
 
-    def idle(self, child: Child, cursor: FeedCursor, partition: Log) -> None:
+    def idle(self, child: ChildStream, cursor: FeedCursor, partition: Log) -> None:
         self._idle.setdefault(partition, {})[cursor] = child
 
     def history_lost(self, partition: Log, position: LogPosition) -> None:

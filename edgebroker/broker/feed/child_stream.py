@@ -15,16 +15,16 @@ from edgebroker.network.http.server import BodyWriter
 from edgebroker.network.io.transport import FileRange
 from edgebroker.pipe import stream
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Stopped, judge, same_chain
-from edgebroker.pipe.report import Order
+from edgebroker.pipe.report import Directive
 from edgebroker.pipe.stream import Kind, LogPosition, Patterns, Poll, Refusal, TopicInfo
 from edgebroker.storage.engine import Log
-from edgebroker.storage.log.partition import Extent, Inline, NeedsDisk
+from edgebroker.storage.log.partition import FileSlice, Inline, NeedsDisk
 from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.recovery import Hole
+from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.segment import Segment
 
 if TYPE_CHECKING:
-    from edgebroker.broker.feed.children import Feeding
+    from edgebroker.broker.feed.downstream import Downstream
 
 ANSWER_SECONDS, LEAST_ANSWER_SECONDS = 90.0, 1.0
 IDLE_SECONDS = 45.0
@@ -36,13 +36,13 @@ RETRY_SECONDS = 1.0
 _ASKS = ("GONE", "DIVERGED", "DELETED")
 
 
-class Child:
+class ChildStream:
     """One answer to one child; what Feed asks for (Reading) and what HTTP asks for (Streamed)."""
 
-    def __init__(self, feeding: Feeding, poll: Poll) -> None:
-        self._feeding, self._poll = feeding, poll
+    def __init__(self, downstream: Downstream, poll: Poll) -> None:
+        self._downstream, self._poll = downstream, poll
         self.feed = Feed(self)
-        self._rate = feeding.rate_of(poll.uid)
+        self._rate = downstream.rate_of(poll.uid)
         self._busy_since = 0.0
         self._busy_bytes = 0
         self._pending = 0
@@ -53,15 +53,15 @@ class Child:
         # Cursors whose bytes come through the reader thread, and those that wait for their turn to.
         self._cold: set[FeedCursor] = set()
         self._colder: deque[FeedCursor] = deque()
-        self._timers = [feeding.scheduler.call_later(ANSWER_SECONDS, self.end)]
-        self._timers.append(feeding.scheduler.call_later(IDLE_SECONDS, self._idle))
-        hours, second = parse_hours(poll.hours), feeding.second_of_day()
+        self._timers = [downstream.scheduler.call_later(ANSWER_SECONDS, self.end)]
+        self._timers.append(downstream.scheduler.call_later(IDLE_SECONDS, self._idle))
+        hours, second = parse_hours(poll.hours), downstream.second_of_day()
         self._urgent_only = not hours.open(second)
         change = hours.until_change(second)
         if change < ANSWER_SECONDS:
-            self._timers.append(feeding.scheduler.call_later(max(change, LEAST_ANSWER_SECONDS), self.end))
+            self._timers.append(downstream.scheduler.call_later(max(change, LEAST_ANSWER_SECONDS), self.end))
         # When there was last something to say.
-        self._said_at = feeding.scheduler.now()
+        self._said_at = downstream.scheduler.now()
 
     @property
     def name(self) -> str:
@@ -75,10 +75,10 @@ class Child:
         """Up to where the child has been sent what it follows, by log."""
         return {cursor.log: cursor.offset for cursor in self.feed.cursors.values()}
 
-    def direct(self, order: Order) -> None:
+    def direct(self, order: Directive) -> None:
         """Pass word from the top on."""
         if self._out is not None and not self._out.closed:
-            self._out.send(stream.write_frame(Kind.ORDER, msgspec.json.encode([order])))
+            self._out.send(stream.write_frame(Kind.DIRECTIVE, msgspec.json.encode([order])))
 
     def follows(self, partition: Log) -> bool:
         key = (partition.topic, partition.partition)
@@ -89,16 +89,16 @@ class Child:
     def begin(self, out: BodyWriter) -> None:
         self._out = out
         out.hold_back(self._rate.unsent_bytes)
-        self._feeding.joined(self)
-        fresh = [topic for topic in sorted(self._feeding.engine.topics()) if self._wants(topic)]
-        out.send(self._feeding.hello(self._news(fresh)))
+        self._downstream.joined(self)
+        fresh = [topic for topic in sorted(self._downstream.engine.topics()) if self._wants(topic)]
+        out.send(self._downstream.hello(self._news(fresh)))
         for line, position in enumerate(self._poll.logs):
             self._judge(line, position)
         self._judged()
 
     def on_drained(self) -> None:
         self.measure()
-        self._feeding.wants_turn(self)
+        self._downstream.wants_turn(self)
 
     def on_closed(self, reason: str) -> None:
         self._leave()
@@ -113,7 +113,7 @@ class Child:
         found = []
         followed = {position.topic for position in self._poll.logs}
         for topic in topics:
-            info = self._feeding.info(topic)
+            info = self._downstream.info(topic)
             if self._known.get(topic) != info.digest:
                 self._known[topic] = info.digest
                 found.append(info)
@@ -123,11 +123,11 @@ class Child:
     def _judge(self, line: int, position: LogPosition) -> None:
         partition = None
         if self._wants(position.topic):
-            partition = self._feeding.engine.log(position.topic, position.partition)
+            partition = self._downstream.engine.log(position.topic, position.partition)
             if partition is not None and partition.rewriting:
                 partition = None  # it is judged when that is over
-        deleted = self._feeding.engine.tombstones.get(position.log_id)
-        here = self._feeding.engine.log(position.topic, position.partition)
+        deleted = self._downstream.engine.tombstones.get(position.log_id)
+        here = self._downstream.engine.log(position.topic, position.partition)
         lives = (here is not None and here.identity.log_id == position.log_id) or (
             deleted is not None and position.epoch > deleted.epoch  # it came back, in a history that is not known here
         )
@@ -144,8 +144,8 @@ class Child:
             assert refusal is not None
             self._refuse(line, refusal)
             if partition is not None and refusal.code == "BEHIND":
-                self._feeding.ahead(self, partition, position)
-                self._feeding.history_lost(partition, position)
+                self._downstream.ahead(self, partition, position)
+                self._downstream.history_lost(partition, position)
             return
         known = partition.chain_at(position.offset) if not position.points else None
         if known is not None:
@@ -164,7 +164,7 @@ class Child:
                 self._accept(line, position, partition, dict(points))
             self._judged()
 
-        self._feeding.engine.chains(partition, offsets, done)  # type: ignore[arg-type]
+        self._downstream.engine.chains(partition, offsets, done)  # type: ignore[arg-type]
 
     def _accept(self, line: int, position: LogPosition, partition: Log, chains: dict[int, int]) -> None:
         refusal = same_chain(position, _facts(partition), chains)
@@ -174,7 +174,7 @@ class Child:
                 refusal = _not_comparable(partition)  # what the child has may be all that is left of it
             self._refuse(line, refusal)
             return
-        self._feeding.asked(self._poll, partition, position)
+        self._downstream.asked(self._poll, partition, position)
         if self._urgent_only and not partition.settings.urgent:
             why = f"{partition.name} is not urgent: it comes in the hours of {self._poll.hours}"
             self._refuse(line, Refusal(code="HOURS", message=why))
@@ -184,11 +184,11 @@ class Child:
             self._out.send(stream.write_frame(Kind.STATE, msgspec.json.encode(told), line))
         cursor = FeedCursor(line, partition, position, partition.settings.urgent)
         self.feed.add(cursor)
-        self._feeding.wants_turn(self)
+        self._downstream.wants_turn(self)
 
     def _refuse(self, line: int, refusal: Refusal) -> None:
         assert self._out is not None
-        self._feeding.metrics.refused(refusal.code)
+        self._downstream.metrics.refused(refusal.code)
         self._out.send(stream.write_frame(Kind.STATE, msgspec.json.encode(refusal), line))
         self._ending = self._ending or refusal.code in _ASKS
 
@@ -202,19 +202,19 @@ class Child:
         news = self._news([topic])
         if news:
             # What changed may change who may go on: the child takes it over and polls again.
-            self._out.send(self._feeding.hello(news))
+            self._out.send(self._downstream.hello(news))
             self.end()
 
     def _idle(self) -> None:
         """A child that has heard nothing for a while shall know that the line is alive: what counts is when it was
         told something last, for a line may fall silent long after the answer began."""
-        out, now = self._out, self._feeding.scheduler.now()
+        out, now = self._out, self._downstream.scheduler.now()
         if out is None or out.closed:
             return
         if now - self._said_at >= IDLE_SECONDS:
             out.send(stream.write_frame(Kind.IDLE))
             self._said_at = now
-        self._timers[1] = self._feeding.scheduler.call_later(self._said_at + IDLE_SECONDS - now, self._idle)
+        self._timers[1] = self._downstream.scheduler.call_later(self._said_at + IDLE_SECONDS - now, self._idle)
 
     # ---- sending ----
 
@@ -226,7 +226,7 @@ class Child:
         self.feed.frame_bytes = self._rate.frame_bytes
         if not self._busy_since and self.feed.busy:
             # It was idle: what it was sent before has gone through (asking the kernel would cost as much as a frame).
-            self._busy_since, self._busy_bytes = self._feeding.scheduler.now(), out.bytes_out
+            self._busy_since, self._busy_bytes = self._downstream.scheduler.now(), out.bytes_out
         while sent < share and not out.backlog and not out.closed:
             found = self.feed.next()
             if found is None:
@@ -240,22 +240,22 @@ class Child:
                     return sent
                 continue
             sent += found.piece.length
-            self._said_at = self._feeding.scheduler.now()
+            self._said_at = self._downstream.scheduler.now()
             self._send(out, found)
         if not out.backlog and self.feed.busy:
-            self._feeding.wants_turn(self)
+            self._downstream.wants_turn(self)
         return sent
 
     def _send(self, out: BodyWriter, found: Outgoing) -> None:
         piece, cursor = found.piece, found.cursor
-        metrics = self._feeding.metrics
+        metrics = self._downstream.metrics
         metrics.pipe_frames_out += 1
         metrics.pipe_bytes_out += piece.length
         if isinstance(piece.source, Segment):
             segment = piece.source
             if cursor.piece is not None:
                 segment.hold()  # the rest of it is still to come: read() holds it once for what is sent last
-            engine = self._feeding.engine
+            engine = self._downstream.engine
 
             def load(extent: FileRange) -> None:
                 engine.load_range(
@@ -274,7 +274,7 @@ class Child:
 
     def measure(self) -> None:
         """How fast did the line take what there was for it?"""
-        out, now = self._out, self._feeding.scheduler.now()
+        out, now = self._out, self._downstream.scheduler.now()
         if self._busy_since and out is not None and not out.closed and now - self._busy_since > LEAST_SAMPLE_SECONDS:
             through = out.bytes_through
             self._rate.sent(through - self._busy_bytes, now - self._busy_since)
@@ -287,26 +287,26 @@ class Child:
         partition: Log = cursor.log  # type: ignore[assignment]
         if cursor.offset == partition.durable_end:
             cursor.hint = None
-            self._feeding.idle(self, cursor, partition)
+            self._downstream.idle(self, cursor, partition)
             return None
         if cursor.offset < partition.log_start:
             why = f"{partition.name} begins at {partition.log_start} here"
             start, chain = partition.log_start, partition.identity.chain
             return Refusal(code="GONE", message=why, offset=start, chain=chain)
-        news = self._feeding.news.get(partition)
+        news = self._downstream.news.get(partition)
         if news is not None and news[0] == cursor.offset and news[1].length <= max_bytes:
             cursor.hint = None
             return news[1]
         fresh, cursor.fresh = cursor.fresh, False
         hint: tuple[int, int] | None = cursor.hint  # type: ignore[assignment]
         found = partition.find(cursor.offset, max_bytes, 1 << 30, hint)
-        if isinstance(found, Extent) and found.sealed and fresh:
+        if isinstance(found, FileSlice) and found.sealed and fresh:
             # What was verified once may have rotted since: a child that found it so comes again, and must not get the
             # same bytes for ever.
             cursor.hint = None
             self._fetch(cursor, partition, max_bytes)
             return None
-        if isinstance(found, Extent):
+        if isinstance(found, FileSlice):
             piece = self._shared(partition, cursor.offset, found)
             if piece is not None:
                 cursor.hint = None
@@ -317,24 +317,24 @@ class Child:
         cursor.hint = None
         if isinstance(found, Inline):
             return Piece(found.data, 0, len(found.data), found.next_offset)
-        if isinstance(found, Hole):
+        if isinstance(found, CorruptRange):
             why = f"{partition.name}: records {found.first} to {found.next - 1} are damaged here"
             return Refusal(code="DAMAGED", message=why, offset=found.next)
         if isinstance(found, NeedsDisk):
             self._fetch(cursor, partition, max_bytes)
         else:
-            self._feeding.idle(self, cursor, partition)
+            self._downstream.idle(self, cursor, partition)
         return None
 
-    def _shared(self, partition: Log, offset: int, found: Extent) -> Piece | None:
+    def _shared(self, partition: Log, offset: int, found: FileSlice) -> Piece | None:
         """The newest batches of a log, small enough to be read once for all the children that stand before them."""
         if found.length > SHARED_BYTES or found.next_offset != partition.durable_end:
             return None
-        data = self._feeding.engine.peek(found)
+        data = self._downstream.engine.read_cached(found)
         if data is None:
             return None
         piece = Piece(memoryview(data), 0, found.length, found.next_offset)
-        self._feeding.news[partition] = (offset, piece)
+        self._downstream.news[partition] = (offset, piece)
         return piece
 
     def chain_at(self, cursor: FeedCursor) -> int | None:
@@ -359,9 +359,9 @@ class Child:
                 self._warm(cursor)
                 return
             if result.error:
-                self._feeding.scheduler.call_later(RETRY_SECONDS, again)
+                self._downstream.scheduler.call_later(RETRY_SECONDS, again)
                 return
-            if result.hole is None and result.data:
+            if result.corrupt is None and result.data:
                 following = min(result.next_offset, partition.durable_end)
                 skip = cursor.skip if cursor.skip < len(result.data) else 0
                 cursor.skip = skip
@@ -374,9 +374,9 @@ class Child:
         def again() -> None:
             if self.feed.cursors.get(cursor.line) is cursor:
                 self.feed.wake(cursor)
-                self._feeding.wants_turn(self)
+                self._downstream.wants_turn(self)
 
-        self._feeding.engine.read_cold(partition, wanted, max(max_bytes, 1), done)
+        self._downstream.engine.read_cold(partition, wanted, max(max_bytes, 1), done)
 
     def _warm(self, cursor: FeedCursor) -> None:
         """It is done with its bytes from the disk: the next one gets its turn."""
@@ -384,7 +384,7 @@ class Child:
         if self._colder:
             following = self._colder.popleft()
             self.feed.wake(following)
-            self._feeding.wants_turn(self)
+            self._downstream.wants_turn(self)
 
     # ---- ending ----
 
@@ -404,7 +404,7 @@ class Child:
         for timer in self._timers:
             timer.cancel()
         cursors = self.feed.drop()
-        self._feeding.left(self, cursors)
+        self._downstream.left(self, cursors)
         for cursor in cursors:
             if cursor.piece is not None and isinstance(cursor.piece.source, Segment):
                 cursor.piece.source.release()
@@ -428,10 +428,11 @@ class Child:
 
 
 def _not_comparable(partition: Log) -> Refusal:
-    holes = (
-        ", ".join(f"{hole.first} to {hole.next - 1}" for hole in partition.holes) or "what was healed since the start"
+    corrupt_ranges = (
+        ", ".join(f"{corrupt.first} to {corrupt.next - 1}" for corrupt in partition.corrupt_ranges)
+        or "what was healed since the start"
     )
-    return Refusal(code="DAMAGED", message=f"{partition.name} cannot be compared here: {holes} is damaged")
+    return Refusal(code="DAMAGED", message=f"{partition.name} cannot be compared here: {corrupt_ranges} is damaged")
 
 
 def _facts(partition: Log) -> LogFacts:

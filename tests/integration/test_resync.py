@@ -12,8 +12,15 @@ import pytest
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
-from edgebroker.storage.rewrite import replace as switch
-from edgebroker.storage.rewrite.replace import FILE_NAME, ResetRow, exchange, finish_switches, read_resets, write_resets
+from edgebroker.storage.rewrite import replace as replacement
+from edgebroker.storage.rewrite.replace import (
+    FILE_NAME,
+    ResyncRow,
+    exchange,
+    finish_replacements,
+    read_resyncs,
+    write_resyncs,
+)
 from tests.kit.brokers import RunningBroker
 from tests.kit.trees import Tree, digest, end, follows, grown, pipe, publish, wait_for
 
@@ -23,11 +30,11 @@ ID = "ab" * 16
 
 def order(node: RunningBroker, topic: str = "t", at: RunningBroker | None = None, **more: object) -> tuple[int, Any]:
     uid = (at or node).broker.engine.node_uid
-    return node.http("POST", "/v1/resets", {"type": "reset", "id": ID, "uid": uid, "topic": topic, **more})
+    return node.http("POST", "/v1/resyncs", {"type": "resync", "id": ID, "uid": uid, "topic": topic, **more})
 
 
 def state(node: RunningBroker, reset_id: str = ID) -> tuple[str, str]:
-    rows = [one for one in node.http("GET", "/v1/resets")[1]["resets"] if one["id"] == reset_id]
+    rows = [one for one in node.http("GET", "/v1/resyncs")[1]["resyncs"] if one["id"] == reset_id]
     return (rows[0]["state"], rows[0]["why"]) if rows else ("", "")
 
 
@@ -38,7 +45,7 @@ def until(node: RunningBroker, wanted: str, reset_id: str = ID) -> str:
         node.advance(1.0)
         return state(node, reset_id)[0] == wanted
 
-    wait_for(look, f"{wanted}: {node.http('GET', '/v1/resets')[1]}")
+    wait_for(look, f"{wanted}: {node.http('GET', '/v1/resyncs')[1]}")
     return state(node, reset_id)[1]
 
 
@@ -76,7 +83,7 @@ def test_the_fresh_copy_takes_the_place_of_the_old_one(tree: Tree) -> None:
     assert [offset for offset in seen if offset >= 200] == list(range(200, 220))
     wait_for(lambda: not list((tree.directory / "l2" / "staging").iterdir()), "the old files are removed")
     assert l2.http("GET", "/v1/topics/t")[1]["partitions"][0]["damaged"] == []
-    assert l2.counters()["pipe_cuts"] == pos.counters()["pipe_cuts"] == 0
+    assert l2.counters()["log_truncations"] == pos.counters()["log_truncations"] == 0
     tree.stop("l2")
     l2 = tree.start("l2", "root")
     assert end(l2, "t") == 220
@@ -161,19 +168,19 @@ def test_without_room_nothing_begins(tree: Tree) -> None:
     l2 = tree.start("l2", "root", storage__max_bytes=300_000)
     assert order(l2) == (200, {})
     assert "NO_SPACE" in until(l2, "no_space")
-    assert "NO_SPACE" in l2.http("GET", "/readyz")[1]["warnings"]["reset"]
+    assert "NO_SPACE" in l2.http("GET", "/readyz")[1]["warnings"]["resync"]
     assert l2.counters()["refused_by_code"]["NO_SPACE"] == 1
     reader = l2.raw("reader")
     reader.subscribe("t", "g")
     assert reader.deliver().offsets
-    assert l2.http("DELETE", f"/v1/resets/{ID}") == (200, {})
+    assert l2.http("DELETE", f"/v1/resyncs/{ID}") == (200, {})
     assert state(l2) == ("failed", "aborted by an operator")
-    assert l2.http("DELETE", f"/v1/resets/{ID}")[0] == 404
+    assert l2.http("DELETE", f"/v1/resyncs/{ID}")[0] == 404
     before = logs(tree, "l2")
     status, _ = l2.http(
         "POST",
-        "/v1/resets",
-        {"type": "reset", "id": "cd" * 16, "uid": l2.broker.engine.node_uid, "topic": "t", "in_place": True},
+        "/v1/resyncs",
+        {"type": "resync", "id": "cd" * 16, "uid": l2.broker.engine.node_uid, "topic": "t", "in_place": True},
     )
     assert status == 200
     wait_for(lambda: l2.advance(1.0) or state(l2, "cd" * 16)[0] == "done", "it begins anew")  # type: ignore[func-returns-value]
@@ -196,8 +203,8 @@ def test_another_log_needs_consent(tree: Tree) -> None:
     assert end(l2, "t") == 200
     status, _ = l2.http(
         "POST",
-        "/v1/resets",
-        {"type": "reset", "id": "cd" * 16, "uid": l2.broker.engine.node_uid, "topic": "t", "accept": True},
+        "/v1/resyncs",
+        {"type": "resync", "id": "cd" * 16, "uid": l2.broker.engine.node_uid, "topic": "t", "accept": True},
     )
     assert status == 200
     wait_for(lambda: l2.advance(1.0) or state(l2, "cd" * 16)[0] == "done", "it is taken")  # type: ignore[func-returns-value]
@@ -214,8 +221,8 @@ def test_orders_that_make_no_sense(tree: Tree) -> None:
     publish(l2, "own", 0, 3)
     assert order(l2, "own")[0] == 404
     assert order(l2, group="nobody")[0] == 404
-    assert l2.http("POST", "/v1/resets", {"type": "reset", "id": "x"})[0] == 400
-    status, answer = l2.http("POST", "/v1/resets", {"type": "reset", "id": ID, "uid": "9" * 32})
+    assert l2.http("POST", "/v1/resyncs", {"type": "resync", "id": "x"})[0] == 400
+    status, answer = l2.http("POST", "/v1/resyncs", {"type": "resync", "id": ID, "uid": "9" * 32})
     assert (status, answer["code"]) == (503, "BEHIND")
     assert order(l2) == (200, {})
     status, answer = order(l2, id="cd" * 16)
@@ -282,10 +289,10 @@ def test_a_crash_in_the_middle_of_the_switch(tree: Tree, step: str) -> None:
     directory = tree.directory / "l2"
     live, staged = directory / "topics" / "t", directory / "staging" / ID / "topics" / "t"
     shutil.copytree(live, staged)
-    write_resets(directory, [ResetRow(id=ID, topic="t", phase="switching", targets=[200])])
+    write_resyncs(directory, [ResyncRow(id=ID, topic="t", phase="switching", targets=[200])])
     fresh = {path.stat().st_ino for path in staged.rglob("*.log")}
     if step == "between":
-        live.rename(staged.parent.parent / switch.OLD)
+        live.rename(staged.parent.parent / replacement.OLD)
     elif step == "behind":
         exchange(live, staged)
     l2 = tree.start("l2", "root")
@@ -304,7 +311,7 @@ def test_a_switch_that_fails_is_undone(tree: Tree, monkeypatch: pytest.MonkeyPat
     root = grown(tree)
     l2 = tree.nodes["l2"]
     before = logs(tree, "l2")
-    real, failing = switch.files.move, [True]
+    real, failing = replacement.files.move, [True]
 
     def fail(source: Path, target: Path) -> None:
         if failing and "staging" in source.parts and target.name == "t":
@@ -312,7 +319,7 @@ def test_a_switch_that_fails_is_undone(tree: Tree, monkeypatch: pytest.MonkeyPat
             raise OSError(5, "broken")
         real(source, target)
 
-    monkeypatch.setattr(switch.files, "move", fail)
+    monkeypatch.setattr(replacement.files, "move", fail)
     assert order(l2) == (200, {})
     until(l2, "done")
     assert not failing, "the first attempt failed"
@@ -323,13 +330,13 @@ def test_a_switch_that_fails_is_undone(tree: Tree, monkeypatch: pytest.MonkeyPat
 
 
 def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
-    assert read_resets(tmp_path) == []
+    assert read_resyncs(tmp_path) == []
     (tmp_path / FILE_NAME).write_bytes(b"[] 00000000\n")
-    assert read_resets(tmp_path) == []
-    rows = [ResetRow(id=ID, topic="t", phase="loading", targets=[1, 2])]
-    write_resets(tmp_path, rows)
-    assert read_resets(tmp_path) == rows
-    assert finish_switches(tmp_path, rows) == ([], rows)
+    assert read_resyncs(tmp_path) == []
+    rows = [ResyncRow(id=ID, topic="t", phase="loading", targets=[1, 2])]
+    write_resyncs(tmp_path, rows)
+    assert read_resyncs(tmp_path) == rows
+    assert finish_replacements(tmp_path, rows) == ([], rows)
 
 
 # ---- over the tree ----
@@ -352,7 +359,7 @@ def test_a_region_in_waves(tree: Tree, capsys: pytest.CaptureFixture[str]) -> No
     wait_for(lambda: _turn(tree, 1.0) or len(root.http("GET", "/v1/tree/nodes")[1]["nodes"]) == 5, "all are known")
     before = {name: logs(tree, name) for name in [*names, "other"]}
     status, found = run(
-        root, capsys, "reset", "--topic", "t", "--region", "eu/north", "--wave", "2", "--timeout", "40s"
+        root, capsys, "resync", "--topic", "t", "--region", "eu/north", "--wave", "2", "--timeout", "40s"
     )
     assert (status, found) == (0, dict.fromkeys(names, "done"))
     for name in names:
@@ -362,13 +369,13 @@ def test_a_region_in_waves(tree: Tree, capsys: pytest.CaptureFixture[str]) -> No
     client.subscribe("t", "g")
     client.deliver()
     status, found = run(
-        root, capsys, "reset", "--topic", "t", "--group", "nobody", "--node", "pos-0", "--timeout", "0s"
+        root, capsys, "resync", "--topic", "t", "--group", "nobody", "--node", "pos-0", "--timeout", "0s"
     )
     assert (status, found) == (1, {"pos-0": "ordered, and nothing heard of it yet"})
     tree.stop("pos-1")
-    status, found = run(root, capsys, "reset", "--topic", "t", "--node", "pos-1", "--timeout", "1s")
+    status, found = run(root, capsys, "resync", "--topic", "t", "--node", "pos-1", "--timeout", "1s")
     assert status == 1
-    assert main(["reset", "--topic", "t", "--node", "nobody", "--admin", tree.address("root")]) == 1
+    assert main(["resync", "--topic", "t", "--node", "nobody", "--admin", tree.address("root")]) == 1
     assert "no node below" in capsys.readouterr().err
 
 
@@ -382,10 +389,10 @@ def test_all_topics_of_a_node(tree: Tree, capsys: pytest.CaptureFixture[str]) ->
     publish(root, "u", 0, 30)
     l2 = tree.nodes["l2"]
     follows(root, l2, "u")
-    assert run(l2, capsys, "reset", "--timeout", "40s") == (0, {"l2": "done"})
-    rows = l2.http("GET", "/v1/resets")[1]["resets"]
+    assert run(l2, capsys, "resync", "--timeout", "40s") == (0, {"l2": "done"})
+    rows = l2.http("GET", "/v1/resyncs")[1]["resyncs"]
     assert [(row["topic"], row["state"]) for row in rows] == [("t", "done"), ("u", "done")]
-    assert main(["reset", "--status", "--admin", tree.address("l2")]) == 0
+    assert main(["resync", "--status", "--admin", tree.address("l2")]) == 0
     assert "done" in capsys.readouterr().out
 
 
