@@ -322,7 +322,8 @@ def test_every_path_of_the_admin_interface() -> None:
     listed: set[tuple[str, str]] = set()
     methods: list[str] = []
     for name in ("admin", "fleet"):
-        source = (ROOT / "edgebroker" / "broker" / "admin" / f"{name}.py").read_text().partition('"""')[2].partition('"""')[0]
+        text = (ROOT / "edgebroker" / "broker" / "admin" / f"{name}.py").read_text()
+        source = text.partition('"""')[2].partition('"""')[0]
         for word in source.partition("\n\n")[2].split():
             if word.startswith("/"):
                 listed.update((method, word) for method in methods)
