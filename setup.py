@@ -8,6 +8,7 @@ from setuptools import Extension, setup
 
 # Import name -> source; the name alone decides where the shared object lands.
 MODULES = {
+    "edgebroker.common.answers": "cext/answers.pyx",
     "edgebroker.common.crc32c": "cext/crc32c.pyx",
     "edgebroker.common.records": "cext/records.pyx",
     "edgebroker.storage.log.segscan": "cext/segscan.pyx",

@@ -20,7 +20,8 @@ from edgebroker.client.producer import Producer
 from edgebroker.common import batch
 from edgebroker.network.wire import frames
 from edgebroker.storage import files
-from edgebroker.storage.log.partition import FileSlice, PartitionLog
+from edgebroker.storage.log.partition import PartitionLog
+from edgebroker.storage.types import FileSlice
 
 
 def memory(pinned: bool) -> list[Row]:
@@ -160,7 +161,7 @@ def lookups(pinned: bool) -> list[Row]:
             while offset < high:
                 found = log.find(offset, 1 << 20, 1 << 30)
                 assert isinstance(found, FileSlice)
-                data = files.read_at(found.segment.fd, found.length, found.position)
+                data = files.read_at(found.file.fd, found.length, found.position)
                 seen += len(batch.decode(data, first=offset))
                 offset = found.next_offset
             speed = seen / (time.perf_counter() - began) / 1e6

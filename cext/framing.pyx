@@ -1,6 +1,7 @@
 """Frames: split a receive buffer in one call, and encode the answers to a run of PUBLISH frames in one call."""
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from spans cimport Placed, Span
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy
 
@@ -23,16 +24,6 @@ cdef extern from "frames.h" nogil:
 cdef enum:
     ANSWER_BYTES = 30       # frame header and an answer without a message
     FRAME_ACK = 5
-
-cdef packed struct Span:
-    uint64_t correlation
-    uint32_t start
-    uint32_t end
-
-cdef packed struct Placed:
-    int64_t offset
-    int32_t code
-    int32_t reason
 
 
 def split(data, size_t start, size_t max_frame):
@@ -126,37 +117,3 @@ def encode_answers(bytes spans, bytes answers, list explanations):
         eb_put16(p + 28, <uint16_t>text)
         p += ANSWER_BYTES + text
     return out
-
-
-def refuse(bytes spans, bytes answers, int32_t code):
-    """The answers with every OK turned into a code and no offset: what was staged is not stored after all."""
-    cdef bytearray changed = bytearray(answers)
-    cdef Placed *placed = <Placed *><char *>changed
-    cdef Py_ssize_t i
-    for i in range(len(answers) // <Py_ssize_t>sizeof(Placed)):
-        if placed[i].code == 0:
-            placed[i].code = code
-            placed[i].offset = -1
-    return bytes(changed)
-
-
-def failed(bytes answers):
-    """How many of the answers are not OK."""
-    cdef const Placed *placed = <const Placed *>PyBytes_AS_STRING(answers)
-    cdef Py_ssize_t i
-    cdef int count = 0
-    for i in range(len(answers) // <Py_ssize_t>sizeof(Placed)):
-        count += placed[i].code != 0
-    return count
-
-
-def uniform(Py_ssize_t count, int32_t code):
-    """Answers that refuse `count` frames with one code."""
-    cdef bytes answers = PyBytes_FromStringAndSize(NULL, count * sizeof(Placed))
-    cdef Placed *placed = <Placed *>PyBytes_AS_STRING(answers)
-    cdef Py_ssize_t i
-    for i in range(count):
-        placed[i].offset = -1
-        placed[i].code = code
-        placed[i].reason = 0
-    return answers

@@ -6,6 +6,7 @@ frame (edgebroker.network.wire.framing makes it); the answer is packed native i6
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
+from spans cimport Placed, Span
 from libc.stdint cimport int16_t, int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy
@@ -31,16 +32,6 @@ cdef enum:
     POOL_BYTES = 16 << 20
     FIRST_BUFFER = 64 << 10
     FIRST_WINDOW = 8
-
-cdef packed struct Span:
-    uint64_t correlation
-    uint32_t start
-    uint32_t end
-
-cdef packed struct Placed:
-    int64_t offset
-    int32_t code
-    int32_t reason
 
 cdef struct Entry:
     int64_t offset

@@ -10,6 +10,7 @@ import pytest
 from tests.kit.trees import Tree
 
 EXTENSIONS = (
+    "edgebroker.common.answers",
     "edgebroker.common.crc32c",
     "edgebroker.common.records",
     "edgebroker.client.accumulator",

@@ -9,8 +9,8 @@ from edgebroker.common.config import Config
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.storage.engine import Engine
 from edgebroker.storage.memory import MemoryEngine
-from edgebroker.storage.store import SegmentStore, StoreSettings
-from edgebroker.storage.upkeep.housekeeping import HousekeepingSettings
+from edgebroker.storage.settings import HousekeepingSettings, StoreSettings
+from edgebroker.storage.store import SegmentStore
 
 
 def make_engine(config: Config, scheduler: Scheduler, clock: Clock) -> Engine:

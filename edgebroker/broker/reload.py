@@ -1,15 +1,12 @@
-"""What of the configuration can change while the node runs (SIGHUP), and what needs a restart."""
+"""Configuration keys that can be reloaded while the node runs (SIGHUP); the others need a restart."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
 from edgebroker.common.config import Config
-
-if TYPE_CHECKING:
-    from edgebroker.broker.broker import Broker
 
 RELOADABLE = frozenset(
     {
@@ -38,10 +35,10 @@ class Changes(NamedTuple):
     waiting: list[str]
 
 
-def reload(broker: Broker, new: Config) -> Changes:
-    """Take over what can be, on the loop. The node's configuration is then what is in force: a key that waits for a
-    restart keeps its old value there, and is named again by the next reload."""
-    old_tree, new_tree = msgspec.to_builtins(broker.config), msgspec.to_builtins(new)
+def merge(old: Config, new: Config) -> tuple[Config, Changes]:
+    """The configuration to continue with: what can change is taken over; a key that waits for a restart keeps its old
+    value, and is named again by the next reload."""
+    old_tree, new_tree = msgspec.to_builtins(old), msgspec.to_builtins(new)
     changed = [
         f"{section}.{key}"
         for section, table in new_tree.items()
@@ -52,5 +49,4 @@ def reload(broker: Broker, new: Config) -> Changes:
     for name in applied:
         section, _, key = name.partition(".")
         old_tree[section][key] = new_tree[section][key]
-    broker.reconfigure(msgspec.convert(old_tree, Config))
-    return Changes(applied, [name for name in changed if name not in RELOADABLE])
+    return msgspec.convert(old_tree, Config), Changes(applied, [name for name in changed if name not in RELOADABLE])

@@ -1,58 +1,39 @@
-"""A topic is deleted: whoever reads, writes or follows it is told, and forgets it."""
+"""Delete a topic: its readers, writers and children are notified, and everything about it is forgotten."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from edgebroker.broker.delivery.cursor import Cursor
-from edgebroker.broker.delivery.groups import Group, Groups
-from edgebroker.broker.delivery.leases import Leases
-from edgebroker.broker.delivery.membership import Membership
-from edgebroker.broker.delivery.push import Push
-from edgebroker.broker.delivery.table_snapshots import TableSnapshots
+from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
-from edgebroker.broker.publish.publishing import Publishing
-from edgebroker.common.errors import Code
-from edgebroker.storage.engine import Done, Engine, Log
-from edgebroker.storage.store import SegmentStore
+from edgebroker.common.outcome import Done, Outcome
+from edgebroker.storage.engine import Log
 
 
 class TopicDeletion:
-    """Owned by the loop thread. `holders` finds everybody who reads a log now, `reading` the groups of all who are
-    connected, also those without a name."""
+    """Owned by the loop thread."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        groups: Groups,
-        membership: Membership,
-        leases: Leases,
-        delivery: Push,
-        publishing: Publishing,
-        snapshots: TableSnapshots,
-        downstream: Downstream,
-        holders: Callable[[Log], list[Cursor]],
-        reading: Callable[[], list[Group]],
-    ) -> None:
-        self._engine, self._groups, self._membership, self._leases = engine, groups, membership, leases
-        self._push, self._publishing, self._snapshots = delivery, publishing, snapshots
-        self._downstream, self._holders, self._reading = downstream, holders, reading
+    def __init__(self, core: Core, downstream: Downstream) -> None:
+        self._core, self._downstream = core, downstream
 
     def delete(self, topic: str, done: Done, epochs: dict[str, int] | None = None) -> None:
         """Delete a topic of this node, or one whose origin has deleted it (up to these `epochs`, by log id): done when
         its name is free again."""
-        assert isinstance(self._engine, SegmentStore)
-        self._engine.removal.delete(topic, lambda logs: self._gone(topic, logs), done, epochs)
+        remover = self._core.engine.remover
+        if remover is None:
+            done(Outcome.UNSUPPORTED, "the memory engine keeps its topics until the node stops")
+        else:
+            remover.delete(topic, lambda logs: self._gone(topic, logs), done, epochs)
 
     def _gone(self, topic: str, logs: Sequence[Log]) -> None:
-        self._snapshots.give_up(topic)
+        core = self._core
+        core.table_snapshots.give_up(topic)
         for partition in logs:
-            for cursor in self._holders(partition):
-                self._push.tell(cursor, Code.UNKNOWN_TOPIC, f"topic {topic} was deleted")
-                self._leases.release(cursor, tell=True)
-            self._push.forget(partition)
-            self._publishing.loss_accepted(partition)
+            for cursor in core.groups.holders(partition):
+                core.push.tell(cursor, Outcome.NOT_FOUND, f"topic {topic} was deleted")
+                core.leases.release(cursor, tell=True)
+            core.publishing.loss_accepted(partition)
             self._downstream.on_deleted(partition)
-        for group in {*self._groups.all(), *self._reading()}:
-            self._membership.forget_topic(group, topic)
-        self._groups.forget_topic(topic)
+        for group in {*core.groups.all(), *core.membership.groups()}:
+            core.membership.forget_topic(group, topic)
+        core.groups.forget_topic(topic)

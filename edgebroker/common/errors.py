@@ -31,6 +31,7 @@ class Code(IntEnum):
     SHUTTING_DOWN = 19
     OVERLOADED = 20
     UNAUTHORISED = 21
+    INVALID_REQUEST = 22
 
     @property
     def retryable(self) -> bool:

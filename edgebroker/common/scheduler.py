@@ -1,7 +1,9 @@
 """What the loop offers to those who live on it. Storage knows only this, not edgebroker.network.io.loop."""
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
+
+T = TypeVar("T")
 
 
 class Timer(Protocol):
@@ -34,3 +36,23 @@ class Scheduler(Protocol):
 
     def remove_end_of_iteration(self, callback: Callable[[], None]) -> None:
         """Undo that."""
+
+
+def in_slices(
+    scheduler: Scheduler,
+    items: Sequence[T],
+    size: int,
+    take: Callable[[Sequence[T]], bool | None],
+    done: Callable[[], None],
+) -> None:
+    """Work through many items, `size` of them in a loop iteration, so that nothing else waits for long; then done().
+    take() gets a slice; when it returns True, that was enough. The first slice is taken at once."""
+
+    def some(first: int) -> None:
+        enough = take(items[first : first + size])
+        if enough or first + size >= len(items):
+            done()
+        else:
+            scheduler.call_later(0.0, lambda: some(first + size))
+
+    some(0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 from edgebroker.pipe.divergence import last_common
 from edgebroker.pipe.stream import HEADER, Flags, Kind, LogPosition, Refusal
@@ -19,6 +19,12 @@ MAX_UNSENT_BYTES = 64 << 20
 LEAST_FRAME_BYTES = 4 << 10
 # How fast a link is taken to be before it was measured.
 FIRST_RATE = 256 << 10
+
+
+L = TypeVar("L")
+"""What the node calls a log."""
+S = TypeVar("S")
+"""What it reads stored bytes from."""
 
 
 class LogFacts(NamedTuple):
@@ -33,54 +39,54 @@ class LogFacts(NamedTuple):
     contains: Callable[[int, int], bool]
 
 
-class Piece(NamedTuple):
-    """Stored bytes: `source` is whatever the node reads from, [position, position + length) of it."""
+class Piece(NamedTuple, Generic[S]):
+    """Stored bytes: [position, position + length) of a source."""
 
-    source: object
+    source: S
     position: int
     length: int
     next_offset: int
 
 
-class Reading(Protocol):
+class Reading(Protocol[L, S]):
     """Where a cursor's bytes come from."""
 
-    def read(self, cursor: FeedCursor, max_bytes: int) -> Piece | Refusal | None:
+    def read(self, cursor: FeedCursor[L, S], max_bytes: int) -> Piece[S] | Refusal | None:
         """Whole batches from cursor.offset on (the first may be longer than max_bytes); a hole; None: nothing now."""
 
-    def chain_at(self, cursor: FeedCursor) -> int | None:
+    def chain_at(self, cursor: FeedCursor[L, S]) -> int | None:
         """The chain before cursor.offset, when that is known at once."""
 
-    def durable_end(self, cursor: FeedCursor) -> int: ...
+    def durable_end(self, cursor: FeedCursor[L, S]) -> int: ...
 
 
-class FeedCursor:
+class FeedCursor(Generic[L, S]):
     """One log of one answer. `offset` is behind the batches that were begun, `skip` what of the first the child has
     already; `piece` is what is left to send of them. `hint`, and `fresh` (nothing was read yet), belong to whoever
     reads."""
 
     __slots__ = ("chain", "continues", "fresh", "hint", "line", "log", "offset", "piece", "skip", "urgent")
 
-    def __init__(self, line: int, log: object, position: LogPosition, urgent: bool) -> None:
+    def __init__(self, line: int, log: L, position: LogPosition, urgent: bool) -> None:
         self.line, self.log, self.urgent = line, log, urgent
         self.offset, self.skip = position.offset, position.skip
         self.chain: int | None = position.chain
-        self.piece: Piece | None = None
+        self.piece: Piece[S] | None = None
         self.continues = False
-        self.hint: object = None
+        self.hint: tuple[int, int] | None = None
         self.fresh = True
 
 
-class Outgoing(NamedTuple):
+class Outgoing(NamedTuple, Generic[L, S]):
     """A frame: header, and the stored bytes behind it. What is left of its batches stands in cursor.piece."""
 
-    cursor: FeedCursor
+    cursor: FeedCursor[L, S]
     head: bytes
-    piece: Piece
+    piece: Piece[S]
 
 
-class Stopped(NamedTuple):
-    cursor: FeedCursor
+class Stopped(NamedTuple, Generic[L, S]):
+    cursor: FeedCursor[L, S]
     refusal: Refusal
 
 
@@ -138,33 +144,33 @@ def same_chain(position: LogPosition, facts: LogFacts, chains: dict[int, int]) -
     )
 
 
-class Feed:
+class Feed(Generic[L, S]):
     """`frame_bytes` bounds a frame; it may be changed at any time."""
 
-    def __init__(self, reading: Reading) -> None:
+    def __init__(self, reading: Reading[L, S]) -> None:
         self._reading = reading
         self.frame_bytes = FIRST_RATE
-        self.cursors: dict[int, FeedCursor] = {}
-        self._urgent: deque[FeedCursor] = deque()
-        self._bulk: deque[FeedCursor] = deque()
-        self._queued: set[FeedCursor] = set()
+        self.cursors: dict[int, FeedCursor[L, S]] = {}
+        self._urgent: deque[FeedCursor[L, S]] = deque()
+        self._bulk: deque[FeedCursor[L, S]] = deque()
+        self._queued: set[FeedCursor[L, S]] = set()
 
-    def add(self, cursor: FeedCursor) -> None:
+    def add(self, cursor: FeedCursor[L, S]) -> None:
         self.cursors[cursor.line] = cursor
         self.wake(cursor)
 
-    def remove(self, cursor: FeedCursor) -> None:
+    def remove(self, cursor: FeedCursor[L, S]) -> None:
         del self.cursors[cursor.line]
         self._queued.discard(cursor)
 
-    def drop(self) -> list[FeedCursor]:
+    def drop(self) -> list[FeedCursor[L, S]]:
         """Nothing more is sent; the cursors there were."""
         found = list(self.cursors.values())
         self.cursors.clear()
         self._queued.clear()
         return found
 
-    def wake(self, cursor: FeedCursor) -> None:
+    def wake(self, cursor: FeedCursor[L, S]) -> None:
         """There may be something to send for it."""
         if cursor not in self._queued and cursor.line in self.cursors:
             self._queued.add(cursor)
@@ -174,7 +180,7 @@ class Feed:
     def busy(self) -> bool:
         return bool(self._queued)
 
-    def next(self) -> Outgoing | Stopped | None:
+    def next(self) -> Outgoing[L, S] | Stopped[L, S] | None:
         """The next frame, or why a cursor cannot go on (it is removed)."""
         while self._urgent or self._bulk:
             queue = self._urgent or self._bulk
@@ -196,7 +202,7 @@ class Feed:
             return self._cut(cursor, found)
         return None
 
-    def _cut(self, cursor: FeedCursor, piece: Piece) -> Outgoing:
+    def _cut(self, cursor: FeedCursor[L, S], piece: Piece[S]) -> Outgoing[L, S]:
         size = min(piece.length, self.frame_bytes)
         flags = Flags.CONTINUES if cursor.continues else Flags.CHAINED if cursor.chain is not None else Flags(0)
         end = self._reading.durable_end(cursor)

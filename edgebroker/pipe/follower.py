@@ -17,6 +17,7 @@ import msgspec
 from edgebroker.common import records
 from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason
 from edgebroker.common.errors import RemoteProtocolError
+from edgebroker.common.levels import LEVELS
 from edgebroker.common.types import TopicPartition
 from edgebroker.pipe.divergence import Search
 from edgebroker.pipe.report import Directive
@@ -34,7 +35,6 @@ from edgebroker.pipe.stream import (
 )
 
 T = TypeVar("T")
-LEVELS = ("root", "l2", "l3", "pos", "local")
 
 
 class AppendResult(NamedTuple):

@@ -18,6 +18,8 @@ MAX_REPORT_BYTES = 2048
 # The node above takes a batch in one turn of its loop.
 MAX_BATCH_BYTES = 128 << 10
 MAX_CANDIDATES = 8
+# The code of the answer to a batch that does not follow the one before: everything has to be sent again.
+NEW_SESSION = "NEW_SESSION"
 
 Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 _Name = Annotated[str, Meta(max_length=255, pattern=r"\A[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+\Z")]

@@ -20,7 +20,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
-from enum import IntEnum, IntFlag
+from enum import IntEnum, IntFlag, StrEnum
 from fnmatch import translate
 from itertools import pairwise
 from typing import Annotated, NamedTuple
@@ -58,6 +58,15 @@ class Kind(IntEnum):
     STATE = 3
     IDLE = 4
     DIRECTIVE = 5
+
+
+class PollRefusal(StrEnum):
+    """Why a poll is refused as a whole."""
+
+    POLL_AGAIN = "POLL_AGAIN"
+    """The node does not know the poll before; all of it has to be sent."""
+    LEVEL = "LEVEL"
+    """The node cannot be a child here: its level, or a cycle."""
 
 
 class Flags(IntFlag):

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
 from edgebroker.common.crc32c import crc32c
-from edgebroker.pipe.follower import LEVELS
+from edgebroker.common.levels import LEVELS
 from edgebroker.pipe.report import MAX_CANDIDATES
 
 # So many of one place, and of each further one: a list shall not end with a region whose hubs are all lost.

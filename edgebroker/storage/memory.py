@@ -12,21 +12,34 @@ from msgspec.structs import replace
 
 from edgebroker.common import batch, records
 from edgebroker.common.clock import Clock
-from edgebroker.common.errors import Code
 from edgebroker.common.histogram import Histogram
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
-from edgebroker.storage.engine import Appended, Done, EngineListener, Log, Tombstone
-from edgebroker.storage.identity import Identity, make_identity
+from edgebroker.storage.engine import EngineListener, Log
 from edgebroker.storage.log import segscan
-from edgebroker.storage.log.chains import ChainPoint
-from edgebroker.storage.log.partition import FileSlice, Inline
-from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.recovery import CorruptRange
-from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.staging import Chunk, Stage
-from edgebroker.storage.metadata.children import Children
-from edgebroker.storage.metadata.meta_db import GroupKey, GroupOffset
+from edgebroker.storage.settings import StoreSettings
+from edgebroker.storage.types import (
+    Appended,
+    ChainPoint,
+    Change,
+    Children,
+    ColdRead,
+    CorruptRange,
+    DiskState,
+    EngineStatus,
+    FileSlice,
+    GroupKey,
+    GroupOffset,
+    Identity,
+    Inline,
+    LogInventory,
+    LogStatus,
+    StoredFile,
+    Tombstone,
+    make_identity,
+)
 
 
 class MemoryLog:
@@ -92,8 +105,13 @@ class MemoryLog:
         ends = [chunk.next_offset for chunk in self.chunks]
         return self.chains[ends.index(offset)] if offset in ends else None
 
-    def describe(self) -> dict[str, object]:
-        return {"chunks": len(self.chunks), "bytes": self.size_bytes}
+    def status(self) -> LogStatus:
+        return LogStatus(
+            segments=len(self.chunks),
+            bytes=self.size_bytes,
+            producers=self.stage.producer_count,
+            staged_bytes=self.stage.pending_bytes,
+        )
 
 
 class MemoryEngine:
@@ -107,12 +125,27 @@ class MemoryEngine:
         self.node_uid = "00" * 16
         self.tombstones: dict[str, Tombstone] = {}
 
+    @property
+    def mirrors(self) -> None:
+        return None
+
+    @property
+    def remover(self) -> None:
+        return None
+
+    @property
+    def replacements(self) -> None:
+        return None
+
     def open(self, listener: EngineListener) -> None:
         self._listener = listener
         self._scheduler.at_end_of_iteration(self._flush)
 
-    def close(self, timeout: float) -> bool:
+    def close(self, timeout: float, *, mark: bool = True) -> bool:
         return True
+
+    def reconfigure(self, settings: StoreSettings) -> None:
+        """There is nothing to pace."""
 
     def flush(self) -> bool:
         return not self._dirty
@@ -132,17 +165,14 @@ class MemoryEngine:
 
     def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
         if name in self._topics:
-            done(Code.NAME_CLASH, f"topic {name} exists")
+            done(Outcome.NAME_CLASH, f"topic {name} exists")
             return
         self._topics[name] = [
             MemoryLog(name, number, make_identity(self.node_uid, settings), Stage(0, 1, *self._limits))
             for number in range(settings.partitions)
         ]
-        done(Code.OK, "")
+        done(Outcome.OK, "")
         self._listener.on_topic(name)
-
-    def repair(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
-        raise AssertionError("memory is never damaged")
 
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
         assert isinstance(log, MemoryLog)
@@ -154,16 +184,16 @@ class MemoryEngine:
     def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
         self.change_identities(name, [lambda old: replace(old, settings=settings)] * len(self._topics[name]), done)
 
-    def change_identities(self, name: str, changes: Sequence[Callable[[Identity], Identity]], done: Done) -> None:
+    def change_identities(self, name: str, changes: Sequence[Change], done: Done) -> None:
         for log, change in zip(self._topics[name], changes, strict=True):
             log.identity = change(log.identity)
             if log.epoch != log.identity.epoch:
                 log.epoch = log.identity.epoch
                 log.stage.resume(log.staged_end, log.epoch)
-        done(Code.OK, "")
+        done(Outcome.OK, "")
         self._listener.on_topic(name)
 
-    def refusal(self) -> tuple[Code, str] | None:
+    def refusal(self) -> tuple[Outcome, str] | None:
         return None
 
     def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
@@ -188,10 +218,13 @@ class MemoryEngine:
         assert isinstance(found, Inline)
         done(ColdRead(data=bytes(found.data), first_offset=found.first_offset, next_offset=found.next_offset))
 
-    def read_cached(self, extent: FileSlice) -> bytes | None:
-        raise AssertionError("memory has no extents")
+    def inventory(self) -> list[LogInventory] | None:
+        return None
 
-    def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
+    def read_cached(self, piece: FileSlice) -> bytes | None:
+        raise AssertionError("memory has no files")
+
+    def load_range(self, file: StoredFile, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
         raise AssertionError("memory is never cold")
 
     def live_from(self, log: Log) -> int:
@@ -205,10 +238,10 @@ class MemoryEngine:
         newest = bisect_right(log.chunks, next_offset - 1, key=lambda chunk: chunk.first_offset) - 1
         return int((self._clock.monotonic() - log.born[newest]) * 1000)
 
-    def complete_snapshot(self, log: Log, first: int, following: int, done: Done) -> None:
+    def complete_snapshot(self, log: Log, first: int, next_offset: int, done: Done) -> None:
         assert isinstance(log, MemoryLog)
-        log.identity = replace(log.identity, snapshot=(first, following))
-        done(Code.OK, "")
+        log.identity = replace(log.identity, snapshot=(first, next_offset))
+        done(Outcome.OK, "")
         self._listener.on_topic(log.topic)
 
     def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
@@ -256,8 +289,11 @@ class MemoryEngine:
     def problems(self) -> dict[str, str]:
         return {}
 
-    def describe(self) -> dict[str, object]:
-        return {"engine": "memory"}
+    def disk(self) -> DiskState | None:
+        return None
+
+    def status(self) -> EngineStatus:
+        return EngineStatus(engine="memory")
 
     def _flush(self) -> None:
         dirty, self._dirty = self._dirty, {}

@@ -21,23 +21,17 @@ from edgebroker.common.errors import DamagedDataError
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.storage import files
-from edgebroker.storage.identity import (
-    Identity,
-    begin_history,
-    change_identity,
-    make_identity,
-    read_identity,
-    write_identity,
-)
+from edgebroker.storage.identity import change_identity, read_identity, write_identity
 from edgebroker.storage.log.index import SealedIndex, read_index
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog, Recovery
-from edgebroker.storage.log.segment import SUFFIX, UNKNOWN_CHAIN, Segment
+from edgebroker.storage.log.segment import SUFFIX, Segment
 from edgebroker.storage.log.staging import Stage
 from edgebroker.storage.log.walk import next_good_batch
 from edgebroker.storage.metadata.meta_db import MetaState, SegmentRow
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.rewrite.truncate import finish_restart
+from edgebroker.storage.types import UNKNOWN_CHAIN, Identity, begin_history, make_identity
 
 log = logging.getLogger(__name__)
 

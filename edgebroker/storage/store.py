@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from msgspec.structs import replace
 
 from edgebroker.common.clock import Clock
-from edgebroker.common.errors import Code
 from edgebroker.common.histogram import Histogram
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.directory import DataDirectory
-from edgebroker.storage.engine import Appended, Done, EngineListener, Log, Tombstone
-from edgebroker.storage.identity import Identity, change_identity, make_identity, read_identity
+from edgebroker.storage.engine import EngineListener, Log
+from edgebroker.storage.identity import change_identity, read_identity
 from edgebroker.storage.log.ages import Ages
-from edgebroker.storage.log.chains import ChainPoint, DamagedLogError, find_chains
-from edgebroker.storage.log.partition import FileSlice, PartitionLog
-from edgebroker.storage.log.reader import ColdRead, ColdReader, read_cold
-from edgebroker.storage.log.recovery import Checkpoint, RecoveredLog
+from edgebroker.storage.log.chains import DamagedLogError, find_chains
+from edgebroker.storage.log.partition import PartitionLog
+from edgebroker.storage.log.reader import ColdReader, SegmentRead, read_cold
+from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.log.timestamps import find_time
-from edgebroker.storage.metadata.children import Children
-from edgebroker.storage.metadata.meta_db import GroupKey, GroupOffset, SegmentRow
+from edgebroker.storage.metadata.meta_db import MetaDatabase, SegmentRow
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener, begin_histories, raise_epochs
 from edgebroker.storage.quarantine import Quarantine
@@ -41,27 +39,32 @@ from edgebroker.storage.rewrite.removal import Removal, finish_removals, read_to
 from edgebroker.storage.rewrite.repair import RepairResult, repair_segment
 from edgebroker.storage.rewrite.replace import TopicReplacement, finish_replacements, read_resyncs
 from edgebroker.storage.rewrite.truncate import begin_log, cut_log, restart_log
-from edgebroker.storage.upkeep.housekeeping import Housekeeping, HousekeepingSettings
+from edgebroker.storage.settings import StoreSettings
+from edgebroker.storage.types import (
+    Appended,
+    ChainPoint,
+    Change,
+    Checkpoint,
+    Children,
+    ColdRead,
+    DiskState,
+    EngineStatus,
+    FileSlice,
+    GroupKey,
+    GroupOffset,
+    Identity,
+    LogInventory,
+    StoredFile,
+    Tombstone,
+    make_identity,
+)
+from edgebroker.storage.upkeep.housekeeping import Housekeeping
 
 log = logging.getLogger(__name__)
 
 # Belongs to no log: vouches for nothing.
 BEING_SWITCHED = "its files are being exchanged; try again in a moment"
 NO_CHECKPOINT = Checkpoint("", 0, 0, 0, 0, 0, 0)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreSettings:
-    """Limits in bytes and seconds; `window` is the batches remembered per producer and partition."""
-
-    level: str
-    segment_bytes: int
-    max_batch: int
-    max_record: int
-    window: int
-    commit_interval: float
-    read_timeout: float
-    housekeeping: HousekeepingSettings
 
 
 class SegmentStore:
@@ -90,6 +93,18 @@ class SegmentStore:
         self.tombstones: dict[str, Tombstone] = {}
         self._path = path
         self._ages = Ages(clock)
+
+    @property
+    def mirrors(self) -> SegmentStore:
+        return self
+
+    @property
+    def remover(self) -> Removal:
+        return self.removal
+
+    @property
+    def replacements(self) -> TopicReplacement:
+        return self.replacement
 
     # ---- life ----
 
@@ -131,9 +146,15 @@ class SegmentStore:
         )  # fmt: skip
         self.replacement = TopicReplacement(
             self._path, self._topics, self._opener, self._committer, self._metadata, self._reader, self._housekeeping,
-            listener, resyncs,
+            listener, resyncs, self._scheduler, self._copy_of,
         )  # fmt: skip
         self._housekeeping.start()
+
+    def _copy_of(self, directory: Path) -> SegmentStore:
+        """The store of a copy of a topic; on a thread of its own, for this syncs."""
+        store = SegmentStore(directory, self._scheduler, self._clock, self._settings)
+        MetaDatabase(directory / "meta.db", self._clock).make()
+        return store
 
     def reconfigure(self, settings: StoreSettings) -> None:
         """Go on with another commit interval and other settings of the housekeeping."""
@@ -193,15 +214,16 @@ class SegmentStore:
             done(*refusal)
             return
         if name in self._topics:
-            done(Code.NAME_CLASH, f"topic {name} exists")
+            done(Outcome.NAME_CLASH, f"topic {name} exists")
             return
         if name in self._opener.unserved:
             done(
-                Code.READ_ONLY, f"topic {name} lies on the disk and could not be opened: {self._opener.unserved[name]}"
+                Outcome.READ_ONLY,
+                f"topic {name} lies on the disk and could not be opened: {self._opener.unserved[name]}",
             )
             return
         if name in self.removal.busy:
-            done(Code.OVERLOADED, f"topic {name} is being deleted; try again in a moment")
+            done(Outcome.OVERLOADED, f"topic {name} is being deleted; try again in a moment")
             return
         if name in self._creating:
             self._creating[name].append(done)
@@ -226,11 +248,11 @@ class SegmentStore:
                 )
                 for number, (identity, segment) in enumerate(result)
             ]
-            answer = (Code.OK, "")
+            answer = (Outcome.OK, "")
             self._listener.on_topic(name)
         else:
-            code = Code.DISK_FULL if getattr(result, "errno", 0) in files.FULL else Code.READ_ONLY
-            answer = (code, f"topic {name} cannot be created: {result}")
+            outcome = Outcome.DISK_FULL if getattr(result, "errno", 0) in files.FULL else Outcome.READ_ONLY
+            answer = (outcome, f"topic {name} cannot be created: {result}")
             log.error("%s", answer[1])
         for done in waiting:
             done(*answer)
@@ -239,7 +261,7 @@ class SegmentStore:
         """Replace a topic's settings durably in every partition's identity."""
         self.change_identities(name, [partial(replace, settings=settings) for _ in self._topics.get(name, [])], done)
 
-    def change_identities(self, name: str, changes: Sequence[Callable[[Identity], Identity]], done: Done) -> None:
+    def change_identities(self, name: str, changes: Sequence[Change], done: Done) -> None:
         """Change the identities of a topic's partitions, one function for each; durable when done is called."""
         logs = self._topics.get(name, [])
 
@@ -250,7 +272,7 @@ class SegmentStore:
 
         def finished(result: object) -> None:
             if not isinstance(result, list):
-                done(Code.READ_ONLY, f"the identity of {name} cannot be stored: {result}")
+                done(Outcome.READ_ONLY, f"the identity of {name} cannot be stored: {result}")
                 return
             for partition, identity in zip(logs, result, strict=True):
                 partition.identity = identity
@@ -262,14 +284,14 @@ class SegmentStore:
                     # A history that was begun here, and given up before anything was written to it.
                     partition.epoch = identity.epoch_at(partition.staged_end)
                     partition.stage.resume(partition.staged_end, partition.epoch)
-            done(Code.OK, "")
+            done(Outcome.OK, "")
             self._listener.on_topic(name)
 
         self._committer.call(work, finished)
 
     # ---- mirrors ----
 
-    def cut(self, log: Log, offset: int, done: Done) -> None:
+    def truncate(self, log: Log, offset: int, done: Done) -> None:
         """End a log at a batch boundary below its end, on the commit thread; nothing of it may be staged. What stands
         behind it (groups, positions) has to be moved and stored before: it would vouch for what is gone."""
         assert isinstance(log, PartitionLog)
@@ -281,7 +303,7 @@ class SegmentStore:
 
         self._rewrite(partition, work, done)
 
-    def restart(self, log: Log, change: Callable[[Identity], Identity], done: Done) -> None:
+    def recreate(self, log: Log, change: Change, done: Done) -> None:
         """Begin a log anew with a changed identity: further on, or as another log. Nothing of it may be staged."""
         assert isinstance(log, PartitionLog)
         partition, wall_ms = log, self._clock.wall_ms()
@@ -294,7 +316,7 @@ class SegmentStore:
 
     def _rewrite(self, partition: PartitionLog, work: Callable[[], tuple[Identity, RecoveredLog]], done: Done) -> None:
         if partition.rewriting or partition.rolling or partition.staged_end != partition.durable_end:
-            done(Code.OVERLOADED, f"{partition.name}: something else is being stored; try again in a moment")
+            done(Outcome.OVERLOADED, f"{partition.name}: something else is being stored; try again in a moment")
             return
         partition.rewriting = partition.rolling = True
         key = (partition.topic, partition.partition)
@@ -302,7 +324,7 @@ class SegmentStore:
         def finished(result: object) -> None:
             partition.rewriting = partition.rolling = False
             if not isinstance(result, tuple):
-                done(Code.READ_ONLY, f"{partition.name} cannot be cut: {result}")
+                done(Outcome.READ_ONLY, f"{partition.name} cannot be cut: {result}")
                 return
             for segment in partition.rewritten(*result):
                 segment.retire()
@@ -310,7 +332,7 @@ class SegmentStore:
             self._housekeeping.corrupt_ranges_changed(partition)
             self._housekeeping.checkpoint(partition)
             self._listener.on_rewritten(partition)
-            done(Code.OK, "")
+            done(Outcome.OK, "")
             self._listener.on_topic(partition.topic)
 
         # The last checkpoint vouches for what goes.
@@ -370,15 +392,15 @@ class SegmentStore:
 
         damaged: list[int] = []
 
-        def read() -> ColdRead:
+        def read() -> SegmentRead:
             try:
                 found.extend(find_chains(views, inside))
             except DamagedLogError as error:
                 damaged.append(error.offset)
-                return ColdRead(error=str(error))
-            return ColdRead()
+                return SegmentRead(error=str(error))
+            return SegmentRead()
 
-        def answer(result: ColdRead) -> None:
+        def answer(result: SegmentRead) -> None:
             for offset in damaged:
                 self.read_cold(log, offset, 1, lambda result: None)  # it becomes a hole, which is healed
             done([] if result.error else found, result.error)
@@ -391,20 +413,20 @@ class SegmentStore:
 
         def finished(result: object) -> None:
             if result is not None:
-                done(Code.READ_ONLY, f"the level cannot be stored: {result}")
+                done(Outcome.READ_ONLY, f"the level cannot be stored: {result}")
                 return
             self.level, self.promoted = level, promoted
-            done(Code.OK, "")
+            done(Outcome.OK, "")
 
         self._committer.call(lambda: self._directory.change_node(node), finished)
 
     # ---- writing ----
 
-    def refusal(self) -> tuple[Code, str] | None:
+    def refusal(self) -> tuple[Outcome, str] | None:
         if self._committer.read_only:
-            return Code.READ_ONLY, f"this node is read-only: {self._committer.read_only}"
+            return Outcome.READ_ONLY, f"this node is read-only: {self._committer.read_only}"
         if self._committer.disk_full:
-            return Code.DISK_FULL, f"the disk is full: {self._committer.disk_full}"
+            return Outcome.DISK_FULL, f"the disk is full: {self._committer.disk_full}"
         return None
 
     def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
@@ -441,8 +463,8 @@ class SegmentStore:
         log.bytes_in += size
         self._listener.on_durable(log, chunks)
 
-    def on_failed(self, log: PartitionLog, code: Code, message: str) -> None:
-        self._listener.on_failed(log, code, message)
+    def on_failed(self, log: PartitionLog, outcome: Outcome, message: str) -> None:
+        self._listener.on_failed(log, outcome, message)
 
     # ---- reading ----
 
@@ -450,12 +472,12 @@ class SegmentStore:
         """Read through the reader thread; new indexes and holes found on the way are taken over."""
         assert isinstance(log, PartitionLog)
         if log.replacing:
-            self._scheduler.call_later(0.0, lambda: done(ColdRead(error=BEING_SWITCHED)))
+            self._scheduler.call_later(0.0, lambda: done(SegmentRead(error=BEING_SWITCHED)))
             return
         segment = log.segment_of(offset)
         view = log.view(segment)
 
-        def answer(result: ColdRead) -> None:
+        def answer(result: SegmentRead) -> None:
             if result.index is not None and not segment.retired:
                 log.take_index(segment, result.index, -1)
                 if segment is not log.active:
@@ -476,16 +498,16 @@ class SegmentStore:
 
         self._reader.submit(lambda: read_cold(view, offset, max_bytes, self._quarantine), answer)
 
-    def read_cached(self, extent: FileSlice) -> bytes | None:
-        return files.read_cached(extent.segment.fd, extent.length, extent.position)
+    def read_cached(self, piece: FileSlice) -> bytes | None:
+        return files.read_cached(piece.file.fd, piece.length, piece.position)
 
-    def load_range(self, segment: Segment, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
-        fd = segment.fd
+    def load_range(self, file: StoredFile, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
+        fd = file.fd
 
-        def read() -> ColdRead:
-            return ColdRead(data=files.read_at(fd, length, position))
+        def read() -> SegmentRead:
+            return SegmentRead(data=files.read_at(fd, length, position))
 
-        def answer(result: ColdRead) -> None:
+        def answer(result: SegmentRead) -> None:
             short = not result.error and len(result.data) != length
             done(result.data, result.error or ("a segment is shorter than its log" if short else ""))
 
@@ -499,19 +521,21 @@ class SegmentStore:
         assert isinstance(log, PartitionLog)
         return max(0, self._ages.oldest_below(log, next_offset))
 
-    def complete_snapshot(self, log: Log, first: int, following: int, done: Done) -> None:
+    def complete_snapshot(self, log: Log, first: int, next_offset: int, done: Done) -> None:
         assert isinstance(log, PartitionLog)
         partition = log
 
         def work() -> Identity:
-            return change_identity(partition.directory, lambda identity: replace(identity, snapshot=(first, following)))
+            return change_identity(
+                partition.directory, lambda identity: replace(identity, snapshot=(first, next_offset))
+            )
 
         def finished(result: object) -> None:
             if not isinstance(result, Identity):
-                done(Code.READ_ONLY, f"the end of the snapshot cannot be stored: {result}")
+                done(Outcome.READ_ONLY, f"the end of the snapshot cannot be stored: {result}")
                 return
             partition.identity = result
-            done(Code.OK, "")
+            done(Outcome.OK, "")
             self._listener.on_topic(partition.topic)
 
         self._committer.call(work, finished)
@@ -528,6 +552,9 @@ class SegmentStore:
         )
 
     # ---- metadata ----
+
+    def inventory(self) -> list[LogInventory]:
+        return [log.inventory() for log in self.logs()]
 
     def group_offsets(self) -> dict[GroupKey, GroupOffset]:
         return self._metadata.group_offsets
@@ -580,18 +607,28 @@ class SegmentStore:
             found["damaged"] = ", ".join(damaged[:20])
         return {name: why for name, why in found.items() if why}
 
-    def describe(self) -> dict[str, object]:
-        committer = self._committer
-        return {
-            "engine": "segment",
-            "commit_groups": committer.groups,
-            "commit_bytes": committer.group_bytes,
-            "sync_seconds": committer.sync_ns / 1e9,
-            "slowest_sync_seconds": committer.slowest_sync_ns / 1e9,
-            "rolls": committer.rolls,
-            "metadata_transactions": self._metadata.transactions,
-            "cold_reads": self._reader.jobs,
-            "read_timeouts": self._reader.timeouts,
-            "quarantined_ranges": self._quarantine.ranges,
-            **self._housekeeping.describe(),
-        }
+    def disk(self) -> DiskState | None:
+        return self._housekeeping.disk()
+
+    def status(self) -> EngineStatus:
+        committer, housekeeping, disk = self._committer, self._housekeeping, self._housekeeping.disk()
+        return EngineStatus(
+            engine="segment",
+            commit_groups=committer.groups,
+            commit_bytes=committer.group_bytes,
+            sync_seconds=committer.sync_ns / 1e9,
+            slowest_sync_seconds=committer.slowest_sync_ns / 1e9,
+            rolls=committer.rolls,
+            metadata_transactions=self._metadata.transactions,
+            cold_reads=self._reader.jobs,
+            read_timeouts=self._reader.timeouts,
+            quarantined_ranges=self._quarantine.ranges,
+            disk_free_bytes=disk.free if disk is not None else 0,
+            disk_bytes=disk.size if disk is not None else 0,
+            disk_usable_bytes=disk.usable if disk is not None else 0,
+            log_bytes=disk.used if disk is not None else 0,
+            removed_segments=housekeeping.removed_segments,
+            verified_bytes=housekeeping.scrubbed_bytes,
+            unverified_segments=housekeeping.unverified_segments,
+            clock=housekeeping.clock_implausible or "plausible",
+        )

@@ -22,7 +22,7 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.clock import SystemClock
 from edgebroker.common.config import load_config
-from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.storage.engine import Log
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.staging import Chunk
@@ -46,7 +46,7 @@ class Listener:
     def on_opening(self, done: int, topics: int) -> None: ...
     def on_written(self, log: Log) -> None: ...
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None: ...
-    def on_failed(self, log: Log, code: Code, message: str) -> None: ...
+    def on_failed(self, log: Log, outcome: Outcome, message: str) -> None: ...
     def retention_pin(self, log: Log) -> int | None:
         return None
 

@@ -71,7 +71,7 @@ def test_a_host_that_vanishes(tmp_path: Path, far_host: None, monkeypatch: pytes
     with running(tmp_path / "data", settings) as broker:
         near = broker.raw("near")
         near.publish("t", numbered(0, 1))
-        here, port = broker.broker.tcp_address
+        here, port = broker.broker.listeners.tcp_address
         far = subprocess.Popen(
             ["ip", "netns", "exec", NAME, sys.executable, "-c", _FAR, here, str(port), str(Path(__file__).parents[2])],
             stdin=subprocess.PIPE,

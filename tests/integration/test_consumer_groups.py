@@ -360,7 +360,7 @@ def test_members_in_processes_of_their_own_go_on_after_a_restart(tmp_path: Path)
     consumer = broker.consumer(["t"], "g", auto_ack=False)
     consumer.ack(take(consumer, 5)[2])
     consumer.commit(SECONDS)
-    host, port = broker.broker.tcp_address
+    host, port = broker.broker.listeners.tcp_address
     broker.stop()
     broker = RunningBroker(config_for(tmp_path / "data", {"listen.tcp": f"{host}:{port}"}))
     assert offsets(take(consumer, 2)) == [3, 4]

@@ -16,6 +16,7 @@ from edgebroker.broker.delivery.dead_letters import HEADERS
 from edgebroker.common import batch, codecs
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record, restamp
 from edgebroker.common.types import AckLevel, Start
 from edgebroker.network.wire import frames
@@ -250,10 +251,10 @@ def test_the_place_moves_when_the_letter_is_durable(broker: RunningBroker) -> No
     assert len(letters(broker, 2)) == 2
 
 
-@pytest.mark.parametrize("code", [Code.DISK_FULL, Code.READ_ONLY])
+@pytest.mark.parametrize("outcome", [Outcome.DISK_FULL, Outcome.READ_ONLY])
 @pytest.mark.parametrize("exists", [False, True])
 def test_what_cannot_be_written_makes_the_partition_wait(
-    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, code: Code, exists: bool
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, outcome: Outcome, exists: bool
 ) -> None:
     broker.create("t", partitions=2)
     producer = broker.raw("producer")
@@ -265,10 +266,10 @@ def test_what_cannot_be_written_makes_the_partition_wait(
     client = broker.raw("client")
     correlation = client.next_correlation() + 1
     client.subscribe("t", "g", partition=0)
-    monkeypatch.setattr(broker.broker.engine, "refusal", lambda: (code, "as told by the test"))
+    monkeypatch.setattr(broker.broker.engine, "refusal", lambda: (outcome, "as told by the test"))
     give_up(client, 0, "bad")
     told = client.answer(correlation)
-    assert told.code is code
+    assert told.code is outcome.code
     assert told.offset == 0
     assert "t/0" in told.message
     line = line_of(broker)
@@ -278,7 +279,7 @@ def test_what_cannot_be_written_makes_the_partition_wait(
     assert client.silent(FrameType.DELIVER)
     # It tries again every second, and says so each time; other partitions go on.
     broker.advance(2)
-    assert client.answer(correlation).code is code
+    assert client.answer(correlation).code is outcome.code
     client.subscribe("t", "g", partition=1)
     delivered = client.deliver()
     assert (delivered.head.partition, delivered.offsets) == (1, [0, 1, 2])

@@ -23,6 +23,7 @@ from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet
 from edgebroker.pipe.report import Report, within_limit
 from edgebroker.pipe.topology import Topology
+from edgebroker.storage.types import DiskState
 from tests.integration.test_registry import RAW, batch, joins, nodes, parent, pass_time, root_of, run, until
 from tests.integration.test_registry import told as told_of
 from tests.kit.trees import Tree, follows, pipe, publish, wait_for
@@ -35,7 +36,7 @@ def growth_changes(use: Any, hours: float = 24.0) -> int:
     growth, size, found, changes = Growth(), 100 << 30, None, 0
     for tick in range(int(hours * 1800)):
         now = 10.0 + tick * 2.0
-        made = growth.disk({"disk_free_bytes": (50 << 30) - int(use(now)), "disk_bytes": size}, now)
+        made = growth.disk(DiskState((50 << 30) - int(use(now)), size, 0, 0), now)
         changes += made != found
         found = made
     return changes
@@ -82,7 +83,7 @@ def test_deep_nesting(tree: Tree) -> None:
 
     root = root_of(tree)
     text = json.dumps(batch({"report": 7})).replace("7", "[" * 30000 + "]" * 30000)
-    host, port = root.broker.http_address
+    host, port = root.broker.listeners.http_address
     connection = http.client.HTTPConnection(host, port)
     connection.request("POST", "/v1/tree/reports", text)
     assert connection.getresponse().status == 400
@@ -100,7 +101,7 @@ def test_a_report_that_is_too_big_does_not_stop_those_of_others(tree: Tree) -> N
     until(tree, lambda: "l2" in nodes(root), "l2 is known")
     text = json.dumps(batch({"report": {**RAW, "labels": {}}}), separators=(",", ":"))
     text = text.replace('"labels":{}', '"x":"' + "x" * ((256 << 10) - len(text) - 5) + '"')
-    host, port = hub.broker.http_address
+    host, port = hub.broker.listeners.http_address
     connection = http.client.HTTPConnection(host, port)
     connection.request("POST", "/v1/tree/reports", text)
     first = connection.getresponse().status
@@ -184,13 +185,13 @@ def test_a_pin_to_a_dead_hub(tree: Tree, capsys: pytest.CaptureFixture[str]) -> 
     until(tree, lambda: parent(pos) == "a", "pos is pinned", 5.0)
     tree.stop("a")
     until(tree, lambda: parent(pos) == "root", "pos has gone on", 2.0)
-    before = pipe(pos)["parent"]["error"], pos.call(lambda: pos.broker.upstream.connections)
+    before = pipe(pos)["parent"]["error"], pos.call(lambda: pos.broker.mirroring.upstream.connections)
     moved = 0
     for _ in range(200):
         pass_time(tree, 3.0, 3.0)
         time.sleep(0.05)
         moved += parent(pos) != "root"
-    after = pos.call(lambda: pos.broker.upstream.connections)
+    after = pos.call(lambda: pos.broker.mirroring.upstream.connections)
     assert moved <= 2 and after - before[1] < 12, (moved, before, after)
 
 
@@ -230,7 +231,7 @@ def test_a_line_that_drops_now_and_then(tree: Tree, monkeypatch: pytest.MonkeyPa
         }
         for number in range(2000)
     ]  # fmt: skip
-    monkeypatch.setattr(reporting, "Ask", dropping)
+    monkeypatch.setattr(reporting, "HttpCall", dropping)
     for first in range(0, 2000, 250):
         assert (
             hub.http("POST", "/v1/tree/reports", batch(*reports[first : first + 250], sender=f"{first:032x}"))[0] == 200
@@ -283,7 +284,7 @@ def test_a_group_that_stands_in_the_log_of_before_has_not_applied_the_new_one(
         till.drop(client)
 
     def other() -> None:
-        places = till.broker.groups.find("b").places
+        places = till.broker.core.groups.find("b").committed_offsets
         places["prices", 0] = replace(places["prices", 0], log_id="f" * 32)
 
     till.call(other)
@@ -341,6 +342,7 @@ OPEN = """
 import sys, resource
 from pathlib import Path
 from edgebroker.common.clock import SystemClock
+from edgebroker.storage.types import DiskState
 from edgebroker.storage.metadata.registry import RegistryStore
 class Now:
     def call_soon_threadsafe(self, call): call()

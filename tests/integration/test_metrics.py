@@ -17,12 +17,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from edgebroker.broker.admin import exposition
 from edgebroker.broker.admin.exposition import families
-from edgebroker.broker.observe.health import Health, Supervisor
+from edgebroker.broker.observe.health import Health, Supervisor, Verdict
 from edgebroker.broker.observe.host import device_of, read_machine
 from edgebroker.broker.observe.lags import MOST, Lags
 from edgebroker.broker.observe.problems import ADVICE, BLOCKING
 from edgebroker.common.histogram import BOUNDS, Histogram
-from edgebroker.network.http.server import Response
+from edgebroker.network.http.router import Call
+from edgebroker.network.http.server import Reply, Request, Response
 from tests.kit.brokers import RunningBroker, numbered, running
 from tests.kit.storage import ManualClock
 
@@ -35,6 +36,10 @@ def broker(tmp_path: Path) -> Iterator[RunningBroker]:
         yield found
 
 
+def scraping(reply: Reply) -> Call:
+    return Call(Request("GET", "/metrics", b""), {}, None, reply)
+
+
 def scrape(broker: RunningBroker) -> str:
     found: list[Response] = []
     done = threading.Event()
@@ -43,7 +48,7 @@ def scrape(broker: RunningBroker) -> str:
         found.append(response)
         done.set()
 
-    broker.call(lambda: broker.broker.exposition.answer(reply))
+    broker.call(lambda: broker.broker.exposition.answer(scraping(reply)))
     assert done.wait(10.0)
     assert found[0].status == 200, found[0].body
     assert isinstance(found[0].body, str)
@@ -128,7 +133,7 @@ def test_scrapes_at_the_same_time_share_an_answer(broker: RunningBroker) -> None
         if len(found) == 3:
             done.set()
 
-    broker.call(lambda: [broker.broker.exposition.answer(reply) for _ in range(3)])
+    broker.call(lambda: [broker.broker.exposition.answer(scraping(reply)) for _ in range(3)])
     assert done.wait(10.0)
     assert found[0] is found[1] is found[2]
 
@@ -242,25 +247,23 @@ def test_every_problem_has_an_advice_and_a_row_in_the_manual(broker: RunningBrok
 
 def test_changes_are_logged_once_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
     problems: dict[str, str] = {}
-    parent = SimpleNamespace(connected=True, last_error="")
+    missing = [""]
     told = OnResponse()
-    well = Health(lambda: True, lambda: dict(problems), lambda: parent, told)
+    well = Health(lambda: True, lambda: dict(problems), lambda: missing[0], told)
     caplog.set_level(logging.INFO)
-    well.look()
-    assert well.verdict()["status"] == "ok"
+    well.check()
+    assert well.verdict().status == "ok"
     problems["disk_full"] = "3 MiB are free"
-    well.look()
-    well.look()
-    assert well.verdict()["status"] == "not ready"
+    well.check()
+    well.check()
+    assert well.verdict().status == "not ready"
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert ADVICE["disk_full"] in caplog.text
     problems.clear()
-    parent.connected, parent.last_error = False, "no route"
-    well.look()
-    assert well.verdict() == {
-        "status": "degraded",
-        "checks": {"started": "ok", "storage": "ok"},
-        "warnings": {"parent": "not connected: no route"},
-    }
-    assert "disk_full is over" in caplog.text
+    missing[0] = "no route"
+    well.check()
+    assert well.verdict() == Verdict(
+        "degraded", {"started": "ok", "storage": "ok"}, {"parent": "not connected: no route"}
+    )
+    assert "resolved: disk_full" in caplog.text
     assert told.lines == ["ready", "disk_full: 3 MiB are free", "parent: not connected: no route"]

@@ -252,7 +252,7 @@ def test_control_batches_are_not_for_clients(broker: RunningBroker) -> None:
 def test_a_flood_is_held_back_and_all_of_it_is_acknowledged(tmp_path: Path) -> None:
     with running(tmp_path / "data", {"limits.staged_high_bytes": 1 << 20}) as broker:
         held: list[int] = []
-        publishing = broker.broker.publishing
+        publishing = broker.broker.core.publishing
         broker.call(lambda: broker.broker.loop.at_end_of_iteration(lambda: held.append(publishing.waiting_bytes)))
         clients = [broker.raw(f"flood-{rank}") for rank in range(4)]
         clients[0].publish("t", batch_of(b"first"))

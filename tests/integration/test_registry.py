@@ -63,7 +63,7 @@ def parent(node: RunningBroker) -> str:
 
 
 def run(node: RunningBroker, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
-    host, port = node.broker.http_address
+    host, port = node.broker.listeners.http_address
     status = main([*arguments, "--admin", f"{host}:{port}", "--json"])
     return status, json.loads(capsys.readouterr().out)
 
@@ -162,7 +162,7 @@ def test_draining_and_pinning(tree: Tree, capsys: pytest.CaptureFixture[str]) ->
     assert main(["node", "pin", "pos", "nobody", "--admin", tree.address("root")]) == 1
     assert "knows no node nobody" in capsys.readouterr().err
     assert main(["node", "pin", "a", "pos", "--admin", tree.address("root")]) == 1
-    assert "stands above" in capsys.readouterr().err
+    assert "must be above" in capsys.readouterr().err
     assert main(["node", "drain", "a", "--admin", tree.address("a")]) == 1
     assert "registry is not kept at this node" in capsys.readouterr().err
 
@@ -253,7 +253,7 @@ def test_an_empty_answer_changes_nothing(tree: Tree) -> None:
 
         def work() -> list[str]:
             pos.broker.tree.directed([ParentAssignment(uid=uid, candidates=candidates, drain=drain)])
-            return list(pos.broker.upstream.candidates.addresses)  # type: ignore[union-attr]
+            return list(pos.broker.mirroring.upstream.candidates.addresses)  # type: ignore[union-attr]
 
         return pos.call(work)
 

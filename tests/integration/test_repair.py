@@ -11,7 +11,7 @@ import pytest
 from edgebroker.client.consumer import Consumer, check_dense
 from edgebroker.common import records
 from edgebroker.common.errors import DamagedBatchError
-from edgebroker.storage.log.recovery import CorruptRange
+from edgebroker.storage.types import CorruptRange
 from tests.kit.storage import StoreHarness, encode, store_settings
 from tests.kit.trees import Tree, digest, end, follows, grown, line, publish, wait_for
 from tests.unit.storage.test_mirror_store import batches, bytes_of, identity_of, mirror, take

@@ -15,8 +15,7 @@ from edgebroker.common import records
 from edgebroker.common.errors import Code
 from edgebroker.storage import files
 from edgebroker.storage import store as store_module
-from edgebroker.storage.log.recovery import CorruptRange
-from edgebroker.storage.log.segment import UNKNOWN_CHAIN
+from edgebroker.storage.types import UNKNOWN_CHAIN, CorruptRange
 from tests.integration.test_repair import cut_short, flip, logs_of, lose, repair
 from tests.kit.brokers import RunningBroker, numbered
 from tests.kit.storage import StoreHarness, encode, store_settings
@@ -225,7 +224,7 @@ def test_missing_segments_come_back_as_segments(tmp_path: Path) -> None:
         first, following = harness.log().to_repair()
         assert repair(harness, b"".join(batches(first, min(5, following - first))))[1] == ""
     assert max(segment.size for segment in harness.segments()) < 2000
-    harness.tick_until(lambda: harness.store.describe()["unverified_segments"] == 0)
+    harness.tick_until(lambda: harness.store.status().unverified_segments == 0)
     assert bytes_of(harness) == b"".join(batches(0, 100))
     harness.restart()
     assert (len(harness.values()), harness.log().corrupt_ranges) == (100, [])
@@ -292,7 +291,7 @@ def test_damage_that_nobody_vouches_for_cuts_no_child(tree: Tree) -> None:
 @pytest.mark.slow
 def test_neighbours_that_are_no_help_do_not_end_healing(tree: Tree) -> None:
     root = damaged_root(tree)
-    with socket.create_connection(root.broker.http_address) as connection:
+    with socket.create_connection(root.broker.listeners.http_address) as connection:
         for source in ("127.0.0.1:99999", "127.0.0.1:\u00b2", "127.0.0.1:0", ":80", "nowhere"):
             body = json.dumps({"from": source}, ensure_ascii=False).encode()
             connection.sendall(
@@ -328,7 +327,7 @@ def test_a_child_that_asks_while_healing_fails(tree: Tree, monkeypatch: pytest.M
         gate.wait()
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(store_module, "heal_segment", slow)
+    monkeypatch.setattr(store_module, "repair_segment", slow)
     answers: list[object] = []
     root.broker.loop.call_soon_threadsafe(
         lambda: root.broker.engine.repair(log, b"x", lambda *answer: answers.append(answer))
@@ -352,7 +351,7 @@ def test_ranges_are_read_a_few_at_a_time(tree: Tree, monkeypatch: pytest.MonkeyP
     body = json.dumps(wanted).encode()
 
     def ask() -> bytes:
-        with socket.create_connection(root.broker.http_address) as connection:
+        with socket.create_connection(root.broker.listeners.http_address) as connection:
             connection.sendall(
                 b"POST /v1/pipe/range HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
                 % (len(body), body)
@@ -402,7 +401,7 @@ def test_an_origin_gets_its_lost_end_back_from_a_child(tree: Tree) -> None:
     tree.put_back("root")
     root = tree.start("root")
     wait_for(lambda: "history_lost" in root.http("GET", "/v1/node")[1]["problems"], "ROOT is told")
-    assert "heal --from" in root.http("GET", "/v1/node")[1]["problems"]["history_lost"]
+    assert "repair --from" in root.http("GET", "/v1/node")[1]["problems"]["history_lost"]
     assert root.raw("p").publish("t", numbered(0, 1)).code is Code.HISTORY_LOST
     other = tree.start("other", level="root")
     publish(other, "t", 0, 400)

@@ -13,14 +13,8 @@ from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
 from edgebroker.storage.rewrite import replace as replacement
-from edgebroker.storage.rewrite.replace import (
-    FILE_NAME,
-    ResyncRow,
-    exchange,
-    finish_replacements,
-    read_resyncs,
-    write_resyncs,
-)
+from edgebroker.storage.rewrite.replace import FILE_NAME, exchange, finish_replacements, read_resyncs, write_resyncs
+from edgebroker.storage.types import ResyncRow
 from tests.kit.brokers import RunningBroker
 from tests.kit.trees import Tree, digest, end, follows, grown, pipe, publish, wait_for
 
@@ -343,7 +337,7 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def run(node: RunningBroker, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
-    host, port = node.broker.http_address
+    host, port = node.broker.listeners.http_address
     status = main([*arguments, "--admin", f"{host}:{port}", "--json"])
     return status, json.loads(capsys.readouterr().out)
 

@@ -15,15 +15,14 @@ import pytest
 
 from edgebroker.broker.mirror.fresh_copy import FreshCopy
 from edgebroker.cli.main import main
-from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.storage import files
-from edgebroker.storage.engine import Tombstone
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.partition import PartitionLog
-from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.rewrite import removal
 from edgebroker.storage.rewrite.removal import read_tombstones, write_tombstones
-from edgebroker.storage.rewrite.replace import ResyncRow, write_resyncs
+from edgebroker.storage.rewrite.replace import write_resyncs
+from edgebroker.storage.types import CorruptRange, ResyncRow, Tombstone
 from tests.integration.test_resync import ID, order, state, until
 from tests.integration.test_topic_delete import revived, topics
 from tests.kit.storage import TOPIC, StoreHarness, store_settings
@@ -63,11 +62,11 @@ def test_two_topics_deleted_at_once(harness: StoreHarness) -> None:
     """The second list of tombstones is made before the first one is stored, and replaces it."""
     harness.create("other")
     ids = {harness.log(name).identity.log_id for name in (TOPIC, "other")}
-    done: list[Code] = []
+    done: list[Outcome] = []
     for name in (TOPIC, "other"):
         harness.store.removal.delete(name, lambda logs: None, lambda *told: done.append(told[0]))
     settle(harness)
-    assert done == [Code.OK, Code.OK]
+    assert done == [Outcome.OK, Outcome.OK]
     assert set(read_tombstones(harness.path)) == ids
 
 
@@ -100,12 +99,12 @@ def test_a_topic_made_again_over_what_could_not_be_moved(
         patch.setattr(
             "edgebroker.storage.rewrite.removal.set_aside", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
         )
-        done: list[Code] = []
+        done: list[Outcome] = []
         harness.store.removal.delete(TOPIC, lambda logs: None, lambda *told: done.append(told[0]))
         settle(harness)
-        assert done == [Code.READ_ONLY]
+        assert done == [Outcome.READ_ONLY]
     code = harness.create(TOPIC)
-    if code is Code.OK:
+    if code is Outcome.OK:
         harness.fill(3)
     harness.restart()
     if TOPIC in list(harness.store.topics()):
@@ -206,7 +205,7 @@ def test_holes_of_a_log_that_was_begun_anew(harness: StoreHarness, monkeypatch: 
             raise RuntimeError("the power is cut here")
 
         patch.setattr(PartitionLog, "rewritten", dies)
-        harness.engine.restart(log, lambda old: old, lambda *told: None)  # type: ignore[attr-defined]
+        harness.engine.recreate(log, lambda old: old, lambda *told: None)  # type: ignore[attr-defined]
         turn(harness, lambda: reached)
         harness.crash()
     harness.open()
@@ -222,7 +221,7 @@ def _staged(harness: StoreHarness, tmp_path: Path, settings: Any = None) -> Path
     staged = harness.path / "staging" / ID / "topics" / TOPIC
     other = StoreHarness(tmp_path / "copy", settings or store_settings(segment_bytes=1000))
     identity = read_identity(harness.directory())
-    done: list[Code] = []
+    done: list[Outcome] = []
     other.store.create_mirror(TOPIC, [identity], lambda code, why: done.append(code))
     other.until(lambda: done)
     for path in harness.logs():
@@ -247,10 +246,10 @@ def test_a_copy_that_cannot_be_opened(harness: StoreHarness, tmp_path: Path, mon
         patch.setattr(
             harness.store._opener, "reopen", lambda *a: (_ for _ in ()).throw(OSError(errno.EMFILE, "too many"))
         )
-        done: list[Code] = []
+        done: list[Outcome] = []
         harness.store.replacement.replace(TOPIC, staged, lambda *told: done.append(told[0]))
         turn(harness, lambda: done)
-    assert done == [Code.READ_ONLY]
+    assert done == [Outcome.READ_ONLY]
     harness.fill(5)
     assert len(harness.values()) == 37
     harness.restart()
@@ -277,7 +276,7 @@ def test_a_read_in_the_middle_of_the_switch(
         return real(*a)
 
     monkeypatch.setattr(harness.store._opener, "reopen", slow)
-    done: list[Code] = []
+    done: list[Outcome] = []
     harness.store.replacement.replace(TOPIC, staged, lambda *told: done.append(told[0]))
     turn(harness, exchanged.is_set)
     sizes = {segment.path: segment.size for segment in log.segments[:-1]}
@@ -384,7 +383,7 @@ def test_a_reset_that_is_over_holds_nothing_back(tree: Tree) -> None:
     for number in range(5):
         publish(root, "t", 200 + number * 10, 10)
         follows(root, l2, "t")
-    l2.call(lambda: l2.broker.upstream.again("ask again"))  # type: ignore[union-attr]
+    l2.call(lambda: l2.broker.mirroring.upstream.again("ask again"))  # type: ignore[union-attr]
     log = root.broker.engine.log("t", 0)
     assert log is not None
 
@@ -394,7 +393,7 @@ def test_a_reset_that_is_over_holds_nothing_back(tree: Tree) -> None:
     wait_for(lambda: len(root.broker.downstream._asked[log]) >= 1, "it asks")
     root.advance(24 * 3600.0)
     wait_for(lambda: pipe(l2)["parent"]["connected"], "connected")
-    l2.call(lambda: l2.broker.upstream.again("ask again"))  # type: ignore[union-attr]
+    l2.call(lambda: l2.broker.mirroring.upstream.again("ask again"))  # type: ignore[union-attr]
     time.sleep(1.0)
     print({uid == l2.broker.engine.node_uid: place for uid, place in root.broker.downstream._asked[log].items()})
     assert floor() == 250, "the place of the copy holds early retention back for a week"
@@ -421,7 +420,7 @@ def test_an_order_that_was_not_stored_does_nothing(tree: Tree, monkeypatch: pyte
     l2 = tree.nodes["l2"]
     with monkeypatch.context() as patch:
         patch.setattr(
-            "edgebroker.storage.rewrite.replace.write_resets", lambda *a: (_ for _ in ()).throw(OSError(28, "full"))
+            "edgebroker.storage.rewrite.replace.write_resyncs", lambda *a: (_ for _ in ()).throw(OSError(28, "full"))
         )
         assert order(l2)[0] == 503
     for _ in range(30):
@@ -505,14 +504,14 @@ def test_a_node_that_is_promoted_keeps_what_it_writes(tree: Tree, monkeypatch: p
     def seen(self: FreshCopy, ends: Any) -> bool:
         # complete for the first look; behind while the pipe stands still, until the test says otherwise
         whole = real(self, ends)
-        held = l2.broker.resyncs is not None and l2.broker.resyncs._busy
+        held = l2.broker.mirroring.resyncs is not None and l2.broker.mirroring.resyncs._busy
         return whole and (go[0] or not held)
 
     monkeypatch.setattr(FreshCopy, "has", seen)
     assert order(l2)[0] == 200
     for _ in range(200):
         l2.advance(0.5)
-        if l2.broker.resyncs is not None and l2.broker.resyncs._held_since:
+        if l2.broker.mirroring.resyncs is not None and l2.broker.mirroring.resyncs._held_since:
             break
         time.sleep(0.02)
     assert l2.http("POST", "/v1/promote", {"level": "root"})[0] == 200
@@ -554,9 +553,9 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
         return real_repair(wound, data)
 
     monkeypatch.setattr(removal, "write_tombstones", slow_write)
-    monkeypatch.setattr(store_module, "heal_segment", slow_repair)
+    monkeypatch.setattr(store_module, "repair_segment", slow_repair)
     # The child hears of it later.
-    l2.call(lambda: setattr(l2.broker.upstream._mirrors, "_delete", lambda topic: None))  # type: ignore[union-attr]
+    l2.call(lambda: setattr(l2.broker.mirroring.upstream._mirrors, "_delete", lambda topic: None))  # type: ignore[union-attr]
     topic_deletion = threading.Thread(target=lambda: root.http("DELETE", "/v1/topics/t"))
     topic_deletion.start()
     assert begun.wait(10)
@@ -567,7 +566,7 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
     topic_deletion.join(8.0)
     time.sleep(1.0)
     failed, root.broker.loop.failed_callbacks = root.broker.loop.failed_callbacks, 0
-    assert (failed, root.broker.repairs._busy) == (0, None), "nothing is ever healed again"
+    assert (failed, root.broker.mirroring.repairs._busy) == (0, None), "nothing is ever healed again"
 
 
 # ---- the pipe while a copy cannot catch up
@@ -583,7 +582,7 @@ def test_other_topics_come_while_a_copy_cannot_catch_up(tree: Tree, monkeypatch:
     real = FreshCopy.has
 
     def behind(self: FreshCopy, ends: Any) -> bool:
-        held = l2.broker.resyncs is not None and l2.broker.resyncs._busy
+        held = l2.broker.mirroring.resyncs is not None and l2.broker.mirroring.resyncs._busy
         return real(self, ends) and not held
 
     monkeypatch.setattr(FreshCopy, "has", behind)
@@ -595,7 +594,7 @@ def test_other_topics_come_while_a_copy_cannot_catch_up(tree: Tree, monkeypatch:
     while time.monotonic() < deadline:
         if not held:
             l2.advance(0.5)
-            held = l2.broker.resyncs._held_since > 0  # type: ignore[union-attr]
+            held = l2.broker.mirroring.resyncs._held_since > 0  # type: ignore[union-attr]
             time.sleep(0.05)
             continue
         began = time.monotonic()
@@ -650,8 +649,8 @@ def test_the_copy_follows_its_node_to_another_parent(tree: Tree) -> None:
     wait_for(lambda: pos.advance(0.2) or len(pipe(tree.nodes["a"])["children"]) == 2, "the copy asks")  # type: ignore[func-returns-value]
 
     def moved() -> None:
-        pos.broker.upstream.candidates.replace([tree.address("b")])  # type: ignore[union-attr]
-        pos.broker.upstream.again("the registry names another one")  # type: ignore[union-attr]
+        pos.broker.mirroring.upstream.candidates.replace([tree.address("b")])  # type: ignore[union-attr]
+        pos.broker.mirroring.upstream.again("the registry names another one")  # type: ignore[union-attr]
 
     pos.call(moved)
     tree.stop("a")
@@ -709,7 +708,7 @@ def test_a_failure_is_not_forgotten_among_many(tree: Tree, capsys: pytest.Captur
     )
     states = [row["state"] for row in l2.http("GET", "/v1/resyncs")[1]["resyncs"]]
     assert "failed" in states
-    told = [one.state for one in l2.call(lambda: l2.broker.resyncs.reports())]  # type: ignore[union-attr]
+    told = [one.state for one in l2.call(lambda: l2.broker.mirroring.resyncs.reports())]  # type: ignore[union-attr]
     assert "failed" in told, (states, told)
 
 
@@ -769,11 +768,11 @@ def test_a_stop_while_the_copy_is_closed(tree: Tree, monkeypatch: pytest.MonkeyP
             return False
         return real(self)
 
-    monkeypatch.setattr(SegmentStore, "hurry", flush)
+    monkeypatch.setattr(SegmentStore, "flush", flush)
     assert order(l2)[0] == 200
     wait_for(lambda: l2.advance(0.3) or closing[0], "it is being closed")  # type: ignore[func-returns-value]
-    assert l2.broker.resyncs is not None
-    print("idle", l2.broker.resyncs.idle)
+    assert l2.broker.mirroring.resyncs is not None
+    print("idle", l2.broker.mirroring.resyncs.idle)
     before = {thread.name for thread in threading.enumerate()}
     tree.stop("l2")
     time.sleep(0.5)

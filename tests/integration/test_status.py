@@ -30,7 +30,7 @@ def broker(tmp_path: Path) -> Iterator[RunningBroker]:
 
 
 def admin(broker: RunningBroker) -> str:
-    host, port = broker.broker.http_address
+    host, port = broker.broker.listeners.http_address
     return f"{host}:{port}"
 
 

@@ -11,10 +11,11 @@ import pytest
 
 from edgebroker.cli.main import main
 from edgebroker.common.errors import AnswerError, Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
-from edgebroker.storage.engine import Tombstone
 from edgebroker.storage.rewrite.removal import FILE_NAME, read_tombstones, write_tombstones
+from edgebroker.storage.types import Tombstone
 from tests.kit.brokers import RunningBroker
 from tests.kit.storage import TOPIC, StoreHarness, encode, pack, store_settings
 from tests.kit.trees import Tree, digest, end, follows, grown, line, pipe, publish, wait_for
@@ -192,7 +193,7 @@ def harness(tmp_path: Path) -> Iterator[StoreHarness]:
 def removal(harness: StoreHarness) -> tuple[list[str], list[Code]]:
     """Begin to delete the topic: what is told, step by step."""
     gone: list[str] = []
-    done: list[Code] = []
+    done: list[Outcome] = []
     harness.store.removal.delete(
         TOPIC, lambda logs: gone.extend(log.name for log in logs), lambda *told: done.append(told[0])
     )
@@ -206,7 +207,7 @@ def test_before_the_tombstone_nothing_has_happened(harness: StoreHarness, monkey
     monkeypatch.setattr("edgebroker.storage.rewrite.removal.write_tombstones", fail)
     gone, done = removal(harness)
     harness.until(lambda: done)
-    assert (gone, done) == ([], [Code.READ_ONLY])
+    assert (gone, done) == ([], [Outcome.READ_ONLY])
     assert len(harness.values()) == 30
     harness.restart()
     assert len(harness.values()) == 30
@@ -225,7 +226,7 @@ def test_behind_the_tombstone_the_topic_is_gone(harness: StoreHarness, monkeypat
         for _ in range(50):
             harness.loop.turn(0.005)
             harness.clock.advance(0.01)
-        assert (gone, done) == ([f"{TOPIC}/0"], [Code.READ_ONLY])
+        assert (gone, done) == ([f"{TOPIC}/0"], [Outcome.READ_ONLY])
         assert list(harness.store.topics()) == []
         harness.crash()
     assert harness.directory().exists()
@@ -248,11 +249,11 @@ def test_what_was_staged_before_is_answered(harness: StoreHarness) -> None:
     harness.until(lambda: gone)
     codes: list[Code] = []
     harness.store.create_topic(TOPIC, TopicSettings(), lambda code, message: codes.append(code))
-    assert codes == ([Code.OVERLOADED] if not done else codes)
+    assert codes == ([Outcome.OVERLOADED] if not done else codes)
     for _ in range(50):
         harness.loop.turn(0.005)
         harness.clock.advance(0.01)
-    assert done == [Code.OK]
+    assert done == [Outcome.OK]
     assert late.durable_end == 31
     assert (("durable", f"{TOPIC}/0", 31)) in harness.listener.events
 
@@ -272,7 +273,7 @@ def test_a_full_disk_is_no_reason_to_keep_a_topic(harness: StoreHarness, monkeyp
     for _ in range(50):
         harness.loop.turn(0.005)
         harness.clock.advance(0.01)
-    assert done == [Code.OK]
+    assert done == [Outcome.OK]
     assert not (harness.path / "reserve").exists()
 
 

@@ -109,7 +109,7 @@ def test_failover_to_the_next_parent(tree: Tree) -> None:
     wait_for(lambda: child.counters()["pipe_failovers"] == 1, "it is counted")
     tree.start("l2", "root")
     child.advance(30.0)
-    wait_for(lambda: child.broker.upstream.candidates._healthy_since, "it is seen again")  # type: ignore[union-attr]
+    wait_for(lambda: child.broker.mirroring.upstream.candidates._healthy_since, "it is seen again")  # type: ignore[union-attr]
     child.advance(301.0)
     child.advance(1.0)
     wait_for(lambda: pipe(child)["parent"]["name"] == "l2" and pipe(child)["parent"]["connected"], "it is back")
@@ -398,7 +398,7 @@ def test_root_is_lost_and_a_hub_takes_its_place(tree: Tree) -> None:
         offsets += client.deliver().offsets
     assert offsets == list(range(25))
     assert hub.http("DELETE", "/v1/promote") == (200, {})
-    assert hub.http("DELETE", "/v1/promote")[0] == 404
+    assert hub.http("DELETE", "/v1/promote")[0] == 409
     for name in ("root", "l3", "l2"):
         tree.stop(name)
     assert len({digest(tree, name, "prices") for name in ("root", "l2", "l3")}) == 1
@@ -451,7 +451,7 @@ def test_a_child_does_not_say_the_same_again(tree: Tree) -> None:
     for number in range(20):
         follows(root, child, f"topic-{number}")
     bodies: list[int] = []
-    client = child.broker.upstream._client  # type: ignore[union-attr]
+    client = child.broker.mirroring.upstream._client  # type: ignore[union-attr]
     real = client.request
 
     def request(method: str, path: str, body: bytes) -> None:

@@ -54,7 +54,7 @@ def with_another_past(tree: Tree, *children: str, count: int = 14) -> None:
 def polled(node: RunningBroker, **changes: object) -> Iterator[http.client.HTTPResponse]:
     """The answer to a poll of somebody who is no node."""
     body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["*"], "logs": [], **changes}
-    connection = http.client.HTTPConnection(*node.broker.http_address, timeout=SECONDS)
+    connection = http.client.HTTPConnection(*node.broker.listeners.http_address, timeout=SECONDS)
     try:
         connection.request("POST", "/v1/pipe", json.dumps(body))
         with connection.getresponse() as answer:
@@ -101,7 +101,7 @@ def test_the_parents_end_is_no_boundary_here(tree: Tree) -> None:
 def hold_cuts(node: RunningBroker, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The disk takes its time over cuts: what is asked for is kept here."""
     held: list[tuple[Any, ...]] = []
-    monkeypatch.setattr(node.broker.engine, "cut", lambda *asked: held.append(asked))
+    monkeypatch.setattr(node.broker.engine, "truncate", lambda *asked: held.append(asked))
     return held
 
 
@@ -118,7 +118,7 @@ def test_an_acknowledgement_while_a_log_is_being_cut(tree: Tree, monkeypatch: py
     wait_for(lambda: held, "the cut is asked for")
     assert client.acked(head, 15) is Code.STALE
     monkeypatch.undo()
-    child.call(lambda: child.broker.engine.cut(*held[0]))  # type: ignore[attr-defined]
+    child.call(lambda: child.broker.engine.truncate(*held[0]))  # type: ignore[attr-defined]
     follows(tree.nodes["root"], child, "t")
     assert place(child, "tills") <= 5
     head = client.deliver().head
@@ -243,7 +243,7 @@ def test_polls_that_cannot_be(tree: Tree, changes: dict[str, object]) -> None:
 def test_what_comes_while_it_is_answered_is_not_kept(tree: Tree) -> None:
     root = tree.start("root")
     body = json.dumps({"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["x"], "logs": []})
-    with socket.create_connection(root.broker.http_address, SECONDS) as peer:
+    with socket.create_connection(root.broker.listeners.http_address, SECONDS) as peer:
         peer.sendall(f"POST /v1/pipe HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
         assert peer.recv(1 << 16).startswith(b"HTTP/1.1 200")
         with pytest.raises(OSError):
@@ -285,7 +285,7 @@ def test_a_parent_that_says_nothing(tree: Tree) -> None:
     threading.Thread(target=serve, daemon=True).start()
     tree._ports["mute"] = listener.getsockname()[1]
     child = tree.start("l2", "mute")
-    wait_for(lambda: child.broker.upstream._status == 200, "it answers")  # type: ignore[union-attr]
+    wait_for(lambda: child.broker.mirroring.upstream._status == 200, "it answers")  # type: ignore[union-attr]
     child.advance(58.0)
     wait_for(lambda: len(kept) > 1, "another attempt")
     assert "silent" in pipe(child)["parent"]["error"]
@@ -300,7 +300,7 @@ def test_a_line_stands_at_the_end_of_what_is_stored(tree: Tree) -> None:
     root, child = tree.start("root"), tree.start("l2", "root")
     publish(root, "t", 0, 5)
     follows(root, child, "t")
-    upstream, log = child.broker.upstream, child.broker.engine.log("t", 0)
+    upstream, log = child.broker.mirroring.upstream, child.broker.engine.log("t", 0)
     assert upstream is not None and log is not None
     child.call(lambda: setattr(log, "rolling", True))
     publish(root, "t", 5, 5)
@@ -318,7 +318,7 @@ def test_the_cap_outlives_the_connection(tree: Tree) -> None:
     for number in range(12):
         publish(root, "t", number * 100, 100, size=9000)
     child = tree.start("l2", "root", pipe__bytes_per_second=20_000)
-    upstream = child.broker.upstream
+    upstream = child.broker.mirroring.upstream
     assert upstream is not None
 
     def taken() -> int:
@@ -358,7 +358,7 @@ def test_many_cold_logs_cost_little_memory(tree: Tree) -> None:
     data = json.dumps(body).encode()
     with socket.socket() as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        peer.connect(root.broker.http_address)
+        peer.connect(root.broker.listeners.http_address)
         peer.sendall(b"POST /v1/pipe HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
 
         def held() -> list[int]:

@@ -61,7 +61,7 @@ class RunningBroker:
 
     @property
     def server(self) -> str:
-        host, port = self.broker.tcp_address
+        host, port = self.broker.listeners.tcp_address
         return f"{host}:{port}"
 
     def stop(self) -> bool:
@@ -105,7 +105,7 @@ class RunningBroker:
 
     def raw(self, client_id: str = "raw", *, granted: bool = True, receive_buffer: int = 0) -> RawClient:
         """A connected raw client; closed with the broker."""
-        client = RawClient(self.broker.tcp_address, receive_buffer)
+        client = RawClient(self.broker.listeners.tcp_address, receive_buffer)
         self._clients.append(client)
         if granted:
             client.connect(client_id)
@@ -113,15 +113,15 @@ class RunningBroker:
 
     def drop(self, client: RawClient) -> None:
         """Close a raw client's connection, and wait until the broker has noticed."""
-        before = self.call(lambda: self.broker.metrics.connections_closed)
+        before = self.call(lambda: self.broker.core.metrics.connections_closed)
         client.close()
         deadline = time.monotonic() + SECONDS
-        while self.call(lambda: self.broker.metrics.connections_closed) == before:
+        while self.call(lambda: self.broker.core.metrics.connections_closed) == before:
             assert time.monotonic() < deadline
 
     def http(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """One admin request: (status, decoded JSON)."""
-        host, port = self.broker.http_address
+        host, port = self.broker.listeners.http_address
         connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None)

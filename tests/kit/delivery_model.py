@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from edgebroker.broker.delivery.cursor import Cursor, Key
 from edgebroker.broker.delivery.dead_letters import HEADERS, Failure
-from edgebroker.broker.delivery.groups import Group
+from edgebroker.broker.delivery.state import Cursor, Group
+from edgebroker.broker.ports import Key
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import DEAD_LETTERS, Start
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import (
@@ -26,11 +27,10 @@ from edgebroker.network.wire.frames import (
     Holding,
     Ready,
     Reset,
-    Subscribe,
     Wanted,
 )
 from edgebroker.storage.engine import Log
-from edgebroker.storage.metadata.meta_db import GroupOffset
+from edgebroker.storage.types import GroupOffset
 from tests.kit.delivery_world import LIMITS, Member, World
 
 TOLD = {Code.BEHIND, Code.NO_SNAPSHOT, Code.DISK_FULL, Code.STORAGE_TIMEOUT}
@@ -209,13 +209,15 @@ class Model:
 
     # ---- membership ----
 
-    def subscribed(self, member: Member, group: Group, subscribe: Subscribe, correlation: int) -> None:
+    def subscribed(
+        self, member: Member, group: Group, wanted: list[Wanted], correlation: int, windows: tuple[int, int]
+    ) -> None:
         assert not member.wire.closed, "who is gone does not join"
         entry = self.group(group).entries.setdefault(member, Entry())
         entry.unresponsive, entry.correlation = False, correlation
-        entry.window = (subscribe.window_records, subscribe.window_bytes)
+        entry.window = windows
         named: dict[Key, None] = {}
-        for line in subscribe.wanted:
+        for line in wanted:
             keys = self.keys(line)
             if line.partition < 0:
                 entry.topics[line.topic] = line
@@ -306,6 +308,7 @@ class Model:
         spot.holder, spot.revoking, spot.generation = member, False, -1
         spot.window, spot.correlation = entry.window, entry.correlation
         line = entry.said.pop(spot.key, None)
+        spot.stand(0)  # what the holder before had acknowledged is nothing to this one
         self.begin(spot, line, fresh=fresh)
         spot.last_client = member.client_id
 
@@ -433,7 +436,7 @@ class Model:
         due[0].dead_lettering = offset
         self.letters_begun.append((failure.group, key, offset))
 
-    def lettered(self, log: Log, offset: int, failure: Failure, code: Code) -> None:
+    def lettered(self, log: Log, offset: int, failure: Failure, outcome: Outcome) -> None:
         name = "" if failure.group == "-" else failure.group
         key = (log.topic, log.partition)
         spot = next(s for s in self.spots() if (s.group.name, s.key, s.dead_lettering) == (name, key, offset))
@@ -442,7 +445,7 @@ class Model:
         if spot.committed != offset:
             if waits:
                 self.begin(spot, None, fresh=False)
-        elif code is Code.OK:
+        elif outcome is Outcome.OK:
             self.must_be_in_dead_letters(log, offset, failure)
             spot.commit(offset + 1)
             spot.reason = "it failed in an earlier run"
@@ -635,7 +638,7 @@ class Model:
         if not world.engine.stores_slowly:
             assert not self.expected, "what was asked is answered"
         held = {id(cursor) for member in world.members for cursor in member.cursors.values()}
-        for cursors in world.delivery._cursors.values():
+        for cursors in world.core.push._cursors.values():
             assert {id(cursor) for cursor in cursors} <= held, "delivery knows cursors that nobody holds"
         count: Callable[[str, Key, int], int] = lambda *letter: self.letters_begun.count(letter)  # noqa: E731
         for letter in world.letters:

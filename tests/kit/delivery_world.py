@@ -9,37 +9,39 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 
 from edgebroker.broker.admin.offsets import GroupOperations
-from edgebroker.broker.delivery.cursor import Cursor, Key
-from edgebroker.broker.delivery.dead_letters import DeadLetters, Done, Failure
-from edgebroker.broker.delivery.groups import Group, Groups
+from edgebroker.broker.core import Core
+from edgebroker.broker.delivery.dead_letters import DeadLetters, Failure
+from edgebroker.broker.delivery.groups import Groups
 from edgebroker.broker.delivery.leases import LeaseLimits, Leases
 from edgebroker.broker.delivery.membership import Membership
 from edgebroker.broker.delivery.push import Push
+from edgebroker.broker.delivery.rebase import CursorRebase
 from edgebroker.broker.delivery.refresh import Refreshes
+from edgebroker.broker.delivery.state import TRANSITIONS, Cursor, CursorState, Group
+from edgebroker.broker.delivery.table_snapshots import TableSnapshots
 from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.ports import Key
+from edgebroker.broker.publish.producers import Producers
 from edgebroker.broker.publish.publishing import Publishing, PublishLimits
 from edgebroker.broker.sessions.native import Session
 from edgebroker.common import batch
-from edgebroker.common.errors import Code
+from edgebroker.common.messages import Wanted
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.records import Record
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.network.io.transport import FileRange
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.connection import Frame
-from edgebroker.network.wire.frames import FrameType, Subscribe
-from edgebroker.storage import engine as engines
+from edgebroker.network.wire.frames import FrameType
 from edgebroker.storage.engine import Log
-from edgebroker.storage.identity import make_identity
-from edgebroker.storage.log.partition import Found, NeedsDisk
-from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.staging import Chunk, Stage
+from edgebroker.storage.log.staging import Stage
 from edgebroker.storage.memory import MemoryEngine, MemoryLog
-from edgebroker.storage.metadata.meta_db import GroupOffset
+from edgebroker.storage.types import ColdRead, Found, GroupOffset, NeedsDisk, make_identity
 from tests.kit.storage import MAX, ManualClock
 
 LIMITS = LeaseLimits(timeout=6.0, backoff=0.5, max_backoff=2.0, max_attempts=3)
@@ -112,7 +114,7 @@ class FaultyLog(MemoryLog):
 
     def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Any:
         if self.cold and offset < self.durable_end:
-            return NeedsDisk(cast("Any", None))
+            return NeedsDisk()
         return super().find(offset, max_bytes, max_records, hint)
 
     def read(self, offset: int, max_bytes: int) -> Found:
@@ -124,25 +126,25 @@ class FaultyEngine(MemoryEngine):
 
     def __init__(self, scheduler: ManualScheduler, clock: ManualClock) -> None:
         super().__init__(scheduler, clock, max_batch=MAX, max_record=MAX, window=20)
-        self.refused: tuple[Code, str] | None = None
+        self.refused: tuple[Outcome, str] | None = None
         self.unreadable = False
         self.stores_slowly = False
         self._unstored: list[Callable[[], None]] = []
 
-    def refusal(self) -> tuple[Code, str] | None:
+    def refusal(self) -> tuple[Outcome, str] | None:
         return self.refused
 
-    def create_topic(self, name: str, settings: TopicSettings, done: engines.Done) -> None:
+    def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
         if self.refused is not None:
             done(*self.refused)
         elif name in self._topics:
-            done(Code.NAME_CLASH, f"topic {name} exists")
+            done(Outcome.NAME_CLASH, f"topic {name} exists")
         else:
             self._topics[name] = [
                 FaultyLog(name, number, make_identity(self.node_uid, settings), Stage(0, 1, MAX, MAX, 20))
                 for number in range(settings.partitions)
             ]
-            done(Code.OK, "")
+            done(Outcome.OK, "")
 
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
         assert isinstance(log, FaultyLog)
@@ -170,7 +172,9 @@ class FaultyEngine(MemoryEngine):
 class Watcher(Protocol):
     """Who is told, each time before the broker acts on it."""
 
-    def subscribed(self, member: Member, group: Group, subscribe: Subscribe, correlation: int) -> None: ...
+    def subscribed(
+        self, member: Member, group: Group, wanted: list[Wanted], correlation: int, windows: tuple[int, int]
+    ) -> None: ...
     def vanished(self, member: Member) -> None: ...
     def timed_out(self, cursor: Cursor) -> None: ...
     def dividing(self, group: Group) -> None: ...
@@ -179,7 +183,7 @@ class Watcher(Protocol):
     def freed(self, cursor: Cursor) -> None: ...
     def put(self, group: Group, log: Log, committed: GroupOffset) -> None: ...
     def dead_lettering(self, log: Log, offset: int, failure: Failure) -> None: ...
-    def lettered(self, log: Log, offset: int, failure: Failure, code: Code) -> None: ...
+    def lettered(self, log: Log, offset: int, failure: Failure, outcome: Outcome) -> None: ...
     def sent(self, member: Member, head: bytes, data: bytes) -> None: ...
 
 
@@ -231,10 +235,11 @@ class Member(Session):
         self.world = world
         self.arrived: list[tuple[bytes, bytes]] = []
         self._correlations = itertools.count(1)
-        self._broker = cast("Any", world)
+        self._host, self._core = cast("Any", world), world.core
         self._deferred, self._holds = None, 0
         self.client_id, self.group, self.opened_at = client_id, None, 0.0
         self.cursors = {}
+        self._core.producers.arrived(client_id)
         self.wire = Wire(self)
         self.transport = cast("Any", self.wire)
 
@@ -277,17 +282,17 @@ class _Membership(Membership):
     watcher: Watcher
 
     def subscribe(
-        self, member: Any, group: Group, subscribe: Subscribe, correlation: int, windows: tuple[int, int]
+        self, member: Any, group: Group, wanted: list[Wanted], correlation: int, windows: tuple[int, int]
     ) -> None:
-        self.watcher.subscribed(member, group, subscribe, correlation)
-        super().subscribe(member, group, subscribe, correlation, windows)
+        self.watcher.subscribed(member, group, wanted, correlation, windows)
+        super().subscribe(member, group, wanted, correlation, windows)
 
     def timed_out(self, cursor: Cursor) -> None:
         self.watcher.timed_out(cursor)
         super().timed_out(cursor)
 
-    def divide_changed(self) -> None:
-        super().divide_changed()
+    def rebalance(self) -> None:
+        super().rebalance()
         self.watcher.divided()
 
     def _divide(self, group: Group, fresh: set[tuple[Any, Key]]) -> None:
@@ -295,7 +300,13 @@ class _Membership(Membership):
         super()._divide(group, fresh)
 
 
-class _Delivery(Push):
+class _Push(Push):
+    """Only what the table of transitions allows happens to a cursor."""
+
+    def _set(self, cursor: Cursor, state: CursorState, why: str = "") -> None:
+        assert state in TRANSITIONS[cursor.state], (cursor.state, state, why)
+        super()._set(cursor, state, why)
+
     def end_iteration(self) -> None:
         super().end_iteration()
         self._turn_bytes = TURN_BYTES
@@ -305,9 +316,9 @@ class _DeadLetters(DeadLetters):
     watcher: Watcher
 
     def write(self, source: Log, offset: int, failure: Failure, done: Done) -> None:
-        def told(code: Code, message: str) -> None:
-            self.watcher.lettered(source, offset, failure, code)
-            done(code, message)
+        def told(outcome: Outcome, message: str) -> None:
+            self.watcher.lettered(source, offset, failure, outcome)
+            done(outcome, message)
 
         self.watcher.dead_lettering(source, offset, failure)
         super().write(source, offset, failure, told)
@@ -339,29 +350,42 @@ class World:
         self.loop.reset()
         self.engine.killed()
         self.members.clear()
-        self.metrics = Metrics()
-        self.groups = _Groups(self.engine)
+        metrics = Metrics()
+        groups = self.groups = _Groups(self.engine)
         limits = PublishLimits(1 << 30, 1 << 29, MAX, MAX, True, TopicSettings())
-        self.publishing = _Publishing(self.engine, self.loop, self.metrics, limits)
-        self.delivery = _Delivery(self.engine, self.loop, self.metrics, LIMITS.timeout)
-        self.refreshing = Refreshes(self.engine, self.groups, self.delivery, self.metrics)
-        letters = _DeadLetters(self.engine, self.publishing, self.clock)
-        self.leases = Leases(
-            self.engine, self.groups, self.delivery, self.refreshing, letters, self.loop, self.metrics, LIMITS
+        publishing = _Publishing(self.engine, self.loop, metrics, limits)
+        push = _Push(self.engine, self.loop, metrics, LIMITS.timeout)
+        refreshes = Refreshes(self.engine, groups, push, metrics)
+        letters = _DeadLetters(self.engine, publishing, self.clock)
+        leases = Leases(self.engine, groups, push, refreshes, letters, self.loop, metrics, LIMITS)
+        self.membership = _Membership(self.engine, leases, metrics)
+        producers = Producers(self.engine)
+        snapshots = TableSnapshots(self.engine, publishing, refreshes, self.loop, metrics, producers.connected)
+        self.core = Core(
+            engine=self.engine,
+            metrics=metrics,
+            publishing=publishing,
+            producers=producers,
+            groups=groups,
+            push=push,
+            refreshes=refreshes,
+            leases=leases,
+            membership=self.membership,
+            table_snapshots=snapshots,
+            rebase=CursorRebase(self.engine, groups, leases, push, refreshes),
         )
-        self.membership = _Membership(self.engine, self.leases, self.metrics)
-        self.operations = GroupOperations(self.engine, self.groups, self.leases, self.refreshing)
+        self.operations = GroupOperations(self.core)
         self.groups.watcher = self.membership.watcher = letters.watcher = watcher
         self.engine.open(self)
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.groups.restore(group, topic, partition, offset, self.loop.now())
-        self.loop.at_end_of_iteration(self.membership.divide_changed)
-        self.loop.at_end_of_iteration(self.delivery.end_iteration)
+        self.loop.at_end_of_iteration(self.membership.rebalance)
+        self.loop.at_end_of_iteration(push.end_iteration)
         self._sweep()
 
     def _sweep(self) -> None:
         self.loop.call_later(SWEEP_SECONDS, self._sweep)
-        for cursor in self.delivery.overdue(self.loop.now()):
+        for cursor in self.core.push.overdue(self.loop.now()):
             self.membership.timed_out(cursor)
 
     def connect(self, client_id: str) -> Member:
@@ -369,7 +393,7 @@ class World:
         self.members.append(member)
         return member
 
-    def session_closed(self, session: Session, reason: str) -> None:
+    def closed(self, session: Session, reason: str) -> None:
         self.members.remove(cast("Member", session))
 
     def settle(self) -> None:
@@ -400,15 +424,15 @@ class World:
     def on_opening(self, done: int, topics: int) -> None: ...
 
     def on_written(self, log: Log) -> None:
-        self.publishing.on_written(log)
+        self.core.publishing.on_written(log)
 
-    def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
+    def on_durable(self, log: Log, chunks: Sequence[Any]) -> None:
         if log.topic.endswith(DEAD_LETTERS):
             self.letters += [record for chunk in chunks for record in batch.decode(chunk, log.topic, log.partition)]
-        self.publishing.on_durable(log)
-        self.delivery.on_durable(log, chunks)
+        self.core.publishing.on_durable(log)
+        self.core.push.on_durable(log, chunks)
 
-    def on_failed(self, log: Log, code: Code, message: str) -> None:
+    def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
         raise AssertionError("memory does not fail")
 
     def on_topic(self, name: str) -> None: ...

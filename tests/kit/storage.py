@@ -16,18 +16,16 @@ from typing import Any, NamedTuple
 
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.log.partition import FileSlice, Inline
-from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.recovery import CorruptRange
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.memory import MemoryEngine
-from edgebroker.storage.metadata.meta_db import GroupKey, GroupOffset
-from edgebroker.storage.store import SegmentStore, StoreSettings
-from edgebroker.storage.upkeep.housekeeping import HousekeepingSettings
+from edgebroker.storage.settings import HousekeepingSettings, StoreSettings
+from edgebroker.storage.store import SegmentStore
+from edgebroker.storage.types import ColdRead, CorruptRange, FileSlice, GroupKey, GroupOffset, Inline
 
 TOPIC = "prices"
 START_WALL_MS = 1_700_000_000_000
@@ -85,8 +83,8 @@ class Listener:
     def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
         self.events.append(("durable", log.name, log.durable_end))
 
-    def on_failed(self, log: Log, code: Code, message: str) -> None:
-        self.events.append(("failed", log.name, code))
+    def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
+        self.events.append(("failed", log.name, outcome))
 
     def on_topic(self, name: str) -> None: ...
     def on_rewritten(self, log: Log) -> None: ...
@@ -172,7 +170,7 @@ class Harness:
 
     def create(self, name: str = TOPIC, **settings: Any) -> Code:
         answers: list[Code] = []
-        self.engine.create_topic(name, TopicSettings(**settings), lambda code, _: answers.append(code))
+        self.engine.create_topic(name, TopicSettings(**settings), lambda outcome, _: answers.append(outcome))
         self.until(lambda: answers)
         return answers[0]
 
@@ -233,7 +231,7 @@ class Harness:
                 offset = piece.next
                 continue
             if isinstance(piece, FileSlice):
-                data = os.pread(piece.segment.fd, piece.length, piece.position)
+                data = os.pread(piece.file.fd, piece.length, piece.position)
                 assert len(data) == piece.length
                 following = piece.next_offset
             elif isinstance(piece, Inline):

@@ -38,7 +38,7 @@ class Tree:
             wanted["pipe.parents"] = ",".join(self.address(parent) for parent in parents)
         stack = self._stacks[name] = ExitStack()
         node = self.nodes[name] = stack.enter_context(running(self.directory / name, wanted))
-        self._ports[name] = node.broker.http_address[1]
+        self._ports[name] = node.broker.listeners.http_address[1]
         return node
 
     def stop(self, name: str) -> None:

@@ -15,22 +15,23 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import TYPE_CHECKING, NamedTuple
 
+from edgebroker.broker.admin.context import AdminContext
+from edgebroker.broker.admin.gauges import GAUGES
+from edgebroker.broker.delivery.state import Group
 from edgebroker.broker.observe.host import MACHINE, read_machine
 from edgebroker.broker.observe.metrics import counters_of
 from edgebroker.broker.observe.problems import ADVICE
+from edgebroker.broker.ports import Key
 from edgebroker.common.clock import sleep
 from edgebroker.common.histogram import BOUNDS, Histogram
 from edgebroker.common.threads import Worker
-from edgebroker.network.http.server import Reply, Response
+from edgebroker.network.http.router import Call, Failed
+from edgebroker.network.http.server import Response
+from edgebroker.storage.engine import Log
 from edgebroker.version import __version__
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
-
-    from edgebroker.broker.broker import Broker
-    from edgebroker.broker.delivery.cursor import Key
-    from edgebroker.broker.delivery.groups import Group
-    from edgebroker.storage.engine import Log
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 SLICE = 50
@@ -60,14 +61,7 @@ Noted = dict[str, list[Sample] | Histogram]
 _FAMILIES = (
     Family("edgebroker_build_info", "gauge", "1; the labels say what runs", ("version", "python")),
     Family("edgebroker_node_info", "gauge", "1; the labels say where it stands", ("name", "level", "region")),
-    Family("edgebroker_ready", "gauge", "1 while records can be published and consumed"),
     Family("edgebroker_problem", "gauge", "1 while something is wrong (docs/operations.md)", ("problem",)),
-    Family("edgebroker_uptime_seconds", "gauge", "since the node was started"),
-    Family("edgebroker_connections", "gauge", "clients that are connected"),
-    Family("edgebroker_publish_waiting_bytes", "gauge", "bytes of producers that wait for the disk"),
-    Family("edgebroker_loop_iterations_total", "counter", "turns of the event loop"),
-    Family("edgebroker_loop_slow_callbacks_total", "counter", "callbacks that kept the event loop for over 20 ms"),
-    Family("edgebroker_loop_failed_callbacks_total", "counter", "callbacks that ended with a defect; see the log"),
     Family(
         "edgebroker_loop_lag_seconds", "histogram", "how late a timer of the event loop fires, looked at each second"
     ),
@@ -95,19 +89,6 @@ _FAMILIES = (
     Family("edgebroker_consumer_in_flight_records", "gauge", "records delivered and not acknowledged", GROUP),
     Family("edgebroker_consumer_members", "gauge", "members of a group", ("group",)),
     Family("edgebroker_series_left_out", "gauge", "logs and groups beyond the limit of series, which are not shown"),
-    Family("edgebroker_pipe_parent_up", "gauge", "1 while the parent is connected; missing at a node without one"),
-    Family("edgebroker_pipe_lag_records", "gauge", "records that the parent has and this node lacks"),
-    Family(
-        "edgebroker_pipe_last_success_timestamp_seconds",
-        "gauge",
-        "when the parent was heard last, by this machine's clock; 0: not since this start",
-    ),
-    Family("edgebroker_pipe_children", "gauge", "nodes that are fed"),
-    Family(
-        "edgebroker_disk_days_left",
-        "gauge",
-        "days until the disk is full at today's rate; missing while it is not filling up",
-    ),
 )
 # What the engine says of itself, under its names.
 _STORAGE = (
@@ -139,24 +120,25 @@ def families() -> list[Family]:
     counters = [Family(f"edgebroker_{one.name}_total", "counter", one.metadata["help"]) for one in counters_of()]
     storage = [family for _, family in _storage_families()]
     machine = [Family(*fields) for fields in MACHINE]
-    return sorted([*_FAMILIES, *counters, *storage, *machine])
+    gauges = [Family(one.name, one.kind, one.help) for one in GAUGES]
+    return sorted([*_FAMILIES, *gauges, *counters, *storage, *machine])
 
 
 def _failed(error: BaseException) -> Response:
-    return Response(500, {"error": f"the metrics cannot be rendered: {error!r}"})
+    return Response(500, Failed(f"the metrics cannot be rendered: {error!r}"))
 
 
 class Exposition:
     """Owned by the loop thread; one thread of its own, from the first scrape on."""
 
-    def __init__(self, broker: Broker) -> None:
-        self._broker = broker
+    def __init__(self, node: AdminContext) -> None:
+        self._node, self._loop = node, node.loop
         self._worker: Worker | None = None
-        self._waiting: list[Reply] = []
+        self._waiting: list[Call] = []
 
-    def answer(self, reply: Reply) -> None:
-        """Reply now or, when numbers are being gathered, with the others that wait."""
-        self._waiting.append(reply)
+    def answer(self, call: Call) -> None:
+        """Answer now or, when numbers are being gathered, with the others that wait."""
+        self._waiting.append(call)
         if len(self._waiting) > 1:
             return
         noted: Noted = {}
@@ -169,7 +151,7 @@ class Exposition:
                 self._rendered(_failed(error))
                 raise
             if more:
-                self._broker.loop.call_later(0.0, turn)
+                self._loop.call_later(0.0, turn)
             else:
                 self._render(noted)
 
@@ -182,7 +164,7 @@ class Exposition:
     def _render(self, noted: Noted) -> None:
         if self._worker is None:
             self._worker = Worker("metrics")
-        path = self._broker.config.node.data_dir
+        path = self._node.node.data_dir
 
         def work() -> None:
             try:
@@ -191,22 +173,22 @@ class Exposition:
             except BaseException as error:  # whatever it is, those who wait are answered
                 # SystemExit is what a frozen program's import says when its file was removed meanwhile.
                 response = _failed(error)
-            self._broker.loop.call_soon_threadsafe(lambda: self._rendered(response))
+            self._loop.call_soon_threadsafe(lambda: self._rendered(response))
 
         self._worker.submit(work)
 
     def _rendered(self, response: Response) -> None:
         waiting, self._waiting = self._waiting, []
-        for reply in waiting:
-            reply(response)
+        for call in waiting:
+            call.answer(response)
 
     # ---- on the loop: only notes numbers ----
 
     def _note(self, noted: Noted) -> Iterator[bool]:
         """Note everything, yielding whenever the loop should turn."""
         self._note_node(noted)
-        logs = list(self._broker.engine.logs())
-        committed_offsets = [(group, key) for group in self._broker.groups.all() for key in group.committed_offsets]
+        logs = list(self._node.core.engine.logs())
+        committed_offsets = [(group, key) for group in self._node.core.groups.all() for key in group.committed_offsets]
         left_out = max(0, len(logs) - MOST_SERIES) + max(0, len(committed_offsets) - MOST_SERIES)
         logs, committed_offsets = logs[:MOST_SERIES], committed_offsets[:MOST_SERIES]
         for first in range(0, len(logs), SLICE):
@@ -217,48 +199,44 @@ class Exposition:
             yield True
             for group, key in committed_offsets[first : first + SLICE]:
                 self._note_place(noted, group, key)
-        for group in islice(self._broker.groups.all(), MOST_SERIES):
+        for group in islice(self._node.core.groups.all(), MOST_SERIES):
             _add(noted, "edgebroker_consumer_members", Sample((group.name,), len(group.members)))
         _add(noted, "edgebroker_series_left_out", Sample((), left_out))
 
     def _note_place(self, noted: Noted, group: Group, key: Key) -> None:
-        log, committed, cursor = self._broker.engine.log(*key), group.committed_offsets.get(key), group.holders.get(key)
+        log, committed, cursor = (
+            self._node.core.engine.log(*key),
+            group.committed_offsets.get(key),
+            group.holders.get(key),
+        )
         if log is None or committed is None:
             return
         offset, labels = max(committed.next_offset, 0), (group.name, key[0], str(key[1]))
-        seconds = self._broker.lags.seconds(log, offset, self._broker.loop.now())
+        seconds = self._node.lags.seconds(log, offset, self._loop.now())
         _add(noted, "edgebroker_consumer_committed_offset", Sample(labels, committed.next_offset))
         _add(noted, "edgebroker_consumer_lag_records", Sample(labels, max(0, log.durable_end - offset)))
         _add(noted, "edgebroker_consumer_lag_seconds", Sample(labels, seconds))
         _add(noted, "edgebroker_consumer_in_flight_records", Sample(labels, cursor.in_flight if cursor else 0))
 
     def _note_node(self, noted: Noted) -> None:
-        broker, metrics = self._broker, self._broker.metrics
+        context, metrics = self._node, self._node.core.metrics
         for one in counters_of():
             _add(noted, f"edgebroker_{one.name}_total", Sample((), getattr(metrics, one.name)))
         for code, count in metrics.refused_by_code.items():
             _add(noted, "edgebroker_requests_refused_total", Sample((code,), count))
-        node, problems = broker.config.node, broker.health.problems()
+        node, problems = context.node, context.health.problems()
         for name, labels in (
             ("edgebroker_build_info", (__version__, platform.python_version())),
-            ("edgebroker_node_info", (node.name, broker.level, node.region)),
+            ("edgebroker_node_info", (node.name, context.mirroring.level, node.region)),
         ):
             _add(noted, name, Sample(labels, 1))
         for problem in ADVICE:
             _add(noted, "edgebroker_problem", Sample((problem,), problem in problems))
-        value: float
-        for name, value in (
-            ("edgebroker_ready", broker.health.verdict()["status"] != "not ready"),
-            ("edgebroker_uptime_seconds", broker.clock.monotonic() - broker.started_at),
-            ("edgebroker_connections", len(broker.sessions)),
-            ("edgebroker_publish_waiting_bytes", broker.publishing.waiting_bytes),
-            ("edgebroker_loop_iterations_total", broker.loop.iterations),
-            ("edgebroker_loop_slow_callbacks_total", broker.loop.slow_callbacks),
-            ("edgebroker_loop_failed_callbacks_total", broker.loop.failed_callbacks),
-            ("edgebroker_pipe_children", len(broker.downstream.children)),
-        ):
-            _add(noted, name, Sample((), value))
-        latencies = broker.engine.latencies()
+        for gauge in GAUGES:
+            value = gauge.read(context)
+            if value is not None:
+                _add(noted, gauge.name, Sample((), value))
+        latencies = context.core.engine.latencies()
         for name, histogram in (
             ("edgebroker_push_latency_seconds", metrics.push_latency),
             ("edgebroker_loop_lag_seconds", metrics.loop_lag),
@@ -268,20 +246,11 @@ class Exposition:
             if histogram is not None:
                 copy = noted[name] = Histogram()
                 copy.counts, copy.total = list(histogram.counts), histogram.total
-        storage = broker.engine.describe()
+        storage = context.core.engine.status()
         for name, family in _storage_families():
-            number = storage.get(name)
-            if isinstance(number, int):
+            number = getattr(storage, name)
+            if number is not None:
                 _add(noted, family.name, Sample((), number))
-        days = broker.tree.report().disk_days
-        if days >= 0:
-            _add(noted, "edgebroker_disk_days_left", Sample((), days))
-        if broker.upstream is not None:
-            _add(noted, "edgebroker_pipe_parent_up", Sample((), broker.upstream.connected))
-            _add(noted, "edgebroker_pipe_lag_records", Sample((), broker.upstream.lag))
-            heard = broker.upstream.last_heard
-            wall = broker.clock.wall_ms() / 1000 - (broker.loop.now() - heard) if heard else 0.0
-            _add(noted, "edgebroker_pipe_last_success_timestamp_seconds", Sample((), wall))
 
 
 def _note_log(noted: Noted, log: Log) -> None:

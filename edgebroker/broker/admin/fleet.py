@@ -1,112 +1,100 @@
-"""The tree over HTTP: reports of the nodes below, the view of an operator, and the registry (docs/protocol.md).
-
-POST /v1/tree/reports   GET /v1/tree  /v1/tree/nodes  /v1/tree/applied
-GET|POST /v1/resyncs   DELETE /v1/resyncs/ID
-POST /v1/registry   PUT /v1/registry/NODE/pins   PUT|DELETE /v1/registry/NODE/drain   DELETE /v1/registry/NODE
-"""
+"""The tree over HTTP: reports of the nodes below, the view of an operator, resyncs, and the registry."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from urllib.parse import parse_qs
-
 import msgspec
 
-from edgebroker.broker.admin.responses import report
-from edgebroker.broker.fleet.registrar import PinRequest
-from edgebroker.broker.fleet.tree import Tree
-from edgebroker.broker.mirror.resync import Resyncs
-from edgebroker.network.http.server import Reply, Request, Response
+from edgebroker.broker.admin.context import AdminContext
+from edgebroker.broker.fleet.registrar import PinRequest, Registrar
+from edgebroker.broker.mirror.resync import ResyncStatus
+from edgebroker.common.outcome import Outcome
+from edgebroker.network.http.router import Call
+from edgebroker.network.http.server import Response
 from edgebroker.pipe.report import Question, ResyncDirective
 
 
-class TreeAdmin:
-    """Owned by the loop thread. `uid` is this node's."""
+class ResyncList(msgspec.Struct):
+    """The resyncs of this node, the newest last."""
 
-    def __init__(self, tree: Tree, resyncs: Resyncs | None, uid: str) -> None:
-        self._tree, self._resyncs, self._uid = tree, resyncs, uid
+    resyncs: list[ResyncStatus]
 
-    def handle(self, request: Request, parts: list[str], reply: Reply) -> None:
-        """`parts` is the path behind /v1."""
-        view = self._tree.view
-        query = parse_qs(request.path.partition("?")[2])
-        match request.method, parts:
-            case "POST", ["tree", "reports"]:
-                self._tree.inbox.answer(request, reply)
-            case "GET", ["tree"]:
-                view.summary(query, reply)
-            case "GET", ["tree", "nodes"]:
-                view.nodes(query, reply)
-            case "GET", ["tree", "applied"]:
-                view.applied(query, reply)
-            case "GET", ["resyncs"]:
-                reply(Response(200, {"resyncs": self._resyncs.describe() if self._resyncs is not None else []}))
-            case "POST", ["resyncs"]:
-                self._reset(request, reply)
-            case "DELETE", ["resyncs", resync_id] if self._resyncs is not None:
-                self._resyncs.abort(resync_id, report(reply))
-            case "POST", ["registry"]:
-                self._ask(request, reply)
-            case (("PUT" | "DELETE"), ["registry", name, *verb]):
-                self._decide(request, name, verb, reply)
-            case _:
-                reply(Response(405, {"error": f"{request.method} is not allowed for {request.path}"}))
 
-    def _reset(self, request: Request, reply: Reply) -> None:
-        try:
-            order = msgspec.json.decode(request.body, type=ResyncDirective)
-        except msgspec.DecodeError as error:
-            reply(Response(400, {"error": str(error)}))
-            return
-        self._tree.reset(order, report(reply))
+class FleetAdmin:
+    """Owned by the loop thread."""
 
-    def _ask(self, request: Request, reply: Reply) -> None:
-        """Answer, or pass the question on to the parent: a store has no route to the top."""
+    def __init__(self, context: AdminContext) -> None:
+        self._tree, self._mirroring = context.tree, context.mirroring
+        self._uid = context.core.engine.node_uid
+
+    # ---- resyncs ----
+
+    def resyncs(self, call: Call) -> None:
+        found = self._mirroring.resyncs
+        call.answer(ResyncList(found.describe() if found is not None else []))
+
+    def resync(self, call: Call) -> None:
+        directive = call.body
+        assert isinstance(directive, ResyncDirective)
+        self._tree.resync(directive, call.done)
+
+    def abort_resync(self, call: Call) -> None:
+        found, resync_id = self._mirroring.resyncs, call.parameters["id"]
+        if found is None:
+            call.refuse(Outcome.NOT_FOUND, f"no resync {resync_id} is under way at this node")
+        else:
+            found.abort(resync_id, call.done)
+
+    # ---- the registry ----
+
+    def ask(self, call: Call) -> None:
+        """Assign parents to a node that asks, or pass the question on to the parent: a store has no route to the
+        root."""
+        question = call.body
+        assert isinstance(question, Question)
         if self._tree.registrar is not None:
-            self._tree.registrar.answer(request, reply)
+            call.answer(self._tree.registrar.assign(question.report))
             return
-        try:
-            question = msgspec.json.decode(request.body, type=Question)
-            if self._uid in question.path:
-                reply(Response(409, {"error": "the tree must not be a circle", "code": "LEVEL"}))
+        if self._uid in question.path:
+            call.refuse(Outcome.CONFLICT, "cycle: this node has passed the question on already", "LEVEL")
+            return
+        body = msgspec.json.encode(msgspec.structs.replace(question, path=[*question.path, self._uid]))
+
+        def answered(status: int, answer: bytes, error: str) -> None:
+            if not status or not answer:
+                call.refuse(Outcome.BEHIND, f"the registry cannot be asked through the parent: {error}")
                 return
-            passed_on = msgspec.structs.replace(question, path=[*question.path, self._uid])
-            body = msgspec.json.encode(passed_on)
-        except msgspec.DecodeError as error:
-            reply(Response(400, {"error": str(error)}))
-            return
-
-        def told(status: int, answer: bytes, error: str) -> None:
             try:
-                reply(Response(status or 502, msgspec.json.decode(answer) if answer else {"error": error}))
+                call.answer(Response(status, msgspec.json.decode(answer)))
             except msgspec.DecodeError:
-                reply(Response(502, {"error": "the registry's answer is not understood"}))
+                call.refuse(Outcome.BEHIND, "the answer of the registry is not understood; upgrade this node")
 
-        if not self._tree.ask_above("/v1/registry", body, told):
+        if not self._tree.ask_above("/v1/registry", body, answered):
             why = "there is no registry here and no parent to ask; set registry.enabled at one node, the root"
-            reply(Response(503, {"error": why}))
+            call.refuse(Outcome.BEHIND, why)
 
-    def _decide(self, request: Request, name: str, verb: list[str], reply: Reply) -> None:
-        registrar = self._tree.registrar
-        if registrar is None:
-            reply(Response(409, {"error": "the registry is not kept at this node (registry.enabled); ask the root"}))
-            return
-        done = _report(reply)
-        match request.method, verb:
-            case "PUT", ["pins"]:
-                try:
-                    parents = msgspec.json.decode(request.body, type=PinRequest).parents
-                except msgspec.DecodeError as error:
-                    reply(Response(400, {"error": str(error)}))
-                    return
-                registrar.pin(name, parents, done)
-            case (("PUT" | "DELETE"), ["drain"]):
-                registrar.drain(name, request.method == "PUT", done)
-            case "DELETE", []:
-                registrar.remove(name, done)
-            case _:
-                reply(Response(405, {"error": f"{request.method} is not allowed for {request.path}"}))
+    def pin(self, call: Call) -> None:
+        registrar, wanted = self._registrar(call), call.body
+        assert isinstance(wanted, PinRequest)
+        if registrar is not None:
+            registrar.pin(call.parameters["node"], wanted.parents, call.done)
 
+    def drain(self, call: Call) -> None:
+        registrar = self._registrar(call)
+        if registrar is not None:
+            registrar.drain(call.parameters["node"], True, call.done)
 
-def _report(reply: Reply) -> Callable[[int, str], None]:
-    return lambda status, error: reply(Response(status, {"error": error} if error else {}))
+    def undrain(self, call: Call) -> None:
+        registrar = self._registrar(call)
+        if registrar is not None:
+            registrar.drain(call.parameters["node"], False, call.done)
+
+    def remove(self, call: Call) -> None:
+        registrar = self._registrar(call)
+        if registrar is not None:
+            registrar.remove(call.parameters["node"], call.done)
+
+    def _registrar(self, call: Call) -> Registrar | None:
+        if self._tree.registrar is None:
+            why = "the registry is not kept at this node (registry.enabled); ask the root"
+            call.refuse(Outcome.CONFLICT, why)
+        return self._tree.registrar

@@ -1,18 +1,19 @@
-"""What an operator does to a group: look where it would go, move its places, refresh it, delete it."""
+"""What an operator does to a group: reset its offsets (or see what that would do), refresh it, delete it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
 
-from edgebroker.broker.delivery.groups import Group, Groups
-from edgebroker.broker.delivery.leases import Leases
-from edgebroker.broker.delivery.refresh import Refreshes
-from edgebroker.common.errors import Code
-from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.identity import Identity, begin_history
+from edgebroker.broker.core import Core
+from edgebroker.broker.delivery.state import Group
+from edgebroker.common.gather import gather
+from edgebroker.common.outcome import Done, Outcome
+from edgebroker.storage.engine import Log
+from edgebroker.storage.types import Change, begin_history
 
 
 class MoveRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -42,69 +43,69 @@ class Move(NamedTuple):
 
 
 class RefusedError(Exception):
-    """What the operator asked for cannot be done; the message says why."""
+    """What the operator asked for cannot be done: the outcome, and the message that says why."""
+
+    def __init__(self, outcome: Outcome, message: str) -> None:
+        super().__init__(message)
+        self.outcome = outcome
+
+
+Moved = Callable[[list[Move], Outcome, str], None]
 
 
 class GroupOperations:
     """Owned by the loop thread."""
 
-    def __init__(self, engine: Engine, groups: Groups, leases: Leases, refreshing: Refreshes) -> None:
-        self._engine, self._groups, self._leases, self._refreshes = engine, groups, leases, refreshing
+    def __init__(self, core: Core) -> None:
+        self._engine, self._groups, self._leases, self._refreshes = (
+            core.engine,
+            core.groups,
+            core.leases,
+            core.refreshes,
+        )
 
-    def move(self, group: Group, request: MoveRequest, done: Callable[[list[Move], str], None]) -> None:
-        """Move (or with dry_run only tell) a group's places, also while members read: their leases end, they go on
-        from the new places. done(moves, error), once stored."""
+    def move(self, group: Group, request: MoveRequest, done: Moved) -> None:
+        """Reset (or with dry_run only tell) a group's committed offsets, also while members read: their leases end, and
+        they continue from the new offsets. done(moves, outcome, why), once stored."""
         try:
             logs = self._partitions(request.topic, request.partition)
             if bool(request.to) == bool(request.shift):
-                raise RefusedError("give either to (earliest, latest, an offset, @TIME) or shift (a number of records)")
+                why = "give either to (earliest, latest, an offset, @TIME) or shift (a number of records)"
+                raise RefusedError(Outcome.INVALID, why)
             for log in logs:
-                committed = group.committed(log)
-                if committed is not None and committed.refreshing:
-                    raise RefusedError(f"{log.name} is being refreshed by this group; its place moves with that")
-            found: dict[Log, int] = {}
+                _check_not_refreshing(group, log)
             if request.to.startswith("@"):
                 self._by_time(group, logs, request, done)
                 return
-            for log in logs:
-                found[log] = self._target(group, log, request)
+            found = {log: self._target(group, log, request) for log in logs}
         except RefusedError as error:
-            done([], str(error))
+            done([], error.outcome, str(error))
             return
         self._apply(group, found, request.dry_run, done)
 
-    def refresh(self, group: Group, request: RefreshRequest, done: Callable[[Code, str], None]) -> None:
-        """Begin a refresh of a topic (or one partition) by a group; done once it is stored."""
+    def refresh(self, group: Group, request: RefreshRequest, done: Done) -> None:
+        """Begin a snapshot refresh of a topic (or one partition) by a group; done once it is stored."""
         try:
             logs = self._partitions(request.topic, request.partition)
         except RefusedError as error:
-            done(Code.UNKNOWN_TOPIC, str(error))
+            done(error.outcome, str(error))
             return
-        answers: list[tuple[Code, str]] = []
-
-        def one(code: Code, message: str) -> None:
-            answers.append((code, message))
-            if len(answers) == len(logs):
-                done(*next((answer for answer in answers if answer[0] is not Code.OK), answers[0]))
-
-        for log in logs:
+        for log, one in zip(logs, gather(len(logs), done), strict=True):
             self._refreshes.begin(group, log, one)
 
-    def accept_loss(
-        self, topic: str, lost: list[Log], accepted: Callable[[Log], None], done: Callable[[Code, str], None]
-    ) -> None:
-        """Go on from the ends there are, in a new history: who has more of the old one finds out, and cuts it off."""
+    def accept_loss(self, topic: str, lost: list[Log], accepted: Callable[[Log], None], done: Done) -> None:
+        """Continue from the ends there are, in a new epoch: replicas with more records detect it, and truncate."""
 
-        def change(log: Log) -> Callable[[Identity], Identity]:
+        def change(log: Log) -> Change:
             return lambda old: begin_history(old, log.durable_end)
 
-        def changed(code: Code, message: str) -> None:
-            if code is Code.OK:
+        def changed(outcome: Outcome, message: str) -> None:
+            if outcome is Outcome.OK:
                 for log in lost:
                     accepted(log)
-            done(code, message)
+            done(outcome, message)
 
-        keep: Callable[[Identity], Identity] = lambda old: old  # noqa: E731
+        keep: Change = lambda old: old  # noqa: E731
         changes = [change(log) if log in lost else keep for log in self._engine.partitions(topic)]
         self._engine.change_identities(topic, changes, changed)
 
@@ -118,59 +119,54 @@ class GroupOperations:
     def _partitions(self, topic: str, partition: int) -> list[Log]:
         logs = self._engine.partitions(topic)
         if not logs:
-            raise RefusedError(f"there is no topic {topic} on this node")
+            raise RefusedError(Outcome.NOT_FOUND, f"there is no topic {topic} on this node")
         if partition >= len(logs) or partition < -1:
-            raise RefusedError(f"{topic} has partitions 0 to {len(logs) - 1}, not {partition}")
+            raise RefusedError(Outcome.NOT_FOUND, f"{topic} has partitions 0 to {len(logs) - 1}, not {partition}")
         return logs if partition == -1 else [logs[partition]]
 
     @staticmethod
     def _target(group: Group, log: Log, request: MoveRequest) -> int:
         if request.shift:
             committed = group.committed(log)
-            return min(log.durable_end, max(log.log_start, (committed.next_offset if committed else 0) + request.shift))
+            wanted = (committed.next_offset if committed is not None else 0) + request.shift
+            return min(log.durable_end, max(log.log_start, wanted))
         if request.to in ("earliest", "latest"):
             return log.log_start if request.to == "earliest" else log.durable_end
         if not _is_number(request.to):
-            raise RefusedError(f"to: earliest, latest, an offset, or @TIME in ms since 1970, not {request.to!r}")
+            why = f"to: earliest, latest, an offset, or @TIME in ms since 1970, not {request.to!r}"
+            raise RefusedError(Outcome.INVALID, why)
         offset = int(request.to)
         if not log.log_start <= offset <= log.durable_end:
-            raise RefusedError(f"{log.name} has offsets {log.log_start} to {log.durable_end}, not {offset}")
+            why = f"{log.name} has offsets {log.log_start} to {log.durable_end}, not {offset}"
+            raise RefusedError(Outcome.INVALID, why)
         return offset
 
-    def _by_time(
-        self, group: Group, logs: list[Log], request: MoveRequest, done: Callable[[list[Move], str], None]
-    ) -> None:
+    def _by_time(self, group: Group, logs: list[Log], request: MoveRequest, done: Moved) -> None:
         if not _is_number(request.to[1:]):
-            raise RefusedError(f"to: @TIME is a number of milliseconds since 1970, not {request.to!r}")
+            why = f"to: @TIME is a number of milliseconds since 1970, not {request.to!r}"
+            raise RefusedError(Outcome.INVALID, why)
         found: dict[Log, int] = {}
-        errors: list[str] = []
 
-        def one(log: Log, offset: int, error: str) -> None:
-            found[log] = offset
-            if error:
-                errors.append(f"{log.name}: {error}")
-            if len(found) < len(logs):
-                return
-            if errors:
-                done([], errors[0])
-            else:
+        def looked_up(outcome: Outcome, why: str) -> None:
+            if outcome is Outcome.OK:
                 self._apply(group, found, request.dry_run, done)
+            else:
+                done([], outcome, why)
 
-        for log in logs:
-            self._engine.offset_at_time(
-                log,
-                int(request.to[1:]),
-                lambda offset, error, log=log: one(log, offset, error),  # type: ignore[misc]
-            )
+        def note(log: Log, one: Done, offset: int, error: str) -> None:
+            found[log] = offset
+            one(Outcome.STORAGE_TIMEOUT if error else Outcome.OK, f"{log.name}: {error}" if error else "")
 
-    def _apply(
-        self, group: Group, found: dict[Log, int], dry_run: bool, done: Callable[[list[Move], str], None]
-    ) -> None:
-        for log in found:
-            committed = group.committed(log)
-            if committed is not None and committed.refreshing:  # it may have begun while a time was looked up
-                done([], f"{log.name} is being refreshed by this group; its place moves with that")
-                return
+        for log, one in zip(logs, gather(len(logs), looked_up), strict=True):
+            self._engine.offset_at_time(log, int(request.to[1:]), partial(note, log, one))
+
+    def _apply(self, group: Group, found: dict[Log, int], dry_run: bool, done: Moved) -> None:
+        try:
+            for log in found:
+                _check_not_refreshing(group, log)  # it may have begun while a time was looked up
+        except RefusedError as error:
+            done([], error.outcome, str(error))
+            return
         moves = []
         if not dry_run:
             group = self._groups.adopt(group)
@@ -188,9 +184,16 @@ class GroupOperations:
             if holder is not None:
                 self._leases.move(holder, offset)
         if dry_run:
-            done(moves, "")
+            done(moves, Outcome.OK, "")
         else:
-            self._engine.when_stored(lambda: done(moves, ""))
+            self._engine.when_stored(lambda: done(moves, Outcome.OK, ""))
+
+
+def _check_not_refreshing(group: Group, log: Log) -> None:
+    committed = group.committed(log)
+    if committed is not None and committed.refreshing:
+        why = f"{log.name} is being refreshed by this group; its offset moves with that"
+        raise RefusedError(Outcome.CONFLICT, why)
 
 
 def _is_number(text: str) -> bool:

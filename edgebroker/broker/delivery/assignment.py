@@ -1,4 +1,4 @@
-"""Dividing partitions among the members of a group: balanced, sticky, with as few moves as balance needs.
+"""Assigning partitions to the members of a group: balanced, sticky, with as few moves as balance needs.
 
 Pure functions; members and partitions are whatever can be hashed. A partition stays with its holder unless another
 member that wants it holds at least two fewer; what nobody holds goes to whoever holds least. The order of members (who
@@ -14,7 +14,7 @@ M = TypeVar("M")
 P = TypeVar("P")
 
 
-def divide(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: Collection[P] = ()) -> dict[P, M]:
+def assign(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: Collection[P] = ()) -> dict[P, M]:
     """Who should hold what. `wanted_by`: for each partition the members that want it, those who came first in front;
     `holders`: who holds it now; `pinned`: partitions that do not move while their holder wants them."""
     load: dict[M, int] = {}

@@ -8,28 +8,25 @@ may be written twice when the power goes between it and the group's place: topic
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
 from typing import NamedTuple
 
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common import batch, records
+from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code, CorruptBatchError
+from edgebroker.common.messages import PublishRun
+from edgebroker.common.outcome import Done, Outcome, outcome_of
 from edgebroker.common.records import BatchBuilder
+from edgebroker.common.spans import ANSWER, pack_span
 from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
-from edgebroker.network.wire import frames
-from edgebroker.network.wire.connection import PublishRun
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.log.reader import ColdRead
+from edgebroker.storage.types import ColdRead
 
 HEADERS = (
     "eb-dlq-topic", "eb-dlq-partition", "eb-dlq-offset", "eb-dlq-group", "eb-dlq-attempts", "eb-dlq-reason",
     "eb-dlq-time",
 )  # fmt: skip
-_SPAN = struct.Struct("=QII")
-
-Done = Callable[[Code, str], None]
 
 
 class Failure(NamedTuple):
@@ -40,21 +37,32 @@ class Failure(NamedTuple):
     reason: str
 
 
-class _Letter:
-    """The publisher of one letter: takes the answer that a session would send."""
+class _DeadLetter:
+    """The publisher of one dead letter."""
 
     client_id = "dead letters"
 
     def __init__(self, done: Done) -> None:
         self._done = done
 
-    def send(self, data: bytes) -> None:
-        answer = frames.read_ack(memoryview(data)[frames.HEADER_BYTES :])
-        assert isinstance(answer, frames.Answer)
-        self._done(answer.code, answer.message)
+    def answered(self, spans: bytes, answers: bytes) -> None:
+        _, code, reason = ANSWER.unpack(answers)
+        if code == Code.OK:
+            self._done(Outcome.OK, "")
+        else:
+            self._done(outcome_of(Code(code)), EXPLANATION.get(Reason(reason), "it was not stored"))
 
-    def hold(self) -> None: ...
-    def release(self) -> None: ...
+    def refused(self, spans: bytes, outcome: Outcome, why: str) -> None:
+        self._done(outcome, why)
+
+    def rejected(self, spans: bytes, code: int, why: str) -> None:
+        self._done(outcome_of(Code(code)), why)
+
+    def hold(self) -> None:
+        """One letter is no flood."""
+
+    def release(self) -> None:
+        """It was not held."""
 
 
 class DeadLetters:
@@ -68,11 +76,11 @@ class DeadLetters:
 
         def read(result: ColdRead) -> None:
             if result.corrupt is not None and source.settings.on_damage == "skip":
-                done(Code.OK, "it is damaged, and on_damage is skip")
+                done(Outcome.OK, "it is damaged, and on_damage is skip")
                 return
             if result.error or result.corrupt is not None:
-                code = Code.STORAGE_TIMEOUT if result.timed_out else Code.DAMAGED
-                done(code, result.error or "the record is damaged")
+                outcome = Outcome.STORAGE_TIMEOUT if result.timed_out else Outcome.DAMAGED
+                done(outcome, result.error or "the record is damaged")
                 return
             found: list[bytes | str] = []
 
@@ -85,13 +93,14 @@ class DeadLetters:
             def encoded() -> None:
                 letter = found[0]
                 if isinstance(letter, str) and source.settings.on_damage == "skip":
-                    done(Code.OK, f"it cannot be decoded ({letter}), and on_damage is skip")
+                    done(Outcome.OK, f"it cannot be decoded ({letter}), and on_damage is skip")
                 elif isinstance(letter, str):
                     done(
-                        Code.CORRUPT, f"it cannot be decoded ({letter}); set on_damage = skip for the topic to pass it"
+                        Outcome.CORRUPT,
+                        f"it cannot be decoded ({letter}); set on_damage = skip for the topic to pass it",
                     )
                 elif not letter:
-                    done(Code.OK, "there is no record any more")
+                    done(Outcome.OK, "there is no record any more")
                 else:
                     self._publish(source.topic + DEAD_LETTERS, letter, done)
 
@@ -100,15 +109,15 @@ class DeadLetters:
         self._engine.read_cold(source, offset, 1, read)
 
     def _publish(self, topic: str, letter: bytes, done: Done) -> None:
-        def created(code: Code, message: str) -> None:
-            if code not in (Code.OK, Code.NAME_CLASH):
-                done(code, message)
+        def created(outcome: Outcome, message: str) -> None:
+            if outcome not in (Outcome.OK, Outcome.NAME_CLASH):
+                done(outcome, message)
                 return
-            run = PublishRun(AckLevel.DURABLE, topic, 0, memoryview(letter), _SPAN.pack(1, 0, len(letter)))
-            self._publishing.submit(_Letter(done), run, internal=True)
+            run = PublishRun(AckLevel.DURABLE, topic, 0, memoryview(letter), pack_span(1, 0, len(letter)))
+            self._publishing.submit(_DeadLetter(done), run, internal=True)
 
         if self._engine.log(topic, 0) is not None:
-            created(Code.OK, "")
+            created(Outcome.OK, "")
         else:
             self._engine.create_topic(topic, TopicSettings(), created)
 

@@ -1,88 +1,17 @@
-"""Consumer groups: their places in every partition, who is a member, who holds what.
+"""All consumer groups of the node: their committed offsets and which cursor holds which partition.
 
-No socket, file, thread or clock. Places go to the engine, which stores them within 50 ms.
+No socket, file, thread or clock. Committed offsets go to the engine, which stores them within 50 ms.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from edgebroker.broker.delivery.cursor import Cursor, Key, Member
-from edgebroker.network.wire.frames import Wanted
+from edgebroker.broker.delivery.state import Cursor, Group
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.metadata.meta_db import GroupOffset
-
-LIVE_SECONDS = 7 * 24 * 3600.0
-
-
-@dataclass(slots=True, eq=False)
-class Subscription:
-    """What one member wants. `topics` and `pins` hold the last line about a topic or a single partition; `left` are
-    partitions that it gave back although it wants their topic; `begun` those whose line has been followed; `hung`: it
-    let a delivery time out and was not heard since."""
-
-    correlation: int
-    window_records: int
-    window_bytes: int
-    topics: dict[str, Wanted] = field(default_factory=dict)
-    pins: dict[Key, Wanted] = field(default_factory=dict)
-    left: set[Key] = field(default_factory=set)
-    begun: set[Key] = field(default_factory=set)
-    unresponsive: bool = False
-
-    def wants(self, key: Key) -> bool:
-        return key in self.pins or (key[0] in self.topics and key not in self.left)
-
-    def line(self, key: Key) -> Wanted | None:
-        """What was said last about a partition; None when it was followed already: a line says it once."""
-        if key in self.begun:
-            return None
-        self.begun.add(key)
-        return self.pins.get(key) or self.topics.get(key[0])
-
-
-class Group:
-    """A consumer group. One without a name belongs to one connection, and nothing of it is stored.
-
-    `last_clients` are the client ids that held each partition last. `pauses` says until when a partition waits after a
-    failure, `reasons` why it failed; `lettering` are partitions whose next record is on its way into the dead-letter
-    topic, `suspects` the cursors that stand before a record at which a member fell silent.
-    """
-
-    __slots__ = (
-        "committed_offsets",
-        "dead_lettering",
-        "generation",
-        "holders",
-        "last_clients",
-        "last_seen",
-        "members",
-        "name",
-        "pauses",
-        "reasons",
-        "suspects",
-    )  # fmt: skip
-
-    def __init__(self, name: str, now: float) -> None:
-        self.name = name
-        self.committed_offsets: dict[Key, GroupOffset] = {}
-        self.members: dict[Member, Subscription] = {}
-        self.holders: dict[Key, Cursor] = {}
-        self.last_clients: dict[Key, str] = {}
-        self.pauses: dict[Key, float] = {}
-        self.reasons: dict[Key, str] = {}
-        self.dead_lettering: set[Key] = set()
-        self.suspects: dict[Cursor, None] = {}
-        self.generation = 0
-        self.last_seen = now
-
-    def committed(self, log: Log) -> GroupOffset | None:
-        """The group's place in this very log."""
-        committed = self.committed_offsets.get((log.topic, log.partition))
-        return committed if committed is not None and committed.log_id == log.identity.log_id else None
+from edgebroker.storage.types import LIVE_SECONDS, GroupOffset
 
 
 class Groups:
@@ -91,6 +20,7 @@ class Groups:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._groups: dict[str, Group] = {}
+        self._holders: dict[Log, dict[Cursor, None]] = {}
         # Leases of an earlier run of this node must not be taken for one of this run.
         self._leases = int.from_bytes(os.urandom(6), "big")
 
@@ -170,11 +100,20 @@ class Groups:
         cursor.generation = cursor.group.generation
         cursor.group.last_clients[cursor.key] = cursor.member.client_id
         cursor.group.holders[cursor.key] = cursor.member.cursors[cursor.key] = cursor
+        self._holders.setdefault(cursor.log, {})[cursor] = None
 
     def revoke(self, cursor: Cursor) -> None:
         """Nobody holds its partition any more."""
         del cursor.group.holders[cursor.key], cursor.member.cursors[cursor.key]
         cursor.group.suspects.pop(cursor, None)
+        holders = self._holders[cursor.log]
+        del holders[cursor]
+        if not holders:
+            del self._holders[cursor.log]
+
+    def holders(self, log: Log) -> list[Cursor]:
+        """Every cursor that holds a partition of this log, of groups without a name as well."""
+        return list(self._holders.get(log, ()))
 
     def next_lease(self) -> int:
         self._leases += 1

@@ -14,17 +14,17 @@ from __future__ import annotations
 import logging
 from typing import NamedTuple
 
-from edgebroker.broker.delivery.cursor import Cursor, Key
 from edgebroker.broker.delivery.dead_letters import DeadLetters, Failure
-from edgebroker.broker.delivery.groups import Group, Groups
+from edgebroker.broker.delivery.groups import Groups
 from edgebroker.broker.delivery.push import Push
 from edgebroker.broker.delivery.refresh import Refreshes
+from edgebroker.broker.delivery.state import Cursor, CursorState, Group
 from edgebroker.broker.observe.metrics import Metrics
-from edgebroker.common.errors import Code
+from edgebroker.broker.ports import Key
+from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import Start
-from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import AckKind, Assigned, Assignment, ConsumerAck, Holding, Wanted
 from edgebroker.storage.engine import Engine, Log
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class Leases:
 
     def committed(self, cursor: Cursor, wanted: Wanted | None) -> None:
         """Find out where a holder begins, then resume()."""
-        self._push.pause(cursor, "starting")
+        self._push.pause(cursor, CursorState.STARTING)
         cursor.begin(cursor.acked)
         cursor.lease = self._groups.next_lease()
         partition, stored = cursor.log, cursor.group.committed(cursor.log)
@@ -82,7 +82,7 @@ class Leases:
         match wanted.start if wanted is not None else Start.COMMITTED:
             case Start.POSITION:
                 assert wanted is not None
-                same = wanted.log_id in (frames.NO_LOG_ID, partition.identity.log_id_bytes)
+                same = wanted.log_id in (NO_LOG_ID, partition.identity.log_id_bytes)
                 if not same or not partition.identity.contains(wanted.epoch, wanted.value):
                     self._refreshes.needed(cursor)
                     return
@@ -111,16 +111,16 @@ class Leases:
         self.resume(cursor, max(0, offset))
 
     def _found(self, cursor: Cursor, lease: int, wanted: Wanted, offset: int, error: str) -> None:
-        if cursor.state != "starting" or cursor.lease != lease:
+        if cursor.state is not CursorState.STARTING or cursor.lease != lease:
             return
         if not error:
             self.resume(cursor, offset)
             return
         cursor.why = f"{error}; trying again"
-        self._push.tell(cursor, Code.STORAGE_TIMEOUT, f"{cursor.log.name}: {cursor.why}")
+        self._push.tell(cursor, Outcome.STORAGE_TIMEOUT, f"{cursor.log.name}: {cursor.why}")
 
         def again() -> None:
-            if cursor.state == "starting" and cursor.lease == lease:
+            if cursor.state is CursorState.STARTING and cursor.lease == lease:
                 self.committed(cursor, wanted)
 
         self._scheduler.call_later(LETTER_RETRY_SECONDS, again)
@@ -153,13 +153,13 @@ class Leases:
         if cursor.revoking:
             return  # nothing is in flight any more: it is released at the end of this turn
         cursor.lease = self._groups.next_lease()
-        self._notify(cursor, Holding.ASSIGNED)
+        cursor.member.assigned(cursor, Holding.ASSIGNED)
         if group.holders.get(key) is cursor:  # telling it may have shown that the connection is over
             self._push.start(cursor, offset)
 
     def move(self, cursor: Cursor, offset: int) -> None:
         """The operator moved the group's place while this member holds the partition."""
-        self._push.pause(cursor, "starting")
+        self._push.pause(cursor, CursorState.STARTING)
         cursor.position_epoch = -1
         self.resume(cursor, offset)
 
@@ -168,18 +168,18 @@ class Leases:
         start = self._refreshes.accept(cursor, reset_id, offset)
         if start is None:
             return False
-        self._push.pause(cursor, "starting")
+        self._push.pause(cursor, CursorState.STARTING)
         cursor.position_epoch = -1
         self.resume(cursor, start)
         return True
 
     def _pause(self, cursor: Cursor, seconds: float) -> None:
         reason = cursor.group.reasons.get(cursor.key, "")
-        self._push.pause(cursor, "backoff", f"record {cursor.acked} failed: {reason}")
+        self._push.pause(cursor, CursorState.BACKOFF, f"record {cursor.acked} failed: {reason}")
         cursor.lease = lease = self._groups.next_lease()
 
         def over() -> None:
-            if cursor.state == "backoff" and cursor.lease == lease:
+            if cursor.state is CursorState.BACKOFF and cursor.lease == lease:
                 cursor.group.pauses.pop(cursor.key, None)
                 self.resume(cursor, cursor.acked)
 
@@ -235,7 +235,7 @@ class Leases:
     def _stands_behind(cursor: Cursor) -> bool:
         """True when the cursor went over a gap with nothing in flight: the group's place is still before it."""
         committed = cursor.group.committed(cursor.log)
-        return committed is not None and committed.next_offset < cursor.acked and cursor.state != "behind"
+        return committed is not None and committed.next_offset < cursor.acked and cursor.state is not CursorState.BEHIND
 
     def failed(self, cursor: Cursor, reason: str, *, counts: bool, pause: bool = True) -> None:
         """What was in flight was not handled: its lease is over. The caller resumes or releases the cursor."""
@@ -250,7 +250,7 @@ class Leases:
             doubled = self._limits.backoff * 2 ** min(max(attempts - 1, 0), 30)
             group.pauses[key] = self._scheduler.now() + min(self._limits.max_backoff, doubled)
         self._metrics.redeliveries += 1
-        self._push.pause(cursor, "backoff", reason)
+        self._push.pause(cursor, CursorState.BACKOFF, reason)
         cursor.begin(offset)
         cursor.lease = self._groups.next_lease()
 
@@ -279,7 +279,7 @@ class Leases:
     def revoke(self, cursor: Cursor) -> None:
         """Deliver nothing more; the partition is released once nothing is in flight."""
         cursor.revoking = True
-        self._notify(cursor, Holding.REVOKING)
+        cursor.member.assigned(cursor, Holding.REVOKING)
 
     def release(self, cursor: Cursor, *, tell: bool) -> None:
         """The partition is free. Nothing is done when it is not the cursor's any more."""
@@ -288,11 +288,7 @@ class Leases:
         self._push.stop(cursor)
         self._groups.revoke(cursor)
         if tell:
-            self._notify(cursor, Holding.REVOKED)
-
-    def _notify(self, cursor: Cursor, holding: Holding) -> None:
-        line = Assignment(*cursor.key, holding, cursor.lease, cursor.next_offset)
-        cursor.member.send(frames.write_assigned(Assigned(cursor.group.name, cursor.generation, [line])))
+            cursor.member.assigned(cursor, Holding.REVOKED)
 
     # ---- dead letters ----
 
@@ -301,7 +297,7 @@ class Leases:
         group, key, partition, offset = cursor.group, cursor.key, cursor.log, cursor.acked
         reason = group.reasons.get(key, "it failed in an earlier run")
         cursor.lease = self._groups.next_lease()
-        self._push.pause(cursor, "dead_lettering", f"record {offset} failed {attempts} times: {reason}")
+        self._push.pause(cursor, CursorState.DEAD_LETTERING, f"record {offset} failed {attempts} times: {reason}")
         if key in group.dead_lettering:
             return
         group.dead_lettering.add(key)
@@ -309,19 +305,19 @@ class Leases:
             partition,
             offset,
             Failure(group.name or "-", attempts, reason),
-            lambda code, message: self._buried(group, partition, offset, code, message),
+            lambda outcome, message: self._buried(group, partition, offset, outcome, message),
         )
 
-    def _buried(self, group: Group, partition: Log, offset: int, code: Code, message: str) -> None:
+    def _buried(self, group: Group, partition: Log, offset: int, outcome: Outcome, message: str) -> None:
         key: Key = (partition.topic, partition.partition)
         group.dead_lettering.discard(key)
         committed, holder = group.committed(partition), group.holders.get(key)
-        waits = holder if holder is not None and holder.state == "dead_lettering" else None
+        waits = holder if holder is not None and holder.state is CursorState.DEAD_LETTERING else None
         if committed is None or committed.next_offset != offset:
             if waits is not None:
                 self.committed(waits, None)
             return
-        if code is Code.OK:
+        if outcome is Outcome.OK:
             self._metrics.dead_letters += not message
             what = f"no dead letter: {message}" if message else "a dead letter"
             log.warning("group %s: record %d of %s is %s", group.name, offset, partition.name, what)
@@ -334,11 +330,11 @@ class Leases:
             return  # whoever takes the partition next tries again
         waits.why = f"record {offset} cannot be written to {partition.topic}.dlq: {message}"
         self._metrics.dead_letter_failures += 1
-        self._push.tell(waits, code, f"{partition.name}: {waits.why}; the partition waits")
+        self._push.tell(waits, outcome, f"{partition.name}: {waits.why}; the partition waits")
         lease = waits.lease
 
         def again() -> None:
-            if waits.state == "dead_lettering" and waits.lease == lease:
+            if waits.state is CursorState.DEAD_LETTERING and waits.lease == lease:
                 self.resume(waits, offset)
 
         self._scheduler.call_later(LETTER_RETRY_SECONDS, again)

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from edgebroker.broker.delivery.assignment import divide
-from edgebroker.broker.delivery.cursor import Cursor, Key, Member
-from edgebroker.broker.delivery.groups import Group, Subscription
+from edgebroker.broker.delivery.assignment import assign
 from edgebroker.broker.delivery.leases import Leases
+from edgebroker.broker.delivery.state import Cursor, CursorState, Group, Subscription
 from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.ports import Key, Member
+from edgebroker.common.messages import ConsumerAck, Wanted
 from edgebroker.common.types import Start
-from edgebroker.network.wire.frames import ConsumerAck, Subscribe, Wanted
 from edgebroker.storage.engine import Engine, Log
+
+Consumer = Member[Cursor]
 
 
 class Membership:
@@ -24,14 +26,20 @@ class Membership:
 
     def __init__(self, engine: Engine, leases: Leases, metrics: Metrics) -> None:
         self._engine, self._leases, self._metrics = engine, leases, metrics
-        self._dirty: dict[Group, set[tuple[Member, Key]]] = {}
+        self._dirty: dict[Group, set[tuple[Consumer, Key]]] = {}
         self._revoking: dict[Cursor, None] = {}
+        self._groups_of: dict[Consumer, Group] = {}
         self.frozen = False
 
+    def groups(self) -> set[Group]:
+        """The groups that have members now, those without a name as well."""
+        return set(self._groups_of.values())
+
     def subscribe(
-        self, member: Member, group: Group, subscribe: Subscribe, correlation: int, windows: tuple[int, int]
+        self, member: Consumer, group: Group, wanted: list[Wanted], correlation: int, windows: tuple[int, int]
     ) -> None:
-        """A SUBSCRIBE whose topics exist: join the group, or say more. `windows`: records and bytes in flight.
+        """Join the group, or say more; the topics exist. `correlation` is the member's own number for this, handed back
+        in Cursor.correlation; `windows`: records and bytes in flight.
 
         Where a line says to begin counts at once for what the member holds or nobody held; a partition that is taken
         over from another client begins at the group's place.
@@ -39,10 +47,11 @@ class Membership:
         entry = group.members.get(member)
         if entry is None:
             entry = group.members[member] = Subscription(correlation, *windows)
+            self._groups_of[member] = group
         entry.correlation, entry.unresponsive = correlation, False
         entry.window_records, entry.window_bytes = windows
         named: dict[Key, None] = {}
-        for line in subscribe.wanted:
+        for line in wanted:
             keys = [(line.topic, log.partition) for log in self._engine.partitions(line.topic)]
             if line.partition == -1:
                 entry.topics[line.topic] = line
@@ -63,7 +72,7 @@ class Membership:
                 self._leases.committed(cursor, self._line(group, cursor, entry, fresh=True))
         self._changed(group, {(member, key) for key in named if key not in group.holders})
 
-    def release(self, member: Member, group: Group, wanted: list[Wanted]) -> None:
+    def release(self, member: Consumer, group: Group, wanted: list[Wanted]) -> None:
         """Give partitions back now that are being revoked; what is in flight will be delivered to the next holder."""
         for line in wanted:
             cursor = group.holders.get((line.topic, line.partition))
@@ -71,7 +80,7 @@ class Membership:
                 self._leases.release(cursor, tell=True)
         self._changed(group)
 
-    def leave(self, member: Member, group: Group, wanted: list[Wanted]) -> None:
+    def leave(self, member: Consumer, group: Group, wanted: list[Wanted]) -> None:
         """Give partitions back and want them no more. What is in flight will be delivered to the next holder."""
         entry = group.members.get(member)
         if entry is None:
@@ -89,7 +98,7 @@ class Membership:
                 if key[0] == line.topic and line.partition in (-1, key[1]):
                     self._leases.release(cursor, tell=False)
         if not entry.topics and not entry.pins:
-            del group.members[member]
+            del group.members[member], self._groups_of[member]
         self._changed(group)
 
     def forget_topic(self, group: Group, topic: str) -> None:
@@ -101,19 +110,20 @@ class Membership:
             for keys in (entry.left, entry.begun):
                 keys.difference_update([key for key in keys if key[0] == topic])
             if not entry.topics and not entry.pins:
-                del group.members[member]
+                del group.members[member], self._groups_of[member]
         self._changed(group)
 
-    def vanished(self, member: Member, group: Group) -> None:
+    def vanished(self, member: Consumer, group: Group) -> None:
         """The member's connection is over."""
         group.members.pop(member, None)
+        self._groups_of.pop(member, None)
         for cursor in list(member.cursors.values()):
             if not self.frozen:
                 self._leases.disconnected(cursor)
             self._leases.release(cursor, tell=False)
         self._changed(group)
 
-    def acknowledge(self, member: Member, group: Group, ack: ConsumerAck) -> bool:
+    def acknowledge(self, member: Consumer, group: Group, ack: ConsumerAck) -> bool:
         """A consumer's ACK; False when it is stale and changed nothing."""
         cursor = group.holders.get((ack.topic, ack.partition))
         accepted = cursor is not None and cursor.member is member and self._leases.acknowledge(cursor, ack)
@@ -144,16 +154,16 @@ class Membership:
         """A refresh is over: its partition may move again."""
         self._changed(group)
 
-    def candidates(self, group: Group, key: Key) -> list[Member]:
+    def candidates(self, group: Group, key: Key) -> list[Consumer]:
         """Who wants a partition, those who came first in front."""
         return [member for member, entry in group.members.items() if entry.wants(key)]
 
-    def _changed(self, group: Group, fresh: Collection[tuple[Member, Key]] = ()) -> None:
+    def _changed(self, group: Group, fresh: Collection[tuple[Consumer, Key]] = ()) -> None:
         """Divide the group's partitions anew at the end of this turn. `fresh`: lines that say where a member begins, as
         nobody held the partition when they came."""
         self._dirty.setdefault(group, set()).update(fresh)
 
-    def divide_changed(self) -> None:
+    def rebalance(self) -> None:
         """Hand out what is free and revoke what has to move; many changes of one turn cost one division."""
         if self._revoking and not self.frozen:
             self._release_idle()
@@ -164,17 +174,17 @@ class Membership:
     def _release_idle(self) -> None:
         """What was in flight of a revoked partition may be void: its place was moved, or a refresh began."""
         for cursor in list(self._revoking):
-            if cursor.state == "gone" or not cursor.revoking:
+            if cursor.state is CursorState.GONE or not cursor.revoking:
                 del self._revoking[cursor]
             elif not cursor.in_flight:
                 self._leases.release(cursor, tell=True)
                 self._changed(cursor.group)
 
-    def _divide(self, group: Group, fresh: set[tuple[Member, Key]]) -> None:
+    def _divide(self, group: Group, fresh: set[tuple[Consumer, Key]]) -> None:
         wanted_by, logs = self._wishes(group)
         holders = {key: cursor.member for key, cursor in group.holders.items() if not cursor.revoking}
         refreshing = {key for key, committed in group.committed_offsets.items() if committed.refreshing}
-        for key, member in divide(wanted_by, holders, refreshing).items():
+        for key, member in assign(wanted_by, holders, refreshing).items():
             if member not in group.members:
                 continue  # telling it showed that it is gone: another division follows
             holder = group.holders.get(key)
@@ -188,9 +198,9 @@ class Membership:
             if holder is None:
                 self._grant(group, logs[key], member, (member, key) in fresh)
 
-    def _wishes(self, group: Group) -> tuple[dict[Key, list[Member]], dict[Key, Log]]:
+    def _wishes(self, group: Group) -> tuple[dict[Key, list[Consumer]], dict[Key, Log]]:
         """For each partition the members that want it (those that hang only when there is no other), and its log."""
-        by_topic: dict[str, list[Member]] = {}
+        by_topic: dict[str, list[Consumer]] = {}
         special: dict[Key, None] = {}
         for member, entry in group.members.items():
             for topic in entry.topics:
@@ -204,10 +214,10 @@ class Membership:
         }, logs
 
     @staticmethod
-    def _awake(group: Group, members: list[Member]) -> list[Member]:
+    def _awake(group: Group, members: list[Consumer]) -> list[Consumer]:
         return [member for member in members if not group.members[member].unresponsive] or members
 
-    def _grant(self, group: Group, log: Log, member: Member, fresh: bool) -> None:
+    def _grant(self, group: Group, log: Log, member: Consumer, fresh: bool) -> None:
         entry = group.members[member]
         cursor = Cursor(group, log, member, entry.window_records, entry.window_bytes)
         cursor.correlation = entry.correlation
@@ -217,7 +227,7 @@ class Membership:
     @staticmethod
     def _line(group: Group, cursor: Cursor, entry: Subscription, fresh: bool) -> Wanted | None:
         """Where a member said that it begins; None when that does not count, but the group's place."""
-        line, last = entry.line(cursor.key), group.last_clients.get(cursor.key)
+        line, last = entry.take_line(cursor.key), group.last_clients.get(cursor.key)
         if line is None:
             return None
         # A client whose old connection lingered takes over from itself.

@@ -15,18 +15,15 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from edgebroker.broker.delivery.cursor import Cursor
-from edgebroker.broker.delivery.groups import Group, Groups
+from edgebroker.broker.delivery.groups import Groups
 from edgebroker.broker.delivery.push import Push
+from edgebroker.broker.delivery.state import Cursor, CursorState, Group
 from edgebroker.broker.observe.metrics import Metrics
-from edgebroker.common.errors import Code
-from edgebroker.network.wire.frames import Ready
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.metadata.meta_db import GroupOffset
+from edgebroker.storage.types import GroupOffset
 
 log = logging.getLogger(__name__)
-
-Done = Callable[[Code, str], None]
 
 
 class Refreshes:
@@ -43,22 +40,22 @@ class Refreshes:
         """
         committed = group.committed(partition)
         if committed is not None and committed.refreshing:
-            self._engine.when_stored(lambda: done(Code.OK, ""))
+            self._engine.when_stored(lambda: done(Outcome.OK, ""))
             return
         start = _complete_from(partition)
         if start is None:
-            done(Code.NO_SNAPSHOT, no_snapshot(partition))
+            done(Outcome.NO_SNAPSHOT, no_snapshot(partition))
             return
         self._store_new(group, partition, start)
-        self._announce_when_stored(group, partition, lambda: done(Code.OK, ""))
+        self._announce_when_stored(group, partition, lambda: done(Outcome.OK, ""))
 
     def needed(self, cursor: Cursor) -> None:
         """The holder cannot go on with what it has: its log is another one, or records are missing in its refresh."""
         start = _complete_from(cursor.log)
         if start is None:
             why = no_snapshot(cursor.log)
-            self._push.pause(cursor, "no_snapshot", why)
-            self._push.tell(cursor, Code.NO_SNAPSHOT, why)
+            self._push.pause(cursor, CursorState.NO_SNAPSHOT, why)
+            self._push.tell(cursor, Outcome.NO_SNAPSHOT, why)
             return
         self._store_new(cursor.group, cursor.log, start)
         self._announce_when_stored(cursor.group, cursor.log, lambda: None)
@@ -67,7 +64,7 @@ class Refreshes:
         """Who waited for a snapshot of this table gets its refresh now."""
         for group in self._groups.all():
             holder = group.holders.get((partition.topic, partition.partition))
-            if holder is not None and holder.state == "no_snapshot":
+            if holder is not None and holder.state is CursorState.NO_SNAPSHOT:
                 self.needed(holder)
 
     def accept(self, cursor: Cursor, reset_id: bytes, offset: int) -> int | None:
@@ -80,29 +77,30 @@ class Refreshes:
             return None
         return max(offset, committed.reset_from)
 
-    def ready(self, group: Group, partition: Log, ready: Ready, done: Done) -> None:
+    def ready(self, group: Group, partition: Log, reset_id: bytes, next_offset: int, done: Done) -> None:
         """The member shows the new data; done once that is stored. FENCED: an earlier refresh; BEHIND: too early."""
         committed = group.committed(partition)
-        if committed is None or committed.reset_id != ready.reset_id.hex():
-            done(Code.FENCED, f"{partition.name}: refresh {ready.reset_id.hex()} is not the last one of this group")
+        if committed is None or committed.reset_id != reset_id.hex():
+            done(Outcome.FENCED, f"{partition.name}: refresh {reset_id.hex()} is not the last one of this group")
             return
         if committed.refreshing:
-            if ready.next_offset < committed.target:
+            if next_offset < committed.target:
                 done(
-                    Code.BEHIND, f"{partition.name}: the refresh goes to {committed.target}, not to {ready.next_offset}"
+                    Outcome.BEHIND,
+                    f"{partition.name}: the refresh goes to {committed.target}, not to {next_offset}",
                 )
                 return
             holder = group.holders.get((partition.topic, partition.partition))
-            if holder is not None and holder.state == "refresh":
+            if holder is not None and holder.state is CursorState.REFRESH:
                 done(
-                    Code.BEHIND,
+                    Outcome.BEHIND,
                     f"{partition.name}: refresh {committed.reset_id} was not accepted since it was announced",
                 )
                 return
             self._metrics.refreshes_done += 1
             self._groups.put(group, partition, replace(committed, target=-1))
-            log.info("group %s has refreshed %s up to %d", group.name, partition.name, ready.next_offset)
-        self._engine.when_stored(lambda: done(Code.OK, ""))
+            log.info("group %s has refreshed %s up to %d", group.name, partition.name, next_offset)
+        self._engine.when_stored(lambda: done(Outcome.OK, ""))
 
     def _store_new(self, group: Group, partition: Log, start: int) -> None:
         reset_id = os.urandom(16).hex()
@@ -122,15 +120,20 @@ class Refreshes:
     def _announce_when_stored(self, group: Group, partition: Log, then: Callable[[], None]) -> None:
         key = (partition.topic, partition.partition)
         holder = group.holders.get(key)
-        if holder is not None and holder.state != "refresh":
+        if holder is not None and holder.state is not CursorState.REFRESH:
             # Its lease is over from here on: what it acknowledges now is of the data before.
             holder.lease = self._groups.next_lease()
-            self._push.pause(holder, "refresh", "the refresh is being stored")
+            self._push.pause(holder, CursorState.REFRESH, "the refresh is being stored")
             holder.begin(holder.acked)
 
         def stored() -> None:
             holder, committed = group.holders.get(key), group.committed(partition)
-            if holder is not None and holder.state == "refresh" and committed is not None and committed.refreshing:
+            if (
+                holder is not None
+                and holder.state is CursorState.REFRESH
+                and committed is not None
+                and committed.refreshing
+            ):
                 self._push.announce_refresh(holder)
             then()
 

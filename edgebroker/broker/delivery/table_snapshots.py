@@ -20,12 +20,15 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import msgspec
+
 from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common.batch import CONTROL_BIT
-from edgebroker.common.errors import Code
+from edgebroker.common.gather import gather
 from edgebroker.common.names import SNAPSHOT_CLIENTS
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.records import BatchBuilder, restamp
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.storage.engine import Engine, Log
@@ -37,7 +40,12 @@ IDLE_SECONDS = 60.0
 _KEY = struct.Struct(">hh")
 _VALUE = struct.Struct(">16sq")
 
-Done = Callable[[Code, str], None]
+
+class SnapshotStatus(msgspec.Struct):
+    """A table snapshot that is being written."""
+
+    id: str
+    client_id: str
 
 
 @dataclass(slots=True, eq=False)
@@ -71,18 +79,21 @@ class TableSnapshots:
         self._snapshots: dict[str, TableSnapshot] = {}
         self._marking: dict[Log, list[TableSnapshot]] = {}
 
-    def begin(self, topic: str, client_id: str, done: Callable[[Code, str, TableSnapshot | None], None]) -> None:
+    def begin(self, topic: str, client_id: str, done: Callable[[Outcome, str, TableSnapshot | None], None]) -> None:
         """Reserve a table for a client and write BEGIN; done with the snapshot once that is durable."""
         logs = self._engine.partitions(topic)
         refusal = self._engine.refusal()
         if not client_id.startswith(SNAPSHOT_CLIENTS):
-            refusal = (Code.INVALID_BATCH, f"the client id of who writes a snapshot begins with {SNAPSHOT_CLIENTS}")
+            refusal = (
+                Outcome.INVALID,
+                f"the client id of a snapshot writer begins with {SNAPSHOT_CLIENTS}, not {client_id!r}",
+            )
         elif logs[0].settings.kind != "table":
-            refusal = (Code.INVALID_BATCH, f"{topic} is a stream; only tables have snapshots")
+            refusal = (Outcome.CONFLICT, f"{topic} is a stream; only tables have snapshots")
         elif logs[0].identity.origin != self._engine.node_uid:
-            refusal = (Code.NOT_ORIGIN, f"{topic} is written by node {logs[0].identity.origin} only; do it there")
+            refusal = (Outcome.NOT_ORIGIN, f"{topic} is written by node {logs[0].identity.origin} only; do it there")
         elif topic in self._snapshots:
-            refusal = (Code.OVERLOADED, f"another snapshot of {topic} is being written; try again in a moment")
+            refusal = (Outcome.OVERLOADED, f"another snapshot of {topic} is being written; try again in a moment")
         if refusal is not None:
             done(*refusal, None)
             return
@@ -91,7 +102,7 @@ class TableSnapshots:
         for partition in logs:
             self._publishing.reserve(partition, client_id)
             snapshot.begins[partition] = self._mark(partition, BEGIN, snapshot)
-        self._wait(snapshot, lambda code, message: done(code, message, snapshot))
+        self._wait(snapshot, lambda outcome, message: done(outcome, message, snapshot))
 
     def complete(self, topic: str, snapshot_id: str, done: Done) -> None:
         """Write END; done once the snapshot counts. What the client published before is in it."""
@@ -103,33 +114,21 @@ class TableSnapshots:
             done(*refusal)
             return
 
-        def ended(code: Code, message: str) -> None:
-            if code is not Code.OK:
-                done(code, message)
+        def ended(outcome: Outcome, message: str) -> None:
+            if outcome is not Outcome.OK:
+                done(outcome, message)
                 return
-            answers: list[tuple[Code, str]] = []
+            for partition, noted in zip(snapshot.logs, gather(len(snapshot.logs), all_noted), strict=True):
+                first, end = snapshot.begins[partition], snapshot.ends[partition]
+                self._engine.complete_snapshot(partition, first, end, noted)
 
-            def noted(code: Code, message: str) -> None:
-                answers.append((code, message))
-                if len(answers) < len(snapshot.logs):
-                    return
-                failed = next((answer for answer in answers if answer[0] is not Code.OK), None)
-                if failed is not None:
-                    done(*failed)
-                else:
-                    self._metrics.snapshots_completed += 1
-                    log.info("a snapshot of %s is complete", topic)
-                    for each in snapshot.logs:
-                        self._refreshes.snapshot_completed(each)
-                    done(Code.OK, "")
-
-            for partition in snapshot.logs:
-                self._engine.complete_snapshot(
-                    partition,
-                    snapshot.begins[partition],
-                    snapshot.ends[partition],
-                    noted,
-                )
+        def all_noted(outcome: Outcome, message: str) -> None:
+            if outcome is Outcome.OK:
+                self._metrics.snapshots_completed += 1
+                log.info("a snapshot of %s is complete", topic)
+                for each in snapshot.logs:
+                    self._refreshes.snapshot_completed(each)
+            done(outcome, message)
 
         for partition in snapshot.logs:
             snapshot.ends[partition] = self._mark(partition, END, snapshot) + 1
@@ -140,7 +139,7 @@ class TableSnapshots:
         """Give up: what was published stays, as ordinary records."""
         if self._find(topic, snapshot_id, done) is not None:
             self._free(topic)
-            done(Code.OK, "")
+            done(Outcome.OK, "")
 
     def give_up(self, topic: str) -> None:
         """The topic is deleted."""
@@ -162,22 +161,22 @@ class TableSnapshots:
         for snapshot in list(self._marking.get(partition, ())):
             end = snapshot.ends.get(partition, snapshot.begins[partition] + 1)
             if partition.durable_end >= end:
-                self._settled(snapshot, partition, Code.OK, "")
+                self._settled(snapshot, partition, Outcome.OK, "")
 
-    def on_failed(self, partition: Log, code: Code, message: str) -> None:
+    def on_failed(self, partition: Log, outcome: Outcome, message: str) -> None:
         """What was staged in a log is not in it."""
         for snapshot in list(self._marking.get(partition, ())):
-            self._settled(snapshot, partition, code, message)
+            self._settled(snapshot, partition, outcome, message)
 
-    def describe(self, topic: str) -> dict[str, object] | None:
-        """Who writes a snapshot of the topic now, for the admin interface."""
+    def describe(self, topic: str) -> SnapshotStatus | None:
+        """Which client writes a snapshot of the topic now, for the admin interface."""
         snapshot = self._snapshots.get(topic)
-        return {"id": snapshot.id.hex(), "client_id": snapshot.client_id} if snapshot is not None else None
+        return SnapshotStatus(snapshot.id.hex(), snapshot.client_id) if snapshot is not None else None
 
     def _find(self, topic: str, snapshot_id: str, done: Done) -> TableSnapshot | None:
         snapshot = self._snapshots.get(topic)
         if snapshot is None or snapshot.id.hex() != snapshot_id:
-            done(Code.FENCED, f"no snapshot {snapshot_id} of {topic} is being written; begin it again")
+            done(Outcome.FENCED, f"no snapshot {snapshot_id} of {topic} is being written; begin it again")
             return None
         return snapshot
 
@@ -191,8 +190,8 @@ class TableSnapshots:
         for partition in snapshot.logs:
             self._marking.setdefault(partition, []).append(snapshot)
 
-    def _settled(self, snapshot: TableSnapshot, partition: Log, code: Code, message: str) -> None:
-        settled = list(snapshot.waiting) if code is not Code.OK else [partition]
+    def _settled(self, snapshot: TableSnapshot, partition: Log, outcome: Outcome, message: str) -> None:
+        settled = list(snapshot.waiting) if outcome is not Outcome.OK else [partition]
         for each in settled:
             snapshot.waiting.discard(each)
             self._marking[each].remove(snapshot)
@@ -200,10 +199,10 @@ class TableSnapshots:
                 del self._marking[each]
         if snapshot.waiting or snapshot.done is None:
             return
-        if code is not Code.OK and self._snapshots.get(partition.topic) is snapshot:
+        if outcome is not Outcome.OK and self._snapshots.get(partition.topic) is snapshot:
             self._free(partition.topic)
         done, snapshot.done = snapshot.done, None
-        done(code, message)
+        done(outcome, message)
 
     def _mark(self, partition: Log, kind: int, snapshot: TableSnapshot) -> int:
         """Append a control batch; its offset."""

@@ -6,25 +6,26 @@ judge each line -> cursors -> frames, by sendfile, as far as the socket takes th
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import msgspec
 
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.reading import next_piece
+from edgebroker.broker.sending import file_range
 from edgebroker.common.hours import parse_hours
+from edgebroker.common.scheduler import Scheduler
 from edgebroker.network.http.server import BodyWriter
-from edgebroker.network.io.transport import FileRange
 from edgebroker.pipe import stream
-from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Stopped, judge, same_chain
+from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Rate, Stopped, judge, same_chain
 from edgebroker.pipe.report import Directive
 from edgebroker.pipe.stream import Kind, LogPosition, Patterns, Poll, Refusal, TopicInfo
-from edgebroker.storage.engine import Log
-from edgebroker.storage.log.partition import FileSlice, Inline, NeedsDisk
-from edgebroker.storage.log.reader import ColdRead
-from edgebroker.storage.log.recovery import CorruptRange
-from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.types import ChainPoint, ColdRead, CorruptRange, FileSlice, Inline, NeedsDisk, StoredFile
 
-if TYPE_CHECKING:
-    from edgebroker.broker.feed.downstream import Downstream
+Source = StoredFile | memoryview
+LogCursor = FeedCursor[Log, Source]
+StoredPiece = Piece[Source]
 
 ANSWER_SECONDS, LEAST_ANSWER_SECONDS = 90.0, 1.0
 IDLE_SECONDS = 45.0
@@ -36,13 +37,56 @@ RETRY_SECONDS = 1.0
 _ASKS = ("GONE", "DIVERGED", "DELETED")
 
 
+class ChildStatus(msgspec.Struct, kw_only=True):
+    """A child that is connected. `lag`: records not sent to it yet; `bytes_per_second`: its link, as measured."""
+
+    uid: str
+    name: str
+    level: str
+    address: str
+    logs: int
+    lag: int
+    bytes_per_second: int
+
+
+class FeedHost(Protocol):
+    """What a stream asks of the node: facts that it shares with the streams to the other children."""
+
+    engine: Engine
+    scheduler: Scheduler
+    metrics: Metrics
+    news: dict[Log, tuple[int, StoredPiece]]
+    """What was read after an offset up to the end of a log, in this loop iteration."""
+
+    def hello(self, topics: list[TopicInfo]) -> bytes: ...
+    def info(self, topic: str) -> TopicInfo: ...
+    def second_of_day(self) -> float: ...
+    def rate_of(self, uid: str) -> Rate: ...
+    def joined(self, child: ChildStream) -> None: ...
+    def left(self, child: ChildStream, cursors: list[LogCursor]) -> None: ...
+    def wants_turn(self, child: ChildStream) -> None:
+        """There is something to send to it."""
+
+    def idle(self, child: ChildStream, cursor: LogCursor, partition: Log) -> None:
+        """It has all of a log: wake it when that grows."""
+
+    def ahead(self, child: ChildStream, partition: Log, position: LogPosition) -> None:
+        """It has more of a log than this node."""
+
+    def history_lost(self, partition: Log, position: LogPosition) -> None:
+        """The same, of a log that this node may be the origin of."""
+
+    def asked(self, poll: Poll, partition: Log, position: LogPosition) -> None:
+        """It has exactly what this node has before its position."""
+
+
 class ChildStream:
     """One answer to one child; what Feed asks for (Reading) and what HTTP asks for (Streamed)."""
 
-    def __init__(self, downstream: Downstream, poll: Poll) -> None:
-        self._downstream, self._poll = downstream, poll
-        self.feed = Feed(self)
-        self._rate = downstream.rate_of(poll.uid)
+    def __init__(self, host: FeedHost, poll: Poll) -> None:
+        self._host, self._poll = host, poll
+        self.feed: Feed[Log, Source] = Feed(self)
+        self._rate = host.rate_of(poll.uid)
         self._busy_since = 0.0
         self._busy_bytes = 0
         self._pending = 0
@@ -51,17 +95,17 @@ class ChildStream:
         self._known = dict(poll.known)
         self._wanted = Patterns(poll.topics)
         # Cursors whose bytes come through the reader thread, and those that wait for their turn to.
-        self._cold: set[FeedCursor] = set()
-        self._colder: deque[FeedCursor] = deque()
-        self._timers = [downstream.scheduler.call_later(ANSWER_SECONDS, self.end)]
-        self._timers.append(downstream.scheduler.call_later(IDLE_SECONDS, self._idle))
-        hours, second = parse_hours(poll.hours), downstream.second_of_day()
+        self._cold: set[LogCursor] = set()
+        self._colder: deque[LogCursor] = deque()
+        self._timers = [host.scheduler.call_later(ANSWER_SECONDS, self.end)]
+        self._timers.append(host.scheduler.call_later(IDLE_SECONDS, self._idle))
+        hours, second = parse_hours(poll.hours), host.second_of_day()
         self._urgent_only = not hours.open(second)
         change = hours.until_change(second)
         if change < ANSWER_SECONDS:
-            self._timers.append(downstream.scheduler.call_later(max(change, LEAST_ANSWER_SECONDS), self.end))
+            self._timers.append(host.scheduler.call_later(max(change, LEAST_ANSWER_SECONDS), self.end))
         # When there was last something to say.
-        self._said_at = downstream.scheduler.now()
+        self._said_at = host.scheduler.now()
 
     @property
     def name(self) -> str:
@@ -71,7 +115,7 @@ class ChildStream:
     def uid(self) -> str:
         return self._poll.uid
 
-    def places(self) -> dict[object, int]:
+    def places(self) -> dict[Log, int]:
         """Up to where the child has been sent what it follows, by log."""
         return {cursor.log: cursor.offset for cursor in self.feed.cursors.values()}
 
@@ -89,16 +133,16 @@ class ChildStream:
     def begin(self, out: BodyWriter) -> None:
         self._out = out
         out.hold_back(self._rate.unsent_bytes)
-        self._downstream.joined(self)
-        fresh = [topic for topic in sorted(self._downstream.engine.topics()) if self._wants(topic)]
-        out.send(self._downstream.hello(self._news(fresh)))
+        self._host.joined(self)
+        fresh = [topic for topic in sorted(self._host.engine.topics()) if self._wants(topic)]
+        out.send(self._host.hello(self._news(fresh)))
         for line, position in enumerate(self._poll.logs):
             self._judge(line, position)
         self._judged()
 
     def on_drained(self) -> None:
         self.measure()
-        self._downstream.wants_turn(self)
+        self._host.wants_turn(self)
 
     def on_closed(self, reason: str) -> None:
         self._leave()
@@ -113,7 +157,7 @@ class ChildStream:
         found = []
         followed = {position.topic for position in self._poll.logs}
         for topic in topics:
-            info = self._downstream.info(topic)
+            info = self._host.info(topic)
             if self._known.get(topic) != info.digest:
                 self._known[topic] = info.digest
                 found.append(info)
@@ -123,11 +167,11 @@ class ChildStream:
     def _judge(self, line: int, position: LogPosition) -> None:
         partition = None
         if self._wants(position.topic):
-            partition = self._downstream.engine.log(position.topic, position.partition)
+            partition = self._host.engine.log(position.topic, position.partition)
             if partition is not None and partition.rewriting:
                 partition = None  # it is judged when that is over
-        deleted = self._downstream.engine.tombstones.get(position.log_id)
-        here = self._downstream.engine.log(position.topic, position.partition)
+        deleted = self._host.engine.tombstones.get(position.log_id)
+        here = self._host.engine.log(position.topic, position.partition)
         lives = (here is not None and here.identity.log_id == position.log_id) or (
             deleted is not None and position.epoch > deleted.epoch  # it came back, in a history that is not known here
         )
@@ -144,8 +188,8 @@ class ChildStream:
             assert refusal is not None
             self._refuse(line, refusal)
             if partition is not None and refusal.code == "BEHIND":
-                self._downstream.ahead(self, partition, position)
-                self._downstream.history_lost(partition, position)
+                self._host.ahead(self, partition, position)
+                self._host.history_lost(partition, position)
             return
         known = partition.chain_at(position.offset) if not position.points else None
         if known is not None:
@@ -154,7 +198,7 @@ class ChildStream:
         self._pending += 1
         offsets = sorted({position.offset, *(point.offset for point in position.points)})
 
-        def done(points: list[tuple[int, int]], error: str) -> None:
+        def done(points: list[ChainPoint], error: str) -> None:
             self._pending -= 1
             if self._out is None or self._out.closed:
                 return
@@ -164,7 +208,7 @@ class ChildStream:
                 self._accept(line, position, partition, dict(points))
             self._judged()
 
-        self._downstream.engine.chains(partition, offsets, done)  # type: ignore[arg-type]
+        self._host.engine.chains(partition, offsets, done)
 
     def _accept(self, line: int, position: LogPosition, partition: Log, chains: dict[int, int]) -> None:
         refusal = same_chain(position, _facts(partition), chains)
@@ -174,7 +218,7 @@ class ChildStream:
                 refusal = _not_comparable(partition)  # what the child has may be all that is left of it
             self._refuse(line, refusal)
             return
-        self._downstream.asked(self._poll, partition, position)
+        self._host.asked(self._poll, partition, position)
         if self._urgent_only and not partition.settings.urgent:
             why = f"{partition.name} is not urgent: it comes in the hours of {self._poll.hours}"
             self._refuse(line, Refusal(code="HOURS", message=why))
@@ -182,13 +226,13 @@ class ChildStream:
         if position.refused and self._out is not None:
             told = Refusal(code="OK", message="")
             self._out.send(stream.write_frame(Kind.STATE, msgspec.json.encode(told), line))
-        cursor = FeedCursor(line, partition, position, partition.settings.urgent)
+        cursor = LogCursor(line, partition, position, partition.settings.urgent)
         self.feed.add(cursor)
-        self._downstream.wants_turn(self)
+        self._host.wants_turn(self)
 
     def _refuse(self, line: int, refusal: Refusal) -> None:
         assert self._out is not None
-        self._downstream.metrics.refused(refusal.code)
+        self._host.metrics.refused(refusal.code)
         self._out.send(stream.write_frame(Kind.STATE, msgspec.json.encode(refusal), line))
         self._ending = self._ending or refusal.code in _ASKS
 
@@ -202,19 +246,19 @@ class ChildStream:
         news = self._news([topic])
         if news:
             # What changed may change who may go on: the child takes it over and polls again.
-            self._out.send(self._downstream.hello(news))
+            self._out.send(self._host.hello(news))
             self.end()
 
     def _idle(self) -> None:
         """A child that has heard nothing for a while shall know that the line is alive: what counts is when it was
         told something last, for a line may fall silent long after the answer began."""
-        out, now = self._out, self._downstream.scheduler.now()
+        out, now = self._out, self._host.scheduler.now()
         if out is None or out.closed:
             return
         if now - self._said_at >= IDLE_SECONDS:
             out.send(stream.write_frame(Kind.IDLE))
             self._said_at = now
-        self._timers[1] = self._downstream.scheduler.call_later(self._said_at + IDLE_SECONDS - now, self._idle)
+        self._timers[1] = self._host.scheduler.call_later(self._said_at + IDLE_SECONDS - now, self._idle)
 
     # ---- sending ----
 
@@ -226,7 +270,7 @@ class ChildStream:
         self.feed.frame_bytes = self._rate.frame_bytes
         if not self._busy_since and self.feed.busy:
             # It was idle: what it was sent before has gone through (asking the kernel would cost as much as a frame).
-            self._busy_since, self._busy_bytes = self._downstream.scheduler.now(), out.bytes_out
+            self._busy_since, self._busy_bytes = self._host.scheduler.now(), out.bytes_out
         while sent < share and not out.backlog and not out.closed:
             found = self.feed.next()
             if found is None:
@@ -240,41 +284,30 @@ class ChildStream:
                     return sent
                 continue
             sent += found.piece.length
-            self._said_at = self._downstream.scheduler.now()
+            self._said_at = self._host.scheduler.now()
             self._send(out, found)
         if not out.backlog and self.feed.busy:
-            self._downstream.wants_turn(self)
+            self._host.wants_turn(self)
         return sent
 
-    def _send(self, out: BodyWriter, found: Outgoing) -> None:
+    def _send(self, out: BodyWriter, found: Outgoing[Log, Source]) -> None:
         piece, cursor = found.piece, found.cursor
-        metrics = self._downstream.metrics
+        metrics = self._host.metrics
         metrics.pipe_frames_out += 1
         metrics.pipe_bytes_out += piece.length
-        if isinstance(piece.source, Segment):
-            segment = piece.source
+        if not isinstance(piece.source, memoryview):
             if cursor.piece is not None:
-                segment.hold()  # the rest of it is still to come: read() holds it once for what is sent last
-            engine = self._downstream.engine
-
-            def load(extent: FileRange) -> None:
-                engine.load_range(
-                    segment,
-                    extent.position,
-                    extent.length,
-                    lambda data, error: _supply(out, extent, data, error),
-                )
-
-            out.send_file(found.head, FileRange(segment.fd, piece.position, piece.length, segment.release, load))
+                piece.source.hold()  # the rest of it is still to come: read() holds it once for what is sent last
+            stored = file_range(self._host.engine, piece.source, piece.position, piece.length, out.supply)
+            out.send_file(found.head, stored)
         else:
-            assert isinstance(piece.source, memoryview)
             out.send_data(found.head, piece.source[piece.position : piece.position + piece.length])
             if cursor.piece is None and cursor in self._cold:
                 self._warm(cursor)
 
     def measure(self) -> None:
         """How fast did the line take what there was for it?"""
-        out, now = self._out, self._downstream.scheduler.now()
+        out, now = self._out, self._host.scheduler.now()
         if self._busy_since and out is not None and not out.closed and now - self._busy_since > LEAST_SAMPLE_SECONDS:
             through = out.bytes_through
             self._rate.sent(through - self._busy_bytes, now - self._busy_since)
@@ -283,69 +316,60 @@ class ChildStream:
 
     # ---- Reading ----
 
-    def read(self, cursor: FeedCursor, max_bytes: int) -> Piece | Refusal | None:
-        partition: Log = cursor.log  # type: ignore[assignment]
+    def read(self, cursor: LogCursor, max_bytes: int) -> StoredPiece | Refusal | None:
+        partition: Log = cursor.log
         if cursor.offset == partition.durable_end:
             cursor.hint = None
-            self._downstream.idle(self, cursor, partition)
+            self._host.idle(self, cursor, partition)
             return None
         if cursor.offset < partition.log_start:
             why = f"{partition.name} begins at {partition.log_start} here"
             start, chain = partition.log_start, partition.identity.chain
             return Refusal(code="GONE", message=why, offset=start, chain=chain)
-        news = self._downstream.news.get(partition)
+        news = self._host.news.get(partition)
         if news is not None and news[0] == cursor.offset and news[1].length <= max_bytes:
             cursor.hint = None
             return news[1]
-        fresh, cursor.fresh = cursor.fresh, False
-        hint: tuple[int, int] | None = cursor.hint  # type: ignore[assignment]
-        found = partition.find(cursor.offset, max_bytes, 1 << 30, hint)
-        if isinstance(found, FileSlice) and found.sealed and fresh:
-            # What was verified once may have rotted since: a child that found it so comes again, and must not get the
-            # same bytes for ever.
-            cursor.hint = None
-            self._fetch(cursor, partition, max_bytes)
-            return None
+        found = next_piece(partition, cursor, cursor.offset, max_bytes, 1 << 30)
+        cursor.hint = None
         if isinstance(found, FileSlice):
             piece = self._shared(partition, cursor.offset, found)
             if piece is not None:
-                cursor.hint = None
                 return piece
-            found.segment.hold()
-            cursor.hint = (found.segment.base, found.position + found.length)
-            return Piece(found.segment, found.position, found.length, found.next_offset)
-        cursor.hint = None
+            found.file.hold()
+            cursor.hint = found.next_hint
+            return StoredPiece(found.file, found.position, found.length, found.next_offset)
         if isinstance(found, Inline):
-            return Piece(found.data, 0, len(found.data), found.next_offset)
+            return StoredPiece(found.data, 0, len(found.data), found.next_offset)
         if isinstance(found, CorruptRange):
-            why = f"{partition.name}: records {found.first} to {found.next - 1} are damaged here"
+            why = f"{partition.name}: records {found.first} to {found.next - 1} are corrupt here"
             return Refusal(code="DAMAGED", message=why, offset=found.next)
         if isinstance(found, NeedsDisk):
             self._fetch(cursor, partition, max_bytes)
         else:
-            self._downstream.idle(self, cursor, partition)
+            self._host.idle(self, cursor, partition)
         return None
 
-    def _shared(self, partition: Log, offset: int, found: FileSlice) -> Piece | None:
+    def _shared(self, partition: Log, offset: int, found: FileSlice) -> StoredPiece | None:
         """The newest batches of a log, small enough to be read once for all the children that stand before them."""
         if found.length > SHARED_BYTES or found.next_offset != partition.durable_end:
             return None
-        data = self._downstream.engine.read_cached(found)
+        data = self._host.engine.read_cached(found)
         if data is None:
             return None
-        piece = Piece(memoryview(data), 0, found.length, found.next_offset)
-        self._downstream.news[partition] = (offset, piece)
+        piece: StoredPiece = Piece(memoryview(data), 0, found.length, found.next_offset)
+        self._host.news[partition] = (offset, piece)
         return piece
 
-    def chain_at(self, cursor: FeedCursor) -> int | None:
-        partition: Log = cursor.log  # type: ignore[assignment]
+    def chain_at(self, cursor: LogCursor) -> int | None:
+        partition: Log = cursor.log
         return partition.chain_at(cursor.offset)
 
-    def durable_end(self, cursor: FeedCursor) -> int:
-        partition: Log = cursor.log  # type: ignore[assignment]
+    def durable_end(self, cursor: LogCursor) -> int:
+        partition: Log = cursor.log
         return partition.durable_end
 
-    def _fetch(self, cursor: FeedCursor, partition: Log, max_bytes: int) -> None:
+    def _fetch(self, cursor: LogCursor, partition: Log, max_bytes: int) -> None:
         """Through the reader thread; meanwhile the cursor waits outside of the queue. What came is held in memory until
         it is sent: so only for a few cursors at a time."""
         if len(self._cold) >= MOST_COLD and cursor not in self._cold:
@@ -359,14 +383,14 @@ class ChildStream:
                 self._warm(cursor)
                 return
             if result.error:
-                self._downstream.scheduler.call_later(RETRY_SECONDS, again)
+                self._host.scheduler.call_later(RETRY_SECONDS, again)
                 return
             if result.corrupt is None and result.data:
                 following = min(result.next_offset, partition.durable_end)
                 skip = cursor.skip if cursor.skip < len(result.data) else 0
                 cursor.skip = skip
                 data = memoryview(result.data)
-                cursor.piece = Piece(data, skip, len(data) - skip, following)
+                cursor.piece = StoredPiece(data, skip, len(data) - skip, following)
             else:
                 self._warm(cursor)
             again()
@@ -374,17 +398,17 @@ class ChildStream:
         def again() -> None:
             if self.feed.cursors.get(cursor.line) is cursor:
                 self.feed.wake(cursor)
-                self._downstream.wants_turn(self)
+                self._host.wants_turn(self)
 
-        self._downstream.engine.read_cold(partition, wanted, max(max_bytes, 1), done)
+        self._host.engine.read_cold(partition, wanted, max(max_bytes, 1), done)
 
-    def _warm(self, cursor: FeedCursor) -> None:
+    def _warm(self, cursor: LogCursor) -> None:
         """It is done with its bytes from the disk: the next one gets its turn."""
         self._cold.discard(cursor)
         if self._colder:
             following = self._colder.popleft()
             self.feed.wake(following)
-            self._downstream.wants_turn(self)
+            self._host.wants_turn(self)
 
     # ---- ending ----
 
@@ -404,27 +428,23 @@ class ChildStream:
         for timer in self._timers:
             timer.cancel()
         cursors = self.feed.drop()
-        self._downstream.left(self, cursors)
+        self._host.left(self, cursors)
         for cursor in cursors:
-            if cursor.piece is not None and isinstance(cursor.piece.source, Segment):
+            if cursor.piece is not None and not isinstance(cursor.piece.source, memoryview):
                 cursor.piece.source.release()
             cursor.piece = None
         self._out = None
 
-    def describe(self) -> dict[str, object]:
-        lag = sum(
-            max(0, cursor.log.durable_end - cursor.offset)  # type: ignore[attr-defined]
-            for cursor in self.feed.cursors.values()
+    def describe(self) -> ChildStatus:
+        return ChildStatus(
+            uid=self._poll.uid,
+            name=self._poll.name,
+            level=self._poll.level,
+            address=self._out.peer if self._out is not None else "",
+            logs=len(self.feed.cursors),
+            lag=sum(max(0, cursor.log.durable_end - cursor.offset) for cursor in self.feed.cursors.values()),
+            bytes_per_second=int(self._rate.bytes_per_second),
         )
-        return {
-            "uid": self._poll.uid,
-            "name": self._poll.name,
-            "level": self._poll.level,
-            "address": self._out.peer if self._out is not None else "",
-            "logs": len(self.feed.cursors),
-            "lag": lag,
-            "bytes_per_second": int(self._rate.bytes_per_second),
-        }
 
 
 def _not_comparable(partition: Log) -> Refusal:
@@ -446,7 +466,3 @@ def _facts(partition: Log) -> LogFacts:
         end_chain or 0,  # not known behind damage: _judge does not use it then
         partition.identity.contains,
     )
-
-
-def _supply(out: BodyWriter, extent: FileRange, data: bytes, error: str) -> None:
-    out.supply(extent, None if error else memoryview(data), error)

@@ -13,21 +13,22 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
-from edgebroker.broker.feed.child_stream import ChildStream
+from edgebroker.broker.feed.child_stream import ChildStatus, ChildStream, LogCursor, StoredPiece
 from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.ports import NodeInfo
 from edgebroker.common.clock import Clock, second_of_day
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.hours import parse_hours
+from edgebroker.common.levels import LEVELS
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.scheduler import Scheduler
-from edgebroker.network.http.server import Reply, Request, Response
+from edgebroker.network.http.router import Call
 from edgebroker.pipe import stream
-from edgebroker.pipe.feed import FeedCursor, Piece, Rate
-from edgebroker.pipe.follower import LEVELS
+from edgebroker.pipe.feed import Rate
 from edgebroker.pipe.stream import (
     MAX_SAME_BYTES,
     MAX_SAME_POLL_BYTES,
@@ -36,12 +37,12 @@ from edgebroker.pipe.stream import (
     LogPosition,
     PartitionInfo,
     Poll,
+    PollRefusal,
     SamePoll,
     TopicInfo,
 )
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.identity import Identity
-from edgebroker.storage.metadata.children import LIVE_SECONDS, ChildPosition
+from edgebroker.storage.types import LIVE_SECONDS, ChildPosition, Identity
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +53,6 @@ MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 PIN_SECONDS = 3600.0
 STORE_SECONDS = 60.0
-
-
-class NodeInfo(NamedTuple):
-    """Who this node is, for its neighbours."""
-
-    uid: str
-    name: str
-    level: str
 
 
 class Downstream:
@@ -81,12 +74,12 @@ class Downstream:
         self.children: dict[ChildStream, None] = {}
         self._uids: dict[str, ChildStream] = {}
         # Cursors that have everything, by log: only these are woken when it grows.
-        self._idle: dict[Log, dict[FeedCursor, ChildStream]] = {}
+        self._idle: dict[Log, dict[LogCursor, ChildStream]] = {}
         # Children that are ahead of a log, and of what they have: when it comes there they are looked at again.
         self._ahead: dict[Log, dict[ChildStream, LogPosition]] = {}
         self._waiting: dict[ChildStream, None] = {}
         # What stands behind an offset up to the end of a log, read once in a turn for many children.
-        self.news: dict[Log, tuple[int, Piece]] = {}
+        self.news: dict[Log, tuple[int, StoredPiece]] = {}
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         # The last poll of each child, as it came.
         self._polls: OrderedDict[str, bytes] = OrderedDict()
@@ -127,27 +120,25 @@ class Downstream:
         for child in list(self.children):
             child.end()
 
-    def answer(self, request: Request, reply: Reply) -> None:
+    def answer(self, call: Call) -> None:
         """POST /v1/pipe."""
+        body = self._same_as(call.raw)
+        if body is None:
+            self.metrics.refused(PollRefusal.POLL_AGAIN)
+            why = "this node does not know the previous poll; send all of it"
+            call.refuse(Outcome.CONFLICT, why, PollRefusal.POLL_AGAIN)
+            return
         try:
-            body = self._same_as(request.body)
-            if body is None:
-                self.metrics.refused("POLL_AGAIN")
-                why = "this node does not know the poll before; send all of it"
-                reply(Response(409, {"error": why, "code": "POLL_AGAIN"}))
-                return
             poll = msgspec.json.decode(body, type=Poll)
         except msgspec.DecodeError as error:
-            reply(Response(400, {"error": str(error)}))
+            call.refuse(Outcome.INVALID, f"the body is not as expected: {error}")
             return
-        refusal = self._refusal(poll)
-        if refusal is not None:
+        if self._refuses(poll, call):
             self.metrics.pipe_polls_refused += 1
-            reply(refusal)
             return
         self.metrics.pipe_polls += 1
         self._remember(poll.uid, body)
-        reply(Response(200, ChildStream(self, poll)))
+        call.stream(ChildStream(self, poll))
 
     def _same_as(self, body: bytes) -> bytes | None:
         """The body that counts: this one, or the last one of the child when it says that it is still true."""
@@ -167,22 +158,29 @@ class Downstream:
             if len(self._polls) > self._max_children:
                 self._polls.popitem(last=False)
 
-    def _refusal(self, poll: Poll) -> Response | None:
+    def _refuses(self, poll: Poll, call: Call) -> bool:
+        """True when the node that polls cannot be a child here; then it was told."""
+        mine = self._node.level
         if poll.version != stream.VERSION:
-            return Response(400, {"error": f"pipe version {poll.version} is not spoken here, {stream.VERSION} is"})
+            call.refuse(Outcome.INVALID, f"pipe version {poll.version} is not supported; use {stream.VERSION}")
+            return True
         try:
             parse_hours(poll.hours)
         except ValueError as error:
-            return Response(400, {"error": f"hours: {error}"})
-        if poll.level not in LEVELS or LEVELS.index(poll.level) <= LEVELS.index(self._node.level):
-            why = f"this is a {self._node.level} node; a {poll.level} node cannot be its child"
-            return Response(409, {"error": why, "code": "LEVEL"})
+            call.refuse(Outcome.INVALID, f"hours: {error}")
+            return True
+        if poll.level not in LEVELS or LEVELS.index(poll.level) <= LEVELS.index(mine):
+            why = f"this is a {mine} node; a {poll.level} node cannot be its child"
+            call.refuse(Outcome.CONFLICT, why, PollRefusal.LEVEL)
+            return True
         if poll.uid == self._node.uid or poll.uid in self._path():
-            return Response(409, {"error": "the tree must not be a circle", "code": "LEVEL"})
+            call.refuse(Outcome.CONFLICT, "cycle: this node is already an ancestor", PollRefusal.LEVEL)
+            return True
         if len(self.children) >= self._max_children:
-            why = f"this node feeds {len(self.children)} children already; try again in a moment, or elsewhere"
-            return Response(503, {"error": why}, (("retry-after", str(RETRY_AFTER_SECONDS)),))
-        return None
+            why = f"this node has {len(self.children)} children already; try again in a moment, or at another node"
+            call.refuse(Outcome.OVERLOADED, why, headers=(("retry-after", str(RETRY_AFTER_SECONDS)),))
+            return True
+        return False
 
     def hello(self, topics: list[TopicInfo]) -> bytes:
         hello = Hello(**self._node._asdict(), path=self._path(), topics=topics)
@@ -308,13 +306,13 @@ class Downstream:
         self.children[child] = None
         self._uids[child.uid] = child
 
-    def left(self, child: ChildStream, cursors: list[FeedCursor]) -> None:
+    def left(self, child: ChildStream, cursors: list[LogCursor]) -> None:
         self.children.pop(child, None)
         if self._uids.get(child.uid) is child:
             del self._uids[child.uid]
         self._waiting.pop(child, None)
         for cursor in cursors:
-            self._idle.get(cursor.log, {}).pop(cursor, None)  # type: ignore[call-overload]
+            self._idle.get(cursor.log, {}).pop(cursor, None)
         for partition in [partition for partition, children in self._ahead.items() if child in children]:
             del self._ahead[partition][child]
             if not self._ahead[partition]:
@@ -350,14 +348,14 @@ class Downstream:
         if before is None or (before.log_id, before.offset) != (place.log_id, place.offset):
             self._asked_more = True
 
-    def idle(self, child: ChildStream, cursor: FeedCursor, partition: Log) -> None:
+    def idle(self, child: ChildStream, cursor: LogCursor, partition: Log) -> None:
         self._idle.setdefault(partition, {})[cursor] = child
 
     def history_lost(self, partition: Log, position: LogPosition) -> None:
         if self._history_lost is not None and partition.identity.origin == self._node.uid:
             self._history_lost(partition, position)
 
-    def describe(self) -> list[dict[str, object]]:
+    def describe(self) -> list[ChildStatus]:
         """For /v1/pipe."""
         return [child.describe() for child in self.children]
 

@@ -1,4 +1,4 @@
-"""Giving a neighbour stored batches that it lost: POST /v1/pipe/range, answered with the bytes and nothing else.
+"""Serve stored batches for the repair of a peer: POST /v1/pipe/range, answered with the bytes and nothing else.
 
 Whole batches from the one at `first` on, until `next` or MOST_BYTES, whatever comes first; the neighbour checks them
 and asks again for the rest. Anybody may ask who knows the log: a child its parent, an origin its child.
@@ -11,12 +11,14 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from edgebroker.network.http.server import BodyWriter, Reply, Request, Response
-from edgebroker.network.io.transport import FileRange
+from edgebroker.broker.reading import next_piece
+from edgebroker.broker.sending import file_range
+from edgebroker.common.outcome import Outcome
+from edgebroker.network.http.router import Call
+from edgebroker.network.http.server import BodyWriter
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.log import segscan
-from edgebroker.storage.log.partition import FileSlice, Inline, NeedsDisk
-from edgebroker.storage.log.reader import ColdRead
+from edgebroker.storage.types import ColdRead, FileSlice, Inline, NeedsDisk
 
 MOST_BYTES = 32 << 20
 PIECE_BYTES = 1 << 20
@@ -33,26 +35,25 @@ class RangeRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     next: Annotated[int, Meta(ge=1)]
 
 
-def find_range(engine: Engine, request: Request) -> tuple[Log, RangeRequest] | Response:
-    """The log that a RangeRequest is about, when all of the range is stored here; else the answer."""
-    try:
-        wanted = msgspec.json.decode(request.body, type=RangeRequest)
-    except msgspec.DecodeError as error:
-        return Response(400, {"error": str(error)})
+def find_range(engine: Engine, call: Call) -> tuple[Log, RangeRequest] | None:
+    """The log that a RangeRequest is about, when all of the range is stored here; else the call is answered."""
+    wanted = call.body
+    assert isinstance(wanted, RangeRequest)
     partition = engine.log(wanted.topic, wanted.partition)
     if partition is None or partition.identity.log_id != wanted.log_id:
-        return Response(404, {"error": f"{wanted.topic}/{wanted.partition} of that log id is not here"})
+        call.refuse(Outcome.NOT_FOUND, f"{wanted.topic}/{wanted.partition} with that log id is not on this node")
+        return None
     if not partition.log_start <= wanted.first < wanted.next <= partition.durable_end or partition.rewriting:
         here = f"offsets {partition.log_start} to {partition.durable_end}"
-        return Response(409, {"error": f"{partition.name} has {here} here, not {wanted.first} to {wanted.next}"})
+        call.refuse(Outcome.CONFLICT, f"{partition.name} has {here} here, not {wanted.first} to {wanted.next}")
+        return None
     return partition, wanted
 
 
-def too_many(what: str) -> Response:
+def too_many(call: Call, what: str) -> None:
     """Come again later."""
-    return Response(
-        503, {"error": f"{what} here already; try again in a moment"}, (("retry-after", str(RETRY_AFTER_SECONDS)),)
-    )
+    later = (("retry-after", str(RETRY_AFTER_SECONDS)),)
+    call.refuse(Outcome.OVERLOADED, f"{what} already; try again in a moment", headers=later)
 
 
 class Ranges:
@@ -62,28 +63,29 @@ class Ranges:
         self.engine = engine
         self.open: set[Range] = set()
 
-    def answer(self, request: Request, reply: Reply) -> None:
-        found = find_range(self.engine, request)
-        if isinstance(found, Response):
-            reply(found)
+    def answer(self, call: Call) -> None:
+        found = find_range(self.engine, call)
+        if found is None:
             return
         partition, wanted = found
         if any(corrupt.first < wanted.next and wanted.first < corrupt.next for corrupt in partition.corrupt_ranges):
-            reply(Response(409, {"error": f"{partition.name} is damaged there here as well"}))
+            call.refuse(Outcome.CONFLICT, f"{partition.name} is corrupt there on this node as well")
         elif len(self.open) >= MOST_AT_ONCE:
-            reply(too_many(f"{MOST_AT_ONCE} ranges are being read"))
+            too_many(call, f"{MOST_AT_ONCE} ranges are being read")
         else:
-            reply(Response(200, Range(self, partition, wanted.first, wanted.next)))
+            call.stream(Range(self, partition, wanted.first, wanted.next))
 
 
 class Range:
-    """One answer (Streamed)."""
+    """One answer (Streamed). `hint` and `fresh` are its ReadState."""
 
-    def __init__(self, ranges: Ranges, partition: Log, first: int, following: int) -> None:
+    def __init__(self, ranges: Ranges, partition: Log, first: int, end: int) -> None:
         self._ranges, self._engine = ranges, ranges.engine
-        self._log, self._offset, self._next = partition, first, following
+        self._log, self._offset, self._end = partition, first, end
         self._left = MOST_BYTES
         self._out: BodyWriter | None = None
+        self.hint: tuple[int, int] | None = None
+        self.fresh = True
 
     def begin(self, out: BodyWriter) -> None:
         self._out = out
@@ -100,21 +102,21 @@ class Range:
     def _advance(self) -> None:
         out = self._out
         while out is not None and not out.closed and not out.backlog:
-            if self._offset >= self._next or self._left <= 0:
+            if self._offset >= self._end or self._left <= 0:
                 self._out = None
                 self._ranges.open.discard(self)
                 out.end()
                 return
-            found = self._log.find(self._offset, PIECE_BYTES, self._next - self._offset)
+            found = next_piece(self._log, self, self._offset, PIECE_BYTES, self._end - self._offset)
             if isinstance(found, FileSlice):
-                self._send_extent(out, found)
+                self._send_file(out, found)
             elif isinstance(found, Inline):
                 self._send(out, bytes(found.data), found.next_offset)
             elif isinstance(found, NeedsDisk):
                 self._engine.read_cold(self._log, self._offset, PIECE_BYTES, self._read)
                 return
             else:
-                out.cut("the range was removed or damaged meanwhile")
+                out.cut("the range was removed or became corrupt")
                 return
 
     def _read(self, result: ColdRead) -> None:
@@ -124,23 +126,15 @@ class Range:
         if result.error or result.corrupt is not None:
             out.cut("the range cannot be read")
             return
-        length, following = segscan.cut(result.data, len(result.data), self._next)
-        self._send(out, result.data[:length], following)
+        length, next_offset = segscan.cut(result.data, len(result.data), self._end)
+        self._send(out, result.data[:length], next_offset)
         self._advance()
 
-    def _send(self, out: BodyWriter, data: bytes, following: int) -> None:
-        self._offset, self._left = following, self._left - len(data)
+    def _send(self, out: BodyWriter, data: bytes, next_offset: int) -> None:
+        self._offset, self._left, self.hint = next_offset, self._left - len(data), None
         out.send(data)
 
-    def _send_extent(self, out: BodyWriter, extent: FileSlice) -> None:
-        segment = extent.segment
-        self._offset, self._left = extent.next_offset, self._left - extent.length
-        segment.hold()
-
-        def load(piece: FileRange) -> None:
-            self._engine.load_range(
-                segment, piece.position, piece.length,
-                lambda data, error: out.supply(piece, None if error else memoryview(data), error),
-            )  # fmt: skip
-
-        out.send_file(b"", FileRange(segment.fd, extent.position, extent.length, segment.release, load))
+    def _send_file(self, out: BodyWriter, piece: FileSlice) -> None:
+        self._offset, self._left, self.hint = piece.next_offset, self._left - piece.length, piece.next_hint
+        piece.file.hold()
+        out.send_file(b"", file_range(self._engine, piece.file, piece.position, piece.length, out.supply))

@@ -10,10 +10,11 @@ import msgspec
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.clock import Clock
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.scheduler import Scheduler
-from edgebroker.network.http.server import Reply, Request, Response
+from edgebroker.network.http.router import Call
 from edgebroker.pipe.fleet import Fleet, FleetMember
-from edgebroker.pipe.report import Batch, Directive, NodeState, Report
+from edgebroker.pipe.report import NEW_SESSION, Batch, Directive, Heard, NodeState, Report
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +49,14 @@ class Inbox:
     def start(self) -> None:
         self._scheduler.call_later(WATCH_SECONDS, self._watch)
 
-    def answer(self, request: Request, reply: Reply) -> None:
+    def answer(self, call: Call) -> None:
         """POST /v1/tree/reports."""
-        now = self._scheduler.now()
-        try:
-            batch = msgspec.json.decode(request.body, type=Batch)
-            if batch.number and self._batches.get(batch.sender) != (batch.session, batch.number - 1):
-                self._metrics.refused("NEW_SESSION")
-                why = "this node does not know the batch before; begin anew with number 0"
-                reply(Response(409, {"error": why, "code": "NEW_SESSION"}))
-                return
-        except (msgspec.DecodeError, RecursionError) as error:
-            reply(Response(400, {"error": str(error)}))
+        now, batch = self._scheduler.now(), call.body
+        assert isinstance(batch, Batch)
+        if batch.number and self._batches.get(batch.sender) != (batch.session, batch.number - 1):
+            self._metrics.refused(NEW_SESSION)
+            why = "this node does not know the previous batch; start a new session with number 0"
+            call.refuse(Outcome.CONFLICT, why, NEW_SESSION)
             return
         elsewhere: list[str] = []
         for state in batch.nodes:
@@ -79,7 +76,7 @@ class Inbox:
         self._batches[batch.sender] = (batch.session, batch.number)
         self._connected[batch.sender] = now
         self.fleet.found(batch.sender)
-        reply(Response(200, {"elsewhere": elsewhere}))
+        call.answer(Heard(elsewhere))
 
     def _elsewhere(self, state: NodeState, sender: str) -> list[str]:
         """The node that a child says it lost, when it is reached through another one."""

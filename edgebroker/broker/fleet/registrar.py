@@ -17,11 +17,11 @@ import msgspec
 
 from edgebroker.broker.fleet.inbox import Inbox
 from edgebroker.common.clock import Clock
+from edgebroker.common.levels import LEVELS
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.scheduler import Scheduler
-from edgebroker.network.http.server import Reply, Request, Response
 from edgebroker.pipe.fleet import Fleet, FleetMember, find
-from edgebroker.pipe.follower import LEVELS
-from edgebroker.pipe.report import MAX_CANDIDATES, NodeState, ParentAssignment, Question, Report, digest
+from edgebroker.pipe.report import MAX_CANDIDATES, NodeState, ParentAssignment, Report, digest
 from edgebroker.pipe.topology import Topology
 from edgebroker.storage.metadata.registry import NodeRow, RegistryStore
 
@@ -136,20 +136,14 @@ class Registrar:
             seen_ms = self._clock.wall_ms() - int(silent * 1000)
             self._store.changes.nodes[member.uid] = NodeRow(member.raw, connected, seen_ms)
 
-    def answer(self, request: Request, reply: Reply) -> None:
-        """POST /v1/registry: a node without a parent asks."""
-        try:
-            question = msgspec.json.decode(request.body, type=Question)
-        except msgspec.DecodeError as error:
-            reply(Response(400, {"error": str(error)}))
-            return
-        report = question.report
+    def assign(self, report: Report) -> ParentAssignment:
+        """The parents of a node that has none, and asks."""
         state = NodeState(report=msgspec.Raw(msgspec.json.encode(report)), silent=0.0)
         member = self._fleet.take(state, "", self._scheduler.now())
         if member is not None:
             self.heard(member)
         wanted = self.topology.candidates(report.uid, report.level, report.region)
-        reply(Response(200, msgspec.to_builtins(ParentAssignment(uid=report.uid, candidates=wanted))))
+        return ParentAssignment(uid=report.uid, candidates=wanted)
 
     # ---- telling ----
 
@@ -206,30 +200,34 @@ class Registrar:
 
     # ---- what operators decide ----
 
-    def pin(self, name: str, parents: list[str], done: Callable[[int, str], None]) -> None:
-        """Pin the parents of a node, none to undo it: done(HTTP status, error), once stored."""
+    def pin(self, name: str, parents: list[str], done: Done) -> None:
+        """Pin the parents of a node, none to undo it: done once that is stored."""
         node = self._one(name, done)
         if node is None:
             return
         if isinstance(node, FleetMember) and not node.managed:
-            done(409, f"{node.name} is not led by the registry: set pipe.registry there, or change its pipe.parents")
+            done(
+                Outcome.CONFLICT,
+                f"{node.name} is not managed by the registry: set pipe.registry there, or change its pipe.parents",
+            )
             return
         if len(parents) > MAX_CANDIDATES:
-            done(409, f"a node is pinned to {MAX_CANDIDATES} parents at most")
+            done(Outcome.CONFLICT, f"a node is pinned to {MAX_CANDIDATES} parents at most")
             return
         uids = []
         for parent in parents:
             hub = self._one(parent, done)
             if hub is None:
                 return
+            levels = f"{hub.name} is a {hub.level} node, {node.name} a {node.level} node"
             if not {hub.level, node.level} <= {*LEVELS}:
-                done(409, f"{hub.name} is a {hub.level} node, {node.name} a {node.level} node: who stands above whom?")
+                done(Outcome.CONFLICT, f"{levels}: unknown level; cannot order these two nodes")
                 return
             if LEVELS.index(hub.level) >= LEVELS.index(node.level):
-                done(409, f"{hub.name} is a {hub.level} node; the parent of a {node.level} node stands above it")
+                done(Outcome.CONFLICT, f"{levels}; a parent must be above its child")
                 return
             if not hub.address:
-                done(409, f"{hub.name} has no address for children; set pipe.address there")
+                done(Outcome.CONFLICT, f"{hub.name} has no address for children; set pipe.address there")
                 return
             uids.append(hub.uid)
         if uids:
@@ -240,7 +238,7 @@ class Registrar:
         self._store.changes.pins[node.uid] = uids
         self._decided(done)
 
-    def drain(self, name: str, draining: bool, done: Callable[[int, str], None]) -> None:
+    def drain(self, name: str, draining: bool, done: Done) -> None:
         """Move the children of a node elsewhere, or let it have some again."""
         node = self._one(name, done)
         if node is None:
@@ -249,13 +247,13 @@ class Registrar:
         self._store.changes.draining[node.uid] = draining
         self._decided(done)
 
-    def remove(self, name: str, done: Callable[[int, str], None]) -> None:
+    def remove(self, name: str, done: Done) -> None:
         """Forget a node that is silent, with what was decided about it."""
         node = self._one(name, done)
         if node is None:
             return
         if not isinstance(node, FleetMember) or self._fleet.silent_for(node, self._scheduler.now()) < 0:
-            done(409, f"{node.name} is connected; stop it first")
+            done(Outcome.CONFLICT, f"{node.name} is connected; stop it first")
             return
         self._fleet.remove(node.uid)
         self.topology.remove(node.uid)
@@ -270,7 +268,7 @@ class Registrar:
         changes.pins[node.uid], changes.draining[node.uid] = [], False
         self._decided(done)
 
-    def _one(self, name: str, done: Callable[[int, str], None]) -> FleetMember | Report | None:
+    def _one(self, name: str, done: Done) -> FleetMember | Report | None:
         own = self._itself()
         found: list[FleetMember | Report] = [*find(self._fleet.members.values(), name)]
         found += [own] if name in (own.uid, own.name) else []
@@ -278,16 +276,16 @@ class Registrar:
             return found[0]
         if found:
             uids = ", ".join(member.uid for member in found)
-            done(409, f"{name} is the name of {len(found)} nodes; say which by its uid: {uids}")
+            done(Outcome.CONFLICT, f"{name} is the name of {len(found)} nodes; say which by its uid: {uids}")
         else:
-            done(404, f"the registry knows no node {name}")
+            done(Outcome.NOT_FOUND, f"the registry knows no node {name}")
         return None
 
-    def _decided(self, done: Callable[[int, str], None]) -> None:
+    def _decided(self, done: Done) -> None:
         self._changed()
 
         def stored(error: str) -> None:
-            done(503 if error else 200, f"not stored: {error}" if error else "")
+            done(Outcome.READ_ONLY if error else Outcome.OK, f"not stored: {error}" if error else "")
 
         self._store.write(stored)
 

@@ -15,8 +15,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec.structs import replace
 
-from edgebroker.broker.delivery.groups import Groups
-from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.core import Core
 from edgebroker.common.clock import Clock
 from edgebroker.common.types import DEAD_LETTERS
 from edgebroker.network.http.call import HttpCall
@@ -35,7 +34,7 @@ from edgebroker.pipe.report import (
     within_limit,
 )
 from edgebroker.pipe.stream import is_shared
-from edgebroker.storage.engine import Engine
+from edgebroker.storage.types import DiskState
 from edgebroker.version import __version__
 
 TICK_SECONDS = 2.0
@@ -79,33 +78,31 @@ class NodeStatus(NamedTuple):
 
 
 class Reporter:
-    """Owned by the loop thread. `above` tells the parent, None without one; `moment` the node as it is."""
+    """Owned by the loop thread. `parent` tells the parent, None without one; `status` the node as it is."""
 
     def __init__(
         self,
-        engine: Engine,
-        groups: Groups,
+        core: Core,
         loop: Loop,
         clock: Clock,
-        metrics: Metrics,
         fleet: Fleet,
-        itself: NodeIdentity,
-        moment: Callable[[], NodeStatus],
-        above: Callable[[], ParentLink | None],
+        identity: NodeIdentity,
+        status: Callable[[], NodeStatus],
+        parent: Callable[[], ParentLink | None],
     ) -> None:
-        self._engine, self._groups, self._loop, self._clock = engine, groups, loop, clock
-        self._metrics, self._fleet, self._itself = metrics, fleet, itself
-        self._moment, self._above = moment, above
+        self._engine, self._groups, self._metrics = core.engine, core.groups, core.metrics
+        self._loop, self._clock, self._fleet, self._identity = loop, clock, fleet, identity
+        self._status, self._parent = status, parent
         self._report = Report(
-            uid=itself.uid,
-            name=itself.name,
+            uid=identity.uid,
+            name=identity.name,
             level="root",
             version=__version__,
             boot=os.urandom(8).hex(),
             number=0,
-            region=itself.region,
-            labels=itself.labels,
-            managed=itself.managed,
+            region=identity.region,
+            labels=identity.labels,
+            managed=identity.managed,
         )
         self._growth = Growth()
         self._told: Report | None = None
@@ -125,8 +122,8 @@ class Reporter:
 
     def report(self) -> Report:
         """This node as it is now; with another number when something is not as it was."""
-        moment, above = self._moment(), self._above()
-        free, days = self._growth.disk(self._engine.describe(), self._loop.now())
+        moment, above = self._status(), self._parent()
+        free, days = self._growth.disk(self._engine.disk(), self._loop.now())
         made = within_limit(
             replace(
                 self._report,
@@ -190,7 +187,7 @@ class Reporter:
         self._look()
 
     def _look(self) -> None:
-        now, above = self._loop.now(), self._above()
+        now, above = self._loop.now(), self._parent()
         if above is None or self._asking is not None or (above == self._to and now < self._due):
             return
         greet = above != self._to
@@ -215,7 +212,7 @@ class Reporter:
     def _send(self, above: ParentLink, report: Report | None, nodes: list[NodeState]) -> None:
         body = msgspec.json.encode(
             Batch(
-                sender=self._itself.uid,
+                sender=self._identity.uid,
                 session=self._session,
                 number=self._number,
                 nodes=nodes,
@@ -268,11 +265,11 @@ class Growth:
         self._free: list[tuple[float, int]] = []
         self._percent, self._days = -2, -1
 
-    def disk(self, storage: dict[str, object], now: float) -> tuple[int, int]:
+    def disk(self, disk: DiskState | None, now: float) -> tuple[int, int]:
         """(free space in percent, days until it is used up); -1 days when it is not being used up."""
-        free, size = storage.get("disk_free_bytes", 0), storage.get("disk_bytes", 0)
-        if not isinstance(free, int) or not isinstance(size, int) or not size:
+        if disk is None:
             return 100, -1
+        free, size = disk.free, disk.size
         if not self._free or now - self._free[-1][0] >= 3600:
             self._free = [*self._free[-self.HOURS :], (now, free)]
             since, before = self._free[0]

@@ -5,17 +5,18 @@ Everything is worked out from the reports when it is asked for, some hundred nod
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from heapq import nlargest
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 
-from edgebroker.common.scheduler import Scheduler
-from edgebroker.network.http.server import Reply, Response
+from edgebroker.common.levels import LEVELS
+from edgebroker.common.outcome import Outcome
+from edgebroker.common.scheduler import Scheduler, in_slices
+from edgebroker.network.http.router import Call, Query
 from edgebroker.pipe.fleet import Fleet, FleetMember, matches
-from edgebroker.pipe.follower import LEVELS
-from edgebroker.pipe.report import Report
+from edgebroker.pipe.report import Report, ResyncReport, TopicReport
 
 SLICE = 200
 PAGE = 500
@@ -24,8 +25,88 @@ MOST_MISSING = 100
 BEHIND_SECONDS = 60.0
 WRONG_CLOCK_SECONDS = 60
 STATES = ("silent", "behind", "applying", "problems")
-Query = dict[str, list[str]]
 Badness = tuple[float, float, int, int]
+
+
+class Decisions(msgspec.Struct, frozen=True):
+    """What an operator decided about a node, where the registry is kept."""
+
+    pins: list[str]
+    draining: bool
+
+
+class Counts(msgspec.Struct):
+    """Nodes, and how many of them are in each of STATES."""
+
+    nodes: int = 0
+    silent: int = 0
+    behind: int = 0
+    applying: int = 0
+    problems: int = 0
+
+
+class NodeView(msgspec.Struct, kw_only=True):
+    """A node as it is seen from here. `waiting`: records that are there and not applied, by topic and group. Seconds
+    are -1 where they do not apply; `pins` and `draining` are told where the registry is kept, `topics` in the list."""
+
+    uid: str
+    name: str
+    level: str
+    region: str
+    labels: dict[str, str]
+    version: str
+    address: str
+    parent: str
+    managed: bool
+    silent_seconds: float
+    lag_seconds: float
+    waiting: dict[str, int]
+    problems: list[str]
+    skew_seconds: int
+    disk_free_percent: int
+    disk_days: int
+    resyncs: list[ResyncReport]
+    left_out: int
+    states: list[str]
+    pins: list[str] | msgspec.UnsetType = msgspec.UNSET
+    draining: bool | msgspec.UnsetType = msgspec.UNSET
+    topics: list[TopicReport] | msgspec.UnsetType = msgspec.UNSET
+
+
+class TreeSummary(msgspec.Struct, kw_only=True):
+    """Counts by level and label, and the worst nodes. `refused`: reports of nodes beyond the limit."""
+
+    node: str
+    levels: dict[str, Counts]
+    labels: dict[str, Counts]
+    worst: list[NodeView]
+    refused: int
+
+
+class NodePage(msgspec.Struct):
+    """A page of nodes; `after` is where the next one begins, "" at the last one."""
+
+    nodes: list[NodeView]
+    after: str
+
+
+class MissingNode(msgspec.Struct):
+    """A node that has not applied a topic, and why."""
+
+    uid: str
+    name: str
+    why: str
+    silent_seconds: float
+
+
+class Applied(msgspec.Struct, kw_only=True):
+    """How many nodes there are, how many have applied a topic, and those that have not (at most MOST_MISSING)."""
+
+    nodes: int
+    done: int
+    refused: int
+    settled: bool
+    missing: list[MissingNode]
 
 
 class Facts(NamedTuple):
@@ -53,7 +134,7 @@ class FleetView:
         fleet: Fleet,
         uid: str,
         name: str,
-        decided: Callable[[str], dict[str, object]],
+        decided: Callable[[str], Decisions | None],
         logs_of: Callable[[str], int],
         settled: Callable[[], bool],
     ) -> None:
@@ -61,10 +142,10 @@ class FleetView:
         self._logs_of, self._settled = logs_of, settled
         self._uid, self._name = uid, name
 
-    def summary(self, query: Query, reply: Reply) -> None:
+    def summary(self, call: Call) -> None:
         """GET /v1/tree: counts by level and label, and the worst nodes."""
-        wanted = _labels(query)
-        counted: dict[tuple[str, str], dict[str, int]] = {}
+        wanted = _labels(call.query)
+        counted: dict[tuple[str, str], Counts] = {}
         names = self._names()
         worst: list[tuple[Badness, FleetMember]] = []
 
@@ -78,10 +159,10 @@ class FleetView:
             for key in keys:
                 counts = counted.get(key)
                 if counts is None:
-                    counts = counted[key] = dict.fromkeys(("nodes", *STATES), 0)
-                counts["nodes"] += 1
+                    counts = counted[key] = Counts()
+                counts.nodes += 1
                 for state in facts.states:
-                    counts[state] += 1
+                    setattr(counts, state, getattr(counts, state) + 1)
             if facts.states:
                 worst.append((facts.badness, member))
                 if len(worst) > 50 * WORST:
@@ -89,99 +170,104 @@ class FleetView:
 
         def done() -> None:
             labels = sorted(key for key in counted if key[0] != "level")
-            answer = {
-                "node": self._name,
-                "levels": {level: counted["level", level] for level in LEVELS if ("level", level) in counted},
-                "labels": {"=".join(key): counted[key] for key in labels},
-                "worst": [self._node(member, names) for _, member in nlargest(WORST, worst, key=_badness)],
-                "refused": self._fleet.refused,
-            }
-            reply(Response(200, answer))
+            call.answer(
+                TreeSummary(
+                    node=self._name,
+                    levels={level: counted["level", level] for level in LEVELS if ("level", level) in counted},
+                    labels={"=".join(key): counted[key] for key in labels},
+                    worst=[self._node(member, names) for _, member in nlargest(WORST, worst, key=_badness)],
+                    refused=self._fleet.refused,
+                )
+            )
 
         self._each(list(self._fleet.members.values()), take, done)
 
-    def nodes(self, query: Query, reply: Reply) -> None:
+    def nodes(self, call: Call) -> None:
         """GET /v1/tree/nodes: a page of all of them, in the order of their uids, behind `after`."""
-        wanted, after = _labels(query), query.get("after", [""])[0]
+        wanted, after = _labels(call.query), call.query.get("after", [""])[0]
         names = self._names()
-        found: list[dict[str, Any]] = []
+        found: list[NodeView] = []
         last = [""]
 
         def take(member: FleetMember) -> bool:
             if not matches(member, wanted):
                 return False
             if len(found) == PAGE:
-                last[0] = str(found[-1]["uid"])
+                last[0] = found[-1].uid
                 return True
-            found.append({**self._node(member, names), "topics": msgspec.to_builtins(member.report().topics)})
+            found.append(self._node(member, names, topics=True))
             return False
 
         members = [self._fleet.members[uid] for uid in sorted(uid for uid in self._fleet.members if uid > after)]
-        self._each(members, take, lambda: reply(Response(200, {"nodes": found, "after": last[0]})))
+        self._each(members, take, lambda: call.answer(NodePage(found, last[0])))
 
-    def applied(self, query: Query, reply: Reply) -> None:
+    def applied(self, call: Call) -> None:
         """GET /v1/tree/applied: which nodes have a topic up to an offset, and have applied it."""
+        query = call.query
         try:
             topic = query["topic"][0]
             wanted_ends = {int(p): int(o) for p, _, o in (text.partition(":") for text in query.get("end", []))}
             if min(wanted_ends, default=0) < 0:
                 raise ValueError
         except (KeyError, ValueError):
-            reply(Response(400, {"error": "topic=NAME and end=PARTITION:OFFSET (as often as need be) are expected"}))
+            call.refuse(Outcome.INVALID, "topic=NAME and end=PARTITION:OFFSET (as often as need be) are expected")
             return
         group, mirrored = query.get("group", [""])[0], "mirrored" in query
         wanted = {"level": "local", **_labels(query)}
-        counts = {"nodes": 0, "done": 0}
+        nodes = done = 0
         logs = self._logs_of(topic)
-        missing: list[dict[str, object]] = []
+        missing: list[MissingNode] = []
 
         def take(member: FleetMember) -> None:
+            nonlocal nodes, done
             if not matches(member, wanted):
                 return
-            counts["nodes"] += 1
+            nodes += 1
             why = _lacks(member.report(), topic, wanted_ends, group, mirrored, logs)
             if not why:
-                counts["done"] += 1
+                done += 1
                 return
             silent = self._fleet.silent_for(member, self._scheduler.now())
             if len(missing) < MOST_MISSING:
-                missing.append({"uid": member.uid, "name": member.name, "why": why, "silent_seconds": round(silent, 1)})
+                missing.append(MissingNode(member.uid, member.name, why, round(silent, 1)))
 
-        members = list(self._fleet.members.values())
-        known = {"refused": self._fleet.refused, "settled": self._settled()}
-        self._each(members, take, lambda: reply(Response(200, {**counts, **known, "missing": missing})))
+        def answer() -> None:
+            call.answer(
+                Applied(nodes=nodes, done=done, refused=self._fleet.refused, settled=self._settled(), missing=missing)
+            )
+
+        self._each(list(self._fleet.members.values()), take, answer)
 
     # ---- one node ----
 
-    def _node(self, member: FleetMember, names: dict[str, int]) -> dict[str, Any]:
+    def _node(self, member: FleetMember, names: dict[str, int], *, topics: bool = False) -> NodeView:
         facts, report = self._facts(member, names), member.report()
-        parent = self._fleet.members.get(member.parent)
-        return {
-            "uid": member.uid,
-            "name": member.name,
-            "level": member.level,
-            "region": member.region,
-            "labels": member.labels,
-            "version": report.version,
-            "address": member.address,
-            "parent": self._name
-            if member.parent == self._uid
-            else parent.name
-            if parent is not None
-            else member.parent,
-            "managed": member.managed,
-            "silent_seconds": round(facts.silent, 1),
-            "lag_seconds": round(facts.lag, 1),
-            "waiting": {" ".join(key): count for key, count in facts.waiting.items()},
-            "problems": facts.problems,
-            "skew_seconds": member.skew,
-            "disk_free_percent": report.disk_free_percent,
-            "disk_days": report.disk_days,
-            "resyncs": msgspec.to_builtins(report.resyncs),
-            "left_out": report.left_out,
-            "states": facts.states,
-            **self._decided(member.uid),
-        }
+        parent, decided = self._fleet.members.get(member.parent), self._decided(member.uid)
+        above = parent.name if parent is not None else member.parent
+        return NodeView(
+            uid=member.uid,
+            name=member.name,
+            level=member.level,
+            region=member.region,
+            labels=member.labels,
+            version=report.version,
+            address=member.address,
+            parent=self._name if member.parent == self._uid else above,
+            managed=member.managed,
+            silent_seconds=round(facts.silent, 1),
+            lag_seconds=round(facts.lag, 1),
+            waiting={" ".join(key): count for key, count in facts.waiting.items()},
+            problems=facts.problems,
+            skew_seconds=member.skew,
+            disk_free_percent=report.disk_free_percent,
+            disk_days=report.disk_days,
+            resyncs=report.resyncs,
+            left_out=report.left_out,
+            states=facts.states,
+            pins=decided.pins if decided is not None else msgspec.UNSET,
+            draining=decided.draining if decided is not None else msgspec.UNSET,
+            topics=report.topics if topics else msgspec.UNSET,
+        )
 
     def _facts(self, member: FleetMember, names: dict[str, int]) -> Facts:
         now, report = self._scheduler.now(), member.report()
@@ -224,15 +310,10 @@ class FleetView:
     ) -> None:
         """Until one of them says that it is enough."""
 
-        def turn(first: int) -> None:
-            if any(take(member) for member in members[first : first + SLICE]):
-                done()
-            elif first + SLICE < len(members):
-                self._scheduler.call_later(0.0, lambda: turn(first + SLICE))
-            else:
-                done()
+        def some(part: Sequence[FleetMember]) -> bool:
+            return any(take(member) for member in part)
 
-        turn(0)
+        in_slices(self._scheduler, members, SLICE, some, done)
 
 
 def _lacks(report: Report, topic: str, ends: dict[int, int], group: str, mirrored: bool, logs: int) -> str:

@@ -26,7 +26,7 @@ LOST_SECONDS = 60.0
 ASK_AGAIN_SECONDS = 60.0
 
 
-class Parents:
+class Discovery:
     """Owned by the loop thread. `static` are the configured parents, `seeds` the nodes through which the registry is
     asked. `moved` is called when another parent is to be asked at once; `report` makes this node's report."""
 
@@ -103,7 +103,7 @@ class Parents:
             try:
                 self.assigned(msgspec.json.decode(answer, type=ParentAssignment))
             except msgspec.DecodeError as wrong:
-                log.warning("%s answered what is no assignment: %s", seed, wrong)
+                log.warning("invalid assignment from %s: %s", seed, wrong)
 
         HttpCall(self._loop, seed, "POST", "/v1/registry", msgspec.json.encode(Question(report=self._report())), told)
 

@@ -9,22 +9,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
-from edgebroker.broker.feed.downstream import NodeInfo
 from edgebroker.broker.mirror.mirrors import ReaderHooks
 from edgebroker.broker.mirror.upstream import Upstream
 from edgebroker.broker.observe.metrics import Metrics
-from edgebroker.common.clock import Clock
-from edgebroker.common.errors import Code, EdgeBrokerError
-from edgebroker.common.threads import start_thread
+from edgebroker.broker.ports import NodeInfo
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.candidates import Candidates
-from edgebroker.storage.engine import Done, Log
-from edgebroker.storage.log.staging import Chunk
-from edgebroker.storage.metadata.meta_db import MetaDatabase
-from edgebroker.storage.store import SegmentStore, StoreSettings
+from edgebroker.storage.engine import Log, MirrorEngine
+from edgebroker.storage.types import DurableChunk
 
 CLOSE_SECONDS = 5.0
 
@@ -34,34 +29,14 @@ class CopySettings(NamedTuple):
 
     name: str
     level: str
-    store: StoreSettings
     bytes_per_second: int
-
-
-def make_store(
-    directory: Path, settings: CopySettings, loop: Loop, clock: Clock, told: Callable[[SegmentStore | None, str], None]
-) -> None:
-    """Make the store of a copy, or find it again, on a thread of its own, for it syncs: told(store, error), on the
-    loop."""
-
-    def work() -> None:
-        try:
-            store = SegmentStore(directory, loop, clock, settings.store)
-            MetaDatabase(directory / "meta.db", clock).make()
-        except (OSError, EdgeBrokerError) as error:
-            why = str(error)
-            loop.call_soon_threadsafe(lambda: told(None, why))
-        else:
-            loop.call_soon_threadsafe(lambda: told(store, ""))
-
-    start_thread("edgebroker-copy", work)
 
 
 class FreshCopy:
     """Owned by the loop thread; it is the listener of its store."""
 
     def __init__(
-        self, store: SegmentStore, topic: str, parents: Sequence[str], settings: CopySettings, loop: Loop
+        self, store: MirrorEngine, topic: str, parents: Sequence[str], settings: CopySettings, loop: Loop
     ) -> None:
         self.topic, self._loop, self._store = topic, loop, store
         self._store.open(self)
@@ -82,7 +57,9 @@ class FreshCopy:
         self._upstream.start()
 
     def _delete(self, topic: str, done: Done, epochs: dict[str, int]) -> None:
-        self._store.removal.delete(topic, lambda logs: None, done, epochs)
+        remover = self._store.remover
+        assert remover is not None
+        remover.delete(topic, lambda logs: None, done, epochs)
 
     # ---- how far it is ----
 
@@ -141,10 +118,10 @@ class FreshCopy:
         pass
 
     def on_written(self, log: Log) -> None: ...
-    def on_durable(self, log: Log, chunks: list[Chunk]) -> None:
+    def on_durable(self, log: Log, chunks: Sequence[DurableChunk]) -> None:
         self._upstream.on_durable(log)
 
-    def on_failed(self, log: Log, code: Code, message: str) -> None:
+    def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
         self._upstream.on_failed(log)
 
     def on_topic(self, name: str) -> None: ...

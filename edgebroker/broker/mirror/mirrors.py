@@ -14,6 +14,8 @@ from msgspec.structs import replace
 
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.errors import Code
+from edgebroker.common.gather import gather
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import TopicPartition
 from edgebroker.pipe.follower import (
@@ -28,7 +30,7 @@ from edgebroker.pipe.follower import (
 )
 from edgebroker.pipe.stream import PartitionInfo, Point, TopicInfo
 from edgebroker.storage.engine import Log, MirrorEngine
-from edgebroker.storage.identity import Identity
+from edgebroker.storage.types import ChainPoint, Identity
 
 log = logging.getLogger(__name__)
 
@@ -37,13 +39,14 @@ TOPIC_RETRY_SECONDS = 10.0
 
 
 class ReaderHooks(NamedTuple):
-    """What the node does with its readers when a log changes under them. `cutting` moves places that stand behind an
-    offset and calls back once that is stored; `cut` and `restarted` are told when it is done; `delete` ends a topic."""
+    """What the node does with its readers when a log changes under them. `truncating` moves committed offsets that are
+    after an offset and calls back once that is stored; `truncated` and `recreated` are called when it is done, the
+    latter with True when it is another log; `delete` ends a topic."""
 
-    cutting: Callable[[Log, int, Callable[[], None]], None]
-    cut: Callable[[Log], None]
-    restarted: Callable[[Log, bool], None]
-    delete: Callable[[str, Callable[[Code, str], None], dict[str, int]], None]
+    truncating: Callable[[Log, int, Callable[[], None]], None]
+    truncated: Callable[[Log], None]
+    recreated: Callable[[Log, bool], None]
+    delete: Callable[[str, Done, dict[str, int]], None]
 
 
 class Flow(Protocol):
@@ -70,10 +73,10 @@ class Mirrors:
         uid: str,
         follower: Follower,
         flow: Flow,
-        moves: ReaderHooks,
+        hooks: ReaderHooks,
     ) -> None:
         self._engine, self._loop, self._metrics, self._uid = engine, scheduler, metrics, uid
-        self._follower, self._flow, self._moves = follower, flow, moves
+        self._follower, self._flow, self._hooks = follower, flow, hooks
         self._offered: dict[str, TopicInfo] = {}
         self._changing: set[str] = set()
         self._deleting: set[str] = set()
@@ -157,9 +160,9 @@ class Mirrors:
                 line.state = "moving"
         log.warning("topic %s was deleted by its origin, and is deleted here", topic)
 
-        def done(code: Code, message: str) -> None:
+        def done(outcome: Outcome, message: str) -> None:
             self._deleting.discard(topic)
-            if code is not Code.OK:
+            if outcome is not Outcome.OK:
                 log.error("%s", message)
             for partition in self._engine.partitions(topic):
                 self.follow(partition)
@@ -167,9 +170,9 @@ class Mirrors:
                 self._follower.drop(topic)
                 self._offered.pop(topic, None)
                 self.clashes.pop(topic, None)
-            self._flow.done(failed=code is not Code.OK)
+            self._flow.done(failed=outcome is not Outcome.OK)
 
-        self._moves.delete(topic, done, {one.identity.log_id: event.epoch for one in logs})
+        self._hooks.delete(topic, done, {one.identity.log_id: event.epoch for one in logs})
 
     def free(self, topic: str) -> None:
         """A topic of this node was deleted: what the parent has of that name is taken, if it was in the way of that."""
@@ -191,12 +194,12 @@ class Mirrors:
             if not self._flow.stopped and not self._engine.partitions(info.name):
                 self._topic(self._offered.get(info.name, info))
 
-        def done(code: Code, message: str) -> None:
+        def done(outcome: Outcome, message: str) -> None:
             self._flow.done()
             late = self._follower.known.get(info.name) == info.digest
             # Also when it failed: the other topics do not wait for this one.
             self._follower.known[info.name] = info.digest
-            if code not in (Code.OK, Code.NAME_CLASH):
+            if outcome not in (Outcome.OK, Outcome.NAME_CLASH):
                 log.error("topic %s cannot be taken over: %s; trying again", info.name, message)
                 self._loop.call_later(TOPIC_RETRY_SECONDS, again)
                 return
@@ -220,11 +223,11 @@ class Mirrors:
         self._flow.begin()
         self._changing.add(info.name)
 
-        def done(code: Code, message: str) -> None:
+        def done(outcome: Outcome, message: str) -> None:
             self._flow.done()
             self._changing.discard(info.name)
             self._follower.known[info.name] = info.digest
-            if code is not Code.OK:
+            if outcome is not Outcome.OK:
                 log.error("%s; trying again", message)
                 self._loop.call_later(TOPIC_RETRY_SECONDS, lambda: self._topic(self._offered[info.name]))
 
@@ -239,9 +242,9 @@ class Mirrors:
         def change(old: Identity, part: PartitionInfo, epochs: list[tuple[int, int]]) -> Identity:
             return replace(old, origin=part.origin, epochs=epochs, settings=info.settings)
 
-        def done(code: Code, message: str) -> None:
+        def done(outcome: Outcome, message: str) -> None:
             self._flow.done()
-            if code is not Code.OK:
+            if outcome is not Outcome.OK:
                 log.error("%s; trying again", message)
                 self._loop.call_later(TOPIC_RETRY_SECONDS, lambda: self._topic(info))
                 return
@@ -256,51 +259,47 @@ class Mirrors:
         ]
         self._engine.change_identities(info.name, changes, done)
 
-    def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
+    def accept(self, topic: str, done: Done) -> None:
         """An operator takes the parent's log instead of the one that was replaced; the old data is set aside."""
         replaced = [
             line for line in self._follower.lines.values() if line.key.topic == topic and line.state == "replaced"
         ]
         if not replaced or topic not in self._offered:
-            done(Code.UNKNOWN_TOPIC, f"{topic} was not replaced at the parent; there is nothing to accept")
+            done(Outcome.NOT_FOUND, f"{topic} was not replaced at the parent; there is nothing to accept")
             return
         self._recreate(replaced, done)
 
-    def recreate(self, topic: str, done: Callable[[Code, str], None]) -> None:
+    def recreate(self, topic: str, done: Done) -> None:
         """Fetch a topic again, all that the parent has of it; what is here is set aside first."""
         lines = [line for line in self._follower.lines.values() if line.key.topic == topic]
         if not lines or topic not in self._offered:
-            done(Code.UNKNOWN_TOPIC, f"{topic} is not mirrored from the parent of this node now")
+            done(Outcome.NOT_FOUND, f"{topic} is not mirrored from the parent of this node now")
             return
         self._recreate(lines, done)
 
-    def _recreate(self, lines: list[FollowedLog], done: Callable[[Code, str], None]) -> None:
+    def _recreate(self, lines: list[FollowedLog], done: Done) -> None:
         info = self._offered[lines[0].key.topic]
-        left = [len(lines)]
-        failed: list[tuple[Code, str]] = []
 
-        def one(code: Code, message: str, partition: Log, log_id: str) -> None:
+        def all_done(outcome: Outcome, message: str) -> None:
+            done(outcome, message)
+            self._flow.again("a log was recreated")
+
+        def recreated(one: Done, partition: Log, log_id: str, outcome: Outcome, message: str) -> None:
             self._flow.done()
-            left[0] -= 1
             self.follow(partition)
-            if code is Code.OK:
-                self._moves.restarted(partition, partition.identity.log_id != log_id)
-            else:
-                failed.append((code, message))
-            if not left[0]:
-                done(*(failed[0] if failed else (Code.OK, "")))
-                self._flow.again("a log was begun anew")
+            if outcome is Outcome.OK:
+                self._hooks.recreated(partition, partition.identity.log_id != log_id)
+            one(outcome, message)
 
-        for line in lines:
+        for line, one in zip(lines, gather(len(lines), all_done), strict=True):
             found = self._engine.log(*line.key)
             assert found is not None
             line.state = "moving"
             self._flow.begin()
             self._metrics.logs_recreated += 1
-            self._engine.restart(
-                found,
-                lambda old, line=line: identity_of(info, info.partitions[line.key.partition]),  # type: ignore[misc]
-                lambda code, message, found=found, log_id=found.identity.log_id: one(code, message, found, log_id),  # type: ignore[misc]
+            taken = identity_of(info, info.partitions[line.key.partition])
+            self._engine.recreate(
+                found, partial(_replace_by, taken), partial(recreated, one, found, found.identity.log_id)
             )
 
     # ---- when the logs are not the same ----
@@ -309,7 +308,7 @@ class Mirrors:
         partition = self._engine.log(*event.line.key)
         assert partition is not None
 
-        def done(points: list[Point], error: str) -> None:
+        def done(points: list[ChainPoint], error: str) -> None:
             self._flow.done()
             # Without an answer of the disk the parent is taken to be behind. No boundary there: another log.
             same = bool(error) or not points or (event.offset, event.chain) in [tuple(point) for point in points]
@@ -318,13 +317,13 @@ class Mirrors:
                 self._flow.again("its log is another one")
 
         self._flow.begin()
-        self._engine.chains(partition, [event.offset], done)  # type: ignore[arg-type]
+        self._engine.chains(partition, [event.offset], done)
 
     def _look(self, event: FindBoundaries) -> None:
         partition = self._engine.log(*event.line.key)
         assert partition is not None
 
-        def done(points: list[Point], error: str) -> None:
+        def done(points: list[ChainPoint], error: str) -> None:
             self._flow.done(failed=bool(error))
             if error:
                 log.warning("%s cannot be compared with the parent's: %s", partition.name, error)
@@ -332,7 +331,7 @@ class Mirrors:
                 self._flow.do(self._follower.looked(event.line, [Point(*point) for point in points]))
 
         self._flow.begin()
-        self._engine.chains(partition, event.offsets, done)  # type: ignore[arg-type]
+        self._engine.chains(partition, event.offsets, done)
 
     def _cut(self, event: TruncateLog) -> None:
         partition, offset = self._engine.log(*event.line.key), event.offset
@@ -343,17 +342,17 @@ class Mirrors:
             return
         self._metrics.log_truncations += 1
         log.warning(
-            "%s: the parent has another past from %d on; %d records are set aside", partition.name, offset,
+            "%s: diverged from the parent at %d; truncating %d records", partition.name, offset,
             partition.durable_end - offset,
         )  # fmt: skip
 
-        def done(code: Code, message: str) -> None:
-            if code is not Code.OK:
+        def done(outcome: Outcome, message: str) -> None:
+            if outcome is not Outcome.OK:
                 log.error("%s; trying again", message)
             self._retry(partition)
-            self._moves.cut(partition)  # also when it failed: the readers wait
+            self._hooks.truncated(partition)  # also when it failed: the readers wait
 
-        self._moves.cutting(partition, offset, lambda: self._engine.cut(partition, offset, done))
+        self._hooks.truncating(partition, offset, lambda: self._engine.truncate(partition, offset, done))
 
     def _restart(self, event: RecreateLog) -> None:
         partition = self._engine.log(*event.line.key)
@@ -369,14 +368,14 @@ class Mirrors:
             snapshot = old.snapshot if old.snapshot[0] >= event.offset else (-1, -1)
             return replace(old, log_start=event.offset, chain=event.chain, snapshot=snapshot)
 
-        def done(code: Code, message: str) -> None:
-            if code is not Code.OK:
+        def done(outcome: Outcome, message: str) -> None:
+            if outcome is not Outcome.OK:
                 log.error("%s; trying again", message)
             self._retry(partition)
-            if code is Code.OK:
-                self._moves.restarted(partition, False)
+            if outcome is Outcome.OK:
+                self._hooks.recreated(partition, False)
 
-        self._engine.restart(partition, further, done)
+        self._engine.recreate(partition, further, done)
 
     def _retry(self, partition: Log) -> None:
         """Go on where the log ends, once everything that was taken is stored."""
@@ -390,6 +389,10 @@ class Mirrors:
         if offered is not None and offered.name not in self._changing:
             self._topic(offered)  # histories that the log was not of before
         self._flow.done()
+
+
+def _replace_by(identity: Identity, old: Identity) -> Identity:
+    return identity
 
 
 def identity_of(info: TopicInfo, part: PartitionInfo) -> Identity:

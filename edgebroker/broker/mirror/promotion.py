@@ -14,24 +14,26 @@ from collections.abc import Callable
 
 from msgspec.structs import replace
 
-from edgebroker.common.errors import Code
+from edgebroker.common.levels import LEVELS
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.scheduler import Scheduler
-from edgebroker.pipe.follower import LEVELS
 from edgebroker.storage.engine import Log, MirrorEngine
-from edgebroker.storage.identity import Identity, begin_history
+from edgebroker.storage.types import Identity, begin_history
 
 log = logging.getLogger(__name__)
 
 WAIT_SECONDS = 0.05
-Done = Callable[[Code, str], None]
 
 
 def promote(
     engine: MirrorEngine, scheduler: Scheduler, level: str, end_pipe: Callable[[], None], promoted: Done
 ) -> None:
     """Make this node the origin of everything that it mirrors; on the loop. `end_pipe` lets the parent go."""
-    if level not in LEVELS or LEVELS.index(level) > LEVELS.index(engine.level):
-        promoted(Code.INVALID_BATCH, f"a {engine.level} node is promoted to a level above, not to {level!r}")
+    if level not in LEVELS[:-1]:
+        promoted(Outcome.INVALID, f"cannot promote: {level!r} is not a level ({', '.join(LEVELS[:-1])})")
+        return
+    if LEVELS.index(level) > LEVELS.index(engine.level):
+        promoted(Outcome.CONFLICT, f"cannot promote: {level} is below {engine.level}, the level of this node")
         return
     end_pipe()
 
@@ -43,23 +45,23 @@ def promote(
         else:
             engine.change_level(level, True, stored)
 
-    def stored(code: Code, message: str) -> None:
-        if code is Code.OK:
+    def stored(outcome: Outcome, message: str) -> None:
+        if outcome is Outcome.OK:
             log.warning("this node is the origin of what it mirrored from now on, at level %s", level)
             topics(list(engine.topics()))
         else:
-            promoted(code, message)
+            promoted(outcome, message)
 
     def topics(left: list[str]) -> None:
         while left and not any(one.identity.origin != engine.node_uid for one in engine.partitions(left[-1])):
             left.pop()
         if not left:
-            promoted(Code.OK, "")
+            promoted(Outcome.OK, "")
             return
 
-        def changed(code: Code, message: str) -> None:
-            if code is not Code.OK:
-                promoted(code, message)
+        def changed(outcome: Outcome, message: str) -> None:
+            if outcome is not Outcome.OK:
+                promoted(outcome, message)
                 return
             left.pop()
             topics(left)

@@ -13,13 +13,12 @@ from collections.abc import Callable
 
 import msgspec
 
+from edgebroker.broker.core import Core
 from edgebroker.broker.feed.ranges import MOST_BYTES, RangeRequest
-from edgebroker.broker.observe.metrics import Metrics
-from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
 from edgebroker.network.http.call import HttpCall, OnResponse
 from edgebroker.network.io.loop import Loop
-from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.engine import Log, MirrorEngine
 from edgebroker.storage.log import segscan
 
 log = logging.getLogger(__name__)
@@ -45,11 +44,9 @@ Done = Callable[[dict[str, int], str], None]
 class Repairs:
     """Owned by the loop thread. `parent` tells where this node's parent is, "" while it has none."""
 
-    def __init__(
-        self, engine: Engine, loop: Loop, metrics: Metrics, parent: Callable[[], str], publishing: Publishing
-    ) -> None:
-        self._engine, self._loop, self._metrics, self._parent = engine, loop, metrics, parent
-        self._publishing = publishing
+    def __init__(self, core: Core, engine: MirrorEngine, loop: Loop, parent: Callable[[], str]) -> None:
+        self._engine, self._loop, self._metrics, self._parent = engine, loop, core.metrics, parent
+        self._publishing = core.publishing
         self._busy: HttpCall | None = None
         # Logs for which the parent was of no help, and when it is asked again.
         self._pauses: dict[Log, tuple[float, float]] = {}

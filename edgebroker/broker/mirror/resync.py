@@ -14,22 +14,22 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
 from msgspec.structs import replace
 
-from edgebroker.broker.delivery.groups import Groups
-from edgebroker.broker.delivery.refresh import Refreshes
-from edgebroker.broker.mirror.fresh_copy import CopySettings, FreshCopy, make_store
+from edgebroker.broker.core import Core
+from edgebroker.broker.mirror.fresh_copy import CopySettings, FreshCopy
 from edgebroker.broker.mirror.upstream import Upstream
-from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.clock import Clock, second_of_day
-from edgebroker.common.errors import Code, EdgeBrokerError
+from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.gather import gather
 from edgebroker.common.hours import parse_hours
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.report import ResyncDirective, ResyncReport
-from edgebroker.storage.engine import Done, Log
-from edgebroker.storage.rewrite.replace import KEPT, ResyncRow, drop_staging, staging_of
-from edgebroker.storage.store import SegmentStore
+from edgebroker.storage.engine import Log, MirrorEngine, TopicReplacements
+from edgebroker.storage.types import ResyncRow
 
 log = logging.getLogger(__name__)
 
@@ -39,29 +39,36 @@ LEAST_SHARE = 0.9
 CATCH_UP_SECONDS = 10.0
 LOOK_SECONDS = 10.0
 REPORTED = 4
+# Rows of resyncs that are over, for those who ask.
+KEPT = 32
 UNDER_WAY = ("waiting", "loading", "switching")
-Restarted = Callable[[Log, bool], None]
+
+
+class ResyncStatus(msgspec.Struct):
+    """A resync: its state, and why it waits or failed."""
+
+    id: str
+    topic: str
+    group: str
+    state: str
+    why: str
 
 
 class Resyncs:
-    """Owned by the loop thread. `cut` and `restarted` are told of logs that were replaced by the same, or by others."""
+    """Owned by the loop thread."""
 
     def __init__(
         self,
-        engine: SegmentStore,
+        core: Core,
+        engine: MirrorEngine,
         loop: Loop,
         clock: Clock,
-        metrics: Metrics,
-        groups: Groups,
-        refreshing: Refreshes,
         settings: CopySettings,
         upstream: Callable[[], Upstream | None],
-        cut: Callable[[Log], None],
-        restarted: Restarted,
     ) -> None:
-        self._engine, self._loop, self._clock, self._metrics = engine, loop, clock, metrics
-        self._groups, self._refreshes, self.settings = groups, refreshing, settings
-        self._upstream, self._cut, self._restarted = upstream, cut, restarted
+        self._engine, self._loop, self._clock, self._metrics = engine, loop, clock, core.metrics
+        self._groups, self._refreshes, self._rebase = core.groups, core.refreshes, core.rebase
+        self.settings, self._upstream = settings, upstream
         self._rows: dict[str, ResyncRow] = {}
         # Orders that are being stored.
         self._ordered: dict[str, ResyncRow] = {}
@@ -76,8 +83,8 @@ class Resyncs:
     def start(self) -> None:
         """Go on with what was under way; before the node follows its parent."""
         # What a crash interrupted between two renames was finished when the store was opened.
-        self._rows = {row.id: row for row in self._engine.replacement.rows}
-        drop_staging(self._engine.replacement.path, lambda name: name in self._rows and self._under_way(name))
+        self._rows = {row.id: row for row in self._replacements.rows}
+        self._replacements.drop_staging(lambda name: name in self._rows and self._under_way(name))
         if self._rows:
             self._remember(lambda error: None)
         self._tick()
@@ -88,6 +95,12 @@ class Resyncs:
         if self._copy is not None:
             copy, self._copy = self._copy, None
             self._close(copy, lambda: None)
+
+    @property
+    def _replacements(self) -> TopicReplacements:
+        found = self._engine.replacements
+        assert found is not None
+        return found
 
     @property
     def idle(self) -> bool:
@@ -107,15 +120,15 @@ class Resyncs:
         try:
             parse_hours(order.hours)
         except ValueError as error:
-            done(Code.INVALID_BATCH, f"hours: {error}")
+            done(Outcome.CONFLICT, f"hours: {error}")
             return
         if self._upstream() is None:
-            done(Code.INVALID_BATCH, "this node follows no parent from which it could load anything")
+            done(Outcome.CONFLICT, "this node follows no parent from which it could load anything")
             return
         mirrored = [name for name in self._engine.topics() if self._is_mirrored(name)]
         topics = [order.topic] if order.topic else sorted(mirrored)
         if not set(topics) <= set(mirrored):
-            done(Code.UNKNOWN_TOPIC, f"{order.topic} is not mirrored at this node")
+            done(Outcome.NOT_FOUND, f"{order.topic} is not mirrored at this node")
             return
         ordered: dict[str, ResyncRow] = {}
         for number, topic in enumerate(topics):
@@ -128,7 +141,7 @@ class Resyncs:
             else:
                 others = [one for one in self._rows.values() if one.topic == topic and one.phase in UNDER_WAY]
                 if others:
-                    done(Code.OVERLOADED, f"{topic} is being reset already, by {others[0].id}; abort that first")
+                    done(Outcome.OVERLOADED, f"{topic} is being reset already, by {others[0].id}; abort that first")
                     return
                 row = ResyncRow(
                     id=resync_id, topic=topic, in_place=order.in_place, force=order.force, accept=order.accept,
@@ -142,7 +155,7 @@ class Resyncs:
                 if not error:  # it may have begun, or be over, since
                     now = self._rows.get(resync_id, row)
                     self._rows[resync_id] = replace(now, force=row.force, accept=row.accept, hours=row.hours)
-            done(Code.READ_ONLY if error else Code.OK, error)
+            done(Outcome.READ_ONLY if error else Outcome.OK, error)
 
         self._ordered.update(ordered)
         self._remember(stored)
@@ -153,37 +166,33 @@ class Resyncs:
     def _order_group(self, order: ResyncDirective, done: Done) -> None:
         group, logs = self._groups.find(order.group), self._engine.partitions(order.topic)
         if group is None or not logs:
-            done(Code.UNKNOWN_TOPIC, f"there is no group {order.group} that reads {order.topic} at this node")
+            done(Outcome.NOT_FOUND, f"there is no group {order.group} that reads {order.topic} at this node")
             return
         known = self._rows.get(order.id)
         if known is not None:
-            done(Code.OK, "")
+            done(Outcome.OK, "")
             return
-        left = [len(logs)]
-        failed: list[tuple[Code, str]] = []
 
-        def one(code: Code, message: str) -> None:
-            left[0] -= 1
-            if code is not Code.OK:
-                failed.append((code, message))
-            if left[0]:
-                return
-            why = failed[0][1] if failed else ""
+        def begun(outcome: Outcome, message: str) -> None:
             self._rows[order.id] = ResyncRow(
-                id=order.id, topic=order.topic, group=order.group, phase="failed" if failed else "loading", why=why
+                id=order.id,
+                topic=order.topic,
+                group=order.group,
+                phase="loading" if outcome is Outcome.OK else "failed",
+                why=message,
             )
-            self._remember(lambda error: done(*(failed[0] if failed else (Code.OK, ""))))
+            self._remember(lambda error: done(outcome, message))
 
-        for partition in logs:
+        for partition, one in zip(logs, gather(len(logs), begun), strict=True):
             self._refreshes.begin(group, partition, one)
 
     def abort(self, resync_id: str, done: Done) -> None:
         """Give a reset up before its switch; the copy goes, the old data stays."""
         row = self._rows.get(resync_id)
         if row is None or row.phase not in UNDER_WAY or row.group:
-            done(Code.UNKNOWN_TOPIC, f"no reset {resync_id} is under way at this node")
+            done(Outcome.NOT_FOUND, f"no reset {resync_id} is under way at this node")
         elif row.phase == "switching" or self._busy:
-            done(Code.OVERLOADED, "it is being switched just now")
+            done(Outcome.OVERLOADED, "it is being switched just now")
         else:
             self._end(row, "failed", "aborted by an operator", done)
 
@@ -191,7 +200,7 @@ class Resyncs:
         ended = [row.id for row in self._rows.values() if row.phase not in UNDER_WAY]
         for resync_id in ended[: max(0, len(ended) - KEPT)]:
             del self._rows[resync_id]
-        self._engine.replacement.remember(list({**self._rows, **self._ordered}.values()), then)
+        self._replacements.remember(list({**self._rows, **self._ordered}.values()), then)
 
     # ---- the work ----
 
@@ -323,15 +332,14 @@ class Resyncs:
 
     def _free(self) -> int:
         """Bytes that may be used before producers would be refused."""
-        usable = self._engine.describe()["disk_usable_bytes"]
-        assert isinstance(usable, int)
-        return usable
+        disk = self._engine.disk()
+        return disk.usable if disk is not None else 0
 
     def _open_copy(self, row: ResyncRow, upstream: Upstream) -> None:
         log.warning("reset %s: loading %s afresh", row.id, row.topic)
         self._busy = self._closing = True
 
-        def told(store: SegmentStore | None, error: str) -> None:
+        def told(store: MirrorEngine | None, error: str) -> None:
             self._busy = self._closing = False
             if store is None:
                 self._says[row.id] = ("loading", error)
@@ -346,7 +354,7 @@ class Resyncs:
             else:
                 self._copy = copy
 
-        make_store(staging_of(self._engine.replacement.path, row.id), self.settings, self._loop, self._clock, told)
+        self._replacements.open_copy(row.id, told)
 
     def _close(self, copy: FreshCopy, then: Callable[[], None]) -> None:
         self._closing = True
@@ -365,7 +373,7 @@ class Resyncs:
             self._end(row, "failed", "the topic was deleted, or is another one by now; order it again")
             return
         refusal = self._engine.refusal()
-        if refusal is not None and refusal[0] is Code.DISK_FULL:
+        if refusal is not None and refusal[0] is Outcome.DISK_FULL:
             self._give_way(row, copy)
             return
         same = all(new.identity.log_id == old.identity.log_id for new, old in zip(copy.logs, logs, strict=False))
@@ -399,7 +407,7 @@ class Resyncs:
         self._busy = True
 
         def closed() -> None:
-            drop_staging(self._engine.replacement.path, lambda name: name != row.id)
+            self._replacements.drop_staging(lambda name: name != row.id)
             self._remember(self._remembered)
 
         self._close(copy, closed)
@@ -414,7 +422,7 @@ class Resyncs:
             self._end(row, "failed", "the topic was deleted, or this node follows no parent any more")
             return
         ends = [max(end, one.durable_end) if same else end for end, one in zip(ends, logs, strict=True)]
-        if self._engine.replacement.quiet(row.topic) and copy.has(ends):
+        if self._replacements.quiet(row.topic) and copy.has(ends):
             self._switch(row, copy, upstream, same)
         elif self._loop.now() - self._held_since > CATCH_UP_SECONDS:
             self._says[row.id] = ("loading", "the copy does not come up to what is here; trying again")
@@ -424,7 +432,7 @@ class Resyncs:
             self._loop.call_later(0.02, lambda: self._catch_up(row, copy, upstream, same, ends))
 
     def _switch(self, row: ResyncRow, copy: FreshCopy, upstream: Upstream, same: bool) -> None:
-        directory = staging_of(self._engine.replacement.path, row.id)
+        directory = self._replacements.staging(row.id)
         self._copy = None
 
         def closed() -> None:
@@ -433,25 +441,25 @@ class Resyncs:
 
         def remembered(error: str) -> None:
             if error:
-                switched(Code.READ_ONLY, error)
+                switched(Outcome.READ_ONLY, error)
             elif self._upstream() is not upstream or not self._engine.partitions(row.topic):
-                switched(Code.INVALID_BATCH, "the topic was deleted, or this node follows no parent any more")
+                switched(Outcome.CONFLICT, "the topic was deleted, or this node follows no parent any more")
             else:
-                self._engine.replacement.replace(row.topic, directory / "topics" / row.topic, switched)
+                self._replacements.replace(row.topic, directory / "topics" / row.topic, switched)
 
-        def switched(code: Code, message: str) -> None:
+        def switched(outcome: Outcome, message: str) -> None:
             self._busy = False
             if self._upstream() is upstream:
                 upstream.follow_again(row.topic)
-            if code is Code.OK:
+            if outcome is Outcome.OK:
                 for partition in self._engine.partitions(row.topic):
                     if same:
-                        self._cut(partition)
+                        self._rebase.truncated(partition)
                     else:
-                        self._restarted(partition, True)
+                        self._rebase.recreated(partition, True)
                 log.warning("reset %s: %s is the fresh copy from now on", row.id, row.topic)
                 self._end(self._rows[row.id], "done", "")
-            elif code.retryable:
+            elif outcome.retryable:
                 self._rows[row.id] = replace(self._rows[row.id], phase="loading")  # the copy is opened again
                 self._remember(lambda error: None)
             else:
@@ -464,18 +472,18 @@ class Resyncs:
         self._says[row.id] = ("switching", "the logs begin anew")
         upstream.hold(row.topic)
 
-        def done(code: Code, message: str) -> None:
+        def done(outcome: Outcome, message: str) -> None:
             self._busy = False
-            if code is not Code.OK and self._upstream() is upstream:
+            if outcome is not Outcome.OK and self._upstream() is upstream:
                 upstream.follow_again(row.topic)
-            self._end(self._rows[row.id], "done" if code is Code.OK else "failed", message)
+            self._end(self._rows[row.id], "done" if outcome is Outcome.OK else "failed", message)
 
         def wait() -> None:
             if self._stopped:
                 return
             if self._upstream() is not upstream:
-                done(Code.INVALID_BATCH, "this node follows no parent any more")
-            elif self._engine.replacement.quiet(row.topic):
+                done(Outcome.CONFLICT, "this node follows no parent any more")
+            elif self._replacements.quiet(row.topic):
                 upstream.recreate(row.topic, done)
             else:
                 self._loop.call_later(0.02, wait)
@@ -491,9 +499,9 @@ class Resyncs:
         self._metrics.resyncs_failed += phase == "failed"
 
         def remembered(error: str) -> None:
-            drop_staging(self._engine.replacement.path, lambda name: name in self._rows and self._under_way(name))
+            self._replacements.drop_staging(lambda name: name in self._rows and self._under_way(name))
             if done is not None:
-                done(Code.READ_ONLY if error else Code.OK, error)
+                done(Outcome.READ_ONLY if error else Outcome.OK, error)
 
         def closed() -> None:
             self._remember(remembered)
@@ -506,11 +514,10 @@ class Resyncs:
 
     # ---- telling ----
 
-    def describe(self) -> list[dict[str, object]]:
+    def describe(self) -> list[ResyncStatus]:
         """For /v1/resyncs: the newest last."""
         return [
-            {"id": row.id, "topic": row.topic, "group": row.group, "state": self._state(row), "why": self._why(row)}
-            for row in self._rows.values()
+            ResyncStatus(row.id, row.topic, row.group, self._state(row), self._why(row)) for row in self._rows.values()
         ]
 
     def reports(self) -> list[ResyncReport]:

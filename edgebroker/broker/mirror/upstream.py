@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 
 import msgspec
 
-from edgebroker.broker.feed.downstream import NodeInfo
 from edgebroker.broker.mirror.mirrors import Mirrors, ReaderHooks
 from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.ports import NodeInfo
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
-from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Done
 from edgebroker.common.types import TopicPartition
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import RECEIVE_BYTES, HttpClient
@@ -47,6 +48,33 @@ RETRY_SECONDS = 1.0
 POLL_GAP_SECONDS, LONGEST_GAP_SECONDS = 0.02, 2.0
 
 
+class ReplicaStatus(msgspec.Struct, kw_only=True):
+    """A log that is followed. `offset`: up to where it is here; `unfinished_bytes`: of the batch there; `parent_end`
+    and `lag` in records, -1 and null while they are not known."""
+
+    topic: str
+    partition: int
+    state: str
+    why: str
+    offset: int
+    unfinished_bytes: int
+    parent_end: int
+    lag: int | None
+
+
+class ParentStatus(msgspec.Struct, kw_only=True):
+    """The parent of this node. `path`: node uids from the parent to the root; `heard_seconds_ago` null: not yet."""
+
+    connected: bool
+    address: str
+    name: str
+    path: list[str]
+    candidates: list[str]
+    error: str
+    heard_seconds_ago: float | None
+    logs: list[ReplicaStatus]
+
+
 class Upstream:
     """Owned by the loop thread. `bytes_per_second` 0: no cap."""
 
@@ -60,7 +88,7 @@ class Upstream:
         patterns: list[str],
         bytes_per_second: int,
         hours: str,
-        moves: ReaderHooks,
+        hooks: ReaderHooks,
         directed: Callable[[list[Directive]], None],
         *,
         pin: bool = False,
@@ -70,7 +98,7 @@ class Upstream:
         self._follower = Follower(node.uid, node.name, node.level, patterns, self, hours, pin=pin)
         receive_bytes = max(4 << 10, min(RECEIVE_BYTES, bytes_per_second or RECEIVE_BYTES))
         self._client = HttpClient(loop, self, receive_bytes)
-        self._mirrors = Mirrors(engine, loop, metrics, node.uid, self._follower, self, moves)
+        self._mirrors = Mirrors(engine, loop, metrics, node.uid, self._follower, self, hooks)
         self._timer: TimerHandle | None = None
         self._status = 0
         self._retry_after = 0.0
@@ -134,7 +162,7 @@ class Upstream:
                 "GET",
                 "/healthz",
                 b"",
-                lambda status, body, error, address=address: self._probed(address, status == 200),  # type: ignore[misc]
+                partial(self._probe_answered, address),
             )
         self._flush()
         self._metrics.pipe_failovers = self.candidates.failovers
@@ -147,7 +175,7 @@ class Upstream:
         others = [address for address in self.candidates.addresses if address != self.candidates.current]
         ends: dict[str, int] = {}
 
-        def told(address: str, answer: bytes, error: str) -> None:
+        def told(address: str, status: int, answer: bytes, error: str) -> None:
             ends[address] = -1 if error else _end_at(answer, line)
             best = max(ends, key=lambda one: ends[one])  # of those that are equal the first to answer
             here = line.parent_end if line.state == "behind" else -1
@@ -165,8 +193,11 @@ class Upstream:
                 "GET",
                 f"/v1/topics/{line.key.topic}",
                 b"",
-                lambda status, answer, error, address=address: told(address, answer, error),  # type: ignore[misc]
+                partial(told, address),
             )
+
+    def _probe_answered(self, address: str, status: int, body: bytes, error: str) -> None:
+        self._probed(address, status == 200)
 
     def _probed(self, address: str, healthy: bool) -> None:
         if not self.stopped and self.candidates.probed(address, healthy, self._loop.now()):
@@ -347,7 +378,7 @@ class Upstream:
         self._metrics.refused(event.code)
         line = event.line
         if event.code == "OK":
-            log.info("%s/%d is fed again", *line.key)
+            log.info("%s/%d: replication resumed", *line.key)
         elif event.code == "LOG_ID":
             log.error(
                 "%s/%d: the parent has another log of this name; the old data is served on until an operator accepts "
@@ -369,7 +400,7 @@ class Upstream:
 
     # ---- telling ----
 
-    def accept(self, topic: str, done: Callable[[Code, str], None]) -> None:
+    def accept(self, topic: str, done: Done) -> None:
         """An operator takes the parent's log instead of the one that was replaced."""
         self._mirrors.accept(topic, done)
 
@@ -377,7 +408,7 @@ class Upstream:
         """A topic of this node was deleted."""
         self._mirrors.free(topic)
 
-    def recreate(self, topic: str, done: Callable[[Code, str], None]) -> None:
+    def recreate(self, topic: str, done: Done) -> None:
         """Fetch all of a topic again; what is here goes first."""
         self._mirrors.recreate(topic, done)
 
@@ -390,7 +421,7 @@ class Upstream:
         """Stand at the end of its logs, as they are now."""
         for partition in self._engine.partitions(topic):
             self._mirrors.follow(partition)
-        self.again("the logs of a topic are others now")
+        self.again("the topic's logs were replaced")
 
     def lines(self, topic: str) -> list[FollowedLog]:
         """Where this node stands in the logs of a topic."""
@@ -399,7 +430,7 @@ class Upstream:
     def follow_others(self, parents: Sequence[str]) -> None:
         """Ask these nodes from now on."""
         if list(parents) != self.candidates.addresses and self.candidates.replace(parents):
-            self.again("the parents are others now")
+            self.again("the candidate list changed")
 
     @property
     def address(self) -> str:
@@ -430,18 +461,18 @@ class Upstream:
         """When the parent said something last, in the loop's time; 0 before."""
         return self._last_heard
 
-    def describe(self) -> dict[str, object]:
+    def describe(self) -> ParentStatus:
         """For /v1/pipe."""
-        return {
-            "connected": self.connected,
-            "address": self.candidates.current,
-            "name": self.parent_name,
-            "path": self.path,
-            "candidates": self.candidates.addresses,
-            "error": self.last_error,
-            "heard_seconds_ago": round(self._loop.now() - self._last_heard, 3) if self._last_heard else None,
-            "logs": [_describe(line) for line in self._follower.lines.values()],
-        }
+        return ParentStatus(
+            connected=self.connected,
+            address=self.candidates.current,
+            name=self.parent_name,
+            path=self.path,
+            candidates=self.candidates.addresses,
+            error=self.last_error,
+            heard_seconds_ago=round(self._loop.now() - self._last_heard, 3) if self._last_heard else None,
+            logs=[_describe(line) for line in self._follower.lines.values()],
+        )
 
 
 def _end_at(answer: bytes, line: FollowedLog) -> int:
@@ -454,14 +485,14 @@ def _end_at(answer: bytes, line: FollowedLog) -> int:
         return -1
 
 
-def _describe(line: FollowedLog) -> dict[str, object]:
-    return {
-        "topic": line.key.topic,
-        "partition": line.key.partition,
-        "state": line.state,
-        "why": line.why,
-        "offset": line.offset,
-        "unfinished_bytes": len(line.partial),
-        "parent_end": line.parent_end,
-        "lag": max(0, line.parent_end - line.offset) if line.parent_end >= 0 else None,
-    }
+def _describe(line: FollowedLog) -> ReplicaStatus:
+    return ReplicaStatus(
+        topic=line.key.topic,
+        partition=line.key.partition,
+        state=line.state,
+        why=line.why,
+        offset=line.offset,
+        unfinished_bytes=len(line.partial),
+        parent_end=line.parent_end,
+        lag=max(0, line.parent_end - line.offset) if line.parent_end >= 0 else None,
+    )

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Protocol
+
+import msgspec
 
 from edgebroker.broker.observe.problems import ADVICE, BLOCKING
 
@@ -16,48 +17,49 @@ log = logging.getLogger(__name__)
 Problems = Callable[[], dict[str, str]]
 
 
-class Parent(Protocol):
-    """The pipe to the parent, as far as it is known here."""
-
-    last_error: str
-
-    @property
-    def connected(self) -> bool: ...
-
-
 class Supervisor:
-    """Who watches over the process (systemd). This one is told everything and does nothing."""
+    """The service manager of the process (systemd). This one is a no-op."""
 
     def starting(self, done: int, total: int) -> None:
         """So many of the topics are open: the start goes on."""
 
     def status(self, line: str) -> None:
-        """How the node is, in one line; told whenever that changes."""
+        """How the node is, in one line; called whenever that changes."""
+
+
+class Verdict(msgspec.Struct):
+    """`status`: ok, degraded or not ready; the checks by name; warnings by the name of the problem."""
+
+    status: str
+    checks: dict[str, str]
+    warnings: dict[str, str]
 
 
 class Health:
-    """Owned by the loop thread. `ready` says that the node is started and not stopping."""
+    """Owned by the loop thread. `ready` says that the node is started and not stopping, `missing_parent` why the parent
+    is not connected ("" when it is, or none is configured)."""
 
     def __init__(
         self,
         ready: Callable[[], bool],
         problems: Problems,
-        parent: Callable[[], Parent | None],
+        missing_parent: Callable[[], str],
         supervisor: Supervisor,
     ) -> None:
-        self._ready, self._problems, self._parent, self._supervisor = ready, problems, parent, supervisor
+        self._ready, self._problems, self._supervisor = ready, problems, supervisor
+        self._missing_parent = missing_parent
         self._known: dict[str, str] = {}
         self._line = ""
 
     def problems(self) -> dict[str, str]:
         """What is wrong now, by name, the missing parent included."""
-        found, parent = self._problems(), self._parent()
-        if parent is not None and not parent.connected and parent.last_error:  # none: the first attempt is under way
-            found["parent"] = f"not connected: {parent.last_error}"
+        found, why = self._problems(), self._missing_parent()
+        if why:
+            found["parent"] = f"not connected: {why}"
         return found
 
-    def verdict(self) -> dict[str, object]:
-        """The answer of /readyz: `status` ok, degraded or not ready, the checks by name, and warnings."""
+    def verdict(self) -> Verdict:
+        """The answer of /readyz."""
         problems = self.problems()
         blocking = {name: problems.pop(name) for name in BLOCKING if name in problems}
         checks = {
@@ -66,17 +68,17 @@ class Health:
         }
         ok = self._ready() and not blocking
         status = ("degraded" if problems else "ok") if ok else "not ready"
-        return {"status": status, "checks": checks, "warnings": problems}
+        return Verdict(status, checks, problems)
 
-    def look(self) -> None:
-        """Log what has become wrong or well again since the last look."""
+    def check(self) -> None:
+        """Log what has become wrong, or was resolved, since the last check."""
         now = self.problems()
         for name, why in now.items():
             if name not in self._known:
                 level = logging.ERROR if name in BLOCKING else logging.WARNING
                 log.log(level, "%s: %s; do: %s", name, why, ADVICE[name], extra={"problem": name})
         for name in self._known.keys() - now.keys():
-            log.info("%s is over", name, extra={"problem": name})
+            log.info("resolved: %s", name, extra={"problem": name})
         self._known = now
         line = "ready" if not now else "; ".join(f"{name}: {why}" for name, why in now.items())[:200]
         if line != self._line:

@@ -75,9 +75,9 @@ class Metrics:
         """A request was answered with a code other than OK."""
         self.refused_by_code[code_name] = self.refused_by_code.get(code_name, 0) + count
 
-    def snapshot(self) -> dict[str, object]:
+    def snapshot(self) -> dict[str, int | dict[str, int]]:
         """For /v1/node."""
-        counters: dict[str, object] = {one.name: getattr(self, one.name) for one in counters_of()}
+        counters: dict[str, int] = {one.name: getattr(self, one.name) for one in counters_of()}
         return {**counters, "refused_by_code": dict(self.refused_by_code)}
 
 

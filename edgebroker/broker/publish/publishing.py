@@ -1,54 +1,42 @@
-"""From a PUBLISH frame to its acknowledgement: the one way into a log.
+"""From a publish to its acknowledgement: the one way into a log.
 
-    submit() -> engine.append (staged) -> ... commit thread ... -> on_written / on_durable -> ACK frames
+    submit() -> engine.append (staged) -> ... commit thread ... -> on_written / on_durable -> Publisher.answered()
 
-Answers of one partition and ack level leave in the order in which the frames came; refusals may overtake them.
-Compressed batches are inflated and checked by the checker thread first; meanwhile the session reads no further. Above
+Answers of one partition and ack level leave in the order in which the publishes came; refusals may overtake them.
+Compressed batches are inflated and checked by the checker thread first; meanwhile the publisher reads no further. Above
 the high watermark of what waits for the disk, publishing sessions are not read until it is below the low one.
 """
 
 from __future__ import annotations
 
 import logging
-import struct
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from edgebroker.broker.observe.metrics import Metrics
-from edgebroker.common import codecs, records
-from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason, read_header
-from edgebroker.common.errors import Code, CorruptBatchError, InflatedTooLargeError
+from edgebroker.broker.ports import Publisher
+from edgebroker.broker.publish.compressed import check_compressed
+from edgebroker.common import answers as packed
+from edgebroker.common.batch import Reason
+from edgebroker.common.errors import Code
+from edgebroker.common.messages import PublishRun
 from edgebroker.common.names import SNAPSHOT_CLIENTS, check_topic_name
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.spans import ANSWER, SPAN, pack_span, payload_bytes
 from edgebroker.common.threads import Worker
 from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
-from edgebroker.network.wire import frames, framing
-from edgebroker.network.wire.connection import PublishRun
 from edgebroker.storage.engine import Engine, Log
 
 _logger = logging.getLogger(__name__)
-_SPAN = struct.Struct("=QII")
-_EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
-
-
-class Publisher(Protocol):
-    """A session, as far as publishing knows it."""
-
-    client_id: str
-
-    def send(self, data: bytes) -> None: ...
-    def hold(self) -> None:
-        """Do not read or handle anything more until release()."""
-
-    def release(self) -> None: ...
 
 
 class Waiting(NamedTuple):
     """A run whose answers are true once the log's end has passed `wait`."""
 
     wait: int
-    session: Publisher
+    publisher: Publisher
     spans: bytes
     answers: bytes
     size: int
@@ -90,43 +78,43 @@ class Publishing:
         self.draining = False
 
     def submit(
-        self, session: Publisher, run: PublishRun, *, inflated: bool = False, internal: bool = False
+        self, publisher: Publisher, run: PublishRun, *, inflated: bool = False, internal: bool = False
     ) -> PublishRun | None:
-        """Handle a run of frames. Returns what has to wait (a copy): the session is held and calls resubmit later.
+        """Handle a run of frames. Returns what has to wait (a copy): the publisher is held and calls resubmit later.
 
         `internal`: the broker itself publishes, to a topic that clients cannot write to.
         """
         log = self._engine.log(run.topic, run.partition)
         if log is None:
-            return self._without_log(session, run)
+            return self._without_log(publisher, run)
         refusal = self._engine.refusal()
         if self.draining:
-            refusal = (Code.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
+            refusal = (Outcome.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
         if log.identity.origin != self._engine.node_uid:
-            refusal = (Code.NOT_ORIGIN, f"{log.name} is written by node {log.identity.origin} only; publish there")
+            refusal = (Outcome.NOT_ORIGIN, f"{log.name} is written by node {log.identity.origin} only; publish there")
         if not internal and run.topic.endswith(DEAD_LETTERS):
-            refusal = (Code.UNKNOWN_TOPIC, check_topic_name(run.topic))
-        elif self._exclusive and self._exclusive.get(log, session.client_id) != session.client_id:
-            refusal = (Code.OVERLOADED, f"a snapshot is being written to {log.name}; try again in a moment")
-        elif session.client_id.startswith(SNAPSHOT_CLIENTS) and self.reserved(log) != session.client_id:
-            refusal = (Code.FENCED, f"the snapshot of {run.topic} is not under way any more; begin it again")
+            refusal = (Outcome.NOT_FOUND, check_topic_name(run.topic))
+        elif self._exclusive and self._exclusive.get(log, publisher.client_id) != publisher.client_id:
+            refusal = (Outcome.OVERLOADED, f"a snapshot is being written to {log.name}; try again in a moment")
+        elif publisher.client_id.startswith(SNAPSHOT_CLIENTS) and self.reserved(log) != publisher.client_id:
+            refusal = (Outcome.FENCED, f"the snapshot of {run.topic} is not under way any more; begin it again")
         elif self.lost and log in self.lost:
-            refusal = (Code.HISTORY_LOST, self.lost[log].why)
+            refusal = (Outcome.HISTORY_LOST, self.lost[log].why)
         if refusal is not None:
-            self._refuse_all(session, run, *refusal)
+            self._refuse_all(publisher, run, *refusal)
             return None
         level = AckLevel(run.level)
         appended = self._engine.append(log, run.data, run.spans, level, inflated)
         self._metrics.publish_frames += appended.frames
         self._metrics.records_published += appended.records
-        handled, rest = run.spans[: appended.frames * _SPAN.size], run.spans[appended.frames * _SPAN.size :]
+        handled, rest = run.spans[: appended.frames * SPAN.size], run.spans[appended.frames * SPAN.size :]
         if handled:
-            self._await(session, log, run._replace(spans=handled), appended.answers, appended.wait, level)
+            self._await(publisher, log, run._replace(spans=handled), appended.answers, appended.wait, level)
         if not rest:
             return None
         return run._replace(data=memoryview(bytes(run.data)), spans=rest)
 
-    def inflate(self, session: Publisher, run: PublishRun, done: Callable[[], None]) -> None:
+    def inflate(self, publisher: Publisher, run: PublishRun, done: Callable[[], None]) -> None:
         """Check the compressed batches of a run on the checker thread, then append it and call done on the loop."""
         max_inflated, max_record = self._limits.max_inflated, self._limits.max_record
 
@@ -141,9 +129,9 @@ class Publishing:
             for correlation, reason, why in bad:
                 self._count_refused(reason.code, 1)
                 if run.level != AckLevel.NONE:
-                    session.send(frames.write_answer(correlation, reason.code, why))
+                    publisher.rejected(pack_span(correlation, 0, 0), reason.code, why)
             if good:
-                self.submit(session, run._replace(spans=good), inflated=True)
+                self.submit(publisher, run._replace(spans=good), inflated=True)
             done()
 
         self.check(check, finish)
@@ -197,10 +185,10 @@ class Publishing:
         self._release(self._written.get(log), log.durable_end)
         if self._held and self.waiting_bytes <= self._limits.low_bytes:
             held, self._held = self._held, {}
-            for session in held:
-                session.release()
+            for publisher in held:
+                publisher.release()
 
-    def on_failed(self, log: Log, code: Code, message: str) -> None:
+    def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
         """Everything that is not in the log any more is answered with a code."""
         for queue, end in ((self._durable.get(log), log.written_end), (self._written.get(log), log.written_end)):
             kept = [waiting for waiting in queue or () if waiting.wait <= end]
@@ -209,19 +197,21 @@ class Publishing:
                 queue.clear()
                 queue.extend(kept)
             for waiting in gone:
-                refused = framing.refuse(waiting.spans, waiting.answers, code)
-                self._count_refused(code, framing.failed(refused))
+                refused = packed.refuse(waiting.answers, outcome.code)
+                self._count_refused(outcome.code, packed.failed(refused))
                 self._answer(waiting, refused)
         self.on_durable(log)
 
     # ---- inside ----
 
-    def _await(self, session: Publisher, log: Log, run: PublishRun, answers: bytes, wait: int, level: AckLevel) -> None:
-        size = _SPAN.unpack_from(run.spans, len(run.spans) - _SPAN.size)[2] - _SPAN.unpack_from(run.spans)[1]
-        waiting = Waiting(wait, session, run.spans, answers, size, level)
+    def _await(
+        self, publisher: Publisher, log: Log, run: PublishRun, answers: bytes, wait: int, level: AckLevel
+    ) -> None:
+        size = payload_bytes(run.spans)
+        waiting = Waiting(wait, publisher, run.spans, answers, size, level)
         self.waiting_bytes += size
         self._metrics.bytes_published += size
-        failures = framing.failed(answers)
+        failures = packed.failed(answers)
         if failures:
             self._note_failures(answers)
         end, queues = (
@@ -234,9 +224,9 @@ class Publishing:
         if queue is None:
             queue = queues[log] = deque()
         queue.append(waiting)
-        if self.waiting_bytes > self._limits.high_bytes and session not in self._held:
-            self._held[session] = None
-            session.hold()
+        if self.waiting_bytes > self._limits.high_bytes and publisher not in self._held:
+            self._held[publisher] = None
+            publisher.hold()
 
     def _release(self, queue: deque[Waiting] | None, end: int) -> None:
         while queue and queue[0].wait <= end:
@@ -246,53 +236,49 @@ class Publishing:
     def _answer(self, waiting: Waiting, answers: bytes) -> None:
         self.waiting_bytes -= waiting.size
         if waiting.level != AckLevel.NONE:
-            waiting.session.send(framing.encode_answers(waiting.spans, answers, _EXPLANATIONS))
+            waiting.publisher.answered(waiting.spans, answers)
 
-    def _without_log(self, session: Publisher, run: PublishRun) -> PublishRun | None:
+    def _without_log(self, publisher: Publisher, run: PublishRun) -> PublishRun | None:
         existing = self._engine.partitions(run.topic)
         if existing:
             why = f"{run.topic} has {len(existing)} partitions, there is no {run.partition}"
-            self._refuse_all(session, run, Code.UNKNOWN_TOPIC, why)
+            self._refuse_all(publisher, run, Outcome.NOT_FOUND, why)
             return None
         problem = check_topic_name(run.topic)
         if not self._limits.auto_create:
             problem = f"topic {run.topic} does not exist; create it with: edgebroker topic create {run.topic}"
         if problem or run.partition >= self._limits.new_topics.partitions:
             self._refuse_all(
-                session, run, Code.UNKNOWN_TOPIC, problem or f"{run.topic} has no partition {run.partition}"
+                publisher, run, Outcome.NOT_FOUND, problem or f"{run.topic} has no partition {run.partition}"
             )
             return None
         return run._replace(data=memoryview(bytes(run.data)))
 
-    def create(self, session: Publisher, run: PublishRun, done: Callable[[], None]) -> None:
+    def create(self, publisher: Publisher, run: PublishRun, done: Callable[[], None]) -> None:
         """Create a topic at its first PUBLISH, then handle the run and call done."""
 
-        def created(code: Code, message: str) -> None:
-            if code not in (Code.OK, Code.NAME_CLASH):
-                self._refuse_all(session, run, code, message)
+        def created(outcome: Outcome, message: str) -> None:
+            if outcome not in (Outcome.OK, Outcome.NAME_CLASH):
+                self._refuse_all(publisher, run, outcome, message)
                 done()
                 return
-            rest = self.submit(session, run)
+            rest = self.submit(publisher, run)
             if rest is not None:
-                self.inflate(session, rest, done)
+                self.inflate(publisher, rest, done)
             else:
                 done()
 
         self._engine.create_topic(run.topic, self._limits.new_topics, created)
 
-    def _refuse_all(self, session: Publisher, run: PublishRun, code: Code, message: str) -> None:
-        count = len(run.spans) // _SPAN.size
+    def _refuse_all(self, publisher: Publisher, run: PublishRun, outcome: Outcome, message: str) -> None:
+        count = len(run.spans) // SPAN.size
         self._metrics.publish_frames += count
-        self._count_refused(code, count)
-        if run.level == AckLevel.NONE:
-            return
-        answers = [
-            frames.write_answer(correlation, code, message) for correlation, _, _ in _SPAN.iter_unpack(run.spans)
-        ]
-        session.send(b"".join(answers))
+        self._count_refused(outcome.code, count)
+        if run.level != AckLevel.NONE:
+            publisher.refused(run.spans, outcome, message)
 
     def _note_failures(self, answers: bytes) -> None:
-        for _, code, _ in struct.iter_unpack("=qii", answers):
+        for _, code, _ in ANSWER.iter_unpack(answers):
             if code:
                 self._count_refused(Code(code), 1)
 
@@ -303,36 +289,3 @@ class Publishing:
     def stop(self) -> None:
         if self._checker is not None:
             self._checker.stop(1.0)
-
-
-def check_compressed(
-    data: memoryview, spans: bytes, max_inflated: int, max_record: int
-) -> tuple[bytes, list[tuple[int, Reason, str]]]:
-    """Inflate every compressed batch of a run once, bounded: (spans of good frames, [(correlation, reason, why)])."""
-    good, bad = bytearray(), []
-    for correlation, start, end in _SPAN.iter_unpack(spans):
-        reason, why, position = Reason.OK, "", start
-        while position < end and reason == Reason.OK:
-            try:
-                header = read_header(data[position:end])
-                if header.codec:
-                    one = data[position : position + header.size]
-                    plain = codecs.inflate(header.codec, bytes(one[HEADER_BYTES:]), max_inflated)
-                    reason = Reason(records.check_inflated(one, plain, max_record))
-                    why = EXPLANATION.get(reason, "")
-                position += header.size
-            except CorruptBatchError as error:
-                if position == start and header_is_unreadable(data[position:end]):
-                    break  # staging says exactly what is wrong with it
-                too_large = isinstance(error, InflatedTooLargeError)
-                reason, why = Reason.TOO_LARGE if too_large else Reason.BAD_RECORD, str(error)
-        if reason:
-            bad.append((correlation, reason, why))
-        else:
-            good += _SPAN.pack(correlation, start, end)
-    return bytes(good), bad
-
-
-def header_is_unreadable(data: memoryview) -> bool:
-    """True when not even the header of a batch holds."""
-    return records.header(data)[1] is None

@@ -1,39 +1,73 @@
-"""One client connection: what it may do, and the order in which its frames are handled.
+"""One connection of the native protocol: what its client may do, and the order in which its frames are handled.
 
-Frames are handled one after the other. While one has to wait (a compressed batch at the checker, a topic being made,
+Frames are handled one after the other. While one has to wait (a compressed batch at the checker, a topic being created,
 too much staged), the session is held: it keeps a copy of what it has read and is not read any further.
+
+The core knows a session as a Publisher and a Member (broker/ports.py): this is where its facts become bytes.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-from edgebroker.broker.delivery.cursor import Cursor, Key
-from edgebroker.broker.delivery.groups import Group
+from edgebroker.broker.core import Core
+from edgebroker.broker.delivery.state import Cursor, Group
+from edgebroker.broker.ports import Key
+from edgebroker.broker.publish.producers import ProducerId
+from edgebroker.broker.sending import file_range
+from edgebroker.broker.sessions.limits import SessionLimits
+from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.common.errors import Code, RemoteProtocolError
+from edgebroker.common.messages import GapReason, Holding, PublishRun
 from edgebroker.common.names import check_group_name
+from edgebroker.common.outcome import Outcome
+from edgebroker.common.spans import SPAN
+from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.transport import Transport, tune
-from edgebroker.network.wire import frames
-from edgebroker.network.wire.connection import Connection, Event, Frame, PublishRun, ReceiveBuffer, Refused, Role
-from edgebroker.network.wire.frames import Answer, FrameType, Grants, Intent, Ready, Reset, Subscribe, TopicMetadata
+from edgebroker.network.wire import frames, framing
+from edgebroker.network.wire.connection import Connection, Event, Frame, ReceiveBuffer, Refused, Role
+from edgebroker.network.wire.frames import (
+    Answer,
+    Assigned,
+    Assignment,
+    FrameType,
+    Gap,
+    Grants,
+    Intent,
+    Ready,
+    Reset,
+    Subscribe,
+    TopicMetadata,
+)
+from edgebroker.storage.types import FileSlice, GroupOffset
 
-if TYPE_CHECKING:
-    from edgebroker.broker.broker import Broker
+MAX_AGE_MS = (1 << 32) - 1
+_EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
 
-MAX_EPOCH = 32767
+
+class SessionHost(Protocol):
+    """Where a session lives."""
+
+    core: Core
+    limits: SessionLimits
+    loop: Loop
+    receive_buffer: ReceiveBuffer
+
+    def closed(self, session: Session, reason: str) -> None:
+        """The connection is over."""
 
 
 class Session:
-    """Owner of a transport. Everything here runs on the loop thread."""
+    """Owner of a transport; a Publisher and a Member. Everything here runs on the loop thread."""
 
     __slots__ = (
-        "_broker",
         "_connection",
+        "_core",
         "_deferred",
         "_holds",
+        "_host",
         "client_id",
         "cursors",
         "group",
@@ -41,17 +75,17 @@ class Session:
         "transport",
     )
 
-    def __init__(self, broker: Broker, sock: socket.socket, peer: str) -> None:
-        self._broker = broker
-        self._connection = Connection(Role.BROKER, broker.limits.max_frame)
+    def __init__(self, host: SessionHost, sock: socket.socket, peer: str) -> None:
+        self._host, self._core = host, host.core
+        self._connection = Connection(Role.BROKER, host.limits.max_frame)
         self._deferred: deque[Event] | None = None
         self._holds = 0
         self.client_id = ""
         self.group: Group | None = None
-        self.opened_at = broker.loop.now()
+        self.opened_at = host.loop.now()
         self.cursors: dict[Key, Cursor] = {}
         tune(sock)
-        self.transport = Transport(broker.loop, sock, broker.receive_buffer, self, peer)
+        self.transport = Transport(host.loop, sock, host.receive_buffer, self, peer)
 
     @property
     def granted(self) -> bool:
@@ -63,7 +97,7 @@ class Session:
         try:
             events = self._connection.receive(buffer, received)
         except RemoteProtocolError:
-            self._broker.metrics.protocol_errors += 1
+            self._core.metrics.protocol_errors += 1
             raise
         for rank, event in enumerate(events):
             if self._holds:
@@ -75,25 +109,34 @@ class Session:
 
     def on_drained(self) -> None:
         for cursor in list(self.cursors.values()):
-            self._broker.delivery.pump(cursor)
+            self._core.push.pump(cursor)
 
     def on_closed(self, reason: str) -> None:
         if self.group is not None:
-            self._broker.membership.vanished(self, self.group)
+            self._core.membership.vanished(self, self.group)
+        if self.client_id:
+            self._core.producers.gone(self.client_id)
         self._deferred = None
-        self._broker.session_closed(self, reason)
+        self._host.closed(self, reason)
 
-    # ---- what others ask of a session ----
+    # ---- a publisher ----
 
-    def send(self, data: bytes) -> None:
-        self.transport.send(data)
+    def answered(self, spans: bytes, answers: bytes) -> None:
+        self.transport.send(framing.encode_answers(spans, answers, _EXPLANATIONS))
+
+    def refused(self, spans: bytes, outcome: Outcome, why: str) -> None:
+        self.rejected(spans, outcome.code, why)
+
+    def rejected(self, spans: bytes, code: int, why: str) -> None:
+        answers = [frames.write_answer(correlation, Code(code), why) for correlation, _, _ in SPAN.iter_unpack(spans)]
+        self.transport.send(b"".join(answers))
 
     def hold(self) -> None:
         self._holds += 1
         self.transport.pause()
 
     def release(self) -> None:
-        """Go on with what was read, then with reading."""
+        """Handle what was read, then read on."""
         self._holds -= 1
         deferred = self._deferred
         while deferred and not self._holds and not self.transport.closed:
@@ -122,20 +165,44 @@ class Session:
                 kept.append(event)
         self._deferred = kept
 
+    # ---- a member ----
+
+    @property
+    def writable(self) -> bool:
+        transport = self.transport
+        return not transport.backlog and not transport.closed
+
+    def deliver(self, cursor: Cursor, first: int, next_offset: int, data: memoryview, age_ms: int) -> None:
+        self.transport.send_pair(_head(cursor, first, next_offset, len(data), age_ms), data)
+
+    def deliver_file(self, cursor: Cursor, first: int, next_offset: int, piece: FileSlice, age_ms: int) -> None:
+        head, file, transport = _head(cursor, first, next_offset, piece.length, age_ms), piece.file, self.transport
+        file.hold()
+        transport.send_file(head, file_range(self._core.engine, file, piece.position, piece.length, transport.supply))
+
+    def gap(self, cursor: Cursor, first: int, next_offset: int, reason: GapReason) -> None:
+        self.transport.send(_head(cursor, first, next_offset, 0, 0, [Gap(first, next_offset - 1, reason)]))
+
+    def assigned(self, cursor: Cursor, holding: Holding) -> None:
+        line = Assignment(*cursor.key, holding, cursor.lease, cursor.next_offset)
+        self.transport.send(frames.write_assigned(Assigned(cursor.group.name, cursor.generation, [line])))
+
+    def state(self, cursor: Cursor, outcome: Outcome, why: str) -> None:
+        self.transport.send(frames.write_answer(cursor.correlation, outcome.code, why, cursor.next_offset))
+
+    def announce_refresh(self, cursor: Cursor, committed: GroupOffset) -> None:
+        log_id = cursor.log.identity.log_id_bytes
+        reset = Reset(bytes.fromhex(committed.reset_id), log_id, *cursor.key, committed.reset_from, committed.target)
+        self.transport.send(frames.write_reset(cursor.correlation, reset))
+
     # ---- frames ----
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, PublishRun):
-            rest = self._broker.publishing.submit(self, event)
-            if rest is not None:
-                self.hold()
-                if self._broker.engine.log(rest.topic, rest.partition) is None:
-                    self._broker.publishing.create(self, rest, self.release)
-                else:
-                    self._broker.publishing.inflate(self, rest, self.release)
+            self._on_publish(event)
         elif isinstance(event, Refused):
-            self._broker.metrics.frames_refused += 1
-            limit = self._broker.limits.max_frame
+            self._core.metrics.frames_refused += 1
+            limit = self._host.limits.max_frame
             self._answer(
                 event.correlation, Code.TOO_LARGE, f"a frame of {event.size} bytes; this broker allows {limit}"
             )
@@ -154,8 +221,8 @@ class Session:
 
     def _answer(self, correlation: int, code: Code, message: str = "", offset: int = -1) -> None:
         if code is not Code.OK:
-            self._broker.metrics.refused(code.name)
-        self.send(frames.write_answer(correlation, code, message, offset))
+            self._core.metrics.refused(code.name)
+        self.transport.send(frames.write_answer(correlation, code, message, offset))
 
     def _on_connect(self, event: Frame) -> None:
         connect = frames.read_connect(event.body)
@@ -169,22 +236,26 @@ class Session:
             return
         if not connect.client_id:
             raise RemoteProtocolError("CONNECT without a client id")
+        producers = self._core.producers
+        if self.client_id:
+            producers.gone(self.client_id)
         self.client_id = connect.client_id
-        producer_id, producer_epoch = -1, -1
+        producers.arrived(self.client_id)
+        producer = ProducerId()
         if connect.flags & frames.WANT_PRODUCER:
-            known = self._broker.engine.producer(connect.client_id)
-            if known is not None and known[0] == connect.producer_id and 0 <= connect.producer_epoch < known[1]:
+            own = ProducerId(connect.producer_id, connect.producer_epoch)
+            if producers.is_fenced(connect.client_id, own):
                 self._answer(
                     event.correlation,
                     Code.FENCED,
                     f"another producer named {connect.client_id} began after this one; give each its own client id",
                 )
                 return
-            producer_id, producer_epoch = self._grant_producer(connect)
-        limits = self._broker.limits
+            producer = producers.grant(connect.client_id, own, new_epoch=bool(connect.flags & frames.NEW_EPOCH))
+        limits = self._host.limits
         grants = Grants(
             version=frames.PROTOCOL_VERSION,
-            node_uid=bytes.fromhex(self._broker.engine.node_uid),
+            node_uid=bytes.fromhex(self._core.engine.node_uid),
             heartbeat_ms=limits.heartbeat_ms,
             idle_ms=limits.idle_ms,
             max_frame=limits.max_frame,
@@ -193,47 +264,40 @@ class Session:
             window_batches=limits.window_batches,
             window_bytes=limits.window_bytes,
             delivery_ms=limits.delivery_ms,
-            producer_id=producer_id,
-            producer_epoch=producer_epoch,
+            producer_id=producer.id,
+            producer_epoch=producer.epoch,
             topics=[self._metadata(topic) for topic in connect.topics],
         )
         self._connection.granted = True
-        self.send(frames.write_grants(event.correlation, grants))
-
-    def _grant_producer(self, connect: frames.Connect) -> tuple[int, int]:
-        """The id bound to this client id; a client that was here before keeps its epoch, another fences it."""
-        engine = self._broker.engine
-        known = engine.producer(connect.client_id)
-        named = min(connect.producer_id, connect.producer_epoch) >= 0
-        mine = named and (known is None or known[0] == connect.producer_id)
-        if mine and not connect.flags & frames.NEW_EPOCH and (known is None or known[1] <= connect.producer_epoch):
-            granted = (connect.producer_id, connect.producer_epoch)
-        else:
-            producer_id, epoch = known or ((connect.producer_id, connect.producer_epoch) if mine else (-1, -1))
-            epoch = max(epoch, connect.producer_epoch if mine else -1) + 1
-            if producer_id < 0 or epoch > MAX_EPOCH:
-                producer_id, epoch = int.from_bytes(os.urandom(8), "big") >> 1, 0
-            granted = (producer_id, epoch)
-        if granted != known:
-            engine.grant_producer(connect.client_id, *granted)
-        return granted
+        self.transport.send(frames.write_grants(event.correlation, grants))
 
     def _metadata(self, topic: str) -> TopicMetadata:
-        logs = self._broker.engine.partitions(topic)
+        logs, limits = self._core.engine.partitions(topic), self._host.limits
         if logs:
             return TopicMetadata(topic, Code.OK, len(logs), logs[0].settings.kind)
-        new = self._broker.limits.new_topics
-        return TopicMetadata(
-            topic, Code.UNKNOWN_TOPIC, new.partitions if self._broker.limits.auto_create else 0, new.kind
-        )
+        new = limits.new_topics
+        return TopicMetadata(topic, Code.UNKNOWN_TOPIC, new.partitions if limits.auto_create else 0, new.kind)
+
+    # ---- publishing ----
+
+    def _on_publish(self, run: PublishRun) -> None:
+        publishing = self._core.publishing
+        rest = publishing.submit(self, run)
+        if rest is None:
+            return
+        self.hold()
+        if self._core.engine.log(rest.topic, rest.partition) is None:
+            publishing.create(self, rest, self.release)
+        else:
+            publishing.inflate(self, rest, self.release)
 
     # ---- consuming ----
 
     def _on_subscribe(self, correlation: int, subscribe: Subscribe) -> None:
-        broker = self._broker
+        core, limits = self._core, self._host.limits
         problem = check_group_name(subscribe.group)
         if problem:
-            self._answer(correlation, Code.UNKNOWN_TOPIC, problem)
+            self._answer(correlation, Code.INVALID_REQUEST, problem)
             return
         if self.group is not None and self.group.name != subscribe.group:
             self._answer(
@@ -244,37 +308,37 @@ class Session:
             return
         if subscribe.intent is not Intent.JOIN:
             if self.group is not None and subscribe.intent is Intent.LEAVE:
-                broker.membership.leave(self, self.group, subscribe.wanted)
+                core.membership.leave(self, self.group, subscribe.wanted)
             elif self.group is not None:
-                broker.membership.release(self, self.group, subscribe.wanted)
+                core.membership.release(self, self.group, subscribe.wanted)
             self._answer(correlation, Code.OK)
             return
         if not subscribe.wanted:
             raise RemoteProtocolError("SUBSCRIBE without topics")
-        if broker.membership.frozen:
+        if core.membership.frozen:
             self._answer(correlation, Code.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
             return
         for wanted in subscribe.wanted:
-            logs = broker.engine.partitions(wanted.topic)
+            logs = core.engine.partitions(wanted.topic)
             if not -1 <= wanted.partition < max(1, len(logs)) or not logs:
                 what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if logs else "")
                 self._answer(correlation, Code.UNKNOWN_TOPIC, f"{what} does not exist on this node")
                 return
         if self.group is None or subscribe.group:
             # Looked up again: when this connection has left its group, an operator may have deleted it.
-            self.group = broker.groups.group(subscribe.group, broker.loop.now())
-        records = max(1, min(subscribe.window_records or broker.limits.consume_records, 1 << 20))
-        size = max(1, min(subscribe.window_bytes or broker.limits.consume_bytes, 64 << 20))
+            self.group = core.groups.group(subscribe.group, self._host.loop.now())
+        records = max(1, min(subscribe.window_records or limits.consume_records, 1 << 20))
+        size = max(1, min(subscribe.window_bytes or limits.consume_bytes, 64 << 20))
         self._answer(correlation, Code.OK)
         if self.transport.closed:
             return
-        broker.membership.subscribe(self, self.group, subscribe, correlation, (records, size))
+        core.membership.subscribe(self, self.group, subscribe.wanted, correlation, (records, size))
 
     def _on_ack(self, event: Frame) -> None:
         ack = frames.read_ack(event.body)
         if isinstance(ack, Answer):
-            raise RemoteProtocolError("a client answers nothing that a broker asks")
-        if self.group is None or not self._broker.membership.acknowledge(self, self.group, ack):
+            raise RemoteProtocolError("unexpected answer: a client does not answer the broker")
+        if self.group is None or not self._core.membership.acknowledge(self, self.group, ack):
             self._answer(
                 event.correlation,
                 Code.STALE,
@@ -284,19 +348,25 @@ class Session:
             return
         if event.correlation:
             correlation, offset = event.correlation, ack.offset
-            self._broker.engine.when_stored(lambda: self._answer(correlation, Code.OK, offset=offset))
+            self._core.engine.when_stored(lambda: self._answer(correlation, Code.OK, offset=offset))
 
     # ---- refreshing ----
 
-    def _on_reset(self, correlation: int, reset: Reset) -> None:
-        cursor = self.cursors.get((reset.topic, reset.partition))
+    def _held(self, correlation: int, topic: str, partition: int) -> Cursor | None:
+        cursor = self.cursors.get((topic, partition))
         if cursor is None:
-            self._answer(correlation, Code.STALE, f"{reset.topic}/{reset.partition} is not held by this member")
-        elif reset.reset_id == frames.NO_RESET:
-            self._broker.refreshing.begin(
-                cursor.group, cursor.log, lambda code, message: self._answer(correlation, code, message)
+            self._answer(correlation, Code.STALE, f"{topic}/{partition} is not held by this member")
+        return cursor
+
+    def _on_reset(self, correlation: int, reset: Reset) -> None:
+        cursor = self._held(correlation, reset.topic, reset.partition)
+        if cursor is None:
+            return
+        if reset.reset_id == frames.NO_RESET:
+            self._core.refreshes.begin(
+                cursor.group, cursor.log, lambda outcome, message: self._answer(correlation, outcome.code, message)
             )
-        elif self._broker.leases.accept(cursor, reset.reset_id, reset.from_offset):
+        elif self._core.leases.accept(cursor, reset.reset_id, reset.from_offset):
             self._answer(correlation, Code.OK)
         else:
             self._answer(
@@ -306,16 +376,48 @@ class Session:
             )
 
     def _on_ready(self, correlation: int, ready: Ready) -> None:
-        cursor = self.cursors.get((ready.topic, ready.partition))
+        cursor = self._held(correlation, ready.topic, ready.partition)
         if cursor is None:
-            self._answer(correlation, Code.STALE, f"{ready.topic}/{ready.partition} is not held by this member")
             return
+        group = cursor.group
 
-        def done(code: Code, message: str) -> None:
-            if code is Code.OK:
-                self._broker.membership.refreshed(cursor.group)
-                self.send(frames.write_ready(correlation, ready))
+        def done(outcome: Outcome, message: str) -> None:
+            if outcome is Outcome.OK:
+                self._core.membership.refreshed(group)
+                self.transport.send(frames.write_ready(correlation, ready))
             else:
-                self._answer(correlation, code, message)
+                self._answer(correlation, outcome.code, message)
 
-        self._broker.refreshing.ready(cursor.group, cursor.log, ready, done)
+        self._core.refreshes.ready(group, cursor.log, ready.reset_id, ready.next_offset, done)
+
+    # ---- what the host says to every client ----
+
+    def heartbeat(self) -> None:
+        """Keep the connection alive, with the durable ends of what the client reads."""
+        ends = [(*key, cursor.log.durable_end) for key, cursor in self.cursors.items()]
+        self.transport.send(frames.write_heartbeat(ends[:1000]))
+
+    def farewell(self) -> None:
+        """The node is stopping: say so, then close."""
+        self.transport.send(frames.write_answer(0, Code.SHUTTING_DOWN, "this node is stopping"))
+        self.transport.close_when_drained("the node is stopping")
+
+
+def _head(cursor: Cursor, first: int, next_offset: int, size: int, age_ms: int, gaps: list[Gap] | None = None) -> bytes:
+    """Everything of a DELIVER frame before its batches. What it begins with is the same for a log and an epoch."""
+    partition = cursor.log
+    known = cursor.prefix
+    if known is None or known[0] is not partition.identity or known[1] != partition.epoch:
+        prefix = frames.deliver_prefix(*cursor.key, partition.identity.log_id_bytes, partition.epoch)
+        known = cursor.prefix = (partition.identity, partition.epoch, prefix)
+    return frames.deliver_head(
+        known[2],
+        cursor.generation,
+        cursor.lease,
+        first,
+        next_offset - 1,
+        partition.durable_end,
+        min(age_ms, MAX_AGE_MS),
+        gaps or [],
+        size,
+    )

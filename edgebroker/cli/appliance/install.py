@@ -24,7 +24,7 @@ from edgebroker.cli.appliance.host import USER, Machine, plainly, point
 from edgebroker.cli.commands.config import commented_file
 from edgebroker.common.config import is_address, is_loopback, load_config, split_list
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
-from edgebroker.pipe.follower import LEVELS
+from edgebroker.common.levels import LEVELS
 from edgebroker.version import __version__
 
 UNITS, COMMAND = "etc/systemd/system", "usr/local/bin/edgebroker"

@@ -23,11 +23,12 @@ from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import ConfigError, DamagedDataError, EdgeBrokerError
 from edgebroker.storage import files
 from edgebroker.storage.directory import RESTORED
-from edgebroker.storage.identity import Identity, write_identity
-from edgebroker.storage.metadata.meta_db import GroupOffset, write_offsets_snapshot
+from edgebroker.storage.identity import write_identity
+from edgebroker.storage.metadata.meta_db import write_offsets_snapshot
 from edgebroker.storage.metadata.registry import FILE as REGISTRY
 from edgebroker.storage.metadata.registry import copy_registry
 from edgebroker.storage.rewrite.removal import read_tombstones, write_tombstones
+from edgebroker.storage.types import GroupOffset, Identity
 
 MANIFEST = "BACKUP"
 TRIES = 5

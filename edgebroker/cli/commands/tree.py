@@ -13,7 +13,7 @@ from edgebroker.cli.admin_client import call
 from edgebroker.cli.render import print_table
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError
-from edgebroker.pipe.follower import LEVELS
+from edgebroker.common.levels import LEVELS
 
 WATCH_SECONDS = 5.0
 POLL_SECONDS = 1.0

@@ -11,7 +11,6 @@ import signal
 from pathlib import Path
 
 from edgebroker.broker.broker import Broker
-from edgebroker.broker.reload import reload
 from edgebroker.cli.service import journal
 from edgebroker.cli.service.supervisor import Systemd
 from edgebroker.common.clock import Clock, SystemClock
@@ -59,7 +58,8 @@ def _load(options: argparse.Namespace) -> Config:
 
 
 def _announce(broker: Broker, ports_file: str | None) -> None:
-    node, (host, port), (http_host, http_port) = broker.config.node, broker.tcp_address, broker.http_address
+    node, listeners = broker.config.node, broker.listeners
+    (host, port), (http_host, http_port) = listeners.tcp_address, listeners.http_address
     log.info(
         "edgebroker %s: node %s (%s), data in %s, listening on %s:%d, admin on http://%s:%d and unix:%s",
         __version__,
@@ -70,7 +70,7 @@ def _announce(broker: Broker, ports_file: str | None) -> None:
         port,
         http_host,
         http_port,
-        broker.socket_path(),
+        listeners.socket_path,
     )
     if ports_file:
         addresses = {"tcp": f"{host}:{port}", "http": f"{http_host}:{http_port}"}
@@ -85,7 +85,7 @@ def _stop(broker: Broker, systemd: Systemd) -> None:
 def _reload(broker: Broker, systemd: Systemd, clock: Clock, options: argparse.Namespace) -> None:
     systemd.reloading(clock)
     try:
-        changes = reload(broker, _load(options))
+        changes = broker.reload(_load(options))
     except ConfigError as error:
         log.error("the configuration is left as it was: %s", error)
     else:

@@ -7,11 +7,12 @@ answer goes on for as long as its source has something to say; each piece is a c
 
 from __future__ import annotations
 
-import json
 import logging
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
+
+import msgspec
 
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.transport import FileRange, Transport
@@ -31,13 +32,16 @@ STUCK_SECONDS = 60.0
 
 
 class Request(NamedTuple):
+    """`target` is the path with the query; `content_type` "" when none was sent."""
+
     method: str
-    path: str
+    target: str
     body: bytes
+    content_type: str = ""
 
 
 class Response(NamedTuple):
-    """`body`: a text, a Streamed, or what becomes JSON."""
+    """`body`: a text, a Streamed, or a struct that becomes JSON."""
 
     status: int
     body: object
@@ -128,6 +132,10 @@ Reply = Callable[[Response], None]
 Handler = Callable[[Request, Reply], None]
 
 
+BodyLimit = Callable[[str, str], int]
+"""How long the body of a request may be, from its method and target."""
+
+
 class HttpServer:
     """Hands requests to one handler, which replies now or later, exactly once."""
 
@@ -136,10 +144,9 @@ class HttpServer:
         loop: Loop,
         handler: Handler,
         on_request: Callable[[], None],
-        body_limits: Mapping[str, int] | None = None,
+        body_limit: BodyLimit = lambda method, target: MAX_BODY_BYTES,
     ) -> None:
-        self.loop, self.handler, self.on_request = loop, handler, on_request
-        self.body_limits = body_limits or {}
+        self.loop, self.handler, self.on_request, self.body_limit = loop, handler, on_request, body_limit
         self.buffer: ReceiveBuffer | None = None
         self.connections: dict[HttpConnection, None] = {}
         loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -168,7 +175,7 @@ class HttpServer:
             if connection.stream is None and now - transport.last_received > IDLE_SECONDS:
                 transport.close("idle")
             elif transport.backlog and now - transport.last_progress > STUCK_SECONDS:
-                transport.close("the peer takes nothing")
+                transport.close("send stalled: the peer is not reading")
 
 
 class HttpConnection:
@@ -182,7 +189,7 @@ class HttpConnection:
         self._protocol = h11.Connection(h11.SERVER, max_incomplete_event_size=16 << 10)
         self._request: h11.Request | None = None
         self._body = bytearray()
-        self._early_bytes = 0
+        self._early_bytes, self._limit = 0, MAX_BODY_BYTES
         self.stream: Streamed | None = None
         self.transport = Transport(server.loop, sock, server.buffer, self, peer)
 
@@ -224,12 +231,11 @@ class HttpConnection:
                 return
             if isinstance(event, h11.Request):
                 self._request, self._body = event, bytearray()
+                self._limit = self._server.body_limit(event.method.decode(), event.target.decode("latin-1"))
             elif isinstance(event, h11.Data):
                 self._body += event.data
-                assert self._request is not None
-                limit = self._server.body_limits.get(self._request.target.decode("latin-1"), MAX_BODY_BYTES)
-                if len(self._body) > limit:
-                    self._reply(Response(413, {"error": f"a body may take {limit} bytes"}), close=True)
+                if len(self._body) > self._limit:
+                    self._reply(Response(413, {"error": f"a body may take {self._limit} bytes"}), close=True)
                     return
             elif isinstance(event, h11.EndOfMessage):
                 self._dispatch()
@@ -239,12 +245,18 @@ class HttpConnection:
 
     def _dispatch(self) -> None:
         assert self._request is not None
-        request = Request(self._request.method.decode(), self._request.target.decode("latin-1"), bytes(self._body))
+        content_type = next((value for name, value in self._request.headers if name == b"content-type"), b"")
+        request = Request(
+            self._request.method.decode(),
+            self._request.target.decode("latin-1"),
+            bytes(self._body),
+            content_type.decode("latin-1"),
+        )
         self._server.on_request()
         try:
             self._server.handler(request, self._reply)
         except Exception:
-            log.exception("%s %s failed", request.method, request.path)
+            log.exception("%s %s failed", request.method, request.target)
             self._reply(Response(500, {"error": "an internal error; see the log of the node"}))
 
     def _reply(self, response: Response, close: bool = False) -> None:
@@ -257,7 +269,7 @@ class HttpConnection:
         if isinstance(response.body, str):
             body, kind = response.body.encode(), response.content_type
         else:
-            body, kind = json.dumps(response.body).encode() + b"\n", "application/json"
+            body, kind = msgspec.json.encode(response.body) + b"\n", "application/json"
         headers = [("content-type", kind), ("content-length", str(len(body))), *response.headers]
         if close:
             headers.append(("connection", "close"))

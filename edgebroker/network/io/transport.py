@@ -381,66 +381,6 @@ class Transport:
         return sent, True
 
 
-class Listener:
-    """Accepts connections; when descriptors run out it rests and says so instead of spinning."""
-
-    def __init__(
-        self,
-        loop: Loop,
-        sock: socket.socket,
-        accepted: Callable[[socket.socket, str], None],
-        resting: Callable[[], None],
-    ) -> None:
-        sock.setblocking(False)
-        self._loop, self.socket, self._accepted, self._resting = loop, sock, accepted, resting
-        self._registered = False
-        self._wait = 0.1
-        self._register()
-
-    def _register(self) -> None:
-        if not self._registered and self.socket.fileno() >= 0:
-            self._loop.register(self.socket.fileno(), READ, self._ready)
-            self._registered = True
-
-    def _ready(self, mask: int) -> None:
-        for _ in range(64):
-            try:
-                sock, address = self.socket.accept()
-            except BlockingIOError:
-                self._wait = 0.1
-                return
-            except OSError:
-                self.rest()
-                return
-            peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "unix"
-            self._accepted(sock, peer)
-
-    def rest(self) -> None:
-        """Stop accepting for a moment (0.1 to 1 s): there is no room for another connection."""
-        if self._registered:
-            self._loop.unregister(self.socket.fileno())
-            self._registered = False
-            self._resting()
-            self._loop.call_later(self._wait, self._register)
-            self._wait = min(1.0, self._wait * 2)
-
-    def close(self) -> None:
-        if self._registered:
-            self._loop.unregister(self.socket.fileno())
-            self._registered = False
-        self.socket.close()
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A listening TCP socket; port 0 takes a free one."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((host, port))
-    sock.listen(1024)
-    return sock
-
-
 def tune(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> None:
     """Small frames go out at once; a host that vanished is noticed by the kernel within DEAD_HOST_SECONDS when there is
     something on its way to it (TCP_USER_TIMEOUT), else half of that after `quiet_seconds` of silence (keepalive)."""

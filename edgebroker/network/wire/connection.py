@@ -11,6 +11,7 @@ from enum import Enum
 from typing import NamedTuple, cast
 
 from edgebroker.common.errors import LocalProtocolError, RemoteProtocolError
+from edgebroker.common.messages import PublishRun as PublishRun
 from edgebroker.network.wire import frames, framing
 from edgebroker.network.wire.frames import FrameType
 
@@ -50,16 +51,6 @@ class Frame(NamedTuple):
     type: int
     correlation: int
     body: memoryview
-
-
-class PublishRun(NamedTuple):
-    """Consecutive PUBLISH frames to one place; spans are packed (u64 correlation, u32 start, u32 end) in `data`."""
-
-    level: int
-    topic: str
-    partition: int
-    data: memoryview
-    spans: bytes
 
 
 class Refused(NamedTuple):

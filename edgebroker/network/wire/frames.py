@@ -10,13 +10,19 @@ from enum import IntEnum
 from typing import NamedTuple, TypeVar
 
 from edgebroker.common.errors import Code, RemoteProtocolError
+from edgebroker.common.messages import NO_LOG_ID as NO_LOG_ID
+from edgebroker.common.messages import AckKind as AckKind
+from edgebroker.common.messages import ConsumerAck as ConsumerAck
+from edgebroker.common.messages import GapReason as GapReason
+from edgebroker.common.messages import Holding as Holding
+from edgebroker.common.messages import Wanted as Wanted
 from edgebroker.common.types import Start
 
 PROTOCOL_VERSION = 1
 MAGIC = b"EDGE"
 HEADER = struct.Struct(">IBBHQ")
 HEADER_BYTES = HEADER.size
-NO_LOG_ID = NO_RESET = bytes(16)
+NO_RESET = bytes(16)
 
 WANT_PRODUCER, NEW_EPOCH = 1, 2
 
@@ -32,35 +38,12 @@ class FrameType(IntEnum):
     READY = 8
 
 
-class AckKind(IntEnum):
-    """What an ACK is: the answer to a request, or a consumer's word about its records."""
-
-    ANSWER = 0
-    CUMULATIVE = 1
-    NEGATIVE = 2
-    IN_PROGRESS = 3
-
-
 class Intent(IntEnum):
     """What a client's SUBSCRIBE wants: to join, to leave, or to release a partition that is being revoked."""
 
     JOIN = 0
     LEAVE = 1
     RELEASE = 2
-
-
-class Holding(IntEnum):
-    """What a broker's SUBSCRIBE says about a partition of the member."""
-
-    ASSIGNED = 1
-    REVOKING = 2
-    REVOKED = 3
-
-
-class GapReason(IntEnum):
-    RETENTION = 1
-    DAMAGED = 2
-    EXPIRED = 3
 
 
 class Connect(NamedTuple):
@@ -96,17 +79,6 @@ class Grants(NamedTuple):
     producer_id: int
     producer_epoch: int
     topics: list[TopicMetadata]
-
-
-class Wanted(NamedTuple):
-    """One line of a SUBSCRIBE; partition -1 means all of the topic's."""
-
-    topic: str
-    partition: int
-    start: Start
-    log_id: bytes
-    epoch: int
-    value: int
 
 
 class Subscribe(NamedTuple):
@@ -161,18 +133,6 @@ class Answer(NamedTuple):
     offset: int
     message: str
     extra_start: int
-
-
-class ConsumerAck(NamedTuple):
-    """`offset` is the next offset wanted: everything before it is acknowledged. `reason` belongs to a NEGATIVE one."""
-
-    kind: AckKind
-    topic: str
-    partition: int
-    generation: int
-    lease: int
-    offset: int
-    reason: str = ""
 
 
 class Reset(NamedTuple):

@@ -14,12 +14,3 @@ def split(
 
 def encode_answers(spans: bytes, answers: bytes, explanations: list[bytes]) -> bytes:
     """The ACK frames for a run of PUBLISH frames; explanations are indexed by the reason of an answer."""
-
-def refuse(spans: bytes, answers: bytes, code: int) -> bytes:
-    """The answers with every OK turned into `code`: what was staged is not stored after all."""
-
-def failed(answers: bytes) -> int:
-    """How many of the answers are not OK."""
-
-def uniform(count: int, code: int) -> bytes:
-    """Answers that refuse `count` frames with one code."""

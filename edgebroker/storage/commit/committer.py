@@ -17,16 +17,17 @@ from functools import partial
 from typing import Protocol
 
 from edgebroker.common.clock import Clock
-from edgebroker.common.errors import Code
 from edgebroker.common.histogram import Histogram
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.commit.groupcommit import GroupCommit
 from edgebroker.storage.log.index import SealedIndex, write_index
 from edgebroker.storage.log.partition import Layout, PartitionLog
-from edgebroker.storage.log.segment import UNKNOWN_CHAIN, Segment, segment_path
+from edgebroker.storage.log.segment import Segment, segment_path
 from edgebroker.storage.log.staging import Chunk
+from edgebroker.storage.types import UNKNOWN_CHAIN
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class CommitListener(Protocol):
     def on_durable(self, log: PartitionLog, chunks: list[Chunk]) -> None:
         """log.durable_end moved over these chunks."""
 
-    def on_failed(self, log: PartitionLog, code: Code, message: str) -> None:
+    def on_failed(self, log: PartitionLog, outcome: Outcome, message: str) -> None:
         """What was not durable is forgotten; whoever waits for it is to be answered this."""
 
 
@@ -259,7 +260,7 @@ class Committer:
         # Bytes behind the end would come back after a crash as batches that nobody acknowledged.
         partition.rolling = True
         self.call(lambda: files.truncate(fd, size), done)
-        self._listener.on_failed(partition, Code.DISK_FULL, "the disk is full; retry when there is space")
+        self._listener.on_failed(partition, Outcome.DISK_FULL, "the disk is full; retry when there is space")
 
     def _file_failed(self, partition: PartitionLog, number: int, layout: Layout | None) -> None:
         """After a failed sync the file is over: its pages may be lost and marked clean. Write what is not durable
@@ -327,7 +328,7 @@ class Committer:
         self._unsynced.pop(partition, None)
         partition.wants_sync = partition.wants_announcement = False
         partition.fall_back()
-        self._listener.on_failed(partition, Code.READ_ONLY, "storing failed; the node is read-only, see its log")
+        self._listener.on_failed(partition, Outcome.READ_ONLY, "storing failed; the node is read-only, see its log")
 
     def _rescued(self, partition: PartitionLog, segment: Segment, rescue: list[Chunk], wall_ms: int) -> None:
         old = partition.active

@@ -1,14 +1,13 @@
 """Chain checksums at places of a stored log: what two nodes compare to find where their logs are the same."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.storage import files
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.reader import SegmentView, load_index
-from edgebroker.storage.log.segment import UNKNOWN_CHAIN
 from edgebroker.storage.log.walk import walk_file, walk_start
+from edgebroker.storage.types import UNKNOWN_CHAIN, ChainPoint
 
 
 class DamagedLogError(EdgeBrokerError):
@@ -17,13 +16,6 @@ class DamagedLogError(EdgeBrokerError):
     def __init__(self, message: str, offset: int) -> None:
         super().__init__(message)
         self.offset = offset
-
-
-class ChainPoint(NamedTuple):
-    """A batch boundary, and the chain over everything before it."""
-
-    offset: int
-    chain: int
 
 
 def find_chains(views: Sequence[SegmentView], offsets: Sequence[int]) -> list[ChainPoint]:

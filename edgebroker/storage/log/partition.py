@@ -13,19 +13,29 @@ from bisect import bisect_right
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from msgspec import to_builtins
-
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files
-from edgebroker.storage.identity import Identity
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.ages import granularity_ms
 from edgebroker.storage.log.index import INTERVAL_BYTES, POINT_BYTES, SealedIndex
 from edgebroker.storage.log.reader import SegmentView
-from edgebroker.storage.log.recovery import Checkpoint, CorruptRange, RecoveredLog
-from edgebroker.storage.log.segment import UNKNOWN_CHAIN, Segment
+from edgebroker.storage.log.recovery import RecoveredLog
+from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.staging import Chunk, Stage
 from edgebroker.storage.rewrite.repair import RepairResult, RepairTarget
+from edgebroker.storage.types import (
+    UNKNOWN_CHAIN,
+    Checkpoint,
+    CorruptRange,
+    DamagedOffsets,
+    FileSlice,
+    Found,
+    Identity,
+    LogInventory,
+    LogStatus,
+    NeedsDisk,
+    SegmentFile,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -34,34 +44,6 @@ PEEK_BYTES = 64 << 10
 # Reserved ahead of the end: little for a small segment, more for one that is filling.
 PREALLOCATE_BYTES, MAX_PREALLOCATE_BYTES = 512 << 10, 8 << 20
 MAX_CHUNK_BYTES = 8 << 20
-
-
-class FileSlice(NamedTuple):
-    """Whole stored batches that are in the page cache: what one DELIVER carries. hold() it before sending."""
-
-    segment: Segment
-    position: int
-    length: int
-    first_offset: int
-    next_offset: int
-    sealed: bool
-
-
-class Inline(NamedTuple):
-    """Whole stored batches in memory."""
-
-    data: memoryview
-    first_offset: int
-    next_offset: int
-
-
-class NeedsDisk(NamedTuple):
-    """The bytes have to come through the reader thread."""
-
-    view: SegmentView
-
-
-Found = FileSlice | Inline | NeedsDisk | CorruptRange | None
 
 
 class Layout(NamedTuple):
@@ -401,17 +383,17 @@ class PartitionLog:
             if segment.points is not None:
                 point = segscan.floor_offset(segment.points, offset - segment.base)
             if point is None and (segment.points is None or segment.points_from):
-                return NeedsDisk(self.view(segment))
+                return NeedsDisk()
             relative, position, _, _ = point or (0, 0, 0, 0)
             first = segment.base + relative
         if position < segment.unverified_end or segment.fd < 0 or segment.points is None:
-            return NeedsDisk(self.view(segment))
+            return NeedsDisk()
         if first < offset:
             # The limits count from the batch that holds the offset; every batch this far behind a point is one itself.
             head = files.read_cached(segment.fd, min(end - position, PEEK_BYTES), position)
             found = segscan.seek(head, offset) if head is not None else None
             if found is None:
-                return NeedsDisk(self.view(segment))
+                return NeedsDisk()
             position, first = position + found[0], found[1]
         end_offset = min(segment.end_offset, self.durable_end)
         if self.corrupt_ranges:
@@ -465,10 +447,10 @@ class PartitionLog:
                 return FileSlice(segment, position, cut_at - position, first, following, segment is not self.active)
         head = files.read_cached(segment.fd, min(end - position, PEEK_BYTES), position)
         if head is None:
-            return NeedsDisk(self.view(segment))
+            return NeedsDisk()
         length, following = segscan.cut(head, max_bytes, end_offset)
         if following < 0:
-            return NeedsDisk(self.view(segment))
+            return NeedsDisk()
         return FileSlice(segment, position, length, first, following, segment is not self.active)
 
     def view(self, segment: Segment) -> SegmentView:
@@ -525,34 +507,27 @@ class PartitionLog:
             total -= segment.size
         return gone
 
-    def inventory(self) -> dict[str, object]:
-        """The files of the log with the bytes of each that are durable: what a copy of it consists of. Such bytes never
-        change, and files come and go as a whole."""
-        return {
-            "topic": self.topic,
-            "partition": self.partition,
-            "identity": to_builtins(self.identity),
-            "end": self.durable_end,
-            "segments": [
-                {
-                    "file": segment.path.name,
-                    "bytes": self.durable_position if segment is self.active else segment.size,
-                    "sealed": segment is not self.active,
-                }
-                for segment in self.segments
-            ],
-        }
+    def inventory(self) -> LogInventory:
+        """The files of the log with the bytes of each that are durable."""
+        files = [
+            SegmentFile(
+                segment.path.name,
+                self.durable_position if segment is self.active else segment.size,
+                segment is not self.active,
+            )
+            for segment in self.segments
+        ]
+        return LogInventory(self.topic, self.partition, self.identity, self.durable_end, files)
 
-    def describe(self) -> dict[str, object]:
-        """For /v1/topics."""
-        return {
-            "segments": len(self.segments),
-            "bytes": self.size_bytes,
-            "producers": self.stage.producer_count,
-            "staged_bytes": self.stage.pending_bytes,
-            "checkpoint": self.checkpointed,
-            "damaged": [{"first": corrupt.first, "last": corrupt.next - 1} for corrupt in self.corrupt_ranges],
-        }
+    def status(self) -> LogStatus:
+        return LogStatus(
+            segments=len(self.segments),
+            bytes=self.size_bytes,
+            producers=self.stage.producer_count,
+            staged_bytes=self.stage.pending_bytes,
+            checkpoint=self.checkpointed,
+            damaged=[DamagedOffsets(one.first, one.next - 1) for one in self.corrupt_ranges],
+        )
 
     def close(self) -> None:
         for segment in self.segments:

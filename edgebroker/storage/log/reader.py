@@ -15,10 +15,10 @@ from edgebroker.common.threads import Worker
 from edgebroker.storage import files
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.index import SealedIndex, read_index, write_index
-from edgebroker.storage.log.recovery import CorruptRange
-from edgebroker.storage.log.segment import NO_TIMESTAMP, UNKNOWN_CHAIN
+from edgebroker.storage.log.segment import NO_TIMESTAMP
 from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_file, walk_start
 from edgebroker.storage.quarantine import Quarantine
+from edgebroker.storage.types import UNKNOWN_CHAIN, ColdRead, CorruptRange
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,25 +41,15 @@ class SegmentView:
 
 
 @dataclass(slots=True)
-class ColdRead:
-    """The answer: whole verified batches from the one that holds the wanted offset on.
+class SegmentRead(ColdRead):
+    """A cold read with what only the store needs: `fd`, an open descriptor of the segment for the receiver of the
+    answer, and `index`, when it was loaded or rebuilt on the way."""
 
-    `fd` is an open descriptor of the segment, for whoever takes the answer; `index` is set when it was loaded or
-    rebuilt on the way; `hole` when the wanted offset is damaged; `error` when the disk refused or the timeout came
-    first (then nothing else is set).
-    """
-
-    data: bytes = b""
-    first_offset: int = -1
-    next_offset: int = -1
     fd: int = -1
     index: SealedIndex | None = None
-    corrupt: CorruptRange | None = None
-    error: str = ""
-    timed_out: bool = False
 
 
-def read_cold(view: SegmentView, offset: int, max_bytes: int, quarantine: Quarantine) -> ColdRead:
+def read_cold(view: SegmentView, offset: int, max_bytes: int, quarantine: Quarantine) -> SegmentRead:
     """Read and verify batches of one segment; on the reader thread. Raises OSError when the device refuses."""
     fd = files.open_log(view.path)
     try:
@@ -71,8 +61,8 @@ def read_cold(view: SegmentView, offset: int, max_bytes: int, quarantine: Quaran
     return answer
 
 
-def _read_cold(view: SegmentView, fd: int, offset: int, max_bytes: int, quarantine: Quarantine) -> ColdRead:
-    answer = ColdRead()
+def _read_cold(view: SegmentView, fd: int, offset: int, max_bytes: int, quarantine: Quarantine) -> SegmentRead:
+    answer = SegmentRead()
     points = view.points
     if points is None:
         answer.index = load_index(view, fd)
@@ -204,13 +194,13 @@ class ColdReader:
         self.stalled = False
 
     def submit(
-        self, job: Callable[[], ColdRead], done: Callable[[ColdRead], None], timeout: float | None = None
+        self, job: Callable[[], SegmentRead], done: Callable[[SegmentRead], None], timeout: float | None = None
     ) -> None:
         """Run a job; `done` is called exactly once, with what it returned or with the timeout."""
         self.jobs += 1
         answered: list[bool] = []
 
-        def answer(result: ColdRead) -> None:
+        def answer(result: SegmentRead) -> None:
             if result.timed_out:
                 if answered:
                     return
@@ -229,15 +219,15 @@ class ColdReader:
         def run() -> None:
             try:
                 # Nobody waits any more for a job that timed out in the queue.
-                result = ColdRead() if answered else job()
+                result = SegmentRead() if answered else job()
             except OSError as error:
-                result = ColdRead(error=f"{error.strerror or error} ({error.filename or 'segment'})")
+                result = SegmentRead(error=f"{error.strerror or error} ({error.filename or 'segment'})")
             except (ValueError, CorruptBatchError) as error:
-                result = ColdRead(error=f"the segment does not fit the log any more: {error}")
+                result = SegmentRead(error=f"the segment does not fit the log any more: {error}")
             self._scheduler.call_soon_threadsafe(lambda: answer(result))
 
         limit = self._timeout if timeout is None else timeout
-        late = ColdRead(error=f"no answer from the disk within {limit:g} s", timed_out=True)
+        late = SegmentRead(error=f"no answer from the disk within {limit:g} s", timed_out=True)
         timer = self._scheduler.call_later(limit, lambda: answer(late))
         self._worker.submit(run)
 

@@ -17,33 +17,13 @@ from typing import NamedTuple
 
 from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.storage import files
-from edgebroker.storage.identity import Identity
 from edgebroker.storage.log.index import read_index
-from edgebroker.storage.log.segment import ASIDE, SUFFIX, UNKNOWN_CHAIN, Segment, segment_path
+from edgebroker.storage.log.segment import ASIDE, SUFFIX, Segment, segment_path
 from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_file, walk_start
 from edgebroker.storage.quarantine import Quarantine
+from edgebroker.storage.types import UNKNOWN_CHAIN, Checkpoint, CorruptRange, Identity
 
 log = logging.getLogger(__name__)
-
-
-class Checkpoint(NamedTuple):
-    """A durable place: the log was synced at least up to here, and this was the chain, and the newest timestamp of
-    the segment up to here."""
-
-    log_id: str
-    base: int
-    position: int
-    offset: int
-    chain: int
-    epoch: int
-    max_timestamp: int
-
-
-class CorruptRange(NamedTuple):
-    """Offsets [first, next) whose bytes are damaged."""
-
-    first: int
-    next: int
 
 
 class RecoveredLog(NamedTuple):

@@ -10,7 +10,6 @@ from edgebroker.storage.log.index import SealedIndex
 
 SUFFIX = ".log"
 NO_TIMESTAMP = -(1 << 63)
-UNKNOWN_CHAIN = -1
 # What a segment file is called that was set aside, before the time in milliseconds.
 ASIDE = ".diverged-"
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from edgebroker.common import batch
 from edgebroker.storage import files
 from edgebroker.storage.log import segscan
-from edgebroker.storage.log.reader import ColdRead, SegmentView, load_index
+from edgebroker.storage.log.reader import SegmentRead, SegmentView, load_index
 from edgebroker.storage.log.segment import NO_TIMESTAMP
 
 
-def find_time(segments: Sequence[tuple[SegmentView, int]], timestamp: int, end: int) -> ColdRead:
+def find_time(segments: Sequence[tuple[SegmentView, int]], timestamp: int, end: int) -> SegmentRead:
     """`segments`: views with the newest timestamp of each (unknown: NO_TIMESTAMP). The answer is in first_offset.
 
     Timestamps need not be in order: the answer is the first record in offset order that is not older.
@@ -30,12 +30,12 @@ def find_time(segments: Sequence[tuple[SegmentView, int]], timestamp: int, end: 
                     whole = files.read_at(fd, size, position + start)
                     for record in batch.decode(whole):
                         if record.timestamp >= timestamp:
-                            return ColdRead(first_offset=record.offset)
-                    return ColdRead(first_offset=base)
+                            return SegmentRead(first_offset=record.offset)
+                    return SegmentRead(first_offset=base)
                 length, _ = segscan.cut(data, len(data), 1 << 62)
                 if length == 0:
                     break
                 position += length
         finally:
             files.close(fd)
-    return ColdRead(first_offset=end)
+    return SegmentRead(first_offset=end)

@@ -5,29 +5,12 @@ before that has lost its end. JSON and checksum, as offsets.snap; replaced by th
 harmless: places only grow, so it holds back more and vouches for less.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
 from edgebroker.storage.checksummed import read_if_whole, write_checked
-
-# A child that has not asked for that long is not waited for.
-LIVE_SECONDS = 7 * 24 * 3600.0
-
-
-class ChildPosition(msgspec.Struct, frozen=True, array_like=True):
-    """A child has every record of this log before `offset`, the last of them in `epoch`: that was compared. `seen` is
-    when it asked, by the scheduler's clock; in the file, how many seconds before it was written."""
-
-    log_id: str
-    epoch: int
-    offset: int
-    seen: float
-
-
-# (topic, partition) to the child's uid to its place
-Children = Mapping[tuple[str, int], Mapping[str, ChildPosition]]
+from edgebroker.storage.types import LIVE_SECONDS, ChildPosition, Children
 
 
 class _ChildrenFile(msgspec.Struct):

@@ -17,9 +17,8 @@ import msgspec
 
 from edgebroker.common.clock import Clock
 from edgebroker.storage.checksummed import read_if_whole, write_checked
-from edgebroker.storage.log.recovery import Checkpoint, CorruptRange
-from edgebroker.storage.metadata.children import Children
 from edgebroker.storage.metadata.database import connect, set_aside, transaction
+from edgebroker.storage.types import Checkpoint, Children, CorruptRange, GroupKey, GroupOffset
 
 log = logging.getLogger(__name__)
 
@@ -60,45 +59,6 @@ _NOT_WRITABLE = {sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTO
 PartitionKey = tuple[str, int]
 # What Stage.dump() gives for a producer: id, epoch, last seen (here: age in seconds), packed entries.
 ProducerDump = tuple[int, int, float, bytes]
-GroupKey = tuple[str, str, int]
-
-
-class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
-    """A group's place in one partition: every record before next_offset was acknowledged.
-
-    revision    grows with every commit of the node: tells which of two copies is newer, also after a rewind
-    attempts    how often the record at next_offset failed
-    alone       it is delivered alone until it is acknowledged
-    reset_id    the group's last refresh of this partition (hex, "" when there was none), begun at reset_from; it lasts
-    target      until READY says that the group has reached this offset (-1: the refresh is over)
-    moved_end   where the log ended when an operator moved the place (-1: nobody did): what members had acknowledged
-                before that lies below
-    """
-
-    log_id: str
-    epoch: int
-    next_offset: int
-    revision: int = 0
-    attempts: int = 0
-    isolated: bool = False
-    reset_id: str = ""
-    reset_from: int = -1
-    target: int = -1
-    moved_end: int = -1
-
-    @property
-    def deleted(self) -> bool:
-        """The group was deleted: kept until no older copy of its place can come back."""
-        return self.next_offset < 0
-
-    @property
-    def refreshing(self) -> bool:
-        return self.target >= 0
-
-    @property
-    def rewound(self) -> bool:
-        """An operator moved the place, and the group has not come to where the log ended then."""
-        return self.next_offset < self.moved_end
 
 
 class SegmentRow(NamedTuple):

@@ -15,10 +15,8 @@ import msgspec
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.common.threads import Worker
-from edgebroker.storage.metadata.children import Children, read_children, write_children
+from edgebroker.storage.metadata.children import read_children, write_children
 from edgebroker.storage.metadata.meta_db import (
-    GroupKey,
-    GroupOffset,
     MetaChanges,
     MetaDatabase,
     MetaState,
@@ -26,6 +24,7 @@ from edgebroker.storage.metadata.meta_db import (
     read_offsets_snapshot,
     write_offsets_snapshot,
 )
+from edgebroker.storage.types import Children, GroupKey, GroupOffset
 
 log = logging.getLogger(__name__)
 

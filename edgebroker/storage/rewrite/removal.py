@@ -13,16 +13,17 @@ import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from edgebroker.common.errors import Code, DamagedDataError
+from edgebroker.common.errors import DamagedDataError
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.storage.commit.committer import Committer
-from edgebroker.storage.engine import Done, Tombstone
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.metadata.metadata import Metadata
+from edgebroker.storage.types import Tombstone
 
 log = logging.getLogger(__name__)
 
@@ -58,10 +59,10 @@ class Removal:
         origin deleted, by log id; without them those that there are."""
         logs = self._topics.get(name)
         if logs is None:
-            done(Code.UNKNOWN_TOPIC, f"there is no topic {name} on this node")
+            done(Outcome.NOT_FOUND, f"there is no topic {name} on this node")
             return
         if name in self.busy:
-            done(Code.OVERLOADED, f"topic {name} is being deleted")
+            done(Outcome.OVERLOADED, f"topic {name} is being deleted")
             return
         self.busy.add(name)
         fresh = {
@@ -78,7 +79,7 @@ class Removal:
         def decided(result: object) -> None:
             if result is not None:
                 self.busy.discard(name)
-                done(Code.READ_ONLY, f"the tombstone of {name} cannot be stored: {result}")
+                done(Outcome.READ_ONLY, f"the tombstone of {name} cannot be stored: {result}")
                 return
             self.tombstones.update(fresh)
             del self._topics[name]
@@ -106,13 +107,13 @@ class Removal:
         def moved(result: object) -> None:
             if isinstance(result, Exception):
                 log.error("topic %s is deleted, but its files cannot be moved away: %s; trying again", name, result)
-                done(Code.READ_ONLY, f"{name} is deleted, but its files are still there: {result}")
+                done(Outcome.READ_ONLY, f"{name} is deleted, but its files are still there: {result}")
                 again = lambda: self._move_away(name, lambda code, message: None)  # noqa: E731
                 self._scheduler.call_later(RETRY_SECONDS, again)
                 return
             self.busy.discard(name)
             empty(self._path)
-            done(Code.OK, "")
+            done(Outcome.OK, "")
 
         self._committer.call(lambda: set_aside(self._path, name), moved)
 

@@ -14,8 +14,9 @@ from edgebroker.common.errors import DamagedDataError
 from edgebroker.storage import files
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.index import index_path
-from edgebroker.storage.log.segment import NO_TIMESTAMP, UNKNOWN_CHAIN, segment_path
+from edgebroker.storage.log.segment import NO_TIMESTAMP, segment_path
 from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_file, walk_start
+from edgebroker.storage.types import UNKNOWN_CHAIN
 
 
 class RepairTarget(NamedTuple):

@@ -12,48 +12,28 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
 
-import msgspec
-from msgspec import Meta
 from msgspec.structs import replace
 
-from edgebroker.common.errors import Code, DamagedDataError
+from edgebroker.common.errors import DamagedDataError, EdgeBrokerError
+from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.storage.commit.committer import Committer
-from edgebroker.storage.engine import Done, EngineListener
-from edgebroker.storage.identity import Identity
+from edgebroker.storage.engine import EngineListener, MirrorEngine
 from edgebroker.storage.log.partition import PartitionLog
-from edgebroker.storage.log.reader import ColdRead, ColdReader
+from edgebroker.storage.log.reader import ColdReader, SegmentRead
 from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener
+from edgebroker.storage.types import Identity, ResyncRow
 from edgebroker.storage.upkeep.housekeeping import Housekeeping
 
 log = logging.getLogger(__name__)
 
 FILE_NAME, STAGING, OLD, GONE = "resets", "staging", "old", ".gone"
-KEPT = 32
-
-
-class ResyncRow(msgspec.Struct, frozen=True, kw_only=True):
-    """A reset that this node was told to do. `phase`: waiting, loading, switching, done, failed (then `why` tells).
-    `targets`: where each partition ended at the parent when it began, `log_ids`: which logs these are; the rest stands
-    in ResetOrder (pipe/report.py)."""
-
-    id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
-    topic: str
-    group: str = ""
-    in_place: bool = False
-    force: bool = False
-    accept: bool = False
-    hours: str = ""
-    phase: Literal["waiting", "loading", "switching", "done", "failed"] = "waiting"
-    why: str = ""
-    targets: list[int] = []
-    log_ids: list[str] = []
 
 
 class TopicReplacement:
@@ -70,11 +50,34 @@ class TopicReplacement:
         housekeeping: Housekeeping,
         listener: EngineListener,
         rows: list[ResyncRow],
+        scheduler: Scheduler,
+        copy_of: Callable[[Path], MirrorEngine],
     ) -> None:
-        self.path, self.rows = path, rows
+        self._path, self.rows = path, rows
+        self._scheduler, self._copy_of = scheduler, copy_of
         self._topics, self._opener, self._committer = topics, opener, committer
         self._metadata, self._reader = metadata, reader
         self._housekeeping, self._listener = housekeeping, listener
+
+    def staging(self, resync_id: str) -> Path:
+        return staging_of(self._path, resync_id)
+
+    def drop_staging(self, keep: Callable[[str], bool]) -> None:
+        drop_staging(self._path, keep)
+
+    def open_copy(self, resync_id: str, done: Callable[[MirrorEngine | None, str], None]) -> None:
+        directory = self.staging(resync_id)
+
+        def work() -> None:
+            try:
+                store = self._copy_of(directory)
+            except (OSError, EdgeBrokerError) as error:
+                why = str(error)
+                self._scheduler.call_soon_threadsafe(lambda: done(None, why))
+            else:
+                self._scheduler.call_soon_threadsafe(lambda: done(store, ""))
+
+        start_thread("edgebroker-copy", work)
 
     def quiet(self, name: str) -> bool:
         """Is everything of a topic stored, and nobody at its files?"""
@@ -86,7 +89,7 @@ class TopicReplacement:
         """Store which resets there are: done("") once that is durable, done(why) when it is not."""
         self.rows = rows
         self._committer.call(
-            lambda: write_resyncs(self.path, rows), lambda result: done("" if result is None else str(result))
+            lambda: write_resyncs(self._path, rows), lambda result: done("" if result is None else str(result))
         )
 
     def replace(self, name: str, staged: Path, done: Done) -> None:
@@ -94,7 +97,7 @@ class TopicReplacement:
         copy. The old directory lies beside it, as OLD, when done is called."""
         logs = self._topics[name]
         if not self.quiet(name):
-            done(Code.OVERLOADED, f"{name}: something else is being stored; try again in a moment")
+            done(Outcome.OVERLOADED, f"{name}: something else is being stored; try again in a moment")
             return
         for partition in logs:
             partition.rewriting = partition.rolling = partition.replacing = True
@@ -114,16 +117,16 @@ class TopicReplacement:
             if not isinstance(result, list):
                 for partition in logs:
                     self._housekeeping.checkpoint(partition)
-                done(Code.READ_ONLY, f"the fresh copy of {name} cannot take its place: {result}")
+                done(Outcome.READ_ONLY, f"the fresh copy of {name} cannot take its place: {result}")
                 return
             for partition, (identity, recovered) in zip(logs, result, strict=True):
                 self._take(partition, identity, recovered)
-            done(Code.OK, "")
+            done(Outcome.OK, "")
             self._listener.on_topic(name)
 
         def stored() -> None:
             # Behind every read that knows the old files by their names.
-            self._reader.submit(ColdRead, lambda result: self._committer.call(work, finished))
+            self._reader.submit(SegmentRead, lambda result: self._committer.call(work, finished))
 
         # What was noted about the old files would vouch for bytes at other places.
         self._metadata.changes.drop_topic(name)

@@ -15,12 +15,13 @@ from pathlib import Path
 from edgebroker.common.batch import STORED_BATCH_BYTES
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.storage import files
-from edgebroker.storage.identity import FILE_NAME, Identity, read_identity, write_identity
+from edgebroker.storage.identity import FILE_NAME, read_identity, write_identity
 from edgebroker.storage.log.index import index_path
 from edgebroker.storage.log.recovery import RecoveredLog, Recovery
 from edgebroker.storage.log.segment import ASIDE, SUFFIX, Segment, segment_path
 from edgebroker.storage.log.walk import walk_file, walk_start
 from edgebroker.storage.quarantine import Quarantine
+from edgebroker.storage.types import Identity
 
 log = logging.getLogger(__name__)
 

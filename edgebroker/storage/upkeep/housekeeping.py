@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict, deque
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Protocol
@@ -21,18 +20,19 @@ from edgebroker.common.scheduler import Scheduler, Timer
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.engine import EngineListener
-from edgebroker.storage.identity import Identity, change_identity
+from edgebroker.storage.identity import change_identity
 from edgebroker.storage.log import staging
 from edgebroker.storage.log.index import index_path
 from edgebroker.storage.log.partition import PartitionLog
-from edgebroker.storage.log.reader import ColdRead, ColdReader
-from edgebroker.storage.log.recovery import CorruptRange
-from edgebroker.storage.log.segment import UNKNOWN_CHAIN, Segment
+from edgebroker.storage.log.reader import ColdReader, SegmentRead
+from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_mapped, walk_start
 from edgebroker.storage.metadata.meta_db import SegmentRow, Windows
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.rewrite.truncate import drop_aside
+from edgebroker.storage.settings import HousekeepingSettings
+from edgebroker.storage.types import UNKNOWN_CHAIN, CorruptRange, DiskState, Identity
 from edgebroker.storage.upkeep.budget import Budget
 
 log = logging.getLogger(__name__)
@@ -45,19 +45,6 @@ OPEN_SEALED = 32
 CACHED_INDEXES = 8
 ASIDE_CHECK_SECONDS = 3600.0
 JUMP_MS = 24 * 3600 * 1000
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HousekeepingSettings:
-    """0 means no limit; the free watermarks of -1 mean the default shares."""
-
-    retention_bytes: int
-    retention_ms: int
-    segment_ms: int
-    max_bytes: int
-    soft_free_bytes: int
-    hard_free_bytes: int
-    scrub_bytes_per_second: int
 
 
 class Logs(Protocol):
@@ -378,7 +365,7 @@ class Housekeeping:
         max_epoch = partition.identity.epoch
         found: list[tuple[ScanState, CorruptRange | None]] = []
 
-        def work() -> ColdRead:
+        def work() -> SegmentRead:
             fd = files.open_log(segment.path)
             try:
                 walked = walk_mapped(
@@ -393,7 +380,7 @@ class Housekeeping:
                 ended_early = whole and walked.position >= size and walked.next_offset < end_offset
                 if (walked.position > state.position or walked.position >= size) and not ended_early:
                     found.append((walked, None))
-                    return ColdRead()
+                    return SegmentRead()
                 at = next_good_batch(fd, walked.position, size, walked.next_offset, end_offset - 1, STORED_BATCH_BYTES)
                 following = int.from_bytes(files.read_at(fd, 8, at), "big") if at >= 0 else end_offset
                 end = at if at >= 0 else size
@@ -401,11 +388,11 @@ class Housekeeping:
                 self._quarantine.keep(partition.name, segment.path, fd, walked.position, end, reason)
                 corrupt = CorruptRange(walked.next_offset, following)
                 found.append((walked._replace(position=end, next_offset=following), corrupt))
-                return ColdRead()
+                return SegmentRead()
             finally:
                 files.close(fd)
 
-        def done(result: ColdRead) -> None:
+        def done(result: SegmentRead) -> None:
             if result.error or not found or segment.retired:
                 if result.error:
                     log.error("%s: %s could not be verified: %s", partition.name, segment.path.name, result.error)
@@ -433,14 +420,11 @@ class Housekeeping:
             return
         self._reader.submit(work, done, timeout=60.0)
 
-    def describe(self) -> dict[str, object]:
-        return {
-            "disk_free_bytes": self._budget.free,
-            "disk_bytes": self._budget.size,
-            "disk_usable_bytes": self._budget.usable,
-            "log_bytes": self._budget.used,
-            "removed_segments": self.removed_segments,
-            "verified_bytes": self.scrubbed_bytes,
-            "unverified_segments": sum(1 for p in self._store.logs() for s in p.segments if s.unverified_end),
-            "clock": self.clock_implausible or "plausible",
-        }
+    def disk(self) -> DiskState | None:
+        """As measured last; None before the first measurement."""
+        budget = self._budget
+        return DiskState(budget.free, budget.size, budget.usable, budget.used) if budget.size else None
+
+    @property
+    def unverified_segments(self) -> int:
+        return sum(1 for partition in self._store.logs() for one in partition.segments if one.unverified_end)

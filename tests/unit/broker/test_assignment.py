@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgebroker.broker.delivery.assignment import divide
+from edgebroker.broker.delivery.assignment import assign
 
 MEMBERS = "abcd"
 quick = settings(derandomize=True, deadline=None, max_examples=150, database=None)
@@ -44,7 +44,7 @@ def test_who_want_the_same_get_the_same_with_the_fewest_moves(
     count: int, members: list[str], holders: dict[int, str], shared: bool
 ) -> None:
     wanted_by = {partition: members if shared else list(members) for partition in range(count)}
-    division = divide(wanted_by, holders)
+    division = assign(wanted_by, holders)
     assert division.keys() == wanted_by.keys()
     assert is_balanced(division, members)
     every = (dict(enumerate(chosen)) for chosen in itertools.product(members, repeat=count))
@@ -55,7 +55,7 @@ def test_who_want_the_same_get_the_same_with_the_fewest_moves(
 @quick
 @given(some_wishes, some_holders, st.sets(st.integers(0, 5)))
 def test_every_division(wanted_by: dict[int, list[str]], holders: dict[int, str], pinned: set[int]) -> None:
-    division = divide(wanted_by, holders, pinned)
+    division = assign(wanted_by, holders, pinned)
     # Everything that somebody wants is held, by one of those.
     assert division.keys() == {partition for partition, members in wanted_by.items() if members}
     assert all(member in wanted_by[partition] for partition, member in division.items())
@@ -69,22 +69,22 @@ def test_every_division(wanted_by: dict[int, list[str]], holders: dict[int, str]
         if partition not in pinned:
             assert all(counts[member] - counts[other] <= 1 for other in wanted_by[partition])
     # The same facts give the same division, and nobody moves when nothing has changed.
-    assert divide(wanted_by, holders, pinned) == division
-    assert divide(wanted_by, division, pinned) == division
+    assert assign(wanted_by, holders, pinned) == division
+    assert assign(wanted_by, division, pinned) == division
 
 
 @quick
 @given(st.integers(0, 12), st.integers(1, 5), st.integers(0, 12))
 def test_one_more_member_takes_its_share_and_no_more(count: int, members: int, order: int) -> None:
-    before = divide({partition: range(members) for partition in range(count)}, {})
+    before = assign({partition: range(members) for partition in range(count)}, {})
     newcomer = min(order, members)
     everybody = [*range(newcomer), 99, *range(newcomer, members)]
     wanted_by = {partition: everybody for partition in range(count)}
-    after = divide(wanted_by, before)
+    after = assign(wanted_by, before)
     assert {member for key, member in after.items() if member != before[key]} <= {99}
     assert Counter(after.values())[99] == count // (members + 1)
     # It leaves again: only what it held changes hands.
-    rest = divide({partition: range(members) for partition in range(count)}, after)
+    rest = assign({partition: range(members) for partition in range(count)}, after)
     assert all(rest[key] == member for key, member in after.items() if member != 99)
 
 
@@ -105,7 +105,7 @@ def test_one_more_member_takes_its_share_and_no_more(count: int, members: int, o
     ],
 )
 def test_cases(wanted_by: Wishes, holders: Holders, pinned: Collection[int], expected: Holders | None) -> None:
-    division = divide(wanted_by, holders, pinned)
+    division = assign(wanted_by, holders, pinned)
     if expected is None:
         assert sorted(division.values()) == ["a", "b"]
     else:
@@ -116,9 +116,9 @@ def test_a_large_group() -> None:
     """A thousand members, a thousand partitions: the last one to come takes one from a single other."""
     members = list(range(1000))
     wanted_by = {partition: members for partition in range(1024)}
-    division = divide(wanted_by, {})
+    division = assign(wanted_by, {})
     assert set(Counter(division.values()).values()) == {1, 2}
     more = [*members, 1000]
-    after = divide(dict.fromkeys(wanted_by, more), division)
+    after = assign(dict.fromkeys(wanted_by, more), division)
     assert sum(1 for key in after if after[key] != division[key]) == 1
     assert set(Counter(after.values()).values()) == {1, 2}

@@ -103,7 +103,7 @@ def test_a_member_that_is_found_gone_while_it_is_served(partitions: int) -> None
     line = Wanted("t", -1, Start.EARLIEST, frames.NO_LOG_ID, -1, 0)
     member.client_says(frames.write_subscribe(1, Subscribe(Intent.JOIN, "g", 0, 0, [line])))
     world.loop.turn()
-    assert len(world.delivery._waiting) == partitions
+    assert len(world.core.push._waiting) == partitions
     member.wire.fuse = 1
     world.settle()
-    assert (member.wire.closed, world.members, world.delivery._waiting) == (True, [], {})
+    assert (member.wire.closed, world.members, world.core.push._waiting) == (True, [], {})

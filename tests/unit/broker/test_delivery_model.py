@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edgebroker.broker.admin.offsets import Move, MoveRequest
-from edgebroker.broker.delivery.cursor import Key
 from edgebroker.broker.delivery.push import RETRY_SECONDS
+from edgebroker.broker.ports import Key
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
 from edgebroker.common.types import AckLevel, Start, TopicSettings
@@ -31,7 +31,7 @@ from edgebroker.network.wire.frames import (
     Subscribe,
     Wanted,
 )
-from edgebroker.storage.log.recovery import CorruptRange
+from edgebroker.storage.types import CorruptRange
 from tests.kit.delivery_model import Model, Spot
 from tests.kit.delivery_world import Member, World
 from tests.kit.storage import pack
@@ -438,7 +438,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             spot = self.model.spot(group, key)
             if spot.waits == "no_snapshot":
                 self.model.refresh(spot)
-        self.world.refreshing.snapshot_completed(log)
+        self.world.core.refreshes.snapshot_completed(log)
         self.over()
 
     # ---- operators ----
@@ -464,7 +464,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         target = min(max(0, target), end)
         if not refused:
             self.model.moved(spot, target)
-        self.world.operations.move(group, request, lambda moves, error: answers.append((moves, error)))
+        self.world.operations.move(group, request, lambda moves, _, error: answers.append((moves, error)))
         self.over()
         if answers:
             assert bool(answers[0][1]) == refused
@@ -479,7 +479,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         if group is None:
             return
         code = self.model.refresh(self.model.spot(self.model.groups[name], key))
-        self.world.refreshing.begin(group, self.world.log(key), lambda code, _: answers.append(code))
+        self.world.core.refreshes.begin(group, self.world.log(key), lambda outcome, _: answers.append(outcome.code))
         self.over()
         assert not answers or answers == [code]
 

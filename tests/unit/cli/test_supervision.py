@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.broker.reload import RELOADABLE, reload
+from edgebroker.broker.reload import RELOADABLE
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.service import journal
@@ -206,13 +206,13 @@ def test_a_reload_changes_what_it_can_and_names_the_rest(tmp_path: Path) -> None
         before = broker.broker.config
         configure("[storage]\nmax_bytes = 1\nsegment_bytes = 1048576\n[limits]\nmax_connections = 1\n")
         new = load_config(file, environment={})
-        changes = broker.call(lambda: reload(broker.broker, new))
+        changes = broker.call(lambda: broker.broker.reload(new))
         assert set(changes.applied) == {"storage.max_bytes", "limits.max_connections"}
         assert "storage.segment_bytes" in changes.waiting
         assert broker.broker.config.storage.max_bytes == 1
         assert broker.broker.config.storage.segment_bytes == before.storage.segment_bytes
         broker.advance(2.0)
-        again = broker.call(lambda: reload(broker.broker, new))
+        again = broker.call(lambda: broker.broker.reload(new))
         assert not again.applied
         assert "storage.segment_bytes" in again.waiting
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edgebroker.common import answers as packed
 from edgebroker.common.errors import Code
 from edgebroker.network.wire import frames, framing
 from edgebroker.network.wire.frames import FrameType
@@ -216,8 +217,8 @@ def test_answers_round_trip() -> None:
         answers = b"".join(PLACED.pack(offset, code, reason) for _, code, offset, reason in rows)
         expected = [(c, code, offset, EXPLANATIONS[reason].decode()) for c, code, offset, reason in rows]
         assert answers_of(framing.encode_answers(spans, answers, EXPLANATIONS)) == expected
-        assert framing.failed(answers) == sum(code != Code.OK for _, code, _, _ in rows)
-        refused = framing.refuse(spans, answers, Code.DISK_FULL)
+        assert packed.failed(answers) == sum(code != Code.OK for _, code, _, _ in rows)
+        refused = packed.refuse(answers, Code.DISK_FULL)
         for (_, code, offset, reason), (new_offset, new_code, new_reason) in zip(
             rows, PLACED.iter_unpack(refused), strict=True
         ):
@@ -234,12 +235,12 @@ def test_the_same_answer_as_python_writes() -> None:
 
 
 def test_uniform_answers() -> None:
-    assert framing.uniform(0, 3) == b""
-    assert list(PLACED.iter_unpack(framing.uniform(3, Code.NOT_ORIGIN))) == [(-1, 2, 0)] * 3
+    assert packed.uniform(0, 3) == b""
+    assert list(PLACED.iter_unpack(packed.uniform(3, Code.NOT_ORIGIN))) == [(-1, 2, 0)] * 3
 
 
 def test_more_answers_than_frames_are_refused() -> None:
     with pytest.raises(ValueError, match="more answers"):
-        framing.encode_answers(SPAN.pack(1, 0, 0), framing.uniform(2, 0), EXPLANATIONS)
+        framing.encode_answers(SPAN.pack(1, 0, 0), packed.uniform(2, 0), EXPLANATIONS)
     with pytest.raises(IndexError):
         framing.encode_answers(SPAN.pack(1, 0, 0), PLACED.pack(0, 4, 9), EXPLANATIONS)

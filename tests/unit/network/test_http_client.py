@@ -16,8 +16,8 @@ from edgebroker.network.http import client as httpclient
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import ChunkReader, HttpClient
 from edgebroker.network.http.server import HttpServer, Response
+from edgebroker.network.io.listener import Listener, listen
 from edgebroker.network.io.loop import Loop
-from edgebroker.network.io.transport import Listener, listen
 from edgebroker.network.wire.connection import ReceiveBuffer
 
 CHUNKED = b"5\r\nhello\r\n1;name=value\r\n \r\n0A\r\n0123456789\r\n0\r\ntrailer: x\r\n\r\n"

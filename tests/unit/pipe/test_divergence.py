@@ -19,7 +19,8 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.wire.frames import GapReason
 from edgebroker.storage.engine import Log
-from edgebroker.storage.identity import make_identity, read_identity
+from edgebroker.storage.identity import read_identity
+from edgebroker.storage.types import make_identity
 from tests.kit.brokers import RunningBroker, batch_of
 from tests.kit.trees import LEVELS, Tree, chain, digest, end, follows, line, publish, wait_for
 

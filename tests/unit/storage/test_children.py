@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.storage.metadata.children import LIVE_SECONDS, ChildPosition, read_children, write_children
+from edgebroker.storage.metadata.children import read_children, write_children
+from edgebroker.storage.types import LIVE_SECONDS, ChildPosition
 from tests.kit.brokers import SECONDS, RunningBroker
 from tests.kit.trees import Tree, chain, digest, end, follows, grown, publish, wait_for
 
@@ -20,7 +21,7 @@ PLACES = {("t", 0): {"aa": ChildPosition("ab" * 16, 1, 7, 40.0), "bb": ChildPosi
 def floor(node: RunningBroker, topic: str = "t") -> int | None:
     log = node.broker.engine.log(topic, 0)
     assert log is not None
-    return node.call(lambda: node.broker.retention_floor(log))
+    return node.call(lambda: node.broker.events.retention_floor(log))
 
 
 def stored(node: RunningBroker) -> int:
@@ -147,7 +148,7 @@ def test_what_was_not_compared_does_not_count(tree: Tree) -> None:
         lines = [["t", 0, log.identity.log_id, 1, offset, value, 0, points]]
         body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["t"], "logs": lines}
         polls = root.counters()["pipe_polls"]
-        connection = http.client.HTTPConnection(*root.broker.http_address, timeout=SECONDS)
+        connection = http.client.HTTPConnection(*root.broker.listeners.http_address, timeout=SECONDS)
         connection.request("POST", "/v1/pipe", json.dumps(body))
         assert connection.getresponse().status == 200
         wait_for(lambda polls=polls: root.counters()["pipe_polls"] > polls, "it is judged")  # type: ignore[misc]

@@ -16,14 +16,14 @@ from edgebroker.common.errors import Code, DataDirectoryError, DataDirectoryInUs
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.directory import DataDirectory
-from edgebroker.storage.identity import change_identity, make_identity, read_identity, write_identity
+from edgebroker.storage.identity import change_identity, read_identity, write_identity
 from edgebroker.storage.metadata.meta_db import (
-    GroupOffset,
     MetaDatabase,
     newest_offsets,
     read_offsets_snapshot,
     write_offsets_snapshot,
 )
+from edgebroker.storage.types import GroupOffset, make_identity
 from tests.kit.storage import TOPIC, ManualClock, StoreHarness, encode, snapshot, tree
 
 SEED = 20240611

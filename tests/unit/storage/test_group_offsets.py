@@ -11,7 +11,9 @@ import pytest
 
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
-from edgebroker.storage.metadata.meta_db import VERSION, GroupOffset, MetaDatabase
+from edgebroker.common.outcome import Outcome
+from edgebroker.storage.metadata.meta_db import VERSION, MetaDatabase
+from edgebroker.storage.types import GroupOffset
 from tests.kit.storage import TOPIC, StoreHarness, store_settings
 
 
@@ -133,7 +135,7 @@ def test_retention_stops_at_the_newest_complete_snapshot(harness: StoreHarness) 
     answers: list[Code] = []
     harness.engine.complete_snapshot(harness.log(), 4, 9, lambda code, message: answers.append(code))
     harness.until(lambda: answers)
-    assert answers == [Code.OK]
+    assert answers == [Outcome.OK]
     harness.fill(60)
     for _ in range(20):
         harness.tick()

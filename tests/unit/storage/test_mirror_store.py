@@ -12,10 +12,11 @@ from edgebroker.common import records
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files
-from edgebroker.storage.identity import Identity, begin_history
 from edgebroker.storage.rewrite.truncate import ASIDE, ASIDE_MS, drop_aside
+from edgebroker.storage.types import Identity, begin_history
 from tests.kit.storage import TOPIC, StoreHarness, encode, store_settings
 
 ORIGIN = "0a" * 16
@@ -40,9 +41,9 @@ def identity_of(log_id: str = "ab" * 16, **changes: object) -> Identity:
 
 def mirror(harness: StoreHarness, identity: Identity) -> None:
     answers: list[Code] = []
-    harness.store.create_mirror(TOPIC, [identity], lambda code, message: answers.append(code))
+    harness.store.create_mirror(TOPIC, [identity], lambda outcome, message: answers.append(outcome))
     harness.until(lambda: answers)
-    assert answers == [Code.OK]
+    assert answers == [Outcome.OK]
 
 
 def take(harness: StoreHarness, *batches: bytes) -> None:
@@ -67,9 +68,9 @@ def harness(tmp_path: Path) -> Iterator[StoreHarness]:
     found.close()
 
 
-def answer(harness: StoreHarness, ask: Callable[[Callable[[Code, str], None]], None]) -> tuple[Code, str]:
-    answers: list[tuple[Code, str]] = []
-    ask(lambda code, message: answers.append((code, message)))
+def answer(harness: StoreHarness, ask: Callable[[Callable[[Outcome, str], None]], None]) -> tuple[Outcome, str]:
+    answers: list[tuple[Outcome, str]] = []
+    ask(lambda outcome, message: answers.append((outcome, message)))
     for _ in range(300):
         if answers:
             return answers[0]
@@ -79,11 +80,11 @@ def answer(harness: StoreHarness, ask: Callable[[Callable[[Code, str], None]], N
 
 
 def cut(harness: StoreHarness, offset: int) -> Code:
-    return answer(harness, lambda done: harness.store.cut(harness.log(), offset, done))[0]
+    return answer(harness, lambda done: harness.store.truncate(harness.log(), offset, done))[0]
 
 
 def restart(harness: StoreHarness, identity: Identity) -> Code:
-    return answer(harness, lambda done: harness.store.restart(harness.log(), lambda old: identity, done))[0]
+    return answer(harness, lambda done: harness.store.recreate(harness.log(), lambda old: identity, done))[0]
 
 
 def chains(harness: StoreHarness, offsets: list[int]) -> dict[int, int]:
@@ -111,7 +112,7 @@ def test_a_newer_history_is_taken_once_it_is_known(harness: StoreHarness) -> Non
     (newer,) = batches(3, 1, epoch=2)
     assert harness.engine.append_numbered(harness.log(), memoryview(newer)) == (0, Reason.BAD_EPOCH)
     changes = [lambda old: replace(old, epochs=[(1, 0), (2, 3), (4, 9)])]
-    assert answer(harness, lambda done: harness.store.change_identities(TOPIC, changes, done))[0] is Code.OK
+    assert answer(harness, lambda done: harness.store.change_identities(TOPIC, changes, done))[0] is Outcome.OK
     take(harness, newer)
     assert harness.log().epoch == 2, "the history that its records have come to, not the newest that is known"
     harness.restart()
@@ -138,7 +139,7 @@ def test_cut(harness: StoreHarness, offset: int, crash: bool) -> None:
     take(harness, *stored[:12])
     take(harness, *stored[12:])
     harness.commit(min(offset, 5))
-    assert cut(harness, offset) is Code.OK
+    assert cut(harness, offset) is Outcome.OK
     if crash:
         harness.restart()
     log = harness.log()
@@ -181,9 +182,9 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
             for name in ("set_aside", "move", "copy_start", "remove", "second_name", "sync_directory"):
                 patch.setattr(files, name, failing(getattr(files, name)))
             if what == "cut":
-                code = cut(harness, 11)
+                outcome = cut(harness, 11)
             else:
-                code = restart(harness, further)
+                outcome = restart(harness, further)
         harness.restart()
         log = harness.log()
         assert log.corrupt_ranges == []
@@ -196,7 +197,7 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
             assert log.durable_end == 30 if what != "cut" else log.durable_end >= 11
             assert bytes_of(harness) == b"".join(stored[: log.durable_end])
         harness.close()
-        if code is Code.OK:
+        if outcome is Outcome.OK:
             assert step > 3
             return
     raise AssertionError("it never came to its end")
@@ -205,7 +206,7 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
 def test_another_log_takes_the_place(harness: StoreHarness) -> None:
     take(harness, *batches(0, 20))
     other = identity_of("cd" * 16)
-    assert restart(harness, other) is Code.OK
+    assert restart(harness, other) is Outcome.OK
     assert (harness.log().durable_end, harness.log().identity.log_id) == (0, "cd" * 16)
     harness.restart()
     take(harness, *batches(0, 2))
@@ -216,8 +217,8 @@ def test_nothing_is_cut_below_what_is_being_stored(harness: StoreHarness) -> Non
     take(harness, *batches(0, 5))
     (more,) = batches(5, 1)
     harness.engine.append_numbered(harness.log(), memoryview(more))
-    code, message = answer(harness, lambda done: harness.store.cut(harness.log(), 2, done))
-    assert (code, "try again" in message) == (Code.OVERLOADED, True)
+    outcome, message = answer(harness, lambda done: harness.store.truncate(harness.log(), 2, done))
+    assert (outcome, "try again" in message) == (Outcome.OVERLOADED, True)
     harness.durable()
     assert harness.log().durable_end == 6
 
@@ -254,7 +255,7 @@ def test_a_group_beyond_the_end_makes_no_hole(harness: StoreHarness) -> None:
     """What a mirror lacks it gets from its parent; the group waits."""
     take(harness, *batches(0, 15))
     harness.commit(15)
-    assert cut(harness, 5) is Code.OK
+    assert cut(harness, 5) is Outcome.OK
     harness.restart()
     assert (harness.log().durable_end, harness.log().corrupt_ranges) == (5, [])
 

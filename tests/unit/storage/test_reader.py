@@ -11,9 +11,8 @@ import pytest
 
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage import files
-from edgebroker.storage.log.partition import NeedsDisk
-from edgebroker.storage.log.reader import ColdRead, ColdReader
-from edgebroker.storage.log.recovery import CorruptRange
+from edgebroker.storage.log.reader import ColdReader
+from edgebroker.storage.types import ColdRead, CorruptRange, NeedsDisk
 from tests.kit.storage import ManualClock, StoreHarness, encode, store_settings, turn_until
 
 
@@ -213,7 +212,7 @@ def test_after_a_crash_everything_is_verified(tmp_path: Path) -> None:
     harness.open()
     assert all(segment.unverified_end for segment in harness.segments())
     harness.tick_until(lambda: not any(segment.unverified_end for segment in harness.segments()))
-    assert harness.store.describe()["verified_bytes"] == sum(segment.size for segment in harness.segments())
+    assert harness.store.status().verified_bytes == sum(segment.size for segment in harness.segments())
     assert harness.log().corrupt_ranges == []
     harness.values()
     assert not isinstance(harness.log().find(0, 100, 1), NeedsDisk)
@@ -244,7 +243,7 @@ def test_the_check_keeps_to_its_rate(tmp_path: Path) -> None:
     harness.open(store_settings(scrub=1))
     harness.tick()
     harness.tick()
-    done = harness.store.describe()["verified_bytes"]
+    done = harness.store.status().verified_bytes
     assert done == harness.segments()[0].size
     harness.close()
 

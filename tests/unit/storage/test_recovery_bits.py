@@ -11,14 +11,15 @@ import pytest
 
 from edgebroker.common import batch
 from edgebroker.storage import files
-from edgebroker.storage.identity import Identity, read_identity
+from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log import recovery, segscan
 from edgebroker.storage.log.index import INTERVAL_BYTES, read_index
 from edgebroker.storage.log.reader import SegmentView, read_cold, verify_segment
-from edgebroker.storage.log.recovery import Checkpoint, CorruptRange, RecoveredLog
+from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.log.segment import NO_TIMESTAMP, segment_path
 from edgebroker.storage.log.walk import walk_mapped, walk_start
 from edgebroker.storage.quarantine import Quarantine
+from edgebroker.storage.types import Checkpoint, CorruptRange, Identity
 from tests.kit.storage import TOPIC, ManualClock, StoreHarness, encode, store_settings
 
 SEED = 20240611

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.storage import files
 from edgebroker.storage.upkeep.budget import RESUME_BYTES, Budget, watermarks
 from tests.kit.storage import StoreHarness, store_settings
@@ -52,14 +52,14 @@ def test_retention_by_age_stands_while_the_clock_is_wrong(start: Start) -> None:
     harness.clock.wall += 48 * 3600 * 1000
     for _ in range(5):
         harness.tick()
-    assert harness.bases() == bases and "jumped" in str(harness.store.describe()["clock"])
+    assert harness.bases() == bases and "jumped" in str(harness.store.status().clock)
     harness.clock.wall -= 72 * 3600 * 1000
     harness.tick()
     assert harness.bases() == bases
     harness.clock.wall += 24 * 3600 * 1000
     harness.tick(1801.0)
     harness.tick_until(lambda: harness.bases() == [bases[-1]])
-    assert harness.store.describe()["clock"] == "plausible"
+    assert harness.store.status().clock == "plausible"
     assert harness.log().log_start == bases[-1]
 
 
@@ -92,7 +92,7 @@ def test_a_full_budget_refuses_and_resumes_by_itself(start: Start) -> None:
     harness.fill(40)
     harness.tick_until(harness.store.refusal)
     refusal = harness.store.refusal()
-    assert refusal is not None and refusal[0] == Code.DISK_FULL and "max_bytes" in refusal[1]
+    assert refusal is not None and refusal[0] == Outcome.DISK_FULL and "max_bytes" in refusal[1]
     assert "disk_full" in harness.store.problems()
     assert harness.log().log_start == 0, "no live group: nothing goes early"
     assert len(harness.values()) == 40

@@ -11,9 +11,9 @@ import pytest
 from edgebroker.common import batch, records
 from edgebroker.common.batch import Reason
 from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel, TopicSettings
-from edgebroker.storage.log.partition import FileSlice
-from edgebroker.storage.metadata.meta_db import GroupOffset
+from edgebroker.storage.types import FileSlice, GroupOffset
 from tests.kit.storage import TOPIC, Harness, StoreHarness, encode, pack, store_settings
 
 SEED = 20240611
@@ -46,8 +46,8 @@ def harness(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Harness]
 
 
 def test_topics_are_made_once(harness: Harness) -> None:
-    assert harness.create(partitions=3, kind="table") == Code.OK
-    assert harness.create() == Code.NAME_CLASH
+    assert harness.create(partitions=3, kind="table") == Outcome.OK
+    assert harness.create() == Outcome.NAME_CLASH
     assert list(harness.engine.topics()) == [TOPIC]
     assert [log.name for log in harness.engine.partitions(TOPIC)] == [f"{TOPIC}/{n}" for n in range(3)]
     assert len({log.identity.log_id for log in harness.engine.logs()}) == 3
@@ -214,7 +214,7 @@ def test_a_reader_at_the_tail_sees_everything_once(start: Start) -> None:
             continue
         if isinstance(found, FileSlice):
             assert found.next_offset <= log.durable_end
-            hint = rng.choice((None, (found.segment.base, found.position + found.length)))
+            hint = rng.choice((None, (found.file.base, found.position + found.length)))
             following = found.next_offset
         else:
             hint, following = None, log.durable_end
@@ -232,7 +232,7 @@ def test_altered_settings_stay(start: Start) -> None:
     settings = TopicSettings(retention_ms=5, segment_bytes=300, urgent=True, on_damage="skip")
     harness.store.alter_topic(TOPIC, settings, lambda code, _: answers.append(code))
     harness.until(lambda: answers)
-    assert answers == [Code.OK] and harness.log().settings == settings
+    assert answers == [Outcome.OK] and harness.log().settings == settings
     harness.fill(4)
     assert harness.bases() == [0, 1, 2, 3], "the new segment size counts at once"
     harness.restart()

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel
 from tests.kit.storage import START_WALL_MS, StoreHarness, encode, store_settings
 
@@ -25,7 +26,7 @@ class StoreMachine(RuleBasedStateMachine):
     def begin(self) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="edgebroker-"))
         self.harness = StoreHarness(self.home / "data", CONFIG)
-        assert self.harness.create() == Code.OK
+        assert self.harness.create() == Outcome.OK
         self.log: dict[int, bytes] = {}
         self.end = 0
         self.groups: dict[str, int] = {}

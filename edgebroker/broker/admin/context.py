@@ -1,0 +1,41 @@
+"""What the admin interface shows and acts on: the parts of a running node, as far as it needs them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from edgebroker.broker.core import Core
+from edgebroker.broker.feed.digests import Digests
+from edgebroker.broker.feed.downstream import Downstream
+from edgebroker.broker.feed.ranges import Ranges
+from edgebroker.broker.fleet.tree import Tree
+from edgebroker.broker.mirror.mirroring import Mirroring
+from edgebroker.broker.observe.health import Health
+from edgebroker.broker.observe.lags import Lags
+from edgebroker.broker.sessions.sessions import Sessions
+from edgebroker.broker.topic_deletion import TopicDeletion
+from edgebroker.common.clock import Clock
+from edgebroker.common.config import NodeConfig
+from edgebroker.network.io.loop import Loop
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdminContext:
+    """Owned by the loop thread. `problems` are the node's own, without a missing parent."""
+
+    core: Core
+    loop: Loop
+    clock: Clock
+    node: NodeConfig
+    sessions: Sessions
+    downstream: Downstream
+    ranges: Ranges
+    digests: Digests
+    mirroring: Mirroring
+    tree: Tree
+    health: Health
+    lags: Lags
+    topic_deletion: TopicDeletion
+    problems: Callable[[], dict[str, str]]
+    started_at: float

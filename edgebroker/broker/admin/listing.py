@@ -1,0 +1,24 @@
+"""Lists that may be long."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from edgebroker.common.scheduler import Scheduler, in_slices
+
+T = TypeVar("T")
+R = TypeVar("R")
+SLICE = 50
+
+
+def list_in_slices(
+    scheduler: Scheduler, items: Sequence[T], render: Callable[[T], R], done: Callable[[list[R]], None]
+) -> None:
+    """Render a list, a slice in each loop iteration: thousands of groups must not hold up the pushes."""
+    found: list[R] = []
+
+    def some(part: Sequence[T]) -> None:
+        found.extend(render(item) for item in part)
+
+    in_slices(scheduler, items, SLICE, some, lambda: done(found))

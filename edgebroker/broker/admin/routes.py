@@ -1,0 +1,75 @@
+"""Every route of the HTTP interface, one row each; docs/protocol.md says what they do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from edgebroker.broker.admin.context import AdminContext
+from edgebroker.broker.admin.exposition import Exposition
+from edgebroker.broker.admin.fleet import FleetAdmin, ResyncList
+from edgebroker.broker.admin.groups import ClientList, GroupAdmin, GroupList, GroupStatus, OffsetChanges
+from edgebroker.broker.admin.node import Alive, Backup, NodeAdmin, NodeReport, PipeStatus, PromoteRequest, Repaired
+from edgebroker.broker.admin.offsets import GroupOperations, MoveRequest, RefreshRequest
+from edgebroker.broker.admin.topics import NewTopic, SnapshotBegun, SnapshotRequest, TopicAdmin, TopicList, TopicStatus
+from edgebroker.broker.feed.digests import DigestAnswer
+from edgebroker.broker.feed.ranges import RangeRequest
+from edgebroker.broker.fleet.registrar import PinRequest
+from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
+from edgebroker.broker.mirror.repair import RepairRequest
+from edgebroker.broker.observe.health import Verdict
+from edgebroker.network.http.router import Nothing, Route
+from edgebroker.pipe.report import MAX_BATCH_BYTES, Batch, Heard, ParentAssignment, Question, ResyncDirective
+
+MAX_POLL_BYTES = 8 << 20
+MAX_REPORTS_BYTES = 2 * MAX_BATCH_BYTES
+
+
+def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
+    """The table. Rights: `health` and `metrics` for monitoring, `child` for nodes below, `view` for what changes
+    nothing, `alter` for topics and groups, `operate` for the node and the tree."""
+    operations = GroupOperations(context.core)
+    node, topics, groups = NodeAdmin(context), TopicAdmin(context, operations), GroupAdmin(context, operations)
+    fleet, view, inbox = FleetAdmin(context), context.tree.view, context.tree.inbox
+    ranges, digests, downstream = context.ranges, context.digests, context.downstream
+    settings = dict[str, Any]
+    return [
+        Route("GET", "/healthz", node.alive, Alive, "health"),
+        Route("GET", "/readyz", node.ready, Verdict, "health"),
+        Route("GET", "/metrics", exposition.answer, None, "metrics"),
+        Route("GET", "/v1/node", node.node, NodeReport, "view"),
+        Route("GET", "/v1/clients", groups.clients, ClientList, "view"),
+        Route("GET", "/v1/backup", node.backup, Backup, "operate"),
+        Route("POST", "/v1/repair", node.repair, Repaired, "operate", RepairRequest),
+        Route("POST", "/v1/promote", node.promote, Nothing, "operate", PromoteRequest),
+        Route("DELETE", "/v1/promote", node.demote, Nothing, "operate"),
+        Route("GET", "/v1/topics", topics.list, TopicList, "view"),
+        Route("POST", "/v1/topics", topics.create, TopicStatus, "alter", NewTopic),
+        Route("GET", "/v1/topics/{name}", topics.describe, TopicStatus, "view"),
+        Route("PATCH", "/v1/topics/{name}", topics.alter, TopicStatus, "alter", settings),
+        Route("DELETE", "/v1/topics/{name}", topics.delete, Nothing, "alter"),
+        Route("POST", "/v1/topics/{name}/accept", topics.accept, Nothing, "operate"),
+        Route("POST", "/v1/topics/{name}/snapshot", topics.begin_snapshot, SnapshotBegun, "alter", SnapshotRequest),
+        Route("POST", "/v1/topics/{name}/snapshot/{id}", topics.complete_snapshot, Nothing, "alter"),
+        Route("DELETE", "/v1/topics/{name}/snapshot/{id}", topics.abort_snapshot, Nothing, "alter"),
+        Route("GET", "/v1/groups", groups.list, GroupList, "view"),
+        Route("GET", "/v1/groups/{name}", groups.describe, GroupStatus, "view"),
+        Route("DELETE", "/v1/groups/{name}", groups.delete, Nothing, "alter"),
+        Route("POST", "/v1/groups/{name}/offsets", groups.reset_offsets, OffsetChanges, "alter", MoveRequest),
+        Route("POST", "/v1/groups/{name}/refresh", groups.refresh, GroupStatus, "alter", RefreshRequest),
+        Route("GET", "/v1/pipe", node.pipe, PipeStatus, "view"),
+        Route("POST", "/v1/pipe", downstream.answer, None, "child", body_limit=MAX_POLL_BYTES),
+        Route("POST", "/v1/pipe/range", ranges.answer, None, "child", RangeRequest),
+        Route("POST", "/v1/pipe/digest", digests.answer, DigestAnswer, "child", RangeRequest),
+        Route("POST", "/v1/tree/reports", inbox.answer, Heard, "child", Batch, MAX_REPORTS_BYTES),
+        Route("GET", "/v1/tree", view.summary, TreeSummary, "view"),
+        Route("GET", "/v1/tree/nodes", view.nodes, NodePage, "view"),
+        Route("GET", "/v1/tree/applied", view.applied, Applied, "view"),
+        Route("GET", "/v1/resyncs", fleet.resyncs, ResyncList, "view"),
+        Route("POST", "/v1/resyncs", fleet.resync, Nothing, "operate", ResyncDirective),
+        Route("DELETE", "/v1/resyncs/{id}", fleet.abort_resync, Nothing, "operate"),
+        Route("POST", "/v1/registry", fleet.ask, ParentAssignment, "child", Question),
+        Route("PUT", "/v1/registry/{node}/pins", fleet.pin, Nothing, "operate", PinRequest),
+        Route("PUT", "/v1/registry/{node}/drain", fleet.drain, Nothing, "operate"),
+        Route("DELETE", "/v1/registry/{node}/drain", fleet.undrain, Nothing, "operate"),
+        Route("DELETE", "/v1/registry/{node}", fleet.remove, Nothing, "operate"),
+    ]

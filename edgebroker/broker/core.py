@@ -1,0 +1,85 @@
+"""Publishing and delivery put together, without any protocol: what every kind of session works with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from edgebroker.broker.delivery.dead_letters import DeadLetters
+from edgebroker.broker.delivery.groups import Groups
+from edgebroker.broker.delivery.leases import LeaseLimits, Leases
+from edgebroker.broker.delivery.membership import Membership
+from edgebroker.broker.delivery.push import Push
+from edgebroker.broker.delivery.rebase import CursorRebase
+from edgebroker.broker.delivery.refresh import Refreshes
+from edgebroker.broker.delivery.table_snapshots import TableSnapshots
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.publish.producers import Producers
+from edgebroker.broker.publish.publishing import Publishing, PublishLimits
+from edgebroker.common.clock import Clock
+from edgebroker.common.config import Config
+from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.types import TopicSettings
+from edgebroker.storage.engine import Engine
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Core:
+    """Owned by the loop thread."""
+
+    engine: Engine
+    metrics: Metrics
+    publishing: Publishing
+    producers: Producers
+    groups: Groups
+    push: Push
+    refreshes: Refreshes
+    leases: Leases
+    membership: Membership
+    table_snapshots: TableSnapshots
+    rebase: CursorRebase
+
+
+def build_core(
+    engine: Engine, scheduler: Scheduler, clock: Clock, publish_limits: PublishLimits, lease_limits: LeaseLimits
+) -> Core:
+    """The core over an engine that is not opened yet."""
+    metrics = Metrics()
+    groups = Groups(engine)
+    publishing = Publishing(engine, scheduler, metrics, publish_limits)
+    producers = Producers(engine)
+    push = Push(engine, scheduler, metrics, lease_limits.timeout)
+    refreshes = Refreshes(engine, groups, push, metrics)
+    dead_letters = DeadLetters(engine, publishing, clock)
+    leases = Leases(engine, groups, push, refreshes, dead_letters, scheduler, metrics, lease_limits)
+    return Core(
+        engine=engine,
+        metrics=metrics,
+        publishing=publishing,
+        producers=producers,
+        groups=groups,
+        push=push,
+        refreshes=refreshes,
+        leases=leases,
+        membership=Membership(engine, leases, metrics),
+        table_snapshots=TableSnapshots(engine, publishing, refreshes, scheduler, metrics, producers.connected),
+        rebase=CursorRebase(engine, groups, leases, push, refreshes),
+    )
+
+
+def publish_limits(config: Config) -> PublishLimits:
+    """Those of a node with this configuration."""
+    limits, topics = config.limits, config.topics
+    return PublishLimits(
+        limits.staged_high_bytes,
+        limits.staged_high_bytes // 2,
+        limits.max_record_bytes,
+        limits.max_inflated_bytes,
+        topics.auto_create,
+        TopicSettings(kind=topics.kind, partitions=topics.partitions),
+    )
+
+
+def lease_limits(config: Config) -> LeaseLimits:
+    """Those of a node with this configuration."""
+    pace = config.delivery
+    return LeaseLimits(pace.timeout_ms / 1000, pace.backoff_ms / 1000, pace.max_backoff_ms / 1000, pace.max_attempts)

@@ -1,0 +1,80 @@
+"""All connections of the native protocol: accepting, cutting those that are silent or stuck, heartbeats, the end."""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Iterator
+
+from edgebroker.broker.core import Core
+from edgebroker.broker.sessions.limits import SessionLimits
+from edgebroker.broker.sessions.native import Session
+from edgebroker.common.config import LimitsConfig
+from edgebroker.network.io.loop import Loop
+from edgebroker.network.wire.connection import ReceiveBuffer
+
+log = logging.getLogger(__name__)
+
+
+class Sessions:
+    """Owned by the loop thread. `config` holds the limits that may change while the node runs."""
+
+    def __init__(self, core: Core, loop: Loop, limits: SessionLimits, config: LimitsConfig) -> None:
+        self.core, self.loop, self.limits, self.config = core, loop, limits, config
+        self.receive_buffer = ReceiveBuffer()
+        self._sessions: dict[Session, None] = {}
+        self._heartbeat_due = 0.0
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def __iter__(self) -> Iterator[Session]:
+        return iter(list(self._sessions))
+
+    def accept(self, sock: socket.socket, peer: str) -> bool:
+        """Take a connection; False, and it is closed, when there are as many as limits.max_connections allows."""
+        if len(self._sessions) >= self.config.max_connections:
+            self.core.metrics.connections_refused += 1
+            sock.close()
+            return False
+        self.core.metrics.connections_opened += 1
+        self._sessions[Session(self, sock, peer)] = None
+        return True
+
+    def closed(self, session: Session, reason: str) -> None:
+        self._sessions.pop(session, None)
+        self.core.metrics.connections_closed += 1
+        log.debug("%s (%s): %s", session.transport.peer, session.client_id, reason)
+
+    def sweep(self, interval: float) -> None:
+        """Every `interval` seconds: cut peers that are silent, stuck or never said CONNECT; send heartbeats."""
+        now, limits = self.loop.now(), self.config
+        beat = now >= self._heartbeat_due
+        if beat:
+            self._heartbeat_due = now + limits.heartbeat_ms / 1000 - interval
+        for session in self:
+            transport = session.transport
+            if not session.granted and now - session.opened_at > limits.connect_timeout_ms / 1000:
+                transport.close("no CONNECT in time")
+            elif transport.backlog and now - transport.last_progress > limits.stuck_timeout_ms / 1000:
+                transport.close("send stalled: the peer is not reading")
+            elif (
+                now - transport.last_received > limits.idle_timeout_ms / 1000
+                and transport.reading
+                and not any(cursor.deadline for cursor in session.cursors.values())
+            ):
+                # A member with records in flight may be busy with them: the delivery timeout judges it.
+                self.core.metrics.idle_timeouts += 1
+                transport.close("idle for too long")
+            elif session.granted and beat:
+                session.heartbeat()
+
+    def say_farewell(self) -> None:
+        """The node is stopping."""
+        for session in self:
+            session.farewell()
+
+    def close(self) -> None:
+        """Cut what is left."""
+        for session in self:
+            session.transport.close("the node is stopping")

@@ -1,0 +1,157 @@
+"""A table of routes, and the router that answers for all of them what has nothing to do with any:
+
+    400  the body or the query is not what the route takes          405  another method, with Allow
+    403  the right that the route needs is missing                   413  the body is too long (the server, as it comes)
+    404  there is no such path                                       415  the body is not JSON
+
+A row says everything about a route: method, path, the structs of request and response, the right, the limit of a body.
+Handlers get a Call with the decoded body, and answer with a struct, now or later, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+from urllib.parse import parse_qs, unquote
+
+import msgspec
+
+from edgebroker.common.outcome import Outcome
+from edgebroker.network.http.server import MAX_BODY_BYTES, Reply, Request, Response, Streamed
+
+Headers = tuple[tuple[str, str], ...]
+Query = dict[str, list[str]]
+
+
+class Nothing(msgspec.Struct):
+    """The answer of what was only to be done: {}."""
+
+
+class Failed(msgspec.Struct, omit_defaults=True):
+    """Every answer that is an error: what is wrong and what to do, and a code for programs (common/outcome.py)."""
+
+    error: str
+    code: str = ""
+
+
+class Call:
+    """One request, decoded; answered once. `parameters` are the named parts of the path."""
+
+    __slots__ = ("_reply", "body", "parameters", "path", "query", "raw")
+
+    def __init__(self, request: Request, parameters: dict[str, str], body: Any, reply: Reply) -> None:
+        self.path, _, query = request.target.partition("?")
+        self.parameters, self.body, self.raw, self._reply = parameters, body, request.body, reply
+        self.query: Query = parse_qs(query) if query else {}
+
+    def answer(self, body: object, status: int = 200) -> None:
+        """Answer with a struct (or a text that is a response of its own)."""
+        self._reply(body if isinstance(body, Response) else Response(status, body))
+
+    def stream(self, body: Streamed) -> None:
+        """Answer piece by piece."""
+        self._reply(Response(200, body))
+
+    def refuse(self, outcome: Outcome, why: str, code: str = "", headers: Headers = ()) -> None:
+        """Answer with an error. `code` says it more closely than the outcome does."""
+        self._reply(Response(outcome.status, Failed(why, code or outcome.name), headers))
+
+    def done(self, outcome: Outcome, message: str) -> None:
+        """A Done: answer with nothing, or with why it was not done."""
+        if outcome is Outcome.OK:
+            self._reply(Response(200, Nothing()))
+        else:
+            self.refuse(outcome, message)
+
+
+class Route(NamedTuple):
+    """One row. `path` has named parts in braces: /v1/topics/{name}. `request` is the struct of the body; without one
+    the handler gets the body as it came. `response` is the struct of the answer (None: a text or a stream)."""
+
+    method: str
+    path: str
+    handler: Callable[[Call], None]
+    response: type | None
+    right: str
+    request: Any = None
+    body_limit: int = MAX_BODY_BYTES
+
+
+class _Place:
+    """The routes of one path."""
+
+    def __init__(self, parts: list[str]) -> None:
+        self.parts = parts
+        self.routes: dict[str, Route] = {}
+
+    def match(self, parts: list[str]) -> dict[str, str] | None:
+        found = {}
+        for mine, theirs in zip(self.parts, parts, strict=True):
+            if mine[:1] == "{":
+                found[mine[1:-1]] = unquote(theirs)
+            elif mine != theirs:
+                return None
+        return found
+
+
+class Router:
+    """`allowed` says whether whoever asks has a right."""
+
+    def __init__(self, routes: Sequence[Route], allowed: Callable[[Request, str], bool]) -> None:
+        self._allowed = allowed
+        self._places: dict[int, list[_Place]] = {}
+        for route in routes:
+            parts = route.path.strip("/").split("/")
+            places = self._places.setdefault(len(parts), [])
+            place = next((one for one in places if one.parts == parts), None)
+            if place is None:
+                place = _Place(parts)
+                places.append(place)
+                places.sort(key=lambda one: "".join("1" if part[:1] == "{" else "0" for part in one.parts))
+            place.routes[route.method] = route
+
+    def body_limit(self, method: str, target: str) -> int:
+        """How long the body of a request may be."""
+        place, _ = self._find(target)
+        route = place.routes.get(method) if place is not None else None
+        return route.body_limit if route is not None else MAX_BODY_BYTES
+
+    def handle(self, request: Request, reply: Reply) -> None:
+        """Answer one request."""
+        place, parameters = self._find(request.target)
+        if place is None:
+            _refuse(reply, 404, f"there is no {request.target.partition('?')[0]}")
+            return
+        route = place.routes.get("GET" if request.method == "HEAD" else request.method)
+        if route is None:
+            allow = sorted(place.routes) + (["HEAD"] if "GET" in place.routes else [])
+            why = f"{request.method} is not allowed for {request.target.partition('?')[0]}; use {', '.join(allow)}"
+            _refuse(reply, 405, why, (("allow", ", ".join(allow)),))
+            return
+        if not self._allowed(request, route.right):
+            _refuse(reply, 403, f"the right {route.right} is needed for this")
+            return
+        body: object = None
+        if route.request is not None:
+            kind = request.content_type.partition(";")[0].strip().lower()
+            if kind not in ("", "application/json"):
+                _refuse(reply, 415, f"the body must be JSON (content-type: application/json), not {kind}")
+                return
+            try:
+                body = msgspec.json.decode(request.body, type=route.request)
+            except (msgspec.DecodeError, RecursionError) as error:
+                _refuse(reply, 400, f"the body is not as expected: {error}")
+                return
+        route.handler(Call(request, parameters, body, reply))
+
+    def _find(self, target: str) -> tuple[_Place | None, dict[str, str]]:
+        parts = target.partition("?")[0].strip("/").split("/")
+        for place in self._places.get(len(parts), ()):
+            parameters = place.match(parts)
+            if parameters is not None:
+                return place, parameters
+        return None, {}
+
+
+def _refuse(reply: Reply, status: int, why: str, headers: Headers = ()) -> None:
+    reply(Response(status, Failed(why), headers))

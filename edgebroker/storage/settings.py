@@ -1,0 +1,32 @@
+"""What the segment store is told: limits and paces, from the configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HousekeepingSettings:
+    """0 means no limit; the free watermarks of -1 mean the default shares."""
+
+    retention_bytes: int
+    retention_ms: int
+    segment_ms: int
+    max_bytes: int
+    soft_free_bytes: int
+    hard_free_bytes: int
+    scrub_bytes_per_second: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreSettings:
+    """Limits in bytes and seconds; `window` is the batches remembered per producer and partition."""
+
+    level: str
+    segment_bytes: int
+    max_batch: int
+    max_record: int
+    window: int
+    commit_interval: float
+    read_timeout: float
+    housekeeping: HousekeepingSettings

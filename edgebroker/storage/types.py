@@ -1,0 +1,344 @@
+"""The plain data of the storage interface: what goes into an engine and what comes out of it. Nothing here does I/O."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Literal, NamedTuple, Protocol
+
+import msgspec
+from msgspec import Meta
+from msgspec.structs import replace
+
+from edgebroker.common.crc32c import crc32c
+from edgebroker.common.types import TopicSettings
+
+"""Called once, on the loop: OK and "", or why it was not done."""
+
+GroupKey = tuple[str, str, int]
+"""Group, topic, partition."""
+
+UNKNOWN_CHAIN = -1
+"""The header chain checksum of a place that lies after a corrupt range."""
+
+
+LIVE_SECONDS = 7 * 24 * 3600.0
+"""A group or child that was not seen for so long holds back no retention any more."""
+
+
+# ---- what a reader gets ----
+
+
+class StoredFile(Protocol):
+    """A file of stored batches. It stays open, and its bytes stay as they are, between hold() and release()."""
+
+    fd: int
+    base: int
+    """The first offset in it."""
+
+    def hold(self) -> None: ...
+    def release(self) -> None: ...
+
+
+class FileSlice(NamedTuple):
+    """Whole stored batches that are in the page cache: bytes [position, position + length) of a file. The first batch
+    holds `first_offset`. hold() the file before sending. `sealed`: the file does not grow any more."""
+
+    file: StoredFile
+    position: int
+    length: int
+    first_offset: int
+    next_offset: int
+    sealed: bool
+
+    @property
+    def next_hint(self) -> tuple[int, int]:
+        """Where the batch at next_offset begins, for the next find(): (base of the file, position)."""
+        return self.file.base, self.position + self.length
+
+
+class Inline(NamedTuple):
+    """Whole stored batches in memory."""
+
+    data: memoryview
+    first_offset: int
+    next_offset: int
+
+
+class NeedsDisk(NamedTuple):
+    """The bytes are not in the page cache, or were not verified yet: read_cold() has to fetch them."""
+
+
+class CorruptRange(NamedTuple):
+    """Offsets [first, next) whose bytes fail their checksum."""
+
+    first: int
+    next: int
+
+
+Found = FileSlice | Inline | NeedsDisk | CorruptRange | None
+"""The answer of Log.find(); None: the reader has everything that is durable."""
+
+
+@dataclass(slots=True)
+class ColdRead:
+    """The answer of read_cold(): whole verified batches, from the one that holds the wanted offset on.
+
+    `corrupt` is set when the wanted offset is in a corrupt range; `error` when the disk refused, or when the timeout
+    came first (`timed_out`). Then nothing else is set.
+    """
+
+    data: bytes = b""
+    first_offset: int = -1
+    next_offset: int = -1
+    corrupt: CorruptRange | None = None
+    error: str = ""
+    timed_out: bool = False
+
+
+class DurableChunk(Protocol):
+    """Numbered batches that have just become durable: a read-only buffer that lives as long as the object."""
+
+    first_offset: int
+    next_offset: int
+
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+
+class ChainPoint(NamedTuple):
+    """A batch boundary, and the header chain checksum over everything before it."""
+
+    offset: int
+    chain: int
+
+
+# ---- what a writer gets ----
+
+
+class Appended(NamedTuple):
+    """What became of a run of PUBLISH frames. `answers` are packed (common/spans.py), one for each of the `frames` that
+    were handled; they are true once the log's end has passed `wait`. `records`: how many were new."""
+
+    answers: bytes
+    frames: int
+    wait: int
+    records: int
+
+
+# ---- what is stored beside the records ----
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True):
+    """Which log this is. `epochs` are its histories, each with its first offset; `chain` is the header chain checksum
+    at `log_start`; `snapshot` is where the newest complete table snapshot begins and ends (-1: there is none)."""
+
+    log_id: str
+    origin: str
+    epochs: list[tuple[int, int]]
+    log_start: int
+    chain: int
+    settings: TopicSettings
+    snapshot: tuple[int, int] = (-1, -1)
+
+    @property
+    def epoch(self) -> int:
+        return self.epochs[-1][0]
+
+    def epoch_at(self, offset: int) -> int:
+        """The history that an offset belongs to."""
+        return max((epoch for epoch, first in self.epochs if first <= offset), default=0)
+
+    def contains(self, epoch: int, next_offset: int) -> bool:
+        """True when a reader of that history could have come to next_offset by what this log holds: the history did
+        not end before. An epoch of -1 is any; one that this log has not reached yet is no contradiction."""
+        later = [first for known, first in self.epochs if known > epoch]
+        return epoch < 0 or not later or next_offset <= min(later)
+
+    @property
+    def log_id_bytes(self) -> bytes:
+        return bytes.fromhex(self.log_id)
+
+
+Change = Callable[[Identity], Identity]
+"""The identity that a log gets, from the one that it has."""
+
+
+def make_identity(origin: str, settings: TopicSettings) -> Identity:
+    """A new log of this node: a fresh log_id, epoch 1 from offset 0, the chain that begins with the log_id."""
+    log_id = os.urandom(16)
+    return Identity(
+        log_id=log_id.hex(), origin=origin, epochs=[(1, 0)], log_start=0, chain=crc32c(log_id), settings=settings
+    )
+
+
+def begin_history(identity: Identity, end: int) -> Identity:
+    """The identity of a log that continues at `end` in a new history. Histories that begin after that ended before
+    they began: nothing of them is here."""
+    lived = [(epoch, first) for epoch, first in identity.epochs if first <= end]
+    return replace(identity, epochs=[*lived, (identity.epoch + 1, end)])
+
+
+class Checkpoint(NamedTuple):
+    """A durable place: the log was synced at least up to here; `chain` is the chain there, `max_timestamp` the newest
+    timestamp of the segment up to here."""
+
+    log_id: str
+    base: int
+    position: int
+    offset: int
+    chain: int
+    epoch: int
+    max_timestamp: int
+
+
+class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
+    """The committed offset of a group in one partition: every record before next_offset was acknowledged.
+
+    revision    grows with every commit of the node: tells which of two copies is newer, also after a rewind
+    attempts    how often the record at next_offset failed
+    isolated    it is delivered alone until it is acknowledged
+    reset_id    the group's last snapshot refresh of this partition (hex, "" when there was none), begun at reset_from;
+    target      it lasts until READY says that the group has reached this offset (-1: the refresh is over)
+    moved_end   where the log ended when an operator moved the offset (-1: that did not happen): what members had
+                acknowledged before that lies below
+    """
+
+    log_id: str
+    epoch: int
+    next_offset: int
+    revision: int = 0
+    attempts: int = 0
+    isolated: bool = False
+    reset_id: str = ""
+    reset_from: int = -1
+    target: int = -1
+    moved_end: int = -1
+
+    @property
+    def deleted(self) -> bool:
+        """A note that the group was deleted: an older copy of its offset does not bring it back."""
+        return self.next_offset < 0
+
+    @property
+    def refreshing(self) -> bool:
+        """A snapshot refresh is under way."""
+        return self.target >= 0
+
+    @property
+    def rewound(self) -> bool:
+        """An operator moved the offset back, and the group has not passed where the log ended then."""
+        return self.next_offset < self.moved_end
+
+
+class ChildPosition(msgspec.Struct, frozen=True, array_like=True):
+    """A child has every record of this log before `offset`, the last of them in `epoch`: that was compared. `seen` is
+    when it asked, by the scheduler's clock; in the file, how many seconds before it was written."""
+
+    log_id: str
+    epoch: int
+    offset: int
+    seen: float
+
+
+Children = dict[tuple[str, int], dict[str, ChildPosition]]
+"""For each (topic, partition) what each child has, by the child's uid."""
+
+
+class Tombstone(msgspec.Struct, frozen=True, array_like=True):
+    """A log that its origin has deleted: the name of its topic, and its last history that is gone."""
+
+    topic: str
+    epoch: int
+
+
+class ResyncRow(msgspec.Struct, frozen=True, kw_only=True):
+    """A resync that this node was told to do. When it `failed`, `why` tells the reason. `targets`: where each partition
+    ended at the parent when it began; `log_ids`: which logs these are; the rest is as in ResyncDirective
+    (pipe/report.py)."""
+
+    id: Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
+    topic: str
+    group: str = ""
+    in_place: bool = False
+    force: bool = False
+    accept: bool = False
+    hours: str = ""
+    phase: Literal["waiting", "loading", "switching", "done", "failed"] = "waiting"
+    why: str = ""
+    targets: list[int] = []
+    log_ids: list[str] = []
+
+
+# ---- what an engine tells about itself ----
+
+
+class DamagedOffsets(msgspec.Struct, frozen=True):
+    """Offsets first to last, as they are shown."""
+
+    first: int
+    last: int
+
+
+class LogStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One log: how much there is of it, and how well. `checkpoint` -1: there is none."""
+
+    segments: int
+    bytes: int
+    producers: int
+    staged_bytes: int
+    checkpoint: int = -1
+    damaged: list[DamagedOffsets] = []
+
+
+class DiskState(NamedTuple):
+    """Bytes of the file system that holds the data directory: free, in all, and how many can be written before
+    producers are refused; `used` by all logs together."""
+
+    free: int
+    size: int
+    usable: int
+    used: int
+
+
+class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What an engine has done and how it is; the memory engine has no more than its name. Sizes in bytes. Counters
+    begin at 0 with each start. `clock` is "plausible", or why age removes nothing now."""
+
+    engine: str
+    commit_groups: int | None = None
+    commit_bytes: int | None = None
+    sync_seconds: float | None = None
+    slowest_sync_seconds: float | None = None
+    rolls: int | None = None
+    metadata_transactions: int | None = None
+    cold_reads: int | None = None
+    read_timeouts: int | None = None
+    quarantined_ranges: int | None = None
+    disk_free_bytes: int | None = None
+    disk_bytes: int | None = None
+    disk_usable_bytes: int | None = None
+    log_bytes: int | None = None
+    removed_segments: int | None = None
+    verified_bytes: int | None = None
+    unverified_segments: int | None = None
+    clock: str | None = None
+
+
+class SegmentFile(msgspec.Struct, frozen=True):
+    """A segment as it is copied: the durable bytes of a file. They never change; files come and go as a whole."""
+
+    file: str
+    bytes: int
+    sealed: bool
+
+
+class LogInventory(msgspec.Struct, frozen=True):
+    """The files of a log: what a copy of it consists of."""
+
+    topic: str
+    partition: int
+    identity: Identity
+    end: int
+    segments: list[SegmentFile]
