@@ -338,7 +338,7 @@ def test_the_columns_of_group_offsets() -> None:
     row = next(row for row in table(r"Table +\| Key", storage) if row[0] == "`group_offsets`")
     assert row[2].split(", ") == ["alone" if name == "isolated" else name for name in names]
     assert f"`user_version` {meta.VERSION}" in storage
-    assert ticked(table(r"Place in the entry", storage), 1) == names
+    assert ticked(table(r"Position in the entry", storage), 1) == names
     example = re.search(r"^(\{\"offsets\".*\})\n([0-9a-f]{8})$", storage, re.MULTILINE)
     assert example is not None
     assert f"{tiny_reader.crc32c(example[1].encode()):08x}" == example[2]
