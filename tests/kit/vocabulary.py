@@ -30,7 +30,7 @@ RETIRED = {
 }
 
 # What is not prose of ours: a table of meta.db, a batch that is incomplete, and letters of the alphabet.
-NAMES = re.compile(r"`holes`|\b(INTO|FROM|EXISTS) holes\b|the batch is cut off|\bletters(?=,? (and )?digits)")
+NAMES = re.compile(r"`holes`|\b(INTO|FROM|EXISTS) holes\b|^holes$|the batch is cut off|\bletters(?=,? (and )?digits)")
 
 
 class Use(NamedTuple):
