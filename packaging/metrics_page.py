@@ -5,8 +5,8 @@ from edgebroker.broker.observe.problems import ADVICE
 
 HEAD = """# Metrics
 
-`GET /metrics` answers in the text format of Prometheus, on the admin interface (`listen.http`). Nothing on the data
-path knows of it: the numbers are plain counters that are read when somebody asks. Counters begin at 0 with each start.
+`GET /metrics` on the admin interface (`listen.http`) answers in the text format of Prometheus. The data path only adds
+to plain counters; a scrape reads them. Counters begin at 0 with each start.
 
 ```yaml
 scrape_configs:
@@ -16,12 +16,17 @@ scrape_configs:
 ```
 
 Labels are bounded: names of topics and groups (groups without a name are not shown), numbers of partitions, codes and
-problems from closed lists. At most 2,000 logs and 2,000 places of groups are shown; `edgebroker_series_left_out` says
-how many there were beyond that.
+problems from closed lists. At most 2,000 logs and 2,000 committed offsets are shown; `edgebroker_series_left_out`
+counts the others.
 
-What to watch, in this order: `edgebroker_ready == 0`; `edgebroker_problem == 1`; `edgebroker_consumer_lag_seconds`;
-`time() - edgebroker_pipe_last_success_timestamp_seconds` (a parent is silent for at most a minute and a half while it
-is well); `edgebroker_disk_days_left`; the 99th percentile of `edgebroker_sync_duration_seconds`.
+What to watch, in this order:
+
+1. `edgebroker_ready == 0`
+2. `edgebroker_problem == 1`
+3. `edgebroker_consumer_lag_seconds`
+4. `time() - edgebroker_pipe_last_success_timestamp_seconds`: a healthy parent is silent for at most a minute and a half
+5. `edgebroker_disk_days_left`
+6. the 99th percentile of `edgebroker_sync_duration_seconds`
 
 | Metric | Kind | Labels | Meaning |
 |---|---|---|---|
