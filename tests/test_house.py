@@ -46,10 +46,12 @@ HOMES = {
     "h11": {"network/http/server.py", "network/http/client.py"},
 }
 SOCKETS = {
-    "network/io/loop.py", "network/io/transport.py", "network/http/server.py", "network/http/client.py",
-    "client/link.py", "client/producer.py", "client/consumer.py", "broker/broker.py", "broker/sessions/native.py",
-    "broker/fleet/tree.py", "cli/admin_client.py", "cli/demo/tree_demo.py", "common/config.py",
-    "cli/service/supervisor.py", "cli/service/journal.py",
+    "network/io/loop.py", "network/io/transport.py", "network/io/listener.py",
+    "network/http/server.py", "network/http/client.py",
+    "client/link.py", "client/producer.py", "client/consumer.py",
+    "broker/listeners.py", "broker/sessions/sessions.py", "broker/sessions/native.py", "broker/fleet/tree.py",
+    "cli/admin_client.py", "cli/demo/tree_demo.py", "cli/service/supervisor.py", "cli/service/journal.py",
+    "common/config.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600
