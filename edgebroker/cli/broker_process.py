@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from edgebroker.cli import environment as environments
 from edgebroker.cli.admin_client import call
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
@@ -23,18 +23,6 @@ def program() -> list[str]:
     if getattr(sys, "frozen", False):
         return [sys.executable]
     return [sys.executable, "-m", "edgebroker"]
-
-
-def environment_of_others() -> dict[str, str]:
-    """The environment for programs that are not this very one: what the loader of a frozen program has put into ours
-    would give them its libraries, and would make another release of the program look for this one's files."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith("_PYI_")}
-    if getattr(sys, "frozen", False):
-        found["PYINSTALLER_RESET_ENVIRONMENT"] = "1"
-        found.pop("LD_LIBRARY_PATH", None)
-        if original := found.pop("LD_LIBRARY_PATH_ORIG", ""):
-            found["LD_LIBRARY_PATH"] = original
-    return found
 
 
 class BrokerProcess:
@@ -81,9 +69,7 @@ class BrokerProcess:
         self.directory.mkdir(parents=True, exist_ok=True)
         ports = self.directory.with_name(self.directory.name + ".ports")
         ports.unlink(missing_ok=True)
-        # Not the configuration of a node whose environment we have been given.
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("EDGEBROKER_")}
-        environment = {**ours, **self._environment, **self._settings}
+        environment = environments.for_another_node({**self._environment, **self._settings})
         arguments = ["serve", "--data-dir", str(self.directory), "--listen", self._listen, "--http", self._http]
         arguments += ["--ports-file", str(ports), *self._arguments]
         with self.log_path.open("ab") as log:

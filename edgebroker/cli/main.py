@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 
+from edgebroker.cli import environment
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.version import __version__
 
@@ -193,11 +194,11 @@ def _status(verbs) -> None:  # type: ignore[no-untyped-def]
 
 
 def _server(parser: Parser) -> None:
-    parser.add_argument("--server", default=os.environ.get("EDGEBROKER_SERVER", SERVER), metavar="HOST:PORT")
+    parser.add_argument("--server", default=environment.variable("SERVER", SERVER), metavar="HOST:PORT")
 
 
 def _admin(parser: Parser, *, json: bool = True) -> None:
-    default = os.environ.get("EDGEBROKER_ADMIN", "127.0.0.1:7421")
+    default = environment.variable("ADMIN", "127.0.0.1:7421")
     parser.add_argument("--admin", default=default, metavar="HOST:PORT|unix:PATH", help="admin interface of the broker")
     if json:
         parser.add_argument("--json", action="store_true", help="print JSON")

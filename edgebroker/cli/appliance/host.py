@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgebroker.cli.broker_process import environment_of_others
+from edgebroker.cli import environment
 from edgebroker.common.durable import sync_directory, write_durable
 from edgebroker.common.errors import EdgeBrokerError
 
@@ -225,7 +225,12 @@ def plainly() -> Iterator[None]:
 def _run(command: Sequence[str], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
     """In a session of its own: Ctrl-C is for us to hear."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds, env=environment_of_others(), start_new_session=True
+        command,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=environment.for_other_programs(),
+        start_new_session=True,
     )
 
 

@@ -21,7 +21,7 @@ import tomli
 
 from edgebroker.cli.appliance import releases
 from edgebroker.cli.appliance.host import USER, Machine, plainly, point
-from edgebroker.cli.commands.config import commented_file
+from edgebroker.cli.config_file import commented_file
 from edgebroker.common.config import is_address, is_loopback, load_config, split_list
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.pipe.follower import LEVELS

@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgebroker.cli import environment
 from edgebroker.cli.appliance.host import Machine, point
-from edgebroker.cli.broker_process import environment_of_others
 from edgebroker.common.durable import sync_directory, sync_file, write_durable
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 
@@ -86,7 +86,7 @@ def ask_version(program: Path) -> dict[str, Any]:
             capture_output=True,
             text=True,
             timeout=CHECK_SECONDS,
-            env=environment_of_others(),
+            env=environment.for_other_programs(),
         )
         found = json.loads(done.stdout)
         if done.returncode == 0 and isinstance(found, dict) and {"version", "data_format"} <= found.keys():

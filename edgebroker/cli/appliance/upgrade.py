@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgebroker.cli import environment
 from edgebroker.cli.appliance import releases
 from edgebroker.cli.appliance.host import Machine, plainly, tell
 from edgebroker.cli.appliance.releases import ReleaseSwitch
-from edgebroker.cli.broker_process import environment_of_others
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 
@@ -108,7 +108,11 @@ def _check_format(machine: Machine, program: Path, options: argparse.Namespace) 
 
 def _selftest(program: Path) -> None:
     done = subprocess.run(
-        [program, "selftest"], capture_output=True, text=True, timeout=SELFTEST_SECONDS, env=environment_of_others()
+        [program, "selftest"],
+        capture_output=True,
+        text=True,
+        timeout=SELFTEST_SECONDS,
+        env=environment.for_other_programs(),
     )
     if done.returncode:
         raise EdgeBrokerError(f"the new program fails its own checks; nothing was changed:\n{done.stderr.strip()}")

@@ -10,10 +10,10 @@ import sys
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
+from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
 from edgebroker.client.accumulator import Sent
 from edgebroker.client.producer import Producer
-from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError
 
 
@@ -56,20 +56,6 @@ def publish(options: argparse.Namespace) -> int:
         print(f"edgebroker: {reports.failed} records were refused: {reports.error}", file=sys.stderr)
         return 1
     return 0
-
-
-class Pace:
-    """So many records a second: wait() blocks until the nth is due."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate, self._clock = rate, SystemClock()
-        self._began = self._clock.monotonic()
-
-    def wait(self, number: int) -> None:
-        if self._rate > 0:
-            ahead = self._began + number / self._rate - self._clock.monotonic()
-            if ahead > 0.001:
-                sleep(ahead)
 
 
 class Reports:

@@ -22,8 +22,8 @@ from pathlib import Path
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
-from edgebroker.cli.commands.publish import Pace
 from edgebroker.cli.demo.tree_demo import LEVELS, DemoTree
+from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
 from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer

@@ -6,12 +6,12 @@ import argparse
 import gc
 import json
 import logging
-import os
 import signal
 from pathlib import Path
 
 from edgebroker.broker.broker import Broker
 from edgebroker.broker.reload import reload
+from edgebroker.cli import environment
 from edgebroker.cli.service import journal
 from edgebroker.cli.service.supervisor import Systemd
 from edgebroker.common.clock import Clock, SystemClock
@@ -24,8 +24,8 @@ log = logging.getLogger("edgebroker")
 
 def serve(options: argparse.Namespace) -> int:
     config, clock = _load(options), SystemClock()
-    journal.set_up(config.log.level, config.log.format, config.node.name, clock, os.environ)
-    systemd = Systemd(os.environ)
+    journal.set_up(config.log.level, config.log.format, config.node.name, clock, environment.current())
+    systemd = Systemd(environment.current())
     broker = Broker(config, clock, systemd)
     broker.start()
     for number in (signal.SIGTERM, signal.SIGINT):
