@@ -46,7 +46,7 @@ def said(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
 def test_one_screen(broker: RunningBroker, capsys: pytest.CaptureFixture[str]) -> None:
     screen = said(capsys, 0, "status", "--admin", admin(broker))
     assert screen.startswith("HEALTHY: ")
-    assert "parent    none: this node is at the top" in screen
+    assert "parent    none (this is the root)" in screen
     assert "a sync takes" in screen
     rows = [line.split() for line in screen.splitlines()]
     assert ["prices", "stream", "1", "10"] in [row[:4] for row in rows]
@@ -74,7 +74,7 @@ def test_dead_letters_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
             consumer.nack(consumer.poll(10.0)[0], "not for us")
             while broker.counters()["dead_letters"] < 1:
                 consumer.poll(0.05)
-        assert "1 dead letters wait for somebody" in said(capsys, 0, "status", "--admin", admin(broker))
+        assert "1 dead letter pending" in said(capsys, 0, "status", "--admin", admin(broker))
 
 
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,13 +115,15 @@ def test_lag_in_records(broker: RunningBroker, capsys: pytest.CaptureFixture[str
         limits = ("--warning", str(warning), "--critical", str(critical))
         return said(capsys, code, "check", "lag", "--records", *limits, "--admin", admin(broker))
 
-    assert lag(0, 11, 20) == "EDGEBROKER LAG OK: 1 groups are within 11 records | 'labels'=10;11;20\n"
+    assert lag(0, 11, 20) == "EDGEBROKER LAG OK: 1 group less than 11 records behind | 'labels'=10;11;20\n"
     assert "WARNING: group labels is 10 records behind" in lag(1, 10, 20)
     assert "CRITICAL: group labels is 10 records behind" in lag(2, 5, 10)
 
 
 def test_a_group_that_is_not_there_is_unknown(broker: RunningBroker, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "UNKNOWN: there is no group g" in said(capsys, 3, "check", "lag", "--group", "g", "--admin", admin(broker))
+    assert "UNKNOWN: group g does not exist" in said(
+        capsys, 3, "check", "lag", "--group", "g", "--admin", admin(broker)
+    )
 
 
 @pytest.mark.parametrize("wrong", [("raedy",), ("lag", "--warning", "abc"), ()])

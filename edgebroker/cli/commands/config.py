@@ -9,9 +9,21 @@ from pathlib import Path
 
 import msgspec
 
+from edgebroker.cli.command import Parser, json_flag, subcommand, subcommands
 from edgebroker.cli.config_file import commented_file, to_toml
 from edgebroker.common.config import load_config
 from edgebroker.common.errors import ConfigError
+
+
+def arguments(parser: Parser) -> None:
+    commands = subcommands(parser)
+    check_parser = subcommand(commands, "check", "check a configuration file and report every problem", check)
+    check_parser.add_argument("file")
+    show_parser = subcommand(commands, "show", "print the configuration in force, with defaults", show)
+    show_parser.add_argument("-c", "--config", metavar="FILE", help="configuration file (default: none)")
+    json_flag(show_parser)
+    init_parser = subcommand(commands, "init", "print a commented configuration file with every key", init)
+    init_parser.add_argument("file", nargs="?", help="write it to this file, which must not exist")
 
 
 def check(options: argparse.Namespace) -> int:
@@ -39,7 +51,7 @@ def init(options: argparse.Namespace) -> int:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise ConfigError(f"{path} exists and is left as it is; choose another name") from error
+        raise ConfigError(f"{path} already exists; choose another name") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     return 0
