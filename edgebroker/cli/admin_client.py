@@ -48,8 +48,9 @@ def _exchange(admin: str, method: str, path: str, body: object) -> tuple[int, An
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreachableError(
-            f"no broker answers at {admin}: {error}; is it running, and is --admin correct?"
+            f"no broker answers at {admin}: {reason}; is it running, and is --admin correct?"
         ) from error
     finally:
         connection.close()

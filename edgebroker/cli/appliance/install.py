@@ -89,34 +89,34 @@ def install(options: argparse.Namespace) -> int:
             return _refresh(machine)
         if not options.role:
             raise ConfigError("--role is required: root, l2, l3, pos or local")
-        place = _place(machine, options)
-        known = _configured(machine, place)
-        values = _values(machine, place, known, options)
+        paths = _chosen_node(machine, options)
+        known = _configured(machine, paths)
+        values = _values(machine, paths, known, options)
         _program(machine)
         _user(machine)
         _units(machine)
-        machine.write(place.limits, shipped(f"{LIMITS[options.role]}.conf"))
+        machine.write(paths.limits, shipped(f"{LIMITS[options.role]}.conf"))
         if values != known:
             # The default file of the package is no one's decision and may be overwritten.
-            over = known == _defaults(place)
-            machine.write(place.config, commented_file(values), 0o640, over=over)
-        machine.link(f"{WANTS}/{place.unit}", f"{_unit_home(machine)}/{place.template}")
+            over = known == _defaults(paths)
+            machine.write(paths.config, commented_file(values), 0o640, over=over)
+        machine.link(f"{WANTS}/{paths.unit}", f"{_unit_home(machine)}/{paths.template}")
         if (
             machine.changed
-            or machine.ask("systemctl", "show", place.unit, "-p", "NeedDaemonReload", "--value") == "yes"
+            or machine.ask("systemctl", "show", paths.unit, "-p", "NeedDaemonReload", "--value") == "yes"
         ):
             machine.run("systemctl", "daemon-reload")
-        _start(machine, place, options.start)
+        _start(machine, paths, options.start)
         if machine.changed and not machine.dry:
-            _print_next_steps(place, values)
-        if place.config in machine.kept:
+            _print_next_steps(paths, values)
+        if paths.config in machine.kept:
             raise EdgeBrokerError(
-                f"/{place.config} was edited by hand and is unchanged; merge /{place.config}.new into it"
+                f"/{paths.config} was edited by hand and is unchanged; merge /{paths.config}.new into it"
             )
     return 0
 
 
-def _place(machine: Machine, options: argparse.Namespace) -> InstallPaths:
+def _chosen_node(machine: Machine, options: argparse.Namespace) -> InstallPaths:
     """The node of --instance, else the first one of this machine, or one of this role beside it."""
     if options.instance:
         return _instance(options.instance)
@@ -124,16 +124,16 @@ def _place(machine: Machine, options: argparse.Namespace) -> InstallPaths:
     level = _level(machine, first)
     if first not in nodes(machine) or level == options.role:
         return first
-    place = InstallPaths(options.role)
-    if place not in nodes(machine):
+    paths = InstallPaths(options.role)
+    if paths not in nodes(machine):
         machine.say(
-            f"install {place.unit} beside {first.unit}, whose role is {level} (edit /{first.config} to change it)"
+            f"install {paths.unit} beside {first.unit}, whose role is {level} (edit /{first.config} to change it)"
         )
-    return place
+    return paths
 
 
-def _level(machine: Machine, place: InstallPaths) -> str:
-    return str(_configured(machine, place).get("node.level", "root"))
+def _level(machine: Machine, paths: InstallPaths) -> str:
+    return str(_configured(machine, paths).get("node.level", "root"))
 
 
 def _instance(name: str) -> InstallPaths:
@@ -142,9 +142,9 @@ def _instance(name: str) -> InstallPaths:
     return InstallPaths(name)
 
 
-def _configured(machine: Machine, place: InstallPaths) -> Values:
+def _configured(machine: Machine, paths: InstallPaths) -> Values:
     """The keys that the file of a node sets; none when there is no file."""
-    path = machine.path(place.config)
+    path = machine.path(paths.config)
     if not path.is_file():
         return {}
     try:
@@ -154,12 +154,12 @@ def _configured(machine: Machine, place: InstallPaths) -> Values:
         raise ConfigError(f"{path} cannot be parsed: {error}; correct it, then install again") from error
 
 
-def _defaults(place: InstallPaths) -> Values:
+def _defaults(paths: InstallPaths) -> Values:
     """The keys that the default file of the package sets."""
-    return {"node.data_dir": place.data}
+    return {"node.data_dir": paths.data}
 
 
-def _values(machine: Machine, place: InstallPaths, known: Values, options: argparse.Namespace) -> Values:
+def _values(machine: Machine, paths: InstallPaths, known: Values, options: argparse.Namespace) -> Values:
     """The configuration: from flags, else the file, else by role. Raises ConfigError when a node would reject it."""
     given: Values = {"node.level": options.role}
     for key, value in (
@@ -171,15 +171,15 @@ def _values(machine: Machine, place: InstallPaths, known: Values, options: argpa
     ):
         if value:
             given[key] = value
-    host, port = _host(options.bind or "127.0.0.1"), _port(machine, place, known)
+    host, port = _host(options.bind or "127.0.0.1"), _port(machine, paths, known)
     listen: Values = {"listen.tcp": f"{host}:{port}", "listen.http": f"{host}:{port + 1}"}
     if options.bind:
         given.update(listen)
         if not is_loopback(f"{host}:0"):
             given["listen.allow_insecure"] = True
-    fitting: Values = {"node.data_dir": place.data, **listen}
-    if place.instance:
-        fitting["node.name"] = f"%H-{place.instance}"  # valid in clones of an image, too
+    fitting: Values = {"node.data_dir": paths.data, **listen}
+    if paths.instance:
+        fitting["node.name"] = f"%H-{paths.instance}"  # valid in clones of an image, too
         if not options.registry and "pipe.registry" not in known:
             fitting.update(_parent_on_this_machine(machine, options.role))
     if options.role == "root":
@@ -211,17 +211,17 @@ def _host(text: str) -> str:
     raise ConfigError(f"--bind {text}: not an IP address or host name; give it without a port")
 
 
-def _port(machine: Machine, place: InstallPaths, known: Values) -> int:
+def _port(machine: Machine, paths: InstallPaths, known: Values) -> int:
     """The port for clients: as configured, else one that no other node of this machine uses."""
     configured = str(known.get("listen.tcp", "")).rpartition(":")[2]
     if configured.isdigit():
         return int(configured)
-    return _free_port(machine, place) if place.instance else FIRST_PORT
+    return _free_port(machine, paths) if paths.instance else FIRST_PORT
 
 
-def _free_port(machine: Machine, place: InstallPaths) -> int:
+def _free_port(machine: Machine, paths: InstallPaths) -> int:
     """The first of two consecutive ports that no other node of this machine uses."""
-    others = [path.stem for path in machine.path("etc/edgebroker").glob("*.toml") if path.stem != place.instance]
+    others = [path.stem for path in machine.path("etc/edgebroker").glob("*.toml") if path.stem != paths.instance]
     taken = [
         str(_configured(machine, InstallPaths("" if name == "edgebroker" else name)).get("listen.tcp"))
         for name in others
@@ -256,7 +256,7 @@ def _address(flag: str, text: str) -> str:
 
 
 def _program(machine: Machine) -> None:
-    """Copy this program to its place, unless it is there. Another release is left to `upgrade`, which can roll back."""
+    """Install this program, unless it is there. Another release is left to `upgrade`, which can roll back."""
     program = releases.own_program()
     if releases.packaged():
         if machine.path(releases.CURRENT).exists():
@@ -316,7 +316,7 @@ def nodes(machine: Machine) -> list[InstallPaths]:
     """The nodes that are installed on a machine, edgebroker.service first."""
     found = machine.path(UNITS).glob(f"edgebroker*.service.d/{LIMITS_FILE}")
     names = [path.parent.name.removesuffix(".service.d").removeprefix("edgebroker").removeprefix("@") for path in found]
-    return [place for place in map(InstallPaths, sorted(names)) if machine.wrote(place.limits)]
+    return [paths for paths in map(InstallPaths, sorted(names)) if machine.wrote(paths.limits)]
 
 
 def _refresh(machine: Machine) -> int:
@@ -326,42 +326,42 @@ def _refresh(machine: Machine) -> int:
     try:
         _user(machine)
         _units(machine)
-        for place in nodes(machine):
+        for paths in nodes(machine):
             try:
-                machine.write(place.limits, shipped(f"{LIMITS[_level(machine, place)]}.conf"))
+                machine.write(paths.limits, shipped(f"{LIMITS[_level(machine, paths)]}.conf"))
             except (ConfigError, KeyError) as error:
-                machine.say(f"keep the limits of {place.unit}: {error}")
+                machine.say(f"keep the limits of {paths.unit}: {error}")
     finally:
         if machine.changed:
             machine.run("systemctl", "daemon-reload")
     return 0
 
 
-def _start(machine: Machine, place: InstallPaths, wanted: bool) -> None:
+def _start(machine: Machine, paths: InstallPaths, wanted: bool) -> None:
     """Start the node, or restart it when its configuration, limits or unit are newer than its process."""
-    started = _started(machine, place)
+    started = _started(machine, paths)
     if started is None:
         if wanted:
-            machine.run("systemctl", "start", place.unit)
+            machine.run("systemctl", "start", paths.unit)
         return
-    names = (place.config, place.limits, f"{UNITS}/{place.template}")
+    names = (paths.config, paths.limits, f"{UNITS}/{paths.template}")
     if started < max(
         (machine.path(name).stat().st_mtime for name in names if machine.path(name).exists()), default=0.0
     ):
         if wanted:
-            machine.run("systemctl", "restart", place.unit)
+            machine.run("systemctl", "restart", paths.unit)
         else:
             machine.say(
-                f"leave {place.unit} running with the old settings; apply them with: systemctl restart {place.unit}"
+                f"leave {paths.unit} running with the old settings; apply them with: systemctl restart {paths.unit}"
             )
 
 
-def _started(machine: Machine, place: InstallPaths) -> float | None:
+def _started(machine: Machine, paths: InstallPaths) -> float | None:
     """When the process of a node was started, in seconds since 1970; None when it does not run."""
-    said = machine.ask(
-        "systemctl", "show", place.unit, "-p", "MainPID", "-p", "ExecMainStartTimestamp", "--timestamp=us+utc"
+    output = machine.ask(
+        "systemctl", "show", paths.unit, "-p", "MainPID", "-p", "ExecMainStartTimestamp", "--timestamp=us+utc"
     )
-    found = dict(line.partition("=")[::2] for line in said.splitlines())
+    found = dict(line.partition("=")[::2] for line in output.splitlines())
     if found.get("MainPID", "0") == "0":
         return None
     try:
@@ -371,9 +371,9 @@ def _started(machine: Machine, place: InstallPaths) -> float | None:
     return when.replace(tzinfo=UTC).timestamp()
 
 
-def _print_next_steps(place: InstallPaths, values: Values) -> None:
-    name, admin = place.unit.removesuffix(".service"), _reached(str(values["listen.http"]))
-    print(f"\ninstalled:  {name}, configured in /{place.config}, data in {values['node.data_dir']}")
+def _print_next_steps(paths: InstallPaths, values: Values) -> None:
+    name, admin = paths.unit.removesuffix(".service"), _reached(str(values["listen.http"]))
+    print(f"\ninstalled:  {name}, configured in /{paths.config}, data in {values['node.data_dir']}")
     print(f"start it:   systemctl start {name}")
     print(f"status:     edgebroker status{'' if admin == '127.0.0.1:7421' else f' --admin {admin}'}")
     print(f"log:        journalctl -u {name}")
@@ -387,30 +387,30 @@ def _print_next_steps(place: InstallPaths, values: Values) -> None:
 def uninstall(options: argparse.Namespace) -> int:
     machine = Machine(Path(options.root), options.dry_run)
     machine.check()
-    place = _instance(options.instance) if options.instance else InstallPaths("")
+    paths = _instance(options.instance) if options.instance else InstallPaths("")
     if options.purge and not (options.yes or options.dry_run):
         raise ConfigError("--purge deletes all data of the node and cannot be undone; add --yes to confirm")
     if (
-        place not in nodes(machine)
-        and not machine.path(place.config).exists()
-        and not machine.path(place.data[1:]).exists()
+        paths not in nodes(machine)
+        and not machine.path(paths.config).exists()
+        and not machine.path(paths.data[1:]).exists()
     ):
-        raise ConfigError(f"{place.unit} is not installed on this machine")
+        raise ConfigError(f"{paths.unit} is not installed on this machine")
     with readable_errors():
-        if machine.ask("systemctl", "show", place.unit, "-p", "LoadState", "--value") == "loaded":
-            machine.run("systemctl", "stop", place.unit)  # ends a restart loop, too
-            machine.ask("systemctl", "reset-failed", place.unit)
-        machine.remove(f"{WANTS}/{place.unit}")
-        machine.remove(place.limits)
-        others = [node for node in nodes(machine) if node != place]
+        if machine.ask("systemctl", "show", paths.unit, "-p", "LoadState", "--value") == "loaded":
+            machine.run("systemctl", "stop", paths.unit)  # ends a restart loop, too
+            machine.ask("systemctl", "reset-failed", paths.unit)
+        machine.remove(f"{WANTS}/{paths.unit}")
+        machine.remove(paths.limits)
+        others = [node for node in nodes(machine) if node != paths]
         if options.purge:
-            for name in (place.data[1:], f"var/cache/{place.name}", place.config, f"{place.config}.new"):
+            for name in (paths.data[1:], f"var/cache/{paths.name}", paths.config, f"{paths.config}.new"):
                 machine.discard(name)
         if not others and not releases.packaged():
             _remove_program(machine)
         machine.run("systemctl", "daemon-reload")
     if not options.purge:
-        machine.say(f"keep {place.data} and /{place.config} (uninstall --purge --yes deletes them)")
+        machine.say(f"keep {paths.data} and /{paths.config} (uninstall --purge --yes deletes them)")
     return 0
 
 

@@ -182,7 +182,7 @@ def verdict(found: list[BenchmarkResult]) -> list[str]:
     sync, single = values["disk: append 4 KiB and sync, p50"], values["publish one at a time, durable, p50"]
     batched = values["publish in batches, durable"]
     kind = "fast" if sync < 2 else "normal for a good disk" if sync < 8 else "slow" if sync < 30 else "very slow"
-    said = [
+    sentences = [
         f"This disk syncs in {sync:.1f} ms ({kind}): expect {_round(1000 / single)} durable single publishes a second "
         f"from one client, {_round(batched)} in batches.",
         f"A consumer receives a published record after {values['push to a consumer, p50']:.1f} ms (99th "
@@ -190,17 +190,17 @@ def verdict(found: list[BenchmarkResult]) -> list[str]:
         f"After a crash the node is ready {values['start after SIGKILL until ready'] / 1000:.1f} s after its restart.",
     ]
     if sync >= 8:
-        said.append("Publish in batches on this disk, or set storage.commit_interval_ms so that clients share a sync.")
+        sentences.append("Publish in batches on this disk, or let clients share a sync (storage.commit_interval_ms).")
     if values["disk: append 4 KiB and sync, p99"] > 10 * sync:
-        said.append(
+        sentences.append(
             "The slowest syncs (1 %) take more than ten times the median: the disk is busy, worn, or low-grade flash."
         )
     ratios = [r.ratio for r in found if r.ratio is not None and r.name.startswith(("publish one", "push"))]
     if statistics.median(ratios) > 5:
-        said.append(
+        sentences.append(
             "The broker does not reach what the disk allows: the processor is the limit, or the machine is busy."
         )
-    return said
+    return sentences
 
 
 def _round(value: float) -> str:

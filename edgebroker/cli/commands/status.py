@@ -84,7 +84,7 @@ def _print_disk(storage: dict[str, Any]) -> None:
     print(
         f"disk      {size(storage['disk_free_bytes'])} of {size(storage['disk_bytes'])} free, logs "
         f"{size(storage['log_bytes'])}, a sync takes {sync * 1000:.1f} ms "
-        f"(slowest {storage['slowest_sync_seconds'] * 1000:.0f} ms)"
+        f"(slowest {storage['slowest_sync_seconds'] * 1000:.1f} ms)"
     )
 
 

@@ -123,7 +123,8 @@ def _show(topic: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(topic))
         return
-    print(f"topic {topic['name']}: " + ", ".join(f"{name} {value}" for name, value in topic["settings"].items()))
+    settings = [f"{name}={_setting(value)}" for name, value in topic["settings"].items()]
+    print(f"topic {topic['name']}: {' '.join(settings)}")
     print_table(
         ("partition", "log_start", "durable_end", "segments", "bytes", "epoch", "damaged"),
         [
@@ -139,3 +140,8 @@ def _show(topic: dict[str, Any], as_json: bool) -> None:
             for part in topic["partitions"]
         ],
     )
+
+
+def _setting(value: object) -> str:
+    """A setting as its flag takes it: true, 4, wait."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

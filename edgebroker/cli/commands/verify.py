@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, json_flag
+from edgebroker.cli.render import counted
 from edgebroker.common.errors import EdgeBrokerError
 
 
@@ -145,13 +146,14 @@ def verify(options: argparse.Namespace) -> int:
         for first, end in differing[log.name]:
             print(f"{log.name}: records {first} to {end - 1} DIFFER")
         if not differing[log.name]:
-            print(f"{log.name}: {max(0, log.next - log.first)} records from {log.first} on are the same")
+            records = counted(max(0, log.next - log.first), "record")
+            print(f"{log.name}: {records} from offset {log.first}: the same")
     for name, first, end in sorted(comparison.damaged):
         print(f"{name}: records {first} to {end - 1} are damaged")
     for line in left_out:
         print(line)
     verdict = "the same" if same else "NOT the same"
-    print(f"{len(logs)} logs compared, {comparison.bytes} bytes read at each node: {verdict}")
+    print(f"{counted(len(logs), 'log')} compared, {comparison.bytes} bytes read at each node: {verdict}")
     return 0 if same else 1
 
 

@@ -72,7 +72,8 @@ def wait(options: argparse.Namespace) -> int:
     verb = "replicated" if options.mirrored else "applied"
     print(f"{CLEAR_LINE}{found['done']} of {found['nodes']} nodes have {verb} {options.topic}", file=sys.stderr)
     if not found["nodes"]:
-        print("no node with these labels has reported; see edgebroker tree --all", file=sys.stderr)
+        which = "with these labels" if options.label else "below"
+        print(f"no node {which} has reported yet; see edgebroker tree --all", file=sys.stderr)
     if not found["settled"]:
         print("this node started a moment ago and may not know all nodes yet", file=sys.stderr)
     if found["refused"]:
