@@ -91,7 +91,7 @@ def connections(options: argparse.Namespace) -> int:
 
 
 def fanout(options: argparse.Namespace) -> int:
-    """The time until every consumer has every record. Always with the C client: Python cannot run so many consumers."""
+    """The time until every consumer has every record. Uses the C client, whatever --client says."""
     seconds, ready, _ = _run_native(
         options,
         lambda host, port, name: native_client.fanout(
