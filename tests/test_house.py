@@ -39,7 +39,7 @@ HOMES = {
     "os.pread": {"storage/files.py"},
     "os.rename": {"common/durable.py", "storage/files.py"},
     "os.ftruncate": {"storage/files.py"},
-    "os.environ": {"common/config.py", "cli/main.py", "cli/broker_process.py", "cli/service/serve.py"},
+    "os.environ": {"common/config.py", "cli/environment.py"},
     "time": {"common/clock.py"},
     "psutil": {"broker/observe/host.py", "cli/bench/target.py"},
     "prometheus_client": {"broker/admin/exposition.py"},

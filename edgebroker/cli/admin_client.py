@@ -1,4 +1,4 @@
-"""The command line's way to a node: its admin interface, over TCP or the unix socket."""
+"""A client of the admin interface of a node, over TCP or its unix socket."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask(admin: str, path: str) -> tuple[int, Any]:
-    """A GET: (status, decoded JSON), whatever the status. Raises UnreachableError."""
+    """GET a path; the status, whatever it is, and the decoded JSON. Raises UnreachableError."""
     return _exchange(admin, "GET", path, None)
 
 
 def call(admin: str, method: str, path: str, body: object = None) -> Any:
-    """One request; the decoded JSON. Raises UnreachableError, or EdgeBrokerError with what the node answered."""
+    """Make a request; the decoded JSON. Raises UnreachableError, or EdgeBrokerError with the error of the node."""
     status, data = _exchange(admin, method, path, body)
     if status >= 400:
         raise EdgeBrokerError(str(data.get("error", f"HTTP {status}")))
@@ -48,6 +48,9 @@ def _exchange(admin: str, method: str, path: str, body: object) -> tuple[int, An
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise UnreachableError(f"no broker answers at {admin}: {error}; is it running, is --admin right?") from error
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UnreachableError(
+            f"no broker answers at {admin}: {reason}; is it running, and is --admin correct?"
+        ) from error
     finally:
         connection.close()

@@ -1,9 +1,8 @@
-"""A broker as a child process: for the demonstration, the self-test and the benchmarks."""
+"""A broker as a child process, for the demonstration, the self-test, benchmarks and tests."""
 
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
+from edgebroker.cli import environment as environments
 from edgebroker.cli.admin_client import call
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
@@ -19,29 +19,16 @@ START_SECONDS = 20.0
 
 
 def program() -> list[str]:
-    """How to start this very program again, from source or as a frozen binary."""
+    """The command that starts this program again, from source or as a frozen binary."""
     if getattr(sys, "frozen", False):
         return [sys.executable]
     return [sys.executable, "-m", "edgebroker"]
 
 
-def environment_of_others() -> dict[str, str]:
-    """The environment for programs that are not this very one: what the loader of a frozen program has put into ours
-    would give them its libraries, and would make another release of the program look for this one's files."""
-    found = {name: value for name, value in os.environ.items() if not name.startswith("_PYI_")}
-    if getattr(sys, "frozen", False):
-        found["PYINSTALLER_RESET_ENVIRONMENT"] = "1"
-        found.pop("LD_LIBRARY_PATH", None)
-        if original := found.pop("LD_LIBRARY_PATH_ORIG", ""):
-            found["LD_LIBRARY_PATH"] = original
-    return found
-
-
 class BrokerProcess:
-    """`edgebroker serve` on ports of its own, data in `directory`. start() returns when it is ready.
+    """`edgebroker serve` on free ports of `host`, with its data in `directory`. start() returns when it is ready.
 
-    The ports are chosen at the first start and kept by the next ones, so that clients find the broker again. They are
-    on loopback, unless `host` is another address.
+    Later starts use the ports of the first one, so that clients find the broker again.
     """
 
     def __init__(
@@ -77,13 +64,11 @@ class BrokerProcess:
         return self.process.pid
 
     def start(self) -> None:
-        """Start and wait until /readyz answers. Raises EdgeBrokerError with the end of the log when it does not."""
+        """Start, and wait until it listens. Raises EdgeBrokerError with the end of its log when it does not in time."""
         self.directory.mkdir(parents=True, exist_ok=True)
         ports = self.directory.with_name(self.directory.name + ".ports")
         ports.unlink(missing_ok=True)
-        # Not the configuration of a node whose environment we have been given.
-        ours = {name: value for name, value in os.environ.items() if not name.startswith("EDGEBROKER_")}
-        environment = {**ours, **self._environment, **self._settings}
+        environment = environments.for_another_node({**self._environment, **self._settings})
         arguments = ["serve", "--data-dir", str(self.directory), "--listen", self._listen, "--http", self._http]
         arguments += ["--ports-file", str(ports), *self._arguments]
         with self.log_path.open("ab") as log:
@@ -105,7 +90,7 @@ class BrokerProcess:
                 return
             sleep(0.002)
         self.kill()
-        raise EdgeBrokerError(f"the broker did not start: {self.log_path.read_text()[-2000:]}")
+        raise EdgeBrokerError(f"the broker did not start; the end of its log:\n{self.log_path.read_text()[-2000:]}")
 
     def ready(self) -> bool:
         try:
@@ -115,13 +100,13 @@ class BrokerProcess:
         return True
 
     def kill(self) -> None:
-        """SIGKILL, as a crash."""
+        """Send SIGKILL, like a crash, and wait for the end."""
         if self.process is not None and self.process.poll() is None:
             self.process.send_signal(signal.SIGKILL)
             self.process.wait()
 
     def stop(self, timeout: float = 30.0) -> int:
-        """SIGTERM; the exit code."""
+        """Send SIGTERM and wait; the exit code."""
         assert self.process is not None
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)

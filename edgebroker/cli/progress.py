@@ -1,9 +1,11 @@
-"""A progress bar on stderr, only where somebody sees it."""
+"""Progress on stderr, on a terminal only."""
 
 from __future__ import annotations
 
 import sys
 from typing import Protocol
+
+CLEAR_LINE = "\r\x1b[K" if sys.stderr.isatty() else ""
 
 
 class Progress(Protocol):
@@ -11,7 +13,7 @@ class Progress(Protocol):
     def close(self) -> object: ...
 
 
-class _Silent:
+class _NoProgress:
     def update(self, count: int) -> None:
         pass
 
@@ -20,9 +22,9 @@ class _Silent:
 
 
 def progress(total: int | None, unit: str, *, quiet: bool = False) -> Progress:
-    """tqdm on a terminal, nothing elsewhere."""
+    """A bar of tqdm on a terminal, nothing elsewhere."""
     if quiet or not sys.stderr.isatty():
-        return _Silent()
+        return _NoProgress()
     from tqdm import tqdm
 
     bar: Progress = tqdm(total=total, unit=unit, file=sys.stderr, unit_scale=True)

@@ -122,7 +122,7 @@ def test_while_it_is_written_to_and_removed_from(
 
 def test_what_is_no_backup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "odd").mkdir()
-    assert "no whole backup" in run(
+    assert "not a complete backup" in run(
         capsys, "restore", str(tmp_path / "odd"), "--data-dir", str(tmp_path / "new"), code=2
     )
     assert not (tmp_path / "new").exists()

@@ -365,7 +365,7 @@ def test_a_region_in_waves(tree: Tree, capsys: pytest.CaptureFixture[str]) -> No
     status, found = run(
         root, capsys, "resync", "--topic", "t", "--group", "nobody", "--node", "pos-0", "--timeout", "0s"
     )
-    assert (status, found) == (1, {"pos-0": "ordered, and nothing heard of it yet"})
+    assert (status, found) == (1, {"pos-0": "requested, not reported yet"})
     tree.stop("pos-1")
     status, found = run(root, capsys, "resync", "--topic", "t", "--node", "pos-1", "--timeout", "1s")
     assert status == 1

@@ -12,7 +12,7 @@ import pytest
 
 from edgebroker.cli.appliance.bundle import redacted
 from edgebroker.cli.bench import target as targetbench
-from edgebroker.cli.bench.target import Result, page, verdict
+from edgebroker.cli.bench.target import BenchmarkResult, page, verdict
 from edgebroker.cli.main import main
 from tests.kit.brokers import RunningBroker, numbered, running
 
@@ -46,7 +46,7 @@ def said(capsys: pytest.CaptureFixture[str], code: int, *arguments: str) -> str:
 def test_one_screen(broker: RunningBroker, capsys: pytest.CaptureFixture[str]) -> None:
     screen = said(capsys, 0, "status", "--admin", admin(broker))
     assert screen.startswith("HEALTHY: ")
-    assert "parent    none: this node is at the top" in screen
+    assert "parent    none (this is the root)" in screen
     assert "a sync takes" in screen
     rows = [line.split() for line in screen.splitlines()]
     assert ["prices", "stream", "1", "10"] in [row[:4] for row in rows]
@@ -74,7 +74,7 @@ def test_dead_letters_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
             consumer.nack(consumer.poll(10.0)[0], "not for us")
             while broker.counters()["dead_letters"] < 1:
                 consumer.poll(0.05)
-        assert "1 dead letters wait for somebody" in said(capsys, 0, "status", "--admin", admin(broker))
+        assert "1 dead letter pending" in said(capsys, 0, "status", "--admin", admin(broker))
 
 
 def test_nobody_there(capsys: pytest.CaptureFixture[str]) -> None:
@@ -115,13 +115,15 @@ def test_lag_in_records(broker: RunningBroker, capsys: pytest.CaptureFixture[str
         limits = ("--warning", str(warning), "--critical", str(critical))
         return said(capsys, code, "check", "lag", "--records", *limits, "--admin", admin(broker))
 
-    assert lag(0, 11, 20) == "EDGEBROKER LAG OK: 1 groups are within 11 records | 'labels'=10;11;20\n"
+    assert lag(0, 11, 20) == "EDGEBROKER LAG OK: 1 group less than 11 records behind | 'labels'=10;11;20\n"
     assert "WARNING: group labels is 10 records behind" in lag(1, 10, 20)
     assert "CRITICAL: group labels is 10 records behind" in lag(2, 5, 10)
 
 
 def test_a_group_that_is_not_there_is_unknown(broker: RunningBroker, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "UNKNOWN: there is no group g" in said(capsys, 3, "check", "lag", "--group", "g", "--admin", admin(broker))
+    assert "UNKNOWN: group g does not exist" in said(
+        capsys, 3, "check", "lag", "--group", "g", "--admin", admin(broker)
+    )
 
 
 @pytest.mark.parametrize("wrong", [("raedy",), ("lag", "--warning", "abc"), ()])
@@ -199,17 +201,20 @@ def test_completion_knows_every_verb(shell: str, capsys: pytest.CaptureFixture[s
 # ---- bench all ----
 
 
-def results(sync_ms: float, p99_ms: float = 0.0) -> list[Result]:
+def results(sync_ms: float, p99_ms: float = 0.0) -> list[BenchmarkResult]:
     values = {
         "disk: append 4 KiB and sync, p50": sync_ms,
         "disk: append 4 KiB and sync, p99": p99_ms or 2 * sync_ms,
         "publish in batches, durable": 90_432.0,
         "push to a consumer, p50": 1.5 * sync_ms,
         "push to a consumer, p99": 3 * sync_ms,
-        "start after SIGKILL, until ready": 400.0,
+        "start after SIGKILL until ready": 400.0,
     }
-    found = [Result(name, value, "ms", "", None) for name, value in values.items()]
-    return [*found, Result("publish one at a time, durable, p50", 1.01 * sync_ms, "ms", "append and sync", 1.01)]
+    found = [BenchmarkResult(name, value, "ms", "", None) for name, value in values.items()]
+    return [
+        *found,
+        BenchmarkResult("publish one at a time, durable, p50", 1.01 * sync_ms, "ms", "append and sync", 1.01),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -242,5 +247,5 @@ def test_a_disk_without_room_is_left_alone(
 ) -> None:
     monkeypatch.setattr(targetbench, "NEEDED_BYTES", 1 << 60)
     assert main(["bench", "all", str(tmp_path)]) == 2
-    assert "so that nobody gets into trouble" in capsys.readouterr().err
+    assert "the benchmark needs" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,4 @@
-"""`edgebroker support-bundle`: what somebody far away needs to see of a node, in one file. No records, no secrets."""
+"""`edgebroker support-bundle`: diagnostics of a node in one archive, without records or secrets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import tarfile
+from collections.abc import Callable
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from pathlib import Path
 import msgspec
 
 from edgebroker.cli.admin_client import ask
-from edgebroker.cli.appliance.host import Machine, plainly
+from edgebroker.cli.appliance.host import Machine, readable_errors
 from edgebroker.common.config import load_config
 from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableError
 from edgebroker.version import __version__
@@ -33,7 +34,7 @@ COMMANDS = {
     "kernel.txt": ("dmesg", "--level", "err,warn"),
     "processes.txt": ("ps", "-C", "edgebroker", "-o", "pid,ppid,rss,nlwp,etimes,stat,args"),
 }
-# What a key, a variable or an argument of that name says is nobody's business.
+# The values of keys, variables and arguments with such names are replaced.
 _WORDS = r"[\w-]*(?:password|passwd|secret|token|credential|private[_-]key|api[_-]key)[\w-]*"
 _SECRETS = (
     re.compile(rf'(?i)("?\b{_WORDS}"?\s*[=:]\s*)("(?:[^"\\\n]|\\.)*"|[^\s,;}}]+(?:[^\S\n][^\n,}}]*)?)'),
@@ -50,9 +51,9 @@ def support_bundle(options: argparse.Namespace) -> int:
     machine = Machine(Path("/"), dry=False, quiet=True)
     missing: list[str] = []
     if path.exists():
-        raise ConfigError(f"{path} exists and is left as it is; choose another name")
+        raise ConfigError(f"{path} already exists; choose another name")
     opener = partial(os.open, mode=0o600)
-    with plainly(), open(path, "xb", opener=opener) as file, tarfile.open(fileobj=file, mode="w:gz") as bundle:
+    with readable_errors(), open(path, "xb", opener=opener) as file, tarfile.open(fileobj=file, mode="w:gz") as bundle:
 
         def add(name: str, text: str) -> None:
             data = redacted(text).encode()
@@ -61,28 +62,28 @@ def support_bundle(options: argparse.Namespace) -> int:
             bundle.addfile(entry, io.BytesIO(data))
 
         add("about.json", json.dumps({"version": __version__, "when": when, "machine": platform.uname()._asdict()}))
-        for one in PATHS:
+        for url in PATHS:
             try:
-                status, answer = ask(options.admin, one)
+                status, answer = ask(options.admin, url)
             except UnreachableError as error:
-                missing.append(f"{one}: {error}")
+                missing.append(f"{url}: {error}")
                 continue
-            add(f"http{one.replace('/', '-')}.json", json.dumps({"status": status, "answer": answer}, indent=1))
+            add(f"http{url.replace('/', '-')}.json", json.dumps({"status": status, "answer": answer}, indent=1))
         for name, command in COMMANDS.items():
-            text = machine.ask(*command, whatever=True)
-            add(name, text) if text else missing.append(f"{name}: {' '.join(command)} says nothing")
+            text = machine.ask(*command, always=True)
+            add(name, text) if text else missing.append(f"{name}: {' '.join(command)} printed nothing")
         configs = [Path(options.config)] if options.config else sorted(Path("/etc/edgebroker").glob("*.toml"))
         for config in configs:
             _add_config(config, add, missing)
         if not configs:
-            missing.append("configuration and files: there is none in /etc/edgebroker; say -c FILE")
+            missing.append("configuration and files: none in /etc/edgebroker; name it with -c FILE")
         add("missing.txt", "\n".join(missing) + "\n")
     print(path)
     return 0
 
 
-def _add_config(path: Path, add, missing: list[str]) -> None:  # type: ignore[no-untyped-def]
-    """The file as it stands, what is in force, and what lies in its data directory."""
+def _add_config(path: Path, add: Callable[[str, str], None], missing: list[str]) -> None:
+    """Add a configuration file, the configuration in force, and the list of files in its data directory."""
     environment = Path("/etc/default") / ("edgebroker" if path.stem == "edgebroker" else f"edgebroker-{path.stem}")
     try:
         add(f"config-{path.name}", path.read_text())
@@ -95,16 +96,16 @@ def _add_config(path: Path, add, missing: list[str]) -> None:  # type: ignore[no
         return
     add(f"effective-{path.stem}.json", json.dumps(msgspec.to_builtins(config), indent=1))
     data, lines = Path(config.node.data_dir), []
-    for one in sorted(data.rglob("*")):
+    for file in sorted(data.rglob("*")):
         try:
-            lines.append(f"{one.stat().st_size:14} {one.relative_to(data)}")
+            lines.append(f"{file.stat().st_size:14} {file.relative_to(data)}")
         except OSError:
             continue  # removed meanwhile
     add(f"files-{path.stem}.txt", "\n".join(lines))
 
 
 def redacted(text: str) -> str:
-    """The same without what looks like a secret."""
+    """The text with everything that looks like a secret replaced by ***."""
     for pattern in _SECRETS:
         text = pattern.sub(r"\1***", text)
     return _URL_PASSWORD.sub(r"\1***\2", text)

@@ -1,8 +1,8 @@
-"""The machine that a node is installed on: its paths, its systemd, and what an earlier installation wrote.
+"""The machine that a node is installed on: its paths, its systemd, and the files that an earlier installation wrote.
 
-Everything lies below `root`; only the running system ("/") has users and a systemd, an image that is being built has
-neither yet. Files that somebody has changed since they were written here are never overwritten: the new version is
-laid beside them.
+All paths are below `root`. Only the running system ("/") has users and a systemd; an image that is being built does
+not have them yet. A file that was edited since it was written here is never overwritten: the new version is written
+beside it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgebroker.cli.broker_process import environment_of_others
+from edgebroker.cli import environment
 from edgebroker.common.durable import sync_directory, write_durable
 from edgebroker.common.errors import EdgeBrokerError
 
@@ -28,17 +28,17 @@ ASK_SECONDS = 60
 
 
 class Machine:
-    """`dry` only says what would be done. Every step is told to `say` as one line; `changed` when a file was one."""
+    """Each step is printed as one line; with `dry` nothing else happens. `changed` is set once a file was changed."""
 
     def __init__(self, root: Path, dry: bool, quiet: bool = False) -> None:
         self.root, self.dry, self._quiet = root, dry, quiet
         self.real = root == Path("/")
         self.changed = False
-        self.kept: list[str] = []  # files that somebody changed here and that should be others now
+        self.kept: list[str] = []  # files that were edited by hand and now differ from what is wanted
         self._record = self._read_record()
 
     def path(self, name: str) -> Path:
-        """Where a path like etc/edgebroker lies."""
+        """The location of a path like etc/edgebroker."""
         return self.root / name
 
     def say(self, what: str) -> None:
@@ -48,8 +48,10 @@ class Machine:
     # ---- files ----
 
     def write(self, name: str, text: str, mode: int = 0o644, *, over: bool = False) -> None:
-        """Put a file where it belongs, whole or not at all. `over`: also over one that was not written here. A file
-        that others may not read belongs to the group of the node."""
+        """Write a file atomically. `over` replaces a file that was not written here, too.
+
+        A file that others may not read gets the group of the node.
+        """
         path, new = self.path(name), text.encode()
         old = path.read_bytes() if path.is_file() else None
         if old == new:
@@ -59,7 +61,7 @@ class Machine:
             self.kept.append(name)
             beside = path.with_name(path.name + ".new")
             if not (beside.is_file() and beside.read_bytes() == new):
-                self.say(f"keep {path}: it was changed here; the new version goes to {beside.name}")
+                self.say(f"keep {path}: it was edited by hand; the new version goes to {beside.name}")
                 self._put(beside, new, mode)
         else:
             self.say(f"{'update' if old is not None else 'write'} {path}")
@@ -70,7 +72,7 @@ class Machine:
             self.changed = True
 
     def _show(self, old: str, new: str) -> None:
-        """What a dry run would change in a file."""
+        """Print what a dry run would change in a file."""
         for line in difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm=""):
             if line[:1] in "+-" and line[:3] not in ("+++", "---"):
                 tell(f"    {line}")
@@ -81,17 +83,17 @@ class Machine:
             write_durable(path, data, mode=mode, group=self._group(mode))
 
     def _fit(self, path: Path, mode: int) -> None:
-        """Rights that somebody has taken away, or that an installation did not come to."""
+        """Correct a mode or group that was changed, or that an interrupted installation did not set."""
         found, group = path.stat(), self._group(mode)
         if found.st_mode & 0o7777 == mode and group in (-1, found.st_gid):
             return
-        self.say(f"correct the rights of {path}")
+        self.say(f"correct the permissions of {path}")
         if not self.dry:
             os.chown(path, -1, group)
             path.chmod(mode)
 
     def _group(self, mode: int) -> int:
-        """-1: as it is. In an image there is no such group yet; systemd-tmpfiles sees to it at the first boot."""
+        """The group of the node, or -1 for no change. In an image systemd-tmpfiles sets it at the first boot."""
         if not self.real or mode & 0o004:
             return -1
         try:
@@ -100,7 +102,7 @@ class Machine:
             return -1
 
     def link(self, name: str, target: str) -> None:
-        """Point a symbolic link at `target`, in one step."""
+        """Point a symbolic link at `target`, atomically."""
         path = self.path(name)
         if path.is_symlink() and os.readlink(path) == target:
             return
@@ -111,31 +113,31 @@ class Machine:
             point(path, target)
 
     def remove(self, name: str) -> None:
-        """Remove a link, or a file that was written here and not changed since."""
+        """Remove a link, or a file that was written here and not edited since."""
         path = self.path(name)
         self.discard(f"{name}.new")
         if not path.is_symlink() and path.is_file() and self._record.get(name) != _digest(path.read_bytes()):
-            self.say(f"keep {path}: it was changed here")
+            self.say(f"keep {path}: it was edited by hand")
             self._forget(name)
             return
         self.discard(name)
 
     def discard(self, name: str) -> None:
-        """Remove a file, a link or a whole directory, whoever has changed it; of a mounted disk, what is on it."""
+        """Remove a file, a link or a directory tree, edited or not. A mount point itself stays; it is emptied."""
         path = self.path(name)
         self._forget(name)
         if path.is_dir() and not path.is_symlink():
             self.say(f"remove {path} and everything in it")
             if self.dry:
                 return
-            for one in path.iterdir() if path.is_mount() else [path]:
-                shutil.rmtree(one) if one.is_dir() and not one.is_symlink() else one.unlink()
+            for entry in path.iterdir() if path.is_mount() else [path]:
+                shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         elif path.exists() or path.is_symlink():
             self.say(f"remove {path}")
             if not self.dry:
                 path.unlink()
 
-    # ---- what was written here ----
+    # ---- the record of files written here ----
 
     def _read_record(self) -> dict[str, str]:
         try:
@@ -150,7 +152,7 @@ class Machine:
             self._store_record()
 
     def wrote(self, name: str) -> bool:
-        """True for a file that was written here and not removed since, whoever has changed it meanwhile."""
+        """True for a file that was written here and not removed since, edited or not."""
         return name in self._record
 
     def _forget(self, name: str) -> None:
@@ -170,8 +172,7 @@ class Machine:
     # ---- the running system ----
 
     def run(self, *command: str) -> None:
-        """Run a command of the system, however long it takes; nothing for an image. Raises EdgeBrokerError with what
-        it said."""
+        """Run a system command without a time limit; in an image do nothing. Raises EdgeBrokerError with its output."""
         if not self.real:
             return
         self.say("run " + " ".join(command))
@@ -181,56 +182,66 @@ class Machine:
         if done.returncode:
             raise EdgeBrokerError(f"{' '.join(command)} failed: {(done.stderr or done.stdout).strip()}")
 
-    def ask(self, *command: str, whatever: bool = False) -> str:
-        """What a command of the system says; "" for an image, or when it is not there or fails (not so `whatever`)."""
+    def ask(self, *command: str, always: bool = False) -> str:
+        """The output of a system command; "" in an image, when it is missing, or when it fails.
+
+        `always` returns the output of a command that fails, too.
+        """
         if not self.real:
             return ""
         try:
             done = _run(command, ASK_SECONDS)
         except (OSError, subprocess.TimeoutExpired):
             return ""
-        return done.stdout.strip() if done.returncode == 0 or whatever else ""
+        return done.stdout.strip() if done.returncode == 0 or always else ""
 
     def check(self) -> None:
-        """Before anything is done. Raises EdgeBrokerError when this is no machine to install on."""
-        os.umask(0o022)  # the user of the nodes reads what is made here
+        """Raise EdgeBrokerError unless we are root on a machine with systemd. To be called before any change."""
+        os.umask(0o022)  # the user of the nodes must be able to read what is created here
         if self.real and not self.dry:
             if os.geteuid() != 0:
-                raise EdgeBrokerError("only root can do this: sudo edgebroker ...")
+                raise EdgeBrokerError("this needs root; run it with sudo")
             if shutil.which("systemctl") is None:
-                raise EdgeBrokerError("there is no systemd here; run edgebroker serve --config FILE by other means")
+                raise EdgeBrokerError(
+                    "this machine has no systemd; run edgebroker serve --config FILE under another supervisor"
+                )
 
 
 def tell(text: str) -> None:
-    """Print a line. Nobody may be there any more to read it (a line that dropped): that stops nothing."""
+    """Print a line. When the terminal is gone, as after a lost connection, discard all output and continue."""
     try:
         print(text, flush=True)
     except OSError:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
+        null = os.open(os.devnull, os.O_WRONLY)
         for fd in (1, 2):
-            os.dup2(nowhere, fd)
+            os.dup2(null, fd)
 
 
 @contextmanager
-def plainly() -> Iterator[None]:
-    """What the system refuses becomes a sentence: EdgeBrokerError."""
+def readable_errors() -> Iterator[None]:
+    """Turn errors of the operating system into EdgeBrokerError, with a message for people."""
     try:
         yield
     except OSError as error:
         raise EdgeBrokerError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
     except subprocess.TimeoutExpired as error:
-        raise EdgeBrokerError(f"{error.cmd} did not end within {error.timeout:g} s") from error
+        raise EdgeBrokerError(f"{error.cmd} did not finish within {error.timeout:g} s") from error
 
 
 def _run(command: Sequence[str], seconds: float | None = None) -> subprocess.CompletedProcess[str]:
-    """In a session of its own: Ctrl-C is for us to hear."""
+    """Run a command in a session of its own, so that Ctrl-C reaches only us."""
     return subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds, env=environment_of_others(), start_new_session=True
+        command,
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        env=environment.for_other_programs(),
+        start_new_session=True,
     )
 
 
 def point(path: Path, target: str) -> None:
-    """Replace a symbolic link: at every moment it points at the old or the new target; durable when this returns."""
+    """Replace a symbolic link atomically; durable when this returns."""
     temporary = path.with_name(path.name + ".new")
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(target)

@@ -2,9 +2,9 @@
 
     the program -> /opt/edgebroker/releases, its configuration -> /etc/edgebroker, its unit -> /etc/systemd/system
 
-Run again it changes only what is different, and nothing that somebody has changed by hand; what is not given stays as
-it is configured. The first node of a machine is edgebroker.service; a second one (LOCAL beside POS) is
-edgebroker@local.service, with ports and a directory of its own.
+Another run changes only what differs, keeps the settings that it is not given, and never overwrites a file that was
+edited by hand. The first node of a machine is edgebroker.service; a second one (LOCAL beside POS) is
+edgebroker@local.service, with its own ports and data directory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import NamedTuple
 import tomli
 
 from edgebroker.cli.appliance import releases
-from edgebroker.cli.appliance.host import USER, Machine, plainly, point
-from edgebroker.cli.commands.config import commented_file
+from edgebroker.cli.appliance.host import USER, Machine, point, readable_errors
+from edgebroker.cli.config_file import commented_file
 from edgebroker.common.config import is_address, is_loopback, load_config, split_list
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.levels import LEVELS
@@ -32,22 +32,22 @@ WANTS, LIMITS_FILE = f"{UNITS}/multi-user.target.wants", "10-limits.conf"
 RESUME = "edgebroker-upgrade.service"
 SHIPPED_UNITS = ("edgebroker.service", "edgebroker@.service", RESUME)
 SYSUSERS, TMPFILES = "etc/sysusers.d/edgebroker.conf", "etc/tmpfiles.d/edgebroker.conf"
-# Not the directory of the service: that is swept when it starts, also while `edgebroker upgrade` restarts it.
+# Not the cache directory of the service: it is emptied at each start, also while `edgebroker upgrade` runs.
 WRAPPER = f"""#!/bin/sh
-# The one-file form unpacks itself at every start; /tmp may be noexec.
+# The one-file form unpacks itself at every start, and /tmp may be noexec.
 TMPDIR=${{TMPDIR:-/var/tmp}} exec /{releases.CURRENT}/edgebroker "$@"
 """
 FIRST_PORT, FURTHER_PORT, PORT_STEP = 7420, 7430, 10
 DEFAULT_PARENT_PORT = 7421
 LIMITS = {"local": "local", "pos": "pos", "l3": "hub", "l2": "hub", "root": "hub"}
-# Small, worn disks: many records share a sync, a segment is soon sealed.
+# For small, worn disks: many records share a sync, and segments are sealed early.
 TERMINAL = {"storage.commit_interval_ms": 10, "storage.segment_bytes": 16 << 20}
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?")
 Values = dict[str, object]  # of a configuration, "section.key" -> value
 
 
 class InstallPaths(NamedTuple):
-    """Where a node of this machine has its things. `instance` "" is edgebroker.service."""
+    """The unit, files and directories of a node of this machine. Instance "" is edgebroker.service."""
 
     instance: str
 
@@ -81,82 +81,86 @@ def install(options: argparse.Namespace) -> int:
     machine = Machine(Path(options.root), options.dry_run)
     machine.check()
     if not machine.root.is_dir():
-        raise ConfigError(f"--root {machine.root}: there is no such directory")
+        raise ConfigError(f"--root {machine.root}: no such directory")
     if options.start and not machine.real:
-        raise ConfigError("--start is for a running system; an image starts its nodes when it boots")
-    with plainly():
+        raise ConfigError("--start needs the running system (--root /); an image starts its nodes when it boots")
+    with readable_errors():
         if options.refresh:
             return _refresh(machine)
         if not options.role:
-            raise ConfigError("--role is missing: root, l2, l3, pos or local")
-        place = _place(machine, options)
-        known = _configured(machine, place)
-        values = _values(machine, place, known, options)
+            raise ConfigError("--role is required: root, l2, l3, pos or local")
+        paths = _chosen_node(machine, options)
+        known = _configured(machine, paths)
+        values = _values(machine, paths, known, options)
         _program(machine)
         _user(machine)
         _units(machine)
-        machine.write(place.limits, shipped(f"{LIMITS[options.role]}.conf"))
+        machine.write(paths.limits, shipped(f"{LIMITS[options.role]}.conf"))
         if values != known:
-            # What the package lays there has been decided by nobody.
-            over = known == _defaults(place)
-            machine.write(place.config, commented_file(values), 0o640, over=over)
-        machine.link(f"{WANTS}/{place.unit}", f"{_unit_home(machine)}/{place.template}")
+            # The default file of the package is no one's decision and may be overwritten.
+            over = known == _defaults(paths)
+            machine.write(paths.config, commented_file(values), 0o640, over=over)
+        machine.link(f"{WANTS}/{paths.unit}", f"{_unit_home(machine)}/{paths.template}")
         if (
             machine.changed
-            or machine.ask("systemctl", "show", place.unit, "-p", "NeedDaemonReload", "--value") == "yes"
+            or machine.ask("systemctl", "show", paths.unit, "-p", "NeedDaemonReload", "--value") == "yes"
         ):
             machine.run("systemctl", "daemon-reload")
-        _start(machine, place, options.start)
+        _start(machine, paths, options.start)
         if machine.changed and not machine.dry:
-            _farewell(place, values)
-        if place.config in machine.kept:
-            raise EdgeBrokerError(f"/{place.config} was changed here and stays as it is: put in by hand what is new")
+            _print_next_steps(paths, values)
+        if paths.config in machine.kept:
+            raise EdgeBrokerError(
+                f"/{paths.config} was edited by hand and is unchanged; merge /{paths.config}.new into it"
+            )
     return 0
 
 
-def _place(machine: Machine, options: argparse.Namespace) -> InstallPaths:
-    """The node meant: named by --instance, or else the first of this machine, or the one of this role beside it."""
+def _chosen_node(machine: Machine, options: argparse.Namespace) -> InstallPaths:
+    """The node of --instance, else the first one of this machine, or one of this role beside it."""
     if options.instance:
         return _instance(options.instance)
     first = InstallPaths("")
     level = _level(machine, first)
     if first not in nodes(machine) or level == options.role:
         return first
-    place = InstallPaths(options.role)
-    if place not in nodes(machine):
-        machine.say(f"install {place.unit} beside {first.unit}, which is {level} (or edit /{first.config})")
-    return place
+    paths = InstallPaths(options.role)
+    if paths not in nodes(machine):
+        machine.say(
+            f"install {paths.unit} beside {first.unit}, whose role is {level} (edit /{first.config} to change it)"
+        )
+    return paths
 
 
-def _level(machine: Machine, place: InstallPaths) -> str:
-    return str(_configured(machine, place).get("node.level", "root"))
+def _level(machine: Machine, paths: InstallPaths) -> str:
+    return str(_configured(machine, paths).get("node.level", "root"))
 
 
 def _instance(name: str) -> InstallPaths:
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name) or name == "edgebroker":
-        raise ConfigError(f"--instance {name}: lower-case letters, digits and -, and not edgebroker")
+        raise ConfigError(f"--instance {name}: use lower-case letters, digits and -, and not edgebroker")
     return InstallPaths(name)
 
 
-def _configured(machine: Machine, place: InstallPaths) -> Values:
-    """What a node's file sets; nothing when there is none."""
-    path = machine.path(place.config)
+def _configured(machine: Machine, paths: InstallPaths) -> Values:
+    """The keys that the file of a node sets; none when there is no file."""
+    path = machine.path(paths.config)
     if not path.is_file():
         return {}
     try:
         tables = tomli.loads(path.read_text())
         return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
     except (tomli.TOMLDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise ConfigError(f"{path} is no configuration: {error}; correct it, then install again") from error
+        raise ConfigError(f"{path} cannot be parsed: {error}; correct it, then install again") from error
 
 
-def _defaults(place: InstallPaths) -> Values:
-    """What the file of the package sets."""
-    return {"node.data_dir": place.data}
+def _defaults(paths: InstallPaths) -> Values:
+    """The keys that the default file of the package sets."""
+    return {"node.data_dir": paths.data}
 
 
-def _values(machine: Machine, place: InstallPaths, known: Values, options: argparse.Namespace) -> Values:
-    """The configuration: what is given, else what is configured, else what fits the role; checked as a node would."""
+def _values(machine: Machine, paths: InstallPaths, known: Values, options: argparse.Namespace) -> Values:
+    """The configuration: from flags, else the file, else by role. Raises ConfigError when a node would reject it."""
     given: Values = {"node.level": options.role}
     for key, value in (
         ("node.name", options.id),
@@ -167,17 +171,17 @@ def _values(machine: Machine, place: InstallPaths, known: Values, options: argpa
     ):
         if value:
             given[key] = value
-    host, port = _host(options.bind or "127.0.0.1"), _port(machine, place, known)
+    host, port = _host(options.bind or "127.0.0.1"), _port(machine, paths, known)
     listen: Values = {"listen.tcp": f"{host}:{port}", "listen.http": f"{host}:{port + 1}"}
     if options.bind:
         given.update(listen)
         if not is_loopback(f"{host}:0"):
             given["listen.allow_insecure"] = True
-    fitting: Values = {"node.data_dir": place.data, **listen}
-    if place.instance:
-        fitting["node.name"] = f"%H-{place.instance}"  # also where an image is cloned
+    fitting: Values = {"node.data_dir": paths.data, **listen}
+    if paths.instance:
+        fitting["node.name"] = f"%H-{paths.instance}"  # valid in clones of an image, too
         if not options.registry and "pipe.registry" not in known:
-            fitting.update(_fed_by_first(machine, options.role))
+            fitting.update(_parent_on_this_machine(machine, options.role))
     if options.role == "root":
         fitting["registry.enabled"] = True
     if options.role in ("local", "pos"):
@@ -187,8 +191,8 @@ def _values(machine: Machine, place: InstallPaths, known: Values, options: argpa
     return values
 
 
-def _fed_by_first(machine: Machine, role: str) -> Values:
-    """The first node of this machine as the parent, where it stands above."""
+def _parent_on_this_machine(machine: Machine, role: str) -> Values:
+    """The first node of this machine as the parent, when its level is above."""
     first = InstallPaths("")
     if first not in nodes(machine) or LEVELS.index(_level(machine, first)) >= LEVELS.index(role):
         return {}
@@ -197,27 +201,27 @@ def _fed_by_first(machine: Machine, role: str) -> Values:
 
 
 def _host(text: str) -> str:
-    """What to listen on, as it stands before a port."""
+    """The address of --bind as it is written before a port."""
     bare = text.removeprefix("[").removesuffix("]")
     try:
         return f"[{bare}]" if ipaddress.ip_address(bare).version == 6 else bare
     except ValueError:
         if _HOST.fullmatch(text) and not re.fullmatch(r"[\d.]+", text):
             return text
-    raise ConfigError(f"--bind {text}: an IP address or a host name is expected, without a port")
+    raise ConfigError(f"--bind {text}: not an IP address or host name; give it without a port")
 
 
-def _port(machine: Machine, place: InstallPaths, known: Values) -> int:
-    """The port of the binary protocol: as it is configured, else one that no other node of this machine has."""
+def _port(machine: Machine, paths: InstallPaths, known: Values) -> int:
+    """The port for clients: as configured, else one that no other node of this machine uses."""
     configured = str(known.get("listen.tcp", "")).rpartition(":")[2]
     if configured.isdigit():
         return int(configured)
-    return _free_port(machine, place) if place.instance else FIRST_PORT
+    return _free_port(machine, paths) if paths.instance else FIRST_PORT
 
 
-def _free_port(machine: Machine, place: InstallPaths) -> int:
-    """The first port of a pair that no other node of this machine has."""
-    others = [path.stem for path in machine.path("etc/edgebroker").glob("*.toml") if path.stem != place.instance]
+def _free_port(machine: Machine, paths: InstallPaths) -> int:
+    """The first of two consecutive ports that no other node of this machine uses."""
+    others = [path.stem for path in machine.path("etc/edgebroker").glob("*.toml") if path.stem != paths.instance]
     taken = [
         str(_configured(machine, InstallPaths("" if name == "edgebroker" else name)).get("listen.tcp"))
         for name in others
@@ -229,7 +233,7 @@ def _free_port(machine: Machine, place: InstallPaths) -> int:
 
 
 def _reached(address: str) -> str:
-    """A listening address as somebody on this machine calls it."""
+    """The address at which a client on this machine reaches a listener."""
     return address.replace("0.0.0.0", "127.0.0.1").replace("[::]", "[::1]")
 
 
@@ -237,29 +241,29 @@ def _address(flag: str, text: str) -> str:
     """HOST:PORT of http://HOST:PORT/, HOST:PORT or HOST."""
     scheme, slashes, rest = text.rpartition("://")
     if slashes and scheme != "http":
-        raise ConfigError(f"{flag} {text}: only http:// is known to this release")
+        raise ConfigError(f"{flag} {text}: this release supports only http://")
     found = rest.rstrip("/")
     if not re.search(r":\d+$", found):
         found += f":{DEFAULT_PARENT_PORT}"
     host = found.rpartition(":")[0]
     named = _HOST.fullmatch(host) or re.fullmatch(r"\[[0-9A-Fa-f:.]+\]", host)
     if not (named and is_address(found)):
-        raise ConfigError(f"{flag} {text}: http://HOST:PORT or HOST:PORT is expected")
+        raise ConfigError(f"{flag} {text}: not http://HOST:PORT or HOST:PORT")
     return found
 
 
-# ---- what belongs to all nodes of a machine ----
+# ---- shared by all nodes of a machine ----
 
 
 def _program(machine: Machine) -> None:
-    """Put this program to its place, if there is none yet. Another one is a matter for `upgrade`, which judges it."""
+    """Install this program, unless it is there. Another release is left to `upgrade`, which can roll back."""
     program = releases.own_program()
     if releases.packaged():
         if machine.path(releases.CURRENT).exists():
-            raise ConfigError(f"the bare program is installed here as well: /{COMMAND} uninstall, for each node, first")
+            raise ConfigError(f"a release without a package is installed; first run /{COMMAND} uninstall for each node")
         return
     if machine.path(f"{releases.PACKAGED}/{releases.PROGRAM}").exists():
-        raise ConfigError("the package is installed here: say /usr/bin/edgebroker install ..., or remove the package")
+        raise ConfigError("the edgebroker package is installed; run /usr/bin/edgebroker install, or remove the package")
     running = releases.current(machine)
     if not running:
         with releases.staged(machine, program) as copy:
@@ -269,7 +273,7 @@ def _program(machine: Machine) -> None:
         machine.changed = True
     elif running != releases.name_of(program, __version__):
         raise ConfigError(
-            f"release {running} is installed here, and this program is another one: "
+            f"release {running} is installed, and this program is a different one; run: "
             f"edgebroker upgrade {program} --sha256 {releases.digest_of(program)}"
         )
     machine.write(COMMAND, WRAPPER, 0o755)
@@ -277,7 +281,7 @@ def _program(machine: Machine) -> None:
 
 def _user(machine: Machine) -> None:
     if releases.packaged():
-        return  # it came with the package
+        return  # the package created it
     machine.write(SYSUSERS, shipped("edgebroker.sysusers"))
     machine.write(TMPFILES, shipped("edgebroker.tmpfiles"))
     if machine.ask("id", "-u", USER):
@@ -302,109 +306,111 @@ def _unit_home(machine: Machine) -> str:
 
 
 def shipped(name: str) -> str:
-    """A file of systemd/, as this release ships it: in the frozen program, or in the source tree."""
+    """The text of a file of systemd/, from the frozen program or from the source tree."""
     bundle = getattr(sys, "_MEIPASS", None)
     base = Path(bundle) if bundle else Path(__file__).parents[3]
     return (base / "systemd" / name).read_text()
 
 
 def nodes(machine: Machine) -> list[InstallPaths]:
-    """The nodes that are installed on a machine, the first one first."""
+    """The nodes that are installed on a machine, edgebroker.service first."""
     found = machine.path(UNITS).glob(f"edgebroker*.service.d/{LIMITS_FILE}")
     names = [path.parent.name.removesuffix(".service.d").removeprefix("edgebroker").removeprefix("@") for path in found]
-    return [place for place in map(InstallPaths, sorted(names)) if machine.wrote(place.limits)]
+    return [paths for paths in map(InstallPaths, sorted(names)) if machine.wrote(paths.limits)]
 
 
 def _refresh(machine: Machine) -> int:
-    """Bring units and limits to this release; after an upgrade."""
+    """Update units and limits to those of this release, after an upgrade."""
     if not releases.packaged() and releases.current(machine) != releases.name_of(releases.own_program(), __version__):
-        raise ConfigError("this is not the release that is installed here")
+        raise ConfigError("--refresh must be run by the release that is installed; this is another one")
     try:
         _user(machine)
         _units(machine)
-        for place in nodes(machine):
+        for paths in nodes(machine):
             try:
-                machine.write(place.limits, shipped(f"{LIMITS[_level(machine, place)]}.conf"))
+                machine.write(paths.limits, shipped(f"{LIMITS[_level(machine, paths)]}.conf"))
             except (ConfigError, KeyError) as error:
-                machine.say(f"leave the limits of {place.unit} as they are: {error}")
+                machine.say(f"keep the limits of {paths.unit}: {error}")
     finally:
         if machine.changed:
             machine.run("systemctl", "daemon-reload")
     return 0
 
 
-def _start(machine: Machine, place: InstallPaths, wanted: bool) -> None:
-    """Start it, or again if it runs with something older than what is installed."""
-    started = _started(machine, place)
+def _start(machine: Machine, paths: InstallPaths, wanted: bool) -> None:
+    """Start the node, or restart it when its configuration, limits or unit are newer than its process."""
+    started = _started(machine, paths)
     if started is None:
         if wanted:
-            machine.run("systemctl", "start", place.unit)
+            machine.run("systemctl", "start", paths.unit)
         return
-    names = (place.config, place.limits, f"{UNITS}/{place.template}")
+    names = (paths.config, paths.limits, f"{UNITS}/{paths.template}")
     if started < max(
         (machine.path(name).stat().st_mtime for name in names if machine.path(name).exists()), default=0.0
     ):
         if wanted:
-            machine.run("systemctl", "restart", place.unit)
+            machine.run("systemctl", "restart", paths.unit)
         else:
-            machine.say(f"leave it running as it was until somebody says: systemctl restart {place.unit}")
+            machine.say(
+                f"leave {paths.unit} running with the old settings; apply them with: systemctl restart {paths.unit}"
+            )
 
 
-def _started(machine: Machine, place: InstallPaths) -> float | None:
-    """When the process was started that runs now, in seconds since 1970; None when there is none."""
-    said = machine.ask(
-        "systemctl", "show", place.unit, "-p", "MainPID", "-p", "ExecMainStartTimestamp", "--timestamp=us+utc"
+def _started(machine: Machine, paths: InstallPaths) -> float | None:
+    """When the process of a node was started, in seconds since 1970; None when it does not run."""
+    output = machine.ask(
+        "systemctl", "show", paths.unit, "-p", "MainPID", "-p", "ExecMainStartTimestamp", "--timestamp=us+utc"
     )
-    found = dict(line.partition("=")[::2] for line in said.splitlines())
+    found = dict(line.partition("=")[::2] for line in output.splitlines())
     if found.get("MainPID", "0") == "0":
         return None
     try:
         when = datetime.strptime(found["ExecMainStartTimestamp"], "%a %Y-%m-%d %H:%M:%S.%f UTC")
     except (KeyError, ValueError):
-        return 0.0  # a systemd that says it otherwise: better once too often
+        return 0.0  # another format of systemd: rather restart once too often
     return when.replace(tzinfo=UTC).timestamp()
 
 
-def _farewell(place: InstallPaths, values: Values) -> None:
-    name, admin = place.unit.removesuffix(".service"), _reached(str(values["listen.http"]))
-    print(f"\ninstalled:  {name}, configured in /{place.config}, data in {values['node.data_dir']}")
+def _print_next_steps(paths: InstallPaths, values: Values) -> None:
+    name, admin = paths.unit.removesuffix(".service"), _reached(str(values["listen.http"]))
+    print(f"\ninstalled:  {name}, configured in /{paths.config}, data in {values['node.data_dir']}")
     print(f"start it:   systemctl start {name}")
-    print(f"look at it: edgebroker status{'' if admin == '127.0.0.1:7421' else f' --admin {admin}'}")
-    print(f"its log:    journalctl -u {name}")
+    print(f"status:     edgebroker status{'' if admin == '127.0.0.1:7421' else f' --admin {admin}'}")
+    print(f"log:        journalctl -u {name}")
     if values["node.level"] != "root" and not values.get("pipe.parents") and not values.get("pipe.registry"):
-        print("it has no parent and keeps to itself: say --parent URL or --registry URL for one")
+        print("It has no parent and replicates nothing; add one with --parent URL or --registry URL.")
 
 
-# ---- and back ----
+# ---- uninstall ----
 
 
 def uninstall(options: argparse.Namespace) -> int:
     machine = Machine(Path(options.root), options.dry_run)
     machine.check()
-    place = _instance(options.instance) if options.instance else InstallPaths("")
+    paths = _instance(options.instance) if options.instance else InstallPaths("")
     if options.purge and not (options.yes or options.dry_run):
-        raise ConfigError("--purge removes all data of the node for good; say --yes as well if that is meant")
+        raise ConfigError("--purge deletes all data of the node and cannot be undone; add --yes to confirm")
     if (
-        place not in nodes(machine)
-        and not machine.path(place.config).exists()
-        and not machine.path(place.data[1:]).exists()
+        paths not in nodes(machine)
+        and not machine.path(paths.config).exists()
+        and not machine.path(paths.data[1:]).exists()
     ):
-        raise ConfigError(f"there is no node {place.unit} here")
-    with plainly():
-        if machine.ask("systemctl", "show", place.unit, "-p", "LoadState", "--value") == "loaded":
-            machine.run("systemctl", "stop", place.unit)  # also one that starts again and again
-            machine.ask("systemctl", "reset-failed", place.unit)
-        machine.remove(f"{WANTS}/{place.unit}")
-        machine.remove(place.limits)
-        others = [node for node in nodes(machine) if node != place]
+        raise ConfigError(f"{paths.unit} is not installed on this machine")
+    with readable_errors():
+        if machine.ask("systemctl", "show", paths.unit, "-p", "LoadState", "--value") == "loaded":
+            machine.run("systemctl", "stop", paths.unit)  # ends a restart loop, too
+            machine.ask("systemctl", "reset-failed", paths.unit)
+        machine.remove(f"{WANTS}/{paths.unit}")
+        machine.remove(paths.limits)
+        others = [node for node in nodes(machine) if node != paths]
         if options.purge:
-            for name in (place.data[1:], f"var/cache/{place.name}", place.config, f"{place.config}.new"):
+            for name in (paths.data[1:], f"var/cache/{paths.name}", paths.config, f"{paths.config}.new"):
                 machine.discard(name)
         if not others and not releases.packaged():
             _remove_program(machine)
         machine.run("systemctl", "daemon-reload")
     if not options.purge:
-        machine.say(f"keep {place.data} and /{place.config} (uninstall --purge --yes removes them)")
+        machine.say(f"keep {paths.data} and /{paths.config} (uninstall --purge --yes deletes them)")
     return 0
 
 

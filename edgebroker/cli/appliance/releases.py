@@ -1,11 +1,11 @@
-"""The releases of the program on a machine that was installed from the bare binary.
+"""The releases of the program on a machine where it was installed without a package.
 
     /opt/edgebroker/releases/VERSION-DIGEST/edgebroker    one file, or the folder form
     /opt/edgebroker/current -> releases/VERSION-DIGEST    replaced by rename
-    /opt/edgebroker/previous -> releases/...              what `upgrade --undo` goes to
-    /opt/edgebroker/pending                               while a new release is being judged: where to go back to
+    /opt/edgebroker/previous -> releases/...              the target of `upgrade --undo`
+    /opt/edgebroker/pending                               the unfinished switch, while a new release is on trial
 
-A package keeps the program in /usr/lib/edgebroker instead; then its tools upgrade it.
+A package keeps the program in /usr/lib/edgebroker; the package manager upgrades it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from edgebroker.cli import environment
 from edgebroker.cli.appliance.host import Machine, point
-from edgebroker.cli.broker_process import environment_of_others
 from edgebroker.common.durable import sync_directory, sync_file, write_durable
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 
@@ -36,8 +36,10 @@ CHECK_SECONDS = 120
 
 
 class ReleaseSwitch(NamedTuple):
-    """A change of the release that is not finished: from what to what, what was `previous` before, which units were
-    well and have to be so again, and after how many seconds each."""
+    """An unfinished change of the release: from which to which, and the `previous` one before that.
+
+    Each unit of `well`, which ran before the switch, must be ready again within `timeout` seconds.
+    """
 
     before: str
     after: str
@@ -47,14 +49,14 @@ class ReleaseSwitch(NamedTuple):
 
 
 def own_program() -> Path:
-    """The file of this program. Raises ConfigError when it is run from source."""
+    """The file of this program. Raises ConfigError when it runs from source."""
     if not getattr(sys, "frozen", False):
-        raise ConfigError("this runs from source: build the program first (make freeze), and let that install itself")
+        raise ConfigError("this program runs from source; build a binary with make freeze, and install with that")
     return Path(sys.executable).resolve()
 
 
 def packaged() -> bool:
-    """True when this program came with the system's package."""
+    """True when this program is part of the Debian package."""
     return getattr(sys, "frozen", False) and str(own_program()).startswith(f"/{PACKAGED}/")
 
 
@@ -74,49 +76,49 @@ def digest_of(program: Path) -> str:
 
 
 def name_of(program: Path, version: str) -> str:
-    """What a release of this program is called here."""
+    """The name of the release of a program: VERSION-DIGEST."""
     return f"{version}-{digest_of(program)[:12]}"
 
 
 def ask_version(program: Path) -> dict[str, Any]:
-    """What a program says of itself. Raises EdgeBrokerError when it does not run here or is another one."""
+    """The answer of `version --json`. Raises EdgeBrokerError when the program does not run or is not edgebroker."""
     try:
         done = subprocess.run(
             [program, "version", "--json"],
             capture_output=True,
             text=True,
             timeout=CHECK_SECONDS,
-            env=environment_of_others(),
+            env=environment.for_other_programs(),
         )
         found = json.loads(done.stdout)
         if done.returncode == 0 and isinstance(found, dict) and {"version", "data_format"} <= found.keys():
             return found
-        said = done.stderr or done.stdout
+        output = done.stderr or done.stdout
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
-        said = str(error)
-    raise EdgeBrokerError(f"{program} is no edgebroker that runs on this machine: {said.strip()[-500:]}")
+        output = str(error)
+    raise EdgeBrokerError(f"{program} is not an edgebroker program that runs on this machine: {output.strip()[-500:]}")
 
 
 @contextmanager
 def staged(machine: Machine, program: Path) -> Iterator[Path]:
-    """A copy of a program that nobody but root can change, durable; what is not kept of it goes again."""
-    place = Path(tempfile.mkdtemp(prefix="edgebroker-")) if machine.dry else machine.path(STAGED)
+    """A durable copy of a program that only root can change. It is removed afterwards, unless keep() was called."""
+    directory = Path(tempfile.mkdtemp(prefix="edgebroker-")) if machine.dry else machine.path(STAGED)
     try:
-        shutil.rmtree(place, ignore_errors=True)
-        _copy(program, place)
-        yield place / PROGRAM
+        shutil.rmtree(directory, ignore_errors=True)
+        _copy(program, directory)
+        yield directory / PROGRAM
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
-def _copy(program: Path, place: Path) -> None:
-    place.mkdir(parents=True)
+def _copy(program: Path, directory: Path) -> None:
+    directory.mkdir(parents=True)
     if is_folder(program):
-        shutil.copytree(program.parent, place, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(program.parent, directory, symlinks=True, dirs_exist_ok=True)
     else:
-        shutil.copy2(program, place / PROGRAM)
-    (place / PROGRAM).chmod(0o755)
-    for folder, _, names in os.walk(place):
+        shutil.copy2(program, directory / PROGRAM)
+    (directory / PROGRAM).chmod(0o755)
+    for folder, _, names in os.walk(directory):
         Path(folder).chmod(0o755)
         for path in (Path(folder) / name for name in names):
             if not path.is_symlink():
@@ -125,7 +127,7 @@ def _copy(program: Path, place: Path) -> None:
 
 
 def keep(machine: Machine, program: Path, version: str) -> str:
-    """Make what was staged a release; its name."""
+    """Turn a staged program into a release; its name."""
     release = name_of(program, version)
     target = machine.path(f"{RELEASES}/{release}")
     machine.say(f"copy the program to {target}")
@@ -133,7 +135,7 @@ def keep(machine: Machine, program: Path, version: str) -> str:
         return release
     if target.exists() and digest_of(target / PROGRAM) == digest_of(program):
         return release
-    if target.exists():  # of an earlier installation that the power ended
+    if target.exists():  # incomplete: a power cut ended an earlier installation
         _remove(target)
     program.parent.rename(target)
     sync_directory(target.parent)
@@ -141,18 +143,18 @@ def keep(machine: Machine, program: Path, version: str) -> str:
 
 
 def current(machine: Machine) -> str:
-    """The release that the next start uses; "" when there is none."""
+    """The release that the next start runs; "" when there is none."""
     return _named(machine, CURRENT)
 
 
 def previous(machine: Machine) -> str:
-    """The release to go back to; "" when there is none."""
+    """The release before the current one; "" when there is none."""
     found = _named(machine, PREVIOUS)
     return found if found != current(machine) else ""
 
 
 def pending(machine: Machine) -> ReleaseSwitch | None:
-    """The change that is not finished, if there is one."""
+    """The unfinished switch, if there is one."""
     try:
         return ReleaseSwitch(**json.loads(machine.path(PENDING).read_text()))
     except (OSError, ValueError, TypeError):
@@ -160,13 +162,13 @@ def pending(machine: Machine) -> ReleaseSwitch | None:
 
 
 def _named(machine: Machine, link: str) -> str:
-    """The release that a link names; "" when it is not there."""
+    """The release that a link points to; "" when there is none."""
     path = machine.path(link)
     return Path(os.readlink(path)).name if path.is_symlink() and (path / PROGRAM).exists() else ""
 
 
 def begin(machine: Machine, release: str, well: list[str], timeout: float) -> ReleaseSwitch:
-    """Let the next start use a release. Until end() it is known where to go back to, also after a power cut."""
+    """Switch the next start to a release. Until end() the switch can be undone, even after a power cut."""
     found = ReleaseSwitch(current(machine), release, previous(machine), well, timeout)
     machine.say(f"switch to release {release}")
     if not machine.dry:
@@ -177,12 +179,12 @@ def begin(machine: Machine, release: str, well: list[str], timeout: float) -> Re
 
 
 def back(machine: Machine, switch: ReleaseSwitch) -> None:
-    """Let the next start use the release that was used before."""
+    """Switch the next start to the release before."""
     point(machine.path(CURRENT), f"releases/{switch.before}")
 
 
 def end(machine: Machine, switch: ReleaseSwitch) -> None:
-    """The nodes run with the release that `current` names: forget how they came to it. The one before stays."""
+    """The nodes run the release of `current`: complete the switch. The release before it is kept."""
     machine.path(PENDING).unlink(missing_ok=True)
     sync_directory(machine.path(HOME))
     if current(machine) == switch.before:
@@ -201,7 +203,7 @@ def _prune(machine: Machine) -> None:
 
 
 def _remove(release: Path) -> None:
-    """First under another name: half of a release is none."""
+    """Remove a release; renamed first, so that a part of it is never taken for a release."""
     gone = release.with_name(f".gone-{release.name.lstrip('.')}")
     shutil.rmtree(gone, ignore_errors=True)
     release.rename(gone)

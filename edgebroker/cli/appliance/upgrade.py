@@ -1,12 +1,12 @@
-"""`edgebroker upgrade`: another release of the program, or back to the one before, without anybody standing by.
+"""`edgebroker upgrade`: switch to another release of the program, or back to the one before, unattended.
 
-    copy it to where only root can change it -> verify the digest -> let it check itself -> switch by rename -> restart
-    -> ready and steady: the release is good
-    -> not in time: switch back, restart, say so, exit 1
+    copy it to where only root can change it -> verify the digest -> run its self-test -> switch by rename -> restart
+    -> ready and stable: the release stays
+    -> not in time: switch back, restart, report it, exit 1
 
-What a power cut interrupts is finished at the next boot by edgebroker-upgrade.service. The data is not touched: a
-release that writes a newer format than the running one reads is refused unless that is accepted, for there would be no
-way back.
+After a power cut edgebroker-upgrade.service finishes the upgrade at the next boot. The data is not touched: a release
+that writes a newer format than the running one can read is refused unless that is accepted, because it could not be
+rolled back.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgebroker.cli import environment
 from edgebroker.cli.appliance import releases
-from edgebroker.cli.appliance.host import Machine, plainly, tell
+from edgebroker.cli.appliance.host import Machine, readable_errors, tell
 from edgebroker.cli.appliance.releases import ReleaseSwitch
-from edgebroker.cli.broker_process import environment_of_others
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 
@@ -36,92 +36,101 @@ def upgrade(options: argparse.Namespace) -> int:
     machine = Machine(Path("/"), options.dry_run)
     machine.check()
     if releases.packaged():
-        raise ConfigError("this program came with a package; upgrade that: dpkg -i edgebroker_VERSION_ARCH.deb")
+        raise ConfigError("this program is part of a package; upgrade the package: dpkg -i edgebroker_VERSION_ARCH.deb")
     if not releases.current(machine):
-        raise ConfigError("nothing is installed here yet; run: edgebroker install --role ROLE")
-    with plainly(), _alone(machine):
+        raise ConfigError("edgebroker is not installed on this machine; run: edgebroker install --role ROLE")
+    with readable_errors(), _exclusive(machine):
         if unfinished := releases.pending(machine):
-            tell(f"the switch to {unfinished.after} was interrupted; that is finished first")
+            tell(f"the upgrade to {unfinished.after} was interrupted; finishing it first")
             if not machine.dry:
                 judge(machine, unfinished)
         if options.resume:
             return 0
         running = releases.current(machine)
-        release = _undone(machine, options) if options.undo else prepare(machine, options)
+        release = _prepare_undo(machine, options) if options.undo else prepare(machine, options)
         if release == running:
-            tell(f"{release} runs already")
+            tell(f"release {release} is already installed")
             return 0
         units = _units(machine)
         well = [unit for unit, state in units.items() if state == "active"]
         switch = releases.begin(machine, release, well, options.timeout)
         if machine.dry:
-            machine.say(f"restart {', '.join(units) or 'nothing (no node runs)'} and judge it")
+            machine.say(f"restart {', '.join(units) or 'no node (none runs)'}, and roll back unless all become ready")
             return 0
         return judge(machine, switch)
 
 
 def prepare(machine: Machine, options: argparse.Namespace) -> str:
-    """Check a program and put it among the releases; its name there."""
+    """Check a program and add it to the releases; its name there."""
     if not options.file or not options.sha256:
-        raise ConfigError("upgrade FILE --sha256 HEX (or --undo) is expected")
+        raise ConfigError("upgrade needs FILE and --sha256 HEX, or --undo")
     given = Path(options.file).resolve()
     if not given.is_file():
-        raise ConfigError(f"{given}: there is no such file")
+        raise ConfigError(f"{given}: no such file")
     if releases.is_folder(given):
-        raise ConfigError(f"{given} is the folder form, which no single digest vouches for; give the one file")
+        raise ConfigError(f"{given} belongs to the folder form, which has no single digest; use the one-file form")
     with releases.staged(machine, given) as program:
         found = releases.digest_of(program)
         if found != options.sha256.lower():
-            raise EdgeBrokerError(f"{given} has the SHA-256 {found}, not {options.sha256}; it was not delivered whole")
+            raise EdgeBrokerError(f"{given} has the SHA-256 digest {found}, not {options.sha256}; copy the file again")
         version = _check_format(machine, program, options)
-        machine.say(f"let release {version} check itself")
+        machine.say(f"run the self-test of release {version}")
         if not machine.dry:
             _selftest(program)
         return releases.keep(machine, program, version)
 
 
-def _undone(machine: Machine, options: argparse.Namespace) -> str:
+def _prepare_undo(machine: Machine, options: argparse.Namespace) -> str:
     release = releases.previous(machine)
     if not release:
-        raise ConfigError("there is no release before this one to go back to")
+        raise ConfigError("there is no previous release to go back to")
     _check_format(machine, machine.path(f"{releases.RELEASES}/{release}/{releases.PROGRAM}"), options)
     return release
 
 
 def _check_format(machine: Machine, program: Path, options: argparse.Namespace) -> str:
-    """The format that the running release writes must be read by the new one, and the other way round as long as there
-    should be a way back. The version of the new one."""
-    said = releases.ask_version(program)
+    """The version of the new release. Raises EdgeBrokerError unless each release reads the data of the other.
+
+    --accept-format accepts data that the running release cannot read, and gives up the rollback.
+    """
+    new = releases.ask_version(program)
     here = releases.ask_version(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}"))["data_format"]
-    if said["data_format"] > here and not options.accept_format:
+    if new["data_format"] > here and not options.accept_format:
         raise EdgeBrokerError(
-            f"release {said['version']} writes data format {said['data_format']}, which the running one ({here}) "
-            "cannot read: there is no way back but a restore. Make a backup, then say --accept-format"
+            f"release {new['version']} writes data format {new['data_format']}, which the running release "
+            f"(format {here}) cannot read; only restoring a backup could undo it. Make a backup, then add "
+            "--accept-format"
         )
-    if said["data_format"] < here:
+    if new["data_format"] < here:
         raise EdgeBrokerError(
-            f"release {said['version']} reads data format {said['data_format']} only, the data here has {here}; "
+            f"release {new['version']} reads data format {new['data_format']}, but the data has format {here}; "
             "nothing was changed"
         )
-    return str(said["version"])
+    return str(new["version"])
 
 
 def _selftest(program: Path) -> None:
     done = subprocess.run(
-        [program, "selftest"], capture_output=True, text=True, timeout=SELFTEST_SECONDS, env=environment_of_others()
+        [program, "selftest"],
+        capture_output=True,
+        text=True,
+        timeout=SELFTEST_SECONDS,
+        env=environment.for_other_programs(),
     )
     if done.returncode:
-        raise EdgeBrokerError(f"the new program fails its own checks; nothing was changed:\n{done.stderr.strip()}")
+        raise EdgeBrokerError(f"the new release fails its self-test; nothing was changed:\n{done.stderr.strip()}")
 
 
 # ---- the switch ----
 
 
 def judge(machine: Machine, switch: ReleaseSwitch) -> int:
-    """Restart all nodes with the release that is switched to; back to the one before when that goes wrong somehow, and
-    when somebody ends this. Whatever happens meanwhile, one of the two is gone to to the end."""
-    ended = _ended_by_signals()
-    failed = "the power went before the switch"
+    """Restart all nodes with the new release. Roll back when one does not become ready, or on a signal.
+
+    Either the upgrade or the rollback is completed, whatever happens meanwhile.
+    """
+    ended = _note_signals()
+    failed = "a power cut came before the switch"
     if releases.current(machine) == switch.after:
         try:
             failed = _restart(machine, switch, ended)
@@ -129,21 +138,23 @@ def judge(machine: Machine, switch: ReleaseSwitch) -> int:
             failed = str(error)
     if not failed:
         releases.end(machine, switch)
-        tell(f"release {switch.after} runs ({', '.join(switch.well) or 'no node did'}); before: {switch.before}")
+        tell(f"release {switch.after} is running ({', '.join(switch.well) or 'no node was'}); before: {switch.before}")
         return 0
-    tell(f"release {switch.after} does not come up: {failed}\nback to {switch.before}")
+    tell(f"release {switch.after} failed: {failed}\nrolling back to {switch.before}")
     releases.back(machine, switch)
     try:
         failed = _restart(machine, switch, lambda: False)
     finally:
         releases.end(machine, switch)
     if failed:
-        raise EdgeBrokerError(f"release {switch.before} does not come up either: {failed}; journalctl -u edgebroker")
-    raise EdgeBrokerError(f"rolled back: {switch.before} runs again, nothing was lost")
+        raise EdgeBrokerError(
+            f"rolled back to {switch.before}, which fails, too: {failed}; see journalctl -u edgebroker"
+        )
+    raise EdgeBrokerError(f"rolled back: {switch.before} is running again, and nothing was lost")
 
 
-def _ended_by_signals() -> Callable[[], bool]:
-    """From now on signals do not end this process: they are noted. A line that drops means nothing at all."""
+def _note_signals() -> Callable[[], bool]:
+    """From now on signals do not end this process; the answer says if one came. A lost terminal is ignored."""
     seen: list[int] = []
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -152,17 +163,18 @@ def _ended_by_signals() -> Callable[[], bool]:
 
 
 def _units(machine: Machine) -> dict[str, str]:
-    """State of each node of this machine that runs, tries to, or has failed; the first one first. A node that somebody
-    has stopped stays so."""
+    """The state of each node that runs, starts or has failed, edgebroker.service first. Stopped nodes stay stopped."""
     names = ("edgebroker.service", "edgebroker@*.service")
-    said = machine.ask("systemctl", "list-units", "--plain", "--no-legend", "--all", *names)
-    found = {line.split()[0]: line.split()[2] for line in said.splitlines() if len(line.split()) > 3}
+    output = machine.ask("systemctl", "list-units", "--plain", "--no-legend", "--all", *names)
+    found = {line.split()[0]: line.split()[2] for line in output.splitlines() if len(line.split()) > 3}
     return {unit: found[unit] for unit in sorted(found, key=len) if found[unit] != "inactive"}
 
 
 def _restart(machine: Machine, switch: ReleaseSwitch, ended: Callable[[], bool]) -> str:
-    """Restart the nodes one after the other, the first of the machine first, with the units of their release. Why one
-    that was well is not any more; "" when all are. A node that was not well before is no fault of this release."""
+    """Restart the nodes one by one, with the units of their release. Why one that ran before fails now; "" when none.
+
+    A node that had failed before does not count against the release.
+    """
     machine.ask(str(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}")), "install", "--refresh")
     for unit in dict.fromkeys([*switch.well, *_units(machine)]):
         machine.ask("systemctl", "reset-failed", unit)
@@ -171,30 +183,32 @@ def _restart(machine: Machine, switch: ReleaseSwitch, ended: Callable[[], bool])
         if why and (unit in switch.well or ended()):
             return f"{unit}: {why}"
         if why:
-            tell(f"{unit} was not well before and is not now: {why}; see journalctl -u {unit}")
+            tell(f"{unit} had failed before, and still does: {why}; see journalctl -u {unit}")
     return ""
 
 
 def _wait_ready(machine: Machine, unit: str, timeout: float, ended: Callable[[], bool]) -> str:
-    """Until the node has told systemd that it is ready (recovered, both ports answer), and was the same process of this
-    release for STEADY_SECONDS; else why not. A full disk or a missing parent is no fault of a release."""
+    """Wait until a node has told systemd that it is ready, and has run for STEADY_SECONDS since; else why not.
+
+    Ready means recovered and listening: a full disk or a missing parent does not count against a release.
+    """
     release = machine.path(releases.CURRENT).resolve()
     clock = SystemClock()
-    deadline, why = clock.monotonic() + timeout, "it is not ready"
+    deadline, why = clock.monotonic() + timeout, "it has not started"
     steady, since = "", 0.0
     while clock.monotonic() < deadline:
         if ended():
             return "interrupted"
         sleep(POLL_SECONDS)
-        said = machine.ask("systemctl", "show", unit, "-p", "ActiveState", "-p", "MainPID", "-p", "Result")
-        state = dict(line.partition("=")[::2] for line in said.splitlines())
+        output = machine.ask("systemctl", "show", unit, "-p", "ActiveState", "-p", "MainPID", "-p", "Result")
+        state = dict(line.partition("=")[::2] for line in output.splitlines())
         if state.get("ActiveState") == "failed":
-            return f"it failed ({state.get('Result')})"
+            return f"failed ({state.get('Result')})"
         pid = state.get("MainPID", "0")
         if state.get("ActiveState") != "active" or not _is_of(pid, release):
-            why, steady = f"systemd says {state.get('ActiveState')}", ""
+            why, steady = f"its state is {state.get('ActiveState')}", ""
         elif pid != steady:
-            why, steady, since = "it does not stay up", pid, clock.monotonic()
+            why, steady, since = "it keeps restarting", pid, clock.monotonic()
         elif clock.monotonic() - since >= STEADY_SECONDS:
             return ""
     return f"not ready after {timeout:.0f} s: {why}"
@@ -208,8 +222,8 @@ def _is_of(pid: str, release: Path) -> bool:
 
 
 @contextmanager
-def _alone(machine: Machine) -> Iterator[None]:
-    """Hold a lock that ends with this process. Raises EdgeBrokerError when another process has it."""
+def _exclusive(machine: Machine) -> Iterator[None]:
+    """Hold a lock, which also ends with the process. Raises EdgeBrokerError when another process has it."""
     if machine.dry:
         yield
         return
@@ -218,7 +232,7 @@ def _alone(machine: Machine) -> Iterator[None]:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise EdgeBrokerError("another upgrade is under way") from error
+            raise EdgeBrokerError("another upgrade is running; wait until it has finished") from error
         yield
     finally:
         os.close(fd)

@@ -1,4 +1,4 @@
-"""What the disk and the loopback of this machine can do: the references that benchmarks are compared with."""
+"""What the disk of this machine can do: the references that benchmarks are compared with."""
 
 from __future__ import annotations
 
@@ -38,6 +38,6 @@ def sequential(directory: Path, total: int, chunk: int, *, sync_each: bool) -> f
 
 
 def percentile(values: list[float], share: float) -> float:
-    """The value below which that share of the values lies; 0 for none."""
+    """The value that `share` of the values do not exceed; 0 when there are none."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(len(ordered) * share))] if ordered else 0.0

@@ -1,7 +1,7 @@
 def produce(
     host: bytes, port: int, topic: bytes, count: int, size: int, batch: int, unacked: int, level: int, name: bytes
 ) -> float:
-    """Publish `count` records of `size` bytes to partition 0; seconds until the last answer. OSError says why not."""
+    """Publish `count` records of `size` bytes to partition 0; seconds until the last answer. Raises OSError."""
 
 def consume(host: bytes, port: int, topic: bytes, group: bytes, count: int, window: int, name: bytes) -> float:
     """Read `count` records of partition 0 from the start, walking every record; seconds."""

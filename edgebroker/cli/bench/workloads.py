@@ -1,6 +1,6 @@
-"""`edgebroker bench produce|consume|latency|connections|fanout|disk`: measure a running broker, or a disk.
+"""`edgebroker bench produce|consume|latency|connections|fanout|disk`: benchmark a running broker or a disk.
 
-For comparisons with other brokers and with the limits of the machine see benchmarks/ in the source tree.
+Comparisons with other brokers and with the limits of the machine are in benchmarks/ of the source tree.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 import json
 import secrets
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from edgebroker.cli.bench import disk as limits
 from edgebroker.cli.bench import native_client
@@ -17,10 +19,12 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import ACK_LEVELS, Producer
 from edgebroker.common.errors import ConfigError, UnreachableError
 
+Measured = TypeVar("Measured")
+
 
 def produce(options: argparse.Namespace) -> int:
     if options.client == "c":
-        seconds = _raw(
+        seconds = _run_native(
             options,
             lambda host, port, name: native_client.produce(
                 host,
@@ -44,7 +48,7 @@ def produce(options: argparse.Namespace) -> int:
 def consume(options: argparse.Namespace) -> int:
     if options.client == "c":
         group = f"bench-{secrets.token_hex(4)}".encode()
-        seconds = _raw(
+        seconds = _run_native(
             options,
             lambda host, port, name: native_client.consume(
                 host, port, options.topic.encode(), group, options.count, 0, name
@@ -66,11 +70,11 @@ def latency(options: argparse.Namespace) -> int:
             host, port, options.topic.encode(), group, count, options.size, options.rate, level, name + b"-push"
         )
 
-    return _print_latency(options, _raw(options, measure))
+    return _print_latency(options, _run_native(options, measure))
 
 
 def connections(options: argparse.Namespace) -> int:
-    seconds = _raw(
+    seconds = _run_native(
         options,
         lambda host, port, name: native_client.many(
             host,
@@ -87,8 +91,8 @@ def connections(options: argparse.Namespace) -> int:
 
 
 def fanout(options: argparse.Namespace) -> int:
-    """How long until every consumer has every record; the C client, whatever --client says."""
-    seconds, ready, _ = _raw(
+    """The time until every consumer has every record. Uses the C client, whatever --client says."""
+    seconds, ready, _ = _run_native(
         options,
         lambda host, port, name: native_client.fanout(
             host, port, options.topic.encode(), options.consumers, options.count, options.size, options.batch, 0.0, name
@@ -102,7 +106,7 @@ def fanout(options: argparse.Namespace) -> int:
         "deliveries_per_second": round(rate),
         "all_receiving_after_ms": round(ready * 1000, 1),
     }
-    text = f"{rate:,.0f} deliveries/s; all consumers received {ready * 1000:.0f} ms after the first connected"
+    text = f"{rate:,.0f} deliveries/s; every consumer had a record {ready * 1000:.0f} ms after the first one connected"
     print(json.dumps(result) if options.json else text)
     return 0
 
@@ -110,7 +114,7 @@ def fanout(options: argparse.Namespace) -> int:
 def disk(options: argparse.Namespace) -> int:
     directory = Path(options.directory)
     if not directory.is_dir():
-        raise ConfigError(f"{directory}: there is no such directory")
+        raise ConfigError(f"{directory}: no such directory")
     appends = limits.append_and_sync(directory, 500)
     result = {
         "append_4k_fdatasync_p50_us": round(percentile(appends, 0.5) * 1e6, 1),
@@ -129,7 +133,7 @@ def disk(options: argparse.Namespace) -> int:
 def python_produce(
     server: str, topic: str, count: int, size: int, batch: int, unacked: int, ack: str, timeout: float = 120.0
 ) -> float:
-    """Seconds that the public Producer takes for `count` records, one send() each, every acknowledgement seen."""
+    """Seconds in which the public Producer sends `count` records, one send() each, and all are acknowledged."""
     value = b"x" * size
     with Producer(
         server, ack=ack, batch_records=batch, max_unacked=unacked, batch_bytes=1 << 20, timeout=timeout
@@ -145,7 +149,7 @@ def python_produce(
 
 
 def python_consume(server: str, topic: str, count: int) -> float:
-    """Seconds that the public Consumer takes to hand out `count` decoded records, from the subscription on."""
+    """Seconds from the subscription until the public Consumer has returned `count` decoded records."""
     began = CLOCK.monotonic()
     seen = 0
     with Consumer(server, [topic], start="earliest", timeout=30.0) as consumer:
@@ -156,16 +160,16 @@ def python_consume(server: str, topic: str, count: int) -> float:
     return CLOCK.monotonic() - began
 
 
-def _raw(options: argparse.Namespace, measure):  # type: ignore[no-untyped-def]
-    """Run the C client; its errors become ours."""
+def _run_native(options: argparse.Namespace, measure: Callable[[bytes, int, bytes], Measured]) -> Measured:
+    """Run `measure` with host, port and a client name for the C client; its errors become ours."""
     host, _, port = options.server.rpartition(":")
     try:
         return measure(host.encode(), int(port), f"bench-{secrets.token_hex(4)}".encode())
     except ValueError as error:
-        raise ConfigError(f"--server {options.server!r}: HOST:PORT is expected") from error
+        raise ConfigError(f"--server {options.server}: not HOST:PORT") from error
     except OSError as error:
         raise UnreachableError(
-            f"{options.server}: {error.strerror}; is the broker running, does the topic exist?"
+            f"{options.server}: {error.strerror}; is the broker running, and does topic {options.topic} exist?"
         ) from error
 
 

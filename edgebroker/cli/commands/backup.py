@@ -1,9 +1,8 @@
-"""`edgebroker backup DIR` of a running node, and `edgebroker restore DIR --data-dir NEW`.
+"""`edgebroker backup DIR`: copy the logs of a running node.
 
-The node tells which files its logs consist of and how much of each is durable; those bytes never change. Sealed
-segments are linked (or copied to another file system), the active ones copied up to their durable end. BACKUP is
-written last: a copy without it is not whole. A restored node begins a new history of every log that it writes, before
-it takes anything.
+The node answers which files its logs consist of, and how much of each is durable; those bytes never change. Sealed
+segments are linked, or copied to another file system; active ones are copied up to their high watermark. The manifest,
+BACKUP, is written last: a copy without it is incomplete.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from typing import Any
 import msgspec
 
 from edgebroker.cli.admin_client import call
+from edgebroker.cli.command import Parser, admin_flag, json_flag
+from edgebroker.cli.render import counted, size
 from edgebroker.common.clock import SystemClock
-from edgebroker.common.errors import ConfigError, DamagedDataError, EdgeBrokerError
+from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.storage import files
-from edgebroker.storage.directory import RESTORED
 from edgebroker.storage.identity import write_identity
 from edgebroker.storage.metadata.meta_db import write_offsets_snapshot
 from edgebroker.storage.metadata.registry import FILE as REGISTRY
@@ -34,69 +34,45 @@ MANIFEST = "BACKUP"
 TRIES = 5
 
 
+def arguments(parser: Parser) -> None:
+    parser.set_defaults(run=backup)
+    parser.description = (
+        "Copy the logs, committed offsets and identity of a running node on this machine. On the same file system "
+        "sealed segments are hard links and take no space."
+    )
+    parser.add_argument("directory", help="a new directory, preferably on another disk")
+    admin_flag(parser)
+    json_flag(parser)
+
+
 def backup(options: argparse.Namespace) -> int:
     target = Path(options.directory)
-    _must_be_empty(target)
+    must_be_empty(target)
     for attempt in range(TRIES):
         found = call(options.admin, "GET", "/v1/backup")
         try:
-            size = _copy(Path(found["data_dir"]), target, found)
+            copied = _copy(Path(found["data_dir"]), target, found)
             break
         except FileNotFoundError as error:
-            # Retention removed a segment meanwhile: take what there is now.
+            # Retention removed a segment meanwhile: begin again with what is there now.
             if attempt == TRIES - 1:
-                raise EdgeBrokerError(f"the logs change faster than they are copied: {error}") from error
+                raise EdgeBrokerError(
+                    f"retention removes segments faster than they are copied ({error}); try again"
+                ) from error
             shutil.rmtree(target)
-    result = {"directory": str(target), "logs": len(found["logs"]), "bytes": size}
-    print(json.dumps(result) if options.json else f"{target}: {result['logs']} logs, {size} bytes")
+    result = {"directory": str(target), "logs": len(found["logs"]), "bytes": copied}
+    text = f"{target}: {counted(len(found['logs']), 'log')}, {size(copied)}"
+    print(json.dumps(result) if options.json else text)
     return 0
 
 
-def restore(options: argparse.Namespace) -> int:
-    source, target = Path(options.directory), Path(options.data_dir)
-    try:
-        manifest = json.loads((source / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{source} is no whole backup ({error})") from error
-    _must_be_empty(target)
-    building = target.with_name(target.name + ".restoring")
-    shutil.rmtree(building, ignore_errors=True)
-    for name, part in manifest["logs"].items():
-        into = building / "topics" / name
-        files.make_directory(into)
-        for path in sorted((source / "topics" / name).iterdir()):
-            with path.open("rb") as file:
-                files.copy_start(file.fileno(), into / path.name, path.stat().st_size)
-        size = sum(path.stat().st_size for path in into.glob("*.log"))
-        if size != part["bytes"]:
-            raise DamagedDataError(f"{source}: {name} has {size} bytes, not the {part['bytes']} of the backup")
-        files.sync_directory(into)
-    files.make_directory(building)
-    for name in ("FORMAT", "offsets.snap", *(() if options.preload else ("node",))):
-        files.write_durable(building / name, (source / name).read_bytes())
-    tombstones = read_tombstones(source)
-    if tombstones:
-        write_tombstones(building, tombstones)
-    if not options.preload:
-        if (source / REGISTRY).exists():
-            copy_registry(source / REGISTRY, building / REGISTRY)
-        files.write_durable(building / RESTORED, b"")
-    if target.exists():
-        target.rmdir()
-    files.move(building, target)
-    what = "preloaded, under an identity of its own" if options.preload else "restored"
-    result = {"data_dir": str(target), "logs": len(manifest["logs"]), "preload": options.preload}
-    print(json.dumps(result) if options.json else f"{target}: {len(manifest['logs'])} logs {what}")
-    return 0
-
-
-def _must_be_empty(target: Path) -> None:
+def must_be_empty(target: Path) -> None:
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ConfigError(f"{target} is not empty; name a directory that does not exist")
+        raise ConfigError(f"{target} is not empty; choose a directory that does not exist")
 
 
 def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
-    """The bytes of all logs that are in the copy. Raises FileNotFoundError when a file is gone by now."""
+    """Copy everything; the bytes of all logs. Raises FileNotFoundError when retention removed a file meanwhile."""
     logs = {}
     for log in found["logs"]:
         name = f"{log['topic']}/{log['partition']}"
@@ -105,12 +81,12 @@ def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
         write_identity(into, msgspec.convert(log["identity"], Identity))
         for segment in log["segments"]:
             path = source / "topics" / name / segment["file"]
-            _take(path, into / segment["file"], segment["bytes"], segment["sealed"])
+            _link_or_copy(path, into / segment["file"], segment["bytes"], segment["sealed"])
         files.sync_directory(into)
         logs[name] = {"end": log["end"], "bytes": sum(segment["bytes"] for segment in log["segments"])}
     offsets = {
-        (group, topic, partition): msgspec.convert(place, GroupOffset)
-        for group, topic, partition, place in found["offsets"]
+        (group, topic, partition): msgspec.convert(fields, GroupOffset)
+        for group, topic, partition, fields in found["offsets"]
     }
     files.make_directory(target)
     write_offsets_snapshot(target / "offsets.snap", offsets)
@@ -127,14 +103,14 @@ def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
     return sum(part["bytes"] for part in logs.values())
 
 
-def _take(path: Path, target: Path, size: int, sealed: bool) -> None:
-    """Link a file that is all durable, else copy so much of it."""
+def _link_or_copy(path: Path, target: Path, length: int, sealed: bool) -> None:
+    """Link a sealed file that is durable as a whole; copy the first `length` bytes of any other."""
     with path.open("rb") as file:
-        if sealed and path.stat().st_size == size:
+        if sealed and path.stat().st_size == length:
             try:
                 os.link(path, target)
                 return
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):
                     raise
-        files.copy_start(file.fileno(), target, size)
+        files.copy_start(file.fileno(), target, length)

@@ -5,13 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import msgspec
 
-from edgebroker.common.config import Config, describe_keys, load_config
+from edgebroker.cli.command import Parser, json_flag, subcommand, subcommands
+from edgebroker.cli.config_file import commented_file, to_toml
+from edgebroker.common.config import load_config
 from edgebroker.common.errors import ConfigError
+
+
+def arguments(parser: Parser) -> None:
+    commands = subcommands(parser)
+    check_parser = subcommand(commands, "check", "check a configuration file and report every problem", check)
+    check_parser.add_argument("file")
+    show_parser = subcommand(commands, "show", "print the configuration in force, with defaults", show)
+    show_parser.add_argument("-c", "--config", metavar="FILE", help="configuration file (default: none)")
+    json_flag(show_parser)
+    init_parser = subcommand(commands, "init", "print a commented configuration file with every key", init)
+    init_parser.add_argument("file", nargs="?", help="write it to this file, which must not exist")
 
 
 def check(options: argparse.Namespace) -> int:
@@ -39,34 +51,7 @@ def init(options: argparse.Namespace) -> int:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError as error:
-        raise ConfigError(f"{path} exists and is left as it is; choose another name") from error
+        raise ConfigError(f"{path} already exists; choose another name") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
     return 0
-
-
-def to_toml(config: Config) -> str:
-    lines = []
-    for section, table in msgspec.to_builtins(config).items():
-        lines.append(f"[{section}]")
-        lines += [f"{key} = {_value(value)}" for key, value in table.items()]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def commented_file(values: Mapping[str, object] | None = None) -> str:
-    """Every key with its meaning above it: those of `values` set, the others commented out with their defaults."""
-    lines, section = ["# edgebroker configuration. Every key is optional; the values shown are the defaults.", ""], ""
-    values = values or {}
-    for key, allowed, default, description in describe_keys():
-        table, _, name = key.partition(".")
-        if table != section:
-            section = table
-            lines += ["", f"[{section}]"]
-        mark, value = ("", values[key]) if key in values else ("# ", default)
-        lines += [f"# {description} ({allowed})", f"{mark}{name} = {_value(value)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _value(value: object) -> str:
-    return json.dumps(value)

@@ -1,4 +1,4 @@
-"""`edgebroker consume`: values to stdout, one a line; with --json everything about each record."""
+"""`edgebroker consume`: print values to stdout, one a line, or with --json whole records."""
 
 from __future__ import annotations
 
@@ -8,10 +8,41 @@ import json
 import sys
 from collections.abc import Sequence
 
+from edgebroker.cli.command import Parser, server_flag
 from edgebroker.client.consumer import Consumer, parse_from
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.errors import ConfigError, GapError
 from edgebroker.common.records import Record
+
+
+def arguments(parser: Parser) -> None:
+    parser.set_defaults(run=consume)
+    parser.description = (
+        "Print the values of records to stdout as they arrive, until Ctrl-C, --count or --timeout. A record is "
+        "acknowledged once it is printed."
+    )
+    parser.add_argument("topic", nargs="+")
+    server_flag(parser)
+    parser.add_argument("--group", default="", help="consumer group (default: none, nothing is committed)")
+    parser.add_argument(
+        "--from",
+        dest="start",
+        default="committed",
+        metavar="WHERE",
+        help="where to start: earliest, latest, committed (the default; earliest for a new group), an OFFSET, or @TIME "
+        "in milliseconds since 1970",
+    )
+    parser.add_argument("--count", type=int, default=0, metavar="N", help="stop after N records (default 0: never)")
+    parser.add_argument(
+        "--timeout",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="stop with exit code 1 when no record arrives for S seconds (default 0: never)",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="print each record as one line of JSON, with offset, key and headers"
+    )
 
 
 def consume(options: argparse.Namespace) -> int:
@@ -25,35 +56,39 @@ def consume(options: argparse.Namespace) -> int:
         options.topic,
         options.group,
         start=options.start,
-        on_gap=_tell_gap,
+        on_gap=_report_gap,
         timeout=options.timeout or 30.0,
         auto_ack=False,
-        staging=Printed(options.json),
+        staging=PrintingStaging(options.json),
     ) as consumer:
         while not options.count or seen < options.count:
             records = consumer.poll(options.timeout or None)
             if not records:
-                print(f"edgebroker: nothing came for {options.timeout:g} s", file=sys.stderr)
+                print(f"edgebroker: no record arrived for {options.timeout:g} s", file=sys.stderr)
                 return 1
             if options.count:
                 records = records[: options.count - seen]
             sys.stdout.buffer.write(b"".join(line_of(record, options.json) for record in records))
             sys.stdout.buffer.flush()
             seen += len(records)
-            # Printed is handled: acknowledge what went out, not what is still in hand.
+            # A printed record is handled. What was received but not printed stays unacknowledged.
             consumer.ack(records[-1])
         consumer.commit()
     return 0
 
 
-class Printed:
-    """A refresh of a group that only prints: everything is printed again."""
+class PrintingStaging:
+    """A snapshot refresh for a consumer that only prints: the records are printed again."""
 
     def __init__(self, json_wanted: bool) -> None:
         self._json = json_wanted
 
     def begin(self, refresh: Refresh) -> int:
-        print(f"edgebroker: {refresh.topic}/{refresh.partition} is read again, to {refresh.target}", file=sys.stderr)
+        print(
+            f"edgebroker: {refresh.topic}/{refresh.partition}: refresh from offset {refresh.from_offset} to "
+            f"{refresh.target}",
+            file=sys.stderr,
+        )
         return refresh.from_offset
 
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
@@ -61,7 +96,7 @@ class Printed:
         sys.stdout.buffer.flush()
 
     def switch(self, refresh: Refresh) -> None:
-        print(f"edgebroker: {refresh.topic}/{refresh.partition} is refreshed", file=sys.stderr)
+        print(f"edgebroker: {refresh.topic}/{refresh.partition}: refresh complete", file=sys.stderr)
 
 
 def line_of(record: Record, json_wanted: bool) -> bytes:
@@ -69,7 +104,7 @@ def line_of(record: Record, json_wanted: bool) -> bytes:
 
 
 def as_json(record: Record) -> bytes:
-    """Everything about a record, as one line."""
+    """A whole record as one line of JSON."""
     fields = {
         "topic": record.topic,
         "partition": record.partition,
@@ -83,7 +118,7 @@ def as_json(record: Record) -> bytes:
 
 
 def _text(data: bytes | None) -> object:
-    """Bytes as text where they are UTF-8, else as {"base64": ...}."""
+    """Bytes that are UTF-8 as text, others as {"base64": ...}."""
     if data is None:
         return None
     try:
@@ -92,5 +127,5 @@ def _text(data: bytes | None) -> object:
         return {"base64": base64.b64encode(data).decode()}
 
 
-def _tell_gap(gap: GapError) -> None:
+def _report_gap(gap: GapError) -> None:
     print(f"edgebroker: {gap}", file=sys.stderr)

@@ -1,7 +1,8 @@
-"""`edgebroker dlq list|show|replay|drop`: what became of records that no attempt could handle.
+"""`edgebroker dlq list|show|replay|drop`: the records that failed too often.
 
-A dead-letter topic is a log like any other; which letters are done with is the place of the group __dlq. Replaying
-publishes a record again to its topic, where every group gets it: handlers must bear to see a record twice.
+A dead-letter topic is an ordinary topic. The committed offset of the group __dlq says which dead letters have been
+replayed or dropped. A replay publishes a record to its topic again, where every group receives it: handlers must
+tolerate a record that they have seen.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from typing import Any
 from urllib.parse import quote
 
 from edgebroker.cli.admin_client import call
+from edgebroker.cli.command import Parser, admin_flag, json_flag, server_flag, subcommand, subcommands
 from edgebroker.cli.commands.consume import as_json
-from edgebroker.cli.render import print_table
+from edgebroker.cli.render import counted, print_table
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError
@@ -27,18 +29,42 @@ PREFIX = "eb-dlq-"
 TIMEOUT_SECONDS = 30.0
 
 
-def letters(admin: str, topics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each topic that has dead letters: how many wait for somebody, how many are still stored."""
+def arguments(parser: Parser) -> None:
+    parser.description = (
+        "Handle dead letters: records that consumers rejected or did not acknowledge too often. They are stored in the "
+        f"topic TOPIC{DEAD_LETTERS}."
+    )
+    commands = subcommands(parser)
+    list_parser = subcommand(commands, "list", "list the topics that have dead letters", list_dead_letters)
+    show_parser = subcommand(commands, "show", "print the pending dead letters of a topic", show)
+    replay_parser = subcommand(commands, "replay", "publish pending dead letters to their topic again", replay)
+    drop_parser = subcommand(commands, "drop", "mark pending dead letters as handled", drop)
+    for each in (show_parser, replay_parser, drop_parser):
+        each.add_argument("topic", help="the topic whose records failed, or its dead-letter topic")
+        each.add_argument("--count", type=int, default=0, metavar="N", help="only the first N (default 0: all)")
+    for each in (show_parser, replay_parser):
+        server_flag(each)
+    show_parser.add_argument("--all", action="store_true", help="also those that were replayed or dropped")
+    replay_parser.add_argument(
+        "--to", metavar="HOST:PORT", help="broker to publish to, for example the origin (default: that of --server)"
+    )
+    for each in (list_parser, show_parser, replay_parser, drop_parser):
+        admin_flag(each)
+        json_flag(each)
+
+
+def count_dead_letters(admin: str, topics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each topic with dead letters: how many are pending, and how many are stored."""
     return [
-        {"topic": topic["name"].removesuffix(DEAD_LETTERS), "pending": end - place, "kept": end - start}
+        {"topic": topic["name"].removesuffix(DEAD_LETTERS), "pending": end - committed, "kept": end - start}
         for topic in topics
         if topic["name"].endswith(DEAD_LETTERS)
-        for start, place, end in [_range(admin, topic)]
+        for start, committed, end in [_range(admin, topic)]
     ]
 
 
-def list_letters(options: argparse.Namespace) -> int:
-    found = letters(options.admin, call(options.admin, "GET", "/v1/topics")["topics"])
+def list_dead_letters(options: argparse.Namespace) -> int:
+    found = count_dead_letters(options.admin, call(options.admin, "GET", "/v1/topics")["topics"])
     if options.json:
         print(json.dumps(found))
     else:
@@ -47,14 +73,15 @@ def list_letters(options: argparse.Namespace) -> int:
 
 
 def show(options: argparse.Namespace) -> int:
-    for record in _letters(options, every=options.all):
+    for record in _dead_letters(options, every=options.all):
         if options.json:
             sys.stdout.buffer.write(as_json(record))
             continue
-        said = _said(record)
+        source = _source(record)
         print(
-            f"{record.offset}: {said['topic']}/{said['partition']} offset {said['offset']}, group {said['group']}, "
-            f"{said['attempts']} attempts: {said['reason']}"
+            f"{record.offset}: {source['topic']}/{source['partition']} offset {source['offset']}, group "
+            f"{source['group']}, "
+            f"{source['attempts']} attempts: {source['reason']}"
         )
     return 0
 
@@ -64,36 +91,38 @@ def replay(options: argparse.Namespace) -> int:
     source = options.topic.removesuffix(DEAD_LETTERS)
     try:
         with Producer(options.to or options.server, timeout=TIMEOUT_SECONDS) as producer:
-            for record in _letters(options):
+            for record in _dead_letters(options):
                 headers = [header for header in record.headers if not header[0].startswith(PREFIX)]
-                partition = int(_said(record)["partition"])
+                partition = int(_source(record)["partition"])
                 sent = producer.send(
                     source, record.value, record.key, headers=headers, partition=partition, timestamp=record.timestamp
                 )
                 sent.result(TIMEOUT_SECONDS)
-                _move(options.admin, source, record.offset + 1)
+                _commit(options.admin, source, record.offset + 1)
                 done += 1
     finally:
-        print(json.dumps({"replayed": done}) if options.json else f"{done} dead letters of {source} replayed")
+        text = f"{counted(done, 'dead letter')} of {source} replayed"
+        print(json.dumps({"replayed": done}) if options.json else text)
     return 0
 
 
 def drop(options: argparse.Namespace) -> int:
     source = options.topic.removesuffix(DEAD_LETTERS)
-    _, place, end = _range(options.admin, _topic(options))
-    target = min(end, place + options.count) if options.count else end
-    if target > place:
-        _move(options.admin, source, target)
-    dropped = target - place
-    print(json.dumps({"dropped": dropped}) if options.json else f"{dropped} dead letters of {source} dropped")
+    _, committed, end = _range(options.admin, _topic(options))
+    target = min(end, committed + options.count) if options.count else end
+    if target > committed:
+        _commit(options.admin, source, target)
+    dropped = target - committed
+    text = f"{counted(dropped, 'dead letter')} of {source} dropped"
+    print(json.dumps({"dropped": dropped}) if options.json else text)
     return 0
 
 
-def _letters(options: argparse.Namespace, *, every: bool = False) -> Iterator[Record]:
-    """The dead letters that are not done with, up to --count of them."""
+def _dead_letters(options: argparse.Namespace, *, every: bool = False) -> Iterator[Record]:
+    """The pending dead letters, or all that are stored, up to --count of them."""
     topic = _topic(options)
-    start, place, end = _range(options.admin, topic)
-    begin = start if every else place
+    start, committed, end = _range(options.admin, topic)
+    begin = start if every else committed
     left = options.count or end
     if begin >= end:
         return
@@ -110,30 +139,30 @@ def _topic(options: argparse.Namespace) -> Any:
     for topic in call(options.admin, "GET", "/v1/topics")["topics"]:
         if topic["name"] == name:
             return topic
-    raise EdgeBrokerError(f"there are no dead letters of {options.topic} on this node")
+    raise EdgeBrokerError(f"topic {options.topic} has no dead letters on this node; see edgebroker dlq list")
 
 
 def _range(admin: str, topic: Any) -> tuple[int, int, int]:
-    """(first kept, first that is not done with, end) of a dead-letter topic."""
+    """The first stored offset of a dead-letter topic, the committed one, and the next one."""
     partition = topic["partitions"][0]
-    place = -1
+    committed = -1
     for group in call(admin, "GET", "/v1/groups")["groups"]:
         if group["name"] == GROUP:
-            places = [part["committed"] for part in group["partitions"] if part["topic"] == topic["name"]]
-            place = max(places, default=-1)
+            offsets = [part["committed"] for part in group["partitions"] if part["topic"] == topic["name"]]
+            committed = max(offsets, default=-1)
     start, end = partition["log_start"], partition["durable_end"]
-    return start, min(end, max(place, start)), end
+    return start, min(end, max(committed, start)), end
 
 
-def _move(admin: str, source: str, offset: int) -> None:
+def _commit(admin: str, source: str, offset: int) -> None:
     body = {"topic": source + DEAD_LETTERS, "to": str(offset)}
     call(admin, "POST", f"/v1/groups/{quote(GROUP)}/offsets", body)
 
 
-def _said(record: Record) -> dict[str, str]:
-    """What the broker wrote about a dead letter."""
-    said = dict.fromkeys(("topic", "partition", "offset", "group", "attempts", "reason", "time"), "?")
+def _source(record: Record) -> dict[str, str]:
+    """Where a dead letter is from and why it failed, as the broker noted in its headers."""
+    found = dict.fromkeys(("topic", "partition", "offset", "group", "attempts", "reason", "time"), "?")
     for name, value in record.headers:
         if name.startswith(PREFIX) and value is not None:
-            said[name.removeprefix(PREFIX)] = value.decode(errors="replace")
-    return said
+            found[name.removeprefix(PREFIX)] = value.decode(errors="replace")
+    return found

@@ -1,4 +1,4 @@
-"""`edgebroker group list|describe|reset|refresh|delete`."""
+"""`edgebroker group list|describe|reset-offsets|refresh|delete`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,37 @@ import json
 from urllib.parse import quote
 
 from edgebroker.cli.admin_client import call
+from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
 from edgebroker.cli.render import print_table
 from edgebroker.common.errors import ConfigError
+
+
+def arguments(parser: Parser) -> None:
+    commands = subcommands(parser)
+    list_parser = subcommand(commands, "list", "list the groups of a node with their lag", list_groups)
+    describe_parser = subcommand(commands, "describe", "show a group: committed offsets, lag, members", describe)
+    reset_parser = subcommand(commands, "reset-offsets", "move the committed offsets of a group", reset_offsets)
+    reset_parser.description = "Move the committed offsets of a group. Its members continue from there at once."
+    refresh_parser = subcommand(commands, "refresh", "start a snapshot refresh of a topic in a group", refresh)
+    refresh_parser.description = (
+        "Start a snapshot refresh: the consumers of the group load a topic again, beside the data that they have, and "
+        "switch in one step."
+    )
+    delete_parser = subcommand(commands, "delete", "delete a group and its committed offsets", delete)
+    for each in (describe_parser, reset_parser, refresh_parser, delete_parser):
+        each.add_argument("name")
+    for each in (reset_parser, refresh_parser):
+        each.add_argument("--topic", help="topic; required when the group reads more than one")
+        each.add_argument("--partition", type=int, default=-1, metavar="N", help="partition (default -1: all)")
+    target = reset_parser.add_mutually_exclusive_group(required=True)
+    target.add_argument(
+        "--to", metavar="WHERE", help="earliest, latest, an OFFSET, or @TIME in milliseconds since 1970"
+    )
+    target.add_argument("--shift", type=int, metavar="N", help="N records forward, or back when negative")
+    reset_parser.add_argument("--dry-run", action="store_true", help="print the new offsets, and change nothing")
+    for each in (list_parser, describe_parser, reset_parser, refresh_parser, delete_parser):
+        admin_flag(each)
+        json_flag(each)
 
 
 def list_groups(options: argparse.Namespace) -> int:
@@ -98,16 +127,17 @@ def refresh(options: argparse.Namespace) -> int:
 
 def delete(options: argparse.Namespace) -> int:
     call(options.admin, "DELETE", f"/v1/groups/{quote(options.name)}")
-    print(json.dumps({"deleted": options.name}) if options.json else f"group {options.name} is forgotten")
+    print(json.dumps({"deleted": options.name}) if options.json else f"group {options.name} deleted")
     return 0
 
 
 def _topic(options: argparse.Namespace) -> str:
-    """The topic named, else the only one that the group reads."""
+    """The topic of --topic, or the only one that the group reads."""
     if options.topic:
         return str(options.topic)
     group = call(options.admin, "GET", f"/v1/groups/{quote(options.name)}")
     topics = sorted({part["topic"] for part in group["partitions"]})
     if len(topics) != 1:
-        raise ConfigError(f"group {options.name} reads {', '.join(topics) or 'nothing'}; name one with --topic")
+        read = f"reads {', '.join(topics)}" if topics else "has not read a topic yet"
+        raise ConfigError(f"group {options.name} {read}; name the topic with --topic")
     return str(topics[0])

@@ -1,4 +1,4 @@
-"""`edgebroker log dump|verify`: look into segment files without a broker."""
+"""`edgebroker log dump|verify`: inspect segment files, without a broker."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+from edgebroker.cli.command import Parser, subcommand, subcommands
+from edgebroker.cli.render import counted
 from edgebroker.common import batch
 from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, BatchHeader, Reason
 from edgebroker.common.errors import ConfigError, DamagedDataError
@@ -21,8 +23,8 @@ from edgebroker.storage.log.walk import next_good_batch, walk_file, walk_start
 CODEC_NAMES = {0: "none", 1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
 
 
-class Damage(NamedTuple):
-    """A range of a segment file that does not hold."""
+class DamagedBytes(NamedTuple):
+    """A range of a segment file that fails its checks, and the offset at which it begins."""
 
     path: Path
     position: int
@@ -31,12 +33,22 @@ class Damage(NamedTuple):
     why: str
 
 
+def arguments(parser: Parser) -> None:
+    commands = subcommands(parser)
+    dump_parser = subcommand(commands, "dump", "print the batches or records of segment files", dump)
+    verify_parser = subcommand(commands, "verify", "check every checksum of segment files", verify)
+    for each in (dump_parser, verify_parser):
+        each.add_argument("path", help="a segment file (.log), a partition directory, or a data directory")
+        each.add_argument("--json", action="store_true", help="print JSON, one object a line")
+    dump_parser.add_argument("--records", action="store_true", help="print records instead of batches")
+
+
 def dump(options: argparse.Namespace) -> int:
-    """Print batches or records; damage is reported on stderr and stepped over."""
+    """Print batches or records. Damage is reported on stderr and skipped; exit code 4 when there is any."""
     damaged = False
     for path, limit in segments(Path(options.path)):
         for found in walk(path, limit):
-            if isinstance(found, Damage):
+            if isinstance(found, DamagedBytes):
                 damaged = True
                 print(f"edgebroker: {describe(found)}", file=sys.stderr)
             elif options.records:
@@ -47,12 +59,12 @@ def dump(options: argparse.Namespace) -> int:
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Check CRC, continuity and chain of every batch; exit code 4 when something does not hold."""
+    """Check the CRC, the continuity and the header chain of every batch; exit code 4 when a check fails."""
     total = batches = 0
-    damage: list[Damage] = []
+    damage: list[DamagedBytes] = []
     for path, limit in segments(Path(options.path)):
         for found in walk(path, limit):
-            if isinstance(found, Damage):
+            if isinstance(found, DamagedBytes):
                 damage.append(found)
             else:
                 batches += 1
@@ -67,7 +79,8 @@ def verify(options: argparse.Namespace) -> int:
     else:
         for found in damage:
             print(describe(found))
-        print(f"{batches} batches, {total} bytes, {len(damage)} damaged ranges")
+        checked = counted(batches, "batch", "batches")
+        print(f"{checked}, {total} bytes, {counted(len(damage), 'damaged range')}")
     return DamagedDataError.exit_code if damage else 0
 
 
@@ -76,19 +89,19 @@ def segments(path: Path) -> list[tuple[Path, int]]:
     if path.is_file():
         return [(path, -1)]
     if not path.is_dir():
-        raise ConfigError(f"{path}: there is no such file or directory")
+        raise ConfigError(f"{path}: no such file or directory")
     found = sorted(path.rglob("*.log"))
     if not found:
-        raise ConfigError(f"{path}: no segment files (*.log) below it")
+        raise ConfigError(f"{path}: contains no segment files (*.log)")
     limits = []
     for rank, file in enumerate(found):
-        following = found[rank + 1] if rank + 1 < len(found) else None
-        limits.append((file, int(following.stem) if following and following.parent == file.parent else -1))
+        successor = found[rank + 1] if rank + 1 < len(found) else None
+        limits.append((file, int(successor.stem) if successor and successor.parent == file.parent else -1))
     return limits
 
 
-def walk(path: Path, limit: int) -> Iterator[tuple[int, BatchHeader, bytes] | Damage]:
-    """(position, header, bytes) of every good batch of a file, and the damage between them, in order."""
+def walk(path: Path, limit: int) -> Iterator[tuple[int, BatchHeader, bytes] | DamagedBytes]:
+    """Position, header and bytes of every intact batch of a file, and the damage between them, in order."""
     fd = files.open_log(path)
     try:
         size = files.size_of(fd)
@@ -117,9 +130,9 @@ def walk(path: Path, limit: int) -> Iterator[tuple[int, BatchHeader, bytes] | Da
             if state.position == began:
                 found = next_good_batch(fd, began, size, state.next_offset, (1 << 62), STORED_BATCH_BYTES)
                 end = found if found >= 0 else size
-                yield Damage(path, began, end, state.next_offset, EXPLANATION.get(state.reason, "damaged"))
-                following = int.from_bytes(files.read_at(fd, 8, found), "big") if found >= 0 else state.next_offset
-                state = state._replace(position=end, next_offset=following)
+                yield DamagedBytes(path, began, end, state.next_offset, EXPLANATION.get(state.reason, "damaged"))
+                next_offset = int.from_bytes(files.read_at(fd, 8, found), "big") if found >= 0 else state.next_offset
+                state = state._replace(position=end, next_offset=next_offset)
     finally:
         files.close(fd)
 
@@ -128,8 +141,8 @@ def _keep(pieces: list[bytes], piece: memoryview) -> None:
     pieces.append(bytes(piece))
 
 
-def _check_chain(path: Path) -> list[Damage]:
-    """Compare the chain at the end of a sealed segment with its index: it covers what a batch CRC does not."""
+def _check_chain(path: Path) -> list[DamagedBytes]:
+    """Compare the header chain at the end of a sealed segment with its index: it covers what a batch CRC does not."""
     try:
         identity = read_identity(path.parent)
     except (OSError, DamagedDataError):
@@ -152,11 +165,11 @@ def _check_chain(path: Path) -> list[Damage]:
         files.close(fd)
     if state.reason or state.chain == index.end_chain:
         return []
-    return [Damage(path, 0, size, index.base, "the chain checksum of the batch headers does not match the index")]
+    return [DamagedBytes(path, 0, size, index.base, "the header chain checksum does not match the index")]
 
 
-def describe(found: Damage) -> str:
-    return f"{found.path}: bytes {found.position} to {found.end} (offset {found.offset} on): {found.why}"
+def describe(found: DamagedBytes) -> str:
+    return f"{found.path}: bytes {found.position} to {found.end} (from offset {found.offset} on): {found.why}"
 
 
 def _print_batch(path: Path, position: int, header: BatchHeader, data: bytes, as_json: bool) -> None:

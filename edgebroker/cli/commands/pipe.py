@@ -1,4 +1,4 @@
-"""`edgebroker pipe`: the parent that a node follows, what it lacks of its logs, and the children that it feeds."""
+"""`edgebroker pipe`: replication from the parent of a node and to its children."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import json
 from typing import Any
 
 from edgebroker.cli.admin_client import call
+from edgebroker.cli.command import Parser, admin_flag, json_flag
 from edgebroker.cli.render import print_table
+
+
+def arguments(parser: Parser) -> None:
+    parser.set_defaults(run=pipe)
+    parser.description = (
+        "Show the parent that a node replicates from, the lag of each log, and the children that replicate from it."
+    )
+    admin_flag(parser)
+    json_flag(parser)
 
 
 def pipe(options: argparse.Namespace) -> int:
@@ -15,32 +25,38 @@ def pipe(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(found))
         return 0
-    _parent(found["parent"])
-    if found["children"]:
-        print()
-        print_table(
-            ("child", "level", "address", "logs", "lag", "bytes_per_second"),
-            [
-                (one["name"], one["level"], one["address"], one["logs"], one["lag"], one["bytes_per_second"])
-                for one in found["children"]
-            ],
-        )
-    else:
-        print("no child is connected")
+    _print_parent(found["parent"])
+    _print_children(found["children"])
     return 0
 
 
-def _parent(parent: dict[str, Any] | None) -> None:
+def _print_parent(parent: dict[str, Any] | None) -> None:
     if parent is None:
-        print("this node follows no parent (pipe.parents is empty)")
+        print("this node has no parent (pipe.parents and pipe.registry are empty)")
         return
-    missing = f"not connected: {parent['error'] or 'not yet'}"
-    print(f"parent {parent['address']}: {'connected to ' + parent['name'] if parent['connected'] else missing}")
+    state = f"connected to {parent['name']}" if parent["connected"] else "not connected"
+    if not parent["connected"] and parent["error"]:
+        state += f": {parent['error']}"
+    print(f"parent {parent['address']}: {state}")
     print_table(
-        ("topic", "partition", "state", "offset", "lag", "why"),
+        ("topic", "partition", "state", "offset", "lag", "reason"),
         [
-            (line["topic"], line["partition"], line["state"], line["offset"], _number(line["lag"]), line["why"] or "-")
-            for line in parent["logs"]
+            (log["topic"], log["partition"], log["state"], log["offset"], _number(log["lag"]), log["why"] or "-")
+            for log in parent["logs"]
+        ],
+    )
+
+
+def _print_children(children: list[dict[str, Any]]) -> None:
+    if not children:
+        print("no child is connected")
+        return
+    print()
+    print_table(
+        ("child", "level", "address", "logs", "lag", "bytes_per_second"),
+        [
+            (child["name"], child["level"], child["address"], child["logs"], child["lag"], child["bytes_per_second"])
+            for child in children
         ],
     )
 

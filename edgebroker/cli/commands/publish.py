@@ -1,4 +1,4 @@
-"""`edgebroker publish`: lines of stdin or rows of a CSV file, until every one is acknowledged."""
+"""`edgebroker publish`: publish lines of stdin or rows of a CSV file, until every record is acknowledged."""
 
 from __future__ import annotations
 
@@ -10,27 +10,68 @@ import sys
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
+from edgebroker.cli.command import Parser, admin_flag, json_flag, server_flag
+from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
+from edgebroker.cli.render import counted
 from edgebroker.client.accumulator import Sent
 from edgebroker.client.producer import Producer
-from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError
 
 
-class Message(NamedTuple):
+class InputRecord(NamedTuple):
     key: bytes | None
     value: bytes
 
 
+def arguments(parser: Parser) -> None:
+    parser.set_defaults(run=publish)
+    parser.description = (
+        "Publish each line of stdin as a record, or each row of a CSV file as JSON. While the broker cannot be reached "
+        "the command retries; it ends when every record is acknowledged."
+    )
+    parser.add_argument("topic")
+    server_flag(parser)
+    parser.add_argument("--key", help="key of every record")
+    parser.add_argument("--csv", metavar="FILE", help="publish each row of a CSV file as JSON; it may be gzipped (.gz)")
+    parser.add_argument("--key-column", metavar="COLUMN", help="with --csv: the column that holds the key")
+    parser.add_argument("--line-header", metavar="NAME", help="add the line number as a header of this name")
+    parser.add_argument(
+        "--rate", type=float, default=0.0, metavar="N", help="publish N records a second (default 0: no limit)"
+    )
+    parser.add_argument(
+        "--partition", type=int, default=-1, metavar="N", help="partition (default -1: by key, or in turn without keys)"
+    )
+    parser.add_argument(
+        "--ack",
+        choices=("durable", "written", "none"),
+        default="durable",
+        help="when the broker acknowledges: once synced, once written, or never (default durable)",
+    )
+    parser.add_argument(
+        "--compression", choices=("none", "gzip", "lz4", "zstd"), default="none", help="codec (default none)"
+    )
+    parser.add_argument(
+        "--snapshot",
+        action="store_true",
+        help="write a table snapshot: the live keys of the table or, with --csv, its complete new content (keys that "
+        "are not in the file are deleted)",
+    )
+    parser.add_argument("--client-id", default="", metavar="NAME", help="name of this producer")
+    admin_flag(parser)
+    json_flag(parser)
+    parser.add_argument("--quiet", action="store_true", help="show no progress bar")
+
+
 def publish(options: argparse.Namespace) -> int:
     if options.key_column and not options.csv:
-        raise ConfigError("--key-column names a column of --csv FILE")
+        raise ConfigError("--key-column needs --csv FILE")
     messages = _rows(options.csv, options.key_column) if options.csv else _lines(options.key)
     if options.snapshot:
         from edgebroker.cli.commands.publish_snapshot import write_snapshot
 
         return write_snapshot(options, _rows(options.csv, options.key_column) if options.csv else None)
-    reports = Reports(options.json)
+    acknowledged = Acknowledgements(options.json)
     with Producer(
         options.server,
         ack=options.ack,
@@ -47,33 +88,20 @@ def publish(options: argparse.Namespace) -> int:
             sent = producer.send(
                 options.topic, message.value, message.key, headers=headers, partition=options.partition
             )
-            sent.add_done_callback(reports.on_done)
+            sent.add_done_callback(acknowledged.on_done)
             bar.update(1)
         producer.flush()
         bar.close()
-    reports.finish()
-    if reports.failed:
-        print(f"edgebroker: {reports.failed} records were refused: {reports.error}", file=sys.stderr)
+    acknowledged.finish()
+    if acknowledged.failed:
+        refused = counted(acknowledged.failed, "record")
+        print(f"edgebroker: the broker refused {refused}: {acknowledged.error}", file=sys.stderr)
         return 1
     return 0
 
 
-class Pace:
-    """So many records a second: wait() blocks until the nth is due."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate, self._clock = rate, SystemClock()
-        self._began = self._clock.monotonic()
-
-    def wait(self, number: int) -> None:
-        if self._rate > 0:
-            ahead = self._began + number / self._rate - self._clock.monotonic()
-            if ahead > 0.001:
-                sleep(ahead)
-
-
-class Reports:
-    """With --json one line for each acknowledged batch: records of one partition that got consecutive offsets."""
+class Acknowledgements:
+    """Counts refused records; with --json prints a line for each run of consecutive offsets in a partition."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
@@ -82,7 +110,7 @@ class Reports:
         self.error: Exception | None = None
 
     def on_done(self, sent: Sent) -> None:
-        """On the I/O thread: futures of a batch complete one after the other."""
+        """Called on the I/O thread, for the records of a batch in order."""
         error = sent.exception()
         if error is not None:
             self.failed += 1
@@ -106,21 +134,22 @@ class Reports:
             self._open = None
 
 
-def _lines(key: str | None) -> Iterator[Message]:
+def _lines(key: str | None) -> Iterator[InputRecord]:
     raw = key.encode() if key is not None else None
     for line in sys.stdin.buffer:
-        yield Message(raw, line.rstrip(b"\n"))
+        yield InputRecord(raw, line.rstrip(b"\n"))
 
 
-def _rows(path: str, key_column: str | None) -> Iterator[Message]:
+def _rows(path: str, key_column: str | None) -> Iterator[InputRecord]:
     try:
         with _open_text(path) as file:
             reader = csv.DictReader(file)
             if key_column and key_column not in (reader.fieldnames or []):
-                raise ConfigError(f"{path} has no column {key_column}; it has {', '.join(reader.fieldnames or [])}")
+                columns = ", ".join(reader.fieldnames or [])
+                raise ConfigError(f"{path} has no column {key_column!r}; its columns are {columns}")
             for row in reader:
                 key = row[key_column].encode() if key_column else None
-                yield Message(key, json.dumps(row, ensure_ascii=False).encode())
+                yield InputRecord(key, json.dumps(row, ensure_ascii=False).encode())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
 

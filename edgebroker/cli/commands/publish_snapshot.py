@@ -1,7 +1,7 @@
-"""`edgebroker publish TOPIC --snapshot`: a complete snapshot of a table, from which consumers can be refreshed.
+"""`edgebroker publish TOPIC --snapshot`: write a table snapshot, from which consumers can refresh.
 
-begin (the topic is ours alone) -> read the live keys -> publish them -> complete. With a file it becomes the table's
-whole content: keys that are not in it are deleted first, so that readers who only follow the log see the same.
+begin (only we may publish now) -> read the live keys -> publish them -> complete. A file replaces the content of the
+table: keys that are not in it are deleted first, so that consumers which only follow the log see the same.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import NamedTuple
 from urllib.parse import quote
 
 from edgebroker.cli.admin_client import call
+from edgebroker.cli.render import counted
 from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
@@ -25,8 +26,8 @@ TIMEOUT_SECONDS = 60.0
 POLL_SECONDS = 0.2
 
 
-class Row(NamedTuple):
-    """One live key of the new content; partition -1: where its key belongs."""
+class LiveRow(NamedTuple):
+    """One live key of the new content; partition -1 means by key."""
 
     key: bytes
     value: bytes
@@ -36,7 +37,7 @@ class Row(NamedTuple):
 
 
 def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | None, bytes]] | None) -> int:
-    """`content`: (key, value) of the whole table, None: what is live in it now."""
+    """Write `content`, (key, value) of the whole table; None stands for what is live in it now."""
     topic = call(options.admin, "GET", f"/v1/topics/{quote(options.topic)}")
     client_id = f"__snapshot-{secrets.token_hex(8)}"
     path = f"/v1/topics/{quote(options.topic)}/snapshot"
@@ -47,7 +48,7 @@ def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | 
         if error is not None:
             failures.append(error)
 
-    # The broker holds the topic for this client as long as it is connected: so it is from the beginning.
+    # The broker reserves the topic for this client while it is connected, so connect before the snapshot begins.
     with Producer(
         options.server, client_id=client_id, compression=options.compression, timeout=TIMEOUT_SECONDS
     ) as producer:
@@ -78,12 +79,13 @@ def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | 
             raise
     call(options.admin, "POST", path)
     result = {"topic": options.topic, "keys": len(rows), "deleted": len(gone)}
-    print(json.dumps(result) if options.json else f"{options.topic}: {len(rows)} keys, {len(gone)} deleted")
+    text = f"{options.topic}: snapshot of {counted(len(rows), 'key')} written, {counted(len(gone), 'key')} deleted"
+    print(json.dumps(result) if options.json else text)
     return 0
 
 
 def read_live(server: str, topic: str, starts: dict[int, int], ends: dict[int, int]) -> dict[bytes, Record]:
-    """The last record of each key, in the order in which these were published, without those that were deleted."""
+    """The last record of each key that was not deleted, in the order in which they were published."""
     live: dict[bytes, Record] = {}
     left = {number for number, end in ends.items() if starts[number] < end}
     with Consumer(server, [topic], start="earliest", timeout=TIMEOUT_SECONDS) as consumer:
@@ -92,29 +94,33 @@ def read_live(server: str, topic: str, starts: dict[int, int], ends: dict[int, i
         while left:
             for record in consumer.poll(POLL_SECONDS):
                 if record.key is None:
-                    raise EdgeBrokerError(f"{topic}/{record.partition}: record {record.offset} has no key; not a table")
+                    raise EdgeBrokerError(
+                        f"{topic}/{record.partition}: the record at offset {record.offset} has no key, so {topic} is "
+                        "not a "
+                        "table; publish records with keys only"
+                    )
                 live.pop(record.key, None)
                 if record.value is not None and record.offset < ends[record.partition]:
                     live[record.key] = record
                 consumer.ack(record)
-            places = consumer.handed()
-            left = {number for number in left if places.get(TopicPartition(topic, number), -1) < ends[number]}
+            positions = consumer.handed()
+            left = {number for number in left if positions.get(TopicPartition(topic, number), -1) < ends[number]}
     return live
 
 
 def _plan(
     live: dict[bytes, Record], content: Iterable[tuple[bytes | None, bytes]] | None
-) -> tuple[list[Row], list[Record]]:
-    """(what to write, what to delete)."""
+) -> tuple[list[LiveRow], list[Record]]:
+    """The rows to write, and the records to delete."""
     if content is None:
         rows = [
-            Row(key, record.value or b"", record.partition, record.timestamp, record.headers)
+            LiveRow(key, record.value or b"", record.partition, record.timestamp, record.headers)
             for key, record in live.items()
         ]
         return rows, []
     wanted: dict[bytes, bytes] = {}
     for key, value in content:
         if key is None:
-            raise ConfigError("a table needs a key for every row: name the column with --key-column")
+            raise ConfigError("every row of a table needs a key; name its column with --key-column")
         wanted[key] = value
-    return [Row(key, value) for key, value in wanted.items()], [live[key] for key in live if key not in wanted]
+    return [LiveRow(key, value) for key, value in wanted.items()], [live[key] for key in live if key not in wanted]

@@ -1,4 +1,4 @@
-"""`edgebroker repair --from HOST:PORT`: fetch damaged records again from a node that has them."""
+"""`edgebroker repair`: fetch corrupt ranges from another node."""
 
 from __future__ import annotations
 
@@ -6,6 +6,22 @@ import argparse
 import json
 
 from edgebroker.cli.admin_client import call
+from edgebroker.cli.command import Parser, admin_flag, json_flag
+from edgebroker.cli.render import counted
+
+
+def arguments(parser: Parser) -> None:
+    parser.set_defaults(run=repair)
+    parser.description = (
+        "Fetch records whose checksum fails from another node that has them, verify them and put them in place. A "
+        "replica repairs from its parent by itself; use this at an origin, or to name another source."
+    )
+    parser.add_argument(
+        "--from", dest="source", required=True, metavar="HOST:PORT", help="admin address of the parent or of a child"
+    )
+    parser.add_argument("--topic", default="", help="only this topic (default: all)")
+    admin_flag(parser)
+    json_flag(parser)
 
 
 def repair(options: argparse.Namespace) -> int:
@@ -14,7 +30,7 @@ def repair(options: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     for name, count in found["repaired"].items():
-        print(f"{name}: {count} records are whole again")
+        print(f"{name}: {counted(count, 'record')} repaired")
     if not found["repaired"]:
-        print("nothing is damaged")
+        print("no corrupt ranges")
     return 0

@@ -1,4 +1,4 @@
-"""`edgebroker resync`: nodes load topics afresh from their parents, so many at a time, and what came of it."""
+"""`edgebroker resync`: load topics again from the parent, at this node or, in waves, at nodes below."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from edgebroker.cli.admin_client import call
-from edgebroker.cli.commands.tree import CLEAR_LINE, pages, parse_duration
+from edgebroker.cli.command import Parser, admin_flag, duration, json_flag, label_flag
+from edgebroker.cli.commands.tree import nodes_below
+from edgebroker.cli.progress import CLEAR_LINE
 from edgebroker.cli.render import print_table
 from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
@@ -18,6 +20,45 @@ from edgebroker.common.errors import ConfigError, EdgeBrokerError
 POLL_SECONDS = 1.0
 UNDER_WAY = ("waiting", "loading", "switching", "refreshing")
 GOOD = ("done", "held")
+RESYNCS_PER_REQUEST = 1 << 20
+
+
+def arguments(parser: Parser) -> None:
+    parser.set_defaults(run=resync)
+    parser.description = (
+        "Load topics again from the parent, into a copy beside the data that is being served, and switch in one step. "
+        "Without --node, --region or --label this node does it; with one of them, the nodes below that it selects."
+    )
+    parser.add_argument("--topic", default="", help="topic (default: all topics that the node replicates)")
+    parser.add_argument("--group", default="", help="let this consumer group load the topic again, instead of the node")
+    parser.add_argument("--node", default="", metavar="NAME", help="at this node below, by name or uid")
+    parser.add_argument("--region", default="", help="at every node below in this region")
+    label_flag(parser)
+    parser.add_argument("--wave", type=int, default=10, metavar="N", help="nodes at a time (default 10)")
+    parser.add_argument(
+        "--in-place", action="store_true", help="make no copy: delete the old data first, to save disk space"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="also when the parent has less than 90 %% of the records that are here"
+    )
+    parser.add_argument("--accept", action="store_true", help="also when the parent has another log of the topic")
+    parser.add_argument(
+        "--hours", default="", metavar="HH:MM-HH:MM", help="switch only at this time of day, by the clock of the node"
+    )
+    parser.add_argument(
+        "--timeout",
+        type=duration,
+        default="2h",
+        metavar="TIME",
+        help="for each wave, for example 90s, 30m, 12h (default 2h)",
+    )
+    parser.add_argument(
+        "--id", default="", help="continue this resync of the node with other --force, --accept or --hours"
+    )
+    parser.add_argument("--status", action="store_true", help="list the resyncs of the node")
+    parser.add_argument("--abort", default="", metavar="ID", help="abort a resync of the node, before it switches")
+    admin_flag(parser)
+    json_flag(parser)
 
 
 def resync(options: argparse.Namespace) -> int:
@@ -27,17 +68,19 @@ def resync(options: argparse.Namespace) -> int:
         call(options.admin, "DELETE", f"/v1/resyncs/{options.abort}")
         return 0
     if options.group and not options.topic:
-        raise ConfigError("--group needs --topic: which topic the group shall load afresh")
+        raise ConfigError("--group needs --topic, the topic that the group loads again")
     if options.id and (options.node or options.region or options.label):
-        raise ConfigError("--id is for the resets of one node; ask that node (--admin)")
+        raise ConfigError(
+            "--id continues a resync of one node; name that node with --admin, not --node, --region or --label"
+        )
     if options.id and not options.topic:
-        raise ConfigError("--id needs --topic: see edgebroker resync --status")
+        raise ConfigError("--id needs --topic; edgebroker resync --status shows both")
     if options.wave < 1:
-        raise ConfigError("--wave: at least 1 node at a time")
+        raise ConfigError(f"--wave {options.wave}: must be at least 1")
     below = bool(options.node or options.region or options.label)
     targets = list(_below(options)) if below else [_here(options)]
     if not targets:
-        raise EdgeBrokerError("no node below is meant by that; see edgebroker tree --all")
+        raise EdgeBrokerError("no node below matches --node, --region and --label; see edgebroker tree --all")
     results: dict[str, str] = {}
     for first in range(0, len(targets), options.wave):
         _wave(options, targets[first : first + options.wave], below, results)
@@ -56,30 +99,30 @@ def _here(options: argparse.Namespace) -> dict[str, Any]:
 
 def _below(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     labels = [*options.label, *([f"region={options.region}"] if options.region else [])]
-    for node in pages(options.admin, labels):
+    for node in nodes_below(options.admin, labels):
         if options.node in ("", node["name"], node["uid"]):
             yield node
 
 
 def _wave(options: argparse.Namespace, nodes: list[dict[str, Any]], below: bool, results: dict[str, str]) -> None:
-    """Order it at some nodes, and wait until all of them are done with it, one way or another."""
+    """Request a resync at these nodes, and wait until it has ended at all of them."""
     ids: dict[str, str] = {}
     names = {node["uid"]: node["name"] for node in nodes}
     for node in nodes:
-        order = {
+        request = {
             "type": "resync", "id": options.id or secrets.token_hex(16), "uid": node["uid"], "topic": options.topic,
             "group": options.group, "in_place": options.in_place, "force": options.force, "accept": options.accept,
             "hours": options.hours,
         }  # fmt: skip
         try:
-            call(options.admin, "POST", "/v1/resyncs", order)
-            ids[node["uid"]] = str(order["id"])
+            call(options.admin, "POST", "/v1/resyncs", request)
+            ids[node["uid"]] = str(request["id"])
         except EdgeBrokerError as error:
             if not below:
                 raise
-            results[node["name"]] = f"not ordered: {error}"
+            results[node["name"]] = f"not requested: {error}"
     clock = SystemClock()
-    deadline = clock.monotonic() + parse_duration(options.timeout)
+    deadline = clock.monotonic() + options.timeout
     left = dict(ids)
     while left:
         states = _states_below(options, left) if below else _states_here(options, left)
@@ -90,10 +133,10 @@ def _wave(options: argparse.Namespace, nodes: list[dict[str, Any]], below: bool,
         if not left or clock.monotonic() > deadline:
             break
         if not options.json and sys.stderr.isatty():
-            print(f"\r{len(ids) - len(left)} of {len(ids)} nodes ", end="", file=sys.stderr, flush=True)
+            print(f"{CLEAR_LINE}{len(ids) - len(left)} of {len(ids)} nodes ", end="", file=sys.stderr, flush=True)
         sleep(POLL_SECONDS)
     for uid in left:
-        results.setdefault(names[uid], "ordered, and nothing heard of it yet")
+        results.setdefault(names[uid], "requested, not reported yet")
     if not options.json:
         print(CLEAR_LINE, end="", file=sys.stderr)
 
@@ -105,7 +148,7 @@ def _states_here(options: argparse.Namespace, ids: dict[str, str]) -> dict[str, 
 
 def _states_below(options: argparse.Namespace, ids: dict[str, str]) -> dict[str, str]:
     found = {}
-    for node in pages(options.admin, []):
+    for node in nodes_below(options.admin, []):
         if node["uid"] in ids:
             rows = [(resync_id, state, "") for resync_id, _, state in node["resyncs"]]
             state = _state(rows, ids[node["uid"]])
@@ -115,9 +158,9 @@ def _states_below(options: argparse.Namespace, ids: dict[str, str]) -> dict[str,
 
 
 def _state(rows: list[tuple[str, str, str]], resync_id: str) -> str:
-    """Of an order: all of its resets, one for each topic, have ids from this one on. "" when nothing is known of it."""
+    """The state of a request: its resyncs, one for each topic, have consecutive ids. "" when none is known yet."""
     first = int(resync_id, 16)
-    mine = [(state, why) for one, state, why in rows if 0 <= int(one, 16) - first < 1 << 20]
+    mine = [(state, why) for one, state, why in rows if 0 <= int(one, 16) - first < RESYNCS_PER_REQUEST]
     for state, _ in mine:
         if state in UNDER_WAY:
             return state
@@ -133,7 +176,7 @@ def _status(options: argparse.Namespace) -> int:
         print(json.dumps(found))
     else:
         print_table(
-            ("id", "topic", "group", "state", "why"),
+            ("id", "topic", "group", "state", "reason"),
             [(one["id"], one["topic"], one["group"] or "-", one["state"], one["why"] or "-") for one in found],
         )
     return 0

@@ -1,4 +1,4 @@
-"""`edgebroker topic create|list|describe|alter|accept`."""
+"""`edgebroker topic create|list|describe|alter|accept|delete`."""
 
 from __future__ import annotations
 
@@ -8,8 +8,46 @@ from typing import Any
 from urllib.parse import quote
 
 from edgebroker.cli.admin_client import call
-from edgebroker.cli.render import print_table
+from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
+from edgebroker.cli.render import counted, print_table
 from edgebroker.common.errors import ConfigError
+
+
+def arguments(parser: Parser) -> None:
+    commands = subcommands(parser)
+    create_parser = subcommand(commands, "create", "create a topic", create)
+    list_parser = subcommand(commands, "list", "list the topics of a node", list_topics)
+    describe_parser = subcommand(commands, "describe", "show a topic with its settings and partitions", describe)
+    alter_parser = subcommand(commands, "alter", "change settings of a topic", alter)
+    accept_parser = subcommand(commands, "accept", "accept lost records, or another log at the parent", accept)
+    accept_parser.description = (
+        "At the origin of a topic: accept that the end of its log is lost, and allow publishing again (problem "
+        "history_lost). At a replica: accept the other log that the parent has, and follow it (problem replaced)."
+    )
+    delete_parser = subcommand(commands, "delete", "delete a topic, here and at every node below", delete)
+    for each in (create_parser, describe_parser, alter_parser, accept_parser, delete_parser):
+        each.add_argument("name")
+    create_parser.add_argument("--partitions", type=int, default=1, metavar="N", help="partitions (default 1)")
+    create_parser.add_argument(
+        "--kind", choices=("stream", "table"), default="stream", help="a table also has a live value per key"
+    )
+    delete_parser.add_argument("--yes", action="store_true", help="confirm the deletion")
+    for each in (create_parser, alter_parser):
+        _settings_flags(each)
+    for each in (create_parser, list_parser, describe_parser, alter_parser, accept_parser, delete_parser):
+        admin_flag(each)
+        json_flag(each)
+
+
+def _settings_flags(parser: Parser) -> None:
+    """Without one of these flags a topic keeps its setting; a new one has the default of the node."""
+    parser.add_argument("--retention-ms", type=int, help="remove segments sealed longer ago; 0: the node's default")
+    parser.add_argument("--retention-bytes", type=int, help="keep this much per partition; 0: the node's default")
+    parser.add_argument("--segment-bytes", type=int, help="size at which a segment is sealed; 0: the node's default")
+    parser.add_argument("--segment-ms", type=int, help="age at which a segment is sealed; 0: the node's default")
+    parser.add_argument("--message-ttl-ms", type=int, help="do not deliver records older than this; 0: no limit")
+    parser.add_argument("--urgent", choices=("true", "false"), help="sync at once, without the commit interval")
+    parser.add_argument("--on-damage", choices=("wait", "skip"), help="what consumers do at a corrupt range")
 
 
 def create(options: argparse.Namespace) -> int:
@@ -21,7 +59,7 @@ def create(options: argparse.Namespace) -> int:
 def alter(options: argparse.Namespace) -> int:
     settings = _settings(options)
     if not settings:
-        raise ConfigError("name at least one setting to change, for example --retention-ms 86400000")
+        raise ConfigError("no setting to change; give at least one, for example --retention-ms 86400000")
     _show(call(options.admin, "PATCH", f"/v1/topics/{quote(options.name)}", settings), options.json)
     return 0
 
@@ -63,7 +101,8 @@ def delete(options: argparse.Namespace) -> int:
         topic = call(options.admin, "GET", f"/v1/topics/{quote(options.name)}")
         records = sum(part["durable_end"] - part["log_start"] for part in topic["partitions"])
         raise ConfigError(
-            f"this deletes {options.name} with its {records} records, here and at every node below, for good; say --yes"
+            f"this would delete topic {options.name} with {counted(records, 'record')}, here and at every node below, "
+            "and cannot be undone; add --yes to confirm"
         )
     call(options.admin, "DELETE", f"/v1/topics/{quote(options.name)}")
     print(json.dumps({"topic": options.name}) if options.json else f"{options.name}: deleted")
@@ -84,7 +123,8 @@ def _show(topic: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(topic))
         return
-    print(f"topic {topic['name']}: " + ", ".join(f"{name} {value}" for name, value in topic["settings"].items()))
+    settings = [f"{name}={_setting(value)}" for name, value in topic["settings"].items()]
+    print(f"topic {topic['name']}: {' '.join(settings)}")
     print_table(
         ("partition", "log_start", "durable_end", "segments", "bytes", "epoch", "damaged"),
         [
@@ -100,3 +140,8 @@ def _show(topic: dict[str, Any], as_json: bool) -> None:
             for part in topic["partitions"]
         ],
     )
+
+
+def _setting(value: object) -> str:
+    """A setting as its flag takes it: true, 4, wait."""
+    return str(value).lower() if isinstance(value, bool) else str(value)

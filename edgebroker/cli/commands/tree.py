@@ -1,4 +1,4 @@
-"""`edgebroker tree`, `edgebroker wait` and `edgebroker node`: the nodes below one, seen and moved from there."""
+"""`edgebroker tree`: the nodes below this one."""
 
 from __future__ import annotations
 
@@ -7,57 +7,69 @@ import json
 import sys
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
+from edgebroker.cli import render
 from edgebroker.cli.admin_client import call
-from edgebroker.cli.render import print_table
-from edgebroker.common.clock import SystemClock, sleep
+from edgebroker.cli.command import Parser, admin_flag, json_flag, label_flag
+from edgebroker.cli.render import counted, print_table
+from edgebroker.common.clock import sleep
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.levels import LEVELS
 
 WATCH_SECONDS = 5.0
-POLL_SECONDS = 1.0
-CLEAR = "\x1b[H\x1b[2J"
-CLEAR_LINE = "\r\x1b[K" if sys.stderr.isatty() else ""
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+CLEAR_SCREEN = "\x1b[H\x1b[2J"
+
+
+def arguments(parser: Parser) -> None:
+    parser.set_defaults(run=tree)
+    parser.description = (
+        "Show the nodes below this one, by level and label: how many there are, and which are silent, behind or have "
+        "problems."
+    )
+    parser.add_argument("--all", action="store_true", help="list every node, not only the 20 worst")
+    parser.add_argument("--watch", action="store_true", help="repeat every five seconds until Ctrl-C")
+    label_flag(parser)
+    admin_flag(parser)
+    json_flag(parser)
 
 
 def tree(options: argparse.Namespace) -> int:
     while True:
         if options.all:
             nodes = sorted(
-                pages(options.admin, options.label), key=lambda node: (LEVELS.index(node["level"]), node["name"])
+                nodes_below(options.admin, options.label), key=lambda node: (LEVELS.index(node["level"]), node["name"])
             )
             text = json.dumps(nodes) if options.json else ""
         else:
-            found = call(options.admin, "GET", "/v1/tree?" + _labels(options.label))
+            found = call(options.admin, "GET", "/v1/tree?" + _query(options.label))
             text = json.dumps(found) if options.json else ""
         if options.watch and not options.json:
-            sys.stdout.write(CLEAR)
+            sys.stdout.write(CLEAR_SCREEN)
         if text:
             print(text, flush=True)
         elif options.all:
-            _table(nodes)
+            _print_nodes(nodes)
         else:
-            _summary(found)
+            _print_summary(found)
         if not options.watch:
             return 0
         sys.stdout.flush()
         sleep(WATCH_SECONDS)
 
 
-def pages(admin: str, labels: list[str]) -> Iterator[dict[str, Any]]:
-    """Every node below that has these labels."""
+def nodes_below(admin: str, labels: list[str]) -> Iterator[dict[str, Any]]:
+    """Every node below that has all of these labels."""
     after = ""
     while True:
-        page = call(admin, "GET", f"/v1/tree/nodes?after={after}&" + _labels(labels))
+        page = call(admin, "GET", f"/v1/tree/nodes?after={after}&" + _query(labels))
         yield from page["nodes"]
         after = page["after"]
         if not after:
             return
 
 
-def _summary(found: dict[str, Any]) -> None:
+def _print_summary(found: dict[str, Any]) -> None:
     if not found["levels"]:
         print(f"no node below {found['node']} has reported yet")
         return
@@ -65,20 +77,21 @@ def _summary(found: dict[str, Any]) -> None:
     print_table(
         ("below " + found["node"], *columns),
         [
-            (name, *(counts[one] for one in columns))
+            (name, *(counts[column] for column in columns))
             for name, counts in [*found["levels"].items(), *found["labels"].items()]
         ],
     )
     if found["worst"]:
         print()
-        _table(found["worst"])
+        _print_nodes(found["worst"])
     else:
-        print("every node is connected, has everything, and has applied it")
+        print("every node is connected, without lag, and has applied everything")
     if found["refused"]:
-        print(f"{found['refused']} reports of nodes beyond the limit were not taken", file=sys.stderr)
+        reports = counted(found["refused"], "report")
+        print(f"{reports} rejected: there are more nodes than this node can keep", file=sys.stderr)
 
 
-def _table(nodes: list[dict[str, Any]]) -> None:
+def _print_nodes(nodes: list[dict[str, Any]]) -> None:
     print_table(
         ("node", "level", "region", "parent", "silent", "lag", "applying", "disk", "version", "problems"),
         [
@@ -87,9 +100,9 @@ def _table(nodes: list[dict[str, Any]]) -> None:
                 node["level"],
                 node["region"] or "-",
                 node["parent"] or "-",
-                _duration(node["silent_seconds"]),
-                _duration(node["lag_seconds"]) if node["lag_seconds"] >= 1 else "-",
-                _most(node["waiting"]),
+                silence(node["silent_seconds"]),
+                render.duration(node["lag_seconds"]) if node["lag_seconds"] >= 1 else "-",
+                _furthest_behind(node["waiting"]),
                 f"{node['disk_free_percent']} %" + (f", {node['disk_days']} d" if node["disk_days"] >= 0 else ""),
                 node["version"],
                 ", ".join([*node["problems"], *(["draining"] if node.get("draining") else [])]) or "-",
@@ -99,115 +112,20 @@ def _table(nodes: list[dict[str, Any]]) -> None:
     )
 
 
-def _most(waiting: dict[str, int]) -> str:
-    """The two groups that have most before them."""
+def _furthest_behind(waiting: dict[str, int]) -> str:
+    """The two groups with the largest lag."""
     most = sorted(waiting, key=lambda name: -waiting[name])
     text = ", ".join(f"{name} {waiting[name]}" for name in most[:2])
     return text + (f" and {len(most) - 2} more" if len(most) > 2 else "") or "-"
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 0:
-        return "-"
-    for unit in ("d", "h", "m"):
-        if seconds >= 2 * _UNITS[unit]:
-            return f"{seconds / _UNITS[unit]:.0f} {unit}"
-    return f"{seconds:.0f} s"
+def silence(seconds: float) -> str:
+    """How long a node has been silent; "-" for one that is connected."""
+    return render.duration(seconds) if seconds >= 0 else "-"
 
 
-def wait(options: argparse.Namespace) -> int:
-    """0 once every node has applied it; 1 when the time is over first, with those that have not."""
-    clock = SystemClock()
-    deadline = clock.monotonic() + parse_duration(options.timeout)
-    ends = _ends(options)
-    query = [("topic", options.topic), *(("end", f"{partition}:{end}") for partition, end in ends.items())]
-    query += [("label", label) for label in options.label]
-    query += [("group", options.group)] if options.group else []
-    query += [("mirrored", "1")] if options.mirrored else []
-    while True:
-        found = call(options.admin, "GET", "/v1/tree/applied?" + urlencode(query))
-        known = found["settled"] and not found["refused"]
-        complete = known and found["nodes"] and found["done"] == found["nodes"]
-        if complete or clock.monotonic() >= deadline:
-            break
-        if not options.json and sys.stderr.isatty():
-            print(f"{CLEAR_LINE}{found['done']} of {found['nodes']} nodes ", end="", file=sys.stderr, flush=True)
-        sleep(min(POLL_SECONDS, max(0.0, deadline - clock.monotonic())))
-    if options.json:
-        print(json.dumps({**found, "ends": ends}))
-        return 0 if complete else 1
-    print(f"\r{found['done']} of {found['nodes']} nodes have {options.topic}", file=sys.stderr)
-    if not found["nodes"]:
-        print("no node with these labels has reported; see edgebroker tree --all", file=sys.stderr)
-    if not found["settled"]:
-        print("this node was started a moment ago: it may not know all nodes yet", file=sys.stderr)
-    if found["refused"]:
-        print("there are more nodes than are kept; not all of them can be asked", file=sys.stderr)
-    for node in found["missing"]:
-        silent = f", silent for {_duration(node['silent_seconds'])}" if node["silent_seconds"] >= 0 else ""
-        print(f"{node['name']}: {node['why']}{silent}")
-    left = found["nodes"] - found["done"] - len(found["missing"])
-    if left > 0:
-        print(f"and {left} more")
-    return 0 if complete else 1
-
-
-def _ends(options: argparse.Namespace) -> dict[int, int]:
-    """What has to be applied: up to the offset that was named, or to where the topic ends now."""
-    partitions = call(options.admin, "GET", f"/v1/topics/{quote(options.topic)}")["partitions"]
-    if options.offset >= 0 and options.partition < 0 and len(partitions) > 1:
-        raise ConfigError(f"{options.topic} has {len(partitions)} partitions: say which one with --partition")
-    ends = {
-        one["partition"]: options.offset if options.offset >= 0 else one["durable_end"]
-        for one in partitions
-        if options.partition < 0 or one["partition"] == options.partition
-    }
-    if not ends:
-        raise ConfigError(f"--partition {options.partition}: {options.topic} has {len(partitions)} partitions")
-    return ends
-
-
-def parse_duration(text: str) -> float:
-    """30, 30s, 30m, 12h, 2d: seconds. Raises ConfigError for what is none."""
-    unit = _UNITS.get(text[-1:], 0)
-    try:
-        seconds = float(text[:-1]) * unit if unit else float(text)
-    except ValueError:
-        seconds = -1.0
-    if not 0 <= seconds < 1e9:
-        raise ConfigError(f"{text!r} is no duration; write it as 90s, 30m, 12h or 2d")
-    return seconds
-
-
-def pin(options: argparse.Namespace) -> int:
-    return _decide(options, "PUT", "/pins", {"parents": options.parent})
-
-
-def unpin(options: argparse.Namespace) -> int:
-    return _decide(options, "PUT", "/pins", {"parents": []})
-
-
-def drain(options: argparse.Namespace) -> int:
-    return _decide(options, "PUT", "/drain")
-
-
-def undrain(options: argparse.Namespace) -> int:
-    return _decide(options, "DELETE", "/drain")
-
-
-def remove(options: argparse.Namespace) -> int:
-    return _decide(options, "DELETE", "")
-
-
-def _decide(options: argparse.Namespace, method: str, verb: str, body: object = None) -> int:
-    answer = call(options.admin, method, f"/v1/registry/{quote(options.name, safe='')}{verb}", body)
-    if options.json:
-        print(json.dumps(answer))
-    return 0
-
-
-def _labels(labels: list[str]) -> str:
+def _query(labels: list[str]) -> str:
     for label in labels:
         if "=" not in label:
-            raise ConfigError(f"--label {label}: NAME=VALUE is expected, for example region=north")
+            raise ConfigError(f"--label {label}: not NAME=VALUE, for example region=north")
     return urlencode([("label", label) for label in labels])

@@ -1,7 +1,7 @@
-"""`edgebroker verify --against HOST:PORT`: are the logs of two nodes the same, byte for byte?
+"""`edgebroker verify`: compare the logs of two nodes byte for byte.
 
-Both nodes read their batches again and answer digests; where these differ, halves of the place are compared, until the
-differing records are known. Only digests go over the line.
+Both nodes read their batches from the disk and answer with digests. Where these differ, a binary search finds the
+records. Only digests cross the network.
 """
 
 from __future__ import annotations
@@ -11,16 +11,32 @@ import json
 from typing import Any, NamedTuple
 
 from edgebroker.cli.admin_client import call
+from edgebroker.cli.command import Parser, admin_flag, json_flag
+from edgebroker.cli.render import counted
 from edgebroker.common.errors import EdgeBrokerError
 
 
-class Pair(NamedTuple):
-    """The same log at two nodes, of which both have the offsets [first, next)."""
+class SharedLog(NamedTuple):
+    """A log that two nodes have, and the offsets [first, next) that both store."""
 
     name: str
     request: dict[str, Any]
     first: int
     next: int
+
+
+def arguments(parser: Parser) -> None:
+    parser.set_defaults(run=verify)
+    parser.description = (
+        "Compare the logs of this node with those of another one, byte for byte, and name the records that differ. "
+        "Exits with 0 when they are the same, 1 when not."
+    )
+    parser.add_argument(
+        "--against", required=True, metavar="HOST:PORT", help="admin address of the other node, a parent or a child"
+    )
+    parser.add_argument("--topic", default="", help="only this topic (default: all that both nodes have)")
+    admin_flag(parser)
+    json_flag(parser)
 
 
 class Comparison:
@@ -31,11 +47,11 @@ class Comparison:
         self.damaged: set[tuple[str, int, int]] = set()
         self.bytes = 0
 
-    def pairs(self, topic: str) -> tuple[list[Pair], list[str]]:
-        """What both have, and in words what only one of them has."""
+    def shared(self, topic: str) -> tuple[list[SharedLog], list[str]]:
+        """The logs that both nodes have, and descriptions of what only one of them has."""
         here, there = _logs(self._here, topic), _logs(self._there, topic)
         if topic and not (here or there):
-            raise EdgeBrokerError(f"there is no topic {topic!r} at either node")
+            raise EdgeBrokerError(f"topic {topic!r} exists at neither node")
         found, left_out = [], []
         for name, mine in here.items():
             other = there.get(name)
@@ -45,98 +61,99 @@ class Comparison:
                 left_out.append(f"{name}: another log at {self._there}")
             else:
                 first = max(mine["log_start"], other["log_start"])
-                following = min(mine["durable_end"], other["durable_end"])
+                end = min(mine["durable_end"], other["durable_end"])
                 request = {"topic": mine["topic"], "partition": mine["partition"], "log_id": mine["log_id"]}
-                found.append(Pair(name, request, first, following))
-                for node, log in ((self._here, mine), (self._there, other)):
-                    if log["log_start"] < first:
-                        left_out.append(f"{name}: records {log['log_start']} to {first - 1} are only at {node}")
-                    if log["durable_end"] > following:
-                        left_out.append(f"{name}: records {following} to {log['durable_end'] - 1} are only at {node}")
+                found.append(SharedLog(name, request, first, end))
+                for node, one in ((self._here, mine), (self._there, other)):
+                    if one["log_start"] < first:
+                        left_out.append(f"{name}: records {one['log_start']} to {first - 1} are only at {node}")
+                    if one["durable_end"] > end:
+                        left_out.append(f"{name}: records {end} to {one['durable_end'] - 1} are only at {node}")
         left_out += [f"{name}: not at {self._here}" for name in there if name not in here]
         return found, left_out
 
-    def differing(self, pair: Pair) -> list[tuple[int, int]]:
+    def differing(self, log: SharedLog) -> list[tuple[int, int]]:
         """Offset ranges [first, next) whose batches are not the same."""
         found: list[tuple[int, int]] = []
-        offset = pair.first
-        while offset < pair.next:
-            mine, other = self._digests(pair, offset, pair.next)
+        offset = log.first
+        while offset < log.next:
+            mine, other = self._digests(log, offset, log.next)
             self.bytes += mine["bytes"]
             for node, answer in ((self._here, mine), (self._there, other)):
-                self.damaged |= {(f"{pair.name} at {node}", *place) for place in answer["damaged"]}
-            following = min(mine["next"], other["next"])
+                self.damaged |= {(f"{log.name} at {node}", *span) for span in answer["damaged"]}
+            end = min(mine["next"], other["next"])
             if not _same(mine, other):
-                first = self._first(pair, offset, following)
-                last = self._last(pair, first, following)
+                first = self._first(log, offset, end)
+                last = self._last(log, first, end)
                 if found and found[-1][1] == first:
                     first = found.pop()[0]
                 found.append((first, last))
-            offset = following
+            offset = end
         return found
 
-    def _first(self, pair: Pair, low: int, high: int) -> int:
-        """Everything from `low` on is the same up to the answer."""
+    def _first(self, log: SharedLog, low: int, high: int) -> int:
+        """The offset up to which everything from `low` on is the same."""
         while high - low > 1:
             middle = (low + high) // 2
-            mine, other = self._digests(pair, low, middle)
+            mine, other = self._digests(log, low, middle)
             if _same(mine, other):
                 low = mine["next"]
             else:
                 high = middle
         return low
 
-    def _last(self, pair: Pair, low: int, high: int) -> int:
-        """Everything from the answer on is the same up to `high`."""
+    def _last(self, log: SharedLog, low: int, high: int) -> int:
+        """The offset from which everything up to `high` is the same."""
         end = high
         while end - low > 1:
             middle = (low + end) // 2
-            if self._same_from(pair, middle, high):
+            if self._same_from(log, middle, high):
                 end = middle
             else:
                 low = middle
         return end
 
-    def _same_from(self, pair: Pair, first: int, following: int) -> bool:
-        while first < following:
-            mine, other = self._digests(pair, first, following)
+    def _same_from(self, log: SharedLog, first: int, end: int) -> bool:
+        while first < end:
+            mine, other = self._digests(log, first, end)
             if not _same(mine, other):
                 return False
             first = mine["next"]
         return True
 
-    def _digests(self, pair: Pair, first: int, following: int) -> tuple[Any, ...]:
-        body = {**pair.request, "first": first, "next": following}
+    def _digests(self, log: SharedLog, first: int, end: int) -> tuple[Any, ...]:
+        body = {**log.request, "first": first, "next": end}
         return tuple(call(node, "POST", "/v1/pipe/digest", body) for node in (self._here, self._there))
 
 
 def verify(options: argparse.Namespace) -> int:
     comparison = Comparison(options.admin, options.against)
-    pairs, left_out = comparison.pairs(options.topic)
-    differing = {pair.name: comparison.differing(pair) for pair in pairs}
+    logs, left_out = comparison.shared(options.topic)
+    differing = {log.name: comparison.differing(log) for log in logs}
     same = not any(differing.values()) and not comparison.damaged
     if options.json:
         result = {
             "same": same,
-            "compared": {pair.name: [pair.first, pair.next] for pair in pairs},
+            "compared": {log.name: [log.first, log.next] for log in logs},
             "bytes": comparison.bytes,
-            "differing": {name: places for name, places in differing.items() if places},
+            "differing": {name: spans for name, spans in differing.items() if spans},
             "damaged": sorted(comparison.damaged),
             "left_out": left_out,
         }
         print(json.dumps(result))
         return 0 if same else 1
-    for pair in pairs:
-        for first, following in differing[pair.name]:
-            print(f"{pair.name}: records {first} to {following - 1} DIFFER")
-        if not differing[pair.name]:
-            print(f"{pair.name}: {max(0, pair.next - pair.first)} records from {pair.first} on are the same")
-    for name, first, following in sorted(comparison.damaged):
-        print(f"{name}: records {first} to {following - 1} are damaged")
+    for log in logs:
+        for first, end in differing[log.name]:
+            print(f"{log.name}: records {first} to {end - 1} DIFFER")
+        if not differing[log.name]:
+            records = counted(max(0, log.next - log.first), "record")
+            print(f"{log.name}: {records} from offset {log.first}: the same")
+    for name, first, end in sorted(comparison.damaged):
+        print(f"{name}: records {first} to {end - 1} are damaged")
     for line in left_out:
         print(line)
     verdict = "the same" if same else "NOT the same"
-    print(f"{len(pairs)} logs compared, {comparison.bytes} bytes read at each node: {verdict}")
+    print(f"{counted(len(logs), 'log')} compared, {comparison.bytes} bytes read at each node: {verdict}")
     return 0 if same else 1
 
 

@@ -1,8 +1,9 @@
-"""`edgebroker demo`: the main job, shown and checked on real retail data.
+"""`edgebroker demo`: what a broker is for, shown and checked on real retail data.
 
-First one broker: it stores 30,000 sales lines in four partitions and pushes them to a consumer. When the consumer has
-seen 40 % and publishes are unacknowledged, the broker is killed with SIGKILL and started again. Then a tree of five
-(treedemo.py). The line numbers in the record headers show that the consumer saw every line, in order per partition.
+First one broker: it stores 30,000 sales lines in four partitions and delivers them to a consumer. When the consumer has
+40 % of them and publishes are unacknowledged, the broker is killed with SIGKILL and started again. Then the same with a
+tree of five brokers (tree_demo.py). Line numbers in the record headers show that the consumer received every line, in
+order per partition.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from importlib.resources import files as package_files
 from pathlib import Path
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
-from edgebroker.cli.commands.publish import Pace
 from edgebroker.cli.demo.tree_demo import LEVELS, DemoTree
+from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
 from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer
@@ -61,13 +63,13 @@ def _one_broker(directory: Path, rate: int) -> dict[str, object]:
     broker = BrokerProcess(directory / "node", settings=settings)
     broker.start()
     try:
-        _five_messages(broker)
+        _five_records(broker)
 
         def kill() -> None:
             broker.kill()
             broker.start()
 
-        result = Retail(broker, broker, rate, kill).run()
+        result = RetailRun(broker, broker, rate, kill).run()
         result["clean_stop"] = broker.stop() == 0
     finally:
         broker.kill()
@@ -75,9 +77,9 @@ def _one_broker(directory: Path, rate: int) -> dict[str, object]:
 
 
 def _tree(directory: Path, rate: int) -> dict[str, object]:
-    print("a tree of five brokers: " + " - ".join(LEVELS), file=sys.stderr)
+    print("starting a tree of five brokers: " + " - ".join(LEVELS), file=sys.stderr)
     with DemoTree(directory) as tree:
-        result = Retail(tree.root, tree.local, rate, tree.disturb, ready=tree.wait_for_topic).run()
+        result = RetailRun(tree.root, tree.local, rate, tree.disturb, ready=tree.wait_for_topic).run()
         result["same_bytes"] = tree.wait_until_same("sales", PARTITIONS)
         result["applied"] = tree.wait_until_applied("sales", PARTITIONS)
         result["repaired"] = tree.repaired
@@ -85,8 +87,8 @@ def _tree(directory: Path, rate: int) -> dict[str, object]:
     return result
 
 
-def _five_messages(broker: BrokerProcess) -> None:
-    """Five messages in, five out in order, and the group's offset goes from 0 to 5."""
+def _five_records(broker: BrokerProcess) -> None:
+    """Publish five records, receive them in order, and commit: the committed offset goes from 0 to 5."""
     with Producer(broker.server, timeout=20.0) as producer:
         offsets = [producer.send("stocks", symbol).result(20.0) for symbol in SYMBOLS]
     with Consumer(broker.server, ["stocks"], "traders", timeout=20.0, auto_ack=False) as consumer:
@@ -99,8 +101,8 @@ def _five_messages(broker: BrokerProcess) -> None:
         after = _committed(broker, "traders")
     values = [record.value for record in records]
     if (offsets, values, before, after) != ([0, 1, 2, 3, 4], list(SYMBOLS), 0, 5):
-        raise EdgeBrokerError(f"five messages: offsets {offsets}, values {values}, group offset {before} -> {after}")
-    print("five messages: stored, pushed and acknowledged in order, group offset 0 -> 5", file=sys.stderr)
+        raise EdgeBrokerError(f"five records: offsets {offsets}, values {values}, committed offset {before} -> {after}")
+    print("five records: stored, delivered in order and acknowledged; committed offset 0 -> 5", file=sys.stderr)
 
 
 def _committed(broker: BrokerProcess, group: str) -> int:
@@ -108,9 +110,11 @@ def _committed(broker: BrokerProcess, group: str) -> int:
     return max(0, int(partitions[0]["committed"])) if partitions else 0
 
 
-class Retail:
-    """Publishes the retail lines at one broker and consumes them at another (or the same), and has something done to
-    them when the consumer has seen 40 %. `ready` waits until the topic is where it is consumed."""
+class RetailRun:
+    """Publishes the retail lines at one broker and consumes them at another, or the same.
+
+    When the consumer has 40 % of them, `disturb` is called. `ready` waits until the consuming broker has the topic.
+    """
 
     def __init__(
         self,
@@ -129,8 +133,8 @@ class Retail:
         self._seen: list[tuple[int, int]] = []
         self._latencies: list[float] = []
         self._sent_at = [0.0] * (len(self._lines) + 1)
-        self._half = threading.Event()
-        self._killed_with = 0
+        self._disturb_now = threading.Event()
+        self._unacknowledged = 0
         self._down_ms = 0.0
         self._error: Exception | None = None
 
@@ -138,7 +142,7 @@ class Retail:
         call(self._upper.admin, "POST", "/v1/topics", {"name": "sales", "partitions": PARTITIONS})
         self._ready("sales")
         began = self._clock.monotonic()
-        threads = [start_thread("demo-consumer", self._consume), start_thread("demo-disturber", self._go_wrong)]
+        threads = [start_thread("demo-consumer", self._consume), start_thread("demo-disturber", self._disturb_once)]
         self._publish()
         published = self._clock.monotonic() - began
         for thread in threads:
@@ -159,7 +163,7 @@ class Retail:
             "in_wrong_partition": self._in_wrong_partition(),
             "stored": sum(part["durable_end"] - part["log_start"] for part in topic["partitions"]),
             "sealed_segments": sum(part["segments"] - 1 for part in topic["partitions"]),
-            "unacknowledged_at_kill": self._killed_with,
+            "unacknowledged_at_kill": self._unacknowledged,
             "down_ms": round(self._down_ms),
             "publish_per_second": round(len(self._lines) / published),
             "push_p50_ms": round(latencies[len(latencies) // 2] * 1000, 3),
@@ -180,12 +184,12 @@ class Retail:
                     line["StockCode"].encode(),
                     headers=[("line", str(number).encode())],
                 )
-                sent.add_done_callback(lambda done, number=number: self._on_done(done, number))  # type: ignore[misc]
+                sent.add_done_callback(partial(self._on_done, number))
                 bar.update(1)
             producer.flush(60.0)
         bar.close()
 
-    def _on_done(self, sent: Sent, number: int) -> None:
+    def _on_done(self, number: int, sent: Sent) -> None:
         if sent.exception() is None:
             self._acknowledged.add(number)
         else:
@@ -209,22 +213,22 @@ class Retail:
                             self._latencies.append(now - self._sent_at[number])
                     consumer.ack(records[-1])
                     if len(distinct) >= wanted * KILL_AT:
-                        self._half.set()
+                        self._disturb_now.set()
                 consumer.commit()
         except Exception as error:
             self._error = error
         finally:
-            self._half.set()
+            self._disturb_now.set()
 
-    def _go_wrong(self) -> None:
-        """Once the consumer is at 40 % and the producer waits for acknowledgements."""
-        self._half.wait(DEADLINE_SECONDS)
+    def _disturb_once(self) -> None:
+        """Disturb once the consumer has 40 % and the producer waits for acknowledgements."""
+        self._disturb_now.wait(DEADLINE_SECONDS)
         deadline = self._clock.monotonic() + 10.0
         while self._clock.monotonic() < deadline:
             waiting = sum(1 for sent in self._sent_at if sent) - len(self._acknowledged)
             if waiting > 0:
                 break
-        self._killed_with = waiting
+        self._unacknowledged = waiting
         began = self._clock.monotonic()
         try:
             self._disturb()
@@ -233,7 +237,7 @@ class Retail:
         self._down_ms = (self._clock.monotonic() - began) * 1000
 
     def _out_of_order(self) -> int:
-        """Lines of a partition that appeared for the first time behind a later one."""
+        """How many lines were first delivered after a later line of their partition."""
         newest: Counter[int] = Counter()
         first_seen: set[int] = set()
         wrong = 0
@@ -256,55 +260,57 @@ def _differing(result: dict[str, object]) -> list[str]:
         "acknowledged": lines, "distinct": lines, "stored": lines, "missing": 0, "out_of_order": 0, "refused": 0,
         "in_wrong_partition": 0, "clean_stop": True,
     }  # fmt: skip
-    return [f"{name} is {result[name]}, not {value}" for name, value in expected.items() if result[name] != value]
+    return [f"{name} is {result[name]} instead of {value}" for name, value in expected.items() if result[name] != value]
 
 
 def judge_tree(result: dict[str, object]) -> list[str]:
-    """Everything that does not hold in the tree."""
+    """What went wrong in the tree."""
     problems = [f"in the tree {problem}" for problem in _differing(result)]
     if not result["same_bytes"]:
-        problems.append("the five nodes do not hold the same bytes")
+        problems.append("the logs of the five nodes differ")
     if not result["applied"]:
-        problems.append("ROOT does not know that LOCAL has applied everything")
+        problems.append("ROOT did not learn that LOCAL has applied everything")
     if not result["repaired"]:
-        problems.append("the damaged records were not fetched again")
+        problems.append("the corrupt range was not repaired")
     return problems
 
 
 def judge(result: dict[str, object]) -> list[str]:
-    """Everything that does not hold."""
+    """What went wrong with the single broker."""
     problems = _differing(result)
     sealed, waiting = result["sealed_segments"], result["unacknowledged_at_kill"]
     assert isinstance(sealed, int) and isinstance(waiting, int)
     if sealed < 3:
-        problems.append(f"{sealed} sealed segments; at least three were wanted")
+        problems.append(f"only {sealed} segments were sealed, at least 3 were expected")
     if waiting < 1:
-        problems.append("nothing was unacknowledged when the broker was killed")
+        problems.append("no publish was unacknowledged when the broker was killed")
     return problems
 
 
 def _print_tree(result: dict[str, object]) -> None:
-    print(f"five levels         {result['lines']} lines published at ROOT at {result['publish_per_second']}/s")
-    print("gone wrong          POS - L3 cut, L3 and POS killed, a byte flipped in a segment at POS; back after "
+    print(f"five levels         {result['lines']} lines published at ROOT, {result['publish_per_second']}/s")
+    print("disturbed           network L3 - POS cut, L3 and POS killed, a byte flipped at POS; restored in "
           f"{result['down_ms']} ms")  # fmt: skip
-    print(f"healed              {result['repaired']} damaged records fetched again from the parent")
+    print(f"repaired            {result['repaired']} records of a corrupt range, from the parent")
     print(f"consumer at LOCAL   {result['distinct']} of {result['lines']} lines, {result['missing']} missing, "
-          f"{result['out_of_order']} out of order, {result['redelivered']} delivered again")  # fmt: skip
-    who = "every terminal has" if result["applied"] else "NOT every terminal has"
-    print(f"seen from ROOT      {who} applied all of it")
-    print(f"SHA-256 of the logs {'the same on all five nodes' if result['same_bytes'] else 'NOT the same'}")
+          f"{result['out_of_order']} out of order, {result['redelivered']} redelivered")  # fmt: skip
+    applied = "every terminal has" if result["applied"] else "NOT every terminal has"
+    print(f"report at ROOT      {applied} applied every record")
+    print(f"SHA-256 of the logs {'identical on all five nodes' if result['same_bytes'] else 'NOT identical'}")
     print(f"took                {result['seconds']} s")
 
 
 def _print(result: dict[str, object]) -> None:
-    print(f"published           {result['lines']} lines at {result['publish_per_second']}/s, all to be acknowledged")
-    print(f"acknowledged        {result['acknowledged']}, refused {result['refused']}")
-    print(f"killed              with {result['unacknowledged_at_kill']} unacknowledged, back in {result['down_ms']} ms")
+    print(f"published           {result['lines']} lines, {result['publish_per_second']}/s, ack level durable")
+    print(f"acknowledged        {result['acknowledged']} lines, {result['refused']} refused")
+    print(
+        f"killed              with {result['unacknowledged_at_kill']} unacknowledged, ready in {result['down_ms']} ms"
+    )
     print(
         f"stored              {result['stored']} records in {PARTITIONS} partitions, "
         f"{result['sealed_segments']} sealed segments"
     )
-    print(f"consumer saw        {result['distinct']} of {result['lines']} lines, {result['missing']} missing, "
-          f"{result['out_of_order']} out of order, {result['redelivered']} delivered again")  # fmt: skip
-    print(f"push latency        p50 {result['push_p50_ms']} ms, p99 {result['push_p99_ms']} ms (the outage included)")
+    print(f"consumer received   {result['distinct']} of {result['lines']} lines, {result['missing']} missing, "
+          f"{result['out_of_order']} out of order, {result['redelivered']} redelivered")  # fmt: skip
+    print(f"delivery latency    p50 {result['push_p50_ms']} ms, p99 {result['push_p99_ms']} ms, including the outage")
     print(f"took                {result['seconds']} s")

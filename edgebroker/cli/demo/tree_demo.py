@@ -1,8 +1,8 @@
-"""The tree of the demonstration: five brokers as five processes, and what goes wrong between them.
+"""The tree of the demonstration: five brokers as five processes, and the faults between them.
 
-ROOT - L2 - L3 - POS - LOCAL, each told by the registry at ROOT whom to follow. The line between L3 and POS is cut, L3
-and POS are killed, and a byte of a sealed segment at POS is flipped; then all is restored. At the end the logs of all
-nodes, read from the disk, must be the same, byte for byte, and ROOT must know that LOCAL has applied everything.
+ROOT - L2 - L3 - POS - LOCAL; the registry at ROOT assigns the parents. The connection between L3 and POS is cut, L3 and
+POS are killed, and a byte of a sealed segment at POS is flipped; then all is restored. In the end the logs of all
+nodes, read from the disk, must be identical, and ROOT must know that LOCAL has applied everything.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import socket
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 
@@ -30,16 +31,16 @@ SETTINGS = {
 }
 
 
-class DemoLine:
-    """A line to another node, `target`, that can be cut; children reach the node by its `address`."""
+class CuttableProxy:
+    """A TCP proxy from `address` to `target` whose connections can be cut."""
 
     def __init__(self) -> None:
         self.target = ""
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
-        self._whole = True
+        self._open = True
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        start_thread("demo-line", self._accept)
+        start_thread("demo-proxy", self._accept)
 
     def _accept(self) -> None:
         while True:
@@ -48,8 +49,8 @@ class DemoLine:
             except OSError:
                 return
             try:
-                if not self._whole:
-                    raise OSError("the line is cut")
+                if not self._open:
+                    raise OSError("the connection is cut")
                 host, _, port = self.target.rpartition(":")
                 upper = socket.create_connection((host, int(port)), 5.0)
                 upper.settimeout(None)
@@ -58,10 +59,10 @@ class DemoLine:
                 continue
             self._pairs.append((lower, upper))
             for source, sink in ((lower, upper), (upper, lower)):
-                start_thread("demo-line", lambda source=source, sink=sink: self._pass_on(source, sink))  # type: ignore[misc]
+                start_thread("demo-proxy", partial(self._forward, source, sink))
 
     @staticmethod
-    def _pass_on(source: socket.socket, sink: socket.socket) -> None:
+    def _forward(source: socket.socket, sink: socket.socket) -> None:
         try:
             while data := source.recv(1 << 16):
                 sink.sendall(data)
@@ -71,14 +72,14 @@ class DemoLine:
         _shut(sink)
 
     def cut(self) -> None:
-        self._whole = False
+        self._open = False
         for pair in self._pairs:
             for sock in pair:
                 _shut(sock)
         self._pairs.clear()
 
-    def mend(self) -> None:
-        self._whole = True
+    def restore(self) -> None:
+        self._open = True
 
     def close(self) -> None:
         self.cut()
@@ -94,13 +95,13 @@ def _shut(sock: socket.socket) -> None:
 
 
 class DemoTree:
-    """Started by `with`; whatever happens, all processes end with it."""
+    """Runs within a `with` block; all processes end with the block."""
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._clock = SystemClock()
         self._nodes: dict[str, BrokerProcess] = {}
-        self._line: DemoLine | None = None
+        self._proxy: CuttableProxy | None = None
         self._damaged: Path | None = None
 
     @property
@@ -113,7 +114,7 @@ class DemoTree:
 
     def __enter__(self) -> DemoTree:
         try:
-            self._line = DemoLine()
+            self._proxy = CuttableProxy()
             above = ""
             for level, region in LEVELS.items():
                 settings = {**SETTINGS, "EDGEBROKER_NODE_LEVEL": level, "EDGEBROKER_NODE_NAME": level}
@@ -123,11 +124,11 @@ class DemoTree:
                 else:
                     settings["EDGEBROKER_PIPE_REGISTRY"] = self._nodes[above].admin
                 if level == "l3":
-                    settings["EDGEBROKER_PIPE_ADDRESS"] = self._line.address
+                    settings["EDGEBROKER_PIPE_ADDRESS"] = self._proxy.address
                 node = self._nodes[level] = BrokerProcess(self._directory / level, settings=settings)
                 node.start()
                 if level == "l3":
-                    self._line.target = node.admin
+                    self._proxy.target = node.admin
                 if above:
                     self._wait_for_parent(level, above)
                 above = level
@@ -137,13 +138,13 @@ class DemoTree:
         return self
 
     def _wait_for_parent(self, level: str, above: str) -> None:
-        """Until a node follows the one that it should, and the registry knows it, so that it is named to the next."""
+        """Wait until a node has its parent and the registry knows it, so that it can become a parent itself."""
 
         def follows() -> bool:
             found = {node["name"]: node for node in call(self.root.admin, "GET", "/v1/tree/nodes")["nodes"]}
             return level in found and found[level]["parent"] == above
 
-        self._until(follows)
+        self._wait_until(follows)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -153,22 +154,24 @@ class DemoTree:
     def _kill(self) -> None:
         for node in self._nodes.values():
             node.kill()
-        if self._line is not None:
-            self._line.close()
+        if self._proxy is not None:
+            self._proxy.close()
 
     def stop(self) -> bool:
-        """End all nodes, the lowest first; True when every one of them stopped cleanly."""
+        """Stop all nodes, the lowest first; True when every one stopped cleanly."""
         return all([self._nodes[level].stop() == 0 for level in reversed(list(LEVELS))])
 
     def wait_for_topic(self, topic: str) -> None:
-        """Until it has come down to LOCAL. Raises EdgeBrokerError when it does not."""
-        self._until(lambda: topic in [one["name"] for one in call(self.local.admin, "GET", "/v1/topics")["topics"]])
+        """Wait until LOCAL has a topic. Raises EdgeBrokerError when it does not get it in time."""
+        self._wait_until(
+            lambda: topic in [found["name"] for found in call(self.local.admin, "GET", "/v1/topics")["topics"]]
+        )
 
     def disturb(self) -> None:
-        """Cut the line between L3 and POS, kill both, flip a byte at POS; a moment later all is restored."""
-        assert self._line is not None
+        """Cut the connection between L3 and POS, kill both, flip a byte at POS; then restore everything."""
+        assert self._proxy is not None
         l3, pos = self._nodes["l3"], self._nodes["pos"]
-        self._line.cut()
+        self._proxy.cut()
         l3.kill()
         pos.kill()
         sealed = sorted((pos.directory / "topics" / "sales").glob("*/*.log"), key=lambda path: path.name)
@@ -179,15 +182,15 @@ class DemoTree:
         sleep(CUT_SECONDS)
         pos.start()
         l3.start()
-        self._line.mend()
+        self._proxy.restore()
 
     @property
     def repaired(self) -> int:
-        """Damaged records that POS fetched again."""
+        """How many records of corrupt ranges POS has repaired."""
         return int(call(self._nodes["pos"].admin, "GET", "/v1/node")["counters"]["records_repaired"])
 
     def wait_until_applied(self, topic: str, partitions: int) -> bool:
-        """Wait until ROOT knows that every terminal has applied what it holds; False when it does not in time."""
+        """Wait until ROOT knows that every terminal has applied the topic; False when it takes too long."""
         parts = call(self.root.admin, "GET", f"/v1/topics/{topic}")["partitions"]
         ends = "&".join(f"end={number}:{parts[number]['durable_end']}" for number in range(partitions))
 
@@ -196,13 +199,13 @@ class DemoTree:
             return bool(found["nodes"] == found["done"] == 1)
 
         try:
-            self._until(applied)
+            self._wait_until(applied)
         except EdgeBrokerError:
             return False
         return True
 
     def wait_until_same(self, topic: str, partitions: int) -> bool:
-        """Wait until every node has everything and nothing is damaged; True when then all hold the same bytes."""
+        """Wait until every node has everything and nothing is corrupt; True when the logs are then identical."""
 
         def settled() -> bool:
             found = [call(node.admin, "GET", f"/v1/topics/{topic}")["partitions"] for node in self._nodes.values()]
@@ -212,7 +215,7 @@ class DemoTree:
             )
 
         try:
-            self._until(settled)
+            self._wait_until(settled)
         except EdgeBrokerError:
             return False
         return all(
@@ -222,15 +225,15 @@ class DemoTree:
 
     @staticmethod
     def _digest(node: BrokerProcess, topic: str, partition: int) -> str:
-        """Over the batch bytes of a log, as they lie on the disk."""
+        """The SHA-256 of the segment files of a log."""
         found = hashlib.sha256()
         for path in sorted((node.directory / "topics" / topic / str(partition)).glob("*.log")):
             found.update(path.read_bytes())
         return found.hexdigest()
 
-    def _until(self, condition: Callable[[], bool]) -> None:
+    def _wait_until(self, condition: Callable[[], bool]) -> None:
         deadline = self._clock.monotonic() + DEADLINE_SECONDS
         while not condition():
             if self._clock.monotonic() > deadline:
-                raise EdgeBrokerError(f"the tree did not settle within {DEADLINE_SECONDS:g} s")
+                raise EdgeBrokerError(f"the tree did not converge within {DEADLINE_SECONDS:g} s")
             sleep(0.05)

@@ -1,10 +1,10 @@
-"""Where the node's log lines go: the journal's native protocol (systemd.journal-fields(7)) when standard error is the
-journal, else standard error as text, or as JSON for containers.
+"""Where log lines go: to the journal by its native protocol (systemd.journal-fields(7)) when standard error is the
+journal, else to standard error, as text or as JSON.
 
-A line has a level, the node, the topic and partition where it is about one (such lines begin with `topic NAME` or
-`NAME/PARTITION`), and the name of the problem with what to do. Payloads and keys of records never stand in it. The same
-line (before its arguments are put in) is written BURST times in WINDOW_SECONDS; then it is counted, and the next one
-behind the window says how many there were.
+A line has a level, the node, its topic and partition (taken from lines that begin with `topic NAME` or
+`NAME/PARTITION`), and the name of the problem that it reports. It never contains keys or values of records. A line is
+written at most BURST times in WINDOW_SECONDS, whatever its arguments; the rest is counted, and the first line after the
+window says how many were suppressed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PRIORITIES = {logging.CRITICAL: 2, logging.ERROR: 3, logging.WARNING: 4, loggin
 
 
 def set_up(level: str, form: str, node: str, clock: Clock, environment: Mapping[str, str]) -> None:
-    """Send all log lines of this process to where they belong. `form`: auto, text or json."""
+    """Configure the logging of this process. `form` is auto, text or json."""
     handler: logging.Handler
     if form == "auto" and stderr_is_the_journal(environment):
         handler = JournalHandler(node)
@@ -40,7 +40,7 @@ def set_up(level: str, form: str, node: str, clock: Clock, environment: Mapping[
 
 
 def stderr_is_the_journal(environment: Mapping[str, str]) -> bool:
-    """As systemd tells it: $JOURNAL_STREAM is device:inode of the stream."""
+    """True when $JOURNAL_STREAM, which systemd sets to device:inode of the journal, is our standard error."""
     device, _, inode = environment.get("JOURNAL_STREAM", "").partition(":")
     try:
         found = os.fstat(sys.stderr.fileno())
@@ -50,7 +50,7 @@ def stderr_is_the_journal(environment: Mapping[str, str]) -> bool:
 
 
 class RateLimit(logging.Filter):
-    """Lets BURST lines of a kind through in a window. Called under the handler's lock or not: a race costs a line."""
+    """Passes BURST lines of a kind per window. It takes no lock: a race between threads costs one line at most."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -60,11 +60,11 @@ class RateLimit(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         now, kind = self._clock.monotonic(), (record.name, str(record.msg))
         since, count = self._seen.get(kind, (now, 0))
-        left_out = max(0, count - BURST)
+        suppressed = max(0, count - BURST)
         if now - since >= WINDOW_SECONDS:
             since, count = now, 0
-            if left_out:
-                record.msg = f"{record.getMessage()} (and {left_out} more lines like this in the last while)"
+            if suppressed:
+                record.msg = f"{record.getMessage()} ({suppressed} similar lines suppressed)"
                 record.args = None
         self._seen[kind] = (since, count + 1)
         if len(self._seen) > 1000:
@@ -73,7 +73,7 @@ class RateLimit(logging.Filter):
 
 
 def fields_of(record: logging.LogRecord, node: str) -> dict[str, str]:
-    """What a line says besides its text."""
+    """The fields of a line besides its text."""
     text = record.getMessage()
     found = {"node": node, "logger": record.name}
     subject = _SUBJECT.match(text)
@@ -111,14 +111,16 @@ class JsonFormatter(logging.Formatter):
 
 
 class JournalHandler(logging.Handler):
-    """Datagrams to the journal: MESSAGE, PRIORITY, EB_NODE, EB_TOPIC, EB_PARTITION, EB_PROBLEM, EB_LOGGER. When the
-    journal does not take one, the line goes to standard error with its priority in front (sd-daemon(3))."""
+    """Sends datagrams with MESSAGE, PRIORITY, EB_NODE, EB_TOPIC, EB_PARTITION, EB_PROBLEM and EB_LOGGER.
+
+    A line that the journal does not accept goes to standard error, prefixed with its priority (sd-daemon(3)).
+    """
 
     def __init__(self, node: str) -> None:
         super().__init__()
         self._node = node
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._socket.setblocking(False)  # the loop logs: it waits for nobody
+        self._socket.setblocking(False)  # the event loop logs and must not block
 
     def emit(self, record: logging.LogRecord) -> None:
         text = text_of(record)[:MOST_BYTES]
@@ -136,7 +138,7 @@ class JournalHandler(logging.Handler):
 
 
 def _field(name: str, value: bytes) -> bytes:
-    """NAME=value; with a line break in it: NAME, its length as 64 bits, value."""
+    """NAME=value or, for a value with a line break, NAME, the length as 64 bits, and the value."""
     if b"\n" in value:
         return name.encode() + b"\n" + len(value).to_bytes(8, "little") + value + b"\n"
     return name.encode() + b"=" + value + b"\n"

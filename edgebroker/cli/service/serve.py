@@ -1,4 +1,4 @@
-"""`edgebroker serve`: a broker in the foreground until SIGTERM or SIGINT; SIGHUP reads the configuration again."""
+"""`edgebroker serve`: a broker in the foreground until SIGTERM or SIGINT; SIGHUP reloads the configuration."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import argparse
 import gc
 import json
 import logging
-import os
 import signal
 from pathlib import Path
 
 from edgebroker.broker.broker import Broker
+from edgebroker.cli import environment
 from edgebroker.cli.service import journal
 from edgebroker.cli.service.supervisor import Systemd
 from edgebroker.common.clock import Clock, SystemClock
@@ -23,8 +23,8 @@ log = logging.getLogger("edgebroker")
 
 def serve(options: argparse.Namespace) -> int:
     config, clock = _load(options), SystemClock()
-    journal.set_up(config.log.level, config.log.format, config.node.name, clock, os.environ)
-    systemd = Systemd(os.environ)
+    journal.set_up(config.log.level, config.log.format, config.node.name, clock, environment.current())
+    systemd = Systemd(environment.current())
     broker = Broker(config, clock, systemd)
     broker.start()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -33,14 +33,14 @@ def serve(options: argparse.Namespace) -> int:
         signal.SIGHUP, lambda *_: broker.loop.call_soon_threadsafe(lambda: _reload(broker, systemd, clock, options))
     )
     _announce(broker, options.ports_file)
-    # What exists now stays for good: the collector need not walk it again and again while records pass.
+    # What exists now lives as long as the process: the collector need not visit it while records pass.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
     systemd.ready()
     systemd.feed_watchdog(broker.loop)
     clean = broker.run()
-    log.info("stopped%s", "" if clean else "; the stop was not clean, the next start checks the logs")
+    log.info("stopped%s", "" if clean else " uncleanly; the next start checks the logs")
     return 0 if clean else 1
 
 
@@ -87,11 +87,11 @@ def _reload(broker: Broker, systemd: Systemd, clock: Clock, options: argparse.Na
     try:
         changes = broker.reload(_load(options))
     except ConfigError as error:
-        log.error("the configuration is left as it was: %s", error)
+        log.error("reload failed, the configuration is unchanged: %s", error)
     else:
         logging.getLogger().setLevel(broker.config.log.level.upper())
-        log.info("configuration read again; changed: %s", ", ".join(changes.applied) or "nothing")
+        log.info("configuration reloaded; changed: %s", ", ".join(changes.applied) or "nothing")
         if changes.waiting:
-            log.warning("these changes need a restart: %s", ", ".join(changes.waiting))
+            log.warning("restart the node to apply: %s", ", ".join(changes.waiting))
     finally:
         systemd.reloaded()

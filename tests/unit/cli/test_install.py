@@ -87,7 +87,7 @@ def test_what_was_changed_by_hand_is_kept(frozen: Path, image: Path, capsys: pyt
     assert install(image, "--role", "pos", "--parent", "http://other:7421") == 1
     assert path.read_text() == mine
     assert load_config(path.with_name("edgebroker.toml.new"), environment={}).pipe.parents == "other:7421"
-    assert "it was changed here; the new version goes to edgebroker.toml.new" in capsys.readouterr().out
+    assert "it was edited by hand; the new version goes to edgebroker.toml.new" in capsys.readouterr().out
 
 
 def test_what_could_not_be_put_in_is_no_success(frozen: Path, image: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_dry_run_writes_nothing(frozen: Path, image: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("--parent", "https://hub:7421"), "only http://"),
+        (("--parent", "https://hub:7421"), "supports only http://"),
         (("--parent", "hub:99999"), "HOST:PORT"),
         (("--instance", "../etc"), "lower-case letters"),
         (("--instance", "edgebroker"), "not edgebroker"),
@@ -229,7 +229,7 @@ def test_beside_the_package_there_is_no_second_program(
 ) -> None:
     script(image / "usr/lib/edgebroker/edgebroker")
     assert install(image, "--role", "pos") == 2
-    assert "the package is installed here" in capsys.readouterr().err
+    assert "the edgebroker package is installed" in capsys.readouterr().err
 
 
 def test_what_is_not_given_stays(frozen: Path, image: Path) -> None:
@@ -345,7 +345,7 @@ def test_a_refresh_leaves_out_what_cannot_be_read(
     install(image, "--role", "local")
     (image / "etc/edgebroker/local.toml").write_bytes(b"# caf\xe9\n")
     assert install(image, "--refresh") == 0
-    assert "leave the limits of edgebroker@local.service as they are" in capsys.readouterr().out
+    assert "keep the limits of edgebroker@local.service" in capsys.readouterr().out
 
 
 def test_only_the_installed_release_refreshes(frozen: Path, image: Path) -> None:

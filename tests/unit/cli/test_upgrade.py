@@ -55,7 +55,7 @@ def test_a_good_release_is_put_beside_the_running_one(machine: Machine, tmp_path
 
 @pytest.mark.parametrize("sha256", ["0" * 64, "abc"])
 def test_another_digest_is_refused(machine: Machine, tmp_path: Path, sha256: str) -> None:
-    with pytest.raises(EdgeBrokerError, match="not delivered whole"):
+    with pytest.raises(EdgeBrokerError, match="copy the file again"):
         prepare(machine, options(script(tmp_path / "new"), sha256))
 
 
@@ -73,18 +73,18 @@ def test_a_file_that_is_not_there(machine: Machine, tmp_path: Path) -> None:
 def test_what_is_no_edgebroker_is_refused(machine: Machine, tmp_path: Path, content: str) -> None:
     program = tmp_path / "other"
     program.write_text(content)
-    with pytest.raises(EdgeBrokerError, match="no edgebroker that runs on this machine"):
+    with pytest.raises(EdgeBrokerError, match="not an edgebroker program that runs on this machine"):
         prepare(machine, options(program))
 
 
 def test_a_release_that_fails_its_own_checks_is_refused(machine: Machine, tmp_path: Path) -> None:
-    with pytest.raises(EdgeBrokerError, match="fails its own checks; nothing was changed"):
+    with pytest.raises(EdgeBrokerError, match="fails its self-test; nothing was changed"):
         prepare(machine, options(script(tmp_path / "new", selftest=1)))
 
 
 def test_a_newer_data_format_has_to_be_accepted(machine: Machine, tmp_path: Path) -> None:
     program = script(tmp_path / "new", data_format=DATA_FORMAT + 1)
-    with pytest.raises(EdgeBrokerError, match="no way back but a restore"):
+    with pytest.raises(EdgeBrokerError, match="only restoring a backup could undo it"):
         prepare(machine, options(program))
     assert prepare(machine, options(program, accept_format=True))
 
@@ -106,7 +106,7 @@ def test_nothing_refused_leaves_anything_behind(machine: Machine, tmp_path: Path
 def test_the_folder_form_is_refused(machine: Machine, tmp_path: Path) -> None:
     program = script(tmp_path / "folder" / "edgebroker", "2.0.0")
     (program.parent / "_internal").mkdir()
-    with pytest.raises(ConfigError, match="give the one file"):
+    with pytest.raises(ConfigError, match="use the one-file form"):
         prepare(machine, options(program))
 
 
@@ -133,7 +133,7 @@ def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The releases that nodes were restarted with; those of version 2 do not come up."""
     found: list[str] = []
 
-    def restart(machine: Machine, switch: releases.Switch, ended: Callable[[], bool]) -> str:
+    def restart(machine: Machine, switch: releases.ReleaseSwitch, ended: Callable[[], bool]) -> str:
         found.append(releases.current(machine).partition("-")[0])
         return f"{UNIT}: it failed" if found[-1] == "2.0.0" else ""
 
@@ -142,7 +142,7 @@ def restarts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def switched(machine: Machine, tmp_path: Path, version: str = "2.0.0") -> releases.Switch:
+def switched(machine: Machine, tmp_path: Path, version: str = "2.0.0") -> releases.ReleaseSwitch:
     release = prepare(machine, options(script(tmp_path / f"new{version}", version)))
     return releases.begin(machine, release, [UNIT], 60.0)
 
@@ -232,7 +232,7 @@ def upgrade_to(machine: Machine, release: str) -> None:
     upgrade_on(machine, releases.begin(machine, release, [UNIT], 60.0))
 
 
-def upgrade_on(machine: Machine, switch: releases.Switch) -> None:
+def upgrade_on(machine: Machine, switch: releases.ReleaseSwitch) -> None:
     try:
         judge(machine, switch)
     except EdgeBrokerError as error:

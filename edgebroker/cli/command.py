@@ -1,0 +1,151 @@
+"""What the verbs have in common: sub-commands, shared flags, handlers, and exit codes.
+
+The module of a verb has arguments(parser), which adds its flags and sets the default `run` to its handler: a function
+of the parsed flags that returns the exit code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from edgebroker.cli import environment
+from edgebroker.common.errors import ConfigError, EdgeBrokerError
+
+if TYPE_CHECKING:
+    Subcommands = argparse._SubParsersAction["Parser"]
+
+Handler = Callable[[argparse.Namespace], int]
+SERVER, ADMIN = "127.0.0.1:7420", "127.0.0.1:7421"
+OK, FAILED, USAGE, INTERRUPTED = 0, 1, ConfigError.exit_code, 130
+
+
+class HelpFormatter(argparse.HelpFormatter):
+    """Leaves room for the longest command, and lists the commands without a line that says COMMAND."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=28)
+
+    def _format_action(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._SubParsersAction):
+            return "".join(map(self._format_action, action._get_subactions()))
+        return super()._format_action(action)
+
+
+class Parser(argparse.ArgumentParser):
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(formatter_class=HelpFormatter, **keywords)
+
+
+class DeferredHandler:
+    """A handler whose module is imported when it runs: `--help` and completion need only the flags."""
+
+    def __init__(self, module: str, function: str) -> None:
+        self._module, self._function = module, function
+
+    def load(self) -> Handler:
+        handler: Handler = getattr(import_module(f"edgebroker.cli.{self._module}"), self._function)
+        return handler
+
+    def __call__(self, options: argparse.Namespace) -> int:
+        return self.load()(options)
+
+
+def run(handler: Handler, options: argparse.Namespace) -> int:
+    """Run a handler; its exit code, or that of the error it raised, which is printed."""
+    try:
+        return handler(options)
+    except EdgeBrokerError as error:
+        print(f"edgebroker: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone. That is not an error, but the flush at exit must not fail either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return OK
+
+
+# ---- sub-commands ----
+
+
+def sentence(help: str) -> str:
+    """The description that belongs to a one-line help."""
+    return help[0].upper() + help[1:] + "."
+
+
+def subcommands(parser: Parser) -> Subcommands:
+    """Give a verb sub-commands; called without one it prints its help."""
+    parser.set_defaults(parser=parser)
+    return parser.add_subparsers(title="commands", metavar="COMMAND")
+
+
+def subcommand(commands: Subcommands, name: str, help: str, handler: Handler) -> Parser:
+    parser = commands.add_parser(name, help=help, description=sentence(help))
+    parser.set_defaults(run=handler)
+    return parser
+
+
+def handlers(parser: argparse.ArgumentParser) -> Iterator[Handler]:
+    """The handlers of a parser and of all its sub-commands."""
+    handler: Any = parser.get_default("run")
+    if handler is not None:
+        yield handler
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                yield from handlers(child)
+
+
+# ---- shared flags ----
+
+
+def server_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--server",
+        default=environment.variable("SERVER", SERVER),
+        metavar="HOST:PORT",
+        help=f"address of the broker (default $EDGEBROKER_SERVER or {SERVER})",
+    )
+
+
+def admin_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--admin",
+        default=environment.variable("ADMIN", ADMIN),
+        metavar="HOST:PORT|unix:PATH",
+        help=f"admin address of the node (default $EDGEBROKER_ADMIN or {ADMIN})",
+    )
+
+
+def json_flag(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def label_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--label",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="only nodes with this label (region, level and name are labels, too); repeat it to require several",
+    )
+
+
+_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def duration(text: str) -> float:
+    """The type of a flag such as --timeout: seconds of 30, 30s, 30m, 12h or 2d."""
+    unit = _UNITS.get(text[-1:], 0)
+    try:
+        seconds = float(text[:-1]) * unit if unit else float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration; write it as 90s, 30m, 12h or 2d")
+    return seconds

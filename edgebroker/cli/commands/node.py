@@ -1,0 +1,54 @@
+"""`edgebroker node pin|unpin|drain|undrain|remove`: which parents and children the nodes of a tree have."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from urllib.parse import quote
+
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
+
+
+def arguments(parser: Parser) -> None:
+    parser.description = "Change the tree, at the node that has the registry (name it with --admin)."
+    commands = subcommands(parser)
+    pin_parser = subcommand(commands, "pin", "fix the parents of a node", pin)
+    unpin_parser = subcommand(commands, "unpin", "let the registry choose the parents of a node again", unpin)
+    drain_parser = subcommand(commands, "drain", "move the children of a node to other parents", drain)
+    undrain_parser = subcommand(commands, "undrain", "let a node have children again", undrain)
+    remove_parser = subcommand(commands, "remove", "remove a node that no longer reports", remove)
+    every = (pin_parser, unpin_parser, drain_parser, undrain_parser, remove_parser)
+    for each in every:
+        each.add_argument("name", help="name or uid of the node")
+    pin_parser.add_argument("parent", nargs="+", help="names or uids of its parents, the preferred one first")
+    for each in every:
+        admin_flag(each)
+        json_flag(each)
+
+
+def pin(options: argparse.Namespace) -> int:
+    return _change(options, "PUT", "/pins", {"parents": options.parent})
+
+
+def unpin(options: argparse.Namespace) -> int:
+    return _change(options, "PUT", "/pins", {"parents": []})
+
+
+def drain(options: argparse.Namespace) -> int:
+    return _change(options, "PUT", "/drain")
+
+
+def undrain(options: argparse.Namespace) -> int:
+    return _change(options, "DELETE", "/drain")
+
+
+def remove(options: argparse.Namespace) -> int:
+    return _change(options, "DELETE", "")
+
+
+def _change(options: argparse.Namespace, method: str, path: str, body: object = None) -> int:
+    answer = call(options.admin, method, f"/v1/registry/{quote(options.name, safe='')}{path}", body)
+    if options.json:
+        print(json.dumps(answer))
+    return 0
