@@ -47,7 +47,7 @@ HOMES = {
 }
 SOCKETS = {
     "network/io/loop.py", "network/io/transport.py", "network/http/server.py", "network/http/client.py",
-    "client/link.py", "client/producer.py", "client/consumer.py", "broker/broker.py", "broker/sessions/native.py",
+    "client/link.py", "broker/broker.py", "broker/sessions/native.py",
     "broker/fleet/tree.py", "cli/admin_client.py", "cli/demo/tree_demo.py", "common/config.py",
     "cli/service/supervisor.py", "cli/service/journal.py",
 }  # fmt: skip
