@@ -53,13 +53,10 @@ class PartitionState:
 class ReceivedDelivery:
     """One DELIVER, not decoded yet, and when it was received."""
 
+    partition: TopicPartition
     deliver: Deliver
     batches: bytes
     received_at: float
-
-    @property
-    def partition(self) -> TopicPartition:
-        return TopicPartition(self.deliver.topic, self.deliver.partition)
 
 
 @dataclass(slots=True)

@@ -392,7 +392,9 @@ class Subscriber:
                 return
             state.log_id, state.epoch = deliver.log_id, deliver.epoch
             state.expected = deliver.last + 1
-            self.incoming.append(ReceivedDelivery(deliver, bytes(event.body[deliver.batches_start :]), self.loop.now()))
+            self.incoming.append(
+                ReceivedDelivery(key, deliver, bytes(event.body[deliver.batches_start :]), self.loop.now())
+            )
             self.changed.notify()
 
     def disconnected(self, reason: str) -> None:
