@@ -439,8 +439,8 @@ class Consumer:
     def positions(self) -> dict[tuple[str, int], Position]:
         """The positions after the last acknowledged records, by (topic, partition).
 
-        Store them with your data and give them back as `positions`: then every record has its effect exactly once.
-        A partition whose refresh is being loaded is left out.
+        A reader without a group that stores them with its data, in one transaction, and gives them back as `positions`
+        has the effect of each record exactly once. A partition whose refresh is being loaded is left out.
 
         Threads:
             The thread of the consumer.

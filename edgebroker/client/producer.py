@@ -40,8 +40,7 @@ class Producer:
         max_unacked: send() blocks while this many records are unacknowledged.
         max_unacked_bytes: send() blocks while this many bytes are unacknowledged.
         timeout: seconds until a batch that is not acknowledged fails with UnreachableError; None: never.
-        client_id: the name of this producer, up to the caller and the same after a restart; a second producer with the
-            same name fences the first. Empty: a new one.
+        client_id: the name of this producer; a second producer with the same name fences the first. Empty: a new name.
         token: bytes that the broker gets with the connection; today it ignores them.
 
     Raises:

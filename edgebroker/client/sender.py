@@ -106,7 +106,7 @@ class Sender:
         self.loop.call_soon_threadsafe(end)
 
     def closed(self) -> None:
-        """The I/O thread has ended: nobody waits for it any more."""
+        """The I/O thread has ended: wake up what still waits for it."""
         self.loop.close()
         self._notify()
 

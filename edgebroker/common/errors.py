@@ -106,8 +106,8 @@ class FormatTooNewError(EdgeBrokerError):
 class AnswerError(EdgeBrokerError):
     """The broker refused a request.
 
-    Do: look at `code`. A retryable code means that the same request may succeed later; the client already tries batches
-    again until its timeout. Any other needs a change: of the topic's name, of the record, of the broker.
+    Do: look at `code`. After a retryable code the same request may succeed later (a producer tries batches again until
+    its timeout); after any other something has to change first: the name, the record, the broker.
 
     Attributes:
         code: a Code.
