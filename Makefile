@@ -103,6 +103,7 @@ cover: build
 # Documents that are made from the code.
 docs: build
 	$(BIN)/python packaging/metrics_page.py > docs/metrics.md
+	$(BIN)/python packaging/python_page.py > docs/python.md
 
 clean:
 	rm -rf build $(VENV) *.egg-info cext/*.c

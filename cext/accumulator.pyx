@@ -1,6 +1,6 @@
 """The producer's memory: records become batches as they are sent, one C call per record.
 
-A Batch keeps its encoded records until it is acknowledged, so that it can be framed again with another sequence.
+A PendingBatch keeps its encoded records until it is acknowledged, so that it can be framed again with another sequence.
 Every method runs with the GIL held from its beginning to its end, which is what makes send() safe to call while the
 I/O thread works on other batches.
 """
@@ -33,8 +33,8 @@ cdef int64_t _wall_ms() noexcept nogil:
 
 
 @cython.final
-cdef class Batch:
-    """Records for one partition on their way; also what the futures of those records look at."""
+cdef class PendingBatch:
+    """Records for one partition until they are acknowledged; what the futures of those records look at."""
     cdef uint8_t *buffer
     cdef size_t used, capacity
     cdef int64_t base_timestamp, max_timestamp
@@ -133,22 +133,46 @@ cdef class Batch:
 @cython.final
 @cython.freelist(4096)
 cdef class Sent:
-    """The future of one record: done(), result(), add_done_callback()."""
-    cdef Batch batch
+    """The future of one record, as Producer.send() returns it.
+
+    Threads:
+        Every method may be called from any thread.
+    """
+    cdef PendingBatch batch
     cdef int32_t index
 
     @property
     def topic(self):
+        """The topic of the record."""
         return self.batch.topic
 
     @property
     def partition(self):
+        """The partition that the record was put into."""
         return self.batch.partition
 
     def done(self):
+        """Tell whether the record is acknowledged or has failed. Never blocks."""
         return self.batch.done
 
     def result(self, timeout=None):
+        """Send the open batches now and wait until this record is acknowledged.
+
+        Args:
+            timeout: seconds to wait at most; None: no limit but the producer's own `timeout`.
+
+        Returns:
+            The offset of the record, or -1 at ack level "none".
+
+        Raises:
+            TimeoutError: it was not acknowledged within `timeout`; it still may be, later.
+            AnswerError: the broker refused the record.
+            UnreachableError: no acknowledgement within the producer's `timeout`, or the producer was closed before;
+                whether the record is stored is unknown.
+
+        Durability:
+            When it returns, the record is as durable as the producer's `ack` says.
+        """
         if not self.batch.done:
             self.batch.owner.wait_for(self.batch, timeout)
         if self.batch.error is not None:
@@ -156,11 +180,30 @@ cdef class Sent:
         return self.batch.base_offset + self.index if self.batch.base_offset >= 0 else -1
 
     def exception(self, timeout=None):
+        """Wait like result(), and return what went wrong instead of raising it.
+
+        Args:
+            timeout: seconds to wait at most; None: no limit but the producer's own `timeout`.
+
+        Returns:
+            None when the record is acknowledged, else what result() would raise.
+
+        Raises:
+            TimeoutError: the outcome was not known within `timeout`.
+        """
         if not self.batch.done:
             self.batch.owner.wait_for(self.batch, timeout)
         return self.batch.error
 
     def add_done_callback(self, callback):
+        """Have `callback` called with this future once the record is acknowledged or has failed.
+
+        It is called on the producer's I/O thread, where it must not block, or at once when the record is done. An
+        exception that it raises on the I/O thread is logged and goes no further.
+
+        Args:
+            callback: called with this future as its only argument.
+        """
         if self.batch.done:
             callback(self)
             return
@@ -172,7 +215,8 @@ cdef class Sent:
 
 
 @cython.final
-cdef class Topic:
+cdef class TopicBatches:
+    """The open batch of each partition of a topic."""
     cdef readonly str name
     cdef readonly int32_t partitions
     cdef list open
@@ -183,12 +227,15 @@ cdef class Topic:
         self.open = [None] * partitions
 
 
+@cython.final
 cdef class Accumulator:
-    """Base of Producer: what happens in the caller's thread for each record.
+    """What happens in the caller's thread for each record.
 
-    A subclass gives open_topic(name) -> Topic, batch_full(), batch_begun(), wait_for_room() which raises when `closed`,
-    and counts `unacked` down as batches are acknowledged.
+    The owner provides open_topic(name) -> TopicBatches, batch_full(), batch_begun(), wait_for_room(), which raises
+    when `closed`, invalid(message) -> an exception, encode_headers(), and what Sent needs: wait_for() and
+    run_callbacks(). It calls acknowledged() for each batch that take() gave it.
     """
+    cdef readonly object owner
     cdef dict topics
     cdef list sealed
     cdef public bint closed
@@ -197,58 +244,61 @@ cdef class Accumulator:
     cdef readonly int32_t batch_records
     cdef readonly size_t batch_bytes, max_record
 
-    def __init__(self, int32_t batch_records, size_t batch_bytes, int64_t max_unacked, int64_t max_unacked_bytes,
-                 size_t max_record):
+    def __init__(self, owner, *, int32_t batch_records, size_t batch_bytes, int64_t max_unacked,
+                 int64_t max_unacked_bytes, size_t max_record):
+        self.owner = owner
         self.topics = {}
         self.sealed = []
         self.batch_records, self.batch_bytes = batch_records, batch_bytes
         self.max_unacked, self.max_unacked_bytes = max_unacked, max_unacked_bytes
         self.max_record = max_record
 
-    cdef Topic topic_of(self, str name):
+    cdef TopicBatches topic_of(self, str name):
         topic = self.topics.get(name)
         if topic is None:
             # Several threads may ask at once; all must get the same one.
-            topic = self.topics.setdefault(name, self.open_topic(name))
-        return <Topic>topic
+            topic = self.topics.setdefault(name, self.owner.open_topic(name))
+        return <TopicBatches>topic
 
     def send(self, str topic not None, bytes value, bytes key=None, *, headers=None, int32_t partition=-1,
              int64_t timestamp=-1):
-        cdef Batch batch
+        """Producer.send(), which documents it."""
+        cdef PendingBatch batch
         cdef int32_t header_count = 0
         cdef bytes raw = None
         cdef size_t size = 32
-        cdef Topic place
+        cdef TopicBatches found
         cdef Sent sent
         if self.closed or self.unacked >= self.max_unacked or self.unacked_bytes >= self.max_unacked_bytes:
-            self.wait_for_room()
-        place = self.topic_of(topic)
+            self.owner.wait_for_room()
+        found = self.topic_of(topic)
         if value is not None:
             size += <size_t>PyBytes_GET_SIZE(value)
         if key is not None:
             size += <size_t>PyBytes_GET_SIZE(key)
         if headers is not None:
-            header_count, raw = self.encode_headers(headers)
+            header_count, raw = self.owner.encode_headers(headers)
             size += <size_t>PyBytes_GET_SIZE(raw)
         if size > self.max_record:
-            raise ValueError(f"a record of {size} bytes; the broker allows {self.max_record}")
+            raise self.owner.invalid(f"a record of {size} bytes is too large: the broker allows {self.max_record}")
         if partition < 0:
             if key is not None:
                 partition = <int32_t>((eb_murmur2(<const uint8_t *>PyBytes_AS_STRING(key),
-                                                  <size_t>PyBytes_GET_SIZE(key)) & 0x7FFFFFFF) % place.partitions)
+                                                  <size_t>PyBytes_GET_SIZE(key)) & 0x7FFFFFFF) % found.partitions)
             else:
-                partition = place.sticky
-        elif partition >= place.partitions:
-            raise ValueError(f"topic {topic} has {place.partitions} partitions, there is no {partition}")
-        batch = <Batch>place.open[partition]
+                partition = found.sticky
+        elif partition >= found.partitions:
+            raise self.owner.invalid(f"topic {topic} has {found.partitions} partitions and {partition} is not one of "
+                                     f"them; use 0 to {found.partitions - 1}")
+        batch = <PendingBatch>found.open[partition]
         if batch is not None and batch.used + size > self.batch_bytes:
-            place.open[partition] = None
+            found.open[partition] = None
             self.sealed.append(batch)
-            self.batch_full()
-            batch = <Batch>place.open[partition]
+            self.owner.batch_full()
+            batch = <PendingBatch>found.open[partition]
         if batch is None:
-            batch = Batch.__new__(Batch, self, topic, partition, self.batch_bytes)
-            place.open[partition] = batch
+            batch = PendingBatch.__new__(PendingBatch, self.owner, topic, partition, self.batch_bytes)
+            found.open[partition] = batch
         batch.append(value, key, timestamp if timestamp >= 0 else _wall_ms(), header_count, raw)
         self.unacked += 1
         self.unacked_bytes += size
@@ -256,17 +306,17 @@ cdef class Accumulator:
         sent.batch = batch
         sent.index = batch.count - 1
         if batch.count >= self.batch_records or batch.used >= self.batch_bytes:
-            place.open[partition] = None
+            found.open[partition] = None
             self.sealed.append(batch)
-            if key is None and place.partitions > 1:
-                place.sticky = (partition + 1) % place.partitions
-            self.batch_full()
+            if key is None and found.partitions > 1:
+                found.sticky = (partition + 1) % found.partitions
+            self.owner.batch_full()
         elif batch.count == 1:
-            self.batch_begun()
+            self.owner.batch_begun()
         return sent
 
     def send_many(self, str topic not None, values, bytes key=None, *, int32_t partition=-1):
-        """send() for each value; the last future, None when there was no value."""
+        """Producer.send_many(), which documents it."""
         cdef object sent = None
         for value in values:
             sent = self.send(topic, value, key, partition=partition)
@@ -280,26 +330,26 @@ cdef class Accumulator:
     def take(self, double older_than):
         """The full batches and those begun before a monotonic time, in order; when the oldest that stays was begun
         (0: none stays)."""
-        cdef Topic place
-        cdef Batch batch
+        cdef TopicBatches found
+        cdef PendingBatch batch
         cdef double oldest = 0.0
         taken = self.sealed
         self.sealed = []
         for value in list(self.topics.values()):
-            place = <Topic>value
-            for partition in range(place.partitions):
-                batch = <Batch>place.open[partition]
+            found = <TopicBatches>value
+            for partition in range(found.partitions):
+                batch = <PendingBatch>found.open[partition]
                 if batch is None:
                     continue
                 if batch.created <= older_than:
-                    place.open[partition] = None
+                    found.open[partition] = None
                     taken.append(batch)
                 elif oldest == 0.0 or batch.created < oldest:
                     oldest = batch.created
         return taken, oldest
 
-    def acknowledged(self, Batch batch, int64_t base_offset, error):
-        """A batch is over: its futures are done (callbacks are the subclass's business)."""
+    def acknowledged(self, PendingBatch batch, int64_t base_offset, error):
+        """A batch is over: its futures are done (callbacks are the owner's business)."""
         batch.base_offset = base_offset
         batch.error = error
         batch.done = True

@@ -14,6 +14,17 @@ eb_crc32c_init()
 @cython.final
 @cython.freelist(1024)
 cdef class Record:
+    """One record as a consumer receives it; immutable, and not created by callers.
+
+    Attributes:
+        topic: the topic that it was read from.
+        partition: the partition, from 0.
+        offset: its number in the partition, the same at every node of the tree.
+        timestamp: milliseconds since 1970, as the producer set it.
+        key: bytes, or None.
+        value: bytes, or None: in a table this deletes the key.
+        headers: a tuple of (name, bytes or None), in the producer's order.
+    """
     cdef readonly str topic
     cdef readonly int32_t partition
     cdef readonly int64_t offset

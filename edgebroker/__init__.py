@@ -1,6 +1,7 @@
 """edgebroker: a durable message broker for every level of a retailer's tree.
 
-`from edgebroker import Producer, Consumer, Record` is what applications need; everything else is the node itself.
+An application needs what `__all__` lists, documented in docs/python.md; everything else is the node itself. Nothing of
+it is imported before it is used: `edgebroker version` needs none of it.
 """
 
 from typing import TYPE_CHECKING
@@ -8,22 +9,76 @@ from typing import TYPE_CHECKING
 from edgebroker.version import __version__
 
 if TYPE_CHECKING:
+    from edgebroker.client.accumulator import Sent
     from edgebroker.client.consumer import Consumer
     from edgebroker.client.producer import Producer
+    from edgebroker.client.refresh import Refresh, Staging
+    from edgebroker.common.errors import (
+        AnswerError,
+        ArgumentError,
+        Code,
+        CorruptBatchError,
+        EdgeBrokerError,
+        GapError,
+        InflatedTooLargeError,
+        PositionFileError,
+        ResetRequiredError,
+        UnreachableError,
+    )
     from edgebroker.common.records import Record
+    from edgebroker.common.types import Position, TopicPartition
 
+_ERRORS = "edgebroker.common.errors"
 _HOMES = {
-    "Consumer": "edgebroker.client.consumer",
     "Producer": "edgebroker.client.producer",
+    "Sent": "edgebroker.client.accumulator",
+    "Consumer": "edgebroker.client.consumer",
     "Record": "edgebroker.common.records",
+    "Position": "edgebroker.common.types",
+    "TopicPartition": "edgebroker.common.types",
+    "Staging": "edgebroker.client.refresh",
+    "Refresh": "edgebroker.client.refresh",
+    "EdgeBrokerError": _ERRORS,
+    "ArgumentError": _ERRORS,
+    "UnreachableError": _ERRORS,
+    "AnswerError": _ERRORS,
+    "Code": _ERRORS,
+    "GapError": _ERRORS,
+    "ResetRequiredError": _ERRORS,
+    "CorruptBatchError": _ERRORS,
+    "InflatedTooLargeError": _ERRORS,
+    "PositionFileError": _ERRORS,
 }
-__all__ = ["Consumer", "Producer", "Record", "__version__"]
+__all__ = [
+    "Producer",
+    "Sent",
+    "Consumer",
+    "Record",
+    "Position",
+    "TopicPartition",
+    "Staging",
+    "Refresh",
+    "EdgeBrokerError",
+    "ArgumentError",
+    "UnreachableError",
+    "AnswerError",
+    "Code",
+    "GapError",
+    "ResetRequiredError",
+    "CorruptBatchError",
+    "InflatedTooLargeError",
+    "PositionFileError",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> object:
-    """Import on first use: `edgebroker version` needs none of it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'edgebroker' has no attribute {name!r}")
     from importlib import import_module
 
     return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -7,12 +7,15 @@ import ast
 import json
 import re
 import socket
+import sqlite3
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing
 from enum import IntEnum
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import msgspec
@@ -394,6 +397,42 @@ def test_the_python_of_the_readme(tmp_path: Path) -> None:
         with broker.consumer(["sales.dlq"]) as consumer:
             letter = next(iter(consumer))
         assert (letter.value, dict(letter.headers)["eb-dlq-reason"]) == (b"bad", b"no such till")
+
+
+def test_the_python_page_is_what_the_code_says() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "packaging" / "python_page.py"], capture_output=True, text=True, check=True
+    )
+    assert (ROOT / "docs" / "python.md").read_text() == done.stdout, "run: make docs"
+
+
+def test_the_python_of_the_python_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    booked: list[edgebroker.Record] = []
+
+    class Enough(BaseException):
+        pass
+
+    def book(records: list[edgebroker.Record]) -> None:
+        booked.extend(records)
+        if len(booked) == 1000:
+            raise Enough
+
+    names: dict[str, Any] = {"book": book}
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text(), re.DOTALL)
+    with running(tmp_path / "data") as broker:
+        for program in programs:
+            exec(program.replace("127.0.0.1:7420", broker.server), names)
+            if "work" in names and not booked:
+                with pytest.raises(Enough):
+                    names["work"]()
+    assert len(programs) == 7
+    assert names["sent"].result() == 0 and not names["failures"]
+    assert sorted(int(record.value or b"") for record in booked) == list(range(1000))
+    with closing(sqlite3.connect("shelf.db")) as database:
+        assert database.execute("SELECT item, price FROM prices").fetchall() == [(b"4711", b'{"price": 199}')]
+        assert database.execute("SELECT topic, part, next_offset FROM positions").fetchall() == [("prices", 0, 1)]
+    assert names["shelf"].data == {b"4711": b'{"price": 199}'}
 
 
 def prose(document: Path) -> str:

@@ -48,7 +48,7 @@ HOMES = {
 SOCKETS = {
     "network/io/loop.py", "network/io/transport.py", "network/io/listener.py",
     "network/http/server.py", "network/http/client.py",
-    "client/link.py", "client/producer.py", "client/consumer.py",
+    "client/link.py",
     "broker/listeners.py", "broker/sessions/sessions.py", "broker/sessions/native.py", "broker/fleet/tree.py",
     "cli/admin_client.py", "cli/demo/tree_demo.py", "cli/service/supervisor.py", "cli/service/journal.py",
     "common/config.py",

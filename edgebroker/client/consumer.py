@@ -1,49 +1,39 @@
 """The Python consumer: iterate over records or have a handler called; blocking, embeddable, no asyncio needed.
 
-The broker pushes; one I/O thread (subscriber.py) collects what it pushes, the caller's thread decodes and handles. At
-least once, in order per partition. Give each thread or process a consumer of its own with the same group: the broker
-divides the partitions among them.
+The broker pushes; one I/O thread (subscriber.py) receives what it pushes, the caller's thread decodes and handles it.
 """
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from edgebroker.client import decoding
+from edgebroker.client.link import default_client_id, parse_server
+from edgebroker.client.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.client.positions import PositionFile
-from edgebroker.client.refresh import Refresh, Staging
-from edgebroker.client.subscriber import Arrived, Item, Notice, PartitionState, Subscriber
-from edgebroker.common import batch
-from edgebroker.common.errors import (
-    AnswerError,
-    Code,
-    CorruptBatchError,
-    DamagedBatchError,
-    EdgeBrokerError,
-    GapError,
-    ResetRequiredError,
-    UnreachableError,
-)
+from edgebroker.client.refresh import Staging
+from edgebroker.client.refresh_loader import RefreshLoader
+from edgebroker.client.subscriber import Subscriber
+from edgebroker.common.errors import ArgumentError, DamagedBatchError, EdgeBrokerError, GapError, UnreachableError
+from edgebroker.common.names import check_group_name
 from edgebroker.common.records import Record
 from edgebroker.common.threads import start_thread
 from edgebroker.common.types import Position, Start, TopicPartition
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import Answer, Gap, Holding, Ready, Reset, Wanted
+from edgebroker.network.wire.frames import Gap, Holding, Reset, Wanted
 
-From = int | str
+StartFrom = int | str
 _NAMED = {"committed": Start.COMMITTED, "earliest": Start.EARLIEST, "latest": Start.LATEST}
 AUTO_ACK_RECORDS = 1000
 POSITIONS_SECONDS = 1.0
-TTL_HEADER = "eb-ttl-ms"
 
 
-def parse_from(value: From) -> tuple[Start, int]:
-    """earliest, latest, committed, an offset, or @TIME in milliseconds since 1970. ValueError says what is allowed."""
+def parse_from(value: StartFrom) -> tuple[Start, int]:
+    """earliest, latest, committed, an offset, or @TIME in milliseconds since 1970. Raises ArgumentError."""
     if isinstance(value, int):
         return Start.OFFSET, value
     if value in _NAMED:
@@ -52,27 +42,51 @@ def parse_from(value: From) -> tuple[Start, int]:
         return Start.TIME, int(value[1:])
     if value.isdigit():
         return Start.OFFSET, int(value)
-    raise ValueError(f"{value!r}: use earliest, latest, committed, an offset, or @TIME in ms since 1970")
+    raise ArgumentError(f"{value!r}: use earliest, latest, committed, an offset, or @TIME in ms since 1970")
 
 
 class Consumer:
-    """Read topics as a member of a group; every method belongs to one thread, but for close() and in_progress().
+    """Read topics, alone or as a member of a consumer group.
 
-    server       HOST:PORT
-    topics       names; the broker hands each partition to one member of the group
-    group        name of the consumer group; "": a reader of its own, of which the broker stores nothing
-    start        where a partition begins that nobody in the group holds: committed (else earliest), earliest, latest,
-                 an offset, or @TIME; one that is taken over from another member begins at the group's place
-    positions    the reader's own places by (topic, partition): they win over what the group committed
-    position_file   keep these places in a file: on commit(), close(), and once a second while records are acknowledged
-    auto_ack     acknowledge as the iteration moves on: what one delivery brought, at most 1,000 records at a time, when
-                 the record behind it is asked for; else call ack()
-    window_records, window_bytes   how much may be in flight; 0: what the broker gives
-    on_gap       called with a GapError instead of raising it
-    on_assigned, on_revoked   called, in the thread that polls, with the partitions that come and go; one that goes is
-                 given back when on_revoked has returned and all that was handed out of it is acknowledged
-    staging      where a full refresh is loaded; without one it raises ResetRequiredError
-    timeout      seconds without any broker until iterating raises UnreachableError; None: wait for ever
+    Creating one starts its I/O thread and returns at once; it joins its group as soon as it is connected, and again
+    after each reconnect. Records come at least once, in order within a partition. Use it as a context manager, or call
+    close().
+
+    Args:
+        server: HOST:PORT of the broker.
+        topics: the names of the topics.
+        group: the name of the consumer group: the broker assigns each partition to one member. Empty: a reader without
+            a group, which gets every partition and of which the broker stores nothing.
+        start: where a partition begins that has no committed offset and no position: "committed" (then earliest),
+            "earliest", "latest", an offset, or "@TIME" in milliseconds since 1970. One that is taken over from another
+            member continues at the committed offset.
+        positions: the reader's own positions by (topic, partition); they win over the committed offsets of the group.
+        position_file: a file that keeps these positions: written by commit() and close(), and once a second while
+            records are acknowledged. One consumer at a time.
+        auto_ack: the iteration acknowledges records when the one after them is asked for, a delivery or 1,000 records
+            at a time; False: only ack() does.
+        window_records: how many records may be in flight; 0: what the broker allows.
+        window_bytes: how many bytes may be in flight; 0: what the broker allows.
+        on_gap: called with a GapError instead of raising it.
+        on_assigned: called with the partitions that were assigned.
+        on_revoked: called with the partitions that are being revoked, or were lost. A partition is released when
+            on_revoked has returned and everything that was handed out of it is acknowledged.
+        staging: where a snapshot refresh is loaded; without one it raises ResetRequiredError.
+        timeout: seconds without a connection until polling raises UnreachableError; None: it waits for ever.
+        client_id: the name of this member. Empty: a new one.
+        token: bytes that the broker gets with the connection; today it ignores them.
+
+    Raises:
+        ArgumentError: an argument has a value that is not allowed.
+        PositionFileError: the position file cannot be read.
+
+    Threads:
+        A consumer belongs to one thread, which also runs the callbacks; only in_progress() and close() may be called
+        from any thread. For several workers create several consumers with the same group.
+
+    Durability:
+        Acknowledgements are stored by the broker soon after they arrive; commit() waits for it. After a crash, what was
+        not stored is delivered again.
     """
 
     def __init__(
@@ -81,7 +95,7 @@ class Consumer:
         topics: Sequence[str] = (),
         group: str = "",
         *,
-        start: From = "committed",
+        start: StartFrom = "committed",
         positions: Mapping[tuple[str, int], Position] | None = None,
         position_file: str | Path | None = None,
         auto_ack: bool = True,
@@ -98,81 +112,115 @@ class Consumer:
         if isinstance(topics, str):
             raise TypeError("topics is a sequence of names, not one name")
         if not topics:
-            raise ValueError("name at least one topic to consume")
+            raise ArgumentError("topics is empty; name at least one topic to consume")
+        if problem := check_group_name(group):
+            raise ArgumentError(problem)
         begin = parse_from(start)
+        parse_server(server)
         self._group, self._auto_ack, self._timeout = group, auto_ack, timeout
-        self._on_gap, self._on_assigned, self._on_revoked, self._staging = on_gap, on_assigned, on_revoked, staging
+        self._on_gap, self._on_assigned, self._on_revoked = on_gap, on_assigned, on_revoked
         self._position_file = PositionFile(position_file) if position_file is not None else None
         stored = self._position_file.read() if self._position_file is not None else {}
         self._positions_due = 0.0
-        self._handing: list[Record] = []
-        # What the iteration has not handed out of a delivery yet, the last record that it did, and their lease.
+        self._handling: list[Record] = []  # what run() has given to the handler
+        # Of the delivery that is being iterated over: what is left, the last record handed out, and the lease.
         self._rest: deque[Record] = deque()
-        self._given: Record | None = None
-        self._given_count = self._rest_lease = 0
-        self._refreshes: dict[TopicPartition, Refresh] = {}
-        self._switched: dict[str, int] = {}
-        self.expired = 0
-        name = client_id or f"consumer-{socket.gethostname()[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
+        self._last: Record | None = None
+        self._unacked_count = self._rest_lease = 0
+        self._expired = 0
         self._subscriber = Subscriber(
-            server, name, token, group, topics, begin, {**stored, **(positions or {})}, (window_records, window_bytes)
+            server,
+            client_id=client_id or default_client_id("consumer"),
+            token=token,
+            group=group,
+            topics=topics,
+            start=begin,
+            positions={**stored, **(positions or {})},
+            window=(window_records, window_bytes),
         )
+        self._loader = RefreshLoader(self._subscriber, staging)
         self._thread = start_thread("edgebroker-consumer", self._subscriber.loop.run)
 
     # ---- receiving ----
 
     @property
     def group(self) -> str:
+        """The name of the consumer group; empty for a reader without one."""
         return self._group
 
     @property
     def client_id(self) -> str:
+        """The name under which the broker knows this member."""
         return self._subscriber.link.client_id
 
     @property
     def durable_ends(self) -> dict[TopicPartition, int]:
-        """The end of each log as far as the broker told: minus the own position it is the lag."""
+        """The high watermark of each partition as far as the broker has sent it; minus next_offsets() it is the lag."""
         return self._subscriber.durable_ends
 
     @property
     def assignment(self) -> set[TopicPartition]:
-        """The partitions held now."""
-        with self._subscriber.ready:
-            return {key for key, place in self._subscriber.places.items() if place.held}
+        """The partitions that this consumer holds now."""
+        with self._subscriber.changed:
+            return {key for key, state in self._subscriber.partitions.items() if state.held}
+
+    @property
+    def expired(self) -> int:
+        """How many records were left out because they had outlived the time to live in their header."""
+        return self._expired
 
     def __iter__(self) -> Iterator[Record]:
-        """Records for ever; blocks while there are none. Ends after close(). Whoever leaves the loop gets the rest when
-        asking again: the next loop, or poll()."""
+        """Iterate over records; blocks while there are none, and ends after close().
+
+        A loop that is left can be continued: the next loop, or poll(), gets the rest of the delivery. Raises what
+        poll() raises. With `auto_ack` records are acknowledged as the iteration moves on, never the last one given.
+        """
         while (record := self._next_record()) is not None:
             yield record
 
     def _next_record(self) -> Record | None:
-        """One record of the iteration; those before it are acknowledged a delivery, or 1,000 records, at a time."""
+        """One record of the iteration; those before it are acknowledged, a delivery or 1,000 records at a time."""
         rest = self._rest
         if rest and self._lease_of(rest[0]) != self._rest_lease:
             rest.clear()  # the partition was lost, or moved: it comes again
-        if self._given is not None and (not rest or self._given_count >= AUTO_ACK_RECORDS):
-            given, self._given, self._given_count = self._given, None, 0
-            if self._auto_ack and self._lease_of(given) == self._rest_lease:
-                self.ack(given)
+        if self._last is not None and (not rest or self._unacked_count >= AUTO_ACK_RECORDS):
+            last, self._last, self._unacked_count = self._last, None, 0
+            if self._auto_ack and self._lease_of(last) == self._rest_lease:
+                self.ack(last)
         if not rest:
             rest.extend(self._receive(None))
             if not rest:
                 return None
             self._rest_lease = self._lease_of(rest[0])
-        self._given = rest.popleft()
-        self._given_count += 1
-        return self._given
+        self._last = rest.popleft()
+        self._unacked_count += 1
+        return self._last
 
     def _lease_of(self, record: Record) -> int:
-        place = self._subscriber.places.get(TopicPartition(record.topic, record.partition))
-        return place.lease if place is not None else 0
+        state = self._subscriber.partitions.get(TopicPartition(record.topic, record.partition))
+        return state.lease if state is not None else 0
 
     def poll(self, timeout: float | None = None) -> list[Record]:
-        """The records of the next delivery, in order; [] after `timeout` seconds or when the consumer was closed.
+        """Wait for the next delivery and return its records.
 
-        With auto_ack the caller must acknowledge by asking again through iteration or run(); poll() itself does not.
-        Raises GapError (without on_gap), ResetRequiredError (without staging), AnswerError, UnreachableError.
+        Does not acknowledge anything, whatever `auto_ack` says: call ack().
+
+        Args:
+            timeout: seconds to wait at most; None: no limit.
+
+        Returns:
+            The records of one partition, in order; [] after `timeout`, or when the consumer was closed.
+
+        Raises:
+            GapError: records will not be delivered, and there is no `on_gap`.
+            ResetRequiredError: a snapshot refresh was announced, and there is no `staging`.
+            AnswerError: the broker refuses the subscription: a topic does not exist, for instance.
+            CorruptBatchError: a batch cannot be decoded, though it is what the broker stored.
+            UnreachableError: there was no connection for the `timeout` of the consumer.
+            Exception: what a callback or the staging store raises.
+
+        Threads:
+            The thread of the consumer, which runs the callbacks inside.
         """
         rest, self._rest = self._rest, deque()
         if rest and self._lease_of(rest[0]) == self._rest_lease:
@@ -187,31 +235,46 @@ class Consumer:
                 return []
             if isinstance(item, EdgeBrokerError):
                 raise item
-            if isinstance(item, Notice):
-                self._on_notice(item)
+            if isinstance(item, AssignmentChange):
+                self._change_assignment(item)
             elif isinstance(item, Reset):
-                self._on_reset(item)
+                self._take_back(TopicPartition(item.topic, item.partition))
+                self._loader.begin(item)
             else:
                 try:
                     records = self._decode(item)
                 except DamagedBatchError as error:
-                    key = TopicPartition(item.deliver.topic, item.deliver.partition)
-                    self._subscriber.deliver_again(key, item.deliver.first, str(error))
+                    self._subscriber.deliver_again(item.partition, item.deliver.first, str(error))
                     continue
-                refresh = self._refreshes.get(TopicPartition(item.deliver.topic, item.deliver.partition))
-                if refresh is not None:
-                    self._load(refresh, records, item.deliver.last + 1)
+                refreshing = self._loader.loading(item.partition)
+                if refreshing:
+                    self._loader.load(item.partition, records, item.deliver.last + 1)
+                    self._keep_positions()
                 for gap in item.deliver.gaps:
-                    self._gap(item.deliver.topic, item.deliver.partition, gap)
-                if records and refresh is None:
+                    self._gap(item.partition, gap)
+                if records and not refreshing:
                     return records
 
     def run(self, handler: Callable[[list[Record]], object], batch_size: int = 10, *, retry: bool = False) -> None:
-        """Call the handler with up to batch_size records of one partition at a time; acknowledge when it returns.
+        """Call a handler with records, and acknowledge them when it returns. Returns after close().
 
-        An exception of the handler is a negative acknowledgement of the first record that it was given: that comes
-        again, after a pause and alone, until it succeeds or the broker makes it a dead letter. With `retry` run() goes
-        on meanwhile; else the exception ends it, and calling it again goes on.
+        An exception of the handler is a negative acknowledgement of the first record that it was given: that record is
+        delivered again, after a pause and isolated, until it succeeds or the broker makes it a dead letter.
+
+        Args:
+            handler: called with a list of records of one partition.
+            batch_size: how many records the handler gets at most.
+            retry: True: run() continues meanwhile with other partitions; False: the exception ends run(), and calling
+                it again continues.
+
+        Raises:
+            Exception: what poll() raises, and without `retry` what the handler raises.
+
+        Threads:
+            The thread of the consumer, which runs the handler.
+
+        Durability:
+            As ack().
         """
         while True:
             records = self.poll(None)
@@ -219,174 +282,219 @@ class Consumer:
                 return
             for start in range(0, len(records), batch_size):
                 piece = records[start : start + batch_size]
-                handing = self._handing = list(piece)
+                handling = self._handling = list(piece)
                 try:
                     handler(piece)
                 except Exception as error:
                     self.nack(piece[0], f"{type(error).__name__}: {error}")
                     if not retry:
                         raise
-                if not handing:
+                if not handling:
                     break  # seek() or nack() took the rest back
-                self.ack(handing[-1])
+                self.ack(handling[-1])
 
     # ---- acknowledging ----
 
     def ack(self, record: Record) -> None:
-        """Acknowledge this record and everything before it in its partition."""
+        """Acknowledge this record and everything before it in its partition.
+
+        Args:
+            record: the last record that is handled.
+
+        Threads:
+            The thread of the consumer.
+
+        Durability:
+            Returns at once; commit() waits until the broker has stored it.
+        """
         self.ack_to(record.topic, record.partition, record.offset + 1)
 
     def ack_to(self, topic: str, partition: int, next_offset: int) -> None:
-        """Acknowledge everything before next_offset. Returns at once; commit() waits until it is stored.
+        """Acknowledge everything before an offset.
 
-        Without effect for records that this consumer does not hold any more: they were or will be delivered again.
+        Has no effect on records that this consumer does not hold any more: they are delivered again, here or elsewhere.
+
+        Args:
+            topic: the topic.
+            partition: the partition.
+            next_offset: the offset after the last record that is handled.
+
+        Threads:
+            The thread of the consumer.
+
+        Durability:
+            Returns at once; commit() waits until the broker has stored it.
         """
         self._subscriber.acknowledge(TopicPartition(topic, partition), next_offset)
-        if self._position_file is not None and self._subscriber.loop.clock_now() >= self._positions_due:
-            self._write_positions()
+        self._keep_positions()
 
     def nack(self, record: Record, reason: str = "") -> None:
-        """This record could not be handled; everything before it in its partition was. It is delivered again, after a
-        pause and alone, nothing behind it before; with the broker's attempts used up it becomes a dead letter."""
+        """Report that this record could not be handled, and acknowledge everything before it in its partition.
+
+        It is delivered again, after a pause and isolated, and nothing after it before that. When the broker's attempts
+        are used up it becomes a dead letter.
+
+        Args:
+            record: the record; what was handed out after it does not count any more.
+            reason: stored with the dead letter.
+
+        Threads:
+            The thread of the consumer.
+
+        Durability:
+            Returns at once.
+        """
         key = TopicPartition(record.topic, record.partition)
-        self._subscriber.refuse(key, record.offset, reason)
+        self._subscriber.nack(key, record.offset, reason)
         self._take_back(key)
 
     def in_progress(self) -> None:
-        """What was handed out is still being handled: the broker's delivery timeout begins anew. From any thread."""
+        """Report that what was handed out is still being handled: the broker's delivery timeout starts again.
+
+        Threads:
+            Any thread.
+        """
         self._subscriber.in_progress()
 
     def commit(self, timeout: float | None = 30.0) -> None:
-        """Wait until the broker has stored what was acknowledged so far (and the position file is written). Raises
-        TimeoutError. Partitions that were lost meanwhile count as done: their place is somebody else's."""
+        """Wait until the broker has stored what was acknowledged so far, and write the position file.
+
+        Partitions that were lost meanwhile count as done: their committed offset is another member's.
+
+        Args:
+            timeout: seconds to wait at most; None: no limit.
+
+        Raises:
+            TimeoutError: the broker did not confirm it in time; the acknowledgements stay on their way.
+
+        Threads:
+            The thread of the consumer.
+
+        Durability:
+            The committed offsets and the position file are stored when it returns.
+        """
         done = threading.Event()
         self._subscriber.confirm(done.set)
         if not done.wait(timeout):
-            raise TimeoutError("the broker did not confirm the acknowledgements in time")
+            raise TimeoutError(f"the broker did not confirm the acknowledgements within {timeout:g} s")
         self._write_positions()
 
-    # ---- places ----
+    # ---- positions ----
 
-    def seek(self, topic: str, partition: int, start: From) -> None:
-        """Go on elsewhere: what was pushed before and not handed out is dropped."""
+    def seek(self, topic: str, partition: int, start: StartFrom) -> None:
+        """Continue elsewhere in a partition; what was received and not handed out is dropped.
+
+        Args:
+            topic: the topic.
+            partition: the partition.
+            start: "committed", "earliest", "latest", an offset, or "@TIME" in milliseconds since 1970.
+
+        Raises:
+            ArgumentError: `start` is none of these.
+
+        Threads:
+            The thread of the consumer.
+        """
         kind, value = parse_from(start)
         self._subscriber.seek(Wanted(topic, partition, kind, frames.NO_LOG_ID, -1, value))
         self._take_back(TopicPartition(topic, partition))
 
     def pause(self, topic: str, partition: int) -> None:
-        """Hand out nothing of a partition until resume(); it stays assigned. When a record of it comes alone after a
-        failure, this consumer's other partitions wait for that as well."""
+        """Hand out nothing of a partition until resume(); it stays assigned.
+
+        While a record of it is isolated after a failure, the other partitions of this consumer wait as well.
+
+        Args:
+            topic: the topic.
+            partition: the partition.
+
+        Threads:
+            The thread of the consumer.
+        """
         self._subscriber.set_paused(TopicPartition(topic, partition), True)
 
     def resume(self, topic: str, partition: int) -> None:
+        """Hand out the records of a paused partition again.
+
+        Args:
+            topic: the topic.
+            partition: the partition.
+
+        Threads:
+            The thread of the consumer.
+        """
         self._subscriber.set_paused(TopicPartition(topic, partition), False)
 
-    def handed(self) -> dict[TopicPartition, int]:
-        """The next offset that each partition held will hand out."""
-        with self._subscriber.ready:
-            return {key: place.handed for key, place in self._subscriber.places.items() if place.held}
+    def next_offsets(self) -> dict[TopicPartition, int]:
+        """The next offset to hand out of each partition that is held.
+
+        Threads:
+            The thread of the consumer.
+        """
+        with self._subscriber.changed:
+            return {key: state.handed_out for key, state in self._subscriber.partitions.items() if state.held}
 
     def positions(self) -> dict[tuple[str, int], Position]:
-        """The places behind the last acknowledged records, to be kept by the caller and given back as `positions`."""
-        with self._subscriber.ready:
+        """The positions after the last acknowledged records, by (topic, partition).
+
+        A reader without a group that stores them with its data, in one transaction, and gives them back as `positions`
+        has the effect of each record exactly once. A partition whose refresh is being loaded is left out.
+
+        Threads:
+            The thread of the consumer.
+        """
+        with self._subscriber.changed:
             return {
-                (key.topic, key.partition): Position(place.log_id, place.epoch, place.acked)
-                for key, place in self._subscriber.places.items()
-                # While a refresh is loaded, what readers see stands where it stood before.
-                if place.acked >= 0 and any(place.log_id) and not place.refreshing
+                (key.topic, key.partition): Position(state.log_id, state.epoch, state.acked)
+                for key, state in self._subscriber.partitions.items()
+                # While a refresh is loaded, what readers see is at its position of before.
+                if state.acked >= 0 and any(state.log_id) and not state.refreshing
             }
+
+    def _keep_positions(self) -> None:
+        """Write the position file when it is due."""
+        if self._position_file is not None and self._subscriber.loop.clock_now() >= self._positions_due:
+            self._write_positions()
 
     def _write_positions(self) -> None:
         if self._position_file is not None:
             self._position_file.update(self.positions())
             self._positions_due = self._subscriber.loop.clock_now() + POSITIONS_SECONDS
 
-    # ---- refreshing ----
-
     def refresh(self, topic: str, partition: int, timeout: float | None = 30.0) -> None:
-        """Ask for a full refresh of a partition that this consumer holds; it arrives through staging.
+        """Ask the broker for a snapshot refresh of a partition that this consumer holds.
 
-        Raises AnswerError (NO_SNAPSHOT: a table that is not complete any more; STALE: not held), TimeoutError.
+        Returns when the broker has accepted it; the records are loaded by poll(), through `staging`.
+
+        Args:
+            topic: the topic.
+            partition: the partition.
+            timeout: seconds to wait for the answer; None: no limit.
+
+        Raises:
+            AnswerError: NO_SNAPSHOT: something of the table is missing and it has no complete snapshot; STALE: this
+                consumer does not hold the partition.
+            UnreachableError: there is no connection.
+            TimeoutError: the broker did not answer in time.
+
+        Threads:
+            The thread of the consumer.
         """
-        ask = Reset(frames.NO_RESET, frames.NO_LOG_ID, topic, partition, 0, 0)
-        answer = self._ask(lambda correlation: frames.write_reset(correlation, ask), timeout)
-        if answer.code is not Code.OK:
-            raise AnswerError(answer.code, answer.message)
-
-    def _on_reset(self, reset: Reset) -> None:
-        key = TopicPartition(reset.topic, reset.partition)
-        refresh = Refresh(
-            reset.reset_id.hex(), reset.log_id, reset.topic, reset.partition, reset.from_offset, reset.target
-        )
-        self._take_back(key)
-        if self._staging is None:
-            raise ResetRequiredError(reset.topic, reset.partition, reset.log_id, reset.from_offset)
-        if refresh.reset_id in self._switched:
-            refresh.next_offset = self._switched[refresh.reset_id]
-        else:
-            try:
-                refresh.next_offset = self._staging.begin(refresh)
-            except BaseException:
-                self._begin_again(refresh)
-                raise
-        accept = reset._replace(from_offset=refresh.next_offset)
-        self._subscriber.request(lambda correlation: frames.write_reset(correlation, accept), lambda answer: None)
-        self._refreshes[key] = refresh
-        if refresh.complete:
-            self._finish(refresh)
-
-    def _load(self, refresh: Refresh, records: list[Record], next_offset: int) -> None:
-        assert self._staging is not None
-        refresh.next_offset = next_offset
-        try:
-            self._staging.load(refresh, records)
-        except BaseException:
-            self._begin_again(refresh)
-            raise
-        self.ack_to(refresh.topic, refresh.partition, next_offset)
-        if refresh.complete:
-            self._finish(refresh)
-
-    def _finish(self, refresh: Refresh) -> None:
-        """Switch, once for a refresh, and say READY; unanswered, the broker announces it again after a reconnect."""
-        assert self._staging is not None
-        if refresh.reset_id not in self._switched:
-            try:
-                self._staging.switch(refresh)
-            except BaseException:
-                self._begin_again(refresh)
-                raise
-            self._switched[refresh.reset_id] = refresh.next_offset
-        self._subscriber.refreshed(TopicPartition(refresh.topic, refresh.partition))
-        self._refreshes.pop(TopicPartition(refresh.topic, refresh.partition), None)
-        ready = Ready(bytes.fromhex(refresh.reset_id), refresh.topic, refresh.partition, refresh.next_offset)
-        self._subscriber.request(lambda correlation: frames.write_ready(correlation, ready), lambda answer: None)
-
-    def _begin_again(self, refresh: Refresh) -> None:
-        """The staging store failed: the broker announces the refresh again, and begin() says where it stands."""
-        self._refreshes.pop(TopicPartition(refresh.topic, refresh.partition), None)
-        wanted = Wanted(refresh.topic, refresh.partition, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
-        self._subscriber.seek(wanted)
-
-    def _ask(self, write: Callable[[int], bytes], timeout: float | None) -> Answer:
-        found: list[Answer | None] = []
-        done = threading.Event()
-
-        def answered(answer: Answer | None) -> None:
-            found.append(answer)
-            done.set()
-
-        self._subscriber.request(write, answered)
-        if not done.wait(timeout):
-            raise TimeoutError("the broker did not answer in time")
-        if found[0] is None:
-            raise self._subscriber.last_error or UnreachableError(f"no broker at {self._subscriber.link.server}")
-        return found[0]
+        self._loader.request(TopicPartition(topic, partition), timeout)
 
     # ---- ending ----
 
     def close(self) -> None:
-        """Send the last acknowledgements and leave the group. Iterators end."""
+        """Send the last acknowledgements, leave the group, and write the position file. A second call does nothing.
+
+        Iterations end, and a poll() that waits returns [].
+
+        Threads:
+            Any thread.
+
+        Durability:
+            The position file is stored when it returns. Acknowledgements are sent; call commit() before to be sure.
+        """
         if self._subscriber.closed:
             return
         self._subscriber.close()
@@ -405,20 +513,20 @@ class Consumer:
 
     # ---- inside ----
 
-    def _next(self, deadline: float | None) -> Item | None:
-        """What arrived next; records count as handed out from here on."""
+    def _next(self, deadline: float | None) -> Incoming | None:
+        """What was received next; records count as handed out from here on."""
         subscriber = self._subscriber
-        with subscriber.ready:
+        with subscriber.changed:
             while not subscriber.closed:
-                while subscriber.arrived:
-                    item = subscriber.arrived.popleft()
-                    if not isinstance(item, Arrived):
+                while subscriber.incoming:
+                    item = subscriber.incoming.popleft()
+                    if not isinstance(item, ReceivedDelivery):
                         return item
-                    place = subscriber.places[TopicPartition(item.deliver.topic, item.deliver.partition)]
-                    if place.paused:
-                        place.parked.append(item)
-                    elif item.deliver.lease == place.lease:
-                        self._hand_out(item, place)
+                    state = subscriber.partitions[item.partition]
+                    if state.paused:
+                        state.parked.append(item)
+                    elif item.deliver.lease == state.lease:
+                        self._hand_out(item, state)
                         return item
                 now = subscriber.loop.clock_now()
                 waits = [1.0] if self._timeout is not None else []
@@ -429,84 +537,56 @@ class Consumer:
                     if now >= deadline:
                         return None
                     waits.append(deadline - now)
-                subscriber.ready.wait(min(waits) if waits else None)
+                subscriber.changed.wait(min(waits) if waits else None)
             return None
 
     @staticmethod
-    def _hand_out(item: Arrived, place: PartitionState) -> None:
-        place.handed = item.deliver.last + 1
+    def _hand_out(item: ReceivedDelivery, state: PartitionState) -> None:
+        state.handed_out = item.deliver.last + 1
 
-    def _decode(self, item: Arrived) -> list[Record]:
+    def _decode(self, item: ReceivedDelivery) -> list[Record]:
+        records = decoding.decode(item)
         deliver = item.deliver
-        records = batch.decode(item.batches, deliver.topic, deliver.partition, deliver.first, deliver.last)
-        if len(records) != deliver.last + 1 - deliver.first and not deliver.gaps:
-            check_dense(item.batches, deliver.first, deliver.last)
-        age_ms = deliver.age_ms + (self._subscriber.loop.clock_now() - item.at) * 1000
+        age_ms = deliver.age_ms + (self._subscriber.loop.clock_now() - item.received_at) * 1000
         if age_ms >= 1.0:
-            records = self._within_ttl(records, age_ms)
+            kept = decoding.within_ttl(records, age_ms)
+            self._expired += len(records) - len(kept)
+            records = kept
         seen = records[-1].offset + 1 if records else deliver.first
         if seen <= deliver.last:
-            # Nothing for the handler behind here (control batches, gaps, expired): done with when all before it is.
-            self._subscriber.passed(TopicPartition(deliver.topic, deliver.partition), seen, deliver.last + 1)
+            # No record for the handler after here (control batches, gaps, expired): done when all before it is.
+            self._subscriber.skip(item.partition, seen, deliver.last + 1)
         return records
 
-    def _within_ttl(self, records: list[Record], age_ms: float) -> list[Record]:
-        """Leave out records that have outlived their own time to live."""
-        kept = [record for record in records if not record.headers or not _expired(record, age_ms)]
-        self.expired += len(records) - len(kept)
-        return kept
-
-    def _gap(self, topic: str, partition: int, gap: Gap) -> None:
-        error = GapError(topic, partition, gap.first, gap.last, gap.reason.name)
+    def _gap(self, key: TopicPartition, gap: Gap) -> None:
+        error = GapError(*key, gap.first, gap.last, gap.reason.name)
         if self._on_gap is None:
             raise error
         self._on_gap(error)
 
-    def _on_notice(self, notice: Notice) -> None:
-        if notice.holding is Holding.ASSIGNED:
+    def _change_assignment(self, change: AssignmentChange) -> None:
+        if change.holding is Holding.ASSIGNED:
             if self._on_assigned is not None:
-                self._on_assigned([notice.partition])
+                self._on_assigned([change.partition])
             return
-        self._refreshes.pop(notice.partition, None)
+        self._loader.forget(change.partition)
         try:
-            if self._on_revoked is not None and not notice.late:
-                self._on_revoked([notice.partition])
+            if self._on_revoked is not None and not change.late:
+                self._on_revoked([change.partition])
         finally:
-            if notice.holding is Holding.REVOKING:
-                self._subscriber.returned(notice.partition)
+            if change.holding is Holding.REVOKING:
+                self._subscriber.release_revoked(change.partition)
             else:
-                self._subscriber.appeared(notice.partition)
+                self._subscriber.report_presence(change.partition)
 
     def _take_back(self, key: TopicPartition) -> None:
-        """What is being handed out of a partition ends here."""
-        if self._handing and (self._handing[0].topic, self._handing[0].partition) == key:
-            self._handing.clear()
-        if self._given is not None and (self._given.topic, self._given.partition) == key:
-            self._given, self._given_count = None, 0
+        """Nothing more of a partition is handed out of what was received."""
+        if self._handling and (self._handling[0].topic, self._handling[0].partition) == key:
+            self._handling.clear()
+        if self._last is not None and (self._last.topic, self._last.partition) == key:
+            self._last, self._unacked_count = None, 0
         if self._rest and (self._rest[0].topic, self._rest[0].partition) == key:
             self._rest.clear()
 
 
-def check_dense(batches: bytes, first: int, last: int) -> None:
-    """Some of [first, last] are no records: fine when control batches stand there. Raises DamagedBatchError when
-    nothing does, for the base offset of a batch lies outside of its CRC."""
-    expected, position = None, 0
-    while position < len(batches):
-        header = batch.read_header(batches, position)
-        if header.base_offset != expected if expected is not None else header.base_offset > first:
-            raise DamagedBatchError(
-                f"a batch at {header.base_offset}, not at {first if expected is None else expected}"
-            )
-        expected, position = header.last_offset + 1, position + header.size
-    if expected is None or expected <= last:
-        raise DamagedBatchError(f"the delivery of {first} to {last} ends at {expected}")
-
-
-def _expired(record: Record, age_ms: float) -> bool:
-    for name, value in record.headers:
-        if name == TTL_HEADER and value is not None and value.isdigit():
-            return int(value) < age_ms
-    return False
-
-
-__all__ = ["Consumer", "CorruptBatchError", "parse_from"]
+__all__ = ["Consumer", "parse_from"]

@@ -1,18 +1,26 @@
-"""A client's connection to a broker: made, kept alive, made again. Runs on the client's I/O thread.
+"""A client's connection to a broker: opened, kept alive, opened again. Runs on the client's I/O thread.
 
-The owner is told `connected` with what the broker granted, gets every event after that, and is told `lost`; the link
-then tries again with growing pauses until it is closed.
+The owner is notified by connected() with what the broker granted, gets every event after that, and is notified by
+disconnected(); the link then tries again with growing pauses until it is closed.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import random
 import socket
 from collections.abc import Callable
 from typing import Protocol
 
-from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError, ProtocolError, UnreachableError
+from edgebroker.common.errors import (
+    AnswerError,
+    ArgumentError,
+    Code,
+    EdgeBrokerError,
+    ProtocolError,
+    UnreachableError,
+)
 from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.network.io.transport import Transport, tune
 from edgebroker.network.wire import frames
@@ -28,22 +36,54 @@ MAX_FRAME = (16 << 20) + 65536
 
 
 class LinkOwner(Protocol):
-    """Called on the I/O thread."""
+    """What a link calls, on the I/O thread."""
 
-    def connected(self, grants: Grants) -> None: ...
+    def connected(self, grants: Grants) -> None:
+        """The broker accepted the client; requests may be sent."""
+
     def on_answer(self, correlation: int, answer: Answer) -> None:
         """An answer that no request() waits for."""
 
-    def on_event(self, event: Event) -> None: ...
-    def lost(self, reason: str) -> None: ...
-    def unreachable(self, error: EdgeBrokerError) -> None:
+    def on_event(self, event: Event) -> None:
+        """Anything but an answer."""
+
+    def disconnected(self, reason: str) -> None:
+        """The connection ended after connected(); requests are void. Another attempt follows."""
+
+    def connect_failed(self, error: EdgeBrokerError) -> None:
         """An attempt failed; another follows."""
 
 
-class Link:
-    """One connection at a time to `server` (HOST:PORT)."""
+def parse_server(server: str) -> tuple[str, int]:
+    """(host, port) of HOST:PORT. Raises ArgumentError."""
+    host, _, port = server.rpartition(":")
+    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise ArgumentError(f"server {server!r} is not a HOST:PORT address; use one such as 127.0.0.1:7420")
+    return host.strip("[]") or "127.0.0.1", int(port)
 
-    def __init__(self, loop: Loop, server: str, client_id: str, owner: LinkOwner, *, token: bytes = b"") -> None:
+
+def default_client_id(kind: str) -> str:
+    """A name for a client that was given none: unique, and it tells where the client runs."""
+    return f"{kind}-{socket.gethostname()[:40]}-{os.getpid()}-{os.urandom(4).hex()}"
+
+
+class Link:
+    """One connection at a time to `server` (HOST:PORT). `connect_body` gives what goes into CONNECT, at every attempt.
+
+    Raises ArgumentError for a server that is not an address.
+    """
+
+    def __init__(
+        self,
+        loop: Loop,
+        server: str,
+        client_id: str,
+        owner: LinkOwner,
+        *,
+        token: bytes = b"",
+        connect_body: Callable[[], Connect] | None = None,
+    ) -> None:
+        self._address = parse_server(server)
         self._loop, self.server, self.client_id, self._owner, self.token = loop, server, client_id, owner, token
         self._buffer = ReceiveBuffer()
         self._transport: Transport | None = None
@@ -52,7 +92,7 @@ class Link:
         self._retry: TimerHandle | None = None
         self._heartbeat: TimerHandle | None = None
         self._closed = False
-        self._asked: Callable[[], Connect] = self._plain_connect
+        self._connect_body = connect_body or self._plain_connect
         self._correlation = 0
         self._connect_correlation = 0
         self._once: set[int] = set()
@@ -61,17 +101,11 @@ class Link:
 
     @property
     def up(self) -> bool:
+        """Connected, and accepted by the broker."""
         return self.grants is not None and self._transport is not None
 
-    @property
-    def backlog(self) -> int:
-        return self._transport.backlog if self._transport is not None else 0
-
-    def ask_with(self, connect: Callable[[], Connect]) -> None:
-        """What to put into CONNECT, asked at every attempt."""
-        self._asked = connect
-
     def next_correlation(self) -> int:
+        """A number for a request, never used before on this link."""
         self._correlation += 1
         return self._correlation
 
@@ -80,10 +114,9 @@ class Link:
         self._retry = None
         if self._closed:
             return
-        host, _, port = self.server.rpartition(":")
         try:
-            sock = socket.create_connection((host.strip("[]") or "127.0.0.1", int(port)), CONNECT_SECONDS)
-        except (OSError, ValueError) as error:
+            sock = socket.create_connection(self._address, CONNECT_SECONDS)
+        except OSError as error:
             self._failed(UnreachableError(f"no broker at {self.server}: {error}"))
             return
         tune(sock)
@@ -91,7 +124,7 @@ class Link:
         self._transport = Transport(self._loop, sock, self._buffer, self, self.server)
         self._connect_correlation = self.next_correlation()
         self._heartbeat = self._loop.call_later(CONNECT_SECONDS, self._unanswered)
-        self._transport.send(frames.write_connect(self._connect_correlation, self._asked()))
+        self._transport.send(frames.write_connect(self._connect_correlation, self._connect_body()))
 
     def send(self, data: bytes) -> bool:
         """False when there is no connection: the data is not kept."""
@@ -103,14 +136,14 @@ class Link:
     def request(
         self, correlation: int, data: bytes, done: Callable[[Answer, memoryview], None], *, once: bool = True
     ) -> bool:
-        """send() something that is answered; `done` gets the answer (every one, for a request with more than one)."""
+        """send() something that is answered; `done` gets the answer (every one, unless `once`)."""
         self._requests[correlation] = done
         if once:
             self._once.add(correlation)
         return self.send(data)
 
     def reconnect(self, reason: str, pause: float = 0.0) -> None:
-        """Drop the connection and make a new one at once, or after a pause."""
+        """Drop the connection and open another at once, or after a pause in seconds."""
         self._pause = pause
         if self._transport is not None:
             self._transport.close(reason)
@@ -146,13 +179,13 @@ class Link:
         if self._heartbeat is not None:
             self._heartbeat.cancel()
         if was_up:
-            self._owner.lost(reason)
+            self._owner.disconnected(reason)
         if not self._closed:
-            self._failed(UnreachableError(f"the connection to {self.server} ended: {reason}"), told=was_up)
+            self._failed(UnreachableError(f"the connection to {self.server} ended: {reason}"), reported=was_up)
 
-    def _failed(self, error: EdgeBrokerError, told: bool = False) -> None:
-        if not told:
-            self._owner.unreachable(error)
+    def _failed(self, error: EdgeBrokerError, reported: bool = False) -> None:
+        if not reported:
+            self._owner.connect_failed(error)
         if self._closed or self._retry is not None:
             return
         self._retry = self._loop.call_later(self._pause * random.uniform(0.5, 1.0), self.open)
@@ -171,7 +204,7 @@ class Link:
     def _on_answer(self, event: Frame, answer: Answer) -> None:
         if self.grants is None and event.correlation == self._connect_correlation:
             if answer.code is not Code.OK:
-                self._owner.unreachable(AnswerError(answer.code, answer.message))
+                self._owner.connect_failed(AnswerError(answer.code, answer.message))
                 return
             self.grants = frames.read_grants(event.body, answer.extra_start)
             self._pause = FIRST_PAUSE
@@ -190,16 +223,16 @@ class Link:
             done(answer, event.body)
 
     def _unanswered(self) -> None:
-        """A peer that takes connections and says nothing is no broker, or a dead one."""
+        """The peer accepted the connection and does not answer: it is not a broker, or one that hangs."""
         if self._transport is not None and self.grants is None:
             self._transport.close("CONNECT was not answered")
 
     def _beat(self) -> None:
-        """Keep the connection alive, and end it when the broker has been silent for too long."""
+        """Send a heartbeat, and end the connection when the broker has sent nothing for too long."""
         if self._transport is None or self.grants is None:
             return
         if self._loop.now() - self._transport.last_received > self.grants.idle_ms / 1000:
-            self._transport.close("the broker is silent")
+            self._transport.close("the broker sent nothing for too long")
             return
         self._transport.send(frames.write_heartbeat([]))
         self._heartbeat = self._loop.call_later(self.grants.heartbeat_ms / 2000, self._beat)

@@ -1,4 +1,4 @@
-"""A consumer's own places in a file: what it has acknowledged, per topic and partition, kept beside its data.
+"""A consumer's own positions in a file: what it has acknowledged, per topic and partition, kept beside its data.
 
 JSON: {"positions": [{"topic", "partition", "log_id" (hex), "epoch", "next_offset"}, ...]}. Replaced as a whole; after a
 power cut it holds what it held before or after, never half.
@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from edgebroker.common.durable import write_durable
-from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.errors import PositionFileError
 from edgebroker.common.types import Position
 
 
@@ -36,7 +36,7 @@ class PositionFile:
         self._written: dict[tuple[str, int], Position] = {}
 
     def read(self) -> dict[tuple[str, int], Position]:
-        """What was stored last; empty when there is no file yet. Raises EdgeBrokerError for one that is not whole."""
+        """What was stored last; empty when there is no file yet. Raises PositionFileError for one that is not valid."""
         try:
             found = msgspec.json.decode(self._path.read_bytes(), type=_File)
             self._written = {
@@ -46,15 +46,15 @@ class PositionFile:
         except FileNotFoundError:
             return {}
         except (OSError, ValueError, msgspec.DecodeError) as error:
-            raise EdgeBrokerError(
+            raise PositionFileError(
                 f"the position file {self._path} cannot be read ({error}); restore it together with the data that "
-                "belongs to it, or remove both to begin anew"
+                "belongs to it, or remove both and load again"
             ) from error
         return dict(self._written)
 
     def update(self, moved: Mapping[tuple[str, int], Position]) -> None:
-        """Store places, beside those of other partitions; durable when this returns. Nothing is written when nothing
-        moved."""
+        """Store these positions, beside those of other partitions; durable when this returns. Nothing is written when
+        none of them moved."""
         positions = {**self._written, **moved}
         if positions == self._written:
             return

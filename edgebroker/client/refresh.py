@@ -1,4 +1,4 @@
-"""A consumer's side of a full refresh: load into a staging store, then make it visible at once."""
+"""What a caller sees of a snapshot refresh: load into a staging store, then make it visible in one step."""
 
 from __future__ import annotations
 
@@ -9,24 +9,36 @@ from edgebroker.common.records import Record
 
 
 class Refresh:
-    """One refresh of one partition. `reset_id` (hex) names it, also after a crash in between; records go from
-    `from_offset` to at least `target`; `next_offset` is how far it has come."""
+    """One snapshot refresh of one partition, as a staging store gets it.
+
+    Attributes:
+        reset_id: names the refresh, in hex; the same after a crash in between.
+        log_id: 16 bytes that name the log that is loaded.
+        topic: the topic.
+        partition: the partition.
+        from_offset: where loading begins.
+        target: the offset up to which records have to be loaded before the switch.
+        next_offset: the offset up to which they are loaded.
+    """
 
     __slots__ = ("from_offset", "log_id", "next_offset", "partition", "reset_id", "target", "topic")
 
-    def __init__(self, reset_id: str, log_id: bytes, topic: str, partition: int, from_offset: int, target: int) -> None:
+    def __init__(
+        self, *, reset_id: str, log_id: bytes, topic: str, partition: int, from_offset: int, target: int
+    ) -> None:
         self.reset_id, self.log_id, self.topic, self.partition = reset_id, log_id, topic, partition
         self.from_offset, self.target = from_offset, target
         self.next_offset = from_offset
 
     @property
     def progress(self) -> float:
-        """From 0 to 1."""
+        """How much is loaded, from 0 to 1."""
         whole = self.target - self.from_offset
         return min(1.0, (self.next_offset - self.from_offset) / whole) if whole > 0 else 1.0
 
     @property
     def complete(self) -> bool:
+        """True when everything up to `target` is loaded."""
         return self.next_offset >= self.target
 
     def __repr__(self) -> str:
@@ -34,19 +46,45 @@ class Refresh:
 
 
 class Staging(Protocol):
-    """Where a consumer loads a refresh; given to Consumer(staging=...). Called in the thread that polls.
+    """Where a consumer loads a snapshot refresh: a class of yours with these three methods, given as `staging`.
 
-    What readers of the store see must be the old data until switch() returns, and the new data from then on, also when
-    the process dies in between: after a restart begin() is called again with the same reset_id.
+    Readers of your store see the old data until switch() returns and the new data from then on, also when the process
+    ends in between: after a restart begin() is called again with the same reset_id. An exception of any of the methods
+    passes through poll(), and the broker then announces the refresh again.
+
+    Threads:
+        Called in the thread that polls the consumer.
     """
 
     def begin(self, refresh: Refresh) -> int:
-        """Open the staging store of this reset_id, removing those of others. Returns the next offset wanted:
-        from_offset for a new one, where it stands for one that a crash interrupted, where the visible store stands
-        when that is this very refresh (then switch() has nothing left to do)."""
+        """Open the staging store of this refresh, and remove those of others.
+
+        Args:
+            refresh: the refresh; `from_offset` and `target` say what is to be loaded.
+
+        Returns:
+            The next offset to load: `from_offset` for a new store; where it ends for one that a crash interrupted; the
+            next offset of the visible store when that already is the one of this refresh.
+        """
 
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
-        """Put records into the staging store; they are acknowledged when this returns."""
+        """Put records into the staging store.
+
+        Args:
+            refresh: the refresh; `next_offset` is the offset after these records.
+            records: the next records, in order; may be empty.
+
+        Durability:
+            The records are acknowledged when it returns: what begin() returns after a crash has to agree with what is
+            stored.
+        """
 
     def switch(self, refresh: Refresh) -> None:
-        """Make the staging store the visible one, in one atomic step that stores reset_id and next_offset with it."""
+        """Make the staging store the visible one, in one atomic step.
+
+        Args:
+            refresh: the refresh, complete.
+
+        Durability:
+            The step stores `reset_id` and `next_offset` together with the data, so that begin() finds them.
+        """

@@ -1,7 +1,7 @@
-"""The I/O side of a consumer: what it holds, what arrived for it, and what it has to say to the broker.
+"""The I/O side of a consumer: the partitions that it holds, what it has received, and what it sends.
 
 Everything here runs on the consumer's I/O thread but for the methods under "the caller's side". Both sides share
-`places` and `arrived`, under the lock of `ready`.
+`partitions` and `incoming`, under the lock of `changed`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from threading import Condition
 
 from edgebroker.client.link import Link
+from edgebroker.client.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError
 from edgebroker.common.types import Position, Start, TopicPartition
@@ -24,7 +24,6 @@ from edgebroker.network.wire.frames import (
     Answer,
     Assigned,
     ConsumerAck,
-    Deliver,
     FrameType,
     Grants,
     Holding,
@@ -37,68 +36,10 @@ from edgebroker.network.wire.frames import (
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.02
-# After a delivery that was damaged: the broker may have to fetch it first.
+# After a damaged delivery: the broker may have to repair it first.
 DAMAGED_SECONDS = 1.0
 LEAVE_SECONDS = 1.0
-NOBODYS_LOG_ID = b"\xff" * 16
-
-
-class PartitionState:
-    """Where this consumer stands in one partition.
-
-    acked <= handed <= expected: acknowledged, handed to the caller, arrived. `awaiting` is the SUBSCRIBE whose answer
-    must come before anything of the partition counts again (-1: not sent yet). `leaving`: the broker takes it back,
-    `revoking`: and still waits for what was handed out. `kept`: the place is the caller's own
-    and wins over what the group committed. `passed` are ranges without a record for the handler; they are acknowledged
-    together with the last record before them.
-    """
-
-    __slots__ = (
-        "acked", "asked", "awaiting", "epoch", "expected", "generation", "handed", "held", "kept", "lease", "leaving",
-        "log_id", "old_lease", "parked", "passed", "paused", "refreshing", "resuming", "revoking", "stored", "wanted",
-    )  # fmt: skip
-
-    def __init__(self, wanted: Wanted | None = None) -> None:
-        self.wanted = wanted
-        self.kept = wanted is not None and wanted.start is Start.POSITION
-        self.log_id, self.epoch = (wanted.log_id, wanted.epoch) if wanted is not None else (frames.NO_LOG_ID, -1)
-        self.generation = self.lease = 0
-        self.old_lease = (0, 0)
-        self.refreshing = False
-        self.acked = self.handed = self.expected = self.stored = -1
-        self.awaiting = self.asked = 0
-        self.held = self.leaving = self.resuming = self.revoking = self.paused = False
-        self.passed: deque[tuple[int, int]] = deque()
-        self.parked: deque[Arrived] = deque()
-
-    def void(self) -> None:
-        """The lease is over; nothing that was pushed under it counts any more."""
-        if self.lease:
-            self.old_lease = (self.generation, self.lease)
-        self.lease = 0
-        self.passed.clear()
-        self.parked.clear()
-
-
-@dataclass(slots=True)
-class Arrived:
-    """One DELIVER, undecoded, and when it came."""
-
-    deliver: Deliver
-    batches: bytes
-    at: float
-
-
-@dataclass(slots=True)
-class Notice:
-    """A partition was assigned, is being revoked, or was revoked; `late`: after a REVOKING that was not followed."""
-
-    holding: Holding
-    partition: TopicPartition
-    late: bool = False
-
-
-Item = Arrived | Notice | Reset | EdgeBrokerError
+UNKNOWN_LOG_ID = b"\xff" * 16
 
 
 class Subscriber:
@@ -107,6 +48,7 @@ class Subscriber:
     def __init__(
         self,
         server: str,
+        *,
         client_id: str,
         token: bytes,
         group: str,
@@ -116,14 +58,14 @@ class Subscriber:
         window: tuple[int, int],
     ) -> None:
         self._group, self._topics, self._start, self._window = group, list(topics), start, window
-        self.places: dict[TopicPartition, PartitionState] = {}
-        for (topic, partition), place in positions.items():
+        self.partitions: dict[TopicPartition, PartitionState] = {}
+        for (topic, partition), position in positions.items():
             if topic not in topics:
                 continue  # kept for another consumer
-            wanted = Wanted(topic, partition, Start.POSITION, place.log_id, place.epoch, place.next_offset)
-            self.places[TopicPartition(topic, partition)] = PartitionState(wanted)
-        self.arrived: deque[Item] = deque()
-        self.ready = Condition()
+            wanted = Wanted(topic, partition, Start.POSITION, position.log_id, position.epoch, position.next_offset)
+            self.partitions[TopicPartition(topic, partition)] = PartitionState(wanted)
+        self.incoming: deque[Incoming] = deque()
+        self.changed = Condition()
         self.durable_ends: dict[TopicPartition, int] = {}
         self.loop = Loop(SystemClock())
         self.link = Link(self.loop, server, client_id, self, token=token)
@@ -139,121 +81,121 @@ class Subscriber:
 
     def acknowledge(self, key: TopicPartition, next_offset: int) -> bool:
         """Everything before next_offset is done. False when it is not about records handed out under this lease."""
-        with self.ready:
-            place = self.places.get(key)
-            if place is None or next_offset > place.handed:
+        with self.changed:
+            state = self.partitions.get(key)
+            if state is None or next_offset > state.handed_out:
                 return False
-            passed = place.passed
-            while passed and next_offset >= passed[0][0]:
-                next_offset = max(next_offset, passed.popleft()[1])
-            if next_offset <= place.acked:
+            skipped = state.skipped
+            while skipped and next_offset >= skipped[0][0]:
+                next_offset = max(next_offset, skipped.popleft()[1])
+            if next_offset <= state.acked:
                 return True
-            place.acked = next_offset
-        self.loop.call_soon_threadsafe(lambda: self._acknowledge(key, place))
+            state.acked = next_offset
+        self.loop.call_soon_threadsafe(lambda: self._acknowledge(key, state))
         return True
 
-    def passed(self, key: TopicPartition, first: int, following: int) -> None:
-        """There is no record for the handler in [first, following)."""
-        with self.ready:
-            place = self.places[key]
-            place.passed.append((first, following))
-            done = place.acked
+    def skip(self, key: TopicPartition, first: int, end: int) -> None:
+        """There is no record for the handler in [first, end)."""
+        with self.changed:
+            state = self.partitions[key]
+            state.skipped.append((first, end))
+            done = state.acked
         self.acknowledge(key, done)
 
-    def refuse(self, key: TopicPartition, offset: int, reason: str) -> None:
-        """The record at this offset could not be handled: it is delivered again, after a pause, and alone."""
-        with self.ready:
-            place = self.places.get(key)
-            if place is None or not place.lease or not place.acked <= offset < place.handed:
+    def nack(self, key: TopicPartition, offset: int, reason: str) -> None:
+        """The record at this offset could not be handled: it is delivered again, after a pause, and isolated."""
+        with self.changed:
+            state = self.partitions.get(key)
+            if state is None or not state.lease or not state.acked <= offset < state.handed_out:
                 return
-            place.acked = offset
-            ack = ConsumerAck(AckKind.NEGATIVE, *key, place.generation, place.lease, offset, reason)
-            place.handed = offset
-            place.void()
+            state.acked = offset
+            ack = ConsumerAck(AckKind.NEGATIVE, *key, state.generation, state.lease, offset, reason)
+            state.handed_out = offset
+            state.end_lease()
             self._drop(key)
         self._post(frames.write_consumer_ack(0, ack))
 
     def deliver_again(self, key: TopicPartition, first: int, why: str) -> None:
-        """What was delivered from `first` on cannot be read: neither that nor anything behind it is handed out, and
-        the broker delivers again what is not acknowledged. On another connection, for it checks what it sends then."""
-        with self.ready:
-            place = self.places[key]
-            place.handed = first
-            place.void()
+        """What was delivered from `first` on cannot be read: none of it is handed out, and the broker delivers again
+        what is not acknowledged. Over a new connection: the broker checks first what it sends there."""
+        with self.changed:
+            state = self.partitions[key]
+            state.handed_out = first
+            state.end_lease()
             self._drop(key)
         log.warning("%s; asking for it again", why)
         self.loop.call_soon_threadsafe(lambda: self.link.reconnect(why, DAMAGED_SECONDS))
 
-    def appeared(self, key: TopicPartition) -> None:
-        """Tell the broker, which took a partition away for silence, that this member is there: by a stale ACK."""
-        with self.ready:
-            generation, lease = self.places[key].old_lease
+    def report_presence(self, key: TopicPartition) -> None:
+        """Send a stale ACK to the broker, which revoked a partition as unresponsive: this member is there again."""
+        with self.changed:
+            generation, lease = self.partitions[key].old_lease
         ack = ConsumerAck(AckKind.IN_PROGRESS, *key, generation, lease, 0)
         self._post(frames.write_consumer_ack(0, ack))
 
     def in_progress(self, *, paused: bool = False) -> None:
-        """The handler is busy with what it was handed: the broker shall wait on."""
-        with self.ready:
+        """Extend the delivery timeout of what was handed out, or of what waits in paused partitions."""
+        with self.changed:
             data = [
                 frames.write_consumer_ack(
-                    0, ConsumerAck(AckKind.IN_PROGRESS, *key, place.generation, place.lease, place.acked)
+                    0, ConsumerAck(AckKind.IN_PROGRESS, *key, state.generation, state.lease, state.acked)
                 )
-                for key, place in self.places.items()
-                if place.lease and (place.paused if paused else place.handed > place.acked)
+                for key, state in self.partitions.items()
+                if state.lease and (state.paused if paused else state.handed_out > state.acked)
             ]
         if data:
             self._post(b"".join(data))
 
     def seek(self, wanted: Wanted) -> None:
-        """Begin elsewhere in one partition: nothing that was pushed so far counts any more."""
+        """Start elsewhere in one partition: nothing that was delivered so far counts any more."""
         key = TopicPartition(wanted.topic, wanted.partition)
-        with self.ready:
-            place = self.places.get(key)
-            if place is None:
-                place = self.places[key] = PartitionState()
-            place.wanted = wanted
-            place.acked = place.handed = -1
-            place.void()
-            place.awaiting = -1
+        with self.changed:
+            state = self.partitions.get(key)
+            if state is None:
+                state = self.partitions[key] = PartitionState()
+            state.wanted = wanted
+            state.acked = state.handed_out = -1
+            state.end_lease()
+            state.awaiting = -1
             self._drop(key)
         self.loop.call_soon_threadsafe(lambda: self._subscribe([wanted]))
 
-    def returned(self, key: TopicPartition) -> None:
+    def release_revoked(self, key: TopicPartition) -> None:
         """Release a partition that is being revoked, once all that was handed out of it is acknowledged."""
-        with self.ready:
-            place = self.places[key]
-            if not place.revoking or place.acked < place.handed:
+        with self.changed:
+            state = self.partitions[key]
+            if not state.revoking or state.acked < state.handed_out:
                 return
-            place.revoking = False
+            state.revoking = False
             line = Wanted(*key, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
-        self.loop.call_soon_threadsafe(lambda: self._tell_group(Intent.RELEASE, [line]))
+        self.loop.call_soon_threadsafe(lambda: self._send_intent(Intent.RELEASE, [line]))
 
-    def refreshed(self, key: TopicPartition) -> None:
+    def end_refresh(self, key: TopicPartition) -> None:
         """The refresh of a partition is over."""
-        with self.ready:
-            self.places[key].refreshing = False
+        with self.changed:
+            self.partitions[key].refreshing = False
 
     def set_paused(self, key: TopicPartition, paused: bool) -> None:
-        with self.ready:
-            place = self.places.setdefault(key, PartitionState())
-            place.paused = paused
+        with self.changed:
+            state = self.partitions.setdefault(key, PartitionState())
+            state.paused = paused
             if not paused:
-                self.arrived.extendleft(reversed(place.parked))
-                place.parked.clear()
-                self.ready.notify()
+                self.incoming.extendleft(reversed(state.parked))
+                state.parked.clear()
+                self.changed.notify()
 
     def confirm(self, done: Callable[[], None]) -> None:
-        """Have everything acknowledged so far confirmed as stored; done is called on the I/O thread."""
-        with self.ready:
+        """Call `done`, on the I/O thread, once the broker has stored everything acknowledged so far."""
+        with self.changed:
             targets = {
-                key: place.acked
-                for key, place in self.places.items()
-                if place.acked > place.stored and (place.held or place.resuming)
+                key: state.acked
+                for key, state in self.partitions.items()
+                if state.acked > state.stored and (state.held or state.resuming)
             }
         self.loop.call_soon_threadsafe(lambda: self._confirm(targets, done))
 
     def request(self, write: Callable[[int], bytes], done: Callable[[Answer | None], None]) -> None:
-        """Send something that is answered; done gets the answer on the I/O thread, None when it cannot be sent."""
+        """Send a request; `done` gets the answer on the I/O thread, None when it cannot be sent."""
 
         def send() -> None:
             correlation = self.link.next_correlation()
@@ -264,9 +206,9 @@ class Subscriber:
 
     def close(self) -> None:
         """Leave the group and end the I/O thread; what was acknowledged before is sent first."""
-        with self.ready:
+        with self.changed:
             self.closed = True
-            self.ready.notify_all()
+            self.changed.notify_all()
 
         def end() -> None:
             self.link.close()
@@ -275,7 +217,7 @@ class Subscriber:
         def leave() -> None:
             lines = [Wanted(topic, -1, Start.COMMITTED, frames.NO_LOG_ID, -1, 0) for topic in self._topics]
             if self.link.up:
-                self._tell_group(Intent.LEAVE, lines, end)
+                self._send_intent(Intent.LEAVE, lines, end)
                 self.loop.call_later(LEAVE_SECONDS, end)
             else:
                 end()
@@ -288,26 +230,26 @@ class Subscriber:
 
         self.loop.call_soon_threadsafe(send)
 
-    # ---- the I/O thread: speaking ----
+    # ---- the I/O thread: sending ----
 
-    def _acknowledge(self, key: TopicPartition, place: PartitionState) -> None:
-        if place.lease:
-            ack = ConsumerAck(AckKind.CUMULATIVE, *key, place.generation, place.lease, place.acked)
+    def _acknowledge(self, key: TopicPartition, state: PartitionState) -> None:
+        if state.lease:
+            ack = ConsumerAck(AckKind.CUMULATIVE, *key, state.generation, state.lease, state.acked)
             self.link.send(frames.write_consumer_ack(0, ack))
-        if place.revoking:
-            self.returned(key)
+        if state.revoking:
+            self.release_revoked(key)
 
     def _confirm(self, targets: dict[TopicPartition, int], done: Callable[[], None]) -> None:
         for key, wanted in list(targets.items()):
-            place = self.places[key]
-            moved = place.acked < wanted or not (place.held or place.resuming)
-            if place.stored >= wanted or moved:
+            state = self.partitions[key]
+            moved = state.acked < wanted or not (state.held or state.resuming)
+            if state.stored >= wanted or moved:
                 del targets[key]
-            elif self.link.up and place.lease and not place.asked:
-                place.asked = self.link.next_correlation()
-                self._asked[place.asked] = place
-                ack = ConsumerAck(AckKind.CUMULATIVE, *key, place.generation, place.lease, place.acked)
-                self.link.send(frames.write_consumer_ack(place.asked, ack))
+            elif self.link.up and state.lease and not state.asked:
+                state.asked = self.link.next_correlation()
+                self._asked[state.asked] = state
+                ack = ConsumerAck(AckKind.CUMULATIVE, *key, state.generation, state.lease, state.acked)
+                self.link.send(frames.write_consumer_ack(state.asked, ack))
         if not targets or self.closed:
             done()
         else:
@@ -317,12 +259,12 @@ class Subscriber:
         correlation = self.link.next_correlation()
         data = frames.write_subscribe(correlation, Subscribe(Intent.JOIN, self._group, *self._window, wanted))
         for line in wanted:
-            place = self.places.get(TopicPartition(line.topic, line.partition))
-            if place is not None:
-                place.awaiting = correlation
+            state = self.partitions.get(TopicPartition(line.topic, line.partition))
+            if state is not None:
+                state.awaiting = correlation
         self.link.request(correlation, data, lambda answer, body: self._on_state(correlation, answer), once=False)
 
-    def _tell_group(self, intent: Intent, lines: list[Wanted], answered: Callable[[], None] = lambda: None) -> None:
+    def _send_intent(self, intent: Intent, lines: list[Wanted], answered: Callable[[], None] = lambda: None) -> None:
         """Leave, or release what is being revoked."""
         correlation = self.link.next_correlation()
         data = frames.write_subscribe(correlation, Subscribe(intent, self._group, 0, 0, lines))
@@ -333,48 +275,50 @@ class Subscriber:
         self.in_progress(paused=True)
         self._paused_timer = self.loop.call_later(seconds, lambda: self._keep_paused(seconds))
 
-    # ---- the I/O thread: listening ----
+    # ---- the I/O thread: receiving ----
 
     def connected(self, grants: Grants) -> None:
         self.down_since, self.last_error = None, None
-        # A partition that this member never held goes on where its group was put by the first SUBSCRIBE.
+        # Partitions that this member never held continue at the committed offset, which the first SUBSCRIBE set.
         kind, value = (Start.COMMITTED, 0) if self._joined and self._group else self._start
         wanted = [Wanted(topic, -1, kind, frames.NO_LOG_ID, -1, value) for topic in self._topics]
-        with self.ready:
+        with self.changed:
             # The broker takes the last line about a partition.
-            wanted += [line for key, place in self.places.items() if (line := self._resumed(key, place)) is not None]
+            wanted += [
+                line for key, state in self.partitions.items() if (line := self._resumed(key, state)) is not None
+            ]
         self._subscribe(wanted)
         if self._paused_timer is None:
             self._keep_paused(grants.delivery_ms / 3000)
 
-    def _resumed(self, key: TopicPartition, place: PartitionState) -> Wanted | None:
-        """Where to go on after a reconnect: behind what was acknowledged here, unless another member went on since."""
-        if place.refreshing and not self._group:
-            # The broker has forgotten the refresh of a reader of its own: no log is its own, so it gets another.
-            return Wanted(*key, Start.POSITION, NOBODYS_LOG_ID, -1, 0)
-        if place.acked < 0:
-            return place.wanted
-        kind = Start.POSITION if place.kept or not self._group else Start.RESUME
-        return Wanted(*key, kind, place.log_id, place.epoch, place.acked) if place.resuming else None
+    def _resumed(self, key: TopicPartition, state: PartitionState) -> Wanted | None:
+        """Where to continue after a reconnect: after what was acknowledged here, unless another member got further."""
+        if state.refreshing and not self._group:
+            # The broker has forgotten the refresh of a reader without a group; a position in no known log gets another.
+            return Wanted(*key, Start.POSITION, UNKNOWN_LOG_ID, -1, 0)
+        if state.acked < 0:
+            return state.wanted
+        kind = Start.POSITION if state.kept or not self._group else Start.RESUME
+        return Wanted(*key, kind, state.log_id, state.epoch, state.acked) if state.resuming else None
 
     def _on_state(self, correlation: int, answer: Answer) -> None:
         if answer.code is Code.OK:
             self._joined = True
-            with self.ready:
-                for place in self.places.values():
-                    if place.awaiting == correlation:
-                        place.awaiting = 0
+            with self.changed:
+                for state in self.partitions.values():
+                    if state.awaiting == correlation:
+                        state.awaiting = 0
         elif answer.code.retryable:
-            log.warning("%s: %s", answer.code.name, answer.message)
+            log.warning("cannot subscribe yet: %s: %s", answer.code.name, answer.message)
         else:
             self._put(AnswerError(answer.code, answer.message))
 
     def on_answer(self, correlation: int, answer: Answer) -> None:
-        place = self._asked.pop(correlation, None)
-        if place is not None and place.asked == correlation:
-            place.asked = 0
+        state = self._asked.pop(correlation, None)
+        if state is not None and state.asked == correlation:
+            state.asked = 0
             if answer.code is Code.OK:
-                place.stored = max(place.stored, answer.offset)
+                state.stored = max(state.stored, answer.offset)
 
     def on_event(self, event: Event) -> None:
         if not isinstance(event, Frame):
@@ -392,89 +336,91 @@ class Subscriber:
     def _on_assigned(self, assigned: Assigned) -> None:
         for line in assigned.lines:
             key = TopicPartition(line.topic, line.partition)
-            with self.ready:
-                place = self.places.setdefault(key, PartitionState())
-                if place.awaiting:
-                    continue  # sent before the broker heard of the seek
+            with self.changed:
+                state = self.partitions.setdefault(key, PartitionState())
+                if state.awaiting:
+                    continue  # sent before the broker processed the seek
                 self._drop(key)
                 if line.holding is Holding.ASSIGNED:
-                    if not place.held:
-                        self.arrived.append(Notice(Holding.ASSIGNED, key))
-                    place.void()
-                    place.held, place.leaving, place.revoking, place.resuming = True, False, False, False
-                    place.lease, place.generation = line.lease, assigned.generation
-                    place.acked = place.handed = place.expected = line.offset
-                    place.stored = -1
+                    if not state.held:
+                        self.incoming.append(AssignmentChange(Holding.ASSIGNED, key))
+                    state.end_lease()
+                    state.held, state.leaving, state.revoking, state.resuming = True, False, False, False
+                    state.lease, state.generation = line.lease, assigned.generation
+                    state.acked = state.handed_out = state.expected = line.offset
+                    state.stored = -1
                 elif line.holding is Holding.REVOKING:
-                    place.leaving = place.revoking = True
-                    place.parked.clear()
-                    self.arrived.append(Notice(Holding.REVOKING, key))
+                    state.leaving = state.revoking = True
+                    state.parked.clear()
+                    self.incoming.append(AssignmentChange(Holding.REVOKING, key))
                 else:
-                    self._lose(key, place)
-                self.ready.notify()
+                    self._lose(key, state)
+                self.changed.notify()
 
-    def _lose(self, key: TopicPartition, place: PartitionState) -> None:
-        if place.held and (not place.leaving or place.revoking):
-            self.arrived.append(Notice(Holding.REVOKED, key, late=place.leaving))
-        place.held = place.leaving = place.revoking = False
-        if place.refreshing:
-            # Its place is one in a staging store. A group's refresh is announced to whoever holds the partition next.
-            place.acked = place.handed = -1
-            place.refreshing = not self._group
-        place.void()
+    def _lose(self, key: TopicPartition, state: PartitionState) -> None:
+        if state.held and (not state.leaving or state.revoking):
+            self.incoming.append(AssignmentChange(Holding.REVOKED, key, late=state.leaving))
+        state.held = state.leaving = state.revoking = False
+        if state.refreshing:
+            # The position is one in a staging store. A group's refresh is announced to the next holder.
+            state.acked = state.handed_out = -1
+            state.refreshing = not self._group
+        state.end_lease()
 
     def _on_reset(self, reset: Reset) -> None:
         key = TopicPartition(reset.topic, reset.partition)
-        with self.ready:
-            place = self.places.setdefault(key, PartitionState())
-            place.void()
-            place.log_id, place.epoch = reset.log_id, -1
-            place.acked = place.handed = -1  # what was acknowledged before is of other data
-            place.refreshing = True
+        with self.changed:
+            state = self.partitions.setdefault(key, PartitionState())
+            state.end_lease()
+            state.log_id, state.epoch = reset.log_id, -1
+            state.acked = state.handed_out = -1  # what was acknowledged before is of other data
+            state.refreshing = True
             self._drop(key)
-            self.arrived.append(reset)
-            self.ready.notify()
+            self.incoming.append(reset)
+            self.changed.notify()
 
     def _on_deliver(self, event: Frame) -> None:
         deliver = frames.read_deliver(event.body)
         key = TopicPartition(deliver.topic, deliver.partition)
         self.durable_ends[key] = deliver.durable_end
-        with self.ready:
-            place = self.places.get(key)
-            if place is None or place.awaiting or deliver.lease != place.lease or place.leaving:
+        with self.changed:
+            state = self.partitions.get(key)
+            if state is None or state.awaiting or deliver.lease != state.lease or state.leaving:
                 return
-            if deliver.first != place.expected:
-                self.link.reconnect(f"{deliver.topic}/{deliver.partition}: offset {place.expected} was expected next")
+            if deliver.first != state.expected:
+                self.link.reconnect(f"{deliver.topic}/{deliver.partition}: offset {state.expected} was expected next")
                 return
-            place.log_id, place.epoch = deliver.log_id, deliver.epoch
-            place.expected = deliver.last + 1
-            self.arrived.append(Arrived(deliver, bytes(event.body[deliver.batches_start :]), self.loop.now()))
-            self.ready.notify()
+            state.log_id, state.epoch = deliver.log_id, deliver.epoch
+            state.expected = deliver.last + 1
+            self.incoming.append(
+                ReceivedDelivery(key, deliver, bytes(event.body[deliver.batches_start :]), self.loop.now())
+            )
+            self.changed.notify()
 
-    def lost(self, reason: str) -> None:
-        with self.ready:
+    def disconnected(self, reason: str) -> None:
+        with self.changed:
             self.down_since = self.loop.clock_now()
             self._asked.clear()
-            for key, place in self.places.items():
-                place.resuming = place.resuming or place.held
-                place.asked = place.awaiting = 0
-                self._lose(key, place)
-            self.arrived = deque(item for item in self.arrived if isinstance(item, Notice | EdgeBrokerError))
-            self.ready.notify()
+            for key, state in self.partitions.items():
+                state.resuming = state.resuming or state.held
+                state.asked = state.awaiting = 0
+                self._lose(key, state)
+            self.incoming = deque(
+                item for item in self.incoming if isinstance(item, AssignmentChange | EdgeBrokerError)
+            )
+            self.changed.notify()
         log.info("connection lost: %s", reason)
 
-    def unreachable(self, error: EdgeBrokerError) -> None:
+    def connect_failed(self, error: EdgeBrokerError) -> None:
         self.last_error = error
 
-    def _put(self, item: Item) -> None:
-        with self.ready:
-            self.arrived.append(item)
-            self.ready.notify()
+    def _put(self, item: Incoming) -> None:
+        with self.changed:
+            self.incoming.append(item)
+            self.changed.notify()
 
     def _drop(self, key: TopicPartition) -> None:
-        """Forget what arrived of a partition and was not handed out (under the lock)."""
-        self.arrived = deque(
-            item
-            for item in self.arrived
-            if not isinstance(item, Arrived) or (item.deliver.topic, item.deliver.partition) != key
+        """Forget what was received of a partition and is not handed out (under the lock)."""
+        self.incoming = deque(
+            item for item in self.incoming if not isinstance(item, ReceivedDelivery) or item.partition != key
         )

@@ -7,7 +7,7 @@ from enum import IntEnum
 
 
 class Code(IntEnum):
-    """What an answer says. The numbers are the wire's; docs/protocol.md has one line for each."""
+    """What a broker's answer says. The numbers are the wire's; docs/protocol.md has one line for each."""
 
     OK = 0
     UNKNOWN_TOPIC = 1
@@ -35,7 +35,7 @@ class Code(IntEnum):
 
     @property
     def retryable(self) -> bool:
-        """True when the same request may succeed later without anybody changing it."""
+        """True when the same request may succeed later, unchanged."""
         return self in _RETRYABLE
 
 
@@ -54,7 +54,7 @@ _RETRYABLE = frozenset(
 
 
 class EdgeBrokerError(Exception):
-    """Base of everything this package raises on purpose."""
+    """Base of every error of this package; catch it to catch them all."""
 
     exit_code = 1
 
@@ -65,8 +65,19 @@ class ConfigError(EdgeBrokerError):
     exit_code = 2
 
 
+class ArgumentError(ConfigError, ValueError):
+    """An argument of the client has a value that is not allowed; the message names it and says what is.
+
+    Do: correct the call. It is a ValueError as well.
+    """
+
+
 class UnreachableError(EdgeBrokerError):
-    """No broker answered at the address given."""
+    """No broker answered in time: at connecting, to a request, or with the acknowledgement of a record.
+
+    Do: check the address and the broker. A record that failed with it may be stored all the same; sending it again may
+    store it twice.
+    """
 
     exit_code = 3
 
@@ -94,9 +105,14 @@ class FormatTooNewError(EdgeBrokerError):
 
 
 class AnswerError(EdgeBrokerError):
-    """The broker answered a request with a code other than OK.
+    """The broker refused a request.
 
-    `code` is a Code, `offset` what the answer carries (-1: nothing).
+    Do: look at `code`. After a retryable code the same request may succeed later (a producer tries batches again until
+    its timeout); after any other something has to change first: the name, the record, the broker.
+
+    Attributes:
+        code: a Code.
+        offset: the offset that the answer carries; -1 when it has none.
     """
 
     def __init__(self, code: Code, message: str, offset: int = -1) -> None:
@@ -118,7 +134,10 @@ class LocalProtocolError(ProtocolError):
 
 
 class CorruptBatchError(EdgeBrokerError):
-    """A batch failed its checks where no hole can be delivered instead."""
+    """A batch that was delivered cannot be decoded although it is what the broker stored.
+
+    Do: read on after it with Consumer.seek(), and find the producer that wrote it.
+    """
 
     exit_code = 4
 
@@ -128,23 +147,54 @@ class DamagedBatchError(CorruptBatchError):
 
 
 class InflatedTooLargeError(CorruptBatchError):
-    """Compressed records grow beyond the limit when they are inflated."""
+    """The compressed records of a batch are larger than the limit once they are inflated.
+
+    Do: as for CorruptBatchError.
+    """
+
+
+class PositionFileError(EdgeBrokerError):
+    """The position file of a consumer cannot be read.
+
+    Do: restore it together with the data that belongs to it, or remove both and load again.
+    """
 
 
 class ResetRequiredError(EdgeBrokerError):
-    """The data has to be loaded afresh from `log_start`, through a staging store, and the consumer was given none."""
+    """The broker offers a snapshot refresh and the consumer has no staging store to load it into.
+
+    It comes when the consumer's position belongs to other data than the broker's, or when an operator asked for it.
+    Do: give the consumer a staging store (`staging=`), or remove the data and its positions and load again.
+
+    Attributes:
+        topic: the topic to load again.
+        partition: the partition to load again.
+        log_id: the log that the broker has now.
+        log_start: the offset from which it is loaded.
+    """
 
     def __init__(self, topic: str, partition: int, log_id: bytes, log_start: int) -> None:
         super().__init__(
-            f"{topic}/{partition} has to be loaded afresh from offset {log_start} of log {log_id.hex()}; give the "
-            "consumer a staging store that takes it (staging=)"
+            f"{topic}/{partition} has to be loaded again, from offset {log_start} of log {log_id.hex()}; give the "
+            "consumer a staging store (staging=)"
         )
         self.topic, self.partition, self.log_id, self.log_start = topic, partition, log_id, log_start
 
 
 class GapError(EdgeBrokerError):
-    """Records in [first, last] will never be delivered; `reason` says why (EXPIRED, DAMAGED, RETENTION)."""
+    """Records of a partition will never be delivered. It is raised once; the next poll goes on after them.
+
+    Do: decide whether the data is usable without them; `on_gap` of Consumer gets these errors instead of raising them.
+
+    Attributes:
+        topic: the topic.
+        partition: the partition.
+        first: the first offset that is missing.
+        last: the last offset that is missing.
+        reason: EXPIRED (past the time to live of the topic), RETENTION (removed by size or age) or DAMAGED (a corrupt
+            range that the topic skips).
+    """
 
     def __init__(self, topic: str, partition: int, first: int, last: int, reason: str) -> None:
-        super().__init__(f"{topic}/{partition}: records {first} to {last} are gone ({reason})")
+        super().__init__(f"{topic}/{partition}: records {first} to {last} will not be delivered ({reason})")
         self.topic, self.partition, self.first, self.last, self.reason = topic, partition, first, last, reason

@@ -3,16 +3,32 @@ from collections.abc import Callable, Iterable
 from typing_extensions import Buffer
 
 class Record:
-    """One stored message as a consumer receives it. `key` and `value` are bytes or None; `timestamp` is in
-    milliseconds since 1970 as the producer set it; `headers` is a tuple of (name, bytes or None)."""
+    """One record as a consumer receives it; immutable, and not created by callers.
 
-    topic: str
-    partition: int
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    headers: tuple[tuple[str, bytes | None], ...]
+    Attributes:
+        topic: the topic that it was read from.
+        partition: the partition, from 0.
+        offset: its number in the partition, the same at every node of the tree.
+        timestamp: milliseconds since 1970, as the producer set it.
+        key: bytes, or None.
+        value: bytes, or None: in a table this deletes the key.
+        headers: a tuple of (name, bytes or None), in the producer's order.
+    """
+
+    @property
+    def topic(self) -> str: ...
+    @property
+    def partition(self) -> int: ...
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> tuple[tuple[str, bytes | None], ...]: ...
 
 def decode(
     data: Buffer,

@@ -46,7 +46,13 @@ class Start(IntEnum):
 
 
 class Position(NamedTuple):
-    """A reader's own place in a log: which log, which history of it, and the next offset it wants."""
+    """Where a reader is in a log: which log, which history of it, and the next offset to read.
+
+    Attributes:
+        log_id: 16 bytes that name the log; a topic that was recreated has another.
+        epoch: the history of the log that the reader has read, at `next_offset`.
+        next_offset: the offset of the next record to read.
+    """
 
     log_id: bytes
     epoch: int
@@ -54,5 +60,12 @@ class Position(NamedTuple):
 
 
 class TopicPartition(NamedTuple):
+    """One partition of a topic.
+
+    Attributes:
+        topic: the name of the topic.
+        partition: the number of the partition, from 0.
+    """
+
     topic: str
     partition: int

@@ -94,12 +94,12 @@ class Member(Consumer):
     def _ack_handed(self) -> None:
         """All that was handed out was handled."""
         if self._directives.acks:
-            for key, offset in self.handed().items():
+            for key, offset in self.next_offsets().items():
                 self.ack_to(*key, offset)
 
-    def _hand_out(self, item: Any, place: Any) -> None:  # type: ignore[override]
+    def _hand_out(self, item: Any, state: Any) -> None:  # type: ignore[override]
         self.lease = item.deliver.lease
-        super()._hand_out(item, place)
+        super()._hand_out(item, state)
 
     def work(self) -> None:
         while not self.stopping:
@@ -137,9 +137,9 @@ class Member(Consumer):
             self.commit(0.5)
         except TimeoutError:
             return
-        with self._subscriber.ready:
-            places = [(key.partition, place.lease, place.stored) for key, place in self._subscriber.places.items()]
-        for partition, lease, stored in places:
+        with self._subscriber.changed:
+            states = [(key.partition, state.lease, state.stored) for key, state in self._subscriber.partitions.items()]
+        for partition, lease, stored in states:
             if lease and stored >= 0:
                 self.note("s", partition, lease, stored)
 

@@ -60,7 +60,7 @@ class Small:
         """Wait until the producer was told this code."""
 
         def told() -> bool:
-            error = producer._last_error
+            error = producer._sender._last_error
             return isinstance(error, AnswerError) and error.code.name == code
 
         until(told, 10.0, f"publishing is answered {code}")
@@ -108,7 +108,7 @@ def test_a_disk_that_fills_up_and_is_freed(small: Small) -> None:
         producer.flush(10.0)
         small.consume(commit=True)
         small.fill()
-        while not isinstance(producer._last_error, AnswerError):
+        while not isinstance(producer._sender._last_error, AnswerError):
             small.send(producer, 100)
             try:
                 producer.flush(0.3)

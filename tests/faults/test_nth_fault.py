@@ -79,7 +79,7 @@ class Run:
         seen: set[str] = set()
 
         def told() -> bool:
-            error = producer._last_error
+            error = producer._sender._last_error
             if isinstance(error, AnswerError):
                 seen.add(error.code.name)
             return sent.done() or bool(seen & REFUSALS) or not self.alive()

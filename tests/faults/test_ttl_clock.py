@@ -65,7 +65,7 @@ class Node:
                 for record in consumer.poll(0.05):
                     found.append(int((record.value or b"").rstrip(b".")))
                     consumer.ack(record)
-                places = consumer.handed()
+                places = consumer.next_offsets()
                 return bool(places) and min(places.values()) >= self.n
 
             until(at_the_end, SECONDS, "the reader comes to the end")

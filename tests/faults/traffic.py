@@ -33,7 +33,7 @@ SETTINGS = {
 }
 PARTITIONS = 4
 
-for _name in ("edgebroker.client.producer", "edgebroker.client.consumer", "edgebroker.client.link"):
+for _name in ("edgebroker.client.producer", "edgebroker.client.sender", "edgebroker.client.link"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
@@ -155,7 +155,7 @@ class Follower:
                     upto = records[self._rng.randrange(len(records))]
                     self.history.acknowledged(upto.partition, upto.offset + 1)
                     self._consumer.ack(upto)
-                for key, offset in self._consumer.handed().items() if not records else ():
+                for key, offset in self._consumer.next_offsets().items() if not records else ():
                     if offset > self.history.acked[key.partition]:
                         self.history.acknowledged(key.partition, offset)
                         self._consumer.ack_to(*key, offset)

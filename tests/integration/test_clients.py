@@ -9,12 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-import edgebroker
-from edgebroker import Consumer, Producer, Record
-from edgebroker.client.accumulator import Sent
+from edgebroker import AnswerError, ArgumentError, Code, Consumer, Producer, Record, Sent, UnreachableError
 from edgebroker.common import codecs
 from edgebroker.common.batch import partition_for
-from edgebroker.common.errors import AnswerError, Code, UnreachableError
 from tests.kit.brokers import SECONDS, RunningBroker, running
 
 
@@ -175,7 +172,12 @@ def test_arguments_that_make_no_sense(broker: RunningBroker, topic: str) -> None
             producer.send("a b", b"v").result(SECONDS)
         assert refused.value.code is Code.UNKNOWN_TOPIC
         assert producer.send(topic, b"fine").result(SECONDS) == 0
-    assert sorted(edgebroker.__all__) == ["Consumer", "Producer", "Record", "__version__"]
+    with pytest.raises(ArgumentError, match=r"group names are .* 'bad group!' is not"):
+        Consumer(broker.server, [topic], "bad group!")
+    for server in ("nowhere", "localhost:http", "localhost:0", ""):
+        for client in (lambda server=server: Consumer(server, [topic]), lambda server=server: Producer(server)):
+            with pytest.raises(ArgumentError, match=f"server '{server}' is not a HOST:PORT address"):
+                client()
 
 
 def test_a_closed_producer_says_so(broker: RunningBroker, topic: str) -> None:

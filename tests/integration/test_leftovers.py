@@ -131,7 +131,7 @@ def test_what_is_left_is_void_when_its_lease_is_over(broker: RunningBroker, how:
             assert broker.http("POST", "/v1/groups/g/offsets", {"topic": "u", "to": "1"})[0] == 200
         else:
             broker.call(lambda: [each.transport.close("test") for each in list(broker.broker.sessions)])
-        wait_for(lambda: consumer.handed().get(TopicPartition("u", 0)) == expected)
+        wait_for(lambda: consumer.next_offsets().get(TopicPartition("u", 0)) == expected)
         again: list[Record] = []
         while len(again) < 10 - expected:
             again += consumer.poll(SECONDS)

@@ -103,7 +103,7 @@ def read_live(server: str, topic: str, starts: dict[int, int], ends: dict[int, i
                 if record.value is not None and record.offset < ends[record.partition]:
                     live[record.key] = record
                 consumer.ack(record)
-            positions = consumer.handed()
+            positions = consumer.next_offsets()
             left = {number for number in left if positions.get(TopicPartition(topic, number), -1) < ends[number]}
     return live
 

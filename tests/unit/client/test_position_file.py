@@ -52,7 +52,7 @@ def test_a_commit_that_is_not_stored_in_time_moves_nothing(tmp_path: Path, monke
             consumer.commit(SECONDS)
             monkeypatch.setattr(broker.broker.engine, "when_stored", held.append)
             consumer.ack(records[1])
-            with pytest.raises(TimeoutError, match="in time"):
+            with pytest.raises(TimeoutError, match="did not confirm"):
                 consumer.commit(0.02)
             assert PositionFile(path).read()["t", 0].next_offset == 1
             monkeypatch.undo()
