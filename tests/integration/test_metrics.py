@@ -25,7 +25,7 @@ from edgebroker.common.histogram import BOUNDS, Histogram
 from edgebroker.network.http.router import Call
 from edgebroker.network.http.server import Reply, Request, Response
 from tests.kit.brokers import RunningBroker, numbered, running
-from tests.kit.storage import ManualClock
+from tests.kit.clock import ManualClock
 
 ROOT = Path(__file__).parents[2]
 

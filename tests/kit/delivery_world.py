@@ -7,7 +7,6 @@ is told what happens, in the order in which it happens.
 
 from __future__ import annotations
 
-import heapq
 import itertools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
@@ -42,69 +41,13 @@ from edgebroker.storage.engine import Log
 from edgebroker.storage.log.staging import Stage
 from edgebroker.storage.memory import MemoryEngine, MemoryLog
 from edgebroker.storage.types import ColdRead, Found, GroupOffset, NeedsDisk, make_identity
-from tests.kit.storage import MAX, ManualClock
+from tests.kit.clock import ManualClock, ManualScheduler
+from tests.kit.storage import MAX
 
 LIMITS = LeaseLimits(timeout=6.0, backoff=0.5, max_backoff=2.0, max_attempts=3)
 SWEEP_SECONDS = 1.0
 TURN_BYTES = 600
 MANY_TURNS = 500
-
-
-class Timer:
-    def __init__(self, callback: Callable[[], None]) -> None:
-        self.callback: Callable[[], None] | None = callback
-
-    def cancel(self) -> None:
-        self.callback = None
-
-
-class ManualScheduler:
-    """edgebroker.common.scheduler.Scheduler, one turn at a time. What a callback raises goes to the test."""
-
-    def __init__(self, clock: ManualClock) -> None:
-        self._clock = clock
-        self._numbers = itertools.count()
-        self.reset()
-
-    def reset(self) -> None:
-        self._timers: list[tuple[float, int, Timer]] = []
-        self._posted: list[Callable[[], None]] = []
-        self._end_of_turn: list[Callable[[], None]] = []
-
-    def now(self) -> float:
-        return self._clock.monotonic()
-
-    def clock_now(self) -> float:
-        return self._clock.monotonic()
-
-    def call_later(self, seconds: float, callback: Callable[[], None]) -> Timer:
-        timer = Timer(callback)
-        heapq.heappush(self._timers, (self.now() + seconds, next(self._numbers), timer))
-        return timer
-
-    def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
-        self._posted.append(callback)
-
-    def add_reader(self, fd: int, callback: Callable[[], None]) -> None: ...
-    def remove_reader(self, fd: int) -> None: ...
-
-    def at_end_of_iteration(self, callback: Callable[[], None]) -> None:
-        self._end_of_turn.append(callback)
-
-    def due(self) -> float:
-        """When something is to be done next."""
-        return self.now() if self._posted else self._timers[0][0]
-
-    def turn(self) -> None:
-        posted, self._posted = self._posted, []
-        for callback in posted:
-            callback()
-        while self._timers and self._timers[0][0] <= self.now():
-            due = heapq.heappop(self._timers)[2].callback
-            if due is not None:
-                due()
-        for callback in self._end_of_turn:
-            callback()
 
 
 class FaultyLog(MemoryLog):

@@ -26,29 +26,12 @@ from edgebroker.storage.memory import MemoryEngine
 from edgebroker.storage.settings import HousekeepingSettings, StoreSettings
 from edgebroker.storage.store import SegmentStore
 from edgebroker.storage.types import ColdRead, CorruptRange, FileSlice, GroupKey, GroupOffset, Inline
+from tests.kit.clock import ManualClock
 
 TOPIC = "prices"
-START_WALL_MS = 1_700_000_000_000
 MAX = 1 << 20
 TURNS = 300
 TURN_SECONDS = 0.02
-
-
-class ManualClock:
-    """Time stands still until it is told otherwise; both clocks may be turned apart."""
-
-    def __init__(self, monotonic: float = 1000.0, wall_ms: int = START_WALL_MS) -> None:
-        self.seconds, self.wall = monotonic, wall_ms
-
-    def monotonic(self) -> float:
-        return self.seconds
-
-    def wall_ms(self) -> int:
-        return self.wall
-
-    def advance(self, seconds: float) -> None:
-        self.seconds += seconds
-        self.wall += int(seconds * 1000)
 
 
 class Message(NamedTuple):

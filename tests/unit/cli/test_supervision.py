@@ -25,7 +25,7 @@ from edgebroker.common.clock import SystemClock
 from edgebroker.common.config import describe_keys, load_config
 from edgebroker.network.io.loop import Loop
 from tests.kit.brokers import running
-from tests.kit.storage import ManualClock
+from tests.kit.clock import ManualClock
 
 
 class Receiver:

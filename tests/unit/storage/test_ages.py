@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from edgebroker.storage.log.ages import EARLIEST_WALL_MS, Ages, granularity_ms
 from edgebroker.storage.log.partition import PartitionLog
-from tests.kit.storage import ManualClock, StoreHarness, encode, store_settings
+from tests.kit.clock import ManualClock
+from tests.kit.storage import StoreHarness, encode, store_settings
 
 RIGHT_MS = EARLIEST_WALL_MS + 500 * 24 * 3600 * 1000
 HOUR, YEAR = 3600.0, 365 * 24 * 3600.0

@@ -24,7 +24,8 @@ from edgebroker.storage.metadata.meta_db import (
     write_offsets_snapshot,
 )
 from edgebroker.storage.types import GroupOffset, make_identity
-from tests.kit.storage import TOPIC, ManualClock, StoreHarness, encode, snapshot, tree
+from tests.kit.clock import ManualClock
+from tests.kit.storage import TOPIC, StoreHarness, encode, snapshot, tree
 
 SEED = 20240611
 Damage = Callable[[Path], object]

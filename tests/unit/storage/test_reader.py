@@ -13,7 +13,8 @@ from edgebroker.network.io.loop import Loop
 from edgebroker.storage import files
 from edgebroker.storage.log.reader import ColdReader
 from edgebroker.storage.types import ColdRead, CorruptRange, NeedsDisk
-from tests.kit.storage import ManualClock, StoreHarness, encode, store_settings, turn_until
+from tests.kit.clock import ManualClock
+from tests.kit.storage import StoreHarness, encode, store_settings, turn_until
 
 
 class Disk:

@@ -20,7 +20,8 @@ from edgebroker.storage.log.segment import NO_TIMESTAMP, segment_path
 from edgebroker.storage.log.walk import walk_mapped, walk_start
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.types import Checkpoint, CorruptRange, Identity
-from tests.kit.storage import TOPIC, ManualClock, StoreHarness, encode, store_settings
+from tests.kit.clock import ManualClock
+from tests.kit.storage import TOPIC, StoreHarness, encode, store_settings
 
 SEED = 20240611
 MAX_BATCH = 1 << 20

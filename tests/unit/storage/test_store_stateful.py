@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from edgebroker.common.errors import Code
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel
-from tests.kit.storage import START_WALL_MS, StoreHarness, encode, store_settings
+from tests.kit.clock import START_WALL_MS
+from tests.kit.storage import StoreHarness, encode, store_settings
 
 GROUPS = st.sampled_from(["tills", "labels"])
 CONFIG = store_settings(segment_bytes=700, window=4, retention_ms=50_000)
