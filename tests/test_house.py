@@ -31,7 +31,7 @@ HOMES = {
         "cli/commands/selftest.py",
     },
     "mmap": {"storage/log/walk.py"},
-    "fcntl": {"storage/files.py", "network/io/transport.py", "cli/appliance/upgrade.py"},
+    "fcntl": {"storage/files.py", "network/io/channel.py", "cli/appliance/upgrade.py"},
     "threading.Thread": {"common/threads.py"},
     "os.fsync": {"common/durable.py", "storage/files.py"},
     "os.fdatasync": {"storage/files.py", "cli/bench/disk.py"},
@@ -46,12 +46,9 @@ HOMES = {
     "h11": {"network/http/server.py", "network/http/client.py"},
 }
 SOCKETS = {
-    "network/io/loop.py", "network/io/transport.py", "network/io/listener.py",
-    "network/http/server.py", "network/http/client.py",
-    "client/link.py",
-    "broker/listeners.py", "broker/sessions/sessions.py", "broker/sessions/native.py", "broker/fleet/tree.py",
+    "network/io/loop.py", "network/io/channel.py", "network/io/listener.py",
+    "network/http/client.py", "client/link.py",  # they connect
     "cli/admin_client.py", "cli/demo/tree_demo.py", "cli/service/supervisor.py", "cli/service/journal.py",
-    "common/config.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
+from collections.abc import Callable
 from pathlib import Path
 
 from edgebroker.broker.observe.metrics import Metrics
@@ -12,7 +11,8 @@ from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.common.config import ListenConfig, is_loopback
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.network.http.server import HttpServer
-from edgebroker.network.io.listener import Listener, listen
+from edgebroker.network.io.channel import Channel, PlainChannel, tuned
+from edgebroker.network.io.listener import Listener, MakeChannel, listen, listen_unix
 from edgebroker.network.io.loop import Loop
 
 log = logging.getLogger(__name__)
@@ -37,19 +37,32 @@ class Listeners:
                     address,
                 )
 
-        def accept(sock: socket.socket, peer: str) -> None:
-            if not sessions.accept(sock, peer):
+        def accept(channel: Channel, peer: str) -> None:
+            if not sessions.accept(channel, peer):
                 native.rest()
 
-        tcp = _bind("listen.tcp", self._config.tcp)
-        self.tcp_address = tcp.getsockname()[:2]
-        native = Listener(self._loop, tcp, accept, self._rested)
-        self._listeners.append(native)
-        web = _bind("listen.http", self._config.http)
-        self.http_address = web.getsockname()[:2]
-        self._listeners.append(Listener(self._loop, web, http.accept, self._rested))
-        unix = _bind_unix(self.socket_path)
+        native = self._listen_tcp("listen.tcp", self._config.tcp, accept, tuned)
+        web = self._listen_tcp("listen.http", self._config.http, http.accept, PlainChannel)
+        self.tcp_address, self.http_address = native.address, web.address
+        try:
+            unix = listen_unix(self.socket_path)
+        except OSError as error:
+            what = f"the admin socket {self.socket_path} cannot be created"
+            raise EdgeBrokerError(f"{what}: {error}; set listen.socket") from error
         self._listeners.append(Listener(self._loop, unix, http.accept, self._rested))
+
+    def _listen_tcp(
+        self, key: str, address: str, accept: Callable[[Channel, str], None], channel: MakeChannel
+    ) -> Listener:
+        host, _, port = address.rpartition(":")
+        try:
+            sock = listen(host.strip("[]"), int(port))
+        except OSError as error:
+            why = error.strerror
+            raise EdgeBrokerError(f"{key} = {address} cannot be used: {why}; choose another address") from error
+        listener = Listener(self._loop, sock, accept, self._rested, channel)
+        self._listeners.append(listener)
+        return listener
 
     def close(self) -> None:
         """Accept nothing more."""
@@ -59,28 +72,3 @@ class Listeners:
     def _rested(self) -> None:
         self._metrics.accept_rests += 1
         log.warning("no room for more connections (descriptors or limits.max_connections); accepting again shortly")
-
-
-def _bind(key: str, address: str) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    try:
-        return listen(host.strip("[]"), int(port))
-    except OSError as error:
-        raise EdgeBrokerError(f"{key} = {address} cannot be used: {error.strerror}; choose another address") from error
-
-
-def _bind_unix(path: Path) -> socket.socket:
-    """The admin socket, for its owner only (0600); one left behind by a crash is replaced."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.unlink(missing_ok=True)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o177)
-    try:
-        sock.bind(str(path))
-    except OSError as error:
-        sock.close()
-        raise EdgeBrokerError(f"the admin socket {path} cannot be created: {error}; set listen.socket") from error
-    finally:
-        os.umask(previous)
-    sock.listen(64)
-    return sock

@@ -21,8 +21,9 @@ from edgebroker.common.errors import (
     ProtocolError,
     UnreachableError,
 )
+from edgebroker.network.io.channel import tuned
 from edgebroker.network.io.loop import Loop, TimerHandle
-from edgebroker.network.io.transport import Transport, tune
+from edgebroker.network.io.transport import Transport
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.connection import Connection, Event, Frame, ReceiveBuffer, Role
 from edgebroker.network.wire.frames import Answer, Connect, FrameType, Grants
@@ -119,9 +120,8 @@ class Link:
         except OSError as error:
             self._failed(UnreachableError(f"no broker at {self.server}: {error}"))
             return
-        tune(sock)
         self._connection = Connection(Role.CLIENT, MAX_FRAME)
-        self._transport = Transport(self._loop, sock, self._buffer, self, self.server)
+        self._transport = Transport(self._loop, tuned(sock), self._buffer, self, self.server)
         self._connect_correlation = self.next_correlation()
         self._heartbeat = self._loop.call_later(CONNECT_SECONDS, self._unanswered)
         self._transport.send(frames.write_connect(self._connect_correlation, self._connect_body()))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
@@ -276,7 +275,7 @@ def _check_meaning(config: Config) -> list[str]:
 
 
 def _fill(config: Config, environment: Mapping[str, str]) -> Config:
-    name = (config.node.name or "%H").replace("%H", socket.gethostname())
+    name = (config.node.name or "%H").replace("%H", os.uname().nodename)
     node = msgspec.structs.replace(config.node, name=name)
     runtime = environment.get("RUNTIME_DIRECTORY", "")
     listen = config.listen

@@ -8,7 +8,7 @@ directives from above (or from the registrar here) -> directed -> discovery and 
 from __future__ import annotations
 
 import logging
-import socket
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -191,7 +191,7 @@ class Tree:
             return self._config.pipe.address
         host, port = self._listening()
         if host in EVERYWHERE:
-            host = socket.gethostname()
+            host = os.uname().nodename
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 

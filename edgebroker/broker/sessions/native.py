@@ -8,7 +8,6 @@ The core knows a session as a Publisher and a Member (broker/ports.py): this is 
 
 from __future__ import annotations
 
-import socket
 from collections import deque
 from typing import Protocol
 
@@ -24,8 +23,9 @@ from edgebroker.common.messages import GapReason, Holding, PublishRun
 from edgebroker.common.names import check_group_name
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.spans import SPAN
+from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import Loop
-from edgebroker.network.io.transport import Transport, tune
+from edgebroker.network.io.transport import Transport
 from edgebroker.network.wire import frames, framing
 from edgebroker.network.wire.connection import Connection, Event, Frame, ReceiveBuffer, Refused, Role
 from edgebroker.network.wire.frames import (
@@ -75,7 +75,7 @@ class Session:
         "transport",
     )
 
-    def __init__(self, host: SessionHost, sock: socket.socket, peer: str) -> None:
+    def __init__(self, host: SessionHost, channel: Channel, peer: str) -> None:
         self._host, self._core = host, host.core
         self._connection = Connection(Role.BROKER, host.limits.max_frame)
         self._deferred: deque[Event] | None = None
@@ -84,8 +84,7 @@ class Session:
         self.group: Group | None = None
         self.opened_at = host.loop.now()
         self.cursors: dict[Key, Cursor] = {}
-        tune(sock)
-        self.transport = Transport(host.loop, sock, host.receive_buffer, self, peer)
+        self.transport = Transport(host.loop, channel, host.receive_buffer, self, peer)
 
     @property
     def granted(self) -> bool:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Iterator
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.sessions.limits import SessionLimits
 from edgebroker.broker.sessions.native import Session
 from edgebroker.common.config import LimitsConfig
+from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.wire.connection import ReceiveBuffer
 
@@ -31,14 +31,14 @@ class Sessions:
     def __iter__(self) -> Iterator[Session]:
         return iter(list(self._sessions))
 
-    def accept(self, sock: socket.socket, peer: str) -> bool:
+    def accept(self, channel: Channel, peer: str) -> bool:
         """Take a connection; False, and it is closed, when there are as many as limits.max_connections allows."""
         if len(self._sessions) >= self.config.max_connections:
             self.core.metrics.connections_refused += 1
-            sock.close()
+            channel.close()
             return False
         self.core.metrics.connections_opened += 1
-        self._sessions[Session(self, sock, peer)] = None
+        self._sessions[Session(self, channel, peer)] = None
         return True
 
     def closed(self, session: Session, reason: str) -> None:

@@ -18,8 +18,9 @@ import h11
 from edgebroker.common.config import is_address
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.threads import Worker
+from edgebroker.network.io.channel import tuned
 from edgebroker.network.io.loop import WRITE, Loop, TimerHandle
-from edgebroker.network.io.transport import Transport, tune
+from edgebroker.network.io.transport import Transport
 from edgebroker.network.wire.connection import ReceiveBuffer
 
 CONNECT_SECONDS = 10.0
@@ -205,9 +206,9 @@ class HttpClient:
         self._loop.unregister(sock.fileno())
         self._connecting = None
         self._cancel()
-        tune(sock, KEEPALIVE_SECONDS)
         # The buffer goes with the connection: this object and its owner are a circle, which the collector finds late.
-        self._transport = Transport(self._loop, sock, ReceiveBuffer(self._receive_bytes), self, self._address)
+        channel, buffer = tuned(sock, KEEPALIVE_SECONDS), ReceiveBuffer(self._receive_bytes)
+        self._transport = Transport(self._loop, channel, buffer, self, self._address)
         self._owner.on_connected()
 
     def request(self, method: str, path: str, body: bytes) -> None:

@@ -8,12 +8,12 @@ answer goes on for as long as its source has something to say; each piece is a c
 from __future__ import annotations
 
 import logging
-import socket
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
 
+from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.transport import FileRange, Transport
 from edgebroker.network.wire.connection import ReceiveBuffer
@@ -151,13 +151,13 @@ class HttpServer:
         self.connections: dict[HttpConnection, None] = {}
         loop.call_later(SWEEP_SECONDS, self._sweep)
 
-    def accept(self, sock: socket.socket, peer: str) -> None:
+    def accept(self, channel: Channel, peer: str) -> None:
         if len(self.connections) >= MAX_CONNECTIONS and len(self.connections) - self.streams >= MAX_CONNECTIONS:
-            sock.close()
+            channel.close()
             return
         if self.buffer is None:
             self.buffer = ReceiveBuffer(MAX_BODY_BYTES)
-        self.connections[HttpConnection(self, sock, peer)] = None
+        self.connections[HttpConnection(self, channel, peer)] = None
 
     @property
     def streams(self) -> int:
@@ -181,7 +181,7 @@ class HttpServer:
 class HttpConnection:
     """One connection: feeds h11, answers, closes when either side wants to."""
 
-    def __init__(self, server: HttpServer, sock: socket.socket, peer: str) -> None:
+    def __init__(self, server: HttpServer, channel: Channel, peer: str) -> None:
         import h11
 
         assert server.buffer is not None
@@ -191,7 +191,7 @@ class HttpConnection:
         self._body = bytearray()
         self._early_bytes, self._limit = 0, MAX_BODY_BYTES
         self.stream: Streamed | None = None
-        self.transport = Transport(server.loop, sock, server.buffer, self, peer)
+        self.transport = Transport(server.loop, channel, server.buffer, self, peer)
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
         if self.stream is not None:

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 
+from edgebroker.network.io.channel import Channel, PlainChannel
 from edgebroker.network.io.loop import READ, Loop
+
+MakeChannel = Callable[[socket.socket], Channel]
 
 
 class Listener:
-    """Accepts connections; when descriptors run out it rests and says so instead of spinning."""
+    """Accepts connections, with a channel each; when descriptors run out it rests and says so instead of spinning."""
 
     def __init__(
         self,
         loop: Loop,
         sock: socket.socket,
-        accepted: Callable[[socket.socket, str], None],
+        accepted: Callable[[Channel, str], None],
         resting: Callable[[], None],
+        channel: MakeChannel = PlainChannel,
     ) -> None:
         sock.setblocking(False)
         self._loop, self.socket, self._accepted, self._resting = loop, sock, accepted, resting
+        self._channel = channel
         self._registered = False
         self._wait = 0.1
         self._register()
@@ -40,7 +47,7 @@ class Listener:
                 self.rest()
                 return
             peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "unix"
-            self._accepted(sock, peer)
+            self._accepted(self._channel(sock), peer)
 
     def rest(self) -> None:
         """Stop accepting for a moment (0.1 to 1 s): there is no room for another connection."""
@@ -50,6 +57,12 @@ class Listener:
             self._resting()
             self._loop.call_later(self._wait, self._register)
             self._wait = min(1.0, self._wait * 2)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of a TCP socket."""
+        host, port = self.socket.getsockname()[:2]
+        return host, port
 
     def close(self) -> None:
         if self._registered:
@@ -65,4 +78,21 @@ def listen(host: str, port: int) -> socket.socket:
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     sock.bind((host, port))
     sock.listen(1024)
+    return sock
+
+
+def listen_unix(path: Path) -> socket.socket:
+    """A listening unix socket for its owner only (0600); one left behind by a crash is replaced."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    previous = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    except OSError:
+        sock.close()
+        raise
+    finally:
+        os.umask(previous)
+    sock.listen(64)
     return sock

@@ -1,4 +1,4 @@
-"""A connected socket on the loop: what to send waits in a queue, what arrives goes to the owner.
+"""A connection on the loop: what to send waits in a queue, what arrives goes to the owner.
 
 The queue holds bytes and file extents. An owner that produces without being asked (delivery) looks at `backlog`
 first: a slow peer costs a cursor, not a queue. Above the high watermark the peer is no longer read; a peer that takes
@@ -7,22 +7,17 @@ nothing for ten seconds while there is something to send is cut.
 
 from __future__ import annotations
 
-import fcntl
-import socket
-import sys
-import termios
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from edgebroker.common.errors import ProtocolError
+from edgebroker.network.io.channel import WANTS_DISK, Channel
 from edgebroker.network.io.loop import READ, WRITE, Loop
-from edgebroker.network.io.sendpath import send_cached
 from edgebroker.network.wire.connection import ReceiveBuffer
 
 HIGH_BYTES = 1 << 20
 LOW_BYTES = 256 << 10
-DEAD_HOST_SECONDS = 30
 
 
 class Owner(Protocol):
@@ -63,13 +58,13 @@ class Transport:
 
     __slots__ = (
         "_buffer",
+        "_channel",
         "_fd",
         "_interest",
         "_loop",
         "_out",
         "_owner",
         "_paused",
-        "_socket",
         "_waiting_for_disk",
         "backlog",
         "bytes_in",
@@ -81,10 +76,9 @@ class Transport:
         "peer",
     )
 
-    def __init__(self, loop: Loop, sock: socket.socket, buffer: ReceiveBuffer, owner: Owner, peer: str) -> None:
-        sock.setblocking(False)
-        self._loop, self._socket, self._buffer, self._owner, self.peer = loop, sock, buffer, owner, peer
-        self._fd = sock.fileno()
+    def __init__(self, loop: Loop, channel: Channel, buffer: ReceiveBuffer, owner: Owner, peer: str) -> None:
+        self._loop, self._channel, self._buffer, self._owner, self.peer = loop, channel, buffer, owner, peer
+        self._fd = channel.fileno()
         self._out: deque[bytes | memoryview | FileRange] | None = None
         self._paused = self._waiting_for_disk = False
         self.closing = ""
@@ -101,7 +95,7 @@ class Transport:
             return
         if not self.backlog:
             try:
-                sent = self._socket.send(data)
+                sent = self._channel.send((data,))
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -123,7 +117,7 @@ class Transport:
             self._queue(data, len(data))
             return
         try:
-            sent = self._socket.sendmsg((head, data))
+            sent = self._channel.send((head, data))
         except BlockingIOError:
             sent = 0
         except OSError as error:
@@ -146,7 +140,7 @@ class Transport:
         sent = 0
         if not self.backlog:
             try:
-                sent = self._socket.sendmsg(parts)
+                sent = self._channel.send(parts)
             except BlockingIOError:
                 pass
             except OSError as error:
@@ -169,7 +163,7 @@ class Transport:
             return
         if not self.backlog:
             try:
-                sent = self._socket.send(head, socket.MSG_MORE)
+                sent = self._channel.send((head,), more=True)
             except BlockingIOError:
                 sent = 0
             except OSError as error:
@@ -190,7 +184,7 @@ class Transport:
     def _sent_at_once(self, extent: FileRange) -> bool:
         """Send what the socket takes now, before anything is queued. True when nothing is left (or all is over)."""
         try:
-            sent, state = send_cached(self._fd, extent.fd, extent.position, extent.length)
+            sent, wants = self._channel.send_file(extent.fd, extent.position, extent.length)
         except OSError as error:
             extent.release()
             self.close(error.strerror or "sending failed")
@@ -198,7 +192,7 @@ class Transport:
         extent.position += sent
         extent.length -= sent
         self.bytes_out += sent
-        self._waiting_for_disk = state == 2
+        self._waiting_for_disk = wants == WANTS_DISK
         if extent.length:
             return False
         extent.release()
@@ -217,18 +211,12 @@ class Transport:
 
     def hold_back(self, unsent: int) -> None:
         """Let the kernel queue no more than this in front of what is on its way: what is sent later waits less."""
-        try:
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, unsent)
-        except OSError:
-            pass  # not TCP: nothing is far away
+        self._channel.hold_back(unsent)
 
     @property
     def unacknowledged(self) -> int:
         """Bytes that the kernel took and the peer's has not acknowledged."""
-        try:
-            return int.from_bytes(fcntl.ioctl(self._fd, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
-        except OSError:
-            return 0
+        return self._channel.unacknowledged
 
     @property
     def paused(self) -> bool:
@@ -258,7 +246,7 @@ class Transport:
         self.closed = True
         if self._interest:
             self._loop.unregister(self._fd)
-        self._socket.close()
+        self._channel.close()
         for item in self._out or ():
             if isinstance(item, FileRange):
                 item.release()
@@ -309,7 +297,7 @@ class Transport:
 
     def _receive(self) -> None:
         try:
-            received = self._socket.recv_into(self._buffer.room)
+            received = self._channel.recv_into(self._buffer.room)
         except BlockingIOError:
             return
         except OSError as error:
@@ -353,7 +341,7 @@ class Transport:
 
     def _send_bytes(self, item: bytes | memoryview) -> tuple[int, bool]:
         assert self._out is not None
-        sent = self._socket.send(item)
+        sent = self._channel.send((item,))
         if sent == len(item):
             self._out.popleft()
             return sent, True
@@ -363,14 +351,14 @@ class Transport:
     def _send_file(self, item: FileRange) -> tuple[int, bool]:
         assert self._out is not None
         if item.data is not None:
-            sent = self._socket.send(item.data)
+            sent = self._channel.send((item.data,))
             item.data = item.data[sent:]
             item.length -= sent
         else:
-            sent, state = send_cached(self._fd, item.fd, item.position, item.length)
+            sent, wants = self._channel.send_file(item.fd, item.position, item.length)
             item.position += sent
             item.length -= sent
-            if state == 2:
+            if wants == WANTS_DISK:
                 self._waiting_for_disk = True
                 item.load(item)
                 return sent, False
@@ -379,14 +367,3 @@ class Transport:
         item.release()
         self._out.popleft()
         return sent, True
-
-
-def tune(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> None:
-    """Small frames go out at once; a host that vanished is noticed by the kernel within DEAD_HOST_SECONDS when there is
-    something on its way to it (TCP_USER_TIMEOUT), else half of that after `quiet_seconds` of silence (keepalive)."""
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, quiet_seconds)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_HOST_SECONDS // 6)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_HOST_SECONDS * 1000)

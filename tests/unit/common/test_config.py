@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -162,5 +163,5 @@ def test_every_key_is_documented() -> None:
 
 @pytest.mark.parametrize(("name", "found"), [("", "till-17"), ("%H-local", "till-17-local"), ("store-3", "store-3")])
 def test_a_name_may_follow_the_host(name: str, found: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("socket.gethostname", lambda: "till-17")
+    monkeypatch.setattr("os.uname", lambda: SimpleNamespace(nodename="till-17"))
     assert load_config(None, {"node.name": name}, {}).node.name == found

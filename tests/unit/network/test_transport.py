@@ -6,6 +6,7 @@ import socket
 import pytest
 
 from edgebroker.common.clock import SystemClock
+from edgebroker.network.io.channel import PlainChannel
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.transport import Transport
 from edgebroker.network.wire.connection import ReceiveBuffer
@@ -30,7 +31,7 @@ def test_closing_is_told_once_whether_the_peer_is_read_or_held(held: bool) -> No
     """A held transport is in no selector: closing it ended the loop once."""
     loop, owner = Loop(SystemClock()), Owner()
     ours, theirs = socket.socketpair()
-    transport = Transport(loop, ours, ReceiveBuffer(), owner, "peer")
+    transport = Transport(loop, PlainChannel(ours), ReceiveBuffer(), owner, "peer")
     if held:
         transport.pause()
     assert transport.reading is not held
@@ -44,7 +45,7 @@ def test_closing_is_told_once_whether_the_peer_is_read_or_held(held: bool) -> No
 def test_a_held_peer_is_read_again_after_it_was_let_go() -> None:
     loop, owner = Loop(SystemClock()), Owner()
     ours, theirs = socket.socketpair()
-    transport = Transport(loop, ours, ReceiveBuffer(), owner, "peer")
+    transport = Transport(loop, PlainChannel(ours), ReceiveBuffer(), owner, "peer")
     transport.pause()
     theirs.sendall(b"x" * 10)
     loop.turn(0.0)
