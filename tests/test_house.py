@@ -1,7 +1,13 @@
-"""The architecture as a test: floors import only downwards, siblings are strangers, dangerous calls have one home."""
+"""The architecture as a test: floors and packages import only downwards, nothing imports in a circle, folders and
+files stay small, dangerous calls have one home, and a name means one thing.
+
+Imports under TYPE_CHECKING and within functions count like all others.
+"""
 
 import ast
+from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "edgebroker"
 
-# A folder may import itself and what stands beside its name here.
+# A floor may import itself and what stands beside its name here.
 MAY_IMPORT = {
     "common": set(),
     "storage": {"common", "version"},
@@ -19,6 +25,24 @@ MAY_IMPORT = {
     "broker": {"common", "storage", "network", "pipe", "version"},
     "cli": {"common", "storage", "network", "client", "pipe", "broker", "version"},
 }
+# Within a floor a package imports only what stands before it.
+LINES = {
+    "network": ["wire", "io", "http"],
+    "storage": [
+        "types", "files", "quarantine", "directory", "checksummed", "identity", "log", "metadata", "commit", "opening",
+        "settings", "engine", "upkeep", "rewrite", "memory", "store",
+    ],
+    "broker": [
+        "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",
+        "topic_deletion", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
+    ],
+    "cli": [
+        "environment", "admin_client", "render", "progress", "pace", "config_file", "command", "broker_process", "main",
+        "service", "appliance", "bench", "demo", "commands",
+    ],
+}  # fmt: skip
+# These speak no protocol: packed facts in, packed facts out.
+CORE = ["broker/ports.py", "broker/reading.py", "broker/core.py", "broker/observe", "broker/publish", "broker/delivery"]
 
 # Modules and calls that only these files may use.
 HOMES = {
@@ -52,6 +76,8 @@ SOCKETS = {
 }  # fmt: skip
 HOMES["socket"] = SOCKETS
 MOST_LINES = 600
+MOST_FILES = 12
+ROOT_LINES = 250
 
 
 def sources() -> list[Path]:
@@ -65,6 +91,22 @@ def imports(tree: ast.AST) -> Iterator[str]:
                 yield alias.name
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
+            for alias in node.names:
+                yield f"{node.module}.{alias.name}"
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+@cache
+def graph() -> dict[str, set[str]]:
+    """Which of our modules imports which."""
+    names = {module_name(path): path for path in sources()}
+    found = {}
+    for name, path in names.items():
+        found[name] = {imported for imported in imports(ast.parse(path.read_text())) if imported in names} - {name}
+    return found
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))
@@ -77,6 +119,66 @@ def test_floors(path: Path) -> None:
         parts = name.split(".")
         if parts[0] == "edgebroker" and len(parts) > 1:
             assert parts[1] in allowed, f"{floor}/ may not import {name}"
+
+
+@pytest.mark.parametrize("floor", LINES)
+def test_packages_stand_in_a_line(floor: str) -> None:
+    line = LINES[floor]
+    present = {
+        path.stem for path in (PACKAGE / floor).iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()
+    }
+    assert present - {"__init__"} == set(line)
+    for name, imported in graph().items():
+        parts = name.split(".")
+        if parts[1:2] != [floor] or len(parts) < 3:
+            continue
+        for other in imported:
+            room = other.split(".")[2:3]
+            if other.split(".")[1] == floor and room and room != parts[2:3]:
+                assert line.index(room[0]) < line.index(parts[2]), f"{name} may not import {other}"
+
+
+def test_nothing_imports_in_a_circle() -> None:
+    """Take away what imports nothing that is left: whatever remains imports in a circle."""
+    left = {name: set(imported) for name, imported in graph().items()}
+    while free := [name for name, imported in left.items() if not imported & left.keys()]:
+        for name in free:
+            del left[name]
+    assert not left
+
+
+@pytest.mark.parametrize("place", CORE)
+def test_the_core_speaks_no_protocol(place: str) -> None:
+    start = PACKAGE / place
+    for path in [start] if start.suffix else sorted(start.rglob("*.py")):
+        for name in imports(ast.parse(path.read_text())):
+            assert not name.startswith(("edgebroker.network", "edgebroker.pipe")), f"{path.name} imports {name}"
+
+
+def test_folders_stay_small() -> None:
+    """A folder answers one question. The commands are a list that users know."""
+    for folder in [PACKAGE, *(path for path in PACKAGE.rglob("*") if path.is_dir())]:
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        if folder != PACKAGE / "cli" / "commands":
+            assert len(files) <= MOST_FILES, f"{folder.relative_to(ROOT)} has {len(files)} files"
+
+
+def test_a_class_name_means_one_thing() -> None:
+    names = Counter(
+        node.name
+        for path in sources()
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+    )
+    assert [name for name, count in names.items() if count > 1] == []
+
+
+def test_the_composition_root_only_composes() -> None:
+    path = PACKAGE / "broker" / "broker.py"
+    assert len(path.read_text().splitlines()) <= ROOT_LINES
+    # Only who runs a node knows all of it.
+    users = {name for name, imported in graph().items() if "edgebroker.broker.broker" in imported}
+    assert users == {"edgebroker.cli.service.serve"}
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -116,7 +116,7 @@ class Broker:
             started_at=self.clock.monotonic(),
         )
         self.exposition = Exposition(context)
-        # Until nodes and people have identities, whoever reaches the interface has every right.
+        # Until nodes and people have identities, every client that reaches the interface has every right.
         router = Router(routes(context, self.exposition), lambda request, right: True)
         self._http = HttpServer(self.loop, router.handle, self._count_request, router.body_limit)
 

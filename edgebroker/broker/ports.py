@@ -29,7 +29,7 @@ class NodeInfo(NamedTuple):
 
 
 class Publisher(Protocol):
-    """Whoever publishes: a session, or the broker itself."""
+    """One that publishes: a session, or the broker itself."""
 
     client_id: str
 

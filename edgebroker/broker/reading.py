@@ -1,4 +1,4 @@
-"""The one way in which stored batches are read for somebody: a consumer, a child, a peer.
+"""The one way in which stored batches are read: for a consumer, a child, a peer.
 
 cached and verified -> a slice of the file, or memory      -> send it
 cold, or first met  -> NeedsDisk -> Engine.read_cold()     -> send what comes

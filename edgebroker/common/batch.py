@@ -68,7 +68,7 @@ EXPLANATION = {
 }
 
 
-class BatchHeader(NamedTuple):  # `count` hides tuple.count, which nobody needs on a header
+class BatchHeader(NamedTuple):  # `count` hides tuple.count, which is not needed on a header
     """The header of a stored batch. Sizes in bytes, timestamps in milliseconds."""
 
     base_offset: int

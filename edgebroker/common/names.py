@@ -8,7 +8,7 @@ _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\Z")
 
 
 def check_topic_name(name: str) -> str:
-    """Why this is no name for a topic that users write to; "" when it is one."""
+    """Why this is not a name for a topic that users write to; "" when it is one."""
     if not _NAME.match(name) or name in (".", ".."):
         return f"topic names are 1 to 200 of A-Z a-z 0-9 . _ -, and not . or ..; {name!r} is not"
     if name.endswith(".dlq"):
@@ -19,7 +19,7 @@ def check_topic_name(name: str) -> str:
 
 
 def check_group_name(name: str) -> str:
-    """Why this is no name for a consumer group; "" when it is one (or empty: a reader without a group)."""
+    """Why this is not a name for a consumer group; "" when it is one (or empty: a reader without a group)."""
     if name and not _NAME.match(name):
         return f"group names are 1 to 200 of A-Z a-z 0-9 . _ -; {name!r} is not"
     return ""

@@ -1,4 +1,4 @@
-"""What became of something that the broker or its storage was asked to do, whoever asked and over whichever protocol.
+"""What became of something that the broker or its storage was asked to do, over whichever protocol.
 
 Two tables say how it is told: as a code of the binary protocol, and as a status of HTTP.
 """
@@ -79,5 +79,5 @@ _OUTCOMES = {outcome.code: outcome for outcome in reversed(Outcome)}
 
 
 def outcome_of(code: Code) -> Outcome:
-    """What a code of the binary protocol means for somebody inside; CONFLICT for what only its peers understand."""
+    """What a code of the binary protocol means inside the broker; CONFLICT for what only its peers understand."""
     return _OUTCOMES.get(code, Outcome.CONFLICT)

@@ -90,7 +90,7 @@ class Candidates:
             self._behind_since = now
         if now - self._behind_since < self._behind_wait or len(self.addresses) < 2:
             return False
-        # Perhaps nobody has it: with every parent that lacks it as well, the next one is given longer.
+        # Perhaps no parent has it: with every parent that lacks it as well, the next one is given longer.
         self._behind_wait = min(LONGEST_BEHIND_SECONDS, self._behind_wait * 2)
         return True
 

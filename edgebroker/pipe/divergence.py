@@ -3,7 +3,7 @@
 The child names places at doubling distances from its end; the parent says which of them is the last that both have.
 Then the child names places inside the gap between that and the next one, until there is no boundary left in it: after
 log(n) rounds the last common boundary is found. Where the parent's log begins counts as a place too; what lies before
-that nobody can compare. Pure: no socket, file or clock.
+that cannot be compared. Pure: no socket, file or clock.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Reading(Protocol[L, S]):
     """Where a cursor's bytes come from."""
 
     def read(self, cursor: FeedCursor[L, S], max_bytes: int) -> Piece[S] | Refusal | None:
-        """Whole batches from cursor.offset on (the first may be longer than max_bytes); a hole; None: nothing now."""
+        """Whole batches from cursor.offset on (the first may be longer than max_bytes); a gap; None: nothing now."""
 
     def chain_at(self, cursor: FeedCursor[L, S]) -> int | None:
         """The chain before cursor.offset, when that is known at once."""
@@ -62,7 +62,7 @@ class Reading(Protocol[L, S]):
 
 class FeedCursor(Generic[L, S]):
     """One log of one answer. `offset` is behind the batches that were begun, `skip` what of the first the child has
-    already; `piece` is what is left to send of them. `hint`, and `fresh` (nothing was read yet), belong to whoever
+    already; `piece` is what is left to send of them. `hint`, and `fresh` (nothing was read yet), belong to the one that
     reads."""
 
     __slots__ = ("chain", "continues", "fresh", "hint", "line", "log", "offset", "piece", "skip", "urgent")

@@ -96,7 +96,7 @@ class Fleet:
         self.members: dict[str, FleetMember] = {}
         # What the node above has not been told yet, in the order in which it changed.
         self._changed: dict[str, None] = {}
-        # Runs of nodes that an operator removed: that they are lost is no news.
+        # Runs of nodes that an operator removed: that they are lost is not news.
         self.removed: dict[str, str] = {}
         # Who follows whom, and whom the last batch was about.
         self._below: dict[str, set[str]] = {}
@@ -104,7 +104,7 @@ class Fleet:
         self.refused = 0
 
     def take(self, state: NodeState, route: str, now: float) -> FleetMember | None:
-        """Hear of a node; the member when that was news. Raises msgspec.DecodeError for what is no report."""
+        """Hear of a node; the member when that was news. Raises msgspec.DecodeError for what is not a report."""
         raw = bytes(state.report)
         if len(raw) > MAX_REPORT_BYTES * 2:
             raise msgspec.ValidationError(f"a report of {len(raw)} bytes")

@@ -73,7 +73,7 @@ class FollowedLog:
         return self.state in ("behind", "not_carried", "damaged")
 
     def begin(self, log_id: str, epoch: int, log_start: int, offset: int, chain: int) -> None:
-        """Stand at a place."""
+        """Follow from a place."""
         self.log_id, self.epoch, self.log_start, self.offset, self.chain = log_id, epoch, log_start, offset, chain
         self.partial = bytearray()
         self.points: list[Point] = []
@@ -86,7 +86,7 @@ class HelloReceived(NamedTuple):
 
 
 class DirectivesReceived(NamedTuple):
-    """Word from the top, for this node or for those below it."""
+    """Directives, for this node or for those below it."""
 
     directives: list[Directive]
 
@@ -114,7 +114,7 @@ class TruncateLog(NamedTuple):
 
 
 class RecreateLog(NamedTuple):
-    """The parent has nothing that continues our log: begin anew at `offset`. Then follow() again."""
+    """The parent has nothing that continues our log: recreate it at `offset`. Then follow() again."""
 
     line: FollowedLog
     offset: int
@@ -178,7 +178,7 @@ class Follower:
         return topic in self._wanted
 
     def follow(self, key: TopicPartition, log_id: str, epoch: int, log_start: int, offset: int, chain: int) -> None:
-        """Stand at a place of a log: new, moved, or after something that was taken could not be stored."""
+        """Follow a log from a place: new, moved, or after something that was taken could not be stored."""
         line = self.lines.get(key)
         if line is None:
             self.lines[key] = FollowedLog(key, log_id, epoch, log_start, offset, chain)
@@ -254,7 +254,7 @@ class Follower:
             raise RemoteProtocolError(f"{hello.name} gets its data from this node: the tree must not be a circle")
         if hello.level not in LEVELS or LEVELS.index(hello.level) >= LEVELS.index(self._level):
             raise RemoteProtocolError(
-                f"{hello.name} is a {hello.level} node; the parent of a {self._level} node stands above it"
+                f"{hello.name} is a {hello.level} node; the parent of a {self._level} node must be of a level above"
             )
         for info in hello.topics:
             if info.problem():
@@ -307,7 +307,7 @@ class Follower:
             line.partial = bytearray()
             raise RemoteProtocolError(
                 f"{_name(line)}: the parent goes on at {frame.offset}+{frame.skip} (chain {frame.chain:08x}), this "
-                f"node stands at {here[0]}+{here[1]} (chain {line.chain:08x})"
+                f"node is at {here[0]}+{here[1]} (chain {line.chain:08x})"
             )
 
     def _take(self, line: FollowedLog, data: memoryview) -> tuple[int, Reason]:
@@ -411,4 +411,4 @@ def _decode(payload: memoryview, kind: type[T]) -> T:
     try:
         return msgspec.json.decode(payload, type=kind)
     except msgspec.DecodeError as error:
-        raise RemoteProtocolError(f"the parent sent what is no {kind}: {error}") from error
+        raise RemoteProtocolError(f"malformed {kind.__name__} from the parent: {error}") from error

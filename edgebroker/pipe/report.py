@@ -52,7 +52,7 @@ class TopicReport(msgspec.Struct, frozen=True, array_like=True):
 
 
 class ResyncReport(msgspec.Struct, frozen=True, array_like=True):
-    """How far a node is with a reset: waiting, loading, held (until its hours), shrunk, no_space, switching, done,
+    """How far a node is with a resync: waiting, loading, held (until its hours), shrunk, no_space, switching, done,
     failed, refreshing (a group)."""
 
     id: str
@@ -98,7 +98,7 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
-    """The body of POST /v1/tree/reports. Number 0 begins anew, every other one follows the one before in the same
+    """The body of POST /v1/tree/reports. Number 0 starts a session, every other one follows the one before in the same
     `session`. `wall_ms` is the sender's clock."""
 
     sender: Id
@@ -124,8 +124,8 @@ class ParentAssignment(msgspec.Struct, frozen=True, kw_only=True, tag="parents")
 
 
 class ResyncDirective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="resync"):
-    """What a node shall load afresh from its parent: a topic ("" all that it mirrors), or with `group` have that group
-    load it afresh. `in_place`: without a copy beside it, for want of space. `force`: even if the new copy has less than
+    """What a node shall resync from its parent: a topic ("" all that it mirrors), or with `group` have that group
+    refresh it. `in_place`: without a copy beside it, for want of space. `force`: even if the new copy has less than
     90 % of the records. `accept`: even if the parent's is another log. `hours`: switch only then, by its own clock."""
 
     id: Id

@@ -142,7 +142,7 @@ class TopicInfo(msgspec.Struct, frozen=True):
     def problem(self) -> str:
         """Why this describes no topic that a node may mirror; "" when it does."""
         if not is_shared(self.name):
-            return f"{self.name!r} is no name of a topic that is mirrored"
+            return f"{self.name!r} is not the name of a replicated topic"
         if self.settings.partitions != len(self.partitions):
             return f"{self.name} has {self.settings.partitions} partitions, {len(self.partitions)} are described"
         for part in self.partitions:
@@ -236,7 +236,7 @@ class FrameReader:
         self._left = 0
 
     def feed(self, data: memoryview) -> Iterator[Part]:
-        """Raises RemoteProtocolError for what is no frame."""
+        """Raises RemoteProtocolError for what is not a frame."""
         while len(data):
             if self._frame is None:
                 data, begun = self._begin(data)

@@ -6,7 +6,7 @@
         in an order of the node's own, so that the children of a region spread over its hubs; at most four of the first
         place and two of each other one, those that are lost behind the others
 
-A hub that is being drained is nobody's candidate; a node without an address is no hub. No socket, no file, no clock.
+A hub that is being drained is not a candidate; a node without an address is not a hub. No socket, no file, no clock.
 """
 
 from __future__ import annotations

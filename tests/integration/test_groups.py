@@ -294,8 +294,8 @@ def test_the_kernel_is_told_to_notice_a_host_that_vanished(broker: RunningBroker
         link = consumer._subscriber.link
         while link._transport is None:
             assert not consumer.poll(0.01)
-        sides = [session.transport._socket for session in broker.call(lambda: list(broker.broker.sessions))]
-        for sock in (*sides, link._transport._socket):
+        sides = [session.transport._channel._socket for session in broker.call(lambda: list(broker.broker.sessions))]
+        for sock in (*sides, link._transport._channel._socket):
             assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
             idle, interval, count, user = (
                 sock.getsockopt(socket.IPPROTO_TCP, option)

@@ -238,9 +238,9 @@ class _Membership(Membership):
         super().rebalance()
         self.watcher.divided()
 
-    def _divide(self, group: Group, fresh: set[tuple[Any, Key]]) -> None:
+    def _rebalance_group(self, group: Group, fresh: set[tuple[Any, Key]]) -> None:
         self.watcher.dividing(group)
-        super()._divide(group, fresh)
+        super()._rebalance_group(group, fresh)
 
 
 class _Push(Push):

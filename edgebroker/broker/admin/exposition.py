@@ -76,7 +76,7 @@ _FAMILIES = (
     Family("edgebroker_log_start_offset", "gauge", "first offset that is stored", LOG),
     Family("edgebroker_log_end_offset", "gauge", "offset behind the last durable record", LOG),
     Family("edgebroker_log_size_bytes", "gauge", "stored bytes", LOG),
-    Family("edgebroker_log_damaged_records", "gauge", "records that are damaged and not healed yet", LOG),
+    Family("edgebroker_log_damaged_records", "gauge", "records in corrupt ranges that are not repaired yet", LOG),
     Family("edgebroker_log_appended_bytes_total", "counter", "bytes appended since the start", LOG),
     Family("edgebroker_consumer_committed_offset", "gauge", "next offset of a group", GROUP),
     Family("edgebroker_consumer_lag_records", "gauge", "records that a group has not acknowledged", GROUP),

@@ -1,4 +1,4 @@
-"""The numbers of the node that are read when somebody asks: name, help and reader in one row.
+"""The numbers of the node that are read when they are asked for: name, help and reader in one row.
 
 To add one: add a row, and run `make docs`.
 """

@@ -1,8 +1,8 @@
 """Assigning partitions to the members of a group: balanced, sticky, with as few moves as balance needs.
 
 Pure functions; members and partitions are whatever can be hashed. A partition stays with its holder unless another
-member that wants it holds at least two fewer; what nobody holds goes to whoever holds least. The order of members (who
-came first) breaks ties, so that the same facts give the same division.
+member that wants it holds at least two fewer; a free partition goes to the member that holds least. The order of
+members (who came first) breaks ties, so that the same facts give the same assignment.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Dead letters: a record that could not be handled goes, durably, into <topic>.dlq of this node.
 
-    read the batch (reader thread) -> decode the one record and encode the letter (checker thread) -> publish it
+    read the batch (reader thread) -> decode the one record and encode the dead letter (checker thread) -> publish it
 
-The letter is the record with its key, value, timestamp and headers, and behind those the headers of HEADERS. A letter
-may be written twice when the power goes between it and the group's place: topic, partition, offset and group tell.
+The dead letter is the record with its key, value, timestamp and headers, and behind those the headers of HEADERS. It
+may be written twice when the power goes between it and the committed offset: topic, partition, offset and group tell.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class _DeadLetter:
         self._done(outcome_of(Code(code)), why)
 
     def hold(self) -> None:
-        """One letter is no flood."""
+        """One record is not a flood."""
 
     def release(self) -> None:
         """It was not held."""
@@ -72,7 +72,7 @@ class DeadLetters:
         self._engine, self._publishing, self._clock = engine, publishing, clock
 
     def write(self, source: Log, offset: int, failure: Failure, done: Done) -> None:
-        """Make a letter of one record; done(OK, "") once it is durable, done(OK, why) when there is no record left."""
+        """Make a dead letter of one record; done(OK, "") once it is durable, done(OK, why) when no record is left."""
 
         def read(result: ColdRead) -> None:
             if result.corrupt is not None and source.settings.on_damage == "skip":
@@ -86,34 +86,34 @@ class DeadLetters:
 
             def encode() -> None:
                 try:
-                    found.append(make_letter(result.data, source, offset, failure, self._clock.wall_ms()))
+                    found.append(make_dead_letter(result.data, source, offset, failure, self._clock.wall_ms()))
                 except CorruptBatchError as error:
                     found.append(str(error))
 
             def encoded() -> None:
-                letter = found[0]
-                if isinstance(letter, str) and source.settings.on_damage == "skip":
-                    done(Outcome.OK, f"it cannot be decoded ({letter}), and on_damage is skip")
-                elif isinstance(letter, str):
+                dead_letter = found[0]
+                if isinstance(dead_letter, str) and source.settings.on_damage == "skip":
+                    done(Outcome.OK, f"it cannot be decoded ({dead_letter}), and on_damage is skip")
+                elif isinstance(dead_letter, str):
                     done(
                         Outcome.CORRUPT,
-                        f"it cannot be decoded ({letter}); set on_damage = skip for the topic to pass it",
+                        f"it cannot be decoded ({dead_letter}); set on_damage = skip for the topic to pass it",
                     )
-                elif not letter:
+                elif not dead_letter:
                     done(Outcome.OK, "there is no record any more")
                 else:
-                    self._publish(source.topic + DEAD_LETTERS, letter, done)
+                    self._publish(source.topic + DEAD_LETTERS, dead_letter, done)
 
             self._publishing.check(encode, encoded)
 
         self._engine.read_cold(source, offset, 1, read)
 
-    def _publish(self, topic: str, letter: bytes, done: Done) -> None:
+    def _publish(self, topic: str, dead_letter: bytes, done: Done) -> None:
         def created(outcome: Outcome, message: str) -> None:
             if outcome not in (Outcome.OK, Outcome.NAME_CLASH):
                 done(outcome, message)
                 return
-            run = PublishRun(AckLevel.DURABLE, topic, 0, memoryview(letter), pack_span(1, 0, len(letter)))
+            run = PublishRun(AckLevel.DURABLE, topic, 0, memoryview(dead_letter), pack_span(1, 0, len(dead_letter)))
             self._publishing.submit(_DeadLetter(done), run, internal=True)
 
         if self._engine.log(topic, 0) is not None:
@@ -122,8 +122,8 @@ class DeadLetters:
             self._engine.create_topic(topic, TopicSettings(), created)
 
 
-def make_letter(data: bytes, source: Log, offset: int, failure: Failure, wall_ms: int) -> bytes:
-    """The batch that holds the letter of one record; b"" when there is no record at the offset. CorruptBatchError."""
+def make_dead_letter(data: bytes, source: Log, offset: int, failure: Failure, wall_ms: int) -> bytes:
+    """The batch that holds the dead letter of one record; b"" when no record is at the offset. CorruptBatchError."""
     header = batch.read_header(data)
     found = batch.decode(data[: header.size], source.topic, source.partition, offset, offset)
     if not found:

@@ -66,7 +66,7 @@ class Groups:
         self.group(group, now).committed_offsets[topic, partition] = offset
 
     def commit(self, group: Group, log: Log, offset: int, *, attempts: int = 0, isolated: bool = False) -> None:
-        """Move a group's place; what is known about its refreshes and moves stays."""
+        """Move a group's committed offset; what is known about its refreshes and moves stays."""
         committed = group.committed(log)
         if committed is not None and (committed.next_offset, committed.attempts, committed.isolated) == (
             offset,
@@ -88,7 +88,7 @@ class Groups:
         self.put(group, log, replace(committed, moved_end=log.durable_end))
 
     def put(self, group: Group, log: Log, committed: GroupOffset) -> None:
-        """Replace a group's place; stored within 50 ms (Engine.when_stored tells when)."""
+        """Replace a group's committed offset; stored within 50 ms (Engine.when_stored tells when)."""
         key = (log.topic, log.partition)
         group.committed_offsets[key] = committed
         if group.name:
@@ -103,7 +103,7 @@ class Groups:
         self._holders.setdefault(cursor.log, {})[cursor] = None
 
     def revoke(self, cursor: Cursor) -> None:
-        """Nobody holds its partition any more."""
+        """Its partition is free."""
         del cursor.group.holders[cursor.key], cursor.member.cursors[cursor.key]
         cursor.group.suspects.pop(cursor, None)
         holders = self._holders[cursor.log]

@@ -5,8 +5,9 @@
 
 Order wins: a failure at record n ends the lease, nothing behind n is delivered until n is done. After a failure n is
 delivered alone; behind it the window opens bit by bit. A negative acknowledgement names n and counts as an attempt. A
-timeout or a disconnect names nobody: it counts only when n was alone, and after one, n is alone for its member, in all
-its partitions. With max_attempts used up, n goes to the dead-letter topic, durably, before the group's place passes it.
+timeout or a disconnect names no record: it counts only when n was alone, and after one, n is alone for its member, in
+all its partitions. With max_attempts used up, n goes to the dead-letter topic, durably, before the committed offset
+passes it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from edgebroker.storage.engine import Engine, Log
 
 log = logging.getLogger(__name__)
 
-LETTER_RETRY_SECONDS = 1.0
+DEAD_LETTER_RETRY_SECONDS = 1.0
 # Failures that name no record.
 SILENT, VANISHED = "not acknowledged in time", "the consumer disconnected"
 
@@ -52,19 +53,19 @@ class Leases:
         groups: Groups,
         delivery: Push,
         refreshing: Refreshes,
-        letters: DeadLetters,
+        dead_letters: DeadLetters,
         scheduler: Scheduler,
         metrics: Metrics,
         limits: LeaseLimits,
     ) -> None:
         self._engine, self._groups, self._push, self._refreshes = engine, groups, delivery, refreshing
-        self._letters, self._scheduler, self._metrics, self._limits = letters, scheduler, metrics, limits
+        self._dead_letters, self._scheduler, self._metrics, self._limits = dead_letters, scheduler, metrics, limits
 
     # ---- beginning ----
 
     def grant(self, cursor: Cursor, wanted: Wanted | None) -> None:
         """The cursor's member holds its partition from now on. `wanted` says where it begins; None, and whatever it
-        says while a refresh is under way: at the group's place."""
+        says while a refresh is under way: at the committed offset."""
         self._groups.grant(cursor)
         self.committed(cursor, wanted)
 
@@ -123,7 +124,7 @@ class Leases:
             if cursor.state is CursorState.STARTING and cursor.lease == lease:
                 self.committed(cursor, wanted)
 
-        self._scheduler.call_later(LETTER_RETRY_SECONDS, again)
+        self._scheduler.call_later(DEAD_LETTER_RETRY_SECONDS, again)
 
     def resume(self, cursor: Cursor, offset: int) -> None:
         """Deliver from an offset under a new lease, unless something has to be waited for first."""
@@ -144,7 +145,7 @@ class Leases:
             else:
                 group.suspects.pop(cursor, None)
             if key in group.dead_lettering or 0 < self._limits.max_attempts <= committed.attempts:
-                self._bury(cursor, committed.attempts)
+                self._write_dead_letter(cursor, committed.attempts)
                 return
             wait = group.pauses.get(key, 0.0) - self._scheduler.now()
             if wait > 0:
@@ -158,7 +159,7 @@ class Leases:
             self._push.start(cursor, offset)
 
     def move(self, cursor: Cursor, offset: int) -> None:
-        """The operator moved the group's place while this member holds the partition."""
+        """The operator moved the committed offset while this member holds the partition."""
         self._push.pause(cursor, CursorState.STARTING)
         cursor.position_epoch = -1
         self.resume(cursor, offset)
@@ -233,7 +234,7 @@ class Leases:
 
     @staticmethod
     def _stands_behind(cursor: Cursor) -> bool:
-        """True when the cursor went over a gap with nothing in flight: the group's place is still before it."""
+        """True when the cursor went over a gap with nothing in flight: the committed offset is still before it."""
         committed = cursor.group.committed(cursor.log)
         return committed is not None and committed.next_offset < cursor.acked and cursor.state is not CursorState.BEHIND
 
@@ -292,8 +293,8 @@ class Leases:
 
     # ---- dead letters ----
 
-    def _bury(self, cursor: Cursor, attempts: int) -> None:
-        """Write the record that the cursor stands before into the dead-letter topic; go on behind it when it is."""
+    def _write_dead_letter(self, cursor: Cursor, attempts: int) -> None:
+        """Write the record that the cursor is at into the dead-letter topic; go on behind it when it is."""
         group, key, partition, offset = cursor.group, cursor.key, cursor.log, cursor.acked
         reason = group.reasons.get(key, "it failed in an earlier run")
         cursor.lease = self._groups.next_lease()
@@ -301,14 +302,14 @@ class Leases:
         if key in group.dead_lettering:
             return
         group.dead_lettering.add(key)
-        self._letters.write(
+        self._dead_letters.write(
             partition,
             offset,
             Failure(group.name or "-", attempts, reason),
-            lambda outcome, message: self._buried(group, partition, offset, outcome, message),
+            lambda outcome, message: self._dead_letter_written(group, partition, offset, outcome, message),
         )
 
-    def _buried(self, group: Group, partition: Log, offset: int, outcome: Outcome, message: str) -> None:
+    def _dead_letter_written(self, group: Group, partition: Log, offset: int, outcome: Outcome, message: str) -> None:
         key: Key = (partition.topic, partition.partition)
         group.dead_lettering.discard(key)
         committed, holder = group.committed(partition), group.holders.get(key)
@@ -327,7 +328,7 @@ class Leases:
                 self.resume(waits, offset + 1)
             return
         if waits is None:
-            return  # whoever takes the partition next tries again
+            return  # the next holder of the partition tries again
         waits.why = f"record {offset} cannot be written to {partition.topic}.dlq: {message}"
         self._metrics.dead_letter_failures += 1
         self._push.tell(waits, outcome, f"{partition.name}: {waits.why}; the partition waits")
@@ -337,4 +338,4 @@ class Leases:
             if waits.state is CursorState.DEAD_LETTERING and waits.lease == lease:
                 self.resume(waits, offset)
 
-        self._scheduler.call_later(LETTER_RETRY_SECONDS, again)
+        self._scheduler.call_later(DEAD_LETTER_RETRY_SECONDS, again)

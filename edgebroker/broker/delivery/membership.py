@@ -1,8 +1,8 @@
 """Who is a member of a group and which partitions it holds: joining, leaving, moving partitions, vanishing.
 
-After every change the partitions are divided anew (assignment.py). A partition that moves is first revoked: its holder
-gets nothing more, and it changes hands when what is in flight was acknowledged, timed out, or its connection closed.
-A member that let a delivery time out gets no partition that another wants, until it is heard again.
+After every change the partitions are assigned again (assignment.py). A partition that moves is first revoked: its
+holder gets nothing more, and it changes hands when what is in flight was acknowledged, timed out, or its connection
+closed. A member that let a delivery time out gets no partition that another wants, until it is heard again.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Membership:
         """Join the group, or say more; the topics exist. `correlation` is the member's own number for this, handed back
         in Cursor.correlation; `windows`: records and bytes in flight.
 
-        Where a line says to begin counts at once for what the member holds or nobody held; a partition that is taken
-        over from another client begins at the group's place.
+        Where a line says to begin counts at once for what the member holds or was free; a partition that is taken
+        over from another client begins at the committed offset.
         """
         entry = group.members.get(member)
         if entry is None:
@@ -102,7 +102,7 @@ class Membership:
         self._changed(group)
 
     def forget_topic(self, group: Group, topic: str) -> None:
-        """A topic is deleted: nobody wants it any more. Who held it was told."""
+        """A topic is deleted: no member wants it any more. Its holder was told."""
         for member, entry in list(group.members.items()):
             entry.topics.pop(topic, None)
             for key in [key for key in entry.pins if key[0] == topic]:
@@ -159,17 +159,17 @@ class Membership:
         return [member for member, entry in group.members.items() if entry.wants(key)]
 
     def _changed(self, group: Group, fresh: Collection[tuple[Consumer, Key]] = ()) -> None:
-        """Divide the group's partitions anew at the end of this turn. `fresh`: lines that say where a member begins, as
-        nobody held the partition when they came."""
+        """Rebalance the group at the end of this turn. `fresh`: lines that say where a member begins, as
+        the partition was free when they came."""
         self._dirty.setdefault(group, set()).update(fresh)
 
     def rebalance(self) -> None:
-        """Hand out what is free and revoke what has to move; many changes of one turn cost one division."""
+        """Hand out what is free and revoke what has to move; many changes of one turn cost one rebalance."""
         if self._revoking and not self.frozen:
             self._release_idle()
         while self._dirty and not self.frozen:
             group, fresh = self._dirty.popitem()
-            self._divide(group, fresh)
+            self._rebalance_group(group, fresh)
 
     def _release_idle(self) -> None:
         """What was in flight of a revoked partition may be void: its place was moved, or a refresh began."""
@@ -180,13 +180,13 @@ class Membership:
                 self._leases.release(cursor, tell=True)
                 self._changed(cursor.group)
 
-    def _divide(self, group: Group, fresh: set[tuple[Consumer, Key]]) -> None:
+    def _rebalance_group(self, group: Group, fresh: set[tuple[Consumer, Key]]) -> None:
         wanted_by, logs = self._wishes(group)
         holders = {key: cursor.member for key, cursor in group.holders.items() if not cursor.revoking}
         refreshing = {key for key, committed in group.committed_offsets.items() if committed.refreshing}
         for key, member in assign(wanted_by, holders, refreshing).items():
             if member not in group.members:
-                continue  # telling it showed that it is gone: another division follows
+                continue  # telling it showed that it is gone: another rebalance follows
             holder = group.holders.get(key)
             if holder is not None and holder.member is not member and not holder.revoking:
                 self._metrics.revocations += 1
@@ -226,7 +226,7 @@ class Membership:
 
     @staticmethod
     def _line(group: Group, cursor: Cursor, entry: Subscription, fresh: bool) -> Wanted | None:
-        """Where a member said that it begins; None when that does not count, but the group's place."""
+        """Where a member said that it begins; None when that does not count, but the committed offset."""
         line, last = entry.take_line(cursor.key), group.last_clients.get(cursor.key)
         if line is None:
             return None

@@ -140,7 +140,7 @@ class Push:
             self._pump(cursor)
 
     def end_iteration(self) -> None:
-        """The turn ends: whoever has more to send gets it in the next one."""
+        """The turn ends: those with more to send get it in the next one."""
         self._turn_bytes = TURN_BYTES
         if self._waiting:
             self._scheduler.call_later(0.0, self._serve_waiting)

@@ -30,8 +30,8 @@ class CursorRebase:
         self._push, self._refreshes = push, refreshes
 
     def truncating(self, partition: Log, offset: int, then: Callable[[], None]) -> None:
-        """Everything from an offset on goes: groups that stand behind it go back to it, stored before `then`. What
-        they handled of it has been taken back at the origin; what takes its place they get."""
+        """Everything from an offset on goes: groups whose committed offset is past it go back to it, stored
+        before `then`. What they handled of it has been taken back at the origin; what takes its place they get."""
         holders = self._groups.holders(partition)
         for cursor in holders:
             # Under no lease that anybody knows: what is acknowledged now is of the records that go.
@@ -42,7 +42,7 @@ class CursorRebase:
         self._engine.when_stored(then)
 
     def truncated(self, partition: Log) -> None:
-        """It is done: everybody goes on from the group's place, under a new lease."""
+        """It is done: everybody goes on from the committed offset, under a new lease."""
         self._go_back(partition, partition.durable_end)  # who joined meanwhile
         for cursor in self._groups.holders(partition):
             committed = cursor.group.committed(partition)

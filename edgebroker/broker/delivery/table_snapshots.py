@@ -4,12 +4,12 @@
     (records)  the client publishes every live key
     complete() an END batch into every partition; once it is durable the identity says where the snapshot lies
 
-While it is written nobody else can publish to the topic (OVERLOADED, retryable): else a snapshot could put an old value
-behind a newer one. For the same reason the client's name tells that it writes a snapshot (SNAPSHOT_CLIENTS): what it
-publishes when that is over, or after a restart of the node, is FENCED. A snapshot without END is none: its records are
-ordinary ones. Control batches are those of Kafka
-(attribute bit 5; one record whose key is i16 version 0, i16 type) with the types 100 and 101, and the value is the
-snapshot's id (16 bytes) and the offset of its BEGIN batch (i64).
+While it is written no other client can publish to the topic (OVERLOADED, retryable): else a snapshot could put an old
+value behind a newer one. For the same reason the client's name tells that it writes a snapshot (SNAPSHOT_CLIENTS):
+what it publishes when that is over, or after a restart of the node, is FENCED. A snapshot without END is none: its
+records are ordinary ones. Control batches are those of Kafka (attribute bit 5; one record whose key is i16 version 0,
+i16 type) with the types 100 and 101, and the value is the snapshot's id (16 bytes) and the offset of its BEGIN batch
+(i64).
 """
 
 from __future__ import annotations

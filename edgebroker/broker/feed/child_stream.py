@@ -120,7 +120,7 @@ class ChildStream:
         return {cursor.log: cursor.offset for cursor in self.feed.cursors.values()}
 
     def direct(self, order: Directive) -> None:
-        """Pass word from the top on."""
+        """Pass directives on."""
         if self._out is not None and not self._out.closed:
             self._out.send(stream.write_frame(Kind.DIRECTIVE, msgspec.json.encode([order])))
 
@@ -351,7 +351,7 @@ class ChildStream:
         return None
 
     def _shared(self, partition: Log, offset: int, found: FileSlice) -> StoredPiece | None:
-        """The newest batches of a log, small enough to be read once for all the children that stand before them."""
+        """The newest batches of a log, small enough to be read once for all the children that want them next."""
         if found.length > SHARED_BYTES or found.next_offset != partition.durable_end:
             return None
         data = self._host.engine.read_cached(found)
@@ -450,7 +450,7 @@ class ChildStream:
 def _not_comparable(partition: Log) -> Refusal:
     corrupt_ranges = (
         ", ".join(f"{corrupt.first} to {corrupt.next - 1}" for corrupt in partition.corrupt_ranges)
-        or "what was healed since the start"
+        or "what was repaired since the start"
     )
     return Refusal(code="DAMAGED", message=f"{partition.name} cannot be compared here: {corrupt_ranges} is damaged")
 

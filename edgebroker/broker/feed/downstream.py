@@ -78,7 +78,7 @@ class Downstream:
         # Children that are ahead of a log, and of what they have: when it comes there they are looked at again.
         self._ahead: dict[Log, dict[ChildStream, LogPosition]] = {}
         self._waiting: dict[ChildStream, None] = {}
-        # What stands behind an offset up to the end of a log, read once in a turn for many children.
+        # What lies behind an offset up to the end of a log, read once in a turn for many children.
         self.news: dict[Log, tuple[int, StoredPiece]] = {}
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         # The last poll of each child, as it came.
@@ -226,7 +226,7 @@ class Downstream:
             child.topic_changed(topic)
 
     def on_rewritten(self, partition: Log) -> None:
-        """A log was cut or begun anew: whoever follows it has to be judged again."""
+        """A log was truncated or recreated: its followers have to be judged again."""
         self.news.pop(partition, None)
         end, places = partition.durable_end, self._asked.get(partition, {})
         for uid, place in places.items():
@@ -238,7 +238,7 @@ class Downstream:
                 child.end()
 
     def on_deleted(self, partition: Log) -> None:
-        """A log is gone: whoever follows it asks again, and is told."""
+        """A log is gone: its followers ask again, and are told."""
         self._infos.pop(partition.topic, None)
         self.on_rewritten(partition)
         for known in (self._asked, self._pins, self._ahead, self._idle):
@@ -255,7 +255,7 @@ class Downstream:
         return min(passed, default=None)
 
     def pinned(self, partition: Log, now: float) -> int | None:
-        """From where on retention shall remove nothing, for a child that loads the log afresh; None without one."""
+        """From where on retention shall remove nothing, for a child that resyncs the log; None without one."""
         return _lowest(self._pins.get(partition, {}), now - PIN_SECONDS)
 
     def child(self, uid: str) -> ChildStream | None:
@@ -343,7 +343,7 @@ class Downstream:
         children = self._asked.setdefault(partition, {})
         before = children.get(uid)
         if before is None and len(children) >= self._max_children:
-            del children[min(children, key=lambda known: children[known].seen)]  # whoever was away for longest
+            del children[min(children, key=lambda known: children[known].seen)]  # the one that was away for longest
         place = children[uid] = ChildPosition(position.log_id, position.epoch, position.offset, self.scheduler.now())
         if before is None or (before.log_id, before.offset) != (place.log_id, place.offset):
             self._asked_more = True

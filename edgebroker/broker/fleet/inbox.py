@@ -40,7 +40,7 @@ class Inbox:
     ) -> None:
         self._scheduler, self._clock, self._metrics = scheduler, clock, metrics
         self.fleet, self._downstream, self._heard = fleet, downstream, heard
-        # Where the registry is kept, nobody is forgotten until an operator says so.
+        # Where the registry is kept, no node is forgotten until an operator says so.
         self.forgets = True
         # The last batch of each child: its session and number; and when the child was last connected.
         self._batches: dict[str, tuple[str, int]] = {}
@@ -115,7 +115,7 @@ class Inbox:
             self.fleet.measured(uid, self._downstream.behind(uid), now)
 
     def direct(self, order: Directive) -> bool:
-        """Pass word from the top on, towards the node it is for; False when the way there is not known, or cut."""
+        """Pass directives on, towards the node it is for; False when the way there is not known, or cut."""
         member = self.fleet.members.get(order.uid)
         child = self._downstream.child(member.route) if member is not None else None
         if child is None:

@@ -1,6 +1,6 @@
 """What this node tells the node above it: about itself, and what has changed below.
 
-    a tick -> the report of this node, made anew -> a batch of what changed -> POST /v1/tree/reports to the parent
+    a tick -> the report of this node, made again -> a batch of what changed -> POST /v1/tree/reports to the parent
 
 Nothing is sent while nothing changes. What changes after a quiet time goes at once, then every ten seconds, and slower
 where there is much of it. A parent that does not know what went before says so (409): then everything is sent again.
@@ -164,21 +164,21 @@ class Reporter:
                 topic,
                 [one.durable_end for one in self._engine.partitions(topic)],
                 list(groups.get(topic, {}).values()),
-                self._letters(topic),
+                self._dead_letters(topic),
                 digest_of_logs([one.identity.log_id for one in self._engine.partitions(topic)]),
             )
             for topic in sorted(self._engine.topics())
             if is_shared(topic)
         ]
 
-    def _letters(self, topic: str) -> int:
-        """Dead letters that nobody has replayed or dropped."""
-        letters = self._engine.log(topic + DEAD_LETTERS, 0)
-        if letters is None:
+    def _dead_letters(self, topic: str) -> int:
+        """Dead letters that are neither replayed nor dropped."""
+        dead = self._engine.log(topic + DEAD_LETTERS, 0)
+        if dead is None:
             return 0
         done = self._groups.find("__dlq")
-        committed = done.committed(letters) if done is not None else None
-        return letters.durable_end - max(letters.log_start, committed.next_offset if committed is not None else 0)
+        committed = done.committed(dead) if done is not None else None
+        return dead.durable_end - max(dead.log_start, committed.next_offset if committed is not None else 0)
 
     # ---- sending ----
 
@@ -231,7 +231,7 @@ class Reporter:
                 wait = max(wait, INTERVAL_SECONDS)
             self._due = self._loop.now() + wait
             if status == 409:
-                self._new_session()  # it was started anew, and has forgotten
+                self._new_session()  # it was restarted, and has forgotten
                 self._due = 0.0
             elif error:
                 # Whether it arrived is not known: it is told again, in a session of its own.

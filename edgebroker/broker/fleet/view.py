@@ -273,9 +273,9 @@ class FleetView:
         now, report = self._scheduler.now(), member.report()
         silent, lag = self._fleet.silent_for(member, now), self._fleet.lag(member, now)
         waiting: dict[tuple[str, str], int] = {}
-        letters, refreshing = 0, False
+        dead_letters, refreshing = 0, False
         for topic in report.topics:
-            letters += topic.dead_letters
+            dead_letters += topic.dead_letters
             for group in topic.groups:
                 refreshing = refreshing or group.refreshing
                 if group.applied != topic.ends:
@@ -286,8 +286,8 @@ class FleetView:
         problems = list(report.problems)
         if report.left_out:
             problems.append(f"{report.left_out} topics had no room in its report")
-        if letters:
-            problems.append(f"{letters} dead letters")
+        if dead_letters:
+            problems.append(f"{dead_letters} dead letters")
         if member.twins(now):
             problems.append("uid_in_use")
         if silent < 0 and names.get(member.name, 0) > 1:

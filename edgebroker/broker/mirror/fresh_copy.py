@@ -40,7 +40,7 @@ class FreshCopy:
     ) -> None:
         self.topic, self._loop, self._store = topic, loop, store
         self._store.open(self)
-        node = NodeInfo(self._store.node_uid, f"{settings.name} (reset)"[:255], settings.level)
+        node = NodeInfo(self._store.node_uid, f"{settings.name} (resync)"[:255], settings.level)
         self._upstream = Upstream(
             self._store,
             loop,

@@ -1,4 +1,4 @@
-"""The logs that a node mirrors: made, changed, cut and begun anew, as the follower and its parent say.
+"""The logs that a node mirrors: made, changed, truncated and recreated, as the follower and its parent say.
 
 Whatever takes time is begun with Flow.begin(), which holds the pipe up, and over with Flow.done().
 """
@@ -96,7 +96,7 @@ class Mirrors:
             self._delete(event)
 
     def follow(self, partition: Log) -> None:
-        """Stand at the end of a log."""
+        """Begin at the end of a log."""
         self._follower.follow(
             TopicPartition(partition.topic, partition.partition),
             partition.identity.log_id,
@@ -260,7 +260,7 @@ class Mirrors:
         self._engine.change_identities(info.name, changes, done)
 
     def accept(self, topic: str, done: Done) -> None:
-        """An operator takes the parent's log instead of the one that was replaced; the old data is set aside."""
+        """An operator takes the parent's log instead of the one that was replaced; the old data is quarantined."""
         replaced = [
             line for line in self._follower.lines.values() if line.key.topic == topic and line.state == "replaced"
         ]
@@ -270,7 +270,7 @@ class Mirrors:
         self._recreate(replaced, done)
 
     def recreate(self, topic: str, done: Done) -> None:
-        """Fetch a topic again, all that the parent has of it; what is here is set aside first."""
+        """Fetch a topic again, all that the parent has of it; what is here is quarantined first."""
         lines = [line for line in self._follower.lines.values() if line.key.topic == topic]
         if not lines or topic not in self._offered:
             done(Outcome.NOT_FOUND, f"{topic} is not mirrored from the parent of this node now")
@@ -430,7 +430,7 @@ def _wrote_nothing(part: PartitionInfo, partition: Log) -> bool:
 
 def _epochs(part: PartitionInfo, partition: Log) -> list[tuple[int, int]]:
     """The histories to be told from now on: the parent's, but not while this log holds records that are not of them.
-    Those are cut off first: else it would call its own children diverged, which have the same as it."""
+    Those are truncated first: else it would call its own children diverged, which have the same as it."""
     told = replace(partition.identity, epochs=part.epochs)
     empty = partition.staged_end == partition.log_start
     fits = empty or told.contains(partition.staged_epoch, partition.staged_end) or _wrote_nothing(part, partition)

@@ -55,7 +55,7 @@ class Repairs:
         self._loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def _sweep(self) -> None:
-        """Heal what this node mirrors, from its parent."""
+        """Repair what this node mirrors, from its parent."""
         self._loop.call_later(SWEEP_SECONDS, self._sweep)
         source, now = self._parent(), self._loop.now()
         if self._busy is not None or not source:
@@ -67,9 +67,9 @@ class Repairs:
                 return
 
     def repair(self, request: RepairRequest, done: Done) -> None:
-        """Heal from a neighbour: done({log: offsets that are whole again}, error)."""
+        """Repair from a neighbour: done({log: offsets that are whole again}, error)."""
         if self._busy is not None:
-            done({}, "something is being healed already; try again in a moment")
+            done({}, "a repair is under way already; try again in a moment")
             return
         damaged = [one for one in self._engine.logs() if one.corrupt_ranges and request.topic in ("", one.topic)]
         lost = [one for one in self._publishing.lost if request.topic in ("", one.topic)]
@@ -120,7 +120,7 @@ class Repairs:
                 with memoryview(found)[taken:] as left:
                     size, reason = self._engine.append_numbered(partition, left)
                 if not size:
-                    failed(f"{EXPLANATION.get(Reason(reason), 'it is no batch')} at byte {taken}")
+                    failed(f"{EXPLANATION.get(Reason(reason), 'it is not a batch')} at byte {taken}")
                     return
                 taken += size
             stored()
@@ -196,7 +196,7 @@ class Repairs:
             pause = min(LONGEST_PAUSE_SECONDS, 2 * max(SWEEP_SECONDS, self._pauses.get(partition, (0.0, 0.0))[0]))
             self._pauses[partition] = (pause, self._loop.now() + pause)
             errors.append(f"{partition.name}: {error}")
-            log.warning("%s cannot be healed from %s: %s", partition.name, source, error)
+            log.warning("%s cannot be repaired from %s: %s", partition.name, source, error)
             waiting.pop(0)
             following()
 

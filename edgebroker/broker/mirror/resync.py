@@ -1,10 +1,10 @@
-"""Loading topics of this node afresh from its parent, one after the other, as an operator orders.
+"""Resync: loading topics of this node again from its parent, one after the other, as an operator asks.
 
     waiting -> (the parent tells how much it is, NO_SPACE?) -> loading -> (as much as before? the right hours?)
             -> the pipe stands still -> switching -> done
 
 Meanwhile the old data is served. Rows of what is under way are stored before each step, with the id that the operator
-gave, so that a start after a crash goes on with the same reset. In place there is no copy: the log begins anew.
+gave, so that a start after a crash goes on with the same resync. In place there is no copy: the log is recreated.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Resyncs:
         self._groups, self._refreshes, self._rebase = core.groups, core.refreshes, core.rebase
         self.settings, self._upstream = settings, upstream
         self._rows: dict[str, ResyncRow] = {}
-        # Orders that are being stored.
+        # Requests that are being stored.
         self._ordered: dict[str, ResyncRow] = {}
         # What there is to say about those under way besides their phase.
         self._says: dict[str, tuple[str, str]] = {}
@@ -110,7 +110,7 @@ class Resyncs:
     def _under_way(self, resync_id: str) -> bool:
         return self._rows[resync_id].phase in UNDER_WAY
 
-    # ---- orders ----
+    # ---- requests ----
 
     def order(self, order: ResyncDirective, done: Done) -> None:
         """Take an order; done once it is stored. The same id again changes only `force`, `accept` and `hours`."""
@@ -141,7 +141,7 @@ class Resyncs:
             else:
                 others = [one for one in self._rows.values() if one.topic == topic and one.phase in UNDER_WAY]
                 if others:
-                    done(Outcome.OVERLOADED, f"{topic} is being reset already, by {others[0].id}; abort that first")
+                    done(Outcome.OVERLOADED, f"{topic} is being resynced already, by {others[0].id}; abort that first")
                     return
                 row = ResyncRow(
                     id=resync_id, topic=topic, in_place=order.in_place, force=order.force, accept=order.accept,
@@ -187,10 +187,10 @@ class Resyncs:
             self._refreshes.begin(group, partition, one)
 
     def abort(self, resync_id: str, done: Done) -> None:
-        """Give a reset up before its switch; the copy goes, the old data stays."""
+        """Give a resync up before its switch; the copy goes, the old data stays."""
         row = self._rows.get(resync_id)
         if row is None or row.phase not in UNDER_WAY or row.group:
-            done(Outcome.NOT_FOUND, f"no reset {resync_id} is under way at this node")
+            done(Outcome.NOT_FOUND, f"no resync {resync_id} is under way at this node")
         elif row.phase == "switching" or self._busy:
             done(Outcome.OVERLOADED, "it is being switched just now")
         else:
@@ -313,7 +313,7 @@ class Resyncs:
         """It waits for an operator, or for room."""
         if self._says.get(row.id, ("", ""))[0] != state:
             self._metrics.refused(state.upper())
-            log.warning("reset %s of %s: %s", row.id, row.topic, why)
+            log.warning("resync %s of %s: %s", row.id, row.topic, why)
         self._says[row.id] = (state, why)
 
     def problems(self) -> dict[str, str]:
@@ -328,7 +328,7 @@ class Resyncs:
     def _remembered(self, error: str) -> None:
         self._busy = False
         if error:
-            log.error("resets cannot be stored: %s", error)
+            log.error("resyncs cannot be stored: %s", error)
 
     def _free(self) -> int:
         """Bytes that may be used before producers would be refused."""
@@ -336,7 +336,7 @@ class Resyncs:
         return disk.usable if disk is not None else 0
 
     def _open_copy(self, row: ResyncRow, upstream: Upstream) -> None:
-        log.warning("reset %s: loading %s afresh", row.id, row.topic)
+        log.warning("resync %s: loading %s again", row.id, row.topic)
         self._busy = self._closing = True
 
         def told(store: MirrorEngine | None, error: str) -> None:
@@ -393,14 +393,14 @@ class Resyncs:
         self._catch_up(row, copy, upstream, same, ends)
 
     def _other_topic(self, row: ResyncRow, copy: FreshCopy, logs: list[Log]) -> bool:
-        """Is the topic, here or in the copy, not what it was when the reset began?"""
+        """Is the topic, here or in the copy, not what it was when the resync began?"""
         if len(logs) != len(row.targets) or (row.log_ids and copy.log_ids not in ([], row.log_ids)):
             return True
         here = [one.identity.log_id for one in logs]
         return not row.accept and copy.log_ids not in ([], here)
 
     def _give_way(self, row: ResyncRow, copy: FreshCopy) -> None:
-        """The disk has filled up: producers and the pipe need the room. It begins anew when there is enough."""
+        """The disk has filled up: producers and the pipe need the room. It begins again when there is enough."""
         self._stuck(row, "no_space", "NO_SPACE: the disk filled up while the copy was loaded; it waits for room")
         self._rows[row.id] = replace(row, phase="waiting")
         self._copy = None
@@ -413,7 +413,7 @@ class Resyncs:
         self._close(copy, closed)
 
     def _catch_up(self, row: ResyncRow, copy: FreshCopy, upstream: Upstream, same: bool, ends: list[int]) -> None:
-        """The pipe stands still: until the copy has what the old logs have, nobody may lose a record by the switch."""
+        """The pipe is down: until the copy has what the old logs have, no reader may lose a record by the switch."""
         logs = self._engine.partitions(row.topic)
         if self._stopped:
             return
@@ -457,7 +457,7 @@ class Resyncs:
                         self._rebase.truncated(partition)
                     else:
                         self._rebase.recreated(partition, True)
-                log.warning("reset %s: %s is the fresh copy from now on", row.id, row.topic)
+                log.warning("resync %s: %s is the fresh copy from now on", row.id, row.topic)
                 self._end(self._rows[row.id], "done", "")
             elif outcome.retryable:
                 self._rows[row.id] = replace(self._rows[row.id], phase="loading")  # the copy is opened again
@@ -469,7 +469,7 @@ class Resyncs:
 
     def _in_place(self, row: ResyncRow, upstream: Upstream) -> None:
         self._busy = True
-        self._says[row.id] = ("switching", "the logs begin anew")
+        self._says[row.id] = ("switching", "the logs are recreated")
         upstream.hold(row.topic)
 
         def done(outcome: Outcome, message: str) -> None:
@@ -491,7 +491,7 @@ class Resyncs:
         wait()
 
     def _end(self, row: ResyncRow, phase: Any, why: str, done: Done | None = None) -> None:
-        (log.info if phase == "done" else log.error)("reset %s of %s is over: %s %s", row.id, row.topic, phase, why)
+        (log.info if phase == "done" else log.error)("resync %s of %s is over: %s %s", row.id, row.topic, phase, why)
         self._rows[row.id] = replace(row, phase=phase, why=why)
         self._says.pop(row.id, None)
         self._looked.pop(row.id, None)

@@ -1,7 +1,7 @@
 """Following a parent: this node as a child. The follower thinks, the HTTP client carries, the engine stores.
 
     poll -> HELLO: topics are made or changed -> DATA -> engine.append_numbered -> the commit of every publish
-         -> refusals: look up chains, cut, begin anew, or wait -> the next poll
+         -> refusals: look up chains, truncate, recreate, or wait -> the next poll
 
 One connection to one parent at a time. What has to be done before more may come (topics, a cut) holds the reading up.
 The pipe pauses while the disk is full, and above the high watermark of what waits for the disk.
@@ -228,7 +228,7 @@ class Upstream:
 
     def on_complete(self) -> None:
         if self._status == 409 and self._asked_same:
-            self._said = b""  # the parent was started anew, and has forgotten
+            self._said = b""  # the parent was restarted, and has forgotten
             self._poll()
             return
         if self._status != 200:
@@ -256,7 +256,7 @@ class Upstream:
             self._timer = self._loop.call_later(wait, self._open)
 
     def again(self, reason: str) -> None:
-        """Poll anew, on another connection: what the parent was asked is not what has to be asked now."""
+        """Poll again, on another connection: what the parent was asked is not what has to be asked now."""
         if self._timer is None:
             self._reconnecting = True
             self._client.close(reason)
@@ -345,7 +345,7 @@ class Upstream:
         self._mirrors.on_durable(partition)
 
     def on_failed(self, partition: Log) -> None:
-        """What was taken is not in the log: stand at its end again."""
+        """What was taken is not in the log: begin at its end again."""
         if TopicPartition(partition.topic, partition.partition) in self._follower.lines:
             self._mirrors.follow(partition)
             self.again("something could not be stored")
@@ -418,7 +418,7 @@ class Upstream:
             line.state = "moving"
 
     def follow_again(self, topic: str) -> None:
-        """Stand at the end of its logs, as they are now."""
+        """Begin at the end of its logs, as they are now."""
         for partition in self._engine.partitions(topic):
             self._mirrors.follow(partition)
         self.again("the topic's logs were replaced")

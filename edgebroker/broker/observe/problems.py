@@ -1,4 +1,4 @@
-"""What can be wrong with a node, by name, and what whoever runs it should do: for the log, `status` and the metrics.
+"""What can be wrong with a node, by name, and what its operator should do: for the log, `status` and the metrics.
 
 docs/operations.md says the same at more length; a test holds the two together.
 """
@@ -17,7 +17,7 @@ ADVICE = {
     "read_only": "check the disk (dmesg), then restart the node; what was acknowledged is safe",
     "registry": "free space, or install the release that wrote registry.db; it is tried again every second",
     "replaced": "if the parent's log is the right one: edgebroker topic accept TOPIC",
-    "resync": "edgebroker resync --status says which reset waits for what",
+    "resync": "edgebroker resync --status says which resync waits for what",
     "unserved_topics": "check the disk and the rights of the topic's directory, then restart the node",
 }
 # While one of these lasts, the node is not ready: nothing can be published.

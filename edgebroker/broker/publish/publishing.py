@@ -152,8 +152,8 @@ class Publishing:
         self._exclusive[log] = client_id
 
     def history_lost(self, log: Log, end: int, chain: int) -> None:
-        """Somebody has records of this log up to `end` (with that chain before it) that this node, its origin, lost:
-        publish nothing over them."""
+        """Another node has records of this log up to `end` (with that chain before it) that this node, its origin,
+        lost: publish nothing over them."""
         known = self.lost.get(log)
         if known is None or known.end < end:
             why = (

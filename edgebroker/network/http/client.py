@@ -59,7 +59,7 @@ class ChunkReader:
         self.done = False
 
     def feed(self, data: memoryview, take: Callable[[memoryview], None]) -> None:
-        """Hand on what is payload. Raises RemoteProtocolError for what is no chunked body."""
+        """Hand on what is payload. Raises RemoteProtocolError for what is not a chunked body."""
         while len(data) and not self.done:
             if self._left:
                 piece, data = data[: self._left], data[self._left :]
@@ -104,7 +104,7 @@ class HttpClient:
         self._timer: TimerHandle | None = None
         self._address = ""
         self._addresses: list[str] = []
-        # Grows with every open() and every end: an answer that comes later is nobody's.
+        # Grows with every open() and every end: an answer that comes later is not for this request.
         self._attempt = 0
         self._opened = False
 
@@ -120,7 +120,7 @@ class HttpClient:
         self._opened = True
         self._timer = self._loop.call_later(CONNECT_SECONDS, lambda: self._end("the name is not found in time"))
         if not is_address(address):
-            self._fail(f"{address!r} is no HOST:PORT")
+            self._fail(f"{address!r} is not HOST:PORT")
             return
         host, _, port = address.rpartition(":")
         host = host.strip("[]")
@@ -148,7 +148,7 @@ class HttpClient:
 
     def _looked_up(self, attempt: int, addresses: list[str], port: int, error: str) -> None:
         if attempt != self._attempt:
-            return  # nobody waits for it any more
+            return  # it is not waited for any more
         if error:
             self._end(error)
         else:

@@ -95,7 +95,7 @@ class _Place:
 
 
 class Router:
-    """`allowed` says whether whoever asks has a right."""
+    """`allowed` says whether a request has a right."""
 
     def __init__(self, routes: Sequence[Route], allowed: Callable[[Request, str], bool]) -> None:
         self._allowed = allowed

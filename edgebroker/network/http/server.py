@@ -179,7 +179,7 @@ class HttpServer:
 
 
 class HttpConnection:
-    """One connection: feeds h11, answers, closes when either side wants to."""
+    """One connection: parses by h11, answers, closes when either side wants to."""
 
     def __init__(self, server: HttpServer, channel: Channel, peer: str) -> None:
         import h11

@@ -81,7 +81,7 @@ class Loop:
             try:
                 self._waker.send(b"x")
             except (BlockingIOError, OSError):
-                pass  # a full pipe wakes as well; a closed one has nobody to wake
+                pass  # a full pipe wakes as well; a closed one has no reader to wake
 
     def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
         self._selector.register(fd, READ, lambda mask: callback())

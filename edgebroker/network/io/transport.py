@@ -21,7 +21,7 @@ LOW_BYTES = 256 << 10
 
 
 class Owner(Protocol):
-    """Whoever a transport belongs to."""
+    """What a transport belongs to."""
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
         """Bytes are in buffer.room; raise ProtocolError to have the connection closed."""
@@ -234,7 +234,7 @@ class Transport:
             self._update()
 
     def resume(self) -> None:
-        """Read the peer again; its idle clock begins anew."""
+        """Read the peer again; its idle clock starts again."""
         if self._paused:
             self._paused = False
             self._update()
@@ -280,7 +280,7 @@ class Transport:
         if interest == self._interest:
             return
         if interest & READ and not self._interest & READ:
-            self.last_received = self._loop.now()  # it could not know that nobody listened
+            self.last_received = self._loop.now()  # it could not know that it was not read
         if interest == 0:
             self._loop.unregister(self._fd)
         elif self._interest == 0:

@@ -18,7 +18,7 @@ from edgebroker.network.wire.frames import FrameType
 HEADROOM_BYTES = 64 << 10
 RECEIVE_BYTES = 1 << 20
 BEFORE_CONNECT_BYTES = 4096
-# A larger length is no frame that anybody meant: such a peer is not worth skipping for.
+# A larger length is not a frame that was meant: such a peer is not worth skipping for.
 SKIP_BYTES = 64 << 20
 
 FROM_CLIENT = frozenset(
