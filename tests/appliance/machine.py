@@ -17,9 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from faults.traffic import until
-
 from edgebroker.common.clock import sleep
+from tests.kit.waiting import wait_for
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edgebroker"
 PACKAGES = "systemd,systemd-sysv,dbus,procps,iproute2,ca-certificates"
@@ -124,7 +123,7 @@ class Machine:
                 env={**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             )
         try:
-            until(self._booted, BOOT_SECONDS, "systemd answers")
+            wait_for(self._booted, "systemd answers", BOOT_SECONDS)
         except TimeoutError as error:
             raise Failed(f"no boot: {error}\n{self.console()}") from error
         state = self.run("systemctl", "is-system-running", "--wait", codes=(0, 1)).strip()
@@ -178,7 +177,7 @@ class Machine:
         for mount in reversed(self._mounts):
             subprocess.run(["umount", "-l", str(mount)], check=False)
         for place in self._cgroups:
-            until(lambda place=place: _removed(place), 10.0, f"nobody is left in {place}")
+            wait_for(lambda place=place: _removed(place), f"nobody is left in {place}", 10.0)
         shutil.rmtree(self._place, ignore_errors=True)
         Machine.alive.remove(self)
 
@@ -224,7 +223,7 @@ class Machine:
         return self.run("systemctl", "show", unit, "-p", name, "--value").strip()
 
     def wait_active(self, unit: str, seconds: float = 60.0) -> None:
-        until(lambda: self.shown(unit, "ActiveState") == "active" or _pause(), seconds, f"{unit} is active")
+        wait_for(lambda: self.shown(unit, "ActiveState") == "active" or _pause(), f"{unit} is active", seconds)
 
     def wait_for(self, *command: str, has: str, seconds: float = 60.0, codes: Sequence[int] = (0, 1, 2, 3)) -> str:
         """Run a command again and again until it prints `has`; what it printed then."""
@@ -236,7 +235,7 @@ class Machine:
             return has in said or _pause()
 
         try:
-            until(look, seconds, f"{' '.join(command)} says {has}")
+            wait_for(look, f"{' '.join(command)} says {has}", seconds)
         except TimeoutError as error:
             raise Failed(f"{error}; it says {said[-3000:]}") from error
         return said

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.traffic import until
 
 from edgebroker.cli.admin_client import ask
 from edgebroker.common.errors import UnreachableError
 from edgebroker.version import __version__
+from tests.kit.waiting import wait_for
 
 from .builds import ROOT
 from .machine import root_of
@@ -97,7 +97,7 @@ def test_it_starts_is_healthy_and_stops(buildah: Buildah, image: str, tmp_path: 
     program = "/opt/edgebroker/edgebroker"
     started = buildah.start("run", *settings, volume, container, "--", program, "serve")
     try:
-        until(lambda: ready(http), 60.0, "the node in the container answers")
+        wait_for(lambda: ready(http), "the node in the container answers", 60.0)
         version = ask(http, "/v1/node")[1]["version"]
         assert version == __version__
         said = buildah.run("run", container, "--", program, "check", "live", "--healthcheck", "--admin", http)

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from faults.traffic import until
 
 from edgebroker.cli.appliance.install import LIMITS
 from edgebroker.version import __version__
+from tests.kit.waiting import wait_for
 
 from . import builds
 from .machine import Machine
@@ -195,9 +195,9 @@ def test_a_real_prometheus_scrapes_it(terminal: Machine, tmp_path: Path) -> None
         )
     try:
         asked = "edgebroker_consumer_lag_seconds{group='labels'}"
-        until(lambda: len(query(terminal, asked)) == 1, 60.0, f"Prometheus knows {asked}")
+        wait_for(lambda: len(query(terminal, asked)) == 1, f"Prometheus knows {asked}", 60.0)
         for name in ("up", "edgebroker_pipe_parent_up", "edgebroker_ready"):
-            until(lambda asked=name: values(terminal, asked) == {POS: "1", LOCAL: "1"}, 30.0, f"{name} is 1 at both")
+            wait_for(lambda asked=name: values(terminal, asked) == {POS: "1", LOCAL: "1"}, f"{name} is 1 at both", 30.0)
         info = query(terminal, "edgebroker_build_info")
         assert {one["metric"]["version"] for one in info} == {__version__}
     finally:
@@ -239,7 +239,7 @@ def test_a_killed_process_comes_back_and_leaves_nothing_behind(terminal: Machine
 
 
 def wait_gone(terminal: Machine, unit: str, before: list[int]) -> None:
-    until(lambda: not set(before) & set(processes(terminal, unit)), 60.0, f"the old processes of {unit} are gone")
+    wait_for(lambda: not set(before) & set(processes(terminal, unit)), f"the old processes of {unit} are gone", 60.0)
 
 
 def test_a_loop_that_stands_still_is_started_again(terminal: Machine) -> None:
@@ -348,7 +348,7 @@ def test_an_upgrade_that_the_power_ends_is_finished_at_the_next_boot(terminal: M
     digest = builds.digest_of(builds.broken())
     upgrade = subprocess.Popen(terminal.inside("edgebroker", "upgrade", "/root/broken", "--sha256", digest))
     current = terminal.root / "opt/edgebroker/current"
-    until(lambda: builds.BROKEN in os.readlink(current), 60.0, "the link is switched")
+    wait_for(lambda: builds.BROKEN in os.readlink(current), "the link is switched", 60.0)
     terminal.cut_power()
     upgrade.wait()
     assert builds.BROKEN in os.readlink(current)
@@ -356,7 +356,7 @@ def test_an_upgrade_that_the_power_ends_is_finished_at_the_next_boot(terminal: M
     terminal.wait_for("readlink", "/opt/edgebroker/current", has=__version__, seconds=120)
     for unit, _ in BOTH:
         terminal.wait_active(unit)
-    until(lambda: not terminal.file("/opt/edgebroker/pending").exists(), 60.0, "nothing is pending")
+    wait_for(lambda: not terminal.file("/opt/edgebroker/pending").exists(), "nothing is pending", 60.0)
     assert "rolled back" in terminal.journal("-u", "edgebroker-upgrade")
 
 
@@ -399,7 +399,7 @@ def test_a_node_that_starts_again_and_again_can_be_uninstalled(terminal: Machine
     config.write_text(config.read_text().replace(":7430", ":7420"))
     terminal.run("systemctl", "start", POS_UNIT)
     terminal.run("systemctl", "start", "--no-block", LOCAL_UNIT)
-    until(lambda: terminal.shown(LOCAL_UNIT, "NRestarts") not in ("", "0"), 30.0, "it is started again")
+    wait_for(lambda: terminal.shown(LOCAL_UNIT, "NRestarts") not in ("", "0"), "it is started again", 30.0)
     terminal.run("edgebroker", "uninstall", "--instance", "local")
     assert terminal.shown(LOCAL_UNIT, "ActiveState") == "inactive"
 

@@ -13,10 +13,11 @@ from typing import Any
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.common.errors import UnreachableError
+from tests.kit.waiting import wait_for
 
 from .checker import History, read_back
 from .group_checker import Journals, read_letters
-from .traffic import CLOCK, until
+from .traffic import CLOCK
 
 _ROOT = Path(__file__).parents[2]
 
@@ -95,7 +96,7 @@ class Crowd:
         if child.wake_at:
             self.wake(name)
         journal = self._directory / f"{name}-{child.runs}"
-        until(lambda: not child.alive or " b\n" in self._text(journal), 20.0, f"{name} has begun")
+        wait_for(lambda: not child.alive or " b\n" in self._text(journal), f"{name} has begun", 20.0)
         child.process.terminate()
         # One that a record killed at this very moment is no member that ended badly.
         if child.process.wait(20.0) not in (0, -signal.SIGKILL):
@@ -152,7 +153,7 @@ class Crowd:
             return self.at_the_end()
 
         try:
-            until(done, seconds, "the group comes to the end")
+            wait_for(done, "the group comes to the end", seconds)
         except TimeoutError as error:
             state = {name: child.process.poll() for name, child in self.children.items()}
             raise TimeoutError(f"{context}: {error}: {self.lines()}, {state}, {self.problems}") from None

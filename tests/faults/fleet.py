@@ -20,8 +20,9 @@ from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.common import batch
 from edgebroker.common.errors import EdgeBrokerError
+from tests.kit.waiting import wait_for
 
-from .traffic import SETTINGS, until
+from .traffic import SETTINGS
 from .wires import Wires
 
 # Each node, its level, and whom it asks, the best first. Parents are named before their children.
@@ -161,7 +162,7 @@ class Fleet:
     def settle(self, topic: str, seconds: float) -> float:
         """Wait until every node has what ROOT has and is well; how long it took. TimeoutError says what is missing."""
         try:
-            return until(lambda: not self.unsettled(topic), seconds, "the tree comes to rest")
+            return wait_for(lambda: not self.unsettled(topic), "the tree comes to rest", seconds)
         except TimeoutError as error:
             raise TimeoutError(f"{error}:\n" + "\n".join(self.unsettled(topic))) from None
 

@@ -7,9 +7,10 @@ import pytest
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
+from tests.kit.waiting import wait_for
 
 from .checker import History, read_back
-from .traffic import PARTITIONS, SETTINGS, Traffic, pass_time, until
+from .traffic import PARTITIONS, SETTINGS, Traffic, pass_time
 
 _LIBRARIES = [path for place in ("/usr/lib", "/usr/local/lib") for path in Path(place).glob("**/libfaketime.so.1")]
 pytestmark = [pytest.mark.skipif(not _LIBRARIES, reason="libfaketime is not installed"), pytest.mark.slow]
@@ -40,10 +41,10 @@ def test_a_jump_changes_nothing(tmp_path: Path, jump: str) -> None:
     broker.start()
     try:
         with Traffic(broker, history, TOPIC, seed=SEED) as traffic:
-            until(lambda: _node(broker, "storage")["rolls"] > PARTITIONS, 20.0, "segments are sealed")
+            wait_for(lambda: _node(broker, "storage")["rolls"] > PARTITIONS, "segments are sealed", 20.0)
             opened = _node(broker, "counters")["connections_opened"]
             set_clock(clock, JUMPS[jump])
-            until(lambda: _node(broker, "storage")["clock"] != "plausible", 10.0, "the jump is noticed")
+            wait_for(lambda: _node(broker, "storage")["clock"] != "plausible", "the jump is noticed", 10.0)
             # Longer than any timeout of this broker.
             pass_time(2.0)
             traffic.acked(50)

@@ -27,10 +27,11 @@ from edgebroker.storage.engine import Log
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.store import SegmentStore
+from tests.kit.waiting import wait_for
 
 from . import crashstates, shim
 from .checker import Ack, History, PartitionContent, read_files, value_of
-from .traffic import SETTINGS, until
+from .traffic import SETTINGS
 
 pytestmark = [pytest.mark.skipif(not shim.available(), reason="needs Linux and gcc"), pytest.mark.slow]
 
@@ -84,7 +85,7 @@ class Lab:
                 for wave in range(waves):
                     self._publish(producer, wave)
                     self._consume(consumer)
-                until(lambda: _storage(broker)["removed_segments"] > 0, 10.0, "retention removes a segment")
+                wait_for(lambda: _storage(broker)["removed_segments"] > 0, "retention removes a segment", 10.0)
                 self._publish(producer, waves)
             assert _storage(broker)["rolls"]
             broker.stop()

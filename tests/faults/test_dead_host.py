@@ -16,8 +16,7 @@ import pytest
 
 from edgebroker.network.io import transport
 from tests.kit.brokers import RunningBroker, numbered, running
-
-from .traffic import until
+from tests.kit.waiting import wait_for
 
 NAME, HERE, THERE = f"eb{os.getpid()}", "10.213.47.1", "10.213.47.2"
 SECONDS = 6
@@ -80,11 +79,11 @@ def test_a_host_that_vanishes(tmp_path: Path, far_host: None, monkeypatch: pytes
         try:
             assert far.stdout is not None and far.stdout.readline() == b"ready\n"
             near.subscribe("t", "g")
-            until(lambda: clients(broker) >= {"far-holder", "far-idle"}, 10.0, "the far clients")
+            wait_for(lambda: clients(broker) >= {"far-holder", "far-idle"}, "the far clients", 10.0)
             ip("-n", NAME, "link", "set", f"{NAME}b", "down")
             near.publish("t", numbered(1, 1))
             # Neither the idle timeout (30 s) nor the delivery timeout (60 s) is needed for it.
-            until(lambda: clients(broker) == {"near"}, 4.0 * SECONDS, "the kernel to notice")
+            wait_for(lambda: clients(broker) == {"near"}, "the kernel to notice", 4.0 * SECONDS)
             assert near.deliver().offsets == [0], "what the far member had in flight comes again"
             assert broker.counters()["delivery_timeouts"] == broker.counters()["idle_timeouts"] == 0
         finally:

@@ -19,10 +19,11 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.network.wire import frames
+from tests.kit.waiting import wait_for
 
 from . import shim
 from .checker import History, read_back, value_of
-from .traffic import CLOCK, PARTITIONS, SETTINGS, Writer, until
+from .traffic import CLOCK, PARTITIONS, SETTINGS, Writer
 
 pytestmark = [pytest.mark.skipif(not shim.available(), reason="needs Linux and gcc"), pytest.mark.slow]
 
@@ -118,7 +119,7 @@ def read_wave(broker: BrokerProcess, start: str, seconds: float) -> float:
                     found.add((record.partition, record.offset))
             return len(found) >= WAVE
 
-        return until(arrived, seconds, "the records published before")
+        return wait_for(arrived, "the records published before", seconds)
 
 
 @pytest.mark.parametrize("op", ["fdatasync", "pwrite"])
@@ -131,7 +132,7 @@ def test_only_acknowledgements_wait_for_a_slow_disk(tmp_path: Path, op: str) -> 
         begun, acks = CLOCK.monotonic(), len(history.acks)
         pinger = Pinger(broker)
         delivery = read_wave(broker, "earliest", 10.0)
-        until(lambda: CLOCK.monotonic() - begun > 5 * DELAY_MS / 1000, 60.0, "five delays")
+        wait_for(lambda: CLOCK.monotonic() - begun > 5 * DELAY_MS / 1000, "five delays", 60.0)
         ping, health = pinger.stop()
         slow = len(history.acks) - acks
         switch.unlink()
@@ -159,8 +160,8 @@ def test_a_cold_read_that_hangs_is_given_up_and_tried_again(tmp_path: Path) -> N
         pinger = Pinger(broker)
         with Consumer(broker.server, [TOPIC], start="earliest", auto_ack=False) as consumer:
             consumer.poll(0.0)
-            until(lambda: _node(broker)["read_timeouts"] > 0, 10.0 + DELAY_MS / 100, "a read times out")
-            until(lambda: "disk_stalled" in _readiness(broker), 5.0 + DELAY_MS / 100, "/readyz says disk_stalled")
+            wait_for(lambda: _node(broker)["read_timeouts"] > 0, "a read times out", 10.0 + DELAY_MS / 100)
+            wait_for(lambda: "disk_stalled" in _readiness(broker), "/readyz says disk_stalled", 5.0 + DELAY_MS / 100)
             with Producer(broker.server, client_id="meanwhile", timeout=10.0) as producer:
                 history.sending("w", 0)
                 begun = CLOCK.monotonic()
@@ -176,8 +177,8 @@ def test_a_cold_read_that_hangs_is_given_up_and_tried_again(tmp_path: Path) -> N
                     missing.discard((record.partition, record.offset))
                 return not missing
 
-            resumed = until(arrived, 10.0 + 2 * DELAY_MS / 1000, "delivery goes on by itself")
-        until(lambda: _readiness(broker) == "", 10.0, "/readyz is ready again")
+            resumed = wait_for(arrived, "delivery goes on by itself", 10.0 + 2 * DELAY_MS / 1000)
+        wait_for(lambda: _readiness(broker) == "", "/readyz is ready again", 10.0)
         print(
             f"pread +{DELAY_MS} ms: ping p99 {ping * 1e3:.1f} ms, /healthz p99 {health * 1e3:.1f} ms, "
             f"a publish took {stored * 1e3:.0f} ms, delivery went on after {resumed:.2f} s"

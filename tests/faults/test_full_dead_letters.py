@@ -13,12 +13,13 @@ from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.records import Record
+from tests.kit.waiting import wait_for
 
 from .checker import History, origin_of, read_back
 from .group_checker import Letter, read_letters
 from .powercut import Disk
 from .test_full_disk import DISK_BYTES, REASON, Small
-from .traffic import SETTINGS, send_value, until
+from .traffic import SETTINGS, send_value
 
 pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON or "available"), pytest.mark.slow]
 
@@ -93,7 +94,7 @@ def test_a_dead_letter_waits_for_space(
                 till.step()
                 return bool(condition())
 
-            until(done, 20.0, what)
+            wait_for(done, what, 20.0)
 
         turn(lambda: till.refused[POISON] == 1, "the first attempt")
         small.fill()

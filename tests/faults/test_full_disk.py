@@ -11,10 +11,11 @@ from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import AnswerError, EdgeBrokerError
+from tests.kit.waiting import wait_for
 
 from .checker import ConsumerHistory, History, check_groups, read_back
 from .powercut import Disk, unavailable
-from .traffic import SETTINGS, send_value, until
+from .traffic import SETTINGS, send_value
 
 REASON = unavailable()
 pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON or "available"), pytest.mark.slow]
@@ -63,7 +64,7 @@ class Small:
             error = producer._sender._last_error
             return isinstance(error, AnswerError) and error.code.name == code
 
-        until(told, 10.0, f"publishing is answered {code}")
+        wait_for(told, f"publishing is answered {code}", 10.0)
 
     def consume(self, *, commit: bool) -> None:
         """Read to the end as the group; with `commit` wait until that is stored."""
@@ -77,7 +78,7 @@ class Small:
                     consumer.ack(record)
                 return self.consumed.next_offset.get(0, 0) >= int(end)
 
-            until(at_the_end, 10.0, "consumers go on")
+            wait_for(at_the_end, "consumers go on", 10.0)
             if commit:
                 consumer.commit(10.0)
                 self.consumed.confirmed({0: end})
@@ -119,7 +120,7 @@ def test_a_disk_that_fills_up_and_is_freed(small: Small) -> None:
         assert "read_only" not in small.problems()
         small.free()
         producer.flush(RESUME_SECONDS)
-        until(lambda: not small.problems(), 5.0, "the node is well again")
+        wait_for(lambda: not small.problems(), "the node is well again", 5.0)
         small.consume(commit=True)
     assert small.broker.stop() == 0
     small.broker.start()

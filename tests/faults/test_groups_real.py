@@ -15,13 +15,14 @@ import pytest
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.producer import Producer
+from tests.kit.waiting import wait_for
 
 from .checker import History
 from .crowd import Crowd
 from .group_checker import read_letters
 from .member import POISON
 from .proxy import Proxy
-from .traffic import CLOCK, PARTITIONS, SETTINGS, Writer, pass_time, send_value, until
+from .traffic import CLOCK, PARTITIONS, SETTINGS, Writer, pass_time, send_value
 
 pytestmark = pytest.mark.slow
 
@@ -176,12 +177,12 @@ def test_members_that_come_and_go_repeat_nothing(broker: BrokerProcess, tmp_path
         try:
             for name in ("second", "third"):
                 crowd.start(name, pause=0.002)
-                until(lambda: len(_holders(crowd)) == len(crowd.children), 20.0, f"{name} gets a partition")
+                wait_for(lambda: len(_holders(crowd)) == len(crowd.children), f"{name} gets a partition", 20.0)
             for name in ("first", "second"):
                 pass_time(rng.uniform(0.1, 0.3))
                 crowd.leave(name)
                 crowd.start(name)
-                until(lambda: len(_holders(crowd)) == 3, 20.0, f"{name} gets a partition again")
+                wait_for(lambda: len(_holders(crowd)) == 3, f"{name} gets a partition again", 20.0)
             writer.stop()
             crowd.come_to_the_end(20.0)
         finally:
@@ -229,17 +230,17 @@ def test_what_a_sleeper_acknowledges_late_changes_nothing(broker: BrokerProcess,
             send_value(history, producer, topic, 0, "p", n, 60)
     with Crowd(tmp_path, broker, topic, GROUP) as crowd:
         crowd.start("sleeper", window=40, pause=0.01)
-        until(lambda: crowd.journals().first_times > 50, 20.0, "the first member is at work")
+        wait_for(lambda: crowd.journals().first_times > 50, "the first member is at work", 20.0)
         crowd.stop("sleeper", 1000.0)
         slept = crowd.journals().first_times
         crowd.start("heir", window=40, pause=0.01)
-        until(lambda: _holders(crowd) == {"heir"} and _handled_by(crowd, "heir") > 0, 20.0, "the second one gets it")
+        wait_for(lambda: _holders(crowd) == {"heir"} and _handled_by(crowd, "heir") > 0, "the second one gets it", 20.0)
         # Both stand still: nothing moves the place but what the sleeper says when it wakes up.
         crowd.stop("heir", 1000.0)
         before, stale = crowd.lines()[0], _counter(broker, "stale_acks")
         begun = CLOCK.monotonic()
         crowd.wake("sleeper")
-        until(lambda: _revoked(tmp_path, topic, "sleeper"), 20.0, "the first one learns of it")
+        wait_for(lambda: _revoked(tmp_path, topic, "sleeper"), "the first one learns of it", 20.0)
         after = crowd.lines()[0]
         if CLOCK.monotonic() - begun < TIMEOUT_SECONDS / 2 and after["member"]["client_id"] == "heir":
             assert (after["committed"], after["member"]["lease"]) == (before["committed"], before["member"]["lease"])

@@ -19,10 +19,11 @@ from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer, Sent
 from edgebroker.common.errors import AnswerError, EdgeBrokerError, UnreachableError
+from tests.kit.waiting import wait_for
 
 from . import shim
 from .checker import ConsumerHistory, History, check_groups, read_back
-from .traffic import SETTINGS, send_value, until
+from .traffic import SETTINGS, send_value
 
 pytestmark = [pytest.mark.skipif(not shim.available(), reason="needs Linux and gcc"), pytest.mark.slow]
 
@@ -84,7 +85,7 @@ class Run:
                 seen.add(error.code.name)
             return sent.done() or bool(seen & REFUSALS) or not self.alive()
 
-        until(told, CLIENT_SECONDS, f"an answer ({self.context})")
+        wait_for(told, f"an answer ({self.context})", CLIENT_SECONDS)
         return seen
 
     def consume(self, seconds: float = 5.0) -> None:
@@ -103,7 +104,7 @@ class Run:
                 return not ends
 
             self.consumed.next_offset.clear()
-            until(at_the_end, seconds, f"reading goes on ({self.context})")
+            wait_for(at_the_end, f"reading goes on ({self.context})", seconds)
 
     def verify(self) -> None:
         """After a start without faults: nothing lost, writing works."""
@@ -131,16 +132,18 @@ def workload(run: Run) -> set[str]:
         try:
             refusal = run.create()
             if refusal and run.alive():
-                until(lambda: run.create() == "" or not run.alive(), RESUME_SECONDS, f"a topic is made ({run.context})")
+                wait_for(
+                    lambda: run.create() == "" or not run.alive(), f"a topic is made ({run.context})", RESUME_SECONDS
+                )
             for _ in range(2 if run.alive() else 0):
                 codes |= run.publish(producer, 3)
             if codes <= {"DISK_FULL"}:
-                until(lambda: not producer.unacked or not run.alive(), RESUME_SECONDS, f"writing ({run.context})")
+                wait_for(lambda: not producer.unacked or not run.alive(), f"writing ({run.context})", RESUME_SECONDS)
             if run.alive():
                 run.consume()
-                until(lambda: retained(run) or bool(codes), 4.0, f"retention ({run.context})")
+                wait_for(lambda: retained(run) or bool(codes), f"retention ({run.context})", 4.0)
         except UnreachableError:
-            until(lambda: not run.alive(), 5.0, f"a node that does not answer is dead ({run.context})")
+            wait_for(lambda: not run.alive(), f"a node that does not answer is dead ({run.context})", 5.0)
         except (EdgeBrokerError, TimeoutError):
             # One that is read-only accepts nothing more.
             if run.alive() and not read_only(run):

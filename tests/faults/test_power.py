@@ -13,11 +13,12 @@ import pytest
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
+from tests.kit.waiting import wait_for
 
 from . import shim
 from .checker import History, check_groups, read_back
 from .powercut import Disk, unavailable
-from .traffic import CLOCK, SETTINGS, Traffic, pass_time, until
+from .traffic import CLOCK, SETTINGS, Traffic, pass_time
 
 REASON = unavailable()
 pytestmark = [pytest.mark.skipif(bool(REASON), reason=REASON or "available"), pytest.mark.slow]
@@ -48,14 +49,14 @@ def changed(disk: Disk, *, removed: bool) -> Callable[[], bool]:
 def moment(kind: str, disk: Disk, history: History, rng: random.Random) -> None:
     """Wait for the moment of the cut."""
     acks = len(history.acks)
-    until(lambda: len(history.acks) > acks, 10.0, "a first acknowledgement")
+    wait_for(lambda: len(history.acks) > acks, "a first acknowledgement", 10.0)
     if kind == "time":
         pass_time(rng.uniform(0.0, 0.8))
     elif kind == "checkpoint":
         stored = sum(history.consumers[0].stored.values())
-        until(lambda: sum(history.consumers[0].stored.values()) > stored, 10.0, "a commit of the group")
+        wait_for(lambda: sum(history.consumers[0].stored.values()) > stored, "a commit of the group", 10.0)
     else:
-        until(changed(disk, removed=kind == "retention"), 20.0, kind)
+        wait_for(changed(disk, removed=kind == "retention"), kind, 20.0)
 
 
 class Cuts:
@@ -115,7 +116,7 @@ def test_without_syncs_records_are_lost(tmp_path: Path) -> None:
         try:
             history = cuts.history
             with Traffic(cuts.broker, history, TOPIC, seed=SEED) as traffic:
-                until(lambda: len(history.acks) > 200, 10.0, "acknowledgements")
+                wait_for(lambda: len(history.acks) > 200, "acknowledgements", 10.0)
                 for writer in traffic.writers:
                     writer.drop()
                 disk.cut(cuts.broker)

@@ -21,10 +21,11 @@ from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
+from tests.kit.waiting import wait_for
 
 from . import shim
 from .refresher import STEPS, Store
-from .traffic import CLOCK, SETTINGS, until
+from .traffic import CLOCK, SETTINGS
 
 pytestmark = pytest.mark.slow
 
@@ -172,7 +173,7 @@ class World:
             line = self.line()
             return bool(line["committed"] == line["durable_end"] and line["member"])
 
-        until(done, SECONDS, "the consumer comes to the end")
+        wait_for(done, "the consumer comes to the end", SECONDS)
 
     def until_ready(
         self,

@@ -12,9 +12,10 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import AnswerError, EdgeBrokerError
 from edgebroker.common.types import Position
+from tests.kit.waiting import wait_for
 
 from .refresher import Store
-from .traffic import SETTINGS, until
+from .traffic import SETTINGS
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +64,7 @@ class Table:
             self.publish(20)
             return bool(self.part()["log_start"] > above)
 
-        until(gone, SECONDS, "retention removes the beginning")
+        wait_for(gone, "retention removes the beginning", SECONDS)
 
     def begin_snapshot(self) -> dict[str, Any]:
         """Announce one and publish every live row; it is not complete yet."""
@@ -87,7 +88,7 @@ class Table:
                 consumer.ack(records[-1])
             return self.store.visible().rows == self.live and self.line()["refresh"]["state"] == "ready"
 
-        until(same, SECONDS, "the mirror shows what is live")
+        wait_for(same, "the mirror shows what is live", SECONDS)
 
     def consumer(self, **options: Any) -> Consumer:
         return Consumer(self.broker.server, [TOPIC], GROUP, auto_ack=False, staging=self.store, **options)
@@ -142,18 +143,18 @@ def test_retention_stops_before_the_newest_snapshot(table: Table) -> None:
     table.broker.kill()
     table.broker.start()
     sweeps = _sweeps(table)
-    until(lambda: _sweeps(table) >= sweeps + 3, SECONDS, "retention looks at it")
+    wait_for(lambda: _sweeps(table) >= sweeps + 3, "retention looks at it", SECONDS)
     assert table.part()["log_start"] <= held
     with table.consumer() as consumer:
         consumer.poll(0.0)
-        until(lambda: _held(table), SECONDS, "the partition is held")
+        wait_for(lambda: _held(table), "the partition is held", SECONDS)
         consumer.refresh(TOPIC, 0)
         table.mirror(consumer)
         assert table.line()["refresh"]["from"] == held
         second = table.begin_snapshot()
         table.complete(second)
         newer = second["first"]["0"]
-        until(lambda: table.part()["log_start"] > held, SECONDS, "what the older one kept goes")
+        wait_for(lambda: table.part()["log_start"] > held, "what the older one kept goes", SECONDS)
         table.churn(held)
         assert table.part()["log_start"] <= newer
         consumer.refresh(TOPIC, 0)

@@ -10,9 +10,10 @@ from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import GapError
+from tests.kit.waiting import wait_for
 
 from .test_clock import _LIBRARIES, YEAR, set_clock
-from .traffic import CLOCK, SETTINGS, until
+from .traffic import CLOCK, SETTINGS
 
 pytestmark = [pytest.mark.skipif(not _LIBRARIES, reason="libfaketime is not installed"), pytest.mark.slow]
 
@@ -68,7 +69,7 @@ class Node:
                 places = consumer.next_offsets()
                 return bool(places) and min(places.values()) >= self.n
 
-            until(at_the_end, SECONDS, "the reader comes to the end")
+            wait_for(at_the_end, "the reader comes to the end", SECONDS)
         return found, gaps
 
     def all_there(self, what: str) -> None:
@@ -136,14 +137,14 @@ def test_with_a_right_clock_whole_batches_expire(node: Node) -> None:
         assert all(reason == "EXPIRED" for _, _, reason in gaps)
         return not found
 
-    waited = until(gone, SECONDS, "all of it expires")
+    waited = wait_for(gone, "all of it expires", SECONDS)
     assert waited > 0.5
     assert node.expired() >= first
     node.publish(10)
     assert node.read()[0] == list(range(first, node.n))
     # Of what an earlier run wrote the wall clock tells the age.
     node.restart("+0", crash=False)
-    until(gone, SECONDS, "what is left expires, too")
+    wait_for(gone, "what is left expires, too", SECONDS)
     assert node.read()[1][-1][1] == node.n - 1
 
 

@@ -10,15 +10,15 @@ with Traffic(broker, history, "orders", seed=1) as traffic:
 import logging
 import random
 import threading
-from collections.abc import Callable
 from types import TracebackType
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer, Sent
-from edgebroker.common.clock import SystemClock, sleep
+from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import EdgeBrokerError
+from tests.kit.waiting import wait_for
 
 from .checker import Ack, ConsumerHistory, History, value_of
 
@@ -37,20 +37,10 @@ for _name in ("edgebroker.client.producer", "edgebroker.client.sender", "edgebro
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 
-def until(condition: Callable[[], bool], seconds: float, what: str) -> float:
-    """Poll until a condition holds; how long it took. Raises TimeoutError saying what did not happen."""
-    begun = CLOCK.monotonic()
-    while not condition():
-        if CLOCK.monotonic() - begun > seconds:
-            raise TimeoutError(f"not within {seconds:g} s: {what}")
-        sleep(0.005)
-    return CLOCK.monotonic() - begun
-
-
 def pass_time(seconds: float) -> None:
     """Let the others work for a while."""
     due = CLOCK.monotonic() + seconds
-    until(lambda: CLOCK.monotonic() >= due, seconds + 10.0, "time passes")
+    wait_for(lambda: CLOCK.monotonic() >= due, "time passes", seconds + 10.0)
 
 
 def send_value(history: History, producer: Producer, topic: str, partition: int, name: str, n: int, size: int) -> Sent:
@@ -200,7 +190,7 @@ class Traffic:
     def acked(self, more: int, seconds: float = 15.0) -> float:
         """Wait for this many further acknowledgements."""
         wanted = len(self._history.acks) + more
-        return until(lambda: len(self._history.acks) >= wanted, seconds, f"{more} further acknowledgements")
+        return wait_for(lambda: len(self._history.acks) >= wanted, f"{more} further acknowledgements", seconds)
 
     def drain(self) -> None:
         """Stop writing, wait for every answer, let the follower see everything, then end it."""
@@ -215,7 +205,7 @@ class Traffic:
             return {p: (seen.get(p), end) for p, end in ends.items() if seen.get(p, -1) < end}
 
         try:
-            until(lambda: not behind() or bool(history.problems), 20.0, "the follower comes to the end")
+            wait_for(lambda: not behind() or bool(history.problems), "the follower comes to the end", 20.0)
         except TimeoutError as error:
             groups = call(self._broker.admin, "GET", f"/v1/groups/{history.group}")
             raise TimeoutError(f"{error}: {behind()}, {groups}") from None

@@ -17,11 +17,12 @@ from types import TracebackType
 from edgebroker.cli.admin_client import call
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import UnreachableError
+from tests.kit.waiting import wait_for
 
 from .checker import ConsumerHistory, History, check_groups, read_back
 from .crowd import Crowd
 from .fleet import Fleet, Node
-from .traffic import CLOCK, PARTITIONS, Follower, Writer, send_value, until
+from .traffic import CLOCK, PARTITIONS, Follower, Writer, send_value
 
 WRITERS, MEMBERS = 2, 2
 # So often a member dies, when they are to come and go.
@@ -76,7 +77,7 @@ class Users:
             Writer(self._history, root.server, f"p{rank}", self._topic, seed=self._seed + rank, pause=self._pause)
             for rank in range(WRITERS)
         ]
-        until(lambda: len(self._history.acks) > before + 50, 30.0, "the first acknowledgements")
+        wait_for(lambda: len(self._history.acks) > before + 50, "the first acknowledgements", 30.0)
 
     def _newcomer(self) -> None:
         """Another reader, with a group of its own."""
@@ -142,7 +143,7 @@ class Users:
         for node, follower in self._readers:
             unseen = partial(self._unseen, follower.history)
             try:
-                until(lambda unseen=unseen: not unseen(), seconds, "a reader has seen everything")  # type: ignore[misc]
+                wait_for(lambda unseen=unseen: not unseen(), "a reader has seen everything", seconds)  # type: ignore[misc]
             except TimeoutError as error:
                 group = call(node.admin, "GET", f"/v1/groups/{follower.history.group}")
                 raise TimeoutError(f"{error}, at {node.directory.name}: not {unseen()}; {group}") from None

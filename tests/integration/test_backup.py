@@ -13,7 +13,8 @@ import pytest
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from tests.kit.brokers import numbered
-from tests.kit.trees import Tree, chain, digest, end, follows, publish, wait_for
+from tests.kit.trees import Tree, chain, digest, end, follows, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

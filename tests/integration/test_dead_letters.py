@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import FrameType, GapReason
 from tests.kit.brokers import SECONDS, RunningBroker, batch_of, numbered, running
 from tests.kit.raw_client import RawClient
+from tests.kit.waiting import wait_for
 
 # Two attempts without a pause between them; time passes only when a test lets it.
 SETTINGS = {
@@ -78,12 +79,6 @@ def said(letter: Record) -> dict[str, str]:
     own = letter.headers[-len(HEADERS) :]
     assert tuple(name for name, _ in own) == HEADERS
     return {name.removeprefix("eb-dlq-"): (value or b"").decode() for name, value in own}
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
 
 
 @contextmanager

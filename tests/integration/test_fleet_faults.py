@@ -26,7 +26,8 @@ from edgebroker.pipe.topology import Topology
 from edgebroker.storage.types import DiskState
 from tests.integration.test_registry import RAW, batch, joins, nodes, parent, pass_time, root_of, run, until
 from tests.integration.test_registry import told as told_of
-from tests.kit.trees import Tree, follows, pipe, publish, wait_for
+from tests.kit.trees import Tree, follows, pipe, publish
+from tests.kit.waiting import wait_for
 from tests.unit.pipe.test_fleet import BOOTS, TOP, report, state, uid
 
 # ---- reports ----

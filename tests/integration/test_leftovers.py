@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from edgebroker import Consumer, Record
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicPartition
 from tests.kit.brokers import SECONDS, RunningBroker, numbered, running
+from tests.kit.waiting import wait_for
 
 
 @pytest.fixture
@@ -55,12 +55,6 @@ def places(records: list[Record]) -> list[tuple[int, int]]:
 def committed(broker: RunningBroker) -> list[int]:
     lines = {line["partition"]: line["committed"] for line in broker.http("GET", "/v1/groups/g")[1]["partitions"]}
     return [lines[partition] for partition in range(2)]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
 
 
 @pytest.mark.parametrize("leave", [by_breaking, by_failing])

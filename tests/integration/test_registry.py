@@ -13,7 +13,8 @@ from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from edgebroker.storage.metadata.registry import NodeRow
 from tests.kit.brokers import RunningBroker
-from tests.kit.trees import Tree, follows, pipe, publish, wait_for
+from tests.kit.trees import Tree, follows, pipe, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

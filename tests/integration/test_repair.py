@@ -14,7 +14,8 @@ from edgebroker.common import records
 from edgebroker.common.errors import DamagedBatchError
 from edgebroker.storage.types import CorruptRange
 from tests.kit.storage import StoreHarness, encode, store_settings
-from tests.kit.trees import Tree, digest, end, follows, grown, line, publish, wait_for
+from tests.kit.trees import Tree, digest, end, follows, grown, line, publish
+from tests.kit.waiting import wait_for
 from tests.unit.storage.test_mirror_store import batches, bytes_of, identity_of, mirror, take
 
 

@@ -19,7 +19,8 @@ from edgebroker.storage.types import UNKNOWN_CHAIN, CorruptRange
 from tests.integration.test_repair import cut_short, flip, logs_of, lose, repair
 from tests.kit.brokers import RunningBroker, numbered
 from tests.kit.storage import StoreHarness, encode, store_settings
-from tests.kit.trees import Tree, digest, end, follows, grown, line, publish, wait_for
+from tests.kit.trees import Tree, digest, end, follows, grown, line, publish
+from tests.kit.waiting import wait_for
 from tests.unit.storage.test_mirror_store import batches, bytes_of, identity_of, mirror, take
 
 

@@ -16,7 +16,8 @@ from edgebroker.storage.rewrite import replace as replacement
 from edgebroker.storage.rewrite.replace import FILE_NAME, exchange, finish_replacements, read_resyncs, write_resyncs
 from edgebroker.storage.types import ResyncRow
 from tests.kit.brokers import RunningBroker
-from tests.kit.trees import Tree, digest, end, follows, grown, pipe, publish, wait_for
+from tests.kit.trees import Tree, digest, end, follows, grown, pipe, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 ID = "ab" * 16

@@ -26,7 +26,8 @@ from edgebroker.storage.types import CorruptRange, ResyncRow, Tombstone
 from tests.integration.test_resync import ID, order, state, until
 from tests.integration.test_topic_delete import revived, topics
 from tests.kit.storage import TOPIC, StoreHarness, store_settings
-from tests.kit.trees import Tree, end, follows, grown, line, pipe, publish, wait_for
+from tests.kit.trees import Tree, end, follows, grown, line, pipe, publish
+from tests.kit.waiting import wait_for
 
 OTHER = "cd" * 16
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from edgebroker import Consumer
 from edgebroker.common.types import TopicPartition
 from tests.kit.brokers import SECONDS, RunningBroker, numbered, running
+from tests.kit.waiting import wait_for
 
 # Time passes only when a test lets it: a minute until a delivery is overdue.
 SETTINGS = {
@@ -30,12 +30,6 @@ def broker(tmp_path: Path) -> Iterator[RunningBroker]:
         for partition in range(2):
             client.publish("t", numbered(0, 3), partition=partition)
         yield found
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
 
 
 def unresponsive(broker: RunningBroker) -> list[str]:

@@ -18,7 +18,8 @@ from edgebroker.storage.rewrite.removal import FILE_NAME, read_tombstones, write
 from edgebroker.storage.types import Tombstone
 from tests.kit.brokers import RunningBroker
 from tests.kit.storage import TOPIC, StoreHarness, encode, pack, store_settings
-from tests.kit.trees import Tree, digest, end, follows, grown, line, pipe, publish, wait_for
+from tests.kit.trees import Tree, digest, end, follows, grown, line, pipe, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
 from tests.kit.brokers import RunningBroker, numbered
 from tests.kit.raw_client import RawClient
-from tests.kit.trees import Tree, digest, end, follows, pipe, publish, wait_for
+from tests.kit.trees import Tree, digest, end, follows, pipe, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -9,7 +9,8 @@ import pytest
 
 from edgebroker.common.errors import Code
 from tests.kit.brokers import RunningBroker, numbered
-from tests.kit.trees import LEVELS, Tree, chain, digest, end, follows, line, pipe, publish, wait_for
+from tests.kit.trees import LEVELS, Tree, chain, digest, end, follows, line, pipe, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

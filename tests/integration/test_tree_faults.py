@@ -22,7 +22,8 @@ from edgebroker.network.http.client import KEEPALIVE_SECONDS
 from edgebroker.network.io.transport import Transport
 from edgebroker.pipe.stream import HEADER_BYTES, Kind
 from tests.kit.brokers import SECONDS, RunningBroker
-from tests.kit.trees import Tree, chain, digest, end, follows, line, pipe, publish, wait_for
+from tests.kit.trees import Tree, chain, digest, end, follows, line, pipe, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

@@ -12,7 +12,8 @@ from edgebroker.broker.feed import digests
 from edgebroker.cli.main import main
 from edgebroker.common import batch, crc32c
 from tests.integration.test_repair import flip, logs_of
-from tests.kit.trees import Tree, follows, grown, publish, wait_for
+from tests.kit.trees import Tree, follows, grown, publish
+from tests.kit.waiting import wait_for
 
 
 def verify(tree: Tree, here: str, there: str, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any]:

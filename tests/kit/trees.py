@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from edgebroker.common.errors import Code
-from tests.kit.brokers import SECONDS, RunningBroker, numbered, running
+from tests.kit.brokers import RunningBroker, numbered, running
+from tests.kit.waiting import wait_for
 
 LEVELS = ["root", "l2", "l3", "pos", "local"]
 
@@ -62,13 +61,6 @@ class Tree:
     def close(self) -> None:
         for name in list(self._stacks):
             self.stop(name)
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"not in time: {what}"
-        time.sleep(0.01)
 
 
 def end(node: RunningBroker, topic: str, partition: int = 0) -> int:

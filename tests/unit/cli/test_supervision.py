@@ -21,11 +21,11 @@ from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.service import journal
 from edgebroker.cli.service.journal import BURST, WINDOW_SECONDS, JournalHandler, JsonFormatter, RateLimit, fields_of
 from edgebroker.cli.service.supervisor import Systemd
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.config import describe_keys, load_config
 from edgebroker.network.io.loop import Loop
 from tests.kit.brokers import running
 from tests.kit.clock import ManualClock
+from tests.kit.waiting import wait_for
 
 
 class Receiver:
@@ -224,17 +224,13 @@ def test_a_process_reads_its_file_again_and_refuses_a_wrong_one(tmp_path: Path) 
     with node:
         file.write_text('[log]\nlevel = "debug"\n[topics]\npartitions = 4\n')
         os.kill(node.pid, signal.SIGHUP)
-        wait_for(node, "changed: log.level")
-        wait_for(node, "restart the node to apply: topics.partitions")
+        await_log(node, "changed: log.level")
+        await_log(node, "restart the node to apply: topics.partitions")
         file.write_text("[log]\nlevle = 1\n")
         os.kill(node.pid, signal.SIGHUP)
-        wait_for(node, "reload failed, the configuration is unchanged: log.levle")
+        await_log(node, "reload failed, the configuration is unchanged: log.levle")
         assert node.ready()
 
 
-def wait_for(node: BrokerProcess, text: str) -> None:
-    clock = SystemClock()
-    deadline = clock.monotonic() + 10.0
-    while text not in node.log_path.read_text():
-        assert clock.monotonic() < deadline, node.log_path.read_text()
-        call(node.admin, "GET", "/healthz")
+def await_log(node: BrokerProcess, text: str) -> None:
+    wait_for(lambda: text in node.log_path.read_text(), f"the log says {text!r}")

@@ -22,7 +22,8 @@ from edgebroker.storage.engine import Log
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.types import make_identity
 from tests.kit.brokers import RunningBroker, batch_of
-from tests.kit.trees import LEVELS, Tree, chain, digest, end, follows, line, publish, wait_for
+from tests.kit.trees import LEVELS, Tree, chain, digest, end, follows, line, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 

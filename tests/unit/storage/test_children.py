@@ -11,7 +11,8 @@ import pytest
 from edgebroker.storage.metadata.children import read_children, write_children
 from edgebroker.storage.types import LIVE_SECONDS, ChildPosition
 from tests.kit.brokers import SECONDS, RunningBroker
-from tests.kit.trees import Tree, chain, digest, end, follows, grown, publish, wait_for
+from tests.kit.trees import Tree, chain, digest, end, follows, grown, publish
+from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
 
