@@ -14,7 +14,7 @@ from edgebroker.broker.feed import ranges
 from edgebroker.common import records
 from edgebroker.common.errors import Code
 from edgebroker.storage import files
-from edgebroker.storage import store as store_module
+from edgebroker.storage.rewrite import rewriter
 from edgebroker.storage.types import UNKNOWN_CHAIN, CorruptRange
 from tests.integration.test_repair import cut_short, flip, logs_of, lose, repair
 from tests.kit.brokers import RunningBroker, numbered
@@ -327,7 +327,7 @@ def test_a_child_that_asks_while_healing_fails(tree: Tree, monkeypatch: pytest.M
         gate.wait()
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(store_module, "repair_segment", slow)
+    monkeypatch.setattr(rewriter, "repair_segment", slow)
     answers: list[object] = []
     root.broker.loop.call_soon_threadsafe(
         lambda: root.broker.engine.repair(log, b"x", lambda *answer: answers.append(answer))

@@ -539,9 +539,9 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
     l2 = tree.start("l2", "root")
     wait_for(lambda: root.broker.engine.log("t", 0).corrupt_ranges, "the damage is found")  # type: ignore[union-attr]
     wait_for(lambda: pipe(l2)["parent"]["connected"], "l2 follows")
-    from edgebroker.storage import store as store_module
+    from edgebroker.storage.rewrite import rewriter
 
-    real_repair, real_write, begun = store_module.repair_segment, removal.write_tombstones, threading.Event()
+    real_repair, real_write, begun = rewriter.repair_segment, removal.write_tombstones, threading.Event()
 
     def slow_write(path: Path, tombstones: Any) -> None:
         begun.set()
@@ -553,7 +553,7 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
         return real_repair(wound, data)
 
     monkeypatch.setattr(removal, "write_tombstones", slow_write)
-    monkeypatch.setattr(store_module, "repair_segment", slow_repair)
+    monkeypatch.setattr(rewriter, "repair_segment", slow_repair)
     # The child hears of it later.
     l2.call(lambda: setattr(l2.broker.mirroring.upstream._mirrors, "_delete", lambda topic: None))  # type: ignore[union-attr]
     topic_deletion = threading.Thread(target=lambda: root.http("DELETE", "/v1/topics/t"))

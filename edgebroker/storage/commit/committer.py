@@ -112,6 +112,14 @@ class Committer:
         """True when nothing is staged, written without a sync, or in flight."""
         return self.stored and not self._calling
 
+    def refusal(self) -> tuple[Outcome, str] | None:
+        """Why nothing can be stored now; None when it can."""
+        if self.read_only:
+            return Outcome.READ_ONLY, f"this node is read-only: {self.read_only}"
+        if self.disk_full:
+            return Outcome.DISK_FULL, f"the disk is full: {self.disk_full}"
+        return None
+
     def call(self, work: Callable[[], object], done: Callable[[object], None]) -> None:
         """Run file work on the commit thread between groups; `done` gets its result or its exception, on the loop."""
         self._calling += 1
