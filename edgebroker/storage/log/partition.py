@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files
@@ -36,9 +36,6 @@ from edgebroker.storage.types import (
     NeedsDisk,
     SegmentFile,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 PEEK_BYTES = 64 << 10
 # Reserved ahead of the end: little for a small segment, more for one that is filling.
@@ -494,18 +491,6 @@ class PartitionLog:
             following = self.segments[self.segments.index(segment) + 1]
             if following.base_chain == UNKNOWN_CHAIN:
                 following.base_chain = chain
-
-    def removable(self, keep_bytes: int, keep_ms: int, now_ms: int) -> Sequence[Segment]:
-        """Sealed segments, oldest first, that retention no longer keeps (0: no such limit)."""
-        total, gone = self.size_bytes, []
-        for segment in self.segments[:-1]:
-            too_much = keep_bytes > 0 and total - segment.size >= keep_bytes
-            too_old = keep_ms > 0 and segment.sealed_ms > 0 and now_ms - segment.sealed_ms >= keep_ms
-            if not (too_much or too_old):
-                break
-            gone.append(segment)
-            total -= segment.size
-        return gone
 
     def inventory(self) -> LogInventory:
         """The files of the log with the bytes of each that are durable."""

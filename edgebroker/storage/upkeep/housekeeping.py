@@ -34,6 +34,7 @@ from edgebroker.storage.rewrite.truncate import drop_aside
 from edgebroker.storage.settings import HousekeepingSettings
 from edgebroker.storage.types import UNKNOWN_CHAIN, CorruptRange, DiskState, Identity
 from edgebroker.storage.upkeep.budget import Budget
+from edgebroker.storage.upkeep.retention import LogFacts, plan
 
 log = logging.getLogger(__name__)
 
@@ -266,35 +267,21 @@ class Housekeeping:
         if self._removing:
             return
         now_ms = 0 if self.clock_implausible else self._clock.wall_ms()
-        wanted = self._budget.wants_space
-        for partition in self._store.logs():
-            if partition.rewriting:
-                continue
-            settings = partition.settings
-            gone = list(
-                partition.removable(
-                    settings.retention_bytes or self._settings.retention_bytes,
-                    (settings.retention_ms or self._settings.retention_ms) if now_ms else 0,
-                    now_ms,
-                )
+        partitions = [partition for partition in self._store.logs() if not partition.rewriting]
+        facts = (
+            LogFacts(
+                partition.segments,
+                partition.settings,
+                partition.identity.snapshot[0],
+                partial(self._listener.retention_pin, partition),
+                partial(self._listener.retention_floor, partition),
             )
-            kept = partition.identity.snapshot[0]
-            if kept >= 0:
-                # A table is refreshed from its newest complete snapshot: it stays.
-                gone = [segment for segment in gone if segment.end_offset <= kept]
-            pin = self._listener.retention_pin(partition) if gone else None
-            if pin is not None:
-                gone = [segment for segment in gone if segment.end_offset <= pin]
-            if wanted > 0:
-                floor = self._listener.retention_floor(partition)
-                for segment in partition.segments[len(gone) : -1]:
-                    if floor is None or segment.end_offset > floor or wanted <= 0 or segment.end_offset > kept >= 0:
-                        break
-                    gone.append(segment)
-                    wanted -= segment.size
-            if gone and partition.segments[len(gone)].base_chain != UNKNOWN_CHAIN:
-                self._remove(partition, gone)
-                return
+            for partition in partitions
+        )
+        found = plan(facts, self._settings, now_ms=now_ms, wanted=self._budget.wants_space)
+        if found is not None:
+            rank, gone = found
+            self._remove(partitions[rank], gone)
 
     def _remove(self, partition: PartitionLog, gone: list[Segment]) -> None:
         """Identity first, then the files: a crash in between leaves files that the next start removes."""
