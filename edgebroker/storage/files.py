@@ -138,12 +138,12 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path, suffix: str) -> Path:
-    """Give a file another suffix, durably; its bytes stay."""
-    aside = path.with_suffix(suffix)
-    os.rename(path, aside)
+def rename_suffix(path: Path, suffix: str) -> Path:
+    """Give a file another suffix, durably; its bytes stay. Its new name."""
+    renamed = path.with_suffix(suffix)
+    os.rename(path, renamed)
     sync_directory(path.parent)
-    return aside
+    return renamed
 
 
 def remove_tree(path: Path) -> None:

@@ -22,6 +22,7 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.identity import change_identity, read_identity, write_identity
+from edgebroker.storage.log.aside import finish_recreate
 from edgebroker.storage.log.index import SealedIndex, read_index
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog, Recovery
@@ -30,7 +31,6 @@ from edgebroker.storage.log.staging import Stage
 from edgebroker.storage.log.walk import next_good_batch
 from edgebroker.storage.metadata.meta_db import MetaState, SegmentRow
 from edgebroker.storage.quarantine import Quarantine
-from edgebroker.storage.rewrite.truncate import finish_restart
 from edgebroker.storage.types import UNKNOWN_CHAIN, Identity, begin_history, make_identity
 
 log = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ class Opener:
         key, name = (topic, number), f"{topic}/{number}"
         checkpoint = state.checkpoints.get(key)
         try:
-            finish_restart(directory, self._clock.wall_ms())
+            finish_recreate(directory, self._clock.wall_ms())
             identity = read_identity(directory)
         except (FileNotFoundError, DamagedDataError) as error:
             sizes = [path.stat().st_size for path in directory.iterdir() if path.suffix == SUFFIX]

@@ -53,8 +53,11 @@ from edgebroker.storage.types import (
     Tombstone,
     make_identity,
 )
+from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.cold_reads import ColdReads
 from edgebroker.storage.upkeep.housekeeping import Housekeeping
+from edgebroker.storage.upkeep.open_files import OpenFiles
+from edgebroker.storage.upkeep.scrub import Scrub
 
 log = logging.getLogger(__name__)
 
@@ -131,20 +134,25 @@ class SegmentStore:
         if self._directory.restored:
             begin_histories(self.logs(), self.node_uid)
             self._directory.restore_finished()
+        self._checkpoints, self._open_files = Checkpoints(self._scheduler, self._metadata), OpenFiles()
+        self._scrub = Scrub(
+            self._scheduler, self._reader, self._quarantine, self._checkpoints,
+            self._settings.housekeeping.scrub_bytes_per_second,
+        )  # fmt: skip
         self._housekeeping = Housekeeping(
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, listener, self._committer,
-            self._metadata, self._reader, self._quarantine,
+            self._checkpoints, self._open_files, self._scrub,
         )  # fmt: skip
         self.replacement = TopicReplacement(
-            self._path, self._topics, self._opener, self._committer, self._metadata, self._reader, self._housekeeping,
-            listener, resyncs, self._scheduler, self._copy_of,
+            self._path, self._topics, self._opener, self._committer, self._metadata, self._reader, self._checkpoints,
+            self._scrub, listener, resyncs, self._scheduler, self._copy_of,
         )  # fmt: skip
         self._creation = TopicCreation(
             self._directory.topics, self._topics, self._opener, self.removal, self._committer, listener
         )
-        self._reads = ColdReads(self._scheduler, self._reader, self._housekeeping, self._quarantine)
+        self._reads = ColdReads(self._scheduler, self._reader, self._quarantine, self._checkpoints, self._open_files)
         self._rewriter = Rewriter(
-            self._clock, self._committer, self._metadata, self._housekeeping, self._quarantine, listener
+            self._clock, self._committer, self._metadata, self._checkpoints, self._scrub, self._quarantine, listener
         )
         self._housekeeping.start()
 
@@ -304,7 +312,7 @@ class SegmentStore:
 
     def on_durable(self, log: PartitionLog, chunks: list[Chunk]) -> None:
         size = sum(len(chunk) for chunk in chunks)
-        self._housekeeping.checkpoint(log)
+        self._checkpoints.checkpoint(log)
         self._housekeeping.stored(size)
         log.bytes_in += size
         self._listener.on_durable(log, chunks)
@@ -432,7 +440,7 @@ class SegmentStore:
             disk_usable_bytes=disk.usable if disk is not None else 0,
             log_bytes=disk.used if disk is not None else 0,
             removed_segments=housekeeping.removed_segments,
-            verified_bytes=housekeeping.scrubbed_bytes,
+            verified_bytes=self._scrub.verified_bytes,
             unverified_segments=housekeeping.unverified_segments,
             clock=housekeeping.clock_implausible or "plausible",
         )

@@ -195,7 +195,7 @@ def test_holes_of_a_log_that_was_begun_anew(harness: StoreHarness, monkeypatch: 
     """The process dies when the files are begun anew and what was noted about them is not stored yet."""
     log = harness.log()
     log.add_corrupt_range(CorruptRange(5, 9))
-    harness.store._housekeeping.corrupt_ranges_changed(log)
+    harness.store._checkpoints.corrupt_ranges_changed(log)
     harness.stored()
     with monkeypatch.context() as patch:
         reached: list[int] = []

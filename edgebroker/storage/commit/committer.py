@@ -299,7 +299,7 @@ class Committer:
             path = segment_path(partition.directory, base)
             if base == old.base:
                 # Nothing in the old file is durable: keep its bytes out of the way of the new one.
-                files.set_aside(old.path, ".failed")
+                files.rename_suffix(old.path, ".failed")
             segment = Segment(path, base, base_chain=chain, fd=files.create_log(path))
             segment.end_chain = chain
             try:

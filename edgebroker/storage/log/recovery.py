@@ -75,13 +75,13 @@ class Recovery:
             # A log that was begun anew further on, and the power went before its old segments did.
             for segment in segments:
                 segment.close()
-                files.set_aside(segment.path, f"{ASIDE}{segment.path.stat().st_mtime_ns // 1_000_000}")
+                files.rename_suffix(segment.path, f"{ASIDE}{segment.path.stat().st_mtime_ns // 1_000_000}")
             return self._begin(max(self._identity.log_start, vouched), checkpoint)
         active = segments[-1]
         if self._leave_tail:
             self._seal(active, state)
             if active.base == state.next_offset:
-                active.path = files.set_aside(active.path, ".torn")
+                active.path = files.rename_suffix(active.path, ".torn")
                 segments.pop().close()
             active = self._create(state.next_offset, self._chain(state))
             segments.append(active)
@@ -90,7 +90,7 @@ class Recovery:
             self._note_hole(state.next_offset, vouched, "the tail is damaged")
             self._seal(active, state)
             if active.base == state.next_offset:
-                active.path = files.set_aside(active.path, ".torn")
+                active.path = files.rename_suffix(active.path, ".torn")
                 segments.pop().close()
             state = self._vouched(vouched, checkpoint, state)
             active = self._create(vouched, self._chain(state))

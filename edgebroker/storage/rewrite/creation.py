@@ -20,7 +20,7 @@ from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.opening import Opener
 from edgebroker.storage.rewrite.removal import Removal
-from edgebroker.storage.rewrite.truncate import begin_log
+from edgebroker.storage.rewrite.truncate import create_log
 from edgebroker.storage.types import Identity
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ class TopicCreation:
 
         def work() -> list[tuple[Identity, Segment]]:
             path = self._path / name
-            return [(identity, begin_log(path / str(number), identity)) for number, identity in enumerate(identities)]
+            return [(identity, create_log(path / str(number), identity)) for number, identity in enumerate(identities)]
 
         self._committer.call(work, partial(self._created, name))
 

@@ -29,7 +29,8 @@ from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener
 from edgebroker.storage.types import Identity, ResyncRow
-from edgebroker.storage.upkeep.housekeeping import Housekeeping
+from edgebroker.storage.upkeep.checkpoints import Checkpoints
+from edgebroker.storage.upkeep.scrub import Scrub
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,8 @@ class TopicReplacement:
         committer: Committer,
         metadata: Metadata,
         reader: ColdReader,
-        housekeeping: Housekeeping,
+        checkpoints: Checkpoints,
+        scrub: Scrub,
         listener: EngineListener,
         rows: list[ResyncRow],
         scheduler: Scheduler,
@@ -57,7 +59,7 @@ class TopicReplacement:
         self._scheduler, self._copy_of = scheduler, copy_of
         self._topics, self._opener, self._committer = topics, opener, committer
         self._metadata, self._reader = metadata, reader
-        self._housekeeping, self._listener = housekeeping, listener
+        self._checkpoints, self._scrub, self._listener = checkpoints, scrub, listener
 
     def staging(self, resync_id: str) -> Path:
         return staging_of(self._path, resync_id)
@@ -116,7 +118,7 @@ class TopicReplacement:
                 partition.rewriting = partition.rolling = partition.replacing = False
             if not isinstance(result, list):
                 for partition in logs:
-                    self._housekeeping.checkpoint(partition)
+                    self._checkpoints.checkpoint(partition)
                 done(Outcome.READ_ONLY, f"the fresh copy of {name} cannot take its place: {result}")
                 return
             for partition, (identity, recovered) in zip(logs, result, strict=True):
@@ -135,11 +137,11 @@ class TopicReplacement:
     def _take(self, partition: PartitionLog, identity: Identity, recovered: RecoveredLog) -> None:
         for segment in partition.rewritten(identity, recovered, whole=True):
             segment.retire()
-        self._housekeeping.corrupt_ranges_changed(partition)
-        self._housekeeping.checkpoint(partition)
+        self._checkpoints.corrupt_ranges_changed(partition)
+        self._checkpoints.checkpoint(partition)
         for segment in partition.segments:
             if segment.unverified_end:
-                self._housekeeping.verify(partition, segment)
+                self._scrub.verify(partition, segment)
         self._listener.on_rewritten(partition)
 
 

@@ -17,13 +17,13 @@ from edgebroker.storage.engine import EngineListener
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog
-from edgebroker.storage.metadata.meta_db import SegmentRow
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.rewrite.repair import RepairResult, repair_segment
-from edgebroker.storage.rewrite.truncate import cut_log, restart_log
+from edgebroker.storage.rewrite.truncate import recreate_log, truncate_log
 from edgebroker.storage.types import Change, Checkpoint, Identity
-from edgebroker.storage.upkeep.housekeeping import Housekeeping
+from edgebroker.storage.upkeep.checkpoints import Checkpoints
+from edgebroker.storage.upkeep.scrub import Scrub
 
 # Belongs to no log: certifies nothing.
 NO_CHECKPOINT = Checkpoint("", 0, 0, 0, 0, 0, 0)
@@ -39,12 +39,14 @@ class Rewriter:
         clock: Clock,
         committer: Committer,
         metadata: Metadata,
-        housekeeping: Housekeeping,
+        checkpoints: Checkpoints,
+        scrub: Scrub,
         quarantine: Quarantine,
         listener: EngineListener,
     ) -> None:
         self._clock, self._committer, self._metadata = clock, committer, metadata
-        self._housekeeping, self._quarantine, self._listener = housekeeping, quarantine, listener
+        self._checkpoints, self._scrub = checkpoints, scrub
+        self._quarantine, self._listener = quarantine, listener
 
     def truncate(self, partition: PartitionLog, offset: int, done: Done) -> None:
         """End a log at a batch boundary below its end."""
@@ -52,7 +54,7 @@ class Rewriter:
 
         def work() -> tuple[Identity, RecoveredLog]:
             identity = read_identity(partition.directory)
-            return identity, cut_log(partition.directory, identity, offset, self._quarantine, wall_ms)
+            return identity, truncate_log(partition.directory, identity, offset, self._quarantine, wall_ms)
 
         self._rewrite(partition, work, done)
 
@@ -62,7 +64,7 @@ class Rewriter:
 
         def work() -> tuple[Identity, RecoveredLog]:
             identity = change(read_identity(partition.directory))
-            return identity, restart_log(partition.directory, identity, self._quarantine, wall_ms)
+            return identity, recreate_log(partition.directory, identity, self._quarantine, wall_ms)
 
         self._rewrite(partition, work, done)
 
@@ -71,7 +73,6 @@ class Rewriter:
             done(Outcome.OVERLOADED, f"{partition.name}: something else is being stored; try again in a moment")
             return
         partition.rewriting = partition.rolling = True
-        key = (partition.topic, partition.partition)
 
         def finished(result: object) -> None:
             partition.rewriting = partition.rolling = False
@@ -80,20 +81,20 @@ class Rewriter:
                 return
             for segment in partition.rewritten(*result):
                 segment.retire()
-                self._metadata.changes.segments[*key, segment.base] = None
-            self._housekeeping.corrupt_ranges_changed(partition)
-            self._housekeeping.checkpoint(partition)
+                self._checkpoints.segment_removed(partition, segment)
+            self._checkpoints.corrupt_ranges_changed(partition)
+            self._checkpoints.checkpoint(partition)
             self._listener.on_rewritten(partition)
             done(Outcome.OK, "")
             self._listener.on_topic(partition.topic)
 
         # The last checkpoint certifies what is removed.
-        self._metadata.changes.checkpoints[key] = NO_CHECKPOINT
+        self._metadata.changes.checkpoints[partition.topic, partition.partition] = NO_CHECKPOINT
         self._metadata.touch(lambda: self._committer.call(work, finished))
 
     def repair(self, partition: PartitionLog, data: bytes, done: Callable[[int, str], None]) -> None:
         """Put verified batches into the first corrupt range; one in the active segment waits until that is sealed."""
-        key, target = (partition.topic, partition.partition), partition.wound()
+        target = partition.wound()
         if target is None or partition.rewriting:
             done(-1, f"{partition.name}: the damage lies in what is being written; try again in a moment")
             self._committer.seal(partition)
@@ -106,7 +107,7 @@ class Rewriter:
 
         def finished(result: object) -> None:
             partition.rewriting = False
-            self._housekeeping.checkpoint(partition)
+            self._checkpoints.checkpoint(partition)
             if not isinstance(result, RepairResult):
                 self._listener.on_rewritten(partition)
                 done(-1, str(result))
@@ -114,12 +115,9 @@ class Rewriter:
             for segment in partition.repaired(target, result, self._clock.wall_ms()):
                 segment.retire()
             for segment in {partition.segment_of(result.base), partition.segment_of(target.base)}:
-                self._metadata.changes.segments[*key, segment.base] = SegmentRow(
-                    segment.end_offset, segment.size, segment.base_chain, segment.end_chain, segment.max_timestamp,
-                    segment.sealed_ms,
-                )  # fmt: skip
-                self._housekeeping.verify(partition, segment)
-            self._housekeeping.corrupt_ranges_changed(partition)
+                self._checkpoints.segment(partition, segment)
+                self._scrub.verify(partition, segment)
+            self._checkpoints.corrupt_ranges_changed(partition)
             self._listener.on_rewritten(partition)
             self._listener.on_topic(partition.topic)
             # Until it is stored that the range is whole again, a crash would bring it back.

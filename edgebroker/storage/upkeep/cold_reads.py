@@ -16,7 +16,8 @@ from edgebroker.storage.log.reader import ColdReader, SegmentRead, read_cold
 from edgebroker.storage.log.timestamps import find_time
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.types import ChainPoint, ColdRead, StoredFile
-from edgebroker.storage.upkeep.housekeeping import Housekeeping
+from edgebroker.storage.upkeep.checkpoints import Checkpoints
+from edgebroker.storage.upkeep.open_files import OpenFiles
 
 BEING_REPLACED = "its files are being replaced; try again in a moment"
 
@@ -25,10 +26,15 @@ class ColdReads:
     """Owned by the loop thread."""
 
     def __init__(
-        self, scheduler: Scheduler, reader: ColdReader, housekeeping: Housekeeping, quarantine: Quarantine
+        self,
+        scheduler: Scheduler,
+        reader: ColdReader,
+        quarantine: Quarantine,
+        checkpoints: Checkpoints,
+        open_files: OpenFiles,
     ) -> None:
-        self._scheduler, self._reader = scheduler, reader
-        self._housekeeping, self._quarantine = housekeeping, quarantine
+        self._scheduler, self._reader, self._quarantine = scheduler, reader, quarantine
+        self._checkpoints, self._open_files = checkpoints, open_files
 
     def read(self, log: PartitionLog, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
         """Verified batches from the one that holds `offset` on."""
@@ -42,17 +48,17 @@ class ColdReads:
             if result.index is not None and not segment.retired:
                 log.take_index(segment, result.index, -1)
                 if segment is not log.active:
-                    self._housekeeping.index_loaded(segment)
+                    self._open_files.index_loaded(segment)
             if result.corrupt is not None and segment.retired:
                 # It was repaired meanwhile: what was found belongs to the file before.
                 result.corrupt, result.error = None, "the segment was replaced while it was read"
             if result.corrupt is not None:
                 log.add_corrupt_range(result.corrupt)
-                self._housekeeping.corrupt_ranges_changed(log)
+                self._checkpoints.corrupt_ranges_changed(log)
             if result.fd >= 0:
                 if segment.fd < 0 and not segment.retired:
                     segment.fd = result.fd
-                    self._housekeeping.opened(segment)
+                    self._open_files.opened(segment)
                 else:
                     files.close(result.fd)
             done(result)
