@@ -118,7 +118,7 @@ def test_what_does_not_continue_the_end_is_not_put_in(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     harness.open()
     other = b"".join(records.restamp(encode(b"other".ljust(100, b".")), offset, 1) for offset in (21, 22))
-    assert repair(harness, other) == (-1, "offset 21: the chain behind what was fetched is another one")
+    assert repair(harness, other) == (-1, "offset 21: the chain after what was fetched differs")
     assert (harness.log().corrupt_ranges, list(harness.directory().glob("*.tmp"))) == ([CorruptRange(21, 23)], [])
     assert repair(harness, fetched(harness)) == (23, "")
     harness.close()

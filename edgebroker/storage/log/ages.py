@@ -10,27 +10,18 @@ cannot be recognised. The age of what lies between two points is known to granul
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from edgebroker.common.clock import Clock
 from edgebroker.storage.log import segscan
-from edgebroker.storage.log.index import POINT_BYTES
-
-if TYPE_CHECKING:
-    from edgebroker.storage.log.partition import PartitionLog
-    from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.log.index import POINT_BYTES, granularity_ms
+from edgebroker.storage.log.partition import PartitionLog
+from edgebroker.storage.log.segment import Segment
 
 _STAMPS = struct.Struct("<qq")
 _STAMPS_AT = POINT_BYTES - _STAMPS.size
 # 2024-01-01: a clock that shows less was never set.
 EARLIEST_WALL_MS = 1_704_067_200_000
-FINEST_MS, COARSEST_MS = 1_000, 600_000
 LOOK_SECONDS = 0.1
-
-
-def granularity_ms(ttl_ms: int) -> int:
-    """How far apart in time the index points of a topic may be."""
-    return max(FINEST_MS, min(ttl_ms // 64, COARSEST_MS)) if ttl_ms else COARSEST_MS
 
 
 class Ages:

@@ -15,11 +15,12 @@ from edgebroker.common.outcome import Done, Outcome
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.engine import EngineListener
 from edgebroker.storage.identity import read_identity
+from edgebroker.storage.log.corrupt_ranges import RepairResult
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.quarantine import Quarantine
-from edgebroker.storage.rewrite.repair import RepairResult, repair_segment
+from edgebroker.storage.rewrite.repair import repair_segment
 from edgebroker.storage.rewrite.truncate import recreate_log, truncate_log
 from edgebroker.storage.types import Change, Checkpoint, Identity
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
@@ -94,7 +95,7 @@ class Rewriter:
 
     def repair(self, partition: PartitionLog, data: bytes, done: Callable[[int, str], None]) -> None:
         """Put verified batches into the first corrupt range; one in the active segment waits until that is sealed."""
-        target = partition.wound()
+        target = partition.repair_target()
         if target is None or partition.rewriting:
             done(-1, f"{partition.name}: the damage lies in what is being written; try again in a moment")
             self._committer.seal(partition)
