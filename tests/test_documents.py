@@ -445,7 +445,6 @@ PATH = re.compile(rf"(?<![\w./-])((?:{FOLDERS})/(?:[\w.-]+/)*(?:[\w-]+\.(?:pyx|p
 # They come with the structure that docs/decisions 40 to 43 decide.
 TO_COME = {
     "broker/admin/routes.py", "broker/ports.py", "network/io/channel.py", "network/io/tls.py", "storage/types.py",
-    "tests/unit/storage/test_engine_conformance.py",
 }  # fmt: skip
 
 

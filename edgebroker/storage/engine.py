@@ -86,8 +86,9 @@ class Log(Protocol):
         """Stored bytes."""
 
     def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Found:
-        """What to send to a reader that is at `offset`: at most max_bytes and max_records, but at least one batch. The
-        first batch is the one that holds `offset`. `hint` is FileSlice.next_hint of the slice that ended here."""
+        """What to send to a reader that is at `offset`: the batch that holds it, and as many of the next ones as fit
+        into max_bytes and begin before offset + max_records. `hint` is FileSlice.next_hint of the slice that ended
+        here."""
 
     def end_hint(self) -> tuple[int, int] | None:
         """The hint of a reader that has everything; None when hints are of no use."""

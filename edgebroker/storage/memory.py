@@ -105,6 +105,18 @@ class MemoryLog:
         ends = [chunk.next_offset for chunk in self.chunks]
         return self.chains[ends.index(offset)] if offset in ends else None
 
+    def boundaries(self) -> list[tuple[int, int]]:
+        """Every batch boundary, in order, with the header chain checksum there."""
+        found = [(0, self.identity.chain)]
+        for chunk in self.chunks:
+            data, chain, position = memoryview(chunk), found[-1][1], 0
+            while position < len(data):
+                header = batch.read_header(data, position)
+                chain = records.chain(data[position : position + header.size], chain)
+                position += header.size
+                found.append((header.base_offset + header.count, chain))
+        return found
+
     def status(self) -> LogStatus:
         return LogStatus(
             segments=len(self.chunks),
@@ -176,10 +188,9 @@ class MemoryEngine:
 
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
         assert isinstance(log, MemoryLog)
-        ends = [0, *(chunk.next_offset for chunk in log.chunks)]
-        chains = [log.identity.chain, *log.chains]
-        edges = {bisect_left(ends, offset) for offset in offsets if offset <= log.durable_end}
-        done([ChainPoint(ends[edge], chains[edge]) for edge in sorted(edges)], "")
+        known = log.boundaries()
+        wanted = {bisect_left(known, (offset, -1)) for offset in offsets if offset <= log.durable_end}
+        done([ChainPoint(*known[rank]) for rank in sorted(wanted)], "")
 
     def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
         self.change_identities(name, [lambda old: replace(old, settings=settings)] * len(self._topics[name]), done)

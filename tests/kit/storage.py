@@ -72,6 +72,8 @@ class Listener:
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str, Any]] = []
+        self.topics: list[str] = []
+        self.rewritten: list[str] = []
         self.floor: int | None = None
         self.pin: int | None = None
 
@@ -86,8 +88,11 @@ class Listener:
     def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
         self.events.append(("failed", log.name, outcome))
 
-    def on_topic(self, name: str) -> None: ...
-    def on_rewritten(self, log: Log) -> None: ...
+    def on_topic(self, name: str) -> None:
+        self.topics.append(name)
+
+    def on_rewritten(self, log: Log) -> None:
+        self.rewritten.append(log.name)
 
     def retention_pin(self, log: Log) -> int | None:
         return self.pin
@@ -209,7 +214,7 @@ class Harness:
         """Turn until all that was appended is durable; the clock goes on, for what nobody waits for is synced later."""
         log = self.log(topic, partition)
         for number in range(TURNS):
-            if log.durable_end >= log.stage.next_offset:
+            if log.durable_end >= log.staged_end:
                 return
             self.loop.turn(TURN_SECONDS if number else 0.0)
             self.clock.advance(0.006)
