@@ -1,6 +1,6 @@
-"""The in-memory engine: the same promises as far as a process lives. For tests and for handlers tried on a desk.
+"""The in-memory engine: the same promises as far as a process lives. For tests and for handlers that are tried out.
 
-Nothing survives a stop. Batches become durable at the end of the turn in which they were published.
+Nothing survives a stop. Batches become durable at the end of the loop iteration in which they were published.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class MemoryLog:
         found = segscan.seek(view, offset)
         assert found is not None
         start, first, _ = found
-        length, following = segscan.cut(view[start:], max_bytes, min(chunk.next_offset, first + max_records))
-        return Inline(view[start : start + length], first, following)
+        length, next_offset = segscan.cut(view[start:], max_bytes, min(chunk.next_offset, first + max_records))
+        return Inline(view[start : start + length], first, next_offset)
 
     def to_repair(self) -> tuple[int, int]:
         raise AssertionError("memory is never damaged")
@@ -224,7 +224,6 @@ class MemoryEngine:
         return sum(log.stage.pending_bytes for log in self._dirty)
 
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
-        """Whoever wants stored bytes for itself asks here, in memory as well."""
         found = log.find(offset, max_bytes, 1 << 31)
         assert isinstance(found, Inline)
         done(ColdRead(data=bytes(found.data), first_offset=found.first_offset, next_offset=found.next_offset))

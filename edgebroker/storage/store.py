@@ -113,9 +113,9 @@ class SegmentStore:
         state = self._metadata.load()
         self.tombstones = read_tombstones(self._path)
         resyncs = read_resyncs(self._path)
-        switched, resyncs = finish_replacements(self._path, resyncs)
+        replaced, resyncs = finish_replacements(self._path, resyncs)
         gone, left = finish_removals(self._path, self.tombstones)
-        changed = gone + switched
+        changed = gone + replaced
         state.forget(changed)
         for name in changed:
             self._metadata.changes.drop_topic(name)
@@ -239,7 +239,7 @@ class SegmentStore:
                     partition.epoch = identity.epoch
                     partition.stage.resume(partition.staged_end, identity.epoch)
                 elif partition.epoch > identity.epoch:
-                    # A history that was begun here, and given up before anything was written to it.
+                    # A history that began here, and was given up before anything was written to it.
                     partition.epoch = identity.epoch_at(partition.staged_end)
                     partition.stage.resume(partition.staged_end, partition.epoch)
             done(Outcome.OK, "")

@@ -74,7 +74,7 @@ def test_two_topics_deleted_at_once_and_a_crash(harness: StoreHarness, monkeypat
     harness.create("other")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "edgebroker.storage.rewrite.removal.set_aside", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
+            "edgebroker.storage.rewrite.removal.move_away", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
         )
         gone: list[str] = []
         for name in (TOPIC, "other"):
@@ -97,7 +97,7 @@ def test_a_topic_made_again_over_what_could_not_be_moved(
     harness.tick_until(lambda: harness.log().log_start > 0)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "edgebroker.storage.rewrite.removal.set_aside", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
+            "edgebroker.storage.rewrite.removal.move_away", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
         )
         done: list[Outcome] = []
         harness.store.removal.delete(TOPIC, lambda logs: None, lambda *told: done.append(told[0]))

@@ -1,6 +1,6 @@
 """The corrupt ranges of a log: noting them, choosing what to repair, and taking over the files that a repair made.
 
-On the loop. A range is repaired as far as one segment goes; where a segment is missing, its place in the log is the
+On the loop. A range is repaired as far as one segment goes; where a segment is missing, a file of its own is the
 target. The files themselves are made by rewrite/repair.py, from a RepairTarget, with a RepairResult.
 """
 
@@ -66,7 +66,7 @@ def to_repair(log: Lookup) -> tuple[int, int]:
 
 
 def repair_target(log: Lookup) -> RepairTarget | None:
-    """The first range; None when there is none, or when it lies in the active segment."""
+    """The first range; None when there is none, or when it is in the active segment."""
     if not log.corrupt_ranges:
         return None
     corrupt = log.corrupt_ranges[0]
@@ -95,7 +95,7 @@ def _missing(log: Lookup, corrupt: CorruptRange, after: Segment, base_chain: int
 
 
 def take_repaired(log: Lookup, target: RepairTarget, result: RepairResult, wall_ms: int) -> list[Segment]:
-    """Files with good bytes took the place of a damaged or missing one; the segments that are gone."""
+    """Files with good bytes replaced a damaged or missing one; the segments that are gone."""
     rank, gone = _rank(log, result.base), []
     nearest = log.segments[rank]
     segment = _on_disk(result.path, result.base, result.size, nearest.sealed_ms or wall_ms)

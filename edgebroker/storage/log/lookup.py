@@ -41,7 +41,7 @@ class Lookup:
     corrupt_ranges: list[CorruptRange]
     durable_end: int
     durable_position: int
-    """Where durable_end lies in the active segment."""
+    """Where durable_end is in the active segment."""
     durable_chain: int
     """The header chain checksum before durable_end; UNKNOWN_CHAIN after a corrupt range."""
 
@@ -126,7 +126,7 @@ class Lookup:
         return FileSlice(segment, position, length, first, next_offset, segment is not self.active)
 
     def end_hint(self) -> tuple[int, int] | None:
-        """Where the batch at durable_end will lie: the hint of a reader that has everything."""
+        """Where the batch at durable_end will be: the hint of a reader that has everything."""
         return self.active.base, self.durable_position
 
     def chain_at(self, offset: int) -> int | None:

@@ -1,10 +1,10 @@
-"""One partition's log as the loop sees it: staged, written, durable; segments and holes; what to read from where.
+"""The state of one partition's log, as the loop sees it: what is staged, written and durable, and in which segments.
 
     staged    numbered in memory (stage.next_offset)
     written   in the page cache (written_end): survives the process
-    durable   synced (durable_end): survives the power; only this is served to anybody
+    durable   synced (durable_end): survives a power cut; only this is served
 
-The committer drives writing; this file owns the state and never waits for the disk.
+The committer drives writing; what readers ask is in lookup.py. Nothing here waits for the disk.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MAX_CHUNK_BYTES = 8 << 20
 
 
 class Layout(NamedTuple):
-    """The result of walking one chunk as it will lie in the active segment."""
+    """The result of walking one chunk as it will be in the active segment."""
 
     chunk: Chunk
     size: int
@@ -74,16 +74,16 @@ class PartitionLog(Lookup):
         self.epoch = recovered.epoch
         self.unsynced: list[Chunk] = []
         self.rolling = False
-        # The files are being cut or begun anew: nobody else changes them meanwhile.
+        # The files are being truncated, recreated or repaired: nothing else changes them meanwhile.
         self.rewriting = False
-        # They are being exchanged for others: nothing may be read by their names.
+        # They are being replaced: nothing may be read by their names.
         self.replacing = False
-        # A roll was begun and failed: the next segment may exist, so that nothing more belongs into this one.
+        # A roll failed half-way: the next segment may exist, so nothing more goes into this one.
         self.must_roll = False
         self.wants_sync = False
         self.wants_announcement = False
         self.checkpointed = -1
-        # What Ages found out last: (time to live, first offset that is within it, when).
+        # Cache of Ages.live_from: (time to live, first offset that is within it, when).
         self.live = (0, 0, 0.0)
         self.producer_state_at = recovered.next_offset
         self.records_in = self.bytes_in = 0
@@ -118,7 +118,7 @@ class PartitionLog(Lookup):
         return self.stage.take(min(max(self.segment_bytes - self.active.size, INTERVAL_BYTES), MAX_CHUNK_BYTES))
 
     def lay_out(self, chunk: Chunk, wall_ms: int, monotonic_ms: int) -> Layout:
-        """How a chunk will lie at the end of the active segment; pass the result to written() once it does."""
+        """How a chunk will be stored at the end of the active segment; pass the result to written() once it does."""
         active = self.active
         due = monotonic_ms - active.last_point_ms >= granularity_ms(self.settings.message_ttl_ms)
         size, reason, _, chain, _, max_timestamp, points = segscan.scan(
@@ -167,7 +167,7 @@ class PartitionLog(Lookup):
         self.durable_chain = self.chain
         self.stage.settle(self.durable_end)
         if self.epoch != self.identity.epoch:
-            self.epoch = self.identity.epoch_at(self.durable_end)  # a mirror that comes to a newer history
+            self.epoch = self.identity.epoch_at(self.durable_end)  # a replica that comes to a newer history
         return chunks
 
     def drop_unwritten(self) -> None:
@@ -199,8 +199,8 @@ class PartitionLog(Lookup):
             old.close()
 
     def rewritten(self, identity: Identity, recovered: RecoveredLog, *, whole: bool = False) -> list[Segment]:
-        """The files were cut or begun anew (nothing is staged): go on from there. The segments that are gone; with
-        `whole` all of them: every file is another one."""
+        """The files were truncated, recreated or replaced (nothing is staged): continue from there. The segments that
+        are gone; with `whole` all of them: every file is a new one."""
         known = {segment.base: segment for segment in self.segments[:-1] if not whole}
         segments: list[Segment] = []
         for found in recovered.segments[:-1]:
@@ -232,7 +232,7 @@ class PartitionLog(Lookup):
         return gone
 
     def checkpoint(self) -> Checkpoint:
-        """The durable place, for the next metadata transaction."""
+        """Where the log is durable, for the next metadata transaction."""
         active = self.active
         return Checkpoint(
             self.identity.log_id,
@@ -255,11 +255,11 @@ class PartitionLog(Lookup):
         return corrupt_ranges.to_repair(self)
 
     def repair_target(self) -> RepairTarget | None:
-        """The first corrupt range; None when there is none, or when it lies in the active segment."""
+        """The first corrupt range; None when there is none, or when it is in the active segment."""
         return corrupt_ranges.repair_target(self)
 
     def repaired(self, target: RepairTarget, result: RepairResult, wall_ms: int) -> list[Segment]:
-        """Files with good bytes took the place of a damaged or missing one; the segments that are gone."""
+        """Files with good bytes replaced a damaged or missing one; the segments that are gone."""
         return corrupt_ranges.take_repaired(self, target, result, wall_ms)
 
     # ---- what the engine tells ----

@@ -41,7 +41,7 @@ def repair_segment(target: RepairTarget, data: bytes) -> RepairResult:
         at = next_good_batch(fd, before.position, size, next_offset, target.end_offset - 1, STORED_BATCH_BYTES)
         temporary = path.with_suffix(".tmp")
         if at < 0:
-            # Nothing good follows: the segment ends here, and what was lost gets a file of its own.
+            # No good batch follows: the segment ends here, and what was lost gets a file of its own.
             chain = before.chain if target.base_chain != UNKNOWN_CHAIN else UNKNOWN_CHAIN
             if not before.position:
                 return _new_file(target, data, chain)
@@ -75,7 +75,7 @@ def _walk(target: RepairTarget, fd: int, size: int, limit: int) -> ScanState:
 
 
 def _check(data: bytes, target: RepairTarget, chain: int, epoch: int) -> ScanState:
-    """What was fetched, as the continuation of what lies before it."""
+    """What was fetched, as the continuation of what is before it."""
     good, reason, next_offset, chain, last_epoch, newest, _ = segscan.scan(
         data, target.first, chain, epoch, STORED_BATCH_BYTES
     )

@@ -97,7 +97,7 @@ class Rewriter:
         """Put verified batches into the first corrupt range; one in the active segment waits until that is sealed."""
         target = partition.repair_target()
         if target is None or partition.rewriting:
-            done(-1, f"{partition.name}: the damage lies in what is being written; try again in a moment")
+            done(-1, f"{partition.name}: the corrupt range is in the active segment; try again in a moment")
             self._committer.seal(partition)
             return
         refusal = self._committer.refusal()

@@ -77,7 +77,7 @@ def _truncate_file(path: Path, base: int, identity: Identity, offset: int, wall_
         if state.next_offset < offset:
             return  # it ends before, or is damaged there: no batch continues what is before the offset
         if state.next_offset > offset:
-            raise DamagedDataError(f"{path}: {offset} lies within a batch")
+            raise DamagedDataError(f"{path}: {offset} is within a batch")
         if state.position == size:
             return
         shorter = path.with_suffix(".tmp")
