@@ -1,7 +1,10 @@
 """The segment-log engine: the data directory, its logs, and the threads that serve them, put together.
 
-open() recovers; append() stages; the committer stores and tells the listener; housekeeping checkpoints, retires and
-verifies. Everything here runs on the loop thread and leaves waiting to the commit, metadata and reader threads.
+    open()     recovers the logs             append()   stages; the committer stores and notifies the listener
+    reads      cold_reads and the logs       rewrites   rewriter, creation, removal, replacement
+    upkeep     checkpoints, retention, verifying, bounded files: once a second
+
+Everything here runs on the loop thread and leaves waiting to the commit, metadata and reader threads.
 """
 
 from __future__ import annotations
@@ -163,23 +166,23 @@ class SegmentStore:
         return store
 
     def reconfigure(self, settings: StoreSettings) -> None:
-        """Go on with another commit interval and other settings of the housekeeping."""
+        """Continue with another commit interval and other settings of the housekeeping."""
         self._committer.interval = settings.commit_interval
         self._housekeeping.reconfigure(settings.housekeeping)
 
     def close(self, timeout: float, *, mark: bool = True) -> bool:
-        """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this. Without
-        `mark` the next open checks as after a crash."""
+        """Store and release everything. The loop must run until flush() is True before, or the stop is not clean.
+        Without `mark` the next open checks as after a crash."""
         self._housekeeping.stop()
         clean = self._committer.stored and not self.problems()
         stopped = self._committer.stop(timeout)
         read = self._reader.stop(timeout)
         clean = self._metadata.stop(timeout) and clean
         if not stopped:
-            # The disk holds a thread up: descriptors and lock stay with it until the process is gone.
+            # A thread waits for the disk: descriptors and lock stay with it until the process is gone.
             log.error("the disk did not answer in time; the stop is not clean")
             return False
-        if read:  # else a read that hangs still uses them; nothing that is stored depends on it
+        if read:  # else a read that hangs still uses them; nothing stored depends on it
             for partition in self.logs():
                 partition.close()
         try:
