@@ -475,11 +475,8 @@ def test_metrics_that_are_named_exist(document: Path) -> None:
 # Paths of the source begin with one of these; those of edgebroker/ may leave that out.
 FOLDERS = "edgebroker|common|storage|network|client|pipe|broker|cli|cext|tests|packaging|systemd|benchmarks|docs"
 PATH = re.compile(rf"(?<![\w./-])((?:{FOLDERS})/(?:[\w.-]+/)*(?:[\w-]+\.(?:pyx|pxd|py|toml|md|sh|h|c)\b|(?=`)))")
-# They come with the structure that docs/decisions 40 to 43 decide.
-TO_COME = {
-    "network/io/tls.py",
-    "storage/upkeep/retention.py", "tests/unit/storage/test_engine_conformance.py",
-}  # fmt: skip
+# Decision 42 says where TLS will be.
+TO_COME = {"network/io/tls.py"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=name_of)
@@ -548,12 +545,7 @@ def test_units_and_package_scripts_use_the_glossary(path: Path) -> None:
     assert vocabulary.uses(path.read_text()) == []
 
 
-# Modules whose strings still have retired terms: this list only gets shorter, and metrics.md follows it.
-NOT_YET = {
-    "edgebroker/common/config.py", "edgebroker/storage/commit/committer.py", "edgebroker/storage/log/reader.py",
-    "edgebroker/storage/log/recovery.py", "edgebroker/storage/opening.py",
-}  # fmt: skip
-MODULES = sorted(path for path in (ROOT / "edgebroker").rglob("*.py") if name_of(path) not in NOT_YET)
+MODULES = sorted((ROOT / "edgebroker").rglob("*.py"))
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name_of)

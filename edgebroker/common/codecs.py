@@ -31,7 +31,7 @@ def deflate(codec: int, records: bytes) -> bytes:
 
 
 def inflate(codec: int, packed: bytes, limit: int = 16 << 20) -> bytes:
-    """Decompress into at most `limit` bytes. Raises CorruptBatchError when it is larger, truncated or not valid."""
+    """Decompress into at most `limit` bytes. Raises CorruptBatchError when it is larger, incomplete or not valid."""
     try:
         if codec == 1:
             return _inflate_gzip(packed, limit)
@@ -50,7 +50,7 @@ def _finish(plain: bytes, ended: bool, limit: int) -> bytes:
     if len(plain) > limit:
         raise InflatedTooLargeError(f"the records inflate to more than {limit} bytes")
     if not ended:
-        raise CorruptBatchError("the compressed records are truncated")
+        raise CorruptBatchError("the compressed records are incomplete")
     return plain
 
 
@@ -72,7 +72,7 @@ def _inflate_zstd(packed: bytes, limit: int) -> bytes:
     import zstandard
 
     # The window is memory that the sender chooses: bound it with the output. One call, because a stream reader does not
-    # tell a truncated frame from a complete one.
+    # tell a frame that is incomplete from one that ended.
     if zstandard.frame_content_size(packed) > limit:
         raise InflatedTooLargeError(f"the records inflate to more than {limit} bytes")
     unpacker = zstandard.ZstdDecompressor(max_window_size=max(limit, 1 << 20))

@@ -32,89 +32,120 @@ _Ms = Annotated[int, Meta(ge=0)]
 _REGION = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*")
 
 
+def about(description: str, **bounds: Any) -> Meta:
+    """What a key is for, as `edgebroker config init` and docs/configuration.md say it, and the values it may have."""
+    return Meta(description=description, **bounds)
+
+
+# fmt: off
 class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[
-        str, Meta(max_length=100, description="display name of the node; %H is the host name; empty: that alone")
-    ] = ""
-    level: Annotated[Level, Meta(description="place of the node in the tree")] = "root"
-    region: Annotated[str, Meta(max_length=120, description="where the node stands, from the whole to the part, as `north/store-12`; a pos feeds only nodes of its own region")] = ""  # fmt: skip  # noqa: E501
-    labels: Annotated[str, Meta(description="what else is known about the node, as `format=express,wave=1`; at most 8")] = ""  # fmt: skip  # noqa: E501
-    data_dir: Annotated[str, Meta(min_length=1, description="where everything is stored")] = "edgebroker-data"
+    name: Annotated[str, about("display name of the node; %H is the host name; empty: that alone", max_length=100)] = ""
+    level: Annotated[Level, about("level of the node in the tree")] = "root"
+    region: Annotated[str, about(
+        "where the node is, from the whole to the part, as `north/store-12`; a pos serves only nodes of its own "
+        "region", max_length=120)] = ""
+    labels: Annotated[str, about("what else is known about the node, as `format=express,wave=1`; at most 8")] = ""
+    data_dir: Annotated[str, about("where everything is stored", min_length=1)] = "edgebroker-data"
 
 
 class ListenConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    tcp: Annotated[str, Meta(description="HOST:PORT of the binary protocol; port 0 takes a free one")] = (
-        "127.0.0.1:7420"
-    )
-    http: Annotated[str, Meta(description="HOST:PORT of the admin and health interface")] = "127.0.0.1:7421"
-    socket: Annotated[str, Meta(description="unix socket of the admin interface; empty: ctl.sock in $RUNTIME_DIRECTORY or data_dir")] = ""  # fmt: skip  # noqa: E501
-    allow_insecure: Annotated[bool, Meta(description="allow addresses off loopback without TLS and authentication")] = False  # fmt: skip  # noqa: E501
+    tcp: Annotated[str, about("HOST:PORT of the binary protocol; port 0 takes a free one")] = "127.0.0.1:7420"
+    http: Annotated[str, about("HOST:PORT of the admin and health interface")] = "127.0.0.1:7421"
+    socket: Annotated[str, about(
+        "unix socket of the admin interface; empty: ctl.sock in $RUNTIME_DIRECTORY or data_dir")] = ""
+    allow_insecure: Annotated[bool, about("allow addresses off loopback without TLS and authentication")] = False
 
 
 class StorageConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    engine: Annotated[EngineName, Meta(description="segment: the durable log; memory: for tests, nothing survives a stop")] = "segment"  # fmt: skip  # noqa: E501
-    segment_bytes: Annotated[int, Meta(ge=64 << 10, le=1 << 30, description="size at which a segment is sealed")] = 64 * MIB  # fmt: skip  # noqa: E501
-    segment_ms: Annotated[_Ms, Meta(description="age at which a segment is sealed; 0: never by age")] = 7 * 86_400_000
-    retention_bytes: Annotated[_Bytes, Meta(description="keep at most this much per partition; 0: no limit")] = 0
-    retention_ms: Annotated[_Ms, Meta(description="remove segments sealed longer ago than this; 0: never")] = 0
-    max_bytes: Annotated[_Bytes, Meta(description="budget of all logs together; 0: only the file system limits")] = 0
-    soft_free_bytes: Annotated[int, Meta(ge=-1, description="below this much free space what all live groups have passed is removed early; -1: 5 % or 512 MiB")] = -1  # fmt: skip  # noqa: E501
-    hard_free_bytes: Annotated[int, Meta(ge=-1, description="below this much free space producers get DISK_FULL; -1: 2 % or 128 MiB")] = -1  # fmt: skip  # noqa: E501
-    commit_interval_ms: Annotated[int, Meta(ge=0, le=1000, description="collect writes this long before a sync (spares flash); 0: sync at once; urgent topics always at once")] = 0  # fmt: skip  # noqa: E501
-    read_timeout_ms: Annotated[int, Meta(ge=100, description="a disk read that takes longer is answered STORAGE_TIMEOUT")] = 5000  # fmt: skip  # noqa: E501
-    verify_bytes_per_second: Annotated[_Bytes, Meta(description="rate of the background check of stored segments after a start; 0: as fast as it goes")] = 32 * MIB  # fmt: skip  # noqa: E501
+    engine: Annotated[EngineName, about(
+        "segment: the durable log; memory: for tests, nothing survives a stop")] = "segment"
+    segment_bytes: Annotated[int, about("size at which a segment is sealed", ge=64 << 10, le=1 << 30)] = 64 * MIB
+    segment_ms: Annotated[_Ms, about("age at which a segment is sealed; 0: never by age")] = 7 * 86_400_000
+    retention_bytes: Annotated[_Bytes, about("keep at most this much per partition; 0: no limit")] = 0
+    retention_ms: Annotated[_Ms, about("remove segments sealed longer ago than this; 0: never")] = 0
+    max_bytes: Annotated[_Bytes, about("budget of all logs together; 0: only the file system limits")] = 0
+    soft_free_bytes: Annotated[int, about(
+        "below this much free space, segments that all live groups have passed are removed early; -1: 5 % or 512 MiB",
+        ge=-1)] = -1
+    hard_free_bytes: Annotated[int, about(
+        "below this much free space, producers get DISK_FULL; -1: 2 % or 128 MiB", ge=-1)] = -1
+    commit_interval_ms: Annotated[int, about(
+        "collect writes this long before a sync (spares flash); 0: sync at once; urgent topics always at once",
+        ge=0, le=1000)] = 0
+    read_timeout_ms: Annotated[int, about("a disk read that takes longer is answered STORAGE_TIMEOUT", ge=100)] = 5000
+    verify_bytes_per_second: Annotated[_Bytes, about(
+        "rate of the background check of stored segments after a start; 0: as fast as it goes")] = 32 * MIB
 
 
 class TopicsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    auto_create: Annotated[bool, Meta(description="create a topic at its first PUBLISH")] = True
-    kind: Annotated[Literal["stream", "table"], Meta(description="kind of topics created that way")] = "stream"
-    partitions: Annotated[int, Meta(ge=1, le=1024, description="partitions of topics created that way")] = 1
+    auto_create: Annotated[bool, about("create a topic at its first PUBLISH")] = True
+    kind: Annotated[Literal["stream", "table"], about("kind of topics created that way")] = "stream"
+    partitions: Annotated[int, about("partitions of topics created that way", ge=1, le=1024)] = 1
 
 
 class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    max_connections: Annotated[int, Meta(ge=1, description="client connections at a time")] = 12_000
-    max_record_bytes: Annotated[int, Meta(ge=1024, le=16 * MIB, description="largest record")] = MIB
-    max_batch_bytes: Annotated[int, Meta(ge=4096, le=16 * MIB, description="largest record batch, as sent")] = 4 * MIB
-    max_inflated_bytes: Annotated[int, Meta(ge=4096, le=256 * MIB, description="largest record batch after decompression")] = 16 * MIB  # fmt: skip  # noqa: E501
-    publish_window_batches: Annotated[int, Meta(ge=1, le=65_536, description="unacknowledged batches granted to a producer, and remembered to recognise duplicates")] = 16_384  # fmt: skip  # noqa: E501
-    publish_window_bytes: Annotated[int, Meta(ge=64 << 10, description="unacknowledged bytes granted to a producer")] = 8 * MIB  # fmt: skip  # noqa: E501
-    consume_window_records: Annotated[int, Meta(ge=1, le=1 << 20, description="records in flight to a consumer that asks for no window of its own")] = 10_000  # fmt: skip  # noqa: E501
-    consume_window_bytes: Annotated[int, Meta(ge=64 << 10, le=64 * MIB, description="the same in bytes")] = 8 * MIB
-    staged_high_bytes: Annotated[int, Meta(ge=MIB, description="bytes waiting for the disk above which producers are not read")] = 64 * MIB  # fmt: skip  # noqa: E501
-    heartbeat_ms: Annotated[int, Meta(ge=100, description="interval of heartbeats to clients")] = 10_000
-    idle_timeout_ms: Annotated[int, Meta(ge=200, description="a client that sends nothing for this long is cut")] = (
-        30_000
-    )
-    connect_timeout_ms: Annotated[int, Meta(ge=100, description="time until CONNECT must have come")] = 2_000
-    stuck_timeout_ms: Annotated[int, Meta(ge=100, description="a client that takes nothing for this long is cut")] = 10_000  # fmt: skip  # noqa: E501
+    max_connections: Annotated[int, about("client connections at a time", ge=1)] = 12_000
+    max_record_bytes: Annotated[int, about("largest record", ge=1024, le=16 * MIB)] = MIB
+    max_batch_bytes: Annotated[int, about("largest record batch, as sent", ge=4096, le=16 * MIB)] = 4 * MIB
+    max_inflated_bytes: Annotated[int, about(
+        "largest record batch after decompression", ge=4096, le=256 * MIB)] = 16 * MIB
+    publish_window_batches: Annotated[int, about(
+        "unacknowledged batches granted to a producer, and remembered to recognise duplicates",
+        ge=1, le=65_536)] = 16_384
+    publish_window_bytes: Annotated[int, about("unacknowledged bytes granted to a producer", ge=64 << 10)] = 8 * MIB
+    consume_window_records: Annotated[int, about(
+        "records in flight to a consumer that asks for no window of its own", ge=1, le=1 << 20)] = 10_000
+    consume_window_bytes: Annotated[int, about("the same in bytes", ge=64 << 10, le=64 * MIB)] = 8 * MIB
+    staged_high_bytes: Annotated[int, about(
+        "bytes waiting for the disk above which producers are not read", ge=MIB)] = 64 * MIB
+    heartbeat_ms: Annotated[int, about("interval of heartbeats to clients", ge=100)] = 10_000
+    idle_timeout_ms: Annotated[int, about("a client that sends nothing for this long is disconnected", ge=200)] = 30_000
+    connect_timeout_ms: Annotated[int, about("time until CONNECT must have arrived", ge=100)] = 2_000
+    stuck_timeout_ms: Annotated[int, about(
+        "a client that takes nothing for this long is disconnected", ge=100)] = 10_000
 
 
 class DeliveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    timeout_ms: Annotated[int, Meta(ge=100, description="time in which a consumer must acknowledge, negatively or not, what it was delivered, or say that it is in progress")] = 60_000  # fmt: skip  # noqa: E501
-    max_attempts: Annotated[int, Meta(ge=0, le=1_000_000, description="failed attempts after which a record goes to the dead-letter topic; 0: never")] = 5  # fmt: skip  # noqa: E501
-    backoff_ms: Annotated[int, Meta(ge=0, le=3_600_000, description="pause after the first failed attempt; it doubles with every further one")] = 500  # fmt: skip  # noqa: E501
-    max_backoff_ms: Annotated[int, Meta(ge=0, le=86_400_000, description="longest pause after a failed attempt")] = 30_000  # fmt: skip  # noqa: E501
+    timeout_ms: Annotated[int, about(
+        "time in which a consumer must acknowledge what it was delivered, negatively or not, or report that it is in "
+        "progress", ge=100)] = 60_000
+    max_attempts: Annotated[int, about(
+        "failed attempts after which a record goes to the dead-letter topic; 0: never", ge=0, le=1_000_000)] = 5
+    backoff_ms: Annotated[int, about(
+        "pause after the first failed attempt; it doubles with every further one", ge=0, le=3_600_000)] = 500
+    max_backoff_ms: Annotated[int, about("longest pause after a failed attempt", ge=0, le=86_400_000)] = 30_000
 
 
 class PipeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    parents: Annotated[str, Meta(description="HOST:PORT of the parent's HTTP interface; several with commas, the best first; empty: this node has none")] = ""  # fmt: skip  # noqa: E501
-    registry: Annotated[str, Meta(description="HOST:PORT of nodes through which the registry can be asked for a parent; several with commas; empty: only pipe.parents counts")] = ""  # fmt: skip  # noqa: E501
-    address: Annotated[str, Meta(description="HOST:PORT under which children reach this node; empty: listen.http, with the host name where that listens on all addresses")] = ""  # fmt: skip  # noqa: E501
-    topics: Annotated[str, Meta(description="topics to mirror: names or patterns (*, ?, [...]), separated by commas")] = "*"  # fmt: skip  # noqa: E501
-    bytes_per_second: Annotated[_Bytes, Meta(description="take at most this much from the parent; 0: no limit")] = 0
-    hours: Annotated[str, Meta(description="hours in which topics that are not urgent are taken, by the parent's clock, as `22:00-06:00`; several with commas; empty: always")] = ""  # fmt: skip  # noqa: E501
-    max_children: Annotated[
-        int, Meta(ge=0, le=100_000, description="children that are fed at a time, and remembered for each log; 0: none")
-    ] = 4096
+    parents: Annotated[str, about(
+        "HOST:PORT of the parent's HTTP interface; several with commas, the best first; empty: this node has none",
+        )] = ""
+    registry: Annotated[str, about(
+        "HOST:PORT of nodes through which the registry can be asked for a parent; several with commas; empty: only "
+        "pipe.parents counts")] = ""
+    address: Annotated[str, about(
+        "HOST:PORT at which children reach this node; empty: listen.http, with the host name where that listens on "
+        "all addresses")] = ""
+    topics: Annotated[str, about("topics to replicate: names or patterns (*, ?, [...]), separated by commas")] = "*"
+    bytes_per_second: Annotated[_Bytes, about("take at most this much from the parent; 0: no limit")] = 0
+    hours: Annotated[str, about(
+        "transfer window: the hours in which topics that are not urgent are taken, by the parent's clock, as "
+        "`22:00-06:00`; several with commas; empty: always")] = ""
+    max_children: Annotated[int, about(
+        "children that are served at a time, and remembered for each log; 0: none", ge=0, le=100_000)] = 4096
 
 
 class RegistryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    enabled: Annotated[bool, Meta(description="keep the registry of all nodes here and tell them their parents; at one node, normally the root")] = False  # fmt: skip  # noqa: E501
+    enabled: Annotated[bool, about(
+        "keep the registry of all nodes here and assign their parents; at one node, normally the root")] = False
 
 
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    level: Annotated[Literal["debug", "info", "warning", "error"], Meta(description="least severe lines that are logged")] = "info"  # fmt: skip  # noqa: E501
-    format: Annotated[Literal["auto", "text", "json"], Meta(description="auto: fields to systemd's journal where standard error is that, else text; json: an object a line")] = "auto"  # fmt: skip  # noqa: E501
+    level: Annotated[Literal["debug", "info", "warning", "error"], about("lowest severity that is logged")] = "info"
+    format: Annotated[Literal["auto", "text", "json"], about(
+        "auto: fields to systemd's journal if standard error is connected to it, else text; json: one object per line",
+        )] = "auto"
+# fmt: on
 
 
 class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -286,7 +317,7 @@ def _fill(config: Config, environment: Mapping[str, str]) -> Config:
 
 
 def split_list(text: str) -> list[str]:
-    """What stands between the commas of a text."""
+    """The parts of a text between its commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
 
 

@@ -39,14 +39,14 @@ def _within(span: Span, second: float) -> bool:
 
 
 def parse_hours(text: str) -> Hours:
-    """Raises ValueError for what is not a list of HH:MM-HH:MM."""
+    """Parse HH:MM-HH:MM, several with commas; no text is no time range. Raises ValueError for anything else."""
     spans = []
     for part in (part.strip() for part in text.split(",")):
         if not part and not text.strip():
             break
         found = _SPAN.match(part)
         if found is None:
-            raise ValueError(f"{part!r} is not a span of hours; write it as 22:00-06:00")
+            raise ValueError(f"{part!r} is not a time range; write it as 22:00-06:00")
         hour, minute, last_hour, last_minute = map(int, found.groups())
         spans.append(Span(hour * 3600 + minute * 60, last_hour * 3600 + last_minute * 60))
     return Hours(spans)

@@ -77,7 +77,7 @@ class DataDirectory:
         return self.path / "quarantine"
 
     def spend_reserve(self) -> bool:
-        """Give the reserved space to whoever must still write small things on a full disk. True when there was any."""
+        """Give the reserved space to what must still be written on a full disk. True when there was any."""
         reserve = self.path / "reserve"
         if not reserve.exists():
             return False

@@ -1,4 +1,4 @@
-"""What the broker asks of a storage engine, one protocol for each kind of reader. Implementations stand beside it:
+"""What the broker asks of a storage engine, one protocol for each kind of reader. Implementations are beside it:
 storage/store.py (segments on a disk) and storage/memory.py (a process's life long).
 
 Threads: every method is called on the loop thread, and every callback comes back there, never from within the call that
@@ -86,8 +86,9 @@ class Log(Protocol):
         """Stored bytes."""
 
     def find(self, offset: int, max_bytes: int, max_records: int, hint: tuple[int, int] | None = None) -> Found:
-        """What to send to a reader that is at `offset`: at most max_bytes and max_records, but at least one batch. The
-        first batch is the one that holds `offset`. `hint` is FileSlice.next_hint of the slice that ended here."""
+        """What to send to a reader that is at `offset`: the batch that holds it, and as many of the next ones as fit
+        into max_bytes and begin before offset + max_records. `hint` is FileSlice.next_hint of the slice that ended
+        here."""
 
     def end_hint(self) -> tuple[int, int] | None:
         """The hint of a reader that has everything; None when hints are of no use."""
@@ -138,7 +139,7 @@ class LogReader(Protocol):
 
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
         """Read verified batches through the disk, from the one that holds `offset` on: about max_bytes, and at least
-        one batch. `offset` lies in [log_start, durable_end). `done` gets the batches, or why there are none."""
+        one batch. `offset` is in [log_start, durable_end). `done` gets the batches, or why there are none."""
 
     def read_cached(self, piece: FileSlice) -> bytes | None:
         """The bytes of a slice, when all of them are in the page cache; else None. Does not wait."""
@@ -244,7 +245,7 @@ class GroupStore(Protocol):
 
 
 class MirrorStore(Protocol):
-    """Logs that another node writes, and the node's own place in the tree."""
+    """Logs that another node writes, and the node's own level in the tree."""
 
     level: str
     """The configured level, or the one that the node was promoted to."""

@@ -1,6 +1,6 @@
 """Everything that touches data files outside the commit extension: open, sync, rename, remove, lock.
 
-Durability promises stand at each function. A new or renamed file is durable only after its directory was synced:
+Each function says what it makes durable. A new or renamed file is durable only after its directory was synced:
 the functions that promise durability do that themselves.
 """
 
@@ -18,7 +18,7 @@ from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 COPY_BYTES = 1 << 20
-# Not the disk's fault, and over when somebody gives something back.
+# Not the disk's fault, and over when resources are released.
 TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
 
@@ -47,11 +47,11 @@ def write_at(fd: int, data: memoryview, position: int) -> None:
 
 
 def make_private(path: Path) -> None:
-    """Create an empty file with the rights of all our files, where somebody else would choose others."""
+    """Create an empty file with the rights of all our files, where a library would choose others."""
     try:
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640))
     except OSError:
-        pass  # whoever opens it next says what is wrong
+        pass  # opening it says what is wrong
 
 
 def create_log(path: Path) -> int:
@@ -129,7 +129,7 @@ def drop_cache(fd: int) -> None:
 
 
 def truncate(fd: int, size: int) -> None:
-    """Cut a file (and free what was preallocated behind its end)."""
+    """Truncate a file (and free what was preallocated after its end)."""
     os.ftruncate(fd, size)
 
 
@@ -138,12 +138,12 @@ def remove(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def set_aside(path: Path, suffix: str) -> Path:
-    """Give a file another suffix, durably; its bytes stay."""
-    aside = path.with_suffix(suffix)
-    os.rename(path, aside)
+def rename_suffix(path: Path, suffix: str) -> Path:
+    """Give a file another suffix, durably; its bytes stay. Its new name."""
+    renamed = path.with_suffix(suffix)
+    os.rename(path, renamed)
     sync_directory(path.parent)
-    return aside
+    return renamed
 
 
 def remove_tree(path: Path) -> None:
@@ -166,7 +166,7 @@ def copy_start(source: int, target: Path, size: int) -> None:
 
 
 def append_copy(target: Path, data: memoryview, source: int, position: int, end: int) -> int:
-    """Add bytes, and behind them a part of an open file, to a file, durably; its size then."""
+    """Add bytes, then a part of an open file, to a file, durably; its size then."""
     fd = open_log(target, writable=True)
     try:
         size = size_of(fd)
@@ -180,7 +180,7 @@ def append_copy(target: Path, data: memoryview, source: int, position: int, end:
 
 
 def _copy(source: int, position: int, end: int, target: int, at: int) -> None:
-    """Bytes [position, end) of an open file to a place in another one."""
+    """Bytes [position, end) of an open file to a position in another one."""
     while position < end:
         piece = read_at(source, min(COPY_BYTES, end - position), position)
         if not piece:

@@ -1,6 +1,6 @@
-"""The in-memory engine: the same promises as far as a process lives. For tests and for handlers tried on a desk.
+"""The in-memory engine: the same promises as far as a process lives. For tests and for handlers that are tried out.
 
-Nothing survives a stop. Batches become durable at the end of the turn in which they were published.
+Nothing survives a stop. Batches become durable at the end of the loop iteration in which they were published.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ class MemoryLog:
         found = segscan.seek(view, offset)
         assert found is not None
         start, first, _ = found
-        length, following = segscan.cut(view[start:], max_bytes, min(chunk.next_offset, first + max_records))
-        return Inline(view[start : start + length], first, following)
+        length, next_offset = segscan.cut(view[start:], max_bytes, min(chunk.next_offset, first + max_records))
+        return Inline(view[start : start + length], first, next_offset)
 
     def to_repair(self) -> tuple[int, int]:
         raise AssertionError("memory is never damaged")
@@ -104,6 +104,18 @@ class MemoryLog:
             return self.identity.chain
         ends = [chunk.next_offset for chunk in self.chunks]
         return self.chains[ends.index(offset)] if offset in ends else None
+
+    def boundaries(self) -> list[tuple[int, int]]:
+        """Every batch boundary, in order, with the header chain checksum there."""
+        found = [(0, self.identity.chain)]
+        for chunk in self.chunks:
+            data, chain, position = memoryview(chunk), found[-1][1], 0
+            while position < len(data):
+                header = batch.read_header(data, position)
+                chain = records.chain(data[position : position + header.size], chain)
+                position += header.size
+                found.append((header.base_offset + header.count, chain))
+        return found
 
     def status(self) -> LogStatus:
         return LogStatus(
@@ -176,10 +188,9 @@ class MemoryEngine:
 
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
         assert isinstance(log, MemoryLog)
-        ends = [0, *(chunk.next_offset for chunk in log.chunks)]
-        chains = [log.identity.chain, *log.chains]
-        edges = {bisect_left(ends, offset) for offset in offsets if offset <= log.durable_end}
-        done([ChainPoint(ends[edge], chains[edge]) for edge in sorted(edges)], "")
+        known = log.boundaries()
+        wanted = {bisect_left(known, (offset, -1)) for offset in offsets if offset <= log.durable_end}
+        done([ChainPoint(*known[rank]) for rank in sorted(wanted)], "")
 
     def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
         self.change_identities(name, [lambda old: replace(old, settings=settings)] * len(self._topics[name]), done)
@@ -213,7 +224,6 @@ class MemoryEngine:
         return sum(log.stage.pending_bytes for log in self._dirty)
 
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
-        """Whoever wants stored bytes for itself asks here, in memory as well."""
         found = log.find(offset, max_bytes, 1 << 31)
         assert isinstance(found, Inline)
         done(ColdRead(data=bytes(found.data), first_offset=found.first_offset, next_offset=found.next_offset))

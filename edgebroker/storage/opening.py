@@ -22,6 +22,7 @@ from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.identity import change_identity, read_identity, write_identity
+from edgebroker.storage.log.aside import finish_recreate
 from edgebroker.storage.log.index import SealedIndex, read_index
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog, Recovery
@@ -30,7 +31,6 @@ from edgebroker.storage.log.staging import Stage
 from edgebroker.storage.log.walk import next_good_batch
 from edgebroker.storage.metadata.meta_db import MetaState, SegmentRow
 from edgebroker.storage.quarantine import Quarantine
-from edgebroker.storage.rewrite.truncate import finish_restart
 from edgebroker.storage.types import UNKNOWN_CHAIN, Identity, begin_history, make_identity
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ REPLAY_PIECE_BYTES = 1 << 20
 
 
 class Opener:
-    """Makes PartitionLogs, from what lies on the disk or from a topic that was just created.
+    """Makes PartitionLogs, from what is on the disk or from a topic that was just created.
 
     `limits`: (largest batch, largest record, batches remembered per producer) for the stages. `unserved`: topics that
     could not be opened, with the reason.
@@ -85,7 +85,7 @@ class Opener:
             touched = any(found.size_bytes or found.durable_end for found in logs.values())
             touched = touched or any((path.name, number) in state.checkpoints for number in logs)
             if not touched and path.name not in self.unserved:
-                log.warning("topic %s: its creation did not finish, nobody was told about it", path.name)
+                log.warning("topic %s: incomplete, never acknowledged; ignored", path.name)
                 return []
             why = self.unserved.setdefault(path.name, f"{len(logs)} of {wanted} partitions were found")
             log.error("topic %s is not served: %s", path.name, why)
@@ -96,14 +96,14 @@ class Opener:
         key, name = (topic, number), f"{topic}/{number}"
         checkpoint = state.checkpoints.get(key)
         try:
-            finish_restart(directory, self._clock.wall_ms())
+            finish_recreate(directory, self._clock.wall_ms())
             identity = read_identity(directory)
         except (FileNotFoundError, DamagedDataError) as error:
             sizes = [path.stat().st_size for path in directory.iterdir() if path.suffix == SUFFIX]
             began = any(sizes) or (sizes and isinstance(error, DamagedDataError))
             if not began and checkpoint is None:
-                return None  # a topic whose creation did not finish: nobody was told about it
-            log.error("%s: %s; the identity is made again", name, error)
+                return None  # incomplete, never acknowledged
+            log.error("%s: %s; the identity is created again", name, error)
             identity = make_identity(self._node_uid, TopicSettings())
             if checkpoint is not None:
                 log_id = checkpoint.log_id
@@ -113,18 +113,18 @@ class Opener:
             write_identity(directory, identity)
         groups = [
             offset.next_offset
-            for place, offset in state.group_offsets.items()
-            if place[1:] == key and offset.log_id == identity.log_id
+            for group_key, offset in state.group_offsets.items()
+            if group_key[1:] == key and offset.log_id == identity.log_id
         ]
-        # Of another history than the last: what was lost then is not to be missed now.
+        # Those of another history do not count: what was lost then is not missed now.
         children = [
-            place.offset
-            for place in state.children.get(key, {}).values()
-            if place.log_id == identity.log_id and identity.contains(place.epoch, place.offset)
+            position.offset
+            for position in state.children.get(key, {}).values()
+            if position.log_id == identity.log_id and identity.contains(position.epoch, position.offset)
         ]
         watermark = max([*groups, *children], default=-1)
         if identity.origin != self._node_uid:
-            watermark = -1  # what a mirror lost at its end it gets again; a place beyond it waits
+            watermark = -1  # what a replica lost at its end it gets again; an offset beyond it waits
         recovery = Recovery(directory, identity, self._quarantine, max_batch=STORED_BATCH_BYTES, name=name)
         recovered = recovery.run(checkpoint, watermark)
         self._describe(recovered.segments, state.segments.get(key, {}), identity)
@@ -140,7 +140,7 @@ class Opener:
         return partition
 
     def reopen(self, topic: str, number: int, directory: Path) -> tuple[Identity, RecoveredLog]:
-        """What lies in a partition directory that another store has closed, on the commit thread. Raises OSError,
+        """What is in a partition directory that another store has closed, on the commit thread. Raises OSError,
         DamagedDataError."""
         identity = read_identity(directory)
         recovery = Recovery(
@@ -169,10 +169,10 @@ class Opener:
     def make_log(self, topic: str, number: int, identity: Identity, recovered: RecoveredLog) -> PartitionLog:
         limits = self._limits
         if topic.endswith(DEAD_LETTERS):
-            # A dead letter is a record and what is said about it: it must fit whatever the limit of a record is.
+            # A dead letter is a record with its reason in headers: it must fit whatever the limit of a record is.
             limits = (STORED_BATCH_BYTES, STORED_BATCH_BYTES, 1)
         if identity.origin != self._node_uid:
-            # What its origin took, a mirror takes; it comes to a newer history only by its records.
+            # What its origin took, a replica takes; it comes to a newer history only by its records.
             limits = (STORED_BATCH_BYTES, STORED_BATCH_BYTES, limits[2])
             recovered = recovered._replace(epoch=identity.epoch_at(recovered.next_offset))
         stage = Stage(recovered.next_offset, recovered.epoch, *limits)
@@ -225,15 +225,15 @@ def _replay_producers(partition: PartitionLog, below: int, now: float) -> None:
                     if position < 0:
                         break
         except OSError as error:
-            log.warning("%s: duplicates are not recognised behind an unreadable place: %s", partition.name, error)
+            log.warning("%s: duplicates are not recognised after an unreadable position: %s", partition.name, error)
         finally:
             if segment.fd < 0:
                 files.close(fd)
 
 
 def raise_epochs(logs: list[PartitionLog], producers: dict[str, tuple[int, int]]) -> None:
-    """A record can be older on the disk than its producer's grant, which is stored behind the answer: who comes again
-    under that name must get a newer epoch than any in the logs, or is fenced by its own past."""
+    """A record can be older on the disk than its producer's grant, which is stored after the answer: a client that
+    comes again under that name must get a newer epoch than any in the logs, or is fenced by its own past."""
     clients = {producer_id: client for client, (producer_id, _) in producers.items()}
     for partition in logs:
         for producer_id, epoch in partition.stage.epochs().items():
@@ -243,7 +243,7 @@ def raise_epochs(logs: list[PartitionLog], producers: dict[str, tuple[int, int]]
 
 
 def begin_histories(logs: list[PartitionLog], node_uid: str) -> None:
-    """After a restore: what this node wrote behind the copy is lost, and others may have it. Durably, before anything
+    """After a restore: what this node wrote after the copy is lost, and others may have it. Durably, before anything
     is appended."""
     for partition in logs:
         if partition.identity.origin == node_uid:
@@ -251,4 +251,4 @@ def begin_histories(logs: list[PartitionLog], node_uid: str) -> None:
             identity = change_identity(partition.directory, partial(begin_history, end=end))
             partition.identity, partition.epoch = identity, identity.epoch
             partition.stage.resume(end, identity.epoch)
-    log.warning("restored from a copy: every log of this node goes on in a new history")
+    log.warning("restored from a copy: every log of this node continues in a new history")

@@ -1,7 +1,7 @@
 """Damaged bytes are never thrown away: a copy goes here, with a line that says where it came from.
 
 The directory is capped. While there is room for nothing more, the newest damage is reported but not copied: the
-original bytes still lie in their segment, because damage below the durable end is never cut out of it.
+original bytes are still in their segment, because damage below the durable end is never removed from it.
 """
 
 import logging

@@ -1,4 +1,4 @@
-"""What the segment store is told: limits and paces, from the configuration."""
+"""The settings of the segment store: limits and paces, from the configuration."""
 
 from __future__ import annotations
 

@@ -1,7 +1,10 @@
 """The segment-log engine: the data directory, its logs, and the threads that serve them, put together.
 
-open() recovers; append() stages; the committer stores and tells the listener; housekeeping checkpoints, retires and
-verifies. Everything here runs on the loop thread and leaves waiting to the commit, metadata and reader threads.
+    open()     recovers the logs             append()   stages; the committer stores and notifies the listener
+    reads      cold_reads and the logs       rewrites   rewriter, creation, removal, replacement
+    upkeep     checkpoints, retention, verifying, bounded files: once a second
+
+Everything here runs on the loop thread and leaves waiting to the commit, metadata and reader threads.
 """
 
 from __future__ import annotations
@@ -22,29 +25,24 @@ from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import EngineListener, Log
-from edgebroker.storage.identity import change_identity, read_identity
+from edgebroker.storage.identity import change_identity
 from edgebroker.storage.log.ages import Ages
-from edgebroker.storage.log.chains import DamagedLogError, find_chains
 from edgebroker.storage.log.partition import PartitionLog
-from edgebroker.storage.log.reader import ColdReader, SegmentRead, read_cold
-from edgebroker.storage.log.recovery import RecoveredLog
-from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.log.reader import ColdReader
 from edgebroker.storage.log.staging import Chunk
-from edgebroker.storage.log.timestamps import find_time
-from edgebroker.storage.metadata.meta_db import MetaDatabase, SegmentRow
+from edgebroker.storage.metadata.meta_db import MetaDatabase
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener, begin_histories, raise_epochs
 from edgebroker.storage.quarantine import Quarantine
+from edgebroker.storage.rewrite.creation import TopicCreation
 from edgebroker.storage.rewrite.removal import Removal, finish_removals, read_tombstones
-from edgebroker.storage.rewrite.repair import RepairResult, repair_segment
 from edgebroker.storage.rewrite.replace import TopicReplacement, finish_replacements, read_resyncs
-from edgebroker.storage.rewrite.truncate import begin_log, cut_log, restart_log
+from edgebroker.storage.rewrite.rewriter import Rewriter
 from edgebroker.storage.settings import StoreSettings
 from edgebroker.storage.types import (
     Appended,
     ChainPoint,
     Change,
-    Checkpoint,
     Children,
     ColdRead,
     DiskState,
@@ -58,13 +56,13 @@ from edgebroker.storage.types import (
     Tombstone,
     make_identity,
 )
+from edgebroker.storage.upkeep.checkpoints import Checkpoints
+from edgebroker.storage.upkeep.cold_reads import ColdReads
 from edgebroker.storage.upkeep.housekeeping import Housekeeping
+from edgebroker.storage.upkeep.open_files import OpenFiles
+from edgebroker.storage.upkeep.scrub import Scrub
 
 log = logging.getLogger(__name__)
-
-# Belongs to no log: vouches for nothing.
-BEING_SWITCHED = "its files are being exchanged; try again in a moment"
-NO_CHECKPOINT = Checkpoint("", 0, 0, 0, 0, 0, 0)
 
 
 class SegmentStore:
@@ -87,7 +85,6 @@ class SegmentStore:
             limits=(settings.max_batch, settings.max_record, settings.window),
             segment_bytes=settings.segment_bytes,
         )
-        self._creating: dict[str, list[Done]] = {}
         self._producers: dict[str, tuple[int, int]] = {}
         self.topology: list[str] = []
         self.tombstones: dict[str, Tombstone] = {}
@@ -119,9 +116,9 @@ class SegmentStore:
         state = self._metadata.load()
         self.tombstones = read_tombstones(self._path)
         resyncs = read_resyncs(self._path)
-        switched, resyncs = finish_replacements(self._path, resyncs)
+        replaced, resyncs = finish_replacements(self._path, resyncs)
         gone, left = finish_removals(self._path, self.tombstones)
-        changed = gone + switched
+        changed = gone + replaced
         state.forget(changed)
         for name in changed:
             self._metadata.changes.drop_topic(name)
@@ -140,14 +137,26 @@ class SegmentStore:
         if self._directory.restored:
             begin_histories(self.logs(), self.node_uid)
             self._directory.restore_finished()
+        self._checkpoints, self._open_files = Checkpoints(self._scheduler, self._metadata), OpenFiles()
+        self._scrub = Scrub(
+            self._scheduler, self._reader, self._quarantine, self._checkpoints,
+            self._settings.housekeeping.scrub_bytes_per_second,
+        )  # fmt: skip
         self._housekeeping = Housekeeping(
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, listener, self._committer,
-            self._metadata, self._reader, self._quarantine,
+            self._checkpoints, self._open_files, self._scrub,
         )  # fmt: skip
         self.replacement = TopicReplacement(
-            self._path, self._topics, self._opener, self._committer, self._metadata, self._reader, self._housekeeping,
-            listener, resyncs, self._scheduler, self._copy_of,
+            self._path, self._topics, self._opener, self._committer, self._metadata, self._reader, self._checkpoints,
+            self._scrub, listener, resyncs, self._scheduler, self._copy_of,
         )  # fmt: skip
+        self._creation = TopicCreation(
+            self._directory.topics, self._topics, self._opener, self.removal, self._committer, listener
+        )
+        self._reads = ColdReads(self._scheduler, self._reader, self._quarantine, self._checkpoints, self._open_files)
+        self._rewriter = Rewriter(
+            self._clock, self._committer, self._metadata, self._checkpoints, self._scrub, self._quarantine, listener
+        )
         self._housekeeping.start()
 
     def _copy_of(self, directory: Path) -> SegmentStore:
@@ -157,23 +166,23 @@ class SegmentStore:
         return store
 
     def reconfigure(self, settings: StoreSettings) -> None:
-        """Go on with another commit interval and other settings of the housekeeping."""
+        """Continue with another commit interval and other settings of the housekeeping."""
         self._committer.interval = settings.commit_interval
         self._housekeeping.reconfigure(settings.housekeeping)
 
     def close(self, timeout: float, *, mark: bool = True) -> bool:
-        """Write, sync and checkpoint what is left. The loop must keep turning until `idle`, then call this. Without
-        `mark` the next open checks as after a crash."""
+        """Store and release everything. The loop must run until flush() is True before, or the stop is not clean.
+        Without `mark` the next open checks as after a crash."""
         self._housekeeping.stop()
         clean = self._committer.stored and not self.problems()
         stopped = self._committer.stop(timeout)
         read = self._reader.stop(timeout)
         clean = self._metadata.stop(timeout) and clean
         if not stopped:
-            # The disk holds a thread up: descriptors and lock stay with it until the process is gone.
+            # A thread waits for the disk: descriptors and lock stay with it until the process is gone.
             log.error("the disk did not answer in time; the stop is not clean")
             return False
-        if read:  # else a read that hangs still uses them; nothing that is stored depends on it
+        if read:  # else a read that hangs still uses them; nothing stored depends on it
             for partition in self.logs():
                 partition.close()
         try:
@@ -204,58 +213,10 @@ class SegmentStore:
         return list(self._topics.get(topic, []))
 
     def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
-        """A new topic of this node: its logs are made durably on the commit thread, then done is called."""
         self.create_mirror(name, [make_identity(self.node_uid, settings) for _ in range(settings.partitions)], done)
 
     def create_mirror(self, name: str, identities: Sequence[Identity], done: Done) -> None:
-        """Make the logs of a topic, a partition for each identity, durably on the commit thread, then call done."""
-        refusal = self.refusal()
-        if refusal is not None:
-            done(*refusal)
-            return
-        if name in self._topics:
-            done(Outcome.NAME_CLASH, f"topic {name} exists")
-            return
-        if name in self._opener.unserved:
-            done(
-                Outcome.READ_ONLY,
-                f"topic {name} lies on the disk and could not be opened: {self._opener.unserved[name]}",
-            )
-            return
-        if name in self.removal.busy:
-            done(Outcome.OVERLOADED, f"topic {name} is being deleted; try again in a moment")
-            return
-        if name in self._creating:
-            self._creating[name].append(done)
-            return
-        self._creating[name] = [done]
-
-        def work() -> list[tuple[Identity, Segment]]:
-            path = self._directory.topics / name
-            return [(identity, begin_log(path / str(number), identity)) for number, identity in enumerate(identities)]
-
-        self._committer.call(work, partial(self._created, name))
-
-    def _created(self, name: str, result: object) -> None:
-        waiting = self._creating.pop(name)
-        if isinstance(result, list):
-            self._topics[name] = [
-                self._opener.make_log(
-                    name,
-                    number,
-                    identity,
-                    RecoveredLog([segment], identity.log_start, identity.chain, identity.epoch, [], 0),
-                )
-                for number, (identity, segment) in enumerate(result)
-            ]
-            answer = (Outcome.OK, "")
-            self._listener.on_topic(name)
-        else:
-            outcome = Outcome.DISK_FULL if getattr(result, "errno", 0) in files.FULL else Outcome.READ_ONLY
-            answer = (outcome, f"topic {name} cannot be created: {result}")
-            log.error("%s", answer[1])
-        for done in waiting:
-            done(*answer)
+        self._creation.create(name, identities, done)
 
     def alter_topic(self, name: str, settings: TopicSettings, done: Done) -> None:
         """Replace a topic's settings durably in every partition's identity."""
@@ -281,7 +242,7 @@ class SegmentStore:
                     partition.epoch = identity.epoch
                     partition.stage.resume(partition.staged_end, identity.epoch)
                 elif partition.epoch > identity.epoch:
-                    # A history that was begun here, and given up before anything was written to it.
+                    # A history that began here, and was given up before anything was written to it.
                     partition.epoch = identity.epoch_at(partition.staged_end)
                     partition.stage.resume(partition.staged_end, partition.epoch)
             done(Outcome.OK, "")
@@ -292,120 +253,20 @@ class SegmentStore:
     # ---- mirrors ----
 
     def truncate(self, log: Log, offset: int, done: Done) -> None:
-        """End a log at a batch boundary below its end, on the commit thread; nothing of it may be staged. What stands
-        behind it (groups, positions) has to be moved and stored before: it would vouch for what is gone."""
         assert isinstance(log, PartitionLog)
-        partition, wall_ms = log, self._clock.wall_ms()
-
-        def work() -> tuple[Identity, RecoveredLog]:
-            identity = read_identity(partition.directory)
-            return identity, cut_log(partition.directory, identity, offset, self._quarantine, wall_ms)
-
-        self._rewrite(partition, work, done)
+        self._rewriter.truncate(log, offset, done)
 
     def recreate(self, log: Log, change: Change, done: Done) -> None:
-        """Begin a log anew with a changed identity: further on, or as another log. Nothing of it may be staged."""
         assert isinstance(log, PartitionLog)
-        partition, wall_ms = log, self._clock.wall_ms()
-
-        def work() -> tuple[Identity, RecoveredLog]:
-            identity = change(read_identity(partition.directory))
-            return identity, restart_log(partition.directory, identity, self._quarantine, wall_ms)
-
-        self._rewrite(partition, work, done)
-
-    def _rewrite(self, partition: PartitionLog, work: Callable[[], tuple[Identity, RecoveredLog]], done: Done) -> None:
-        if partition.rewriting or partition.rolling or partition.staged_end != partition.durable_end:
-            done(Outcome.OVERLOADED, f"{partition.name}: something else is being stored; try again in a moment")
-            return
-        partition.rewriting = partition.rolling = True
-        key = (partition.topic, partition.partition)
-
-        def finished(result: object) -> None:
-            partition.rewriting = partition.rolling = False
-            if not isinstance(result, tuple):
-                done(Outcome.READ_ONLY, f"{partition.name} cannot be cut: {result}")
-                return
-            for segment in partition.rewritten(*result):
-                segment.retire()
-                self._metadata.changes.segments[*key, segment.base] = None
-            self._housekeeping.corrupt_ranges_changed(partition)
-            self._housekeeping.checkpoint(partition)
-            self._listener.on_rewritten(partition)
-            done(Outcome.OK, "")
-            self._listener.on_topic(partition.topic)
-
-        # The last checkpoint vouches for what goes.
-        self._metadata.changes.checkpoints[key] = NO_CHECKPOINT
-        self._metadata.touch(lambda: self._committer.call(work, finished))
+        self._rewriter.recreate(log, change, done)
 
     def repair(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
-        """Put batches from another node into the first hole of a log, from its beginning on: done(offset up to which it
-        is whole now, error). A hole in the active segment waits until that is sealed."""
         assert isinstance(log, PartitionLog)
-        partition, key = log, (log.topic, log.partition)
-        wound = partition.wound()
-        if wound is None or partition.rewriting:
-            done(-1, f"{partition.name}: the damage lies in what is being written; try again in a moment")
-            self._committer.seal(partition)
-            return
-        refusal = self.refusal()
-        if refusal is not None:
-            done(-1, f"{partition.name}: {refusal[1]}")
-            return
-        partition.rewriting = True
-
-        def finished(result: object) -> None:
-            partition.rewriting = False
-            self._housekeeping.checkpoint(partition)
-            if not isinstance(result, RepairResult):
-                self._listener.on_rewritten(partition)
-                done(-1, str(result))
-                return
-            for segment in partition.repaired(wound, result, self._clock.wall_ms()):
-                segment.retire()
-            for segment in {partition.segment_of(result.base), partition.segment_of(wound.base)}:
-                self._metadata.changes.segments[*key, segment.base] = SegmentRow(
-                    segment.end_offset, segment.size, segment.base_chain, segment.end_chain, segment.max_timestamp,
-                    segment.sealed_ms,
-                )  # fmt: skip
-                self._housekeeping.verify(partition, segment)
-            self._housekeeping.corrupt_ranges_changed(partition)
-            self._listener.on_rewritten(partition)
-            self._listener.on_topic(partition.topic)
-            # Until it is stored that the hole is gone, a crash would bring it back.
-            self._metadata.touch(lambda: done(result.next_offset, ""))
-
-        self._committer.call(lambda: repair_segment(wound, data), finished)
+        self._rewriter.repair(log, data, done)
 
     def chains(self, log: Log, offsets: Sequence[int], done: Callable[[list[ChainPoint], str], None]) -> None:
-        """For each offset the first batch boundary at or behind it and the chain there: done(points, error)."""
         assert isinstance(log, PartitionLog)
-        if log.replacing:
-            self._scheduler.call_later(0.0, lambda: done([], BEING_SWITCHED))
-            return
-        inside = [offset for offset in offsets if log.log_start <= offset <= log.durable_end]
-        inside = [offset for offset in inside if not log.damaged_before(offset)]
-        segments = {log.segment_of(offset).base: log.segment_of(offset) for offset in inside}
-        views = [log.view(segments[base]) for base in sorted(segments)]
-        found: list[ChainPoint] = []
-
-        damaged: list[int] = []
-
-        def read() -> SegmentRead:
-            try:
-                found.extend(find_chains(views, inside))
-            except DamagedLogError as error:
-                damaged.append(error.offset)
-                return SegmentRead(error=str(error))
-            return SegmentRead()
-
-        def answer(result: SegmentRead) -> None:
-            for offset in damaged:
-                self.read_cold(log, offset, 1, lambda result: None)  # it becomes a hole, which is healed
-            done([] if result.error else found, result.error)
-
-        self._reader.submit(read, answer)
+        self._reads.chains(log, offsets, done)
 
     def change_level(self, level: str, promoted: bool, done: Done) -> None:
         """Remember that this node was promoted to a level (or is not any more): durable when done is called."""
@@ -423,11 +284,7 @@ class SegmentStore:
     # ---- writing ----
 
     def refusal(self) -> tuple[Outcome, str] | None:
-        if self._committer.read_only:
-            return Outcome.READ_ONLY, f"this node is read-only: {self._committer.read_only}"
-        if self._committer.disk_full:
-            return Outcome.DISK_FULL, f"the disk is full: {self._committer.disk_full}"
-        return None
+        return self._committer.refusal()
 
     def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
         assert isinstance(log, PartitionLog)
@@ -458,7 +315,7 @@ class SegmentStore:
 
     def on_durable(self, log: PartitionLog, chunks: list[Chunk]) -> None:
         size = sum(len(chunk) for chunk in chunks)
-        self._housekeeping.checkpoint(log)
+        self._checkpoints.checkpoint(log)
         self._housekeeping.stored(size)
         log.bytes_in += size
         self._listener.on_durable(log, chunks)
@@ -469,49 +326,14 @@ class SegmentStore:
     # ---- reading ----
 
     def read_cold(self, log: Log, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
-        """Read through the reader thread; new indexes and holes found on the way are taken over."""
         assert isinstance(log, PartitionLog)
-        if log.replacing:
-            self._scheduler.call_later(0.0, lambda: done(SegmentRead(error=BEING_SWITCHED)))
-            return
-        segment = log.segment_of(offset)
-        view = log.view(segment)
-
-        def answer(result: SegmentRead) -> None:
-            if result.index is not None and not segment.retired:
-                log.take_index(segment, result.index, -1)
-                if segment is not log.active:
-                    self._housekeeping.index_loaded(segment)
-            if result.corrupt is not None and segment.retired:
-                # It was healed meanwhile: what was found belongs to the file before.
-                result.corrupt, result.error = None, "the segment was replaced while it was read"
-            if result.corrupt is not None:
-                log.add_corrupt_range(result.corrupt)
-                self._housekeeping.corrupt_ranges_changed(log)
-            if result.fd >= 0:
-                if segment.fd < 0 and not segment.retired:
-                    segment.fd = result.fd
-                    self._housekeeping.opened(segment)
-                else:
-                    files.close(result.fd)
-            done(result)
-
-        self._reader.submit(lambda: read_cold(view, offset, max_bytes, self._quarantine), answer)
+        self._reads.read(log, offset, max_bytes, done)
 
     def read_cached(self, piece: FileSlice) -> bytes | None:
         return files.read_cached(piece.file.fd, piece.length, piece.position)
 
     def load_range(self, file: StoredFile, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
-        fd = file.fd
-
-        def read() -> SegmentRead:
-            return SegmentRead(data=files.read_at(fd, length, position))
-
-        def answer(result: SegmentRead) -> None:
-            short = not result.error and len(result.data) != length
-            done(result.data, result.error or ("a segment is shorter than its log" if short else ""))
-
-        self._reader.submit(read, answer)
+        self._reads.load_range(file, position, length, done)
 
     def live_from(self, log: Log) -> int:
         assert isinstance(log, PartitionLog)
@@ -542,14 +364,7 @@ class SegmentStore:
 
     def offset_at_time(self, log: Log, timestamp: int, done: Callable[[int, str], None]) -> None:
         assert isinstance(log, PartitionLog)
-        if log.replacing:
-            self._scheduler.call_later(0.0, lambda: done(-1, BEING_SWITCHED))
-            return
-        views = [(log.view(segment), segment.max_timestamp) for segment in log.segments]
-        end = log.durable_end
-        self._reader.submit(
-            lambda: find_time(views, timestamp, end), lambda result: done(result.first_offset, result.error)
-        )
+        self._reads.offset_at_time(log, timestamp, done)
 
     # ---- metadata ----
 
@@ -628,7 +443,7 @@ class SegmentStore:
             disk_usable_bytes=disk.usable if disk is not None else 0,
             log_bytes=disk.used if disk is not None else 0,
             removed_segments=housekeeping.removed_segments,
-            verified_bytes=housekeeping.scrubbed_bytes,
+            verified_bytes=self._scrub.verified_bytes,
             unverified_segments=housekeeping.unverified_segments,
             clock=housekeeping.clock_implausible or "plausible",
         )

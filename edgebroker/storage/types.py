@@ -14,13 +14,11 @@ from msgspec.structs import replace
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.types import TopicSettings
 
-"""Called once, on the loop: OK and "", or why it was not done."""
-
 GroupKey = tuple[str, str, int]
 """Group, topic, partition."""
 
 UNKNOWN_CHAIN = -1
-"""The header chain checksum of a place that lies after a corrupt range."""
+"""The header chain checksum of an offset after a corrupt range."""
 
 
 LIVE_SECONDS = 7 * 24 * 3600.0
@@ -181,8 +179,8 @@ def begin_history(identity: Identity, end: int) -> Identity:
 
 
 class Checkpoint(NamedTuple):
-    """A durable place: the log was synced at least up to here; `chain` is the chain there, `max_timestamp` the newest
-    timestamp of the segment up to here."""
+    """A durable position: the log was synced at least up to here; `chain` is the chain there, `max_timestamp` the
+    newest timestamp of the segment up to here."""
 
     log_id: str
     base: int
@@ -202,7 +200,7 @@ class GroupOffset(msgspec.Struct, frozen=True, array_like=True):
     reset_id    the group's last snapshot refresh of this partition (hex, "" when there was none), begun at reset_from;
     target      it lasts until READY says that the group has reached this offset (-1: the refresh is over)
     moved_end   where the log ended when an operator moved the offset (-1: that did not happen): what members had
-                acknowledged before that lies below
+                acknowledged before that is below
     """
 
     log_id: str

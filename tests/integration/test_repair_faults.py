@@ -14,7 +14,7 @@ from edgebroker.broker.feed import ranges
 from edgebroker.common import records
 from edgebroker.common.errors import Code
 from edgebroker.storage import files
-from edgebroker.storage import store as store_module
+from edgebroker.storage.rewrite import rewriter
 from edgebroker.storage.types import UNKNOWN_CHAIN, CorruptRange
 from tests.integration.test_repair import cut_short, flip, logs_of, lose, repair
 from tests.kit.brokers import RunningBroker, numbered
@@ -119,7 +119,7 @@ def test_what_does_not_continue_the_end_is_not_put_in(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:200])
     harness.open()
     other = b"".join(records.restamp(encode(b"other".ljust(100, b".")), offset, 1) for offset in (21, 22))
-    assert repair(harness, other) == (-1, "offset 21: the chain behind what was fetched is another one")
+    assert repair(harness, other) == (-1, "offset 21: the chain after what was fetched differs")
     assert (harness.log().corrupt_ranges, list(harness.directory().glob("*.tmp"))) == ([CorruptRange(21, 23)], [])
     assert repair(harness, fetched(harness)) == (23, "")
     harness.close()
@@ -328,7 +328,7 @@ def test_a_child_that_asks_while_healing_fails(tree: Tree, monkeypatch: pytest.M
         gate.wait()
         raise OSError(errno.ENOSPC, "no space left")
 
-    monkeypatch.setattr(store_module, "repair_segment", slow)
+    monkeypatch.setattr(rewriter, "repair_segment", slow)
     answers: list[object] = []
     root.broker.loop.call_soon_threadsafe(
         lambda: root.broker.engine.repair(log, b"x", lambda *answer: answers.append(answer))

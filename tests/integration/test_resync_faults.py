@@ -75,7 +75,7 @@ def test_two_topics_deleted_at_once_and_a_crash(harness: StoreHarness, monkeypat
     harness.create("other")
     with monkeypatch.context() as patch:
         patch.setattr(
-            "edgebroker.storage.rewrite.removal.set_aside", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
+            "edgebroker.storage.rewrite.removal.move_away", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
         )
         gone: list[str] = []
         for name in (TOPIC, "other"):
@@ -98,7 +98,7 @@ def test_a_topic_made_again_over_what_could_not_be_moved(
     harness.tick_until(lambda: harness.log().log_start > 0)
     with monkeypatch.context() as patch:
         patch.setattr(
-            "edgebroker.storage.rewrite.removal.set_aside", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
+            "edgebroker.storage.rewrite.removal.move_away", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
         )
         done: list[Outcome] = []
         harness.store.removal.delete(TOPIC, lambda logs: None, lambda *told: done.append(told[0]))
@@ -196,7 +196,7 @@ def test_holes_of_a_log_that_was_begun_anew(harness: StoreHarness, monkeypatch: 
     """The process dies when the files are begun anew and what was noted about them is not stored yet."""
     log = harness.log()
     log.add_corrupt_range(CorruptRange(5, 9))
-    harness.store._housekeeping.corrupt_ranges_changed(log)
+    harness.store._checkpoints.corrupt_ranges_changed(log)
     harness.stored()
     with monkeypatch.context() as patch:
         reached: list[int] = []
@@ -540,9 +540,9 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
     l2 = tree.start("l2", "root")
     wait_for(lambda: root.broker.engine.log("t", 0).corrupt_ranges, "the damage is found")  # type: ignore[union-attr]
     wait_for(lambda: pipe(l2)["parent"]["connected"], "l2 follows")
-    from edgebroker.storage import store as store_module
+    from edgebroker.storage.rewrite import rewriter
 
-    real_repair, real_write, begun = store_module.repair_segment, removal.write_tombstones, threading.Event()
+    real_repair, real_write, begun = rewriter.repair_segment, removal.write_tombstones, threading.Event()
 
     def slow_write(path: Path, tombstones: Any) -> None:
         begun.set()
@@ -554,7 +554,7 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
         return real_repair(wound, data)
 
     monkeypatch.setattr(removal, "write_tombstones", slow_write)
-    monkeypatch.setattr(store_module, "repair_segment", slow_repair)
+    monkeypatch.setattr(rewriter, "repair_segment", slow_repair)
     # The child hears of it later.
     l2.call(lambda: setattr(l2.broker.mirroring.upstream._mirrors, "_delete", lambda topic: None))  # type: ignore[union-attr]
     topic_deletion = threading.Thread(target=lambda: root.http("DELETE", "/v1/topics/t"))

@@ -222,7 +222,7 @@ def test_behind_the_tombstone_the_topic_is_gone(harness: StoreHarness, monkeypat
 
     log_id = harness.log().identity.log_id
     with monkeypatch.context() as patch:
-        patch.setattr("edgebroker.storage.rewrite.removal.set_aside", fail)
+        patch.setattr("edgebroker.storage.rewrite.removal.move_away", fail)
         gone, done = removal(harness)
         for _ in range(50):
             harness.loop.turn(0.005)

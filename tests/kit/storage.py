@@ -1,7 +1,7 @@
 """What the storage tests share: a clock that is turned by hand, a store on a loop, and a crash.
 
 The harness turns a real loop; nothing sleeps. A crash is the directory as it lies at that moment: it is copied, the
-process that wrote it is thrown away, and the copy takes its place. Power cuts are made from it by cutting files.
+process that wrote it is thrown away, and the copy takes its place. Power cuts are made from it by truncating files.
 """
 
 from __future__ import annotations
@@ -55,6 +55,8 @@ class Listener:
 
     def __init__(self) -> None:
         self.events: list[tuple[str, str, Any]] = []
+        self.topics: list[str] = []
+        self.rewritten: list[str] = []
         self.floor: int | None = None
         self.pin: int | None = None
 
@@ -69,8 +71,11 @@ class Listener:
     def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
         self.events.append(("failed", log.name, outcome))
 
-    def on_topic(self, name: str) -> None: ...
-    def on_rewritten(self, log: Log) -> None: ...
+    def on_topic(self, name: str) -> None:
+        self.topics.append(name)
+
+    def on_rewritten(self, log: Log) -> None:
+        self.rewritten.append(log.name)
 
     def retention_pin(self, log: Log) -> int | None:
         return self.pin
@@ -189,10 +194,10 @@ class Harness:
         return answer.offset
 
     def durable(self, topic: str = TOPIC, partition: int = 0) -> None:
-        """Turn until all that was appended is durable; the clock goes on, for what nobody waits for is synced later."""
+        """Turn until all that was appended is durable; the clock is advanced, for some of it is synced later."""
         log = self.log(topic, partition)
         for number in range(TURNS):
-            if log.durable_end >= log.stage.next_offset:
+            if log.durable_end >= log.staged_end:
                 return
             self.loop.turn(TURN_SECONDS if number else 0.0)
             self.clock.advance(0.006)
@@ -200,7 +205,7 @@ class Harness:
 
     def read(self, start: int | None = None, *, max_bytes: int = MAX, max_records: int = 1 << 30, topic: str = TOPIC,
              partition: int = 0) -> tuple[list[Message], list[CorruptRange]]:  # fmt: skip
-        """Everything from `start` on as a reader without a memory sees it, and the holes it was told of."""
+        """Everything from `start` on as a reader without a memory sees it, and the corrupt ranges it met."""
         log, found, corrupt_ranges = self.log(topic, partition), [], []
         offset = log.log_start if start is None else start
         while True:
@@ -216,24 +221,24 @@ class Harness:
             if isinstance(piece, FileSlice):
                 data = os.pread(piece.file.fd, piece.length, piece.position)
                 assert len(data) == piece.length
-                following = piece.next_offset
+                next_offset = piece.next_offset
             elif isinstance(piece, Inline):
-                data, following = bytes(piece.data), piece.next_offset
+                data, next_offset = bytes(piece.data), piece.next_offset
             else:
                 cold = self.read_cold(offset, max_bytes, topic=topic, partition=partition)
                 assert not cold.error, cold.error
                 if cold.corrupt is not None:
                     assert log.find(offset, max_bytes, max_records) == log.corrupt_range_at(offset) is not None
                     continue
-                data, following = cold.data, cold.next_offset
-            assert following > offset, "a read that does not move"
-            rows = batch.decode(data, first=offset, last=following - 1)
-            assert [row.offset for row in rows] == list(range(offset, following)), "records are missing in an extent"
+                data, next_offset = cold.data, cold.next_offset
+            assert next_offset > offset, "a read that does not move"
+            rows = batch.decode(data, first=offset, last=next_offset - 1)
+            assert [row.offset for row in rows] == list(range(offset, next_offset)), "records are missing in a slice"
             found += [Message(row.offset, row.value, row.timestamp) for row in rows]
-            offset = following
+            offset = next_offset
 
     def values(self, start: int | None = None, **options: Any) -> list[bytes | None]:
-        """The values of everything; there must be no hole."""
+        """The values of everything; there must be no corrupt range."""
         found, corrupt_ranges = self.read(start, **options)
         assert not corrupt_ranges
         return [message.value for message in found]

@@ -1,10 +1,10 @@
-"""Group commit: what the loop staged in one turn is written and synced together by the commit thread.
+"""Group commit: what the loop staged in one iteration is written and synced together by the commit thread.
 
-    mark() while the turn runs -> flush() at its end -> (commit thread: write, sync) -> collect() -> listener
+    mark() during an iteration -> flush() at its end -> (commit thread: write, sync) -> collect() -> listener
 
 One group is in flight at a time, so a group is as large as what arrived while the last one was with the disk. With a
-commit interval (worn flash) a group waits for it, unless a topic is urgent. Data that nobody waits for at level
-durable is synced a few milliseconds later, so that level written does not pay for a sync.
+commit interval (worn flash) a group waits for it, unless a topic is urgent. Data that no producer waits for at
+level durable is synced a few milliseconds later, so that level written does not pay for a sync.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ STALLED_SECONDS = 10.0
 
 
 class CommitListener(Protocol):
-    """Who is told, on the loop, what became of staged batches."""
+    """Notified, on the loop, of what became of staged batches."""
 
     def on_written(self, log: PartitionLog) -> None:
         """log.written_end moved."""
@@ -45,7 +45,7 @@ class CommitListener(Protocol):
         """log.durable_end moved over these chunks."""
 
     def on_failed(self, log: PartitionLog, outcome: Outcome, message: str) -> None:
-        """What was not durable is forgotten; whoever waits for it is to be answered this."""
+        """What was not durable is forgotten; producers that wait for it are to get this answer."""
 
 
 class Committer:
@@ -65,7 +65,7 @@ class Committer:
         self._flush_due = self._sync_due = 0.0
         self._timer: Timer | None = None
         self._timer_due = 0.0
-        self._calling = 0  # closures whose result was not told yet
+        self._calling = 0  # closures whose result is not known on the loop yet
         self._calls: deque[tuple[Callable[[], object], Callable[[object], None]]] = deque()
         self._flushing = self._ending = False
         self.read_only = ""
@@ -73,14 +73,14 @@ class Committer:
         self.groups = self.group_bytes = self.write_ns = self.sync_ns = self.rolls = self.slowest_sync_ns = 0
         self.sync_latency, self.append_latency = Histogram(), Histogram()
         self._staged_since = 0.0
-        # When the first batch of the group was staged that is in flight, or is just being told to the listener.
+        # When the first batch of the group was staged that is in flight, or is just being reported to the listener.
         self.staged_at = 0.0
         scheduler.add_reader(self._group.done_fd, self._collect)
         scheduler.at_end_of_iteration(self.flush)
         self._thread = start_thread("edgebroker-commit", self._run)
 
     def mark(self, partition: PartitionLog, *, durable: bool, written: bool, urgent: bool) -> None:
-        """Something was staged: somebody waits for it to be durable or written (or nobody)."""
+        """Something was staged, and perhaps a producer waits for it to be durable or written."""
         if partition not in self._dirty:
             if not self._dirty:
                 self._staged_since = self._scheduler.now()
@@ -112,6 +112,14 @@ class Committer:
         """True when nothing is staged, written without a sync, or in flight."""
         return self.stored and not self._calling
 
+    def refusal(self) -> tuple[Outcome, str] | None:
+        """Why nothing can be stored now; None when it can."""
+        if self.read_only:
+            return Outcome.READ_ONLY, f"this node is read-only: {self.read_only}"
+        if self.disk_full:
+            return Outcome.DISK_FULL, f"the disk is full: {self.disk_full}"
+        return None
+
     def call(self, work: Callable[[], object], done: Callable[[object], None]) -> None:
         """Run file work on the commit thread between groups; `done` gets its result or its exception, on the loop."""
         self._calling += 1
@@ -140,7 +148,7 @@ class Committer:
         self.flush()
 
     def flush(self) -> None:
-        """Hand what is due to the commit thread, if it is idle. Called at the end of every turn."""
+        """Hand what is due to the commit thread, if it is idle. Called at the end of every iteration."""
         if not (self._dirty or self._unsynced) or not self._group.idle:
             return
         now = self._scheduler.now()
@@ -255,9 +263,9 @@ class Committer:
         def done(result: object) -> None:
             partition.rolling = False
             if isinstance(result, OSError):
-                log.error("%s: the unwritten end could not be cut off: %s", partition.name, result)
+                log.error("%s: the unwritten end of the file could not be truncated: %s", partition.name, result)
 
-        # Bytes behind the end would come back after a crash as batches that nobody acknowledged.
+        # Bytes after the end would come back after a crash as batches that were never acknowledged.
         partition.rolling = True
         self.call(lambda: files.truncate(fd, size), done)
         self._listener.on_failed(partition, Outcome.DISK_FULL, "the disk is full; retry when there is space")
@@ -291,7 +299,7 @@ class Committer:
             path = segment_path(partition.directory, base)
             if base == old.base:
                 # Nothing in the old file is durable: keep its bytes out of the way of the new one.
-                files.set_aside(old.path, ".failed")
+                files.rename_suffix(old.path, ".failed")
             segment = Segment(path, base, base_chain=chain, fd=files.create_log(path))
             segment.end_chain = chain
             try:

@@ -3,34 +3,25 @@
 An index point is stamped with the wall and the monotonic time of its append. Of what this process stored itself the
 monotonic clock tells the age; of what an earlier run stored the wall clock does, as far as it can be believed: not
 before EARLIEST_WALL_MS, and the lower of what it shows and what it should show since the start; so jumps while the node
-runs change nothing. A clock that stood wrong when an earlier run stored, or when this one began, and looked plausible,
-cannot be recognised. The age of what lies between two points is known to granularity_ms().
+runs change nothing. A clock that was wrong when an earlier run stored, or when this one began, and looked plausible,
+cannot be recognised. The age of what is between two points is known to granularity_ms().
 """
 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from edgebroker.common.clock import Clock
 from edgebroker.storage.log import segscan
-from edgebroker.storage.log.index import POINT_BYTES
-
-if TYPE_CHECKING:
-    from edgebroker.storage.log.partition import PartitionLog
-    from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.log.index import POINT_BYTES, granularity_ms
+from edgebroker.storage.log.partition import PartitionLog
+from edgebroker.storage.log.segment import Segment
 
 _STAMPS = struct.Struct("<qq")
 _STAMPS_AT = POINT_BYTES - _STAMPS.size
 # 2024-01-01: a clock that shows less was never set.
 EARLIEST_WALL_MS = 1_704_067_200_000
-FINEST_MS, COARSEST_MS = 1_000, 600_000
 LOOK_SECONDS = 0.1
-
-
-def granularity_ms(ttl_ms: int) -> int:
-    """How far apart in time the index points of a topic may be."""
-    return max(FINEST_MS, min(ttl_ms // 64, COARSEST_MS)) if ttl_ms else COARSEST_MS
 
 
 class Ages:
@@ -86,8 +77,8 @@ class Ages:
 
     def _sealed_age(self, log: PartitionLog, segment: Segment) -> int:
         """Since the next segment began, everything in this one is at least as old."""
-        following = log.segments[log.segments.index(segment) + 1]
-        return self.of(segment.sealed_ms, int(following.born * 1000))
+        after = log.segments[log.segments.index(segment) + 1]
+        return self.of(segment.sealed_ms, int(after.born * 1000))
 
     def _within(self, segment: Segment, wall_ms: int, monotonic_ms: int) -> int:
         if not wall_ms and not monotonic_ms:
@@ -95,7 +86,7 @@ class Ages:
         return self.of(wall_ms, monotonic_ms)
 
     def _live_within(self, segment: Segment, ttl: int) -> int:
-        """Behind the last point whose stretch has expired as a whole."""
+        """The offset after the last stretch between two points that has expired as a whole."""
         points = segment.points
         if points is None or segment.points_from:
             return segment.base

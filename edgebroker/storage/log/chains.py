@@ -1,4 +1,4 @@
-"""Chain checksums at places of a stored log: what two nodes compare to find where their logs are the same."""
+"""Header chain checksums at batch boundaries of a stored log: two nodes compare them to find where their logs agree."""
 
 from collections.abc import Sequence
 
@@ -19,10 +19,10 @@ class DamagedLogError(EdgeBrokerError):
 
 
 def find_chains(views: Sequence[SegmentView], offsets: Sequence[int]) -> list[ChainPoint]:
-    """For each offset the first batch boundary at or behind it, as far as it is known; on the reader thread.
+    """For each offset the first batch boundary at or after it, as far as it is known; on the reader thread.
 
-    `views` are the segments in which they lie, in order. Raises OSError when the device refuses, DamagedLogError when
-    the way to an offset is damaged, as nobody has noticed yet: that is no other past.
+    `views` are the segments that hold them, in order. Raises OSError when the device refuses, DamagedLogError when
+    a batch before an offset is damaged, which was not known yet: that does not mean that the histories differ.
     """
     found: dict[int, ChainPoint] = {}
     for offset in offsets:

@@ -23,6 +23,13 @@ _HEADER = struct.Struct("<4sI16sQQQIIqqI")
 _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 assert HEADER_BYTES == 80
+# An index point is due after so many bytes (INTERVAL_BYTES) or so much time, whichever comes first.
+FINEST_MS, COARSEST_MS = 1_000, 600_000
+
+
+def granularity_ms(ttl_ms: int) -> int:
+    """How far apart in time the index points of a topic may be."""
+    return max(FINEST_MS, min(ttl_ms // 64, COARSEST_MS)) if ttl_ms else COARSEST_MS
 
 
 class SealedIndex(NamedTuple):

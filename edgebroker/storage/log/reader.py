@@ -84,16 +84,16 @@ def _read_cold(view: SegmentView, fd: int, offset: int, max_bytes: int, quaranti
         if corrupt.next <= corrupt.first:
             raise CorruptBatchError(f"{view.path}: {corrupt.first} comes twice")
         if corrupt.next > offset:
-            reason = EXPLANATION.get(walked.reason, "cut off")
+            reason = EXPLANATION.get(walked.reason, "incomplete")
             quarantine.keep(view.name, view.path, fd, walked.position, end, reason)
             answer.corrupt = corrupt
             return answer
-        # The damage lies between the index point and what is wanted.
+        # The damage is between the index point and what is wanted.
         state = walk_start(corrupt.next, walked.chain, position=end, epoch=walked.epoch)
 
 
 def _read_good(view: SegmentView, fd: int, state: ScanState, want: int, offset: int) -> tuple[ScanState, bytearray]:
-    """Good batches from a place on: `want` bytes, or more when the batch with `offset` is longer."""
+    """Good batches from a position on: `want` bytes, or more when the batch with `offset` is longer."""
     data, most = bytearray(), want + 2 * view.max_batch
     while True:
         end = min(view.size, state.position + want)
@@ -115,13 +115,13 @@ def _read_good(view: SegmentView, fd: int, state: ScanState, want: int, offset: 
 
 
 def view_margin(points: bytes, position: int, size: int) -> int:
-    """Bytes that may lie between a point and the batch wanted: up to the next point."""
+    """Bytes that may be between a point and the batch wanted: up to the next point."""
     after = segscan.floor_position(points, size)
     return min(64 << 10, size - position) if after is not None else size - position
 
 
 def _damage(view: SegmentView, fd: int, walked: ScanState) -> tuple[CorruptRange, int]:
-    """How far the damage reaches that a walk stopped at: (offsets, position behind it)."""
+    """How far the damage reaches that a walk stopped at: (offsets, position after it)."""
     first = walked.next_offset
     found = next_good_batch(fd, walked.position, view.size, first, view.end_offset - 1, view.max_batch)
     if found < 0:
@@ -142,16 +142,16 @@ def load_index(view: SegmentView, fd: int) -> SealedIndex:
 def verify_segment(view: SegmentView, fd: int) -> tuple[SealedIndex, list[CorruptRange]]:
     """Verify every batch of a segment and build its index, stepping over damage.
 
-    The chain after a hole is not known; it goes on from where it was. An index is written only when the chain at its
-    base is known.
+    The chain after a corrupt range is not known; it continues from where it was. An index is written only when the
+    chain at its base is known.
     """
     state = walk_start(view.base, max(view.base_chain, 0), epoch=view.epoch)
     damage: list[CorruptRange] = []
     points: list[bytes] = []
     before = -1
     while state.next_offset < view.end_offset:
-        stands, before = state.position == before, state.position
-        if state.reason or state.position >= view.size or stands:
+        stuck, before = state.position == before, state.position
+        if state.reason or state.position >= view.size or stuck:
             corrupt, end = _damage(view, fd, state)
             damage.append(corrupt)
             if corrupt.next >= view.end_offset:
@@ -218,7 +218,7 @@ class ColdReader:
 
         def run() -> None:
             try:
-                # Nobody waits any more for a job that timed out in the queue.
+                # A job that timed out in the queue has been answered.
                 result = SegmentRead() if answered else job()
             except OSError as error:
                 result = SegmentRead(error=f"{error.strerror or error} ({error.filename or 'segment'})")

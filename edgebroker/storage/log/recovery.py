@@ -1,13 +1,13 @@
 """Bringing one partition's log back after a stop, whatever kind of stop it was.
 
     1  list the segment files; the names are the truth about where segments begin
-    2  walk forward from the newest place that a checkpoint (or an index) vouches for
-    3  bad bytes that nobody vouched for are a torn tail: kept in quarantine, cut off
-    4  bad bytes below what was vouched for are damage: kept in quarantine, a hole is noted, what follows is kept
-    5  sync the tail and the directory before anybody is told where the log ends
+    2  walk forward from the newest position that a checkpoint (or an index) certifies
+    3  bad bytes that are not certified are a torn tail: kept in quarantine, truncated
+    4  bad bytes below what is certified are a corrupt range: noted, kept in quarantine, and what follows is kept
+    5  sync the tail and the directory before the end of the log is known to anyone
 
-Nothing is deleted. Vouched for is what lies below the checkpoint, below the stored place of a group or a child, or
-below the base of a later segment (a segment is only begun when the one before it is durable).
+Nothing is deleted. Certified is what is below the checkpoint, below a committed offset or a child's position, or below
+the base of a later segment (a segment begins only when the one before it is durable).
 """
 
 import logging
@@ -45,10 +45,10 @@ class Recovery:
     ) -> None:
         self._directory, self._identity, self._quarantine = directory, identity, quarantine
         self._max_batch, self._name = max_batch, name
-        self._holes: list[CorruptRange] = []
+        self._corrupt_ranges: list[CorruptRange] = []
         self._torn = 0
         self._leave_tail = False
-        # False behind damage, as far as nobody vouches for the chain: then UNKNOWN_CHAIN is noted instead of it.
+        # False after damage, until something certifies the chain: then UNKNOWN_CHAIN is noted instead of it.
         self._chain_known = True
 
     def run(self, checkpoint: Checkpoint | None, watermark: int) -> RecoveredLog:
@@ -56,57 +56,57 @@ class Recovery:
         if checkpoint is not None and checkpoint.log_id != self._identity.log_id:
             checkpoint = None
         segments = self._list()
-        vouched = max(watermark, checkpoint.offset if checkpoint else -1)
+        certified = max(watermark, checkpoint.offset if checkpoint else -1)
         if not segments:
-            return self._begin(max(self._identity.log_start, vouched), checkpoint)
+            return self._begin(max(self._identity.log_start, certified), checkpoint)
         index, state = self._starting_point(segments, checkpoint)
         for rank in range(index, len(segments)):
             segment, last = segments[rank], rank == len(segments) - 1
             limit = -1 if last else segments[rank + 1].base
             if segment.base > state.next_offset:
-                self._note_hole(state.next_offset, segment.base, "a segment is missing")
+                self._note_corrupt(state.next_offset, segment.base, "a segment is missing")
                 self._chain_known = False
             if rank > index:
                 state = walk_start(segment.base, state.chain, epoch=state.epoch, max_timestamp=state.max_timestamp)
             if state.position == 0:
                 segment.base_chain = self._chain(state)
-            state = self._walk(segment, state, limit, vouched if last else limit)
+            state = self._walk(segment, state, limit, certified if last else limit)
         if state.next_offset < self._identity.log_start:
-            # A log that was begun anew further on, and the power went before its old segments did.
+            # It was recreated at a later offset, and the power went before its old segments were removed.
             for segment in segments:
                 segment.close()
-                files.set_aside(segment.path, f"{ASIDE}{segment.path.stat().st_mtime_ns // 1_000_000}")
-            return self._begin(max(self._identity.log_start, vouched), checkpoint)
+                files.rename_suffix(segment.path, f"{ASIDE}{segment.path.stat().st_mtime_ns // 1_000_000}")
+            return self._begin(max(self._identity.log_start, certified), checkpoint)
         active = segments[-1]
         if self._leave_tail:
             self._seal(active, state)
             if active.base == state.next_offset:
-                active.path = files.set_aside(active.path, ".torn")
+                active.path = files.rename_suffix(active.path, ".torn")
                 segments.pop().close()
             active = self._create(state.next_offset, self._chain(state))
             segments.append(active)
-        if state.next_offset < vouched:
-            # Everything after the last good byte is damaged, and somebody was told about it: go on after it.
-            self._note_hole(state.next_offset, vouched, "the tail is damaged")
+        if state.next_offset < certified:
+            # Everything after the last good byte is damaged, but it was acknowledged: continue after it.
+            self._note_corrupt(state.next_offset, certified, "the tail is damaged")
             self._seal(active, state)
             if active.base == state.next_offset:
-                active.path = files.set_aside(active.path, ".torn")
+                active.path = files.rename_suffix(active.path, ".torn")
                 segments.pop().close()
-            state = self._vouched(vouched, checkpoint, state)
-            active = self._create(vouched, self._chain(state))
+            state = self._after_damaged_tail(certified, checkpoint, state)
+            active = self._create(certified, self._chain(state))
             segments.append(active)
         active.end_offset = state.next_offset
         active.end_chain, active.max_timestamp = self._chain(state), state.max_timestamp
         files.sync_file(active.fd)
         files.sync_directory(self._directory)
         epoch = max(state.epoch, self._identity.epoch)
-        return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._holes, self._torn)
+        return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._corrupt_ranges, self._torn)
 
     def _chain(self, state: ScanState) -> int:
         return state.chain if self._chain_known else UNKNOWN_CHAIN
 
-    def _vouched(self, offset: int, checkpoint: Checkpoint | None, state: ScanState) -> ScanState:
-        """Where the log goes on behind a damaged tail: the checkpoint knows the chain there, if that is its offset."""
+    def _after_damaged_tail(self, offset: int, checkpoint: Checkpoint | None, state: ScanState) -> ScanState:
+        """Where the log continues after a damaged tail: the checkpoint knows the chain there, if that is its offset."""
         self._chain_known = checkpoint is not None and checkpoint.offset == offset and checkpoint.chain != UNKNOWN_CHAIN
         chain = checkpoint.chain if checkpoint is not None and self._chain_known else 0
         return walk_start(offset, chain, epoch=state.epoch)
@@ -123,7 +123,7 @@ class Recovery:
                 segment.base_chain = segment.end_chain = UNKNOWN_CHAIN
                 segments.append(segment)
         start = self._identity.log_start
-        # Retention writes the identity first and removes the files after it: finish what was begun.
+        # Retention writes the identity first and removes the files after it: finish that.
         while len(segments) > 1 and segments[1].base <= start:
             gone = segments.pop(0)
             files.remove(gone.path)
@@ -140,11 +140,11 @@ class Recovery:
             # Pages left clean by a failed write-back are read from the device again.
             files.drop_cache(active.fd)
             if segments[0].base > start:
-                self._note_hole(start, segments[0].base, "the first segments are missing")
+                self._note_corrupt(start, segments[0].base, "the first segments are missing")
         return segments
 
     def _starting_point(self, segments: list[Segment], checkpoint: Checkpoint | None) -> tuple[int, ScanState]:
-        """The newest place with a known chain, as (rank of the segment, where to begin in it)."""
+        """The newest position with a known chain, as (rank of the segment, where to begin in it)."""
         if checkpoint is not None and checkpoint.chain != UNKNOWN_CHAIN:
             for rank, segment in enumerate(segments):
                 if segment.base == checkpoint.base and checkpoint.position <= segment.size:
@@ -179,8 +179,8 @@ class Recovery:
                 return index.end_chain
         return UNKNOWN_CHAIN
 
-    def _walk(self, segment: Segment, state: ScanState, limit: int, vouched: int) -> ScanState:
-        """Walk one segment to its end, around damage that lies below `vouched`, and cut a torn tail above it."""
+    def _walk(self, segment: Segment, state: ScanState, limit: int, certified: int) -> ScanState:
+        """Walk one segment to its end, around damage below `certified`, and truncate a torn tail above it."""
         first_position = state.position
         fd = segment.fd if segment.fd >= 0 else files.open_log(segment.path)
         try:
@@ -197,15 +197,15 @@ class Recovery:
                 ended = state.position == segment.size or (limit >= 0 and state.next_offset >= limit)
                 if ended:
                     break
-                if state.next_offset >= vouched:
-                    self._cut_tail(segment, state)
+                if state.next_offset >= certified:
+                    self._truncate_tail(segment, state)
                     break
                 state, found = self._step_over(fd, segment, state, limit)
                 if not found:
                     break
                 self._chain_known = False
             if limit >= 0 and state.next_offset < limit:
-                self._note_hole(state.next_offset, limit, "the end of a segment is damaged")
+                self._note_corrupt(state.next_offset, limit, "the end of a segment is damaged")
                 state = state._replace(next_offset=limit)
                 self._chain_known = False
             if limit >= 0 and not self._chain_known:
@@ -221,7 +221,7 @@ class Recovery:
         return state
 
     def _step_over(self, fd: int, segment: Segment, state: ScanState, limit: int) -> tuple[ScanState, bool]:
-        """Go on behind damaged bytes; (state, False) when nothing good follows in this segment."""
+        """Continue after damaged bytes; (state, False) when nothing good follows in this segment."""
         highest = limit - 1 if limit >= 0 else state.next_offset + (1 << 31)
         found = next_good_batch(fd, state.position, segment.size, state.next_offset, highest, self._max_batch)
         end = found if found >= 0 else segment.size
@@ -230,26 +230,26 @@ class Recovery:
             return state, False
         base = int.from_bytes(files.read_at(fd, 8, found), "big")
         if base > state.next_offset:
-            self._note_hole(state.next_offset, base, EXPLANATION.get(Reason(state.reason), "damaged"))
+            self._note_corrupt(state.next_offset, base, EXPLANATION.get(Reason(state.reason), "damaged"))
         return state._replace(position=found, next_offset=base), True
 
-    def _cut_tail(self, segment: Segment, state: ScanState) -> None:
+    def _truncate_tail(self, segment: Segment, state: ScanState) -> None:
         torn = segment.size - state.position
         kept = self._quarantine.keep(self._name, segment.path, segment.fd, state.position, segment.size, "torn tail")
         segment.size = segment.allocated_end = state.position
         self._torn += torn
         if kept < torn:
-            # Nothing is cut that is not safe elsewhere: the file stays as it is and the log goes on in another.
+            # Nothing is removed that is not safe elsewhere: the file stays as it is, the log continues in another one.
             self._leave_tail = True
             log.error("%s: the last %d bytes of %s are left in place", self._name, torn, segment.path.name)
             return
         files.truncate(segment.fd, state.position)
         log.warning(
-            "%s: %d bytes after offset %d were not complete when the node stopped (%s); kept in quarantine and cut off",
+            "%s: removed %d bytes after offset %d, incomplete when the node stopped (%s); they are kept in quarantine",
             self._name,
             torn,
             state.next_offset - 1,
-            EXPLANATION.get(state.reason, "cut off"),
+            EXPLANATION.get(state.reason, "incomplete"),
         )
 
     def _seal(self, segment: Segment, state: ScanState) -> None:
@@ -260,15 +260,15 @@ class Recovery:
         start = self._identity.log_start
         state = walk_start(start, self._identity.chain, epoch=self._identity.epoch)
         if base > start:
-            self._note_hole(start, base, "every segment is missing")
-            state = self._vouched(base, checkpoint, state)
+            self._note_corrupt(start, base, "every segment is missing")
+            state = self._after_damaged_tail(base, checkpoint, state)
         active = self._create(base, self._chain(state))
-        return RecoveredLog([active], base, self._chain(state), self._identity.epoch, self._holes, 0)
+        return RecoveredLog([active], base, self._chain(state), self._identity.epoch, self._corrupt_ranges, 0)
 
     def _create(self, base: int, chain: int) -> Segment:
         path = segment_path(self._directory, base)
         return Segment(path, base, base_chain=chain, fd=files.create_log(path))
 
-    def _note_hole(self, first: int, following: int, why: str) -> None:
-        self._holes.append(CorruptRange(first, following))
-        log.error("%s: offsets %d to %d are damaged: %s", self._name, first, following - 1, why)
+    def _note_corrupt(self, first: int, end: int, why: str) -> None:
+        self._corrupt_ranges.append(CorruptRange(first, end))
+        log.error("%s: offsets %d to %d are damaged: %s", self._name, first, end - 1, why)

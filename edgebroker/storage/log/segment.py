@@ -10,7 +10,7 @@ from edgebroker.storage.log.index import SealedIndex
 
 SUFFIX = ".log"
 NO_TIMESTAMP = -(1 << 63)
-# What a segment file is called that was set aside, before the time in milliseconds.
+# What the name of a segment file that is retained aside ends with, before the time in milliseconds.
 ASIDE = ".diverged-"
 
 
@@ -26,7 +26,7 @@ class Segment:
     unverified_end  bytes before it were not verified by this process: they are read through the reader thread only
     modified_ms     wall time by which an earlier run had written it; 0 for what this process began
     base_chain      chain checksum at the base, UNKNOWN_CHAIN when neither an index nor meta.db tells
-    users           extents being sent; the descriptor stays open while there are any
+    users           slices being sent; the descriptor stays open while there are any
     """
 
     __slots__ = (
@@ -97,11 +97,11 @@ class Segment:
         )
 
     def hold(self) -> None:
-        """An extent of this segment is being sent."""
+        """A slice of this segment is being sent."""
         self.users += 1
 
     def release(self) -> None:
-        """The extent is sent; a segment that was removed meanwhile closes with its last user."""
+        """The slice is sent; a segment that was removed meanwhile closes with its last user."""
         self.users -= 1
         if self.retired and self.users == 0:
             self.close()

@@ -1,4 +1,4 @@
-"""Walking segment files that may not be in memory: the verified scan behind recovery, index rebuilds and cold reads.
+"""Walking segment files that may not be in memory: the verified scan for recovery, index rebuilds and cold reads.
 
 Everything here may wait for the disk: it runs before the node listens, on the reader thread, or in the command line.
 """
@@ -44,7 +44,7 @@ def walk_file(
     """Verify batches by pread from start.position to `end`; `on_piece` sees every run of good batches.
 
     Memory stays at one piece plus one batch. Stops early at the first bad byte or at limit_offset. `max_epoch` is the
-    newest history of the log: the epoch lies outside of the CRC, one beyond it is damage.
+    newest history of the log: the epoch is outside of the CRC, one beyond it is damage.
     """
     state, points = start, [start.points]
     last_point = -1
@@ -141,7 +141,7 @@ def walk_start(
 
 
 def next_good_batch(fd: int, position: int, end: int, min_offset: int, max_offset: int, max_batch: int) -> int:
-    """Position of the first batch after a damaged place that is whole and fits; -1 when the rest holds none."""
+    """Position of the first batch after damaged bytes that is whole and fits; -1 when the rest holds none."""
     at = position + 1
     while at + HEADER_BYTES <= end:
         data = files.read_at(fd, min(end - at, PIECE_BYTES + max_batch), at)

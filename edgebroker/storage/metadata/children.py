@@ -1,8 +1,8 @@
 """children.snap: what the children of this node last asked for.
 
-It holds early retention back for a child that has not come back yet, and vouches for what a child had: a log that ends
+It holds early retention back for a child that has not come back yet, and certifies what a child had: a log that ends
 before that has lost its end. JSON and checksum, as offsets.snap; replaced by the metadata thread. An older state is
-harmless: places only grow, so it holds back more and vouches for less.
+harmless: positions only grow, so it holds back more and certifies less.
 """
 
 from pathlib import Path
@@ -20,10 +20,10 @@ class _ChildrenFile(msgspec.Struct):
 def write_children(path: Path, children: Children, now: float) -> None:
     """Durable when this returns. Raises OSError."""
     lines = [
-        (uid, *key, ChildPosition(place.log_id, place.epoch, place.offset, round(max(0.0, now - place.seen), 3)))
-        for key, places in children.items()
-        for uid, place in places.items()
-        if now - place.seen < LIVE_SECONDS
+        (uid, *key, ChildPosition(one.log_id, one.epoch, one.offset, round(max(0.0, now - one.seen), 3)))
+        for key, positions in children.items()
+        for uid, one in positions.items()
+        if now - one.seen < LIVE_SECONDS
     ]
     write_checked(path, _ChildrenFile(lines))
 
@@ -32,7 +32,7 @@ def read_children(path: Path, now: float) -> dict[tuple[str, int], dict[str, Chi
     """What was written, or nothing when that is missing or damaged (which is logged)."""
     snapshot = read_if_whole(path, _ChildrenFile, _ChildrenFile([]))
     found: dict[tuple[str, int], dict[str, ChildPosition]] = {}
-    for uid, topic, partition, place in snapshot.children:
-        place = ChildPosition(place.log_id, place.epoch, place.offset, now - place.seen)
-        found.setdefault((topic, partition), {})[uid] = place
+    for uid, topic, partition, one in snapshot.children:
+        position = ChildPosition(one.log_id, one.epoch, one.offset, now - one.seen)
+        found.setdefault((topic, partition), {})[uid] = position
     return found

@@ -35,7 +35,7 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Cursor]:
         raise
 
 
-def set_aside(path: Path, wall_ms: int) -> None:
+def move_aside(path: Path, wall_ms: int) -> None:
     """Move a database that cannot be used out of the way, as NAME.corrupt-<ms>."""
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)

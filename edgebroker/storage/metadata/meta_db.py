@@ -3,7 +3,7 @@
 SQLite in WAL mode with synchronous=FULL, one connection, owned by the metadata thread. Nothing here is on the path of
 an acknowledgement: changes are collected on the loop and written in one transaction at most every 50 ms.
 
-A database that cannot be used is moved aside (meta.db.corrupt-<ms>) and begun anew: no log depends on it, and
+A database that cannot be used is moved aside (meta.db.corrupt-<ms>) and created again: no log depends on it, and
 group offsets come back from offsets.snap, at most five seconds old and never ahead.
 """
 
@@ -17,7 +17,7 @@ import msgspec
 
 from edgebroker.common.clock import Clock
 from edgebroker.storage.checksummed import read_if_whole, write_checked
-from edgebroker.storage.metadata.database import connect, set_aside, transaction
+from edgebroker.storage.metadata.database import connect, move_aside, transaction
 from edgebroker.storage.types import Checkpoint, Children, CorruptRange, GroupKey, GroupOffset
 
 log = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class MetaChanges:
         return any(tables) or self.topology is not None or bool(self.dropped)
 
     def drop_topic(self, topic: str) -> None:
-        """Forget what is known about the logs of a topic. Groups forget their places in it themselves."""
+        """Forget what is known about the logs of a topic. Groups forget their committed offsets in it themselves."""
         tables: tuple[dict[Any, Any], ...] = (self.checkpoints, self.segments, self.corrupt_ranges, self.windows)
         for table in tables:
             for key in [key for key in table if key[0] == topic]:
@@ -170,7 +170,7 @@ class MetaDatabase:
         try:
             return self._open_and_read()
         except sqlite3.Error as error:
-            log.error("%s cannot be created (%s); going on without it", self._path, error)
+            log.error("%s cannot be created (%s); continuing without it", self._path, error)
             self._close()
             return MetaState()
 
@@ -291,7 +291,7 @@ class MetaDatabase:
 
     def _move_aside(self) -> None:
         self._close()
-        set_aside(self._path, self._clock.wall_ms())
+        move_aside(self._path, self._clock.wall_ms())
 
 
 def _topology(connection: sqlite3.Connection) -> list[str]:

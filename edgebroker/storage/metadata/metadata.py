@@ -2,7 +2,7 @@
 keeps time.
 
 A change is stored at once when the thread is idle, else together with the others at most 50 ms later. While the
-database cannot be written, changes are kept and tried again every second; offsets.snap goes on meanwhile.
+database cannot be written, changes are kept and tried again every second; offsets.snap continues meanwhile.
 """
 
 import logging
@@ -68,7 +68,7 @@ class Metadata:
         return state
 
     def commit_offset(self, key: GroupKey, offset: GroupOffset | None) -> None:
-        """Remember a group's place (None: forget it); stored within 50 ms."""
+        """Remember a group's committed offset (None: forget it); stored within 50 ms."""
         self._revision += 1
         if offset is None:
             # offsets.snap may still hold it: its row says that it is gone, until a later snapshot is stored.
@@ -154,7 +154,9 @@ class Metadata:
         self._last_end = self._scheduler.now()
         if error:
             if error != self.failed:
-                log.error("meta.db cannot be written (%s); trying again every second, offsets.snap goes on", error)
+                log.error(
+                    "meta.db cannot be written (%s); trying again every second, offsets.snap is still written", error
+                )
             self.failed = error
             changes.absorb(self.changes)
             self.changes = changes
@@ -186,7 +188,7 @@ class Metadata:
         self._worker.submit(write)
 
     def _forget(self, deleted: list[GroupKey]) -> None:
-        """Nothing holds these places any more: their rows may go."""
+        """Nothing needs these committed offsets any more: their rows may go."""
         for key in deleted:
             if key not in self.group_offsets:
                 self.changes.group_offsets[key] = None

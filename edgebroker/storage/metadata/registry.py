@@ -2,7 +2,7 @@
 
 SQLite in WAL mode with synchronous=FULL, one connection, owned by a thread of its own. What nodes report about
 themselves comes again by itself; pins, drains and removals do not. A damaged file is moved aside
-(registry.db.corrupt-<ms>) and begun anew, for the tree goes on without it.
+(registry.db.corrupt-<ms>) and created again, for the tree works without it.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import NamedTuple
 from edgebroker.common.clock import Clock
 from edgebroker.common.scheduler import Scheduler
 from edgebroker.common.threads import Worker
-from edgebroker.storage.metadata.database import connect, set_aside, transaction
+from edgebroker.storage.metadata.database import connect, move_aside, transaction
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ _DAMAGED = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 class NodeRow(NamedTuple):
-    """What is kept of a node: its last report that told something lasting; whether it was connected when the row was
+    """What is kept of a node: its last report that said something lasting; whether it was connected when the row was
     written, and when that was, by the wall clock of the registry."""
 
     report: bytes
@@ -97,7 +97,7 @@ class RegistryStore:
                 if not damaged:
                     break
                 log.error("%s cannot be used (%s): moved aside; pins, drains and removals are lost", self._path, error)
-                set_aside(self._path, self._clock.wall_ms())
+                move_aside(self._path, self._clock.wall_ms())
         log.error("%s cannot be opened for writing: %s", self._path, self.failed)
         return self._as_it_is()
 

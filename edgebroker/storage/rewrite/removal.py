@@ -1,6 +1,6 @@
-"""Deleting a topic, and remembering that it was deleted: only its origin decides that, and everybody below follows.
+"""Deleting a topic, and remembering that it was deleted: only its origin decides that, and every replica follows.
 
-    tombstones written -> the topic is gone for everybody -> what is being stored ends
+    tombstones written -> the topic is gone for clients -> what is being stored ends
     -> its directory moves to deleted/ -> its rows go -> its files are removed, by a thread of their own
 
 A tombstone names a log and the last history of it that is deleted. Once it is durable the topic is deleted, whenever
@@ -54,8 +54,8 @@ class Removal:
     def delete(
         self, name: str, gone: Callable[[list[PartitionLog]], None], done: Done, epochs: Mapping[str, int] | None = None
     ) -> None:
-        """Delete a topic with all its logs. `gone` is called when it is decided, durably, and nobody finds the topic
-        any more; `done` when its place is free for another one of that name. `epochs`: the last histories that the
+        """Delete a topic with all its logs. `gone` is called when it is decided, durably, and the topic is not
+        found any more; `done` when its name is free again. `epochs`: the last histories that the
         origin deleted, by log id; without them those that there are."""
         logs = self._topics.get(name)
         if logs is None:
@@ -90,7 +90,7 @@ class Removal:
         self._committer.call(work, decided)
 
     def _when_quiet(self, name: str, logs: list[PartitionLog], done: Done) -> None:
-        """What was staged before is stored, as its producers were promised; then nobody touches the files any more."""
+        """What was staged before is stored, as its producers were promised; then the files are not touched any more."""
         if any(one.staged_end != one.durable_end or one.rolling or one.rewriting for one in logs):
             self._scheduler.call_later(WAIT_SECONDS, lambda: self._when_quiet(name, logs, done))
             return
@@ -115,7 +115,7 @@ class Removal:
             empty(self._path)
             done(Outcome.OK, "")
 
-        self._committer.call(lambda: set_aside(self._path, name), moved)
+        self._committer.call(lambda: move_away(self._path, name), moved)
 
     def left_over(self, name: str) -> None:
         """A topic that is deleted and could not be moved away at the start."""
@@ -154,7 +154,7 @@ def finish_removals(path: Path, tombstones: dict[str, Tombstone]) -> tuple[list[
             if tombstone is not None and identity.epoch <= tombstone.epoch:
                 finished.append(name)
                 try:
-                    set_aside(path, name)
+                    move_away(path, name)
                 except OSError as error:
                     log.error("topic %s is deleted, but its files cannot be moved away: %s", name, error)
                     left.append(name)
@@ -163,17 +163,17 @@ def finish_removals(path: Path, tombstones: dict[str, Tombstone]) -> tuple[list[
     return finished, left
 
 
-def set_aside(path: Path, name: str) -> None:
-    """Move a topic's directory where nobody looks for it; durable when this returns. Raises OSError."""
-    aside = path / DIRECTORY
-    files.make_directory(aside)
-    number = max((int(one.name) for one in aside.iterdir() if one.name.isdigit()), default=0) + 1
-    files.move(path / "topics" / name, aside / str(number))
+def move_away(path: Path, name: str) -> None:
+    """Move a topic's directory to where no start looks for topics; durable when this returns. Raises OSError."""
+    target = path / DIRECTORY
+    files.make_directory(target)
+    number = max((int(one.name) for one in target.iterdir() if one.name.isdigit()), default=0) + 1
+    files.move(path / "topics" / name, target / str(number))
     files.sync_directory(path / "topics")
 
 
 def empty(path: Path) -> None:
-    """Remove what was set aside; the files may be many and large."""
+    """Remove what was moved away; the files may be many and large."""
     gone = list((path / DIRECTORY).iterdir()) if (path / DIRECTORY).exists() else []
 
     def remove() -> None:

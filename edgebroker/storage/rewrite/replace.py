@@ -1,9 +1,9 @@
-"""Putting a fresh copy of a topic in the place of the old one, in one step.
+"""Replacing the logs of a topic by a copy that was loaded beside them, in one step.
 
-    rows of the old files go -> old directory aside, new one in its place -> reopened -> everybody goes on in it
+    rows of the old files go -> directories exchanged -> reopened -> readers continue in the new files
 
-The copy is the directory of a topic in another store on the same file system. Which resets are under way stands in
-the file `resets`, so that a start finishes what a crash interrupted: between two renames the topic has no directory.
+The copy is the directory of a topic in another store on the same file system. Which resyncs are under way is noted
+in the file `resets`, so that a start finishes what a crash interrupted: between two renames the topic has no directory.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener
 from edgebroker.storage.types import Identity, ResyncRow
-from edgebroker.storage.upkeep.housekeeping import Housekeeping
+from edgebroker.storage.upkeep.checkpoints import Checkpoints
+from edgebroker.storage.upkeep.scrub import Scrub
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +38,7 @@ FILE_NAME, STAGING, OLD, GONE = "resets", "staging", "old", ".gone"
 
 
 class TopicReplacement:
-    """Owned by the loop thread. `topics` are the store's, `rows` the resets that were stored last."""
+    """Owned by the loop thread. `topics` are the store's, `rows` the resyncs that were stored last."""
 
     def __init__(
         self,
@@ -47,7 +48,8 @@ class TopicReplacement:
         committer: Committer,
         metadata: Metadata,
         reader: ColdReader,
-        housekeeping: Housekeeping,
+        checkpoints: Checkpoints,
+        scrub: Scrub,
         listener: EngineListener,
         rows: list[ResyncRow],
         scheduler: Scheduler,
@@ -57,7 +59,7 @@ class TopicReplacement:
         self._scheduler, self._copy_of = scheduler, copy_of
         self._topics, self._opener, self._committer = topics, opener, committer
         self._metadata, self._reader = metadata, reader
-        self._housekeeping, self._listener = housekeeping, listener
+        self._checkpoints, self._scrub, self._listener = checkpoints, scrub, listener
 
     def staging(self, resync_id: str) -> Path:
         return staging_of(self._path, resync_id)
@@ -80,21 +82,21 @@ class TopicReplacement:
         start_thread("edgebroker-copy", work)
 
     def quiet(self, name: str) -> bool:
-        """Is everything of a topic stored, and nobody at its files?"""
+        """Is everything of a topic stored, and nothing of it being rewritten?"""
         return not any(
             one.staged_end != one.durable_end or one.rolling or one.rewriting for one in self._topics.get(name, [])
         )
 
     def remember(self, rows: list[ResyncRow], done: Callable[[str], None]) -> None:
-        """Store which resets there are: done("") once that is durable, done(why) when it is not."""
+        """Store which resyncs there are: done("") once that is durable, done(why) when it is not."""
         self.rows = rows
         self._committer.call(
             lambda: write_resyncs(self._path, rows), lambda result: done("" if result is None else str(result))
         )
 
     def replace(self, name: str, staged: Path, done: Done) -> None:
-        """Take the copy that lies at `staged`; nothing may be staged in the logs of the topic, and nobody writes to the
-        copy. The old directory lies beside it, as OLD, when done is called."""
+        """Take the copy at `staged`; nothing may be staged in the logs of the topic, and nothing writes to the copy.
+        The old directory is beside it, as OLD, when done is called."""
         logs = self._topics[name]
         if not self.quiet(name):
             done(Outcome.OVERLOADED, f"{name}: something else is being stored; try again in a moment")
@@ -116,8 +118,8 @@ class TopicReplacement:
                 partition.rewriting = partition.rolling = partition.replacing = False
             if not isinstance(result, list):
                 for partition in logs:
-                    self._housekeeping.checkpoint(partition)
-                done(Outcome.READ_ONLY, f"the fresh copy of {name} cannot take its place: {result}")
+                    self._checkpoints.checkpoint(partition)
+                done(Outcome.READ_ONLY, f"{name} cannot be replaced by the fresh copy: {result}")
                 return
             for partition, (identity, recovered) in zip(logs, result, strict=True):
                 self._take(partition, identity, recovered)
@@ -125,21 +127,21 @@ class TopicReplacement:
             self._listener.on_topic(name)
 
         def stored() -> None:
-            # Behind every read that knows the old files by their names.
+            # After every read that knows the old files by their names.
             self._reader.submit(SegmentRead, lambda result: self._committer.call(work, finished))
 
-        # What was noted about the old files would vouch for bytes at other places.
+        # What was noted about the old files would certify bytes of the new ones.
         self._metadata.changes.drop_topic(name)
         self._metadata.touch(stored)
 
     def _take(self, partition: PartitionLog, identity: Identity, recovered: RecoveredLog) -> None:
         for segment in partition.rewritten(identity, recovered, whole=True):
             segment.retire()
-        self._housekeeping.corrupt_ranges_changed(partition)
-        self._housekeeping.checkpoint(partition)
+        self._checkpoints.corrupt_ranges_changed(partition)
+        self._checkpoints.checkpoint(partition)
         for segment in partition.segments:
             if segment.unverified_end:
-                self._housekeeping.verify(partition, segment)
+                self._scrub.verify(partition, segment)
         self._listener.on_rewritten(partition)
 
 
@@ -163,8 +165,9 @@ def exchange_back(live: Path, staged: Path) -> None:
 
 
 def finish_replacements(path: Path, rows: Sequence[ResyncRow]) -> tuple[list[str], list[ResyncRow]]:
-    """What a crash left of switches, before any topic is opened: the topics whose files may be others now, and the rows
-    as they are then. Where the disk does not let it be finished the old files are served, the copy is tried again."""
+    """What a crash left of replacements, before any topic is opened: the topics whose files may be new ones, and the
+    rows as they are then. Where the disk does not let it be finished the old files are served, and the copy is tried
+    again."""
     finished: list[str] = []
     now: list[ResyncRow] = []
     for row in rows:
@@ -181,7 +184,7 @@ def finish_replacements(path: Path, rows: Sequence[ResyncRow]) -> tuple[list[str
                 files.sync_directory(staged.parent)
             now.append(replace(row, phase="done"))
         except OSError as error:
-            log.error("the fresh copy of %s cannot take its place: %s", row.topic, error)
+            log.error("%s cannot be replaced by the fresh copy: %s", row.topic, error)
             if old.exists() and not live.exists():
                 old.rename(live)
             now.append(replace(row, phase="loading"))
@@ -190,7 +193,7 @@ def finish_replacements(path: Path, rows: Sequence[ResyncRow]) -> tuple[list[str
 
 
 def read_resyncs(path: Path) -> list[ResyncRow]:
-    """None when the file is missing or damaged (which is logged): then a reset has to be ordered again."""
+    """None when the file is missing or damaged (which is logged): then a resync has to be requested again."""
     return read_if_whole(path / FILE_NAME, list[ResyncRow], [])
 
 
@@ -200,19 +203,19 @@ def write_resyncs(path: Path, rows: Sequence[ResyncRow]) -> None:
 
 
 def staging_of(path: Path, resync_id: str) -> Path:
-    """Where the fresh copy of a reset is made."""
+    """Where the copy of a resync is made."""
     return path / STAGING / resync_id
 
 
 def drop_staging(path: Path, keep: Callable[[str], bool]) -> None:
-    """Remove what resets that are over have left, on a thread of its own: it may be much."""
+    """Remove what resyncs that are over have left, on a thread of its own: it may be much."""
     if not (path / STAGING).exists():
         return
     gone: list[Path] = []
     for directory in (path / STAGING).iterdir():
         if keep(directory.name):
             continue
-        if directory.suffix != GONE:  # whoever makes it again meanwhile shall not meet the old one
+        if directory.suffix != GONE:  # it may be made again meanwhile, and must not find the old one
             directory = directory.rename(directory.with_name(f"{directory.name}-{os.urandom(4).hex()}{GONE}"))
         gone.append(directory)
 

@@ -1,36 +1,31 @@
-"""What a mirror does to its log besides appending: on the commit thread, between groups.
+"""The files of a log when it is created, truncated or recreated: on the commit thread, between groups.
 
-    cut       the parent does not have what lies behind an offset: it goes
-    restart   the parent has nothing to continue with: the log begins anew where an identity says
+    truncate   the parent does not have what follows an offset: it is removed, and retained aside
+    recreate   the parent has nothing to continue with: the log starts again where an identity says
 
-Bytes never change in place: what stays of a cut segment is a new file, the old one keeps its inode for whoever is being
-sent it, and lies beside it as BASE.diverged-TIME for a day. A crash at any step of a cut leaves a log that ends there
-or behind it, never a hole: the segments go from the last one on, and the one that is cut is replaced at once. A restart
-writes the new identity beside the old one first; the next start finishes what that says.
+Bytes never change in place: what stays of a truncated segment is a new file, the old one keeps its inode for readers
+that are being sent it, and is retained aside for a day. A crash at any step of truncating leaves a log that ends there
+or later, never a corrupt range: the segments go from the last one on, and the one that is truncated is replaced at
+once. Recreating writes the new identity beside the old one first; the next start finishes what that says.
 """
 
-import logging
 from pathlib import Path
 
 from edgebroker.common.batch import STORED_BATCH_BYTES
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.storage import files
-from edgebroker.storage.identity import FILE_NAME, read_identity, write_identity
+from edgebroker.storage.identity import write_identity
+from edgebroker.storage.log.aside import NEXT_NAME, drop_aside, finish_recreate, retain_aside, segment_files
 from edgebroker.storage.log.index import index_path
 from edgebroker.storage.log.recovery import RecoveredLog, Recovery
-from edgebroker.storage.log.segment import ASIDE, SUFFIX, Segment, segment_path
+from edgebroker.storage.log.segment import ASIDE, Segment, segment_path
 from edgebroker.storage.log.walk import walk_file, walk_start
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.types import Identity
 
-log = logging.getLogger(__name__)
 
-NEXT_NAME = "identity.next"
-ASIDE_MS = 24 * 3600 * 1000
-
-
-def begin_log(directory: Path, identity: Identity) -> Segment:
-    """Make the files of a log that begins where its identity says, durably; its first segment."""
+def create_log(directory: Path, identity: Identity) -> Segment:
+    """Make the files of a log that begins where its identity says; its first segment. Durable when this returns."""
     files.make_directory(directory)
     path = segment_path(directory, identity.log_start)
     segment = Segment(path, identity.log_start, base_chain=identity.chain, fd=files.create_log(path))
@@ -39,58 +34,34 @@ def begin_log(directory: Path, identity: Identity) -> Segment:
     return segment
 
 
-def cut_log(directory: Path, identity: Identity, offset: int, quarantine: Quarantine, wall_ms: int) -> RecoveredLog:
-    """End a log at a batch boundary; what lies behind it is set aside. Raises OSError, DamagedDataError."""
+def truncate_log(
+    directory: Path, identity: Identity, offset: int, quarantine: Quarantine, wall_ms: int
+) -> RecoveredLog:
+    """End a log at a batch boundary; what follows is retained aside. Raises OSError, DamagedDataError."""
     drop_aside(directory, wall_ms)
-    for path in reversed(_segments(directory)):
+    for path in reversed(segment_files(directory)):
         base = int(path.stem)
         if base >= offset and base > identity.log_start:
-            _set_aside(path, wall_ms)
+            retain_aside(path, wall_ms)
             continue
         if base < offset:
-            _cut_file(path, base, identity, offset, wall_ms)
+            _truncate_file(path, base, identity, offset, wall_ms)
         elif path.stat().st_size:
-            _set_aside(path, wall_ms)
+            retain_aside(path, wall_ms)
         break
     return _recover(directory, identity, quarantine)
 
 
-def restart_log(directory: Path, identity: Identity, quarantine: Quarantine, wall_ms: int) -> RecoveredLog:
-    """Begin anew with another identity (its log_start, or another log). What was there is set aside. Raises OSError."""
+def recreate_log(directory: Path, identity: Identity, quarantine: Quarantine, wall_ms: int) -> RecoveredLog:
+    """Start again with another identity (its log_start, or another log); what was there is retained aside. Raises
+    OSError."""
     drop_aside(directory, wall_ms)
     write_identity(directory, identity, NEXT_NAME)
-    finish_restart(directory, wall_ms)
+    finish_recreate(directory, wall_ms)
     return _recover(directory, identity, quarantine)
 
 
-def finish_restart(directory: Path, wall_ms: int) -> None:
-    """Do what a restart that was begun has left to do: nothing, mostly. Raises OSError."""
-    if not (directory / NEXT_NAME).exists():
-        return
-    read_identity(directory, NEXT_NAME)  # what is not whole is not followed
-    for path in reversed(_segments(directory)):
-        _set_aside(path, wall_ms)
-    files.move(directory / NEXT_NAME, directory / FILE_NAME)
-
-
-def drop_aside(directory: Path, wall_ms: int) -> None:
-    """Remove what was set aside more than a day ago."""
-    for path in directory.glob(f"*{ASIDE}*"):
-        stamp = path.suffix.removeprefix(ASIDE)
-        if stamp.isdigit() and wall_ms - int(stamp) > ASIDE_MS:
-            files.remove(path)
-
-
-def _segments(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.iterdir() if path.suffix == SUFFIX and path.stem.isdigit())
-
-
-def _set_aside(path: Path, wall_ms: int) -> None:
-    files.remove(index_path(path))
-    files.set_aside(path, f"{ASIDE}{wall_ms}")
-
-
-def _cut_file(path: Path, base: int, identity: Identity, offset: int, wall_ms: int) -> None:
+def _truncate_file(path: Path, base: int, identity: Identity, offset: int, wall_ms: int) -> None:
     """Replace a segment by one that holds its batches before an offset."""
     fd = files.open_log(path)
     try:
@@ -104,9 +75,9 @@ def _cut_file(path: Path, base: int, identity: Identity, offset: int, wall_ms: i
             limit_offset=offset,
         )
         if state.next_offset < offset:
-            return  # it ends before, or is damaged there: nothing behind it is followed by anything
+            return  # it ends before, or is damaged there: no batch continues what is before the offset
         if state.next_offset > offset:
-            raise DamagedDataError(f"{path}: {offset} lies within a batch")
+            raise DamagedDataError(f"{path}: {offset} is within a batch")
         if state.position == size:
             return
         shorter = path.with_suffix(".tmp")

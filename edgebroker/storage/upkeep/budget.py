@@ -1,7 +1,7 @@
 """The disk as a budget: how much is free, when to remove early, when to refuse producers, when to take them back.
 
 soft   what every live group has passed is removed early
-hard   producers get DISK_FULL (retryable); consumers go on; writing resumes by itself above hard + 64 MiB
+hard   producers get DISK_FULL (retryable); consumers continue; writing resumes by itself above hard + 64 MiB
 """
 
 from typing import NamedTuple

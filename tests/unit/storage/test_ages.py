@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgebroker.storage.log.ages import EARLIEST_WALL_MS, Ages, granularity_ms
+from edgebroker.storage.log.ages import EARLIEST_WALL_MS, Ages
+from edgebroker.storage.log.index import granularity_ms
 from edgebroker.storage.log.partition import PartitionLog
 from tests.kit.clock import ManualClock
 from tests.kit.storage import StoreHarness, encode, store_settings

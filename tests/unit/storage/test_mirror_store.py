@@ -15,7 +15,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage import files
-from edgebroker.storage.rewrite.truncate import ASIDE, ASIDE_MS, drop_aside
+from edgebroker.storage.log.aside import ASIDE, ASIDE_MS, drop_aside
 from edgebroker.storage.types import Identity, begin_history
 from tests.kit.storage import TOPIC, StoreHarness, encode, store_settings
 
@@ -179,7 +179,7 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
 
         further = identity_of("cd" * 16 if what == "another log" else "ab" * 16, log_start=100, chain=5)
         with monkeypatch.context() as patch:
-            for name in ("set_aside", "move", "copy_start", "remove", "second_name", "sync_directory"):
+            for name in ("rename_suffix", "move", "copy_start", "remove", "second_name", "sync_directory"):
                 patch.setattr(files, name, failing(getattr(files, name)))
             if what == "cut":
                 outcome = cut(harness, 11)

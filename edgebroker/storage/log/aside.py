@@ -1,0 +1,45 @@
+"""Segments that were removed from a log by truncating or recreating it: retained beside it for a day.
+
+Such a file is called BASE.diverged-TIME, the time in milliseconds. Recreating a log is finished here as well, for a
+start has to do that before it opens the log: the new identity lies beside the old one until the old segments are gone.
+"""
+
+from pathlib import Path
+
+from edgebroker.storage import files
+from edgebroker.storage.identity import FILE_NAME, read_identity
+from edgebroker.storage.log.index import index_path
+from edgebroker.storage.log.segment import ASIDE, SUFFIX
+
+NEXT_NAME = "identity.next"
+ASIDE_MS = 24 * 3600 * 1000
+
+
+def segment_files(directory: Path) -> list[Path]:
+    """The segments of a log, in order."""
+    return sorted(path for path in directory.iterdir() if path.suffix == SUFFIX and path.stem.isdigit())
+
+
+def retain_aside(path: Path, wall_ms: int) -> None:
+    """Take a segment out of its log; its bytes stay. Durable when this returns. Raises OSError."""
+    files.remove(index_path(path))
+    files.rename_suffix(path, f"{ASIDE}{wall_ms}")
+
+
+def drop_aside(directory: Path, wall_ms: int) -> None:
+    """Remove what has been retained for more than a day."""
+    for path in directory.glob(f"*{ASIDE}*"):
+        stamp = path.suffix.removeprefix(ASIDE)
+        if stamp.isdigit() and wall_ms - int(stamp) > ASIDE_MS:
+            files.remove(path)
+
+
+def finish_recreate(directory: Path, wall_ms: int) -> None:
+    """Finish recreating a log, when that was begun. Raises OSError; DamagedDataError when the new identity is not
+    whole, for then it was never durable."""
+    if not (directory / NEXT_NAME).exists():
+        return
+    read_identity(directory, NEXT_NAME)
+    for path in reversed(segment_files(directory)):
+        retain_aside(path, wall_ms)
+    files.move(directory / NEXT_NAME, directory / FILE_NAME)

@@ -1,0 +1,92 @@
+"""Creating a topic: a log for each partition, durable on the commit thread before the topic is there.
+
+Who asks for the same name meanwhile waits for the same answer. A crash on the way leaves a topic that was never
+acknowledged; the next start ignores it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from edgebroker.common.outcome import Done, Outcome
+from edgebroker.storage import files
+from edgebroker.storage.commit.committer import Committer
+from edgebroker.storage.engine import EngineListener
+from edgebroker.storage.log.partition import PartitionLog
+from edgebroker.storage.log.recovery import RecoveredLog
+from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.opening import Opener
+from edgebroker.storage.rewrite.removal import Removal
+from edgebroker.storage.rewrite.truncate import create_log
+from edgebroker.storage.types import Identity
+
+log = logging.getLogger(__name__)
+
+
+class TopicCreation:
+    """Owned by the loop thread. `path` is the directory of all topics, `topics` are the store's."""
+
+    def __init__(
+        self,
+        path: Path,
+        topics: dict[str, list[PartitionLog]],
+        opener: Opener,
+        removal: Removal,
+        committer: Committer,
+        listener: EngineListener,
+    ) -> None:
+        self._path, self._topics, self._opener, self._removal = path, topics, opener, removal
+        self._committer, self._listener = committer, listener
+        self._waiting: dict[str, list[Done]] = {}
+
+    def create(self, name: str, identities: Sequence[Identity], done: Done) -> None:
+        """Make a partition for each identity; durable when done is called, perhaps from within."""
+        refusal = self._refusal(name)
+        if refusal is not None:
+            done(*refusal)
+            return
+        if name in self._waiting:
+            self._waiting[name].append(done)
+            return
+        self._waiting[name] = [done]
+
+        def work() -> list[tuple[Identity, Segment]]:
+            path = self._path / name
+            return [(identity, create_log(path / str(number), identity)) for number, identity in enumerate(identities)]
+
+        self._committer.call(work, partial(self._created, name))
+
+    def _refusal(self, name: str) -> tuple[Outcome, str] | None:
+        if refusal := self._committer.refusal():
+            return refusal
+        if name in self._topics:
+            return Outcome.NAME_CLASH, f"topic {name} exists"
+        if why := self._opener.unserved.get(name):
+            return Outcome.READ_ONLY, f"topic {name} is on the disk and could not be opened: {why}"
+        if name in self._removal.busy:
+            return Outcome.OVERLOADED, f"topic {name} is being deleted; try again in a moment"
+        return None
+
+    def _created(self, name: str, result: object) -> None:
+        waiting = self._waiting.pop(name)
+        if isinstance(result, list):
+            self._topics[name] = [
+                self._opener.make_log(
+                    name,
+                    number,
+                    identity,
+                    RecoveredLog([segment], identity.log_start, identity.chain, identity.epoch, [], 0),
+                )
+                for number, (identity, segment) in enumerate(result)
+            ]
+            answer = (Outcome.OK, "")
+            self._listener.on_topic(name)
+        else:
+            outcome = Outcome.DISK_FULL if getattr(result, "errno", 0) in files.FULL else Outcome.READ_ONLY
+            answer = (outcome, f"topic {name} cannot be created: {result}")
+            log.error("%s", answer[1])
+        for done in waiting:
+            done(*answer)

@@ -1,0 +1,85 @@
+"""The small parts of housekeeping: which clock is believed, which files stay open, what is noted without an append."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from edgebroker.storage import files
+from edgebroker.storage.log.segment import Segment
+from edgebroker.storage.upkeep.clock_guard import JUMP_MS, ClockGuard
+from edgebroker.storage.upkeep.open_files import CACHED_INDEXES, OPEN_SEALED, OpenFiles
+from tests.kit.storage import ManualClock, StoreHarness, store_settings
+
+
+@pytest.fixture
+def harness(tmp_path: Path) -> Iterator[StoreHarness]:
+    harness = StoreHarness(tmp_path / "data", store_settings())
+    harness.create()
+    yield harness
+    harness.close()
+
+
+@pytest.mark.parametrize(
+    ("wall_ms", "seconds", "sealed", "why"),
+    [
+        (0, 0, 0, ""),
+        (5000, 5, 0, ""),
+        (JUMP_MS, 0, 0, ""),
+        (-JUMP_MS, 0, 0, ""),
+        (JUMP_MS + 1, 0, 0, "jumped by 24 h"),
+        (-JUMP_MS - 1, 0, 0, "jumped by -24 h"),
+        (0, JUMP_MS / 1000 + 1, 0, "jumped by -24 h"),
+        (0, 0, 1, "before the newest sealed segment"),
+        (1, 0, 1, ""),
+    ],
+)
+def test_which_clock_is_believed(wall_ms: int, seconds: float, sealed: int, why: str) -> None:
+    clock = ManualClock()
+    guard, start = ClockGuard(clock), clock.wall
+    clock.wall += wall_ms
+    clock.seconds += seconds
+    guard.check(start + sealed if sealed else 0)
+    assert (why in guard.implausible, bool(guard.implausible)) == (True, bool(why))
+    assert guard.wall_ms() == (0 if why else clock.wall)
+    clock.wall = start + int(seconds * 1000) + sealed
+    guard.check(start + sealed if sealed else 0)
+    assert (guard.implausible, guard.wall_ms()) == ("", clock.wall)
+
+
+def test_files_and_indexes_used_least_recently_go(tmp_path: Path) -> None:
+    open_files, segments = OpenFiles(), []
+    for number in range(OPEN_SEALED + 3):
+        path = tmp_path / f"{number}.log"
+        segments.append(Segment(path, number, fd=files.create_log(path)))
+        segments[-1].points = b""
+    segments[0].hold()
+    for segment in segments:
+        open_files.index_loaded(segment)
+        open_files.opened(segment)
+        open_files.opened(segments[2])
+    # The first is being sent: it counts, and stays.
+    assert [number for number, segment in enumerate(segments) if segment.fd < 0] == [1, 3]
+    indexed = [segment for segment in segments if segment.points is not None]
+    assert indexed == segments[-CACHED_INDEXES:] == [one for one in segments if open_files.knows(one)]
+    open_files.forget(segments[-1])
+    assert not open_files.knows(segments[-1])
+    for segment in segments:
+        segment.close()
+
+
+def test_a_sealed_segment_is_noted_without_another_append(harness: StoreHarness) -> None:
+    harness.fill(12)
+    harness.stored()
+    harness.clock.advance(1.0)
+    for _ in range(50):
+        harness.loop.turn(0.005)
+        harness.clock.advance(0.01)
+    harness.quiesce()
+    with closing(sqlite3.connect(harness.path / "meta.db")) as connection:
+        rows = connection.execute("SELECT base FROM segments ORDER BY base").fetchall()
+    assert [base for (base,) in rows] == harness.bases()[:-1] != []
