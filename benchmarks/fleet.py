@@ -14,7 +14,7 @@ from benchmarks.tree import Chain, cpu_seconds
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.main import main
-from edgebroker.common.clock import SystemClock
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.pipe.report import MAX_BATCH_BYTES, GroupReport, Report, TopicReport
 
 TERMINALS = 4

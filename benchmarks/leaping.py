@@ -17,8 +17,8 @@ import threading
 from pathlib import Path
 
 from edgebroker.broker.broker import Broker
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.config import load_config
+from edgebroker.common.runtime.clock import SystemClock
 
 
 class LeapingClock(SystemClock):

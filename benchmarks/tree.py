@@ -24,8 +24,8 @@ from edgebroker.cli.bench.disk import percentile
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
-from edgebroker.common.clock import sleep
 from edgebroker.common.crc32c import crc32c
+from edgebroker.common.runtime.clock import sleep
 from edgebroker.pipe.stream import Kind, LogPosition, Poll
 
 DURABLE = 2

@@ -28,8 +28,8 @@ from edgebroker.broker.reload import Changes, merge
 from edgebroker.broker.sessions.limits import session_limits
 from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.broker.topic_deletion import TopicDeletion
-from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.http.router import Router
 from edgebroker.network.http.server import HttpServer
 from edgebroker.network.io.loop import Loop

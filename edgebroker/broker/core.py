@@ -15,9 +15,9 @@ from edgebroker.broker.delivery.table_snapshots import TableSnapshots
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.producers import Producers
 from edgebroker.broker.publish.publishing import Publishing, PublishLimits
-from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage.engine import Engine
 

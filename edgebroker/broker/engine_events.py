@@ -8,7 +8,7 @@ from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.mirror.mirroring import Mirroring
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Log
 from edgebroker.storage.types import DurableChunk
 

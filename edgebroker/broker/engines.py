@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Engine
 from edgebroker.storage.memory import MemoryEngine
 from edgebroker.storage.settings import HousekeepingSettings, StoreSettings

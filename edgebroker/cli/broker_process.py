@@ -12,8 +12,8 @@ from types import TracebackType
 
 from edgebroker.cli import environment as environments
 from edgebroker.cli.admin_client import call
-from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
+from edgebroker.common.runtime.clock import SystemClock, sleep
 
 START_SECONDS = 20.0
 

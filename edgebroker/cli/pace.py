@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgebroker.common.clock import SystemClock, sleep
+from edgebroker.common.runtime.clock import SystemClock, sleep
 
 
 class Pace:

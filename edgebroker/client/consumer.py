@@ -21,7 +21,7 @@ from edgebroker.client.subscriber import Subscriber
 from edgebroker.common.errors import ArgumentError, DamagedBatchError, EdgeBrokerError, GapError, UnreachableError
 from edgebroker.common.names import check_group_name
 from edgebroker.common.records import Record
-from edgebroker.common.threads import start_thread
+from edgebroker.common.runtime.threads import start_thread
 from edgebroker.common.types import Position, Start, TopicPartition
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import Gap, Holding, Reset, Wanted

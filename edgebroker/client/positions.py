@@ -11,8 +11,8 @@ from pathlib import Path
 
 import msgspec
 
-from edgebroker.common.durable import write_durable
 from edgebroker.common.errors import PositionFileError
+from edgebroker.common.runtime.durable import write_durable
 from edgebroker.common.types import Position
 
 

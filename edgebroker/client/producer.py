@@ -15,7 +15,7 @@ from edgebroker.client.link import default_client_id, parse_server
 from edgebroker.client.sender import Sender
 from edgebroker.common import codecs
 from edgebroker.common.errors import ArgumentError
-from edgebroker.common.threads import start_thread
+from edgebroker.common.runtime.threads import start_thread
 from edgebroker.common.types import AckLevel
 
 log = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from edgebroker.client.accumulator import Accumulator, PendingBatch, TopicBatches
 from edgebroker.client.link import Link
 from edgebroker.common import codecs, records
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import AnswerError, ArgumentError, Code, EdgeBrokerError, UnreachableError
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.types import AckLevel
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.wire import frames

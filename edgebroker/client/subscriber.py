@@ -13,8 +13,8 @@ from threading import Condition
 
 from edgebroker.client.link import Link
 from edgebroker.client.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.types import Position, Start, TopicPartition
 from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.network.wire import frames

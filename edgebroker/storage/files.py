@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgebroker.common.durable import sync_directory as sync_directory
-from edgebroker.common.durable import write_durable as write_durable
-from edgebroker.common.durable import write_hint as write_hint
 from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError
+from edgebroker.common.runtime.durable import sync_directory as sync_directory
+from edgebroker.common.runtime.durable import write_durable as write_durable
+from edgebroker.common.runtime.durable import write_hint as write_hint
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 COPY_BYTES = 1 << 20

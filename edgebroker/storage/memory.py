@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from msgspec.structs import replace
 
 from edgebroker.common import batch, records
-from edgebroker.common.clock import Clock
 from edgebroker.common.histogram import Histogram
 from edgebroker.common.outcome import Done, Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage.engine import EngineListener, Log
 from edgebroker.storage.log import segscan

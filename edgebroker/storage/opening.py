@@ -15,10 +15,10 @@ from pathlib import Path
 from msgspec.structs import replace
 
 from edgebroker.common.batch import STORED_BATCH_BYTES
-from edgebroker.common.clock import Clock
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import DamagedDataError
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.identity import change_identity, read_identity, write_identity

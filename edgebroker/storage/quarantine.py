@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from edgebroker.common.clock import Clock
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.storage import files
 
 log = logging.getLogger(__name__)

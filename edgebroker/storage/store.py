@@ -16,10 +16,10 @@ from pathlib import Path
 
 from msgspec.structs import replace
 
-from edgebroker.common.clock import Clock
 from edgebroker.common.histogram import Histogram
 from edgebroker.common.outcome import Done, Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer

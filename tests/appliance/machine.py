@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from edgebroker.common.clock import sleep
+from edgebroker.common.runtime.clock import sleep
 from tests.kit.waiting import wait_for
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "edgebroker"

@@ -19,8 +19,8 @@ from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.common import batch
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import CorruptBatchError
+from edgebroker.common.runtime.clock import SystemClock
 
 _HEAD = struct.Struct(">4sQI")
 _FILLER = bytes(range(251)) * 64

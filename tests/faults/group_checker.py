@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
-from edgebroker.common.clock import SystemClock
+from edgebroker.common.runtime.clock import SystemClock
 
 from .checker import Content, origin_of
 

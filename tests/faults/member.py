@@ -23,9 +23,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from edgebroker.client.consumer import Consumer
-from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import EdgeBrokerError, GapError
 from edgebroker.common.records import Record
+from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.types import TopicPartition
 
 from .checker import origin_of

@@ -20,9 +20,9 @@ from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.config import load_config
 from edgebroker.common.outcome import Outcome
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.storage.engine import Log
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.staging import Chunk

@@ -16,8 +16,8 @@ from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer, Sent
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.runtime.clock import SystemClock
 from tests.kit.waiting import wait_for
 
 from .checker import Ack, ConsumerHistory, History, value_of

@@ -17,7 +17,7 @@ import pytest
 
 from edgebroker.broker.fleet.reports import Growth
 from edgebroker.cli.main import main
-from edgebroker.common.clock import SystemClock
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet
@@ -342,7 +342,7 @@ def test_the_view_says_what_a_report_left_out(tree: Tree) -> None:
 OPEN = """
 import sys, resource
 from pathlib import Path
-from edgebroker.common.clock import SystemClock
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.storage.types import DiskState
 from edgebroker.storage.metadata.registry import RegistryStore
 class Now:

@@ -15,9 +15,9 @@ from edgebroker.broker.broker import Broker
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common import batch
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.config import Config, load_config
 from edgebroker.common.errors import Code
+from edgebroker.common.runtime.clock import SystemClock
 from tests.kit.raw_client import SECONDS, RawClient
 
 T = TypeVar("T")

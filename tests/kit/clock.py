@@ -35,7 +35,7 @@ class Timer:
 
 
 class ManualScheduler:
-    """edgebroker.common.scheduler.Scheduler, one turn at a time. What a callback raises goes to the test."""
+    """edgebroker.common.runtime.scheduler.Scheduler, one turn at a time. What a callback raises goes to the test."""
 
     def __init__(self, clock: ManualClock) -> None:
         self._clock = clock

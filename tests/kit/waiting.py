@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edgebroker.common.clock import SystemClock, sleep
+from edgebroker.common.runtime.clock import SystemClock, sleep
 
 CLOCK = SystemClock()
 SECONDS = 10.0

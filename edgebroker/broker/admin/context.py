@@ -15,8 +15,8 @@ from edgebroker.broker.observe.health import Health
 from edgebroker.broker.observe.lags import Lags
 from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.broker.topic_deletion import TopicDeletion
-from edgebroker.common.clock import Clock
 from edgebroker.common.config import NodeConfig
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.io.loop import Loop
 
 

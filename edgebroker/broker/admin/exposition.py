@@ -22,9 +22,9 @@ from edgebroker.broker.observe.host import MACHINE, read_machine
 from edgebroker.broker.observe.metrics import counters_of
 from edgebroker.broker.observe.problems import ADVICE
 from edgebroker.broker.ports import Key
-from edgebroker.common.clock import sleep
 from edgebroker.common.histogram import BOUNDS, Histogram
-from edgebroker.common.threads import Worker
+from edgebroker.common.runtime.clock import sleep
+from edgebroker.common.runtime.threads import Worker
 from edgebroker.network.http.router import Call, Failed
 from edgebroker.network.http.server import Response
 from edgebroker.storage.engine import Log

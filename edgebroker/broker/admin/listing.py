@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from edgebroker.common.scheduler import Scheduler, in_slices
+from edgebroker.common.runtime.scheduler import Scheduler, in_slices
 
 T = TypeVar("T")
 R = TypeVar("R")

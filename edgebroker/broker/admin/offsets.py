@@ -10,8 +10,8 @@ import msgspec
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.delivery.state import Group
-from edgebroker.common.gather import gather
 from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.runtime.gather import gather
 from edgebroker.storage.engine import Log
 from edgebroker.storage.types import Change, begin_history
 

@@ -13,11 +13,11 @@ from typing import NamedTuple
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common import batch, records
 from edgebroker.common.batch import EXPLANATION, Reason
-from edgebroker.common.clock import Clock
 from edgebroker.common.errors import Code, CorruptBatchError
 from edgebroker.common.messages import PublishRun
 from edgebroker.common.outcome import Done, Outcome, outcome_of
 from edgebroker.common.records import BatchBuilder
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.spans import ANSWER, pack_span
 from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
 from edgebroker.storage.engine import Engine, Log

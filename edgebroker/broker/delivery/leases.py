@@ -24,7 +24,7 @@ from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import Key
 from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import Start
 from edgebroker.storage.engine import Engine, Log
 

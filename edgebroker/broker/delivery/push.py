@@ -17,7 +17,7 @@ from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.reading import next_piece, size_of
 from edgebroker.common.messages import GapReason
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.types import ColdRead, CorruptRange, DurableChunk, FileSlice, Inline, NeedsDisk
 

@@ -26,11 +26,11 @@ from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common.batch import CONTROL_BIT
-from edgebroker.common.gather import gather
 from edgebroker.common.names import SNAPSHOT_CLIENTS
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.records import BatchBuilder, restamp
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.gather import gather
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Engine, Log
 
 log = logging.getLogger(__name__)

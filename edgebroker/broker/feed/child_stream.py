@@ -14,7 +14,7 @@ from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.reading import next_piece
 from edgebroker.broker.sending import file_range
 from edgebroker.common.hours import parse_hours
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.server import BodyWriter
 from edgebroker.pipe import stream
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Rate, Stopped, judge, same_chain

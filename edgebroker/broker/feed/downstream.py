@@ -20,12 +20,12 @@ from msgspec.structs import replace
 from edgebroker.broker.feed.child_stream import ChildStatus, ChildStream, LogCursor, StoredPiece
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import NodeInfo
-from edgebroker.common.clock import Clock, second_of_day
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.hours import parse_hours
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock, second_of_day
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.router import Call
 from edgebroker.pipe import stream
 from edgebroker.pipe.feed import Rate

@@ -9,9 +9,9 @@ import msgspec
 
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.observe.metrics import Metrics
-from edgebroker.common.clock import Clock
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.router import Call
 from edgebroker.pipe.fleet import Fleet, FleetMember
 from edgebroker.pipe.report import NEW_SESSION, Batch, Directive, Heard, NodeState, Report

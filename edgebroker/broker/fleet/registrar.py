@@ -16,10 +16,10 @@ from collections.abc import Callable
 import msgspec
 
 from edgebroker.broker.fleet.inbox import Inbox
-from edgebroker.common.clock import Clock
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Done, Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.pipe.fleet import Fleet, FleetMember, find
 from edgebroker.pipe.report import MAX_CANDIDATES, NodeState, ParentAssignment, Report, digest
 from edgebroker.pipe.topology import Topology

@@ -16,7 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edgebroker.broker.core import Core
-from edgebroker.common.clock import Clock
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.types import DEAD_LETTERS
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop

@@ -20,9 +20,9 @@ from edgebroker.broker.fleet.reports import NodeIdentity, NodeStatus, ParentLink
 from edgebroker.broker.fleet.view import Decisions, FleetView
 from edgebroker.broker.mirror.discovery import Discovery
 from edgebroker.broker.mirror.mirroring import Mirroring
-from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, parse_labels, split_list
 from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.http.call import HttpCall, OnResponse
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet, FleetMember

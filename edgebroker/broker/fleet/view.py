@@ -13,7 +13,7 @@ import msgspec
 
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.scheduler import Scheduler, in_slices
+from edgebroker.common.runtime.scheduler import Scheduler, in_slices
 from edgebroker.network.http.router import Call, Query
 from edgebroker.pipe.fleet import Fleet, FleetMember, matches
 from edgebroker.pipe.report import Report, ResyncReport, TopicReport

@@ -18,9 +18,9 @@ from edgebroker.broker.mirror.repair import Repairs
 from edgebroker.broker.mirror.resync import Resyncs
 from edgebroker.broker.mirror.upstream import Upstream
 from edgebroker.broker.ports import NodeInfo
-from edgebroker.common.clock import Clock
 from edgebroker.common.config import Config, split_list
 from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.report import Directive

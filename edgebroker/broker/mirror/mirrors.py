@@ -14,9 +14,9 @@ from msgspec.structs import replace
 
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common.errors import Code
-from edgebroker.common.gather import gather
 from edgebroker.common.outcome import Done, Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.gather import gather
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import TopicPartition
 from edgebroker.pipe.follower import (
     CompareChain,

@@ -16,7 +16,7 @@ from msgspec.structs import replace
 
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Done, Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Log, MirrorEngine
 from edgebroker.storage.types import Identity, begin_history
 

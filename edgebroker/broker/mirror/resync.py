@@ -20,11 +20,11 @@ from msgspec.structs import replace
 from edgebroker.broker.core import Core
 from edgebroker.broker.mirror.fresh_copy import CopySettings, FreshCopy
 from edgebroker.broker.mirror.upstream import Upstream
-from edgebroker.common.clock import Clock, second_of_day
 from edgebroker.common.errors import EdgeBrokerError
-from edgebroker.common.gather import gather
 from edgebroker.common.hours import parse_hours
 from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.runtime.clock import Clock, second_of_day
+from edgebroker.common.runtime.gather import gather
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.report import ResyncDirective, ResyncReport

@@ -23,9 +23,9 @@ from edgebroker.common.errors import Code
 from edgebroker.common.messages import PublishRun
 from edgebroker.common.names import SNAPSHOT_CLIENTS, check_topic_name
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.runtime.threads import Worker
 from edgebroker.common.spans import ANSWER, SPAN, pack_span, payload_bytes
-from edgebroker.common.threads import Worker
 from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
 from edgebroker.storage.engine import Engine, Log
 

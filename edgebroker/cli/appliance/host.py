@@ -19,8 +19,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgebroker.cli import environment
-from edgebroker.common.durable import sync_directory, write_durable
 from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.runtime.durable import sync_directory, write_durable
 
 RECORD = "etc/edgebroker/.installed.json"
 USER = "edgebroker"

@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 
 from edgebroker.cli import environment
 from edgebroker.cli.appliance.host import Machine, point
-from edgebroker.common.durable import sync_directory, sync_file, write_durable
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
+from edgebroker.common.runtime.durable import sync_directory, sync_file, write_durable
 
 HOME = "opt/edgebroker"
 CURRENT, PREVIOUS, PENDING = f"{HOME}/current", f"{HOME}/previous", f"{HOME}/pending"

@@ -24,8 +24,8 @@ from edgebroker.cli import environment
 from edgebroker.cli.appliance import releases
 from edgebroker.cli.appliance.host import Machine, readable_errors, tell
 from edgebroker.cli.appliance.releases import ReleaseSwitch
-from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
+from edgebroker.common.runtime.clock import SystemClock, sleep
 
 POLL_SECONDS = 0.25
 SELFTEST_SECONDS = 120

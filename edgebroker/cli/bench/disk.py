@@ -6,7 +6,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from edgebroker.common.clock import SystemClock
+from edgebroker.common.runtime.clock import SystemClock
 
 CLOCK = SystemClock()
 

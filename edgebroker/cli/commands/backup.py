@@ -20,8 +20,8 @@ import msgspec
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, json_flag
 from edgebroker.cli.render import counted, size
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.storage import files
 from edgebroker.storage.identity import write_identity
 from edgebroker.storage.metadata.meta_db import write_offsets_snapshot

@@ -14,8 +14,8 @@ from edgebroker.cli.command import Parser, admin_flag, duration, json_flag, labe
 from edgebroker.cli.commands.tree import nodes_below
 from edgebroker.cli.progress import CLEAR_LINE
 from edgebroker.cli.render import print_table
-from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
+from edgebroker.common.runtime.clock import SystemClock, sleep
 
 POLL_SECONDS = 1.0
 UNDER_WAY = ("waiting", "loading", "switching", "refreshing")

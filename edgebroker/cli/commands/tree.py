@@ -13,9 +13,9 @@ from edgebroker.cli import render
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, json_flag, label_flag
 from edgebroker.cli.render import counted, print_table
-from edgebroker.common.clock import sleep
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.levels import LEVELS
+from edgebroker.common.runtime.clock import sleep
 
 WATCH_SECONDS = 5.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"

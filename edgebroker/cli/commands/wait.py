@@ -11,8 +11,8 @@ from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, duration, json_flag, label_flag
 from edgebroker.cli.commands.tree import silence
 from edgebroker.cli.progress import CLEAR_LINE
-from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import ConfigError
+from edgebroker.common.runtime.clock import SystemClock, sleep
 
 POLL_SECONDS = 1.0
 

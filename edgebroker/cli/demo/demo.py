@@ -31,10 +31,10 @@ from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.batch import partition_for
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.records import Record
-from edgebroker.common.threads import start_thread
+from edgebroker.common.runtime.clock import SystemClock
+from edgebroker.common.runtime.threads import start_thread
 
 PARTITIONS = 4
 KILL_AT = 0.4

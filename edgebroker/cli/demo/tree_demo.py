@@ -16,9 +16,9 @@ from types import TracebackType
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
-from edgebroker.common.clock import SystemClock, sleep
 from edgebroker.common.errors import EdgeBrokerError
-from edgebroker.common.threads import start_thread
+from edgebroker.common.runtime.clock import SystemClock, sleep
+from edgebroker.common.runtime.threads import start_thread
 
 LEVELS = {"root": "", "l2": "eu", "l3": "eu/north", "pos": "eu/north/store-1", "local": "eu/north/store-1"}
 CUT_SECONDS = 1.5

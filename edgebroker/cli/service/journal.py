@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 
-from edgebroker.common.clock import Clock
+from edgebroker.common.runtime.clock import Clock
 
 BURST, WINDOW_SECONDS = 20, 10.0
 JOURNAL = "/run/systemd/journal/socket"

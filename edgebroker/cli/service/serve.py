@@ -13,9 +13,9 @@ from edgebroker.broker.broker import Broker
 from edgebroker.cli import environment
 from edgebroker.cli.service import journal
 from edgebroker.cli.service.supervisor import Systemd
-from edgebroker.common.clock import Clock, SystemClock
 from edgebroker.common.config import Config, load_config
 from edgebroker.common.errors import ConfigError
+from edgebroker.common.runtime.clock import Clock, SystemClock
 from edgebroker.version import __version__
 
 log = logging.getLogger("edgebroker")

@@ -12,8 +12,8 @@ import socket
 from collections.abc import Mapping
 
 from edgebroker.broker.observe import health
-from edgebroker.common.clock import Clock
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
 
 # Opening a log extends the start timeout by this much, so that a long recovery is not killed.
 EXTENSION_SECONDS = 300

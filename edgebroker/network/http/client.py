@@ -17,7 +17,7 @@ import h11
 
 from edgebroker.common.config import is_address
 from edgebroker.common.errors import RemoteProtocolError
-from edgebroker.common.threads import Worker
+from edgebroker.common.runtime.threads import Worker
 from edgebroker.network.io.channel import tuned
 from edgebroker.network.io.loop import WRITE, Loop, TimerHandle
 from edgebroker.network.io.transport import Transport

@@ -13,7 +13,7 @@ import socket
 from collections import deque
 from collections.abc import Callable
 
-from edgebroker.common.clock import Clock
+from edgebroker.common.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class TimerHandle:
 
 
 class Loop:
-    """Implements edgebroker.common.scheduler.Scheduler. Only call_soon_threadsafe may be called by other threads."""
+    """The Scheduler of common/runtime/scheduler.py. Only call_soon_threadsafe may be called by other threads."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock

@@ -16,11 +16,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from edgebroker.common.clock import Clock
 from edgebroker.common.histogram import Histogram
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.scheduler import Scheduler, Timer
-from edgebroker.common.threads import start_thread
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler, Timer
+from edgebroker.common.runtime.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.commit.groupcommit import GroupCommit
 from edgebroker.storage.log.index import SealedIndex, write_index

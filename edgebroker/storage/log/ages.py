@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 
-from edgebroker.common.clock import Clock
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.index import POINT_BYTES, granularity_ms
 from edgebroker.storage.log.partition import PartitionLog

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.common.errors import CorruptBatchError
-from edgebroker.common.scheduler import Scheduler
-from edgebroker.common.threads import Worker
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.runtime.threads import Worker
 from edgebroker.storage import files
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.index import SealedIndex, read_index, write_index

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from edgebroker.common.clock import Clock
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.storage.metadata.database import connect, move_aside, transaction
 from edgebroker.storage.types import Checkpoint, Children, CorruptRange, GroupKey, GroupOffset

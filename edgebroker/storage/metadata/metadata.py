@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from edgebroker.common.clock import Clock
-from edgebroker.common.scheduler import Scheduler, Timer
-from edgebroker.common.threads import Worker
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler, Timer
+from edgebroker.common.runtime.threads import Worker
 from edgebroker.storage.metadata.children import read_children, write_children
 from edgebroker.storage.metadata.meta_db import (
     MetaChanges,

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from edgebroker.common.clock import Clock
-from edgebroker.common.scheduler import Scheduler
-from edgebroker.common.threads import Worker
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.runtime.threads import Worker
 from edgebroker.storage.metadata.database import connect, move_aside, transaction
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.common.outcome import Done, Outcome
-from edgebroker.common.scheduler import Scheduler
-from edgebroker.common.threads import start_thread
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.runtime.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.storage.commit.committer import Committer

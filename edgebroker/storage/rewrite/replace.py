@@ -17,8 +17,8 @@ from msgspec.structs import replace
 
 from edgebroker.common.errors import DamagedDataError, EdgeBrokerError
 from edgebroker.common.outcome import Done, Outcome
-from edgebroker.common.scheduler import Scheduler
-from edgebroker.common.threads import start_thread
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.runtime.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.storage.commit.committer import Committer

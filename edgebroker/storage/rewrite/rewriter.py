@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edgebroker.common.clock import Clock
 from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.engine import EngineListener
 from edgebroker.storage.identity import read_identity

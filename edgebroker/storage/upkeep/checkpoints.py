@@ -6,7 +6,7 @@ checkpoint: it would certify bytes that are about to be removed.
 
 from __future__ import annotations
 
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.metadata.meta_db import SegmentRow, Windows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from edgebroker.common.clock import Clock
+from edgebroker.common.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from edgebroker.common.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage import files
 from edgebroker.storage.log.chains import DamagedLogError, find_chains
 from edgebroker.storage.log.partition import PartitionLog

@@ -15,8 +15,8 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from edgebroker.common.clock import Clock
-from edgebroker.common.scheduler import Scheduler, Timer
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler, Timer
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.engine import EngineListener
@@ -32,7 +32,7 @@ from edgebroker.storage.upkeep.budget import Budget
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.clock_guard import ClockGuard
 from edgebroker.storage.upkeep.open_files import OpenFiles
-from edgebroker.storage.upkeep.retention import LogFacts, plan
+from edgebroker.storage.upkeep.retention import RetentionFacts, plan
 from edgebroker.storage.upkeep.scrub import Scrub
 
 log = logging.getLogger(__name__)
@@ -202,7 +202,7 @@ class Housekeeping:
             return
         partitions = [partition for partition in self._store.logs() if not partition.rewriting]
         facts = (
-            LogFacts(
+            RetentionFacts(
                 partition.segments,
                 partition.settings,
                 partition.identity.snapshot[0],

@@ -32,7 +32,7 @@ S = TypeVar("S", bound=SegmentFacts)
 
 
 @dataclass(frozen=True, slots=True)
-class LogFacts(Generic[S]):
+class RetentionFacts(Generic[S]):
     """`segments` in order, the active one last. `snapshot`: where the newest complete table snapshot begins (-1: there
     is none). `pin` and `floor` are EngineListener's; they are asked only when the answer matters."""
 
@@ -44,7 +44,7 @@ class LogFacts(Generic[S]):
 
 
 def plan(
-    logs: Iterable[LogFacts[S]], defaults: HousekeepingSettings, *, now_ms: int, wanted: int
+    logs: Iterable[RetentionFacts[S]], defaults: HousekeepingSettings, *, now_ms: int, wanted: int
 ) -> tuple[int, list[S]] | None:
     """What to remove now: (rank of the log in `logs`, its segments); None: nothing.
 
@@ -62,7 +62,7 @@ def plan(
     return None
 
 
-def _over_limits(facts: LogFacts[S], defaults: HousekeepingSettings, now_ms: int) -> list[S]:
+def _over_limits(facts: RetentionFacts[S], defaults: HousekeepingSettings, now_ms: int) -> list[S]:
     """Beyond the limits of size and age, and not held."""
     keep_bytes = facts.settings.retention_bytes or defaults.retention_bytes
     keep_ms = (facts.settings.retention_ms or defaults.retention_ms) if now_ms else 0
@@ -81,7 +81,7 @@ def _over_limits(facts: LogFacts[S], defaults: HousekeepingSettings, now_ms: int
     return gone if pin is None else [segment for segment in gone if segment.end_offset <= pin]
 
 
-def _passed_by_all(facts: LogFacts[S], first: int, wanted: int) -> list[S]:
+def _passed_by_all(facts: RetentionFacts[S], first: int, wanted: int) -> list[S]:
     """From segment `first` on, what every live group and child has passed, until `wanted` bytes are found."""
     floor = facts.floor()
     early: list[S] = []

@@ -12,7 +12,7 @@ from collections import deque
 from functools import partial
 
 from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
-from edgebroker.common.scheduler import Scheduler, Timer
+from edgebroker.common.runtime.scheduler import Scheduler, Timer
 from edgebroker.storage import files
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.reader import ColdReader, SegmentRead

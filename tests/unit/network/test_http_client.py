@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from edgebroker.common.clock import SystemClock
 from edgebroker.common.errors import RemoteProtocolError
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.network.http import client as httpclient
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import ChunkReader, HttpClient

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from edgebroker.common.clock import SystemClock
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.network.io.loop import READ, Loop
 
 

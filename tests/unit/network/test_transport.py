@@ -5,7 +5,7 @@ import socket
 
 import pytest
 
-from edgebroker.common.clock import SystemClock
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.network.io.channel import PlainChannel
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.transport import Transport

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage.settings import HousekeepingSettings
 from edgebroker.storage.types import UNKNOWN_CHAIN
-from edgebroker.storage.upkeep.retention import LogFacts, plan
+from edgebroker.storage.upkeep.retention import RetentionFacts, plan
 
 NOW = 1_000_000
 
@@ -52,7 +52,7 @@ def settings(keep_bytes: int = 0, keep_ms: int = 0) -> HousekeepingSettings:
     )  # fmt: skip
 
 
-def log_of(case: Case, asked: list[str] | None = None) -> LogFacts[Any]:
+def log_of(case: Case, asked: list[str] | None = None) -> RetentionFacts[Any]:
     asked = [] if asked is None else asked
     sealed = (*case.sealed, 0)
     segments = [
@@ -68,7 +68,7 @@ def log_of(case: Case, asked: list[str] | None = None) -> LogFacts[Any]:
         asked.append("floor")
         return case.floor
 
-    return LogFacts(segments, topic, case.snapshot, pin, floor)
+    return RetentionFacts(segments, topic, case.snapshot, pin, floor)
 
 
 CASES = [
@@ -132,13 +132,13 @@ def test_pin_and_floor_are_asked_only_when_they_matter(case: Case, asked: list[s
     assert calls == asked
 
 
-def slow_plan(logs: list[LogFacts[Any]], node: HousekeepingSettings, now_ms: int, wanted: int) -> Any:
+def slow_plan(logs: list[RetentionFacts[Any]], node: HousekeepingSettings, now_ms: int, wanted: int) -> Any:
     """For each number of segments the whole condition again."""
 
-    def held(facts: LogFacts[Any], segment: Piece) -> bool:
+    def held(facts: RetentionFacts[Any], segment: Piece) -> bool:
         return facts.snapshot >= 0 and segment.end_offset > facts.snapshot
 
-    def over(facts: LogFacts[Any], rank: int) -> bool:
+    def over(facts: RetentionFacts[Any], rank: int) -> bool:
         segment = facts.segments[rank]
         keep_bytes = facts.settings.retention_bytes or node.retention_bytes
         keep_ms = facts.settings.retention_ms or node.retention_ms
@@ -148,7 +148,7 @@ def slow_plan(logs: list[LogFacts[Any]], node: HousekeepingSettings, now_ms: int
         pinned = pin is not None and segment.end_offset > pin
         return ((bool(keep_bytes) and stays >= keep_bytes) or old) and not held(facts, segment) and not pinned
 
-    def early(facts: LogFacts[Any], begin: int, rank: int, wanted: int) -> bool:
+    def early(facts: RetentionFacts[Any], begin: int, rank: int, wanted: int) -> bool:
         segment, floor = facts.segments[rank], facts.floor()
         missing = wanted - sum(one.size for one in facts.segments[begin:rank])
         return missing > 0 and floor is not None and segment.end_offset <= floor and not held(facts, segment)
@@ -168,7 +168,7 @@ def slow_plan(logs: list[LogFacts[Any]], node: HousekeepingSettings, now_ms: int
 
 
 @st.composite
-def facts_of_logs(draw: st.DrawFn) -> LogFacts[Any]:
+def facts_of_logs(draw: st.DrawFn) -> RetentionFacts[Any]:
     ends, segments = 0, []
     for _ in range(draw(st.integers(1, 6))):
         ends += draw(st.integers(1, 5))
@@ -178,7 +178,7 @@ def facts_of_logs(draw: st.DrawFn) -> LogFacts[Any]:
     topic = TopicSettings(retention_bytes=draw(st.integers(0, 8)), retention_ms=draw(st.sampled_from([0, 1, 50])))
     offsets = st.integers(0, ends + 1)
     pin, floor = draw(st.none() | offsets), draw(st.none() | offsets)
-    return LogFacts(segments, topic, draw(st.just(-1) | offsets), lambda: pin, lambda: floor)
+    return RetentionFacts(segments, topic, draw(st.just(-1) | offsets), lambda: pin, lambda: floor)
 
 
 @given(
@@ -189,7 +189,7 @@ def facts_of_logs(draw: st.DrawFn) -> LogFacts[Any]:
     st.integers(-3, 12),
 )
 def test_it_decides_as_the_slow_plan(
-    logs: list[LogFacts[Any]], keep_bytes: int, keep_ms: int, now_ms: int, wanted: int
+    logs: list[RetentionFacts[Any]], keep_bytes: int, keep_ms: int, now_ms: int, wanted: int
 ) -> None:
     node = settings(keep_bytes, keep_ms)
     assert plan(logs, node, now_ms=now_ms, wanted=wanted) == slow_plan(logs, node, now_ms, wanted)
