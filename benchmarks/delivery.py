@@ -15,10 +15,11 @@ from edgebroker.cli.admin_client import call
 from edgebroker.cli.bench import native_client
 from edgebroker.cli.bench.disk import percentile
 from edgebroker.client.producer import Producer
+from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
 from edgebroker.common.types import Start
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.connection import Connection, Frame, ReceiveBuffer, Role
-from edgebroker.network.wire.frames import AckKind, Connect, ConsumerAck, FrameType, Holding, Intent, Subscribe, Wanted
+from edgebroker.network.wire.frames import Connect, FrameType, Intent, Subscribe
 
 READERS, LAGGARDS = 1000, 10
 MEMBERS, PARTITIONS = 10, 20
@@ -183,12 +184,12 @@ class _Member:
         self.socket.setblocking(False)
 
     def join(self) -> None:
-        line = Wanted("shared", -1, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
+        line = Wanted("shared", -1, Start.COMMITTED, NO_LOG_ID, -1, 0)
         self.socket.sendall(frames.write_subscribe(2, Subscribe(Intent.JOIN, "crew", 0, 0, [line])))
 
     def leave(self) -> None:
         self.leaving = True
-        line = Wanted("shared", -1, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
+        line = Wanted("shared", -1, Start.COMMITTED, NO_LOG_ID, -1, 0)
         self.socket.sendall(frames.write_subscribe(3, Subscribe(Intent.LEAVE, "crew", 0, 0, [line])))
 
     def _events(self) -> list[Frame]:

@@ -31,9 +31,10 @@ from edgebroker.broker.observe.metrics import counters_of
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.main import build_parser
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import AckKind, GapReason, Holding
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel, Start, TopicSettings
-from edgebroker.network.wire.frames import AckKind, FrameType, GapReason, Holding, Intent
+from edgebroker.network.wire.frames import FrameType, Intent
 from edgebroker.storage.metadata import meta_db as meta
 from tests.kit import tiny_client, tiny_reader, vocabulary
 from tests.kit.brokers import RunningBroker, batch_of, numbered, running

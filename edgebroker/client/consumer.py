@@ -19,12 +19,12 @@ from edgebroker.client.refresh import Staging
 from edgebroker.client.refresh_loader import RefreshLoader
 from edgebroker.client.subscriber import Subscriber
 from edgebroker.common.errors import ArgumentError, DamagedBatchError, EdgeBrokerError, GapError, UnreachableError
+from edgebroker.common.messages import NO_LOG_ID, Holding, Wanted
 from edgebroker.common.names import check_group_name
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.threads import start_thread
 from edgebroker.common.types import Position, Start, TopicPartition
-from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import Gap, Holding, Reset, Wanted
+from edgebroker.network.wire.frames import Gap, Reset
 
 StartFrom = int | str
 _NAMED = {"committed": Start.COMMITTED, "earliest": Start.EARLIEST, "latest": Start.LATEST}
@@ -396,7 +396,7 @@ class Consumer:
             The thread of the consumer.
         """
         kind, value = parse_from(start)
-        self._subscriber.seek(Wanted(topic, partition, kind, frames.NO_LOG_ID, -1, value))
+        self._subscriber.seek(Wanted(topic, partition, kind, NO_LOG_ID, -1, value))
         self._take_back(TopicPartition(topic, partition))
 
     def pause(self, topic: str, partition: int) -> None:

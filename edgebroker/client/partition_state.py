@@ -6,9 +6,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.messages import NO_LOG_ID, Holding, Wanted
 from edgebroker.common.types import Start, TopicPartition
-from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import Deliver, Holding, Reset, Wanted
+from edgebroker.network.wire.frames import Deliver, Reset
 
 
 class PartitionState:
@@ -30,7 +30,7 @@ class PartitionState:
     def __init__(self, wanted: Wanted | None = None) -> None:
         self.wanted = wanted
         self.kept = wanted is not None and wanted.start is Start.POSITION
-        self.log_id, self.epoch = (wanted.log_id, wanted.epoch) if wanted is not None else (frames.NO_LOG_ID, -1)
+        self.log_id, self.epoch = (wanted.log_id, wanted.epoch) if wanted is not None else (NO_LOG_ID, -1)
         self.generation = self.lease = 0
         self.old_lease = (0, 0)
         self.refreshing = False

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from edgebroker.client.refresh import Refresh, Staging
 from edgebroker.client.subscriber import Subscriber
 from edgebroker.common.errors import AnswerError, Code, ResetRequiredError, UnreachableError
+from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.common.records import Record
 from edgebroker.common.types import Start, TopicPartition
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import Answer, Ready, Reset, Wanted
+from edgebroker.network.wire.frames import Answer, Ready, Reset
 
 
 class RefreshLoader:
@@ -29,7 +30,7 @@ class RefreshLoader:
 
     def request(self, key: TopicPartition, timeout: float | None) -> None:
         """Ask the broker for a refresh. Raises AnswerError, UnreachableError, TimeoutError."""
-        ask = Reset(frames.NO_RESET, frames.NO_LOG_ID, *key, 0, 0)
+        ask = Reset(frames.NO_RESET, NO_LOG_ID, *key, 0, 0)
         answer = self._ask(lambda correlation: frames.write_reset(correlation, ask), timeout)
         if answer.code is not Code.OK:
             raise AnswerError(answer.code, answer.message)
@@ -101,7 +102,7 @@ class RefreshLoader:
     def _restart(self, key: TopicPartition) -> None:
         """The staging store failed: subscribe again, so that the broker announces the refresh again."""
         self._refreshes.pop(key, None)
-        self._subscriber.seek(Wanted(*key, Start.COMMITTED, frames.NO_LOG_ID, -1, 0))
+        self._subscriber.seek(Wanted(*key, Start.COMMITTED, NO_LOG_ID, -1, 0))
 
     def _ask(self, write: Callable[[int], bytes], timeout: float | None) -> Answer:
         found: list[Answer | None] = []

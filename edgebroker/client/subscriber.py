@@ -14,24 +14,13 @@ from threading import Condition
 from edgebroker.client.link import Link
 from edgebroker.client.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError
+from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.types import Position, Start, TopicPartition
 from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.connection import Event, Frame
-from edgebroker.network.wire.frames import (
-    AckKind,
-    Answer,
-    Assigned,
-    ConsumerAck,
-    FrameType,
-    Grants,
-    Holding,
-    Intent,
-    Reset,
-    Subscribe,
-    Wanted,
-)
+from edgebroker.network.wire.frames import Answer, Assigned, FrameType, Grants, Intent, Reset, Subscribe
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +156,7 @@ class Subscriber:
             if not state.revoking or state.acked < state.handed_out:
                 return
             state.revoking = False
-            line = Wanted(*key, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
+            line = Wanted(*key, Start.COMMITTED, NO_LOG_ID, -1, 0)
         self.loop.call_soon_threadsafe(lambda: self._send_intent(Intent.RELEASE, [line]))
 
     def end_refresh(self, key: TopicPartition) -> None:
@@ -215,7 +204,7 @@ class Subscriber:
             self.loop.stop()
 
         def leave() -> None:
-            lines = [Wanted(topic, -1, Start.COMMITTED, frames.NO_LOG_ID, -1, 0) for topic in self._topics]
+            lines = [Wanted(topic, -1, Start.COMMITTED, NO_LOG_ID, -1, 0) for topic in self._topics]
             if self.link.up:
                 self._send_intent(Intent.LEAVE, lines, end)
                 self.loop.call_later(LEAVE_SECONDS, end)
@@ -281,7 +270,7 @@ class Subscriber:
         self.down_since, self.last_error = None, None
         # Partitions that this member never held continue at the committed offset, which the first SUBSCRIBE set.
         kind, value = (Start.COMMITTED, 0) if self._joined and self._group else self._start
-        wanted = [Wanted(topic, -1, kind, frames.NO_LOG_ID, -1, value) for topic in self._topics]
+        wanted = [Wanted(topic, -1, kind, NO_LOG_ID, -1, value) for topic in self._topics]
         with self.changed:
             # The broker takes the last line about a partition.
             wanted += [

@@ -12,6 +12,7 @@ from edgebroker.network.frames import Connect, FrameType
 from edgebroker.common import batch, records
 from edgebroker.common.errors import Code
 from edgebroker.network import frames
+from tests.kit.raw_client import write_publish
 
 ROWS = [(b"key", b"value", 1_700_000_000_000), (None, b"", 1_699_999_999_000), (b"", None, 1_700_000_000_500)]
 HEADERS = [("trace", b"\x00\xff"), ("größe", None), ("", b"")]
@@ -51,7 +52,7 @@ def frame_seeds() -> dict[str, bytes]:
     """Streams of frames; the two bytes in front are the largest frame allowed, less one."""
 
     def publish(correlation: int, topic: str) -> bytes:
-        return frames.write_publish(correlation, frames.publish_prefix(2, topic, 0), b"batch")
+        return write_publish(correlation, frames.publish_prefix(2, topic, 0), b"batch")
 
     run = publish(1, "t") + publish(2, "t")
     connect = Connect(frames.PROTOCOL_VERSION, 1, "till", b"", -1, -1, ["t"])

@@ -16,11 +16,12 @@ from edgebroker.broker.delivery.dead_letters import HEADERS
 from edgebroker.common import batch, codecs
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import GapReason
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record, restamp
 from edgebroker.common.types import AckLevel, Start
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import FrameType, GapReason
+from edgebroker.network.wire.frames import FrameType
 from tests.kit.brokers import SECONDS, RunningBroker, batch_of, numbered, running
 from tests.kit.raw_client import RawClient
 from tests.kit.waiting import wait_for

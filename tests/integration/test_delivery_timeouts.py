@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import AckKind, Holding
 from edgebroker.common.types import Start
-from edgebroker.network.wire.frames import AckKind, FrameType, Holding
+from edgebroker.network.wire.frames import FrameType
 from tests.kit.brokers import RunningBroker, numbered, running
 from tests.kit.raw_client import Notice, RawClient
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.common.types import Position, Start
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import FrameType, Intent, Subscribe, Wanted
+from edgebroker.network.wire.frames import FrameType, Intent, Subscribe
 from tests.kit.brokers import SECONDS, RunningBroker, config_for, numbered, running
 from tests.kit.raw_client import RawClient
 
@@ -50,7 +51,7 @@ def committed(broker: RunningBroker, group: str = "g") -> int:
     return next(int(line["committed"]) for line in lines if line["partition"] == 1)
 
 
-FROM_START = Wanted("t", 1, Start.EARLIEST, frames.NO_LOG_ID, -1, 0)
+FROM_START = Wanted("t", 1, Start.EARLIEST, NO_LOG_ID, -1, 0)
 STARTS = [
     (Start.COMMITTED, 0), (Start.EARLIEST, 0), (Start.LATEST, 0), (Start.OFFSET, 7), (Start.TIME, 1000),
     (Start.POSITION, 7), (Start.RESUME, 7),
@@ -211,7 +212,7 @@ def test_joining_while_the_node_stops(tmp_path: Path, before: bool, code: Code, 
 
         broker.broker.loop.call_soon_threadsafe(hold_the_loop)
         assert here.wait(SECONDS)
-        line = Wanted("t", -1, Start.LATEST, frames.NO_LOG_ID, -1, 0)
+        line = Wanted("t", -1, Start.LATEST, NO_LOG_ID, -1, 0)
         client.send(frames.write_subscribe(9, Subscribe(Intent.JOIN, "g", 0, 0, [line])))
         broker.broker.stop_threadsafe()  # done behind what the sockets brought
         sent.set()

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, Holding, Wanted
 from edgebroker.common.types import Start
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import FrameType, Holding, Intent, Subscribe, Wanted
+from edgebroker.network.wire.frames import FrameType, Intent, Subscribe
 from tests.kit.brokers import RunningBroker, numbered, running
 from tests.kit.raw_client import Notice, RawClient
 
@@ -86,7 +87,7 @@ def test_two_topics_count_together(broker: RunningBroker) -> None:
     broker.create("t", partitions=3)
     broker.create("u", partitions=3)
     crew(broker, "only-t")
-    lines = [Wanted(topic, -1, Start.COMMITTED, frames.NO_LOG_ID, -1, 0) for topic in ("t", "u")]
+    lines = [Wanted(topic, -1, Start.COMMITTED, NO_LOG_ID, -1, 0) for topic in ("t", "u")]
     both = broker.raw("both")
     both.subscribe_raw(Subscribe(Intent.JOIN, "g", 0, 0, lines))
     # Three of t stay where they are: the other has its three of u.

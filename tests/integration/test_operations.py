@@ -10,9 +10,9 @@ import pytest
 
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.common.types import Start
-from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import FrameType, Intent, Subscribe, Wanted
+from edgebroker.network.wire.frames import FrameType, Intent, Subscribe
 from edgebroker.storage.engine import Log
 from tests.kit.brokers import RunningBroker, numbered, running
 from tests.kit.raw_client import RawClient
@@ -260,7 +260,7 @@ def test_deleting_a_group(tmp_path: Path) -> None:
 
 def test_a_group_as_an_operator_sees_it(broker: RunningBroker) -> None:
     first = broker.raw("first")
-    lines = [Wanted("t", -1, Start.EARLIEST, frames.NO_LOG_ID, -1, 0)]
+    lines = [Wanted("t", -1, Start.EARLIEST, NO_LOG_ID, -1, 0)]
     first.subscribe_raw(Subscribe(Intent.JOIN, "g", 0, 0, lines))
     heads = {}
     while len(heads) < 2:

@@ -14,9 +14,10 @@ from edgebroker.common import codecs
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, AckKind, GapReason, Wanted
 from edgebroker.common.types import Start
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import AckKind, FrameType, GapReason, Intent, Reset, Subscribe, Wanted
+from edgebroker.network.wire.frames import FrameType, Intent, Reset, Subscribe
 from tests.kit.brokers import RawClient, RunningBroker, batch_of, config_for, numbered, running
 
 
@@ -159,7 +160,7 @@ def test_behind_until_the_log_has_passed_the_position(broker: RunningBroker) -> 
     client = broker.raw()
     client.publish("t", GOOD)
     correlation = client.next_correlation()
-    wanted = Wanted("t", 0, Start.OFFSET, frames.NO_LOG_ID, -1, 5)
+    wanted = Wanted("t", 0, Start.OFFSET, NO_LOG_ID, -1, 5)
     client.send(frames.write_subscribe(correlation, Subscribe(Intent.JOIN, "g", 0, 0, [wanted])))
     assert client.answer(correlation).code is Code.OK
     answer = client.answer(correlation)

@@ -9,9 +9,9 @@ import pytest
 
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.common.types import AckLevel, Start
-from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import FrameType, Intent, Subscribe, Wanted
+from edgebroker.network.wire.frames import FrameType, Intent, Subscribe
 from tests.kit.brokers import RawClient, RunningBroker, batch_of, numbered, running
 
 
@@ -202,7 +202,7 @@ def test_the_last_line_about_a_partition_counts(broker: RunningBroker) -> None:
     client = broker.raw()
     client.publish("t", numbered(0, 10))
     log_id = bytes.fromhex(broker.http("GET", "/v1/topics/t")[1]["partitions"][0]["log_id"])
-    everything = Wanted("t", -1, Start.EARLIEST, frames.NO_LOG_ID, -1, 0)
+    everything = Wanted("t", -1, Start.EARLIEST, NO_LOG_ID, -1, 0)
     mine = Wanted("t", 0, Start.POSITION, log_id, 1, 6)
     assert client.subscribe_raw(Subscribe(Intent.JOIN, "g", 0, 0, [everything, mine])).code is Code.OK
     assert client.deliver().offsets == [6, 7, 8, 9]

@@ -15,10 +15,12 @@ import pytest
 
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import FrameType
 from tests.kit import tiny_client
 from tests.kit.brokers import SECONDS, RawClient, RunningBroker, batch_of, numbered, running
+from tests.kit.raw_client import write_publish
 from tests.kit.tiny_client import Record, TinyClient
 
 FAST = {
@@ -101,7 +103,7 @@ def test_connect_must_come_in_time(fast: RunningBroker, trickle: bool) -> None:
         frames.frame(FrameType.CONNECT, 1, b"EDGF" + bytes(30)),
         frames.frame(FrameType.CONNECT, 1, b"EDGE"),
         frames.write_connect(1, frames.Connect(1, 0, "", b"", -1, -1, [])),
-        frames.write_publish(1, frames.publish_prefix(2, "t", 0), batch_of(b"v")),
+        write_publish(1, frames.publish_prefix(2, "t", 0), batch_of(b"v")),
         frames.frame(FrameType.CONNECT, 1, b"x" * 5000)[:4500],
     ],
     ids=lambda data: repr(data[:12]),
@@ -126,7 +128,7 @@ def test_a_peer_that_takes_nothing_is_cut(fast: RunningBroker) -> None:
                 "g",
                 0,
                 64 << 20,
-                [frames.Wanted("t", 0, frames.Start.EARLIEST, frames.NO_LOG_ID, -1, 0)],
+                [Wanted("t", 0, frames.Start.EARLIEST, NO_LOG_ID, -1, 0)],
             ),
         )
     )
@@ -170,7 +172,7 @@ def test_many_partitions_behind_a_slow_socket(tmp_path: Path) -> None:
         for first in range(8):
             producer.publish("big", numbered(first, 1, 1_000_000))
         slow = broker.raw("slow", receive_buffer=4096)
-        lines = [frames.Wanted(topic, -1, frames.Start.EARLIEST, frames.NO_LOG_ID, -1, 0) for topic in ("big", "many")]
+        lines = [Wanted(topic, -1, frames.Start.EARLIEST, NO_LOG_ID, -1, 0) for topic in ("big", "many")]
         slow.send(frames.write_subscribe(1, frames.Subscribe(frames.Intent.JOIN, "g", 0, 0, lines)))
         deadline = time.monotonic() + SECONDS
         while not any(session.transport.backlog for session in list(broker.broker.sessions)):

@@ -16,6 +16,7 @@ from edgebroker.common.types import AckLevel
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import FrameType
 from tests.kit.brokers import RunningBroker, batch_of, numbered, running
+from tests.kit.raw_client import write_publish
 
 
 @pytest.fixture(params=["segment", "memory"])
@@ -79,7 +80,7 @@ def test_frames_sent_together_are_answered_one_by_one(broker: RunningBroker) -> 
     ends = {"t": 1, "u": 1}
     for correlation in range(1000, 1300):
         topic = "tu"[correlation // 7 % 2]
-        out.append(frames.write_publish(correlation, frames.publish_prefix(2, topic, 0), numbered(correlation, 3)))
+        out.append(write_publish(correlation, frames.publish_prefix(2, topic, 0), numbered(correlation, 3)))
         expected[correlation] = ends[topic]
         ends[topic] += 3
     client.send(*out)
@@ -94,7 +95,7 @@ def test_published_bytes_and_frames_are_counted_once(broker: RunningBroker) -> N
     for correlation, topic in enumerate(["t", "u"] * 50):
         one = numbered(correlation, 2)
         size += len(one)
-        out.append(frames.write_publish(1000 + correlation, frames.publish_prefix(2, topic, 0), one))
+        out.append(write_publish(1000 + correlation, frames.publish_prefix(2, topic, 0), one))
     client.send(*out)
     for correlation in range(100):
         assert client.answer(1000 + correlation).code is Code.OK
@@ -126,7 +127,7 @@ def test_a_duplicate_gets_the_old_offset_and_is_stored_once(broker: RunningBroke
     # Several in one buffer, duplicates of what is not durable yet among them.
     fresh = one(5, b"f")
     prefix = frames.publish_prefix(2, "t", 0)
-    client.send(*(frames.write_publish(900 + rank, prefix, data) for rank, data in enumerate([fresh, fresh, sent[0]])))
+    client.send(*(write_publish(900 + rank, prefix, data) for rank, data in enumerate([fresh, fresh, sent[0]])))
     assert [client.answer(900 + rank)[:2] for rank in range(3)] == [(Code.OK, 5), (Code.OK, 5), (Code.OK, 0)]
     assert values(broker, "t") == [b"a", b"b", b"c", b"d", b"e", b"f"]
 
@@ -149,7 +150,7 @@ def test_compressed_batches(broker: RunningBroker, codec: codecs.CodecName) -> N
     # Compressed and plain ones mixed in one buffer keep their order, for one partition.
     prefix = frames.publish_prefix(2, "t", 0)
     mixed = [batch_of(b"plain"), batch_of(b"packed", codec=codec), batch_of(b"plain 2"), batch_of(b"p 2", codec=codec)]
-    client.send(*(frames.write_publish(900 + rank, prefix, data) for rank, data in enumerate(mixed)))
+    client.send(*(write_publish(900 + rank, prefix, data) for rank, data in enumerate(mixed)))
     assert [client.answer(900 + rank).offset for rank in range(4)] == [100, 101, 102, 103]
     assert values(broker, "t") == [*payload, b"plain", b"packed", b"plain 2", b"p 2"]
 
@@ -221,9 +222,9 @@ def test_a_frame_that_is_too_large_is_skipped(tmp_path: Path) -> None:
         for size in (limit - 16 - len(prefix) + 1, 100_000, 3 << 20):
             # Valid frames around it in the same buffer are not touched by the skipping.
             client.send(
-                frames.write_publish(1, prefix, batch_of(b"left")),
-                frames.write_publish(2, prefix, b"x" * size),
-                frames.write_publish(3, prefix, batch_of(b"right")),
+                write_publish(1, prefix, batch_of(b"left")),
+                write_publish(2, prefix, b"x" * size),
+                write_publish(3, prefix, batch_of(b"right")),
             )
             assert client.answer(2).code is Code.TOO_LARGE
             assert [client.answer(1).code, client.answer(3).code] == [Code.OK, Code.OK]
@@ -259,7 +260,7 @@ def test_a_flood_is_held_back_and_all_of_it_is_acknowledged(tmp_path: Path) -> N
         prefix = frames.publish_prefix(2, "t", 0)
         frame_count = 40
         for rank, client in itertools.product(range(frame_count), clients):
-            client.send(frames.write_publish(1000 + rank, prefix, batch_of(b"%d" % rank + b"." * 100_000)))
+            client.send(write_publish(1000 + rank, prefix, batch_of(b"%d" % rank + b"." * 100_000)))
         offsets = [client.answer(1000 + rank).offset for client in clients for rank in range(frame_count)]
         assert sorted(offsets) == list(range(1, 1 + 4 * frame_count))
         for start in range(0, len(offsets), frame_count):

@@ -48,7 +48,7 @@ def test_five_levels(tree: Tree) -> None:
         tree.stop(name)
     for topic, partition in [("prices", 0), ("items", 0), ("items", 1), ("items", 2), ("late", 0)]:
         assert len({digest(tree, name, topic, partition) for name in LEVELS}) == 1
-    assert (tree.directory / "local" / "topics" / "prices" / "0").glob("*.log")
+    assert list((tree.directory / "local" / "topics" / "prices" / "0").glob("*.log"))
 
 
 def test_settings_and_snapshots_travel(tree: Tree) -> None:
@@ -373,6 +373,9 @@ def test_root_is_lost_and_a_hub_takes_its_place(tree: Tree) -> None:
     tree.stop("root")
     hub = tree.start("l2", "root")
     assert hub.http("POST", "/v1/promote", {"level": "pos"})[0] == 409
+    status, answer = hub.http("POST", "/v1/promote", {"level": "sideways"})
+    assert (status, answer["code"]) == (400, "INVALID")
+    assert "'sideways'" in answer["error"]
     producer = hub.raw("producer")
     assert producer.publish("prices", numbered(0, 1)).code is Code.NOT_ORIGIN
     assert hub.http("POST", "/v1/promote", {"level": "root"}) == (200, {})

@@ -14,21 +14,11 @@ from edgebroker.broker.delivery.state import Cursor, Group
 from edgebroker.broker.ports import Key
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import DEAD_LETTERS, Start
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import (
-    AckKind,
-    Answer,
-    Assigned,
-    ConsumerAck,
-    Deliver,
-    FrameType,
-    Holding,
-    Ready,
-    Reset,
-    Wanted,
-)
+from edgebroker.network.wire.frames import Answer, Assigned, Deliver, FrameType, Ready, Reset
 from edgebroker.storage.engine import Log
 from edgebroker.storage.types import GroupOffset
 from tests.kit.delivery_world import LIMITS, Member, World
@@ -343,7 +333,7 @@ class Model:
         if line is not None and counts:
             end = spot.log.durable_end
             if start is Start.POSITION:
-                foreign = line.log_id not in (frames.NO_LOG_ID, spot.log.identity.log_id_bytes)
+                foreign = line.log_id not in (NO_LOG_ID, spot.log.identity.log_id_bytes)
                 if foreign or (line.epoch == 0 and line.value > 0):
                     if self.refresh(spot) is Code.NO_SNAPSHOT:
                         spot.stand(spot.acked, "no_snapshot")

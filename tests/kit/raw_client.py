@@ -13,24 +13,11 @@ from typing import Any, NamedTuple
 
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
 from edgebroker.common.records import Record
 from edgebroker.common.types import AckLevel, Start
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import (
-    AckKind,
-    Answer,
-    Connect,
-    ConsumerAck,
-    Deliver,
-    FrameType,
-    Grants,
-    Holding,
-    Intent,
-    Ready,
-    Reset,
-    Subscribe,
-    Wanted,
-)
+from edgebroker.network.wire.frames import Answer, Connect, Deliver, FrameType, Grants, Intent, Ready, Reset, Subscribe
 
 SECONDS = 10.0
 HEADER = struct.Struct(">IBBHQ")
@@ -102,6 +89,12 @@ class LeaseWatch:
         assert lease == (head.lease, head.generation, head.first, False), f"{lease} does not allow {head}"
         assert lease is not None
         self._leases[head.topic, head.partition] = lease._replace(expected=head.last + 1)
+
+
+def write_publish(correlation: int, prefix: bytes, batches: bytes) -> bytes:
+    """A PUBLISH frame; `prefix` is of publish_prefix()."""
+    size = len(prefix) + len(batches) + 12
+    return frames.HEADER.pack(size, FrameType.PUBLISH, 0, 0, correlation) + prefix + batches
 
 
 class RawClient:
@@ -244,7 +237,7 @@ class RawClient:
     ) -> Answer:
         """One frame; its answer (with `wait`)."""
         correlation = self.next_correlation()
-        self.send(frames.write_publish(correlation, frames.publish_prefix(level, topic, partition), b"".join(batches)))
+        self.send(write_publish(correlation, frames.publish_prefix(level, topic, partition), b"".join(batches)))
         return self.answer(correlation) if wait else Answer(Code.OK, -1, "", 0)
 
     def subscribe_raw(self, subscribe: Subscribe) -> Answer:
@@ -261,7 +254,7 @@ class RawClient:
         start: Start = Start.EARLIEST,
         value: int = 0,
         partition: int = -1,
-        log_id: bytes = frames.NO_LOG_ID,
+        log_id: bytes = NO_LOG_ID,
         records: int = 0,
         size: int = 0,
     ) -> Answer:
@@ -276,7 +269,7 @@ class RawClient:
         return self._give_back(Intent.RELEASE, topic, partition)
 
     def _give_back(self, intent: Intent, topic: str, partition: int) -> Answer:
-        wanted = [Wanted(topic, partition, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)]
+        wanted = [Wanted(topic, partition, Start.COMMITTED, NO_LOG_ID, -1, 0)]
         return self.subscribe_raw(Subscribe(intent, self._group, 0, 0, wanted))
 
     def ack(self, head: Deliver | Notice, offset: int, *, wait: bool = True, **changes: Any) -> Answer | None:
@@ -303,7 +296,7 @@ class RawClient:
 
     def ask_reset(self, topic: str, partition: int = 0) -> Answer:
         """Ask for a refresh of a partition that we hold."""
-        return self._send_reset(Reset(frames.NO_RESET, frames.NO_LOG_ID, topic, partition, 0, 0))
+        return self._send_reset(Reset(frames.NO_RESET, NO_LOG_ID, topic, partition, 0, 0))
 
     def accept(self, reset: Reset, from_offset: int | None = None) -> Answer:
         """Accept a refresh, from its beginning or where we stand in it."""

@@ -11,8 +11,6 @@ from collections.abc import Callable
 
 log = logging.getLogger(__name__)
 
-Post = Callable[[Callable[[], None]], None]
-
 
 def start_thread(name: str, target: Callable[[], None]) -> threading.Thread:
     """Start a daemon thread; `name` shows in stack dumps and in /proc."""

@@ -11,7 +11,7 @@ from enum import Enum
 from typing import NamedTuple, cast
 
 from edgebroker.common.errors import LocalProtocolError, RemoteProtocolError
-from edgebroker.common.messages import PublishRun as PublishRun
+from edgebroker.common.messages import PublishRun
 from edgebroker.network.wire import frames, framing
 from edgebroker.network.wire.frames import FrameType
 

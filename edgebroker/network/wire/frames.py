@@ -10,12 +10,7 @@ from enum import IntEnum
 from typing import NamedTuple, TypeVar
 
 from edgebroker.common.errors import Code, RemoteProtocolError
-from edgebroker.common.messages import NO_LOG_ID as NO_LOG_ID
-from edgebroker.common.messages import AckKind as AckKind
-from edgebroker.common.messages import ConsumerAck as ConsumerAck
-from edgebroker.common.messages import GapReason as GapReason
-from edgebroker.common.messages import Holding as Holding
-from edgebroker.common.messages import Wanted as Wanted
+from edgebroker.common.messages import AckKind, ConsumerAck, GapReason, Holding, Wanted
 from edgebroker.common.types import Start
 
 PROTOCOL_VERSION = 1
@@ -287,10 +282,6 @@ def read_grants(body: memoryview, start: int) -> Grants:
         topics.append(TopicMetadata(name, _known(Code, code), partitions, "table" if table else "stream"))
     reader.end()
     return Grants._make([*fields, topics])
-
-
-def write_publish(correlation: int, prefix: bytes, batches: bytes) -> bytes:
-    return HEADER.pack(len(prefix) + len(batches) + 12, FrameType.PUBLISH, 0, 0, correlation) + prefix + batches
 
 
 def publish_prefix(level: int, topic: str, partition: int) -> bytes:

@@ -10,9 +10,10 @@ from typing import cast
 import pytest
 
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, GapReason, Wanted
 from edgebroker.common.types import AckLevel, Start, TopicSettings
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import Gap, GapReason, Intent, Subscribe, Wanted
+from edgebroker.network.wire.frames import Gap, Intent, Subscribe
 from tests.kit.brokers import SECONDS, RunningBroker, batch_of, numbered, running
 from tests.kit.delivery_world import TURN_BYTES, Watcher, World
 from tests.kit.raw_client import RawClient
@@ -100,7 +101,7 @@ def test_a_member_that_is_found_gone_while_it_is_served(partitions: int) -> None
             world.engine.append(world.log(("t", partition)), data, spans, AckLevel.DURABLE, False)
             world.settle()
     member = world.connect("client")
-    line = Wanted("t", -1, Start.EARLIEST, frames.NO_LOG_ID, -1, 0)
+    line = Wanted("t", -1, Start.EARLIEST, NO_LOG_ID, -1, 0)
     member.client_says(frames.write_subscribe(1, Subscribe(Intent.JOIN, "g", 0, 0, [line])))
     world.loop.turn()
     assert len(world.core.push._waiting) == partitions

@@ -18,19 +18,11 @@ from edgebroker.broker.delivery.push import RETRY_SECONDS
 from edgebroker.broker.ports import Key
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel, Start, TopicSettings
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import (
-    AckKind,
-    ConsumerAck,
-    FrameType,
-    Holding,
-    Intent,
-    Ready,
-    Reset,
-    Subscribe,
-    Wanted,
-)
+from edgebroker.network.wire.frames import FrameType, Intent, Ready, Reset, Subscribe
 from edgebroker.storage.types import CorruptRange
 from tests.kit.delivery_model import Model, Spot
 from tests.kit.delivery_world import Member, World
@@ -142,12 +134,12 @@ class DeliveryMachine(RuleBasedStateMachine):
     def lines(self, lines: list[tuple[Key, Start, int]], client_choice: int) -> list[Wanted]:
         wanted = []
         for (topic, partition), start, value in lines:
-            ids = [frames.NO_LOG_ID, FOREIGN] if client_choice % 5 == 0 and start is Start.POSITION else []
+            ids = [NO_LOG_ID, FOREIGN] if client_choice % 5 == 0 and start is Start.POSITION else []
             own = self.world.log((topic, max(0, partition))).identity.log_id_bytes
             log_id = ids[client_choice // 5 % len(ids)] if ids else own
             epoch = (1, 1, 0, 2)[client_choice // 10 % 4] if start in (Start.POSITION, Start.RESUME) else -1
             if start is Start.POSITION and partition < 0:
-                log_id = ids[0] if ids else frames.NO_LOG_ID
+                log_id = ids[0] if ids else NO_LOG_ID
             wanted.append(Wanted(topic, partition, start, log_id, epoch, value))
         return wanted
 
@@ -264,7 +256,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         assert member.group is not None
         topic, number = self.some_key(member, choice)
         number = number if partition >= 0 or intent is Intent.RELEASE else -1
-        lines = [Wanted(topic, number, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)]
+        lines = [Wanted(topic, number, Start.COMMITTED, NO_LOG_ID, -1, 0)]
         (self.model.left if intent is Intent.LEAVE else self.model.released)(member, lines)
         subscribe = Subscribe(intent, member.group.name, 0, 0, lines)
         self.ask(member, lambda correlation: frames.write_subscribe(correlation, subscribe), Code.OK)
@@ -347,7 +339,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             name, client = member.group.name, member.client_id
             if (choice >> number) % 2:
                 member.wire.close("the peer is gone")
-                line = Wanted(*key, Start.COMMITTED, frames.NO_LOG_ID, -1, 0)
+                line = Wanted(*key, Start.COMMITTED, NO_LOG_ID, -1, 0)
                 self.join(self.world.connect(client), name, (5, 1 << 20), [line])
                 self.let_time_pass(8)
             else:
@@ -388,7 +380,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         key = self.some_key(member, choice)
         spot = self.spot(member, key)
         code = self.model.refresh(spot) if spot.holder is member else Code.STALE
-        reset = Reset(frames.NO_RESET, frames.NO_LOG_ID, *key, 0, 0)
+        reset = Reset(frames.NO_RESET, NO_LOG_ID, *key, 0, 0)
         self.ask(member, lambda correlation: frames.write_reset(correlation, reset), code)
         self.over()
 
@@ -515,7 +507,7 @@ class DeliveryMachine(RuleBasedStateMachine):
         self.world.start(self.model)
         self.over()
 
-    @rule(refused=st.sampled_from([None, (Code.DISK_FULL, "the disk is full")]), unreadable=st.booleans())
+    @rule(refused=st.sampled_from([None, (Outcome.DISK_FULL, "the disk is full")]), unreadable=st.booleans())
     def change_disk(self, refused: tuple[Code, str] | None, unreadable: bool) -> None:
         """Nothing can be written, or stored records cannot be read."""
         engine = self.world.engine

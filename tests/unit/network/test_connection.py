@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgebroker.common.errors import Code, LocalProtocolError, RemoteProtocolError
+from edgebroker.common.messages import PublishRun
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.connection import (
     BEFORE_CONNECT_BYTES,
@@ -21,11 +22,11 @@ from edgebroker.network.wire.connection import (
     Connection,
     Event,
     Frame,
-    PublishRun,
     ReceiveBuffer,
     Role,
 )
 from edgebroker.network.wire.frames import Connect, FrameType, Grants
+from tests.kit.raw_client import write_publish
 
 SEED = 20240503
 MAX = 300_000
@@ -70,7 +71,7 @@ def plain(events: Iterable[Event]) -> list[Plain]:
 
 
 def publish(correlation: int, topic: str = "t", payload: bytes = b"batch", level: int = 2, partition: int = 0) -> bytes:
-    return frames.write_publish(correlation, frames.publish_prefix(level, topic, partition), payload)
+    return write_publish(correlation, frames.publish_prefix(level, topic, partition), payload)
 
 
 def expected_publish(correlation: int, topic: str = "t", payload: bytes = b"batch") -> Plain:

@@ -11,25 +11,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgebroker.common.errors import Code, RemoteProtocolError
+from edgebroker.common.messages import AckKind, ConsumerAck, GapReason, Holding, Wanted
 from edgebroker.common.types import Start
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import (
-    AckKind,
     Assigned,
     Assignment,
     Connect,
-    ConsumerAck,
     Deliver,
     Gap,
-    GapReason,
     Grants,
-    Holding,
     Intent,
     Ready,
     Reset,
     Subscribe,
     TopicMetadata,
-    Wanted,
 )
 
 SEED = 20240503

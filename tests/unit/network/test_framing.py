@@ -14,6 +14,7 @@ from edgebroker.common import answers as packed
 from edgebroker.common.errors import Code
 from edgebroker.network.wire import frames, framing
 from edgebroker.network.wire.frames import FrameType
+from tests.kit.raw_client import write_publish
 
 SEED = 20240503
 MAX = 1000
@@ -72,7 +73,7 @@ def same(data: bytes, start: int = 0, max_frame: int = MAX) -> Split:
 
 
 def publish(correlation: int, topic: str = "t", partition: int = 0, level: int = 2, payload: bytes = b"batch") -> bytes:
-    return frames.write_publish(correlation, frames.publish_prefix(level, topic, partition), payload)
+    return write_publish(correlation, frames.publish_prefix(level, topic, partition), payload)
 
 
 MIX = b"".join(

@@ -16,8 +16,8 @@ from msgspec.structs import replace
 from edgebroker.broker.mirror.mirrors import _wrote_nothing
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import GapReason
 from edgebroker.common.types import TopicSettings
-from edgebroker.network.wire.frames import GapReason
 from edgebroker.storage.engine import Log
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.types import make_identity
