@@ -1,17 +1,16 @@
 """Write the seed inputs of the fuzzers into corpus/ and corpus-frames/ beside this file; the same bytes every time.
 
-Run from the repository after building the extensions: python tests/fuzz/make_corpus.py
+Run from the repository after building the extensions: python -m tests.fuzz.make_corpus
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from edgebroker.network.frames import Connect, FrameType
-
 from edgebroker.common import batch, records
 from edgebroker.common.errors import Code
-from edgebroker.network import frames
+from edgebroker.network.wire import frames
+from edgebroker.network.wire.frames import Connect, FrameType
 from tests.kit.raw_client import write_publish
 
 ROWS = [(b"key", b"value", 1_700_000_000_000), (None, b"", 1_699_999_999_000), (b"", None, 1_700_000_000_500)]
