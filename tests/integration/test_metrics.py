@@ -138,14 +138,17 @@ def test_scrapes_at_the_same_time_share_an_answer(broker: RunningBroker) -> None
     assert found[0] is found[1] is found[2]
 
 
-def test_what_cannot_be_rendered_is_answered(broker: RunningBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_rendered_is_answered(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def fail(path: str) -> None:
         raise psutil.AccessDenied
 
     monkeypatch.setattr(exposition, "read_machine", fail)
     status, answer = broker.http("GET", "/metrics")
     assert status == 500
-    assert "AccessDenied" in answer["error"]
+    assert answer["error"] == "the metrics cannot be rendered; the log of this node says why"
+    assert "AccessDenied" in caplog.text
 
 
 def test_the_machine_is_told(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ first scrape. Labels are bounded: names of topics and groups, at most MOST_SERIE
 
 from __future__ import annotations
 
+import logging
 import platform
 from collections.abc import Iterator
 from itertools import islice
@@ -29,6 +30,8 @@ from edgebroker.network.http.router import Call, Failed
 from edgebroker.network.http.server import Response
 from edgebroker.storage.engine import Log
 from edgebroker.version import __version__
+
+log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from prometheus_client.core import Metric
@@ -124,8 +127,8 @@ def families() -> list[Family]:
     return sorted([*_FAMILIES, *gauges, *counters, *storage, *machine])
 
 
-def _failed(error: BaseException) -> Response:
-    return Response(500, Failed(f"the metrics cannot be rendered: {error!r}"))
+def _failed() -> Response:
+    return Response(500, Failed("the metrics cannot be rendered; the log of this node says why"))
 
 
 class Exposition:
@@ -147,8 +150,8 @@ class Exposition:
         def turn() -> None:
             try:
                 more = next(steps, None) is not None
-            except Exception as error:
-                self._rendered(_failed(error))
+            except Exception:
+                self._rendered(_failed())
                 raise
             if more:
                 self._loop.call_later(0.0, turn)
@@ -170,9 +173,10 @@ class Exposition:
             try:
                 noted.update({name: [Sample(*one) for one in found] for name, found in read_machine(path).items()})
                 response = Response(200, "".join(_text(noted)), content_type=CONTENT_TYPE)
-            except BaseException as error:  # whatever it is, those who wait are answered
+            except BaseException:  # whatever it is, those who wait are answered
                 # SystemExit is what a frozen program's import says when its file was removed meanwhile.
-                response = _failed(error)
+                log.exception("the metrics cannot be rendered")
+                response = _failed()
             self._loop.call_soon_threadsafe(lambda: self._rendered(response))
 
         self._worker.submit(work)
