@@ -281,7 +281,7 @@ class Sender:
 
     def connect_failed(self, error: EdgeBrokerError) -> None:
         if self._last_error is None:
-            log.warning("%s; trying again until it works", error)
+            log.warning("%s; retrying until the broker answers", error)
         self._last_error = error
         if isinstance(error, AnswerError) and not error.code.retryable:
             # The broker does not accept this producer: waiting does not help.

@@ -123,7 +123,7 @@ class Resyncs:
             done(Outcome.CONFLICT, f"hours: {error}")
             return
         if self._upstream() is None:
-            done(Outcome.CONFLICT, "this node follows no parent from which it could load anything")
+            done(Outcome.CONFLICT, "this node has no parent to load from; set pipe.parents or pipe.registry")
             return
         mirrored = [name for name in self._engine.topics() if self._is_mirrored(name)]
         topics = [order.topic] if order.topic else sorted(mirrored)
