@@ -30,8 +30,8 @@ def next_piece(log: Log, reader: ReadState, offset: int, max_bytes: int, max_rec
     reader that found it so comes again; it must not get the same bytes for ever.
     """
     found = log.find(offset, max_bytes, max_records, reader.hint)
-    if found is None:
-        return None
+    if not isinstance(found, FileSlice | Inline):
+        return found
     fresh, reader.fresh = reader.fresh, False
     return NeedsDisk() if fresh and isinstance(found, FileSlice) and found.sealed else found
 

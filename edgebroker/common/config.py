@@ -19,7 +19,7 @@ import tomli
 from msgspec import Meta, Struct
 
 from edgebroker.common.errors import ConfigError
-from edgebroker.common.hours import parse_hours
+from edgebroker.common.runtime.hours import parse_hours
 
 MIB = 1 << 20
 # What a node says about itself has to fit into its report.

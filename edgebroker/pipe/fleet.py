@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import msgspec
 
+from edgebroker.common import json
 from edgebroker.pipe.report import MAX_REPORT_BYTES, NodeState, Report
 
 MAX_NODES = 65_536
@@ -71,7 +72,7 @@ class FleetMember:
 
     def report(self) -> Report:
         """The report as it was made; decoded again, for thousands of them are kept."""
-        return msgspec.json.decode(self.raw, type=Report)
+        return json.decode(self.raw, Report)
 
     def another_run(self, boot: str, now: float) -> None:
         """A run that was there before, and is back behind a later one: two machines with one identity."""
@@ -108,7 +109,7 @@ class Fleet:
         raw = bytes(state.report)
         if len(raw) > MAX_REPORT_BYTES * 2:
             raise msgspec.ValidationError(f"a report of {len(raw)} bytes")
-        report = msgspec.json.decode(raw, type=Report)
+        report = json.decode(raw, Report)
         silent = state.silent >= 0
         if report.uid == self._top or (silent and self.removed.get(report.uid) == report.boot):
             return None

@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import msgspec
 
-from edgebroker.common import records
+from edgebroker.common import json, records
 from edgebroker.common.batch import EXPLANATION, HEADER_BYTES, Reason
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.levels import LEVELS
@@ -401,7 +401,7 @@ def _directives(payload: memoryview) -> list[Directive]:
     found: list[Directive] = []
     for raw in _decode(payload, list[msgspec.Raw]):
         try:
-            found.append(msgspec.json.decode(raw, type=Directive))
+            found.append(json.decode(raw, Directive))  # type: ignore[arg-type]  # a union
         except msgspec.DecodeError:
             continue
     return found
@@ -409,6 +409,6 @@ def _directives(payload: memoryview) -> list[Directive]:
 
 def _decode(payload: memoryview, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(payload, type=kind)
+        return json.decode(payload, kind)
     except msgspec.DecodeError as error:
         raise RemoteProtocolError(f"malformed {kind.__name__} from the parent: {error}") from error

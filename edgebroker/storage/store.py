@@ -167,6 +167,7 @@ class SegmentStore:
 
     def reconfigure(self, settings: StoreSettings) -> None:
         """Continue with another commit interval and other settings of the housekeeping."""
+        self._settings = settings  # for copies that begin from now on
         self._committer.interval = settings.commit_interval
         self._housekeeping.reconfigure(settings.housekeeping)
 

@@ -7,6 +7,7 @@ import socket
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -290,3 +291,37 @@ def test_a_peer_that_leaves_in_the_middle(broker: RunningBroker) -> None:
                 pass
     assert broker.http("GET", "/healthz")[0] == 200
     assert broker.raw("after").publish("t", batch_of(b"v")).offset == 10
+
+
+def test_a_handler_that_fails_after_it_has_answered(broker: RunningBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection ends: a second answer would be taken for that of the next request."""
+    handler = broker.broker._http.handler
+
+    def answered_and_failed(request: Any, reply: Any) -> None:
+        handler(request, reply)
+        raise ValueError
+
+    with Raw(broker) as raw:
+        raw.send(GET)
+        assert raw.response()[0] == 200
+        monkeypatch.setattr(broker.broker._http, "handler", answered_and_failed)
+        raw.send(GET)
+        assert raw.response()[0] == 200
+        assert raw.ended()
+
+
+def test_a_topic_deleted_while_topics_are_listed(broker: RunningBroker) -> None:
+    names = [f"t{number:03}" for number in range(60)]
+    for name in names:
+        broker.create(name)
+    with Raw(broker) as raw:
+        raw.send(b"GET /v1/topics HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert broker.http("DELETE", f"/v1/topics/{names[-1]}")[0] == 200
+        assert raw.response()[0] == 200
+
+
+def test_a_poll_of_the_pipe_that_is_nested_too_deeply(broker: RunningBroker) -> None:
+    body = b'{"x":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
+    with Raw(broker) as raw:
+        raw.send(b"POST /v1/pipe HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        assert raw.response()[0] == 400

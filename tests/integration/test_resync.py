@@ -147,7 +147,7 @@ def test_it_is_held_until_its_hours(tree: Tree, monkeypatch: pytest.MonkeyPatch)
     second = [12 * 3600.0]
     monkeypatch.setattr("edgebroker.broker.mirror.resync.second_of_day", lambda wall_ms: second[0])
     before = logs(tree, "l2")
-    assert order(l2, hours="25:00-26:00")[0] == 409
+    assert order(l2, hours="25:00-26:00")[0] == 400
     assert order(l2, hours="02:00-04:00") == (200, {})
     assert "02:00-04:00" in until(l2, "held")
     assert logs(tree, "l2") == before

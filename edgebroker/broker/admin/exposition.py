@@ -26,8 +26,8 @@ from edgebroker.broker.ports import Key
 from edgebroker.common.histogram import BOUNDS, Histogram
 from edgebroker.common.runtime.clock import sleep
 from edgebroker.common.runtime.threads import Worker
-from edgebroker.network.http.router import Call, Failed
-from edgebroker.network.http.server import Response
+from edgebroker.network.http.router import Call
+from edgebroker.network.http.server import Failed, Response
 from edgebroker.storage.engine import Log
 from edgebroker.version import __version__
 
@@ -151,8 +151,9 @@ class Exposition:
             try:
                 more = next(steps, None) is not None
             except Exception:
+                log.exception("the metrics cannot be rendered")
                 self._rendered(_failed())
-                raise
+                return
             if more:
                 self._loop.call_later(0.0, turn)
             else:

@@ -7,6 +7,7 @@ import msgspec
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.fleet.registrar import PinRequest, Registrar
 from edgebroker.broker.mirror.resync import ResyncStatus
+from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
 from edgebroker.network.http.router import Call
 from edgebroker.network.http.server import Response
@@ -64,7 +65,7 @@ class FleetAdmin:
                 call.refuse(Outcome.BEHIND, f"the registry cannot be asked through the parent: {error}")
                 return
             try:
-                call.answer(Response(status, msgspec.json.decode(answer)))
+                call.answer(Response(status, json.decode(answer, object)))
             except msgspec.DecodeError:
                 call.refuse(Outcome.BEHIND, "the answer of the registry is not understood; upgrade this node")
 

@@ -97,9 +97,7 @@ class TopicAdmin:
         )
 
     def describe(self, call: Call) -> None:
-        name = call.parameters["name"]
-        if self._exists(name, call):
-            call.answer(self._topic(name))
+        self._tell(call, call.parameters["name"])
 
     def _exists(self, name: str, call: Call) -> bool:
         if self._engine.partitions(name):
@@ -107,8 +105,18 @@ class TopicAdmin:
         call.refuse(Outcome.NOT_FOUND, f"there is no topic {name} on this node")
         return False
 
-    def _topic(self, name: str) -> TopicStatus:
+    def _tell(self, call: Call, name: str, status: int = 200) -> None:
+        """Answer with a topic, as it is now."""
+        topic = self._topic(name)
+        if topic is not None:
+            call.answer(topic, status)
+        else:
+            call.refuse(Outcome.NOT_FOUND, f"there is no topic {name} on this node")
+
+    def _topic(self, name: str) -> TopicStatus | None:
         logs = self._engine.partitions(name)
+        if not logs:
+            return None
         return TopicStatus(
             name=name,
             settings=logs[0].settings,
@@ -129,7 +137,7 @@ class TopicAdmin:
 
         def created(outcome: Outcome, message: str) -> None:
             if outcome is Outcome.OK:
-                call.answer(self._topic(new.name), 201)
+                self._tell(call, new.name, 201)
             else:
                 call.refuse(outcome, message)
 
@@ -162,7 +170,7 @@ class TopicAdmin:
                 return
             for log in logs:
                 self._core.push.settings_changed(log)
-            call.answer(self._topic(name))
+            self._tell(call, name)
 
         self._engine.alter_topic(name, settings, altered)
 

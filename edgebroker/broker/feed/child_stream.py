@@ -13,7 +13,7 @@ import msgspec
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.reading import next_piece
 from edgebroker.broker.sending import file_range
-from edgebroker.common.hours import parse_hours
+from edgebroker.common.runtime.hours import parse_hours
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.server import BodyWriter
 from edgebroker.pipe import stream

@@ -20,11 +20,12 @@ from msgspec.structs import replace
 from edgebroker.broker.feed.child_stream import ChildStatus, ChildStream, LogCursor, StoredPiece
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import NodeInfo
+from edgebroker.common import json
 from edgebroker.common.crc32c import crc32c
-from edgebroker.common.hours import parse_hours
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import Clock, second_of_day
+from edgebroker.common.runtime.hours import parse_hours
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.router import Call
 from edgebroker.pipe import stream
@@ -129,7 +130,7 @@ class Downstream:
             call.refuse(Outcome.CONFLICT, why, PollRefusal.POLL_AGAIN)
             return
         try:
-            poll = msgspec.json.decode(body, type=Poll)
+            poll = json.decode(body, Poll)
         except msgspec.DecodeError as error:
             call.refuse(Outcome.INVALID, f"the body is not as expected: {error}")
             return
@@ -145,7 +146,7 @@ class Downstream:
         if len(body) > MAX_SAME_POLL_BYTES:
             return body
         try:
-            said = msgspec.json.decode(body, type=SamePoll)
+            said = json.decode(body, SamePoll)
         except msgspec.DecodeError:
             return body
         known = self._polls.get(said.uid)

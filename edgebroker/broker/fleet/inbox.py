@@ -9,6 +9,7 @@ import msgspec
 
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import Scheduler
@@ -80,7 +81,7 @@ class Inbox:
 
     def _elsewhere(self, state: NodeState, sender: str) -> list[str]:
         """The node that a child says it lost, when it is reached through another one."""
-        uid = msgspec.json.decode(state.report, type=Report).uid
+        uid = json.decode(state.report, Report).uid
         member = self.fleet.members.get(uid)
         gone = state.silent >= 0 and member is not None and member.route not in ("", sender)
         return [uid] if gone else []

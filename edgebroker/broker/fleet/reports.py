@@ -16,6 +16,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edgebroker.broker.core import Core
+from edgebroker.common import json
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.types import DEAD_LETTERS
 from edgebroker.network.http.call import HttpCall
@@ -247,7 +248,7 @@ class Reporter:
     def _forget(self, answer: bytes) -> None:
         """Nodes that this one lost, and that are elsewhere by now."""
         try:
-            elsewhere = msgspec.json.decode(answer, type=Heard).elsewhere
+            elsewhere = json.decode(answer, Heard).elsewhere
         except msgspec.DecodeError:
             return
         for uid in elsewhere:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from edgebroker.common import json
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.candidates import Candidates
@@ -101,7 +102,7 @@ class Discovery:
                 return
             self._asked = 0
             try:
-                self.assigned(msgspec.json.decode(answer, type=ParentAssignment))
+                self.assigned(json.decode(answer, ParentAssignment))
             except msgspec.DecodeError as wrong:
                 log.warning("invalid assignment from %s: %s", seed, wrong)
 

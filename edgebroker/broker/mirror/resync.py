@@ -21,10 +21,10 @@ from edgebroker.broker.core import Core
 from edgebroker.broker.mirror.fresh_copy import CopySettings, FreshCopy
 from edgebroker.broker.mirror.upstream import Upstream
 from edgebroker.common.errors import EdgeBrokerError
-from edgebroker.common.hours import parse_hours
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock, second_of_day
 from edgebroker.common.runtime.gather import gather
+from edgebroker.common.runtime.hours import parse_hours
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.report import ResyncDirective, ResyncReport
@@ -120,7 +120,7 @@ class Resyncs:
         try:
             parse_hours(order.hours)
         except ValueError as error:
-            done(Outcome.CONFLICT, f"hours: {error}")
+            done(Outcome.INVALID, f"hours: {error}")
             return
         if self._upstream() is None:
             done(Outcome.CONFLICT, "this node has no parent to load from; set pipe.parents or pipe.registry")

@@ -18,6 +18,7 @@ import msgspec
 from edgebroker.broker.mirror.mirrors import Mirrors, ReaderHooks
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import NodeInfo
+from edgebroker.common import json
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.outcome import Done
@@ -478,7 +479,7 @@ class Upstream:
 def _end_at(answer: bytes, line: FollowedLog) -> int:
     """Up to where a node has a log, from its description of the topic; -1 when it has not, or only damaged."""
     try:
-        part = msgspec.json.decode(answer)["partitions"][line.key.partition]
+        part = json.decode(answer, dict)["partitions"][line.key.partition]
         whole = not any(corrupt["last"] >= line.offset for corrupt in part.get("damaged", []))
         return int(part["durable_end"]) if part["log_id"] == line.log_id and whole else -1
     except (msgspec.DecodeError, KeyError, IndexError, TypeError, ValueError):

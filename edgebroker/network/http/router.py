@@ -16,8 +16,9 @@ from urllib.parse import parse_qs, unquote
 
 import msgspec
 
+from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
-from edgebroker.network.http.server import MAX_BODY_BYTES, Reply, Request, Response, Streamed
+from edgebroker.network.http.server import MAX_BODY_BYTES, Failed, Reply, Request, Response, Streamed
 
 Headers = tuple[tuple[str, str], ...]
 Query = dict[str, list[str]]
@@ -25,13 +26,6 @@ Query = dict[str, list[str]]
 
 class Nothing(msgspec.Struct):
     """The answer of what was only to be done: {}."""
-
-
-class Failed(msgspec.Struct, omit_defaults=True):
-    """Every answer that is an error: what is wrong and what to do, and a code for programs (common/outcome.py)."""
-
-    error: str
-    code: str = ""
 
 
 class Call:
@@ -138,8 +132,8 @@ class Router:
                 _refuse(reply, 415, f"the body must be JSON (content-type: application/json), not {kind}")
                 return
             try:
-                body = msgspec.json.decode(request.body, type=route.request)
-            except (msgspec.DecodeError, RecursionError) as error:
+                body = json.decode(request.body, route.request)
+            except msgspec.DecodeError as error:
                 _refuse(reply, 400, f"the body is not as expected: {error}")
                 return
         route.handler(Call(request, parameters, body, reply))

@@ -40,6 +40,13 @@ class Request(NamedTuple):
     content_type: str = ""
 
 
+class Failed(msgspec.Struct, omit_defaults=True):
+    """Every answer that is an error: what is wrong and what to do, and a code for programs (common/outcome.py)."""
+
+    error: str
+    code: str = ""
+
+
 class Response(NamedTuple):
     """`body`: a text, a Streamed, or a struct that becomes JSON."""
 
@@ -235,7 +242,7 @@ class HttpConnection:
             elif isinstance(event, h11.Data):
                 self._body += event.data
                 if len(self._body) > self._limit:
-                    self._reply(Response(413, {"error": f"a body may take {self._limit} bytes"}), close=True)
+                    self._reply(Response(413, Failed(f"a body may take {self._limit} bytes")), close=True)
                     return
             elif isinstance(event, h11.EndOfMessage):
                 self._dispatch()
@@ -252,12 +259,16 @@ class HttpConnection:
             bytes(self._body),
             content_type.decode("latin-1"),
         )
+        self._body = bytearray()
         self._server.on_request()
         try:
             self._server.handler(request, self._reply)
         except Exception:
             log.exception("%s %s failed", request.method, request.target)
-            self._reply(Response(500, {"error": "an internal error; see the log of the node"}))
+            if self._protocol.our_state is not self._h11.SEND_RESPONSE:
+                self.transport.close("failed after it was answered")
+                return
+            self._reply(Response(500, Failed("an internal error; see the log of the node")))
 
     def _reply(self, response: Response, close: bool = False) -> None:
         if self.transport.closed:
@@ -288,7 +299,7 @@ class HttpConnection:
     def _stream(self, response: Response) -> None:
         h11 = self._h11
         if self._protocol.their_http_version != b"1.1":
-            self._reply(Response(505, {"error": "a streamed answer needs HTTP/1.1"}), close=True)
+            self._reply(Response(505, Failed("a streamed answer needs HTTP/1.1")), close=True)
             return
         headers = [("content-type", STREAM_TYPE), ("transfer-encoding", "chunked"), *response.headers]
         try:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgebroker.common.hours import DAY_SECONDS, Hours, Span, parse_hours
 from edgebroker.common.runtime.clock import second_of_day
+from edgebroker.common.runtime.hours import DAY_SECONDS, Hours, Span, parse_hours
 
 minutes = st.integers(0, 24 * 60 - 1)
 

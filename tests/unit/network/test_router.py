@@ -8,9 +8,11 @@ from typing import Any
 import msgspec
 import pytest
 
+from edgebroker.broker.admin.listing import list_in_slices
 from edgebroker.common.outcome import Outcome
 from edgebroker.network.http.router import Call, Nothing, Route, Router
 from edgebroker.network.http.server import MAX_BODY_BYTES, Request, Response
+from tests.kit.clock import ManualClock, ManualScheduler
 
 
 class Item(msgspec.Struct, forbid_unknown_fields=True):
@@ -134,3 +136,11 @@ def test_the_limit_of_a_body_is_that_of_its_route() -> None:
 def test_done_without_a_failure_is_an_empty_object() -> None:
     answer = ask("DELETE", "/items/a")
     assert (answer.status, said(answer)) == (200, {})
+
+
+def test_a_list_leaves_out_what_has_gone_meanwhile() -> None:
+    scheduler, found = ManualScheduler(ManualClock()), list[list[int]]()
+    list_in_slices(scheduler, range(120), lambda item: item if item % 2 else None, found.append)
+    while not found:
+        scheduler.turn()
+    assert found == [list(range(1, 120, 2))]
