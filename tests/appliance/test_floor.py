@@ -90,7 +90,7 @@ def test_every_command_explains_itself(form: str, request: pytest.FixtureRequest
     path: Path = request.getfixturevalue(form)
     program = path if path.is_file() else path / "edgebroker"
     said = subprocess.run([program, "--help"], capture_output=True, text=True, check=True).stdout
-    verbs = re.findall(r"^    ([a-z][a-z-]+) ", said, re.M)
+    verbs = re.findall(r"^  ([a-z][a-z-]+) ", said, re.M)
     assert len(verbs) > 25
     for verb in verbs:
         done = subprocess.run([program, verb, "--help"], capture_output=True, text=True, check=False)
