@@ -137,7 +137,8 @@ def test_create(broker: RunningBroker) -> None:
         ({"name": "n", "partitions": 0}, "partitions: 1 to 1024"),
         ({"name": "n", "partitions": 1025}, "partitions: 1 to 1024"),
         ({"name": "n", "segment_bytes": 1}, "segment_bytes: 65536"),
-        ({"name": "n", "retention_ms": -1}, "retention_ms: at least 0"),
+        ({"name": "n", "retention_ms": -1}, "retention_ms: 0 to"),
+        ({"name": "n", "message_ttl_ms": 1 << 63}, "message_ttl_ms: 0 to"),
         ({"name": "n", "kind": "queue"}, "Invalid enum value"),
         ({"name": "n", "retention": 5}, "unknown field"),
         (["n"], "Expected `object`"),
@@ -160,7 +161,7 @@ def test_alter(broker: RunningBroker) -> None:
     for body, words in (
         ({"partitions": 2}, "fixed when it is created"),
         ({"kind": "table"}, "fixed when it is created"),
-        ({"retention_ms": -5}, "at least 0"),
+        ({"retention_ms": -5}, "retention_ms: 0 to"),
         ({"on_damage": "panic"}, "Invalid enum value"),
         ({"bogus": 1}, "unknown field"),
         ([], "Expected `object`"),

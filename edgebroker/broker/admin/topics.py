@@ -18,6 +18,7 @@ from edgebroker.storage.engine import Log
 from edgebroker.storage.types import DamagedOffsets
 
 MAX_PARTITIONS = 1024
+MAX_SETTING = (1 << 63) - 1
 MIN_SEGMENT_BYTES = 64 << 10
 
 
@@ -250,6 +251,6 @@ def check_settings(settings: TopicSettings) -> str:
     if settings.message_ttl_ms and settings.kind == "table":
         return "message_ttl_ms: a table keeps its records; only streams have a time to live"
     for name in ("retention_ms", "retention_bytes", "segment_ms", "message_ttl_ms"):
-        if getattr(settings, name) < 0:
-            return f"{name}: at least 0"
+        if not 0 <= getattr(settings, name) <= MAX_SETTING:
+            return f"{name}: 0 to {MAX_SETTING}"
     return ""
