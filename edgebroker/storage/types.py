@@ -251,6 +251,9 @@ class Tombstone(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
 
 
+ResyncPhase = Literal["waiting", "loading", "switching", "done", "failed"]
+
+
 class ResyncRow(msgspec.Struct, frozen=True, kw_only=True):
     """A resync that this node was told to do. When it `failed`, `why` tells the reason. `targets`: where each partition
     ended at the parent when it began; `log_ids`: which logs these are; the rest is as in ResyncDirective
@@ -263,7 +266,7 @@ class ResyncRow(msgspec.Struct, frozen=True, kw_only=True):
     force: bool = False
     accept: bool = False
     hours: str = ""
-    phase: Literal["waiting", "loading", "switching", "done", "failed"] = "waiting"
+    phase: ResyncPhase = "waiting"
     why: str = ""
     targets: list[int] = []
     log_ids: list[str] = []

@@ -9,16 +9,15 @@ gave, so that a start after a crash goes on with the same resync. In place there
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable
-from typing import Any
 
 import msgspec
 from msgspec.structs import replace
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.mirror.fresh_copy import CopySettings, FreshCopy
+from edgebroker.broker.mirror.parent_topic import ParentLog, parent_logs
 from edgebroker.broker.mirror.upstream import Upstream
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.outcome import Done, Outcome
@@ -29,7 +28,7 @@ from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.report import ResyncDirective, ResyncReport
 from edgebroker.storage.engine import Log, MirrorEngine, TopicReplacements
-from edgebroker.storage.types import ResyncRow
+from edgebroker.storage.types import ResyncPhase, ResyncRow
 
 log = logging.getLogger(__name__)
 
@@ -266,26 +265,31 @@ class Resyncs:
             if error:
                 self._says[row.id] = ("waiting", f"{upstream.address}: {error}")
                 return
-            self._begin(self._rows[row.id], upstream, json.loads(answer)["partitions"])
+            try:
+                there = parent_logs(answer)
+            except msgspec.DecodeError as wrong:
+                self._says[row.id] = ("waiting", f"malformed answer from {upstream.address}: {wrong}")
+                return
+            self._begin(self._rows[row.id], upstream, there)
 
         HttpCall(self._loop, upstream.address, "GET", f"/v1/topics/{row.topic}", b"", told)
 
-    def _begin(self, row: ResyncRow, upstream: Upstream, parts: list[dict[str, Any]]) -> None:
+    def _begin(self, row: ResyncRow, upstream: Upstream, parts: list[ParentLog]) -> None:
         logs = self._engine.partitions(row.topic)
         if len(parts) != len(logs):
             self._end(row, "failed", f"it has {len(parts)} partitions at the parent, {len(logs)} here")
             return
-        others = any(part["log_id"] != one.identity.log_id for part, one in zip(parts, logs, strict=True))
+        others = any(part.log_id != one.identity.log_id for part, one in zip(parts, logs, strict=True))
         if others and not row.accept:
             self._end(row, "failed", "the parent has another log of that name; order it with --accept to take that")
             return
-        there = sum(int(part["durable_end"]) - int(part["log_start"]) for part in parts)
+        there = sum(part.durable_end - part.log_start for part in parts)
         if self._shrunk(row, there, logs):
             return
         if row.in_place:
             self._in_place(row, upstream)
             return
-        needed, free = sum(int(part["bytes"]) for part in parts), self._free()
+        needed, free = sum(part.bytes for part in parts), self._free()
         if needed > free:
             room = f"the copy takes {needed >> 20} MiB, {max(0, free) >> 20} MiB may be used"
             self._stuck(row, "no_space", f"NO_SPACE: {room}; free some, or order it with --in-place")
@@ -293,8 +297,8 @@ class Resyncs:
         self._rows[row.id] = replace(
             row,
             phase="loading",
-            targets=[int(part["durable_end"]) for part in parts],
-            log_ids=[str(part["log_id"]) for part in parts],
+            targets=[part.durable_end for part in parts],
+            log_ids=[part.log_id for part in parts],
         )
         self._busy = True
         self._remember(self._remembered)
@@ -490,7 +494,7 @@ class Resyncs:
 
         wait()
 
-    def _end(self, row: ResyncRow, phase: Any, why: str, done: Done | None = None) -> None:
+    def _end(self, row: ResyncRow, phase: ResyncPhase, why: str, done: Done | None = None) -> None:
         (log.info if phase == "done" else log.error)("resync %s of %s is over: %s %s", row.id, row.topic, phase, why)
         self._rows[row.id] = replace(row, phase=phase, why=why)
         self._says.pop(row.id, None)

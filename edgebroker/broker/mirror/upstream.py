@@ -16,9 +16,9 @@ from functools import partial
 import msgspec
 
 from edgebroker.broker.mirror.mirrors import Mirrors, ReaderHooks
+from edgebroker.broker.mirror.parent_topic import parent_logs
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import NodeInfo
-from edgebroker.common import json
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.outcome import Done
@@ -479,11 +479,11 @@ class Upstream:
 def _end_at(answer: bytes, line: FollowedLog) -> int:
     """Up to where a node has a log, from its description of the topic; -1 when it has not, or only damaged."""
     try:
-        part = json.decode(answer, dict)["partitions"][line.key.partition]
-        whole = not any(corrupt["last"] >= line.offset for corrupt in part.get("damaged", []))
-        return int(part["durable_end"]) if part["log_id"] == line.log_id and whole else -1
-    except (msgspec.DecodeError, KeyError, IndexError, TypeError, ValueError):
+        log = parent_logs(answer)[line.key.partition]
+    except (msgspec.DecodeError, IndexError):
         return -1
+    whole = not any(corrupt.last >= line.offset for corrupt in log.damaged)
+    return log.durable_end if log.log_id == line.log_id and whole else -1
 
 
 def _describe(line: FollowedLog) -> ReplicaStatus:
