@@ -151,15 +151,8 @@ class GroupAdmin:
         return group
 
     def _group(self, group: Group) -> GroupStatus:
-        engine = self._core.engine
-        wanted = {
-            (topic, log.partition)
-            for entry in group.members.values()
-            for topic in entry.topics
-            for log in engine.partitions(topic)
-        }
-        wanted.update(key for entry in group.members.values() for key in entry.pins)
-        keys = sorted(group.committed_offsets.keys() | group.holders.keys() | wanted)
+        wanted_by = self._core.membership.wanted_by(group)
+        keys = sorted(group.committed_offsets.keys() | group.holders.keys() | wanted_by.keys())
         return GroupStatus(
             group.name,
             group.generation,
@@ -167,14 +160,13 @@ class GroupAdmin:
                 MemberStatus(member.client_id, len(member.cursors), entry.unresponsive)
                 for member, entry in group.members.items()
             ],
-            [self._partition(group, key) for key in keys],
+            [self._partition(group, key, len(wanted_by.get(key, ()))) for key in keys],
         )
 
-    def _partition(self, group: Group, key: Key) -> GroupPartition:
+    def _partition(self, group: Group, key: Key, wanted_by: int) -> GroupPartition:
         log = self._core.engine.log(*key)
         committed, cursor = group.committed_offsets.get(key), group.holders.get(key)
         offset = committed.next_offset if committed is not None else -1
-        wanted_by = len(self._core.membership.candidates(group, key))
         return GroupPartition(
             topic=key[0],
             partition=key[1],

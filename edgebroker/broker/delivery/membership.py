@@ -143,7 +143,7 @@ class Membership:
             return
         self._leases.timed_out(cursor)
         group.members[cursor.member].unresponsive = True
-        others = (member for member in self.candidates(group, cursor.key) if not group.members[member].unresponsive)
+        others = (member for member in self._candidates(group, cursor.key) if not group.members[member].unresponsive)
         if cursor.revoking or next(others, None) is not None:
             self._leases.release(cursor, tell=True)
         else:
@@ -154,7 +154,7 @@ class Membership:
         """A refresh is over: its partition may move again."""
         self._changed(group)
 
-    def candidates(self, group: Group, key: Key) -> list[Consumer]:
+    def _candidates(self, group: Group, key: Key) -> list[Consumer]:
         """Who wants a partition, those who came first in front."""
         return [member for member, entry in group.members.items() if entry.wants(key)]
 
@@ -172,7 +172,7 @@ class Membership:
             self._rebalance_group(group, fresh)
 
     def _release_idle(self) -> None:
-        """What was in flight of a revoked partition may be void: its place was moved, or a refresh began."""
+        """What was in flight of a revoked partition may be void: its offset was moved, or a refresh began."""
         for cursor in list(self._revoking):
             if cursor.state is CursorState.GONE or not cursor.revoking:
                 del self._revoking[cursor]
@@ -181,7 +181,7 @@ class Membership:
                 self._changed(cursor.group)
 
     def _rebalance_group(self, group: Group, fresh: set[tuple[Consumer, Key]]) -> None:
-        wanted_by, logs = self._wishes(group)
+        wanted_by = self.wanted_by(group, responsive=True)
         holders = {key: cursor.member for key, cursor in group.holders.items() if not cursor.revoking}
         refreshing = {key for key, committed in group.committed_offsets.items() if committed.refreshing}
         for key, member in assign(wanted_by, holders, refreshing).items():
@@ -195,26 +195,32 @@ class Membership:
                     self._leases.release(holder, tell=True)
                 self._revoking[holder] = None
                 holder = group.holders.get(key)
-            if holder is None:
-                self._grant(group, logs[key], member, (member, key) in fresh)
+            log = self._engine.log(*key)
+            if holder is None and log is not None:
+                self._grant(group, log, member, (member, key) in fresh)
 
-    def _wishes(self, group: Group) -> tuple[dict[Key, list[Consumer]], dict[Key, Log]]:
-        """For each partition the members that want it (those that hang only when there is no other), and its log."""
+    def wanted_by(self, group: Group, *, responsive: bool = False) -> dict[Key, list[Consumer]]:
+        """For each partition the members that want it, those who came first in front. `responsive`: those that let no
+        delivery time out, where there are any."""
         by_topic: dict[str, list[Consumer]] = {}
         special: dict[Key, None] = {}
         for member, entry in group.members.items():
             for topic in entry.topics:
                 by_topic.setdefault(topic, []).append(member)
             special.update(dict.fromkeys((*entry.pins, *entry.left)))
-        logs = {(topic, log.partition): log for topic in by_topic for log in self._engine.partitions(topic)}
-        logs.update((key, log) for key in special if (log := self._engine.log(*key)) is not None)
-        awake = {topic: self._awake(group, members) for topic, members in by_topic.items()}
-        return {
-            key: self._awake(group, self.candidates(group, key)) if key in special else awake[key[0]] for key in logs
-        }, logs
+        if responsive:
+            by_topic = {topic: self._responsive(group, members) for topic, members in by_topic.items()}
+        wanted = {
+            (topic, log.partition): by_topic[topic] for topic in by_topic for log in self._engine.partitions(topic)
+        }
+        for key in special:
+            if self._engine.log(*key) is not None:
+                members = self._candidates(group, key)
+                wanted[key] = self._responsive(group, members) if responsive else members
+        return wanted
 
     @staticmethod
-    def _awake(group: Group, members: list[Consumer]) -> list[Consumer]:
+    def _responsive(group: Group, members: list[Consumer]) -> list[Consumer]:
         return [member for member in members if not group.members[member].unresponsive] or members
 
     def _grant(self, group: Group, log: Log, member: Consumer, fresh: bool) -> None:
