@@ -43,7 +43,7 @@ class Publisher(Protocol):
         """A batch of these publishes is wrong, as `code` (common/errors.py) and `why` say."""
 
     def hold(self) -> None:
-        """Do not publish anything more until release()."""
+        """Do not publish anything more until release(), once for each hold()."""
 
     def release(self) -> None:
         """Go on, with what was held back first."""

@@ -1,7 +1,7 @@
 """What delivery has to do, slow and obvious: groups, leases and attempts, for tests/test_delivery_model.py.
 
 The model is told what clients and operators do, and of every frame that a member is sent. It says what has to follow,
-and fails at the first frame, commit, grant or letter that must not be.
+and fails at the first frame, commit, grant or dead letter that must not be.
 """
 
 from __future__ import annotations
@@ -271,7 +271,7 @@ class Model:
         else:
             self.resume(spot, spot.acked)
 
-    def dividing(self, group: Group) -> None:
+    def rebalancing(self, group: Group) -> None:
         found = self.group(group)
         found.held_before |= {spot.key for spot in found.spots.values() if spot.holder is not None}
         found.divisions += 1
@@ -279,7 +279,7 @@ class Model:
             for entry in found.entries.values():  # somebody vanished while it was told what it got
                 entry.fresh.clear()
 
-    def divided(self) -> None:
+    def rebalanced(self) -> None:
         for group in (*self.groups.values(), *self.private.values()):
             group.held_before.clear()
             group.divisions = 0
@@ -413,7 +413,7 @@ class Model:
 
     # ---- dead letters ----
 
-    def dead_lettering(self, log: Log, offset: int, failure: Failure) -> None:
+    def dead_letter_begun(self, log: Log, offset: int, failure: Failure) -> None:
         key = (log.topic, log.partition)
         said = (failure.group, failure.attempts, failure.reason)
         due = [
@@ -426,7 +426,7 @@ class Model:
         due[0].dead_lettering = offset
         self.letters_begun.append((failure.group, key, offset))
 
-    def lettered(self, log: Log, offset: int, failure: Failure, outcome: Outcome) -> None:
+    def dead_letter_written(self, log: Log, offset: int, failure: Failure, outcome: Outcome) -> None:
         name = "" if failure.group == "-" else failure.group
         key = (log.topic, log.partition)
         spot = next(s for s in self.spots() if (s.group.name, s.key, s.dead_lettering) == (name, key, offset))

@@ -11,21 +11,17 @@ import itertools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
+from unittest.mock import patch
 
 from edgebroker.broker.admin.offsets import GroupOperations
-from edgebroker.broker.core import Core
+from edgebroker.broker.core import build_core
 from edgebroker.broker.delivery.dead_letters import DeadLetters, Failure
 from edgebroker.broker.delivery.groups import Groups
-from edgebroker.broker.delivery.leases import LeaseLimits, Leases
+from edgebroker.broker.delivery.leases import LeaseLimits
 from edgebroker.broker.delivery.membership import Membership
 from edgebroker.broker.delivery.push import Push
-from edgebroker.broker.delivery.rebase import CursorRebase
-from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.broker.delivery.state import TRANSITIONS, Cursor, CursorState, Group
-from edgebroker.broker.delivery.table_snapshots import TableSnapshots
-from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import Key
-from edgebroker.broker.publish.producers import Producers
 from edgebroker.broker.publish.publishing import Publishing, PublishLimits
 from edgebroker.broker.sessions.native import Session
 from edgebroker.common import batch
@@ -42,6 +38,7 @@ from edgebroker.storage.log.staging import Stage
 from edgebroker.storage.memory import MemoryEngine, MemoryLog
 from edgebroker.storage.types import ColdRead, Found, GroupOffset, NeedsDisk, make_identity
 from tests.kit.clock import ManualClock, ManualScheduler
+from tests.kit.core_listener import CoreListener
 from tests.kit.storage import MAX
 
 LIMITS = LeaseLimits(timeout=6.0, backoff=0.5, max_backoff=2.0, max_attempts=3)
@@ -120,13 +117,13 @@ class Watcher(Protocol):
     ) -> None: ...
     def vanished(self, member: Member) -> None: ...
     def timed_out(self, cursor: Cursor) -> None: ...
-    def dividing(self, group: Group) -> None: ...
-    def divided(self) -> None: ...
+    def rebalancing(self, group: Group) -> None: ...
+    def rebalanced(self) -> None: ...
     def granted(self, cursor: Cursor) -> None: ...
     def freed(self, cursor: Cursor) -> None: ...
     def put(self, group: Group, log: Log, committed: GroupOffset) -> None: ...
-    def dead_lettering(self, log: Log, offset: int, failure: Failure) -> None: ...
-    def lettered(self, log: Log, offset: int, failure: Failure, outcome: Outcome) -> None: ...
+    def dead_letter_begun(self, log: Log, offset: int, failure: Failure) -> None: ...
+    def dead_letter_written(self, log: Log, offset: int, failure: Failure, outcome: Outcome) -> None: ...
     def sent(self, member: Member, head: bytes, data: bytes) -> None: ...
 
 
@@ -236,10 +233,10 @@ class _Membership(Membership):
 
     def rebalance(self) -> None:
         super().rebalance()
-        self.watcher.divided()
+        self.watcher.rebalanced()
 
     def _rebalance_group(self, group: Group, fresh: set[tuple[Any, Key]]) -> None:
-        self.watcher.dividing(group)
+        self.watcher.rebalancing(group)
         super()._rebalance_group(group, fresh)
 
 
@@ -260,10 +257,10 @@ class _DeadLetters(DeadLetters):
 
     def write(self, source: Log, offset: int, failure: Failure, done: Done) -> None:
         def told(outcome: Outcome, message: str) -> None:
-            self.watcher.lettered(source, offset, failure, outcome)
+            self.watcher.dead_letter_written(source, offset, failure, outcome)
             done(outcome, message)
 
-        self.watcher.dead_lettering(source, offset, failure)
+        self.watcher.dead_letter_begun(source, offset, failure)
         super().write(source, offset, failure, told)
 
 
@@ -275,7 +272,7 @@ class _Publishing(Publishing):
         self._scheduler.call_soon_threadsafe(done)
 
 
-class World:
+class World(CoreListener):
     """What a Broker is, for its sessions and its engine."""
 
     def __init__(self) -> None:
@@ -293,37 +290,19 @@ class World:
         self.loop.reset()
         self.engine.killed()
         self.members.clear()
-        metrics = Metrics()
-        groups = self.groups = _Groups(self.engine)
         limits = PublishLimits(1 << 30, 1 << 29, MAX, MAX, True, TopicSettings())
-        publishing = _Publishing(self.engine, self.loop, metrics, limits)
-        push = _Push(self.engine, self.loop, metrics, LIMITS.timeout)
-        refreshes = Refreshes(self.engine, groups, push, metrics)
-        letters = _DeadLetters(self.engine, publishing, self.clock)
-        leases = Leases(self.engine, groups, push, refreshes, letters, self.loop, metrics, LIMITS)
-        self.membership = _Membership(self.engine, leases, metrics)
-        producers = Producers(self.engine)
-        snapshots = TableSnapshots(self.engine, publishing, refreshes, self.loop, metrics, producers.connected)
-        self.core = Core(
-            engine=self.engine,
-            metrics=metrics,
-            publishing=publishing,
-            producers=producers,
-            groups=groups,
-            push=push,
-            refreshes=refreshes,
-            leases=leases,
-            membership=self.membership,
-            table_snapshots=snapshots,
-            rebase=CursorRebase(self.engine, groups, leases, push, refreshes),
-        )
+        watched = {"Groups": _Groups, "Membership": _Membership, "DeadLetters": _DeadLetters}
+        with patch.multiple("edgebroker.broker.core", Publishing=_Publishing, Push=_Push, **watched):
+            self.core = build_core(self.engine, self.loop, self.clock, limits, LIMITS)
+        self.groups, self.membership = self.core.groups, self.core.membership
         self.operations = GroupOperations(self.core)
-        self.groups.watcher = self.membership.watcher = letters.watcher = watcher
+        for one in (self.groups, self.membership, self.core.leases._dead_letters):
+            one.watcher = watcher  # type: ignore[attr-defined]
         self.engine.open(self)
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.groups.restore(group, topic, partition, offset, self.loop.now())
         self.loop.at_end_of_iteration(self.membership.rebalance)
-        self.loop.at_end_of_iteration(push.end_iteration)
+        self.loop.at_end_of_iteration(self.core.push.end_iteration)
         self._sweep()
 
     def _sweep(self) -> None:
@@ -364,24 +343,10 @@ class World:
 
     # ---- the engine's listener ----
 
-    def on_opening(self, done: int, topics: int) -> None: ...
-
-    def on_written(self, log: Log) -> None:
-        self.core.publishing.on_written(log)
-
     def on_durable(self, log: Log, chunks: Sequence[Any]) -> None:
         if log.topic.endswith(DEAD_LETTERS):
             self.letters += [record for chunk in chunks for record in batch.decode(chunk, log.topic, log.partition)]
-        self.core.publishing.on_durable(log)
-        self.core.push.on_durable(log, chunks)
-
-    def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
-        raise AssertionError("memory does not fail")
-
-    def on_topic(self, name: str) -> None: ...
-    def on_rewritten(self, log: Log) -> None: ...
-    def retention_pin(self, log: Log) -> int | None:
-        return None
+        super().on_durable(log, chunks)
 
     def retention_floor(self, log: Log) -> int | None:
         return self.groups.floor(log, self.loop.now())

@@ -203,12 +203,12 @@ class Exposition:
         for first in range(0, len(committed_offsets), SLICE):
             yield True
             for group, key in committed_offsets[first : first + SLICE]:
-                self._note_place(noted, group, key)
+                self._note_group(noted, group, key)
         for group in islice(self._node.core.groups.all(), MOST_SERIES):
             _add(noted, "edgebroker_consumer_members", Sample((group.name,), len(group.members)))
         _add(noted, "edgebroker_series_left_out", Sample((), left_out))
 
-    def _note_place(self, noted: Noted, group: Group, key: Key) -> None:
+    def _note_group(self, noted: Noted, group: Group, key: Key) -> None:
         log, committed, cursor = (
             self._node.core.engine.log(*key),
             group.committed_offsets.get(key),

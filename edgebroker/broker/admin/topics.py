@@ -108,11 +108,8 @@ class TopicAdmin:
 
     def _tell(self, call: Call, name: str, status: int = 200) -> None:
         """Answer with a topic, as it is now."""
-        topic = self._topic(name)
-        if topic is not None:
-            call.answer(topic, status)
-        else:
-            call.refuse(Outcome.NOT_FOUND, f"there is no topic {name} on this node")
+        if self._exists(name, call):
+            call.answer(self._topic(name), status)
 
     def _topic(self, name: str) -> TopicStatus | None:
         logs = self._engine.partitions(name)

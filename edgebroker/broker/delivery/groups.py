@@ -45,14 +45,14 @@ class Groups:
         return list(self._groups.values())
 
     def forget(self, group: Group) -> None:
-        """Delete a group and every place it had."""
+        """Delete a group with its committed offsets."""
         for topic, partition in group.committed_offsets:
             self._engine.commit_offset((group.name, topic, partition), None)
-        group.committed_offsets.clear()  # what was under way for it (a dead letter) finds no place to move
+        group.committed_offsets.clear()  # what was under way for it (a dead letter) finds no offset to move
         self._groups.pop(group.name, None)
 
     def forget_topic(self, topic: str) -> None:
-        """A topic is deleted: no group has a place in it."""
+        """A topic is deleted: no group has a committed offset in it."""
         for group in self._groups.values():
             for key in [key for key in group.committed_offsets if key[0] == topic]:
                 del group.committed_offsets[key]
@@ -62,7 +62,7 @@ class Groups:
                     del known[key]
 
     def restore(self, group: str, topic: str, partition: int, offset: GroupOffset, now: float) -> None:
-        """A place stored by an earlier run."""
+        """A committed offset stored by an earlier run."""
         self.group(group, now).committed_offsets[topic, partition] = offset
 
     def commit(self, group: Group, log: Log, offset: int, *, attempts: int = 0, isolated: bool = False) -> None:
@@ -81,7 +81,7 @@ class Groups:
         self.put(group, log, moved)
 
     def move(self, group: Group, log: Log, offset: int) -> None:
-        """commit() by an operator: what members acknowledged before does not take the group past the new place."""
+        """commit() by an operator: what members acknowledged before does not take the group past the new offset."""
         self.commit(group, log, offset)
         committed = group.committed(log)
         assert committed is not None

@@ -30,7 +30,7 @@ from edgebroker.storage.engine import Engine, Log
 
 log = logging.getLogger(__name__)
 
-DEAD_LETTER_RETRY_SECONDS = 1.0
+RETRY_SECONDS = 1.0
 # Failures that name no record.
 SILENT, VANISHED = "not acknowledged in time", "the consumer disconnected"
 
@@ -51,14 +51,14 @@ class Leases:
         self,
         engine: Engine,
         groups: Groups,
-        delivery: Push,
-        refreshing: Refreshes,
+        push: Push,
+        refreshes: Refreshes,
         dead_letters: DeadLetters,
         scheduler: Scheduler,
         metrics: Metrics,
         limits: LeaseLimits,
     ) -> None:
-        self._engine, self._groups, self._push, self._refreshes = engine, groups, delivery, refreshing
+        self._engine, self._groups, self._push, self._refreshes = engine, groups, push, refreshes
         self._dead_letters, self._scheduler, self._metrics, self._limits = dead_letters, scheduler, metrics, limits
 
     # ---- beginning ----
@@ -124,7 +124,7 @@ class Leases:
             if cursor.state is CursorState.STARTING and cursor.lease == lease:
                 self.committed(cursor, wanted)
 
-        self._scheduler.call_later(DEAD_LETTER_RETRY_SECONDS, again)
+        self._scheduler.call_later(RETRY_SECONDS, again)
 
     def resume(self, cursor: Cursor, offset: int) -> None:
         """Deliver from an offset under a new lease, unless something has to be waited for first."""
@@ -132,7 +132,7 @@ class Leases:
         committed = group.committed(partition)
         cursor.begin(offset)
         if committed is None or committed.next_offset != offset:
-            # Where a group begins is its place, also when it never acknowledges anything.
+            # Where a group begins is its committed offset, also when it never acknowledges anything.
             if offset <= partition.durable_end and cursor.position_epoch <= partition.epoch:
                 self._groups.commit(group, partition, offset)
                 self._forget_failure(group, key)  # it was about another record
@@ -338,4 +338,4 @@ class Leases:
             if waits.state is CursorState.DEAD_LETTERING and waits.lease == lease:
                 self.resume(waits, offset)
 
-        self._scheduler.call_later(DEAD_LETTER_RETRY_SECONDS, again)
+        self._scheduler.call_later(RETRY_SECONDS, again)

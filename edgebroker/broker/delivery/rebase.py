@@ -35,7 +35,7 @@ class CursorRebase:
         holders = self._groups.holders(partition)
         for cursor in holders:
             # Under no lease that anybody knows: what is acknowledged now is of the records that go.
-            self._push.pause(cursor, CursorState.STARTING, "the log is being cut")
+            self._push.pause(cursor, CursorState.STARTING, "the log is being truncated")
             cursor.begin(cursor.acked)
             cursor.lease = self._groups.next_lease()
         self._go_back(partition, offset)

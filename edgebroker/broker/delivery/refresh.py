@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class Refreshes:
     """Owned by the loop thread."""
 
-    def __init__(self, engine: Engine, groups: Groups, delivery: Push, metrics: Metrics) -> None:
-        self._engine, self._groups, self._push, self._metrics = engine, groups, delivery, metrics
-        delivery.on_history_lost(self.needed)
+    def __init__(self, engine: Engine, groups: Groups, push: Push, metrics: Metrics) -> None:
+        self._engine, self._groups, self._push, self._metrics = engine, groups, push, metrics
+        push.on_history_lost(self.needed)
 
     def begin(self, group: Group, partition: Log, done: Done) -> None:
         """Begin a refresh of one partition, or go on with the one under way; done once it is stored and announced.

@@ -69,12 +69,12 @@ class TableSnapshots:
         self,
         engine: Engine,
         publishing: Publishing,
-        refreshing: Refreshes,
+        refreshes: Refreshes,
         scheduler: Scheduler,
         metrics: Metrics,
         connected: Callable[[str], bool],
     ) -> None:
-        self._engine, self._publishing, self._refreshes = engine, publishing, refreshing
+        self._engine, self._publishing, self._refreshes = engine, publishing, refreshes
         self._scheduler, self._metrics, self._connected = scheduler, metrics, connected
         self._snapshots: dict[str, TableSnapshot] = {}
         self._marking: dict[Log, list[TableSnapshot]] = {}

@@ -129,7 +129,7 @@ class Tree:
         resyncs = self._mirroring.resyncs
         if directive.uid != self._uid:
             sent = self.inbox.direct(directive)
-            why = f"node {directive.uid} is not connected; order the resync again later"
+            why = f"node {directive.uid} is not connected; request the resync again later"
             done(Outcome.OK if sent else Outcome.BEHIND, "" if sent else why)
         elif resyncs is None:
             done(Outcome.UNSUPPORTED, "the memory engine holds no replicas; there is nothing to resync")
@@ -196,6 +196,6 @@ class Tree:
 
 
 def _note(outcome: Outcome, message: str) -> None:
-    """What came of an order from above: the report tells the rest."""
+    """What came of a directive from above: the report tells the rest."""
     if outcome is not Outcome.OK:
-        log.error("the resync that was ordered cannot be done: %s", message)
+        log.error("the resync that was requested cannot be done: %s", message)

@@ -33,7 +33,8 @@ DeleteTopic = Callable[[str, Done, dict[str, int] | None], None]
 
 class Mirroring:
     """Owned by the loop thread. `delete` ends a topic that its origin has deleted; `directed` gets the directives from
-    above. `upstream` is None at a node without a parent, and after a promotion."""
+    above. `upstream` is None at a node without a parent, and after a promotion; `resyncs` and `repairs` are None where
+    the engine holds no replicas."""
 
     def __init__(
         self,
@@ -49,7 +50,7 @@ class Mirroring:
         self.engine = core.engine.mirrors
         self.upstream: Upstream | None = None
         self.resyncs: Resyncs | None = None
-        self._repairs: Repairs | None = None
+        self.repairs: Repairs | None = None
         self._parent_dropped: Callable[[], None] = lambda: None
         if self.engine is None:
             return
@@ -75,7 +76,7 @@ class Mirroring:
                 directed,
             )
         self.resyncs = Resyncs(core, self.engine, loop, clock, self._copy_settings(), lambda: self.upstream)
-        self._repairs = Repairs(core, self.engine, loop, lambda: self.parent_address)
+        self.repairs = Repairs(core, self.engine, loop, lambda: self.parent_address)
 
     # ---- life ----
 
@@ -83,9 +84,9 @@ class Mirroring:
         """Continue what was under way, and connect to the parent."""
         if self.resyncs is not None:
             self.resyncs.start()
-        if self.upstream is not None and self._repairs is not None:
+        if self.upstream is not None and self.repairs is not None:
             self.upstream.start()
-            self._repairs.start()
+            self.repairs.start()
 
     def stop(self) -> None:
         """Nothing more is begun; `idle` tells when nothing is open."""
@@ -152,12 +153,7 @@ class Mirroring:
         if self.upstream is not None:
             self.upstream.on_failed(log)
 
-    # ---- what operators order ----
-
-    @property
-    def repairs(self) -> Repairs | None:
-        """None: the engine cannot be damaged."""
-        return self._repairs
+    # ---- what operators ask for ----
 
     def accept(self, topic: str, done: Done) -> None:
         """Take the parent's log in the place of the one that it replaced."""

@@ -3,8 +3,8 @@
     the pipe ends -> what came is stored -> the node remembers its new level -> every mirrored log gets this node as its
     origin, and a new epoch from its end on
 
-Who has more of the old origin's records than this node had cuts them off, the old origin itself included: started again
-at a lower level, below this node, it steps down. Done again after a crash, it goes on where it was.
+A node with more of the old origin's records than this one had truncates them, the old origin itself included: started
+again at a lower level, below this node, it steps down. Done again after a crash, it goes on where it was.
 """
 
 from __future__ import annotations

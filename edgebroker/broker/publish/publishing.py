@@ -77,16 +77,16 @@ class Publishing:
         self.waiting_bytes = 0
         self.draining = False
 
-    def submit(
-        self, publisher: Publisher, run: PublishRun, *, inflated: bool = False, internal: bool = False
-    ) -> PublishRun | None:
-        """Handle a run of frames. Returns what has to wait (a copy): the publisher is held and calls resubmit later.
+    def submit(self, publisher: Publisher, run: PublishRun, *, inflated: bool = False, internal: bool = False) -> None:
+        """Handle a run of publishes. For what has to wait (a topic that is created, compressed batches at the checker)
+        the data is copied, and the publisher held meanwhile.
 
         `internal`: the broker itself publishes, to a topic that clients cannot write to.
         """
         log = self._engine.log(run.topic, run.partition)
         if log is None:
-            return self._without_log(publisher, run)
+            self._without_log(publisher, run)
+            return
         refusal = self._engine.refusal()
         if self.draining:
             refusal = (Outcome.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
@@ -102,7 +102,7 @@ class Publishing:
             refusal = (Outcome.HISTORY_LOST, self.lost[log].why)
         if refusal is not None:
             self._refuse_all(publisher, run, *refusal)
-            return None
+            return
         level = AckLevel(run.level)
         appended = self._engine.append(log, run.data, run.spans, level, inflated)
         self._metrics.publish_frames += appended.frames
@@ -110,12 +110,12 @@ class Publishing:
         handled, rest = run.spans[: appended.frames * SPAN.size], run.spans[appended.frames * SPAN.size :]
         if handled:
             self._await(publisher, log, run._replace(spans=handled), appended.answers, appended.wait, level)
-        if not rest:
-            return None
-        return run._replace(data=memoryview(bytes(run.data)), spans=rest)
+        if rest:
+            self._inflate(publisher, run._replace(data=memoryview(bytes(run.data)), spans=rest))
 
-    def inflate(self, publisher: Publisher, run: PublishRun, done: Callable[[], None]) -> None:
-        """Check the compressed batches of a run on the checker thread, then append it and call done on the loop."""
+    def _inflate(self, publisher: Publisher, run: PublishRun) -> None:
+        """Check the compressed batches of a run on the checker thread, then append it."""
+        publisher.hold()
         max_inflated, max_record = self._limits.max_inflated, self._limits.max_record
 
         found: list[tuple[bytes, list[tuple[int, Reason, str]]]] = []
@@ -132,7 +132,7 @@ class Publishing:
                     publisher.rejected(pack_span(correlation, 0, 0), reason.code, why)
             if good:
                 self.submit(publisher, run._replace(spans=good), inflated=True)
-            done()
+            publisher.release()
 
         self.check(check, finish)
 
@@ -238,12 +238,13 @@ class Publishing:
         if waiting.level != AckLevel.NONE:
             waiting.publisher.answered(waiting.spans, answers)
 
-    def _without_log(self, publisher: Publisher, run: PublishRun) -> PublishRun | None:
+    def _without_log(self, publisher: Publisher, run: PublishRun) -> None:
+        """Create a topic at its first PUBLISH, or say why not."""
         existing = self._engine.partitions(run.topic)
         if existing:
             why = f"{run.topic} has {len(existing)} partitions, there is no {run.partition}"
             self._refuse_all(publisher, run, Outcome.NOT_FOUND, why)
-            return None
+            return
         problem = check_topic_name(run.topic)
         if not self._limits.auto_create:
             problem = f"topic {run.topic} does not exist; create it with: edgebroker topic create {run.topic}"
@@ -251,22 +252,16 @@ class Publishing:
             self._refuse_all(
                 publisher, run, Outcome.NOT_FOUND, problem or f"{run.topic} has no partition {run.partition}"
             )
-            return None
-        return run._replace(data=memoryview(bytes(run.data)))
-
-    def create(self, publisher: Publisher, run: PublishRun, done: Callable[[], None]) -> None:
-        """Create a topic at its first PUBLISH, then handle the run and call done."""
+            return
+        copy = run._replace(data=memoryview(bytes(run.data)))
+        publisher.hold()
 
         def created(outcome: Outcome, message: str) -> None:
-            if outcome not in (Outcome.OK, Outcome.NAME_CLASH):
-                self._refuse_all(publisher, run, outcome, message)
-                done()
-                return
-            rest = self.submit(publisher, run)
-            if rest is not None:
-                self.inflate(publisher, rest, done)
+            if outcome in (Outcome.OK, Outcome.NAME_CLASH):
+                self.submit(publisher, copy)
             else:
-                done()
+                self._refuse_all(publisher, copy, outcome, message)
+            publisher.release()
 
         self._engine.create_topic(run.topic, self._limits.new_topics, created)
 

@@ -198,7 +198,7 @@ class Session:
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, PublishRun):
-            self._on_publish(event)
+            self._core.publishing.submit(self, event)
         elif isinstance(event, Refused):
             self._core.metrics.frames_refused += 1
             limit = self._host.limits.max_frame
@@ -276,19 +276,6 @@ class Session:
             return TopicMetadata(topic, Code.OK, len(logs), logs[0].settings.kind)
         new = limits.new_topics
         return TopicMetadata(topic, Code.UNKNOWN_TOPIC, new.partitions if limits.auto_create else 0, new.kind)
-
-    # ---- publishing ----
-
-    def _on_publish(self, run: PublishRun) -> None:
-        publishing = self._core.publishing
-        rest = publishing.submit(self, run)
-        if rest is None:
-            return
-        self.hold()
-        if self._core.engine.log(rest.topic, rest.partition) is None:
-            publishing.create(self, rest, self.release)
-        else:
-            publishing.inflate(self, rest, self.release)
 
     # ---- consuming ----
 

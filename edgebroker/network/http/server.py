@@ -232,7 +232,7 @@ class HttpConnection:
             try:
                 event = self._protocol.next_event()
             except h11.RemoteProtocolError as error:
-                self._reply(Response(error.error_status_hint, {"error": str(error)}), close=True)
+                self._reply(Response(error.error_status_hint, Failed(str(error))), close=True)
                 return
             if event is h11.NEED_DATA or event is h11.PAUSED:
                 return

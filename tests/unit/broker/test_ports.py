@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import pytest
 
@@ -22,10 +22,10 @@ from edgebroker.common.messages import AckKind, ConsumerAck, GapReason, Holding,
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.spans import ANSWER, SPAN, pack_span
 from edgebroker.common.types import AckLevel, Start, TopicSettings
-from edgebroker.storage.engine import Log
 from edgebroker.storage.memory import MemoryEngine
-from edgebroker.storage.types import DurableChunk, FileSlice, GroupOffset
+from edgebroker.storage.types import FileSlice, GroupOffset
 from tests.kit.clock import ManualClock, ManualScheduler
+from tests.kit.core_listener import CoreListener
 
 TOPIC, GROUP = "prices", "labels"
 WINDOW = (100, 1 << 20)
@@ -52,13 +52,7 @@ class MemorySession:
 
     def publish(self, number: int, data: bytes, topic: str = TOPIC) -> None:
         run = PublishRun(AckLevel.DURABLE, topic, 0, memoryview(data), pack_span(number, 0, len(data)))
-        rest = self._core.publishing.submit(self, run)
-        if rest is not None:
-            self.hold()
-            if self._core.engine.log(topic, 0) is None:
-                self._core.publishing.create(self, rest, self.release)
-            else:
-                self._core.publishing.inflate(self, rest, self.release)
+        self._core.publishing.submit(self, run)
 
     def join(self, group: str, now: float) -> None:
         wanted = [Wanted(TOPIC, -1, Start.COMMITTED, bytes(16), 0, 0)]
@@ -116,35 +110,7 @@ class MemorySession:
         self.refreshes.append(committed)
 
 
-class Listener:
-    """What EngineEvents passes on to the core."""
-
-    def __init__(self, core: Core) -> None:
-        self._core = core
-
-    def on_opening(self, done: int, topics: int) -> None: ...
-
-    def on_written(self, log: Log) -> None:
-        self._core.publishing.on_written(log)
-
-    def on_durable(self, log: Log, chunks: Sequence[DurableChunk]) -> None:
-        self._core.publishing.on_durable(log)
-        self._core.push.on_durable(log, chunks)
-
-    def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
-        self._core.publishing.on_failed(log, outcome, message)
-
-    def on_topic(self, name: str) -> None: ...
-    def on_rewritten(self, log: Log) -> None: ...
-
-    def retention_pin(self, log: Log) -> int | None:
-        return None
-
-    def retention_floor(self, log: Log) -> int | None:
-        return None
-
-
-class World:
+class World(CoreListener):
     """A core over an engine in memory, on time that stands still."""
 
     def __init__(self) -> None:
@@ -154,7 +120,7 @@ class World:
         publish = PublishLimits(1 << 20, 1 << 19, 1 << 20, 1 << 22, True, TopicSettings())
         leases = LeaseLimits(timeout=30.0, backoff=0.0, max_backoff=0.0, max_attempts=2)
         self.core = build_core(engine, self.scheduler, self.clock, publish, leases)
-        engine.open(Listener(self.core))
+        engine.open(self)
 
     def session(self, client_id: str) -> MemorySession:
         return MemorySession(self.core, client_id)
