@@ -335,6 +335,80 @@ def test_every_path_of_the_admin_interface() -> None:
     assert {tuple(name.split()) for name in ticked(table("Method, path "))} == listed
 
 
+OWN = "{uid}"  # the node's own
+STATUSES = [
+    ("POST", "/v1/topics", {}, 400),
+    ("POST", "/v1/topics", {"name": "t"}, 409),
+    ("GET", "/v1/topics/none", None, 404),
+    ("PATCH", "/v1/topics/none", {}, 404),
+    ("PATCH", "/v1/topics/t", {"kind": "table"}, 400),
+    ("DELETE", "/v1/topics/none", None, 404),
+    ("POST", "/v1/topics/none/accept", None, 404),
+    ("POST", "/v1/topics/t/snapshot", {"client_id": "x"}, 400),
+    ("POST", "/v1/topics/t/snapshot", {"client_id": "__snapshot-1"}, 409),
+    ("POST", "/v1/topics/t/snapshot/ab", None, 409),
+    ("DELETE", "/v1/topics/t/snapshot/ab", None, 409),
+    ("GET", "/v1/groups/none", None, 404),
+    ("POST", "/v1/groups/g/offsets", {"topic": "t"}, 400),
+    ("POST", "/v1/groups/g/offsets", {"topic": "none", "to": "1"}, 404),
+    ("POST", "/v1/groups/g/refresh", {"topic": "t"}, 404),
+    ("DELETE", "/v1/groups/none", None, 404),
+    ("POST", "/v1/pipe/range", {}, 400),
+    ("POST", "/v1/pipe/digest", {"topic": "t", "partition": 0, "log_id": "x", "first": 0, "next": 1}, 404),
+    ("POST", "/v1/tree/reports", {}, 400),
+    ("POST", "/v1/resyncs", {}, 400),
+    ("POST", "/v1/resyncs", {"type": "resync", "id": "ab" * 16, "uid": "9" * 32}, 503),
+    ("DELETE", "/v1/resyncs/x", None, 404),
+    ("POST", "/v1/registry", {}, 400),
+    ("PUT", "/v1/registry/n/pins", {"parents": []}, 409),
+    ("PUT", "/v1/registry/n/drain", None, 409),
+    ("DELETE", "/v1/registry/n/drain", None, 409),
+    ("DELETE", "/v1/registry/n", None, 409),
+    ("POST", "/v1/promote", {"level": "up"}, 400),
+    ("DELETE", "/v1/promote", None, 409),
+    ("POST", "/v1/repair", {"from": "x"}, 400),
+]
+IN_MEMORY = [
+    ("DELETE", "/v1/topics/t", None),
+    ("POST", "/v1/promote", {}),
+    ("POST", "/v1/repair", {"from": "127.0.0.1:1"}),
+    ("POST", "/v1/resyncs", {"type": "resync", "id": "ab" * 16, "uid": OWN}),
+    ("GET", "/v1/backup", None),
+]
+
+
+def test_the_statuses_of_the_admin_interface(tmp_path: Path) -> None:
+    rows = {tuple(ticked([row])[0].split()): row[2] for row in table("Method, path ")}
+
+    def said_of(method: str, path: str) -> str:
+        parts = path.split("/")
+        for (known, pattern), text in rows.items():
+            wanted = pattern.split("/")
+            fits = len(wanted) == len(parts) and all(a.isupper() or a == b for a, b in zip(wanted, parts, strict=True))
+            if known == method and fits:
+                return text
+        raise AssertionError((method, path))
+
+    with running(tmp_path / "data") as broker:
+        broker.create("t")
+        for method, path, body, status in STATUSES:
+            answered, answer = broker.http(method, path, body)
+            assert (answered, "error" in answer) == (status, True), (method, path, answer)
+            assert str(status) in said_of(method, path), (method, path, status)
+
+
+def test_what_the_memory_engine_has_not(tmp_path: Path) -> None:
+    sentence = re.search(r"With `storage.engine = memory`.*?501\.", PROTOCOL, re.DOTALL)
+    assert sentence is not None
+    with running(tmp_path / "data", {"storage.engine": "memory"}) as broker:
+        broker.create("t")
+        for method, path, body in IN_MEMORY:
+            wanted = json.loads(json.dumps(body).replace(OWN, broker.broker.engine.node_uid))
+            answered, answer = broker.http(method, path, wanted)
+            assert (answered, answer["code"]) == (501, "UNSUPPORTED"), (method, path, answer)
+            assert path.replace("/topics/t", "/topics/NAME") in sentence[0]
+
+
 def test_the_columns_of_group_offsets() -> None:
     storage = (ROOT / "docs" / "storage.md").read_text()
     names = [field.name for field in msgspec.structs.fields(meta.GroupOffset)]

@@ -114,7 +114,7 @@ class Router:
         """Answer one request."""
         place, parameters = self._find(request.target)
         if place is None:
-            _refuse(reply, 404, f"there is no {request.target.partition('?')[0]}")
+            reply(Response(404, Failed(f"there is no {request.target.partition('?')[0]}", Outcome.NOT_FOUND.name)))
             return
         route = place.routes.get("GET" if request.method == "HEAD" else request.method)
         if route is None:
@@ -134,7 +134,7 @@ class Router:
             try:
                 body = json.decode(request.body, route.request)
             except msgspec.DecodeError as error:
-                _refuse(reply, 400, f"the body is not as expected: {error}")
+                reply(Response(400, Failed(f"the body is not as expected: {error}", Outcome.INVALID.name)))
                 return
         route.handler(Call(request, parameters, body, reply))
 
