@@ -23,10 +23,10 @@ _ROOT = Path(__file__).parents[2]
 
 
 @dataclass
-class ChildStream:
+class MemberProcess:
     """One member: what it was told, its process now, and when it is let go on (0: it is not stopped)."""
 
-    directives: dict[str, Any]
+    options: dict[str, Any]
     process: subprocess.Popen[bytes]
     runs: int = 1
     wake_at: float = 0.0
@@ -43,31 +43,31 @@ class Crowd:
         self.broker, self.topic, self.group = broker, topic, group
         self._directory = directory / f"journals-{topic}"
         self._directory.mkdir()
-        self.children: dict[str, ChildStream] = {}
+        self.children: dict[str, MemberProcess] = {}
         self.problems: list[str] = []
 
     # ---- members ----
 
-    def start(self, name: str, server: str = "", **directives: Any) -> None:
+    def start(self, name: str, server: str = "", **options: Any) -> None:
         """Start a member; with a name that was used before, start that one again."""
         known = self.children.get(name)
         if known is not None:
-            directives = {**known.directives, **directives}
+            options = {**known.options, **options}
         else:
-            directives = {
+            options = {
                 "server": server or self.broker.server,
                 "topic": self.topic,
                 "group": self.group,
-                **directives,
+                **options,
             }
         runs = known.runs + 1 if known is not None else 1
         journal = self._directory / f"{name}-{runs}"
-        arguments = json.dumps({**directives, "client_id": name, "journal": str(journal)})
+        arguments = json.dumps({**options, "client_id": name, "journal": str(journal)})
         environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
         with (self._directory / f"{name}-{runs}.log").open("wb") as log:
             command = [sys.executable, "-m", "tests.faults.member", arguments]
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        self.children[name] = ChildStream(directives, process, runs)
+        self.children[name] = MemberProcess(options, process, runs)
 
     def names(self, *, stopped: bool = False) -> list[str]:
         """Those that run, and are (or are not) stopped."""

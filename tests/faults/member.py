@@ -34,7 +34,7 @@ POISON = "bad"
 
 
 @dataclass
-class Orders:
+class Options:
     """What a member is to do. `pause`: longest time for a record; `hang`: now and then one takes so long (seconds);
     `refuse`: how often it says that it could not; `window`: records in flight; `often`: how often it acknowledges in
     the middle of a delivery."""
@@ -58,18 +58,18 @@ class Member(Consumer):
 
     lease = 0
 
-    def __init__(self, directives: Orders) -> None:
-        self._directives, self._rng = directives, random.Random(directives.seed)
-        self._journal = os.open(directives.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+    def __init__(self, options: Options) -> None:
+        self._directives, self._rng = options, random.Random(options.seed)
+        self._journal = os.open(options.journal, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
         self._clock = SystemClock()
         self.stopping = False
         super().__init__(
-            directives.server,
-            [directives.topic],
-            directives.group,
-            client_id=directives.client_id,
+            options.server,
+            [options.topic],
+            options.group,
+            client_id=options.client_id,
             auto_ack=False,
-            window_records=directives.window,
+            window_records=options.window,
             on_gap=self._on_a_gap,
             on_assigned=self._on_coming,
             on_revoked=self._on_going,
@@ -113,23 +113,23 @@ class Member(Consumer):
 
     def _handle(self, records: list[Record], lease: int) -> None:
         """One delivery; with acknowledgements in the middle of it, and one record that is refused, now and then."""
-        directives, rng = self._directives, self._rng
+        options, rng = self._directives, self._rng
         for record in records:
             producer, n = origin_of(record.value or b"")
             if producer == POISON:
                 self.note("x", record.partition, lease, record.offset)
                 os.kill(os.getpid(), signal.SIGKILL)
-            if rng.random() < directives.refuse:
+            if rng.random() < options.refuse:
                 self.nack(record, "refused")
                 return
-            if directives.pause:
-                sleep(rng.uniform(0.0, directives.pause))
-            if directives.hang and rng.random() < 0.002:
-                sleep(directives.hang)
+            if options.pause:
+                sleep(rng.uniform(0.0, options.pause))
+            if options.hang and rng.random() < 0.002:
+                sleep(options.hang)
             self.note("h", record.partition, lease, record.offset, producer, n)
-            if directives.acks and rng.random() < directives.often:
+            if options.acks and rng.random() < options.often:
                 self.ack(record)
-        if directives.acks and rng.random() < 0.9:
+        if options.acks and rng.random() < 0.9:
             self.ack(records[-1])
 
     def _store(self) -> None:
@@ -151,7 +151,7 @@ class Member(Consumer):
 
 
 def main() -> None:
-    member = Member(Orders(**json.loads(sys.argv[1])))
+    member = Member(Options(**json.loads(sys.argv[1])))
 
     def stop(*_: object) -> None:
         member.stopping = True

@@ -142,16 +142,16 @@ def watch_ready(consumer: Consumer) -> None:
 
 
 def main() -> None:
-    directives = json.loads(sys.argv[1])
-    store = Store(directives["store"], report)
+    options = json.loads(sys.argv[1])
+    store = Store(options["store"], report)
     with Consumer(
-        directives["server"],
-        [directives["topic"]],
-        directives["group"],
+        options["server"],
+        [options["topic"]],
+        options["group"],
         client_id="refresher",
         auto_ack=False,
         staging=store,
-        window_records=directives["window"],
+        window_records=options["window"],
     ) as consumer:
         watch_ready(consumer)
         while True:

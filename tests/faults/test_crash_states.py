@@ -21,12 +21,10 @@ from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.config import load_config
-from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import SystemClock
-from edgebroker.storage.engine import Log
 from edgebroker.storage.identity import read_identity
-from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.store import SegmentStore
+from tests.kit.storage import Listener
 from tests.kit.waiting import wait_for
 
 from . import crashstates, shim
@@ -39,19 +37,6 @@ LIMIT = int(os.environ.get("EB_CRASH_LIMIT", "4"))
 SEED = int(os.environ.get("EB_CRASH_SEED", "11"))
 TOPIC, GROUP, PARTITIONS = "orders", "readers", 2
 NEW_TOPIC = {"name": TOPIC, "partitions": PARTITIONS, "segment_bytes": 64 << 10, "retention_bytes": 40 << 10}
-
-
-class Listener:
-    """Nobody waits for anything while only recovery is looked at."""
-
-    def on_opening(self, done: int, topics: int) -> None: ...
-    def on_written(self, log: Log) -> None: ...
-    def on_durable(self, log: Log, chunks: list[Chunk]) -> None: ...
-    def on_failed(self, log: Log, outcome: Outcome, message: str) -> None: ...
-    def retention_pin(self, log: Log) -> int | None:
-        return None
-
-    def retention_floor(self, log: Log) -> int | None: ...
 
 
 class Recovered(NamedTuple):
@@ -130,7 +115,7 @@ class Lab:
         ]
         problems = self.history.problems(TOPIC, found.content, retention=True)
         if found.corrupt_ranges:
-            problems.append(f"{found.corrupt_ranges} holes although nothing is damaged")
+            problems.append(f"{found.corrupt_ranges} corrupt ranges although nothing is damaged")
         for partition, least in {int(line[1]): int(line[2]) for line in words if line[0] == "group"}.items():
             offset = found.offsets.get(partition, -1)
             if not least <= offset <= found.content[partition].durable_end:

@@ -126,13 +126,13 @@ def test_nothing_is_skipped_whatever_happens(broker: BrokerProcess, tmp_path: Pa
             Proxy(broker.server, seed=rng.randrange(1 << 30), budget=(2_000, 300_000)) as proxy,
             Crowd(tmp_path, broker, topic, GROUP) as crowd,
         ):
-            for name, directives in (
+            for name, options in (
                 ("quick", {}),
                 ("slow", {"pause": 0.01, "window": 50, "hang": 1.5 * TIMEOUT_SECONDS}),
                 ("fussy", {"pause": 0.002, "refuse": 0.002}),
                 ("small", {"window": 7}),
             ):
-                crowd.start(name, proxy.server, seed=rng.randrange(1 << 30), **directives)
+                crowd.start(name, proxy.server, seed=rng.randrange(1 << 30), **options)
             writers = [
                 Writer(history, broker.server, f"p{rank}", topic, seed=rng.randrange(1 << 30), pause=0.03)
                 for rank in range(2)

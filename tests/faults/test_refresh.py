@@ -59,8 +59,8 @@ class World:
 
     def consume(self) -> None:
         """Start the consumer process."""
-        directives = {"server": self.broker.server, "topic": TOPIC, "group": GROUP}
-        arguments = json.dumps({**directives, "store": str(self._path), "window": WINDOW})
+        options = {"server": self.broker.server, "topic": TOPIC, "group": GROUP}
+        arguments = json.dumps({**options, "store": str(self._path), "window": WINDOW})
         environment = {**os.environ, "PYTHONPATH": str(_ROOT)}
         with self._log.open("ab") as log:
             process = subprocess.Popen(

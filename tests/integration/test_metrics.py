@@ -231,7 +231,7 @@ def test_a_log_that_was_cut_begins_anew() -> None:
 # ---- being well ----
 
 
-class OnResponse(Supervisor):
+class StatusLines(Supervisor):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
@@ -251,7 +251,7 @@ def test_every_problem_has_an_advice_and_a_row_in_the_manual(broker: RunningBrok
 def test_changes_are_logged_once_with_what_to_do(caplog: pytest.LogCaptureFixture) -> None:
     problems: dict[str, str] = {}
     missing = [""]
-    told = OnResponse()
+    told = StatusLines()
     well = Health(lambda: True, lambda: dict(problems), lambda: missing[0], told)
     caplog.set_level(logging.INFO)
     well.check()

@@ -283,7 +283,7 @@ def listen(client: TinyClient) -> None:
     client.subscribe("t", "g", partition=9, intent=tiny_client.RELEASE)
 
 
-def values(delivery: tiny_client.Push) -> list[bytes | None]:
+def values(delivery: tiny_client.Delivery) -> list[bytes | None]:
     return [record.value for record in delivery.records]
 
 
@@ -372,7 +372,7 @@ def test_a_tiny_client_is_refreshed(tmp_path: Path) -> None:
         assert (refresh["state"], refresh["from"], refresh["target"]) == ("ready", 0, None)
         # An operator asks as well; what comes behind the refresh is delivered as ever.
         assert broker.http("POST", "/v1/groups/g/refresh", {"topic": "t"})[0] == 200
-        while not client.resyncs:
+        while not client.refreshes:
             client.handle_frame()
         client.refresh(lambda records: None, lambda: None)
         client.publish("t", 0, [Record(b"new")])
@@ -385,7 +385,7 @@ def test_a_tiny_client_whose_place_is_in_another_log(tmp_path: Path) -> None:
         line = tiny_client.put_text("t") + tiny_client.pack(">iB16siq", 0, tiny_client.POSITION, b"\x07" * 16, 3, 9)
         client.request(tiny_client.SUBSCRIBE, b"\0" + tiny_client.put_text("g") + bytes(9) + b"\1" + line)
         loaded: list[Record] = []
-        while not client.resyncs:
+        while not client.refreshes:
             client.handle_frame()
         client.refresh(loaded.extend, lambda: None)
         assert [record.value for record in loaded] == [b"a", b"b"]

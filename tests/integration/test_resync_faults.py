@@ -396,7 +396,6 @@ def test_a_reset_that_is_over_holds_nothing_back(tree: Tree) -> None:
     wait_for(lambda: pipe(l2)["parent"]["connected"], "connected")
     l2.call(lambda: l2.broker.mirroring.upstream.again("ask again"))  # type: ignore[union-attr]
     time.sleep(1.0)
-    print({uid == l2.broker.engine.node_uid: place for uid, place in root.broker.downstream._asked[log].items()})
     assert floor() == 250, "the place of the copy holds early retention back for a week"
 
 
@@ -557,17 +556,17 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
     monkeypatch.setattr(rewriter, "repair_segment", slow_repair)
     # The child hears of it later.
     l2.call(lambda: setattr(l2.broker.mirroring.upstream._mirrors, "_delete", lambda topic: None))  # type: ignore[union-attr]
-    topic_deletion = threading.Thread(target=lambda: root.http("DELETE", "/v1/topics/t"))
-    topic_deletion.start()
+    deleting = threading.Thread(target=lambda: root.http("DELETE", "/v1/topics/t"))
+    deleting.start()
     assert begun.wait(10)
-    repairs = threading.Thread(
+    repairing = threading.Thread(
         target=lambda: root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"}), daemon=True
     )
-    repairs.start()
-    topic_deletion.join(8.0)
+    repairing.start()
+    deleting.join(8.0)
     time.sleep(1.0)
     failed, root.broker.loop.failed_callbacks = root.broker.loop.failed_callbacks, 0
-    assert (failed, root.broker.mirroring.repairs._busy) == (0, None), "nothing is ever healed again"
+    assert (failed, root.broker.mirroring.repairs._busy) == (0, None), "nothing is ever repaired again"
 
 
 # ---- the pipe while a copy cannot catch up
@@ -771,7 +770,6 @@ def test_a_stop_while_the_copy_is_closed(tree: Tree, monkeypatch: pytest.MonkeyP
     assert order(l2)[0] == 200
     wait_for(lambda: l2.advance(0.3) or closing[0], "it is being closed")  # type: ignore[func-returns-value]
     assert l2.broker.mirroring.resyncs is not None
-    print("idle", l2.broker.mirroring.resyncs.idle)
     before = {thread.name for thread in threading.enumerate()}
     tree.stop("l2")
     time.sleep(0.5)

@@ -18,7 +18,7 @@ OK, STALE, NOBODY = 0, 14, (-1, -1)  # codes; neither producer id nor epoch
 CRC_TABLE = [reduce(lambda crc, _: (crc >> 1) ^ (crc & 1) * 0x82F63B78, range(8), byte) for byte in range(256)]
 
 Record = namedtuple("Record", "value key headers timestamp offset", defaults=(None, (), 0, -1))
-Push = namedtuple("Delivery", "topic partition log epoch generation lease first last durable_end age gaps records")
+Delivery = namedtuple("Delivery", "topic partition log epoch generation lease first last durable_end age gaps records")
 Refused = type("Refused", (Exception,), {"__doc__": "An answer that is not OK. Its args: code, message."})
 
 
@@ -90,7 +90,7 @@ class TinyClient:
         self.close = self.socket.close
         self.correlation, self.beat, self.idle, self.sent, self.heard = 0, 60.0, 60.0, *[time.monotonic()] * 2
         self.answers = {}  # by correlation; what is left in it are states of partitions and the broker's stop
-        self.leases, self.sequences, self.deliveries, self.resyncs = {}, {}, deque(), deque()
+        self.leases, self.sequences, self.deliveries, self.refreshes = {}, {}, deque(), deque()
         body = b"EDGE" + pack(">HH", 1, 1) + put_text(client_id) + pack(">HqhH", 0, *producer, 0)
         grants = self.request(CONNECT, body)[-1].take("H16sIIIIIIIIqhH")
         self.beat, self.idle, self.producer = grants[2] / 2000, grants[3] / 1000, grants[10:12]
@@ -128,7 +128,7 @@ class TinyClient:
             gaps = [body.take("qqB") for _ in range(gaps)]  # offsets that will not come, and why
             records = [each for each in decode_batches(body) if place[5] <= each.offset <= place[6]]
             if self.leases.get((topic, place[0])) == tuple(place[3:5]):
-                self.deliveries.append(Push(topic, *place, age, gaps, records))
+                self.deliveries.append(Delivery(topic, *place, age, gaps, records))
         elif kind == SUBSCRIBE:
             group, (generation, count) = body.text(), body.take("IH")
             for _ in range(count):
@@ -139,8 +139,8 @@ class TinyClient:
                 elif holding == REVOKING:  # what was handed over of it is acknowledged: only then frames are read
                     self.subscribe(topic, group, partition=partition, intent=RELEASE)
         elif kind == RESET:
-            self.resyncs.append((*body.take("16s16s"), body.text(), *body.take("Iqq")))
-            self.forget(*self.resyncs[-1][2:4])
+            self.refreshes.append((*body.take("16s16s"), body.text(), *body.take("Iqq")))
+            self.forget(*self.refreshes[-1][2:4])
         elif kind in (ACK, READY):
             _, _, code, offset, size = body.take("BBHqH") if kind == ACK else (0, 0, OK, -1, 0)
             self.answers[correlation] = code, offset, body.read(size).decode(), body
@@ -161,7 +161,7 @@ class TinyClient:
         line = put_text(topic) + pack(">iB16xiq", partition, start, -1, value)
         self.request(SUBSCRIBE, bytes([intent]) + put_text(group) + pack(">IIH", *WINDOW, 1) + line)
 
-    def next_delivery(self) -> Push:
+    def next_delivery(self) -> Delivery:
         while not self.deliveries:
             self.handle_frame()
         return self.deliveries.popleft()
@@ -174,7 +174,7 @@ class TinyClient:
             rest, count = delivery.records[count:], count - len(delivery.records)
             self.ack(delivery, rest[0].offset if rest else delivery.last + 1)
 
-    def ack(self, delivery: Push, offset: int, kind: int = CUMULATIVE, reason: str = "") -> bool:
+    def ack(self, delivery: Delivery, offset: int, kind: int = CUMULATIVE, reason: str = "") -> bool:
         """Everything before offset is done; NEGATIVE: the record there failed. False: the lease was over before."""
         lease = pack(">IIQq", delivery.partition, delivery.generation, delivery.lease, offset)
         body = bytes([kind]) + put_text(delivery.topic) + lease + (put_text(reason) if kind == NEGATIVE else b"")
@@ -187,7 +187,7 @@ class TinyClient:
 
     def refresh(self, load: Callable[[list[Record]], object], replacement: Callable[[], object]) -> None:
         """Follow the RESET that came: load() puts records beside what readers see, then switch() shows them."""
-        reset_id, log, topic, partition, following, target = self.resyncs.popleft()
+        reset_id, log, topic, partition, following, target = self.refreshes.popleft()
         place = put_text(topic) + pack(">I", partition)
         self.request(RESET, reset_id + log + place + pack(">qq", following, target))
         while following < target:

@@ -141,7 +141,7 @@ class Parent:
         return out
 
 
-class ChildStream:
+class Child:
     """A follower with model logs, which does at once what it is told to do."""
 
     def __init__(self, logs: dict[TopicPartition, ModelLog], level: str = "l2") -> None:
@@ -195,7 +195,7 @@ class ChildStream:
 ONE = TopicPartition("t", 0)
 
 
-def settle(parent: Parent, child: ChildStream, rounds: int = 20) -> int:
+def settle(parent: Parent, child: Child, rounds: int = 20) -> int:
     """Poll until nothing changes any more; how many answers that took."""
     for number in range(rounds):
         before = len(child.events), {key: log.end for key, log in child.logs.items()}
@@ -210,9 +210,9 @@ def settle(parent: Parent, child: ChildStream, rounds: int = 20) -> int:
 def test_cut_at_every_byte(frame_bytes: int) -> None:
     """The connection breaks behind every byte: what came is not asked for again, and the copy is exact."""
     parent = Parent({ONE: ModelLog().publish(1, 3, 1, size=9)}, frame_bytes)
-    whole = parent.answer(ChildStream({ONE: ModelLog()}).follower)
+    whole = parent.answer(Child({ONE: ModelLog()}).follower)
     for cut in range(len(whole)):
-        child = ChildStream({ONE: ModelLog()})
+        child = Child({ONE: ModelLog()})
         first = parent.answer(child.follower)
         child.receive(first[:cut])
         rest = parent.answer(child.follower)
@@ -224,7 +224,7 @@ def test_cut_at_every_byte(frame_bytes: int) -> None:
 
 def test_byte_by_byte_with_a_cut_every_few_bytes() -> None:
     parent = Parent({ONE: ModelLog().publish(*[2] * 30, size=50)}, 100)
-    child, draw = ChildStream({ONE: ModelLog()}), random.Random(5)
+    child, draw = Child({ONE: ModelLog()}), random.Random(5)
     for _ in range(5000):
         answer = parent.answer(child.follower)
         for byte in answer[: draw.randrange(200, 400)]:
@@ -238,7 +238,7 @@ def test_byte_by_byte_with_a_cut_every_few_bytes() -> None:
 def test_urgent_topics_wait_one_frame_of_a_long_batch() -> None:
     urgent = TopicPartition("urgent", 0)
     logs = {ONE: ModelLog().publish(1, size=5000), urgent: ModelLog().publish(1, 1)}
-    parent, child = Parent(logs, 500), ChildStream({key: ModelLog() for key in logs})
+    parent, child = Parent(logs, 500), Child({key: ModelLog() for key in logs})
     answer = parent.answer(child.follower)
     position = len(write_frame(Kind.HELLO, b"")) + downstream.HEADER.unpack_from(answer)[0]
     lines = []
@@ -246,7 +246,7 @@ def test_urgent_topics_wait_one_frame_of_a_long_batch() -> None:
         size, _, _, line, *_ = downstream.HEADER.unpack_from(answer, position)
         lines.append(line)
         position += downstream.HEADER.size + size
-    assert lines[:2] == [1, 0] or lines[0] == 1
+    assert lines[0] == 1
     assert lines.count(0) == -(-len(logs[ONE].data) // 500)
     child.receive(answer)
     assert {key: log.data for key, log in child.logs.items()} == {key: log.data for key, log in logs.items()}
@@ -255,10 +255,10 @@ def test_urgent_topics_wait_one_frame_of_a_long_batch() -> None:
 def test_a_byte_that_changed_on_the_way() -> None:
     """Every single one: nothing wrong is taken, and the next answer mends it."""
     parent = Parent({ONE: ModelLog().publish(2, 1, size=9)})
-    good = parent.answer(ChildStream({ONE: ModelLog()}).follower)
+    good = parent.answer(Child({ONE: ModelLog()}).follower)
     hello = len(write_frame(Kind.HELLO, b"")) + downstream.HEADER.unpack_from(good)[0]
     for position in range(hello + downstream.HEADER.size, len(good)):
-        child = ChildStream({ONE: ModelLog()})
+        child = Child({ONE: ModelLog()})
         answer = bytearray(parent.answer(child.follower))
         answer[position] ^= 0x10
         try:
@@ -286,7 +286,7 @@ def test_a_parent_with_another_past(common: int, more: int) -> None:
     one, other = ModelLog().publish(*[1] * common), ModelLog().publish(*[1] * common)
     one.publish(*[1] * (100 - common), salt="old")
     other.publish(*[1, 2] * 40, salt="new")
-    child, parent = ChildStream({ONE: one}), Parent({ONE: other})
+    child, parent = Child({ONE: one}), Parent({ONE: other})
     if other.end <= one.end:
         other.publish(*[1] * (one.end - other.end + more), salt="new")
     rounds = settle(parent, child)
@@ -304,7 +304,7 @@ def test_another_past_in_one_long_batch(before: list[int], gone: int) -> None:
     one, other = ModelLog().publish(*before).publish(100, salt="old"), ModelLog().publish(*before)
     other.publish(*[1] * 200, salt="new")
     start = sum(before[:gone])
-    child, parent = ChildStream({ONE: one}), Parent({ONE: other.removed(start)})
+    child, parent = Child({ONE: one}), Parent({ONE: other.removed(start)})
     settle(parent, child)
     assert child.logs[ONE].end == other.end
     assert [event.offset for event in child.events if isinstance(event, TruncateLog)] == [sum(before)]
@@ -315,7 +315,7 @@ def test_another_past_in_one_long_batch(before: list[int], gone: int) -> None:
 def test_a_parent_that_is_shorter(same: bool) -> None:
     one = ModelLog().publish(*[1] * 50)
     other = ModelLog().publish(*[1] * 20).publish(*[1] * 10, salt="" if same else "new")
-    child, parent = ChildStream({ONE: one}), Parent({ONE: other})
+    child, parent = Child({ONE: one}), Parent({ONE: other})
     settle(parent, child)
     if same:
         assert (child.state(ONE), child.logs[ONE].end) == ("behind", 50)
@@ -330,7 +330,7 @@ def test_a_parent_that_is_shorter(same: bool) -> None:
 
 def test_a_parent_that_begins_further_on() -> None:
     child, parent = (
-        ChildStream({ONE: ModelLog().publish(1, 1)}),
+        Child({ONE: ModelLog().publish(1, 1)}),
         Parent({ONE: ModelLog().publish(*[1] * 30).removed(20)}),
     )
     settle(parent, child)
@@ -340,14 +340,14 @@ def test_a_parent_that_begins_further_on() -> None:
 def test_a_parent_whose_past_is_another_one_and_gone() -> None:
     """No boundary is common: the child begins anew where the parent begins."""
     other = ModelLog().publish(*[1] * 60, salt="new").removed(30)
-    child, parent = ChildStream({ONE: ModelLog().publish(*[1] * 50)}), Parent({ONE: other})
+    child, parent = Child({ONE: ModelLog().publish(*[1] * 50)}), Parent({ONE: other})
     settle(parent, child)
     assert (child.logs[ONE].log_start, child.logs[ONE].data) == (30, other.data)
 
 
 def test_another_log_is_never_followed() -> None:
     one = ModelLog().publish(1, 1)
-    child, parent = ChildStream({ONE: one}), Parent({ONE: ModelLog("cd" * 16).publish(5, 5, 5)})
+    child, parent = Child({ONE: one}), Parent({ONE: ModelLog("cd" * 16).publish(5, 5, 5)})
     before = one.data
     settle(parent, child)
     assert (child.state(ONE), child.logs[ONE].data) == ("replaced", before)
@@ -355,7 +355,7 @@ def test_another_log_is_never_followed() -> None:
 
 
 def test_a_topic_that_is_not_carried_deletes_nothing() -> None:
-    child, parent = ChildStream({ONE: ModelLog().publish(1)}), Parent({})
+    child, parent = Child({ONE: ModelLog().publish(1)}), Parent({})
     settle(parent, child)
     assert (child.state(ONE), child.logs[ONE].end, child.follower.lacking) == ("not_carried", 1, True)
     assert [event.code for event in child.events if isinstance(event, StateChanged)] == ["NOT_CARRIED"]
@@ -372,7 +372,7 @@ def test_a_topic_that_is_not_carried_deletes_nothing() -> None:
     ],
 )
 def test_the_tree_has_a_direction(hello: Hello, why: str) -> None:
-    child = ChildStream({})
+    child = Child({})
     child.follower.poll()
     with pytest.raises(RemoteProtocolError, match=why):
         child.receive(write_frame(Kind.HELLO, msgspec.json.encode(hello)))
@@ -388,14 +388,14 @@ def test_frames_that_cannot_be() -> None:
         downstream.HEADER.pack(4, Kind.DATA, 0, 0, 0, 5, 0, 9) + b"data",
         downstream.HEADER.pack(4, Kind.DATA, downstream.Flags.CHAINED, 0, 1, 0, 0, 9) + b"data",
     ):
-        child = ChildStream({ONE: ModelLog()})
+        child = Child({ONE: ModelLog()})
         child.follower.poll()
         with pytest.raises(RemoteProtocolError):
             child.receive(data)
 
 
 def test_patterns() -> None:
-    follower = Follower(ME, "child", "l2", ["prices", "store-*"], ChildStream({}))
+    follower = Follower(ME, "child", "l2", ["prices", "store-*"], Child({}))
     assert [follower.wants(name) for name in ("prices", "store-7", "sales", "prices.dlq", "__own")] == [
         True, True, False, False, False,
     ]  # fmt: skip
@@ -439,7 +439,7 @@ def test_a_position_beyond_the_end_of_its_history() -> None:
 def test_a_log_whose_beginning_cannot_be_compared() -> None:
     """No boundary is known to be common, and there are none left to ask about: it begins anew."""
     one, other = ModelLog().publish(*[1] * 50, salt="old"), ModelLog().publish(*[1] * 60, salt="new")
-    child, parent = ChildStream({ONE: one}), Parent({ONE: other})
+    child, parent = Child({ONE: one}), Parent({ONE: other})
     whole = one.points
     one.points = lambda offsets: [point for point in whole(offsets) if point.offset >= 10]  # type: ignore[method-assign]
     assert settle(parent, child) < 10
@@ -450,7 +450,7 @@ def test_what_lies_before_the_parents_log_is_not_lost() -> None:
     one, other = ModelLog().publish(*[1] * 130), ModelLog().publish(*[1] * 130)
     one.publish(*[1] * 70, salt="old")
     other.publish(*[1] * 100, salt="new").removed(100)
-    child, parent = ChildStream({ONE: one}), Parent({ONE: other})
+    child, parent = Child({ONE: one}), Parent({ONE: other})
     settle(parent, child)
     assert [event.offset for event in child.events if isinstance(event, TruncateLog)] == [130]
     assert (child.logs[ONE].log_start, child.logs[ONE].end) == (0, 230)
@@ -475,7 +475,7 @@ def test_topics_that_cannot_be(topic: dict[str, object]) -> None:
     good = {"name": "t", "settings": {}, "partitions": [[LOG_ID, UP, [[1, 0]], 0, 0, [-1, -1]]], "digest": 1}
     for changes, refused in ((topic, True), ({}, False)):
         hello = {"uid": UP, "name": "up", "level": "root", "path": [], "topics": [{**good, **changes}]}
-        child = ChildStream({})
+        child = Child({})
         child.follower.poll()
         frame = write_frame(Kind.HELLO, msgspec.json.encode(hello))
         if refused:
