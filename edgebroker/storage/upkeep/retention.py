@@ -53,17 +53,20 @@ def plan(
     """
     for rank, facts in enumerate(logs):
         gone = _over_limits(facts, defaults, now_ms)
+        in_time = len(gone)
         if wanted > 0:
-            early = _passed_by_all(facts, len(gone), wanted)
-            wanted -= sum(segment.size for segment in early)
-            gone += early
+            gone += _passed_by_all(facts, in_time, wanted)
+        pin = facts.pin() if gone else None
+        if pin is not None:
+            gone = [segment for segment in gone if segment.end_offset <= pin]
+        wanted -= sum(segment.size for segment in gone[in_time:])
         if gone and facts.segments[len(gone)].base_chain != UNKNOWN_CHAIN:
             return rank, gone
     return None
 
 
 def _over_limits(facts: RetentionFacts[S], defaults: HousekeepingSettings, now_ms: int) -> list[S]:
-    """Beyond the limits of size and age, and not held."""
+    """Beyond the limits of size and age, and before the newest snapshot."""
     keep_bytes = facts.settings.retention_bytes or defaults.retention_bytes
     keep_ms = (facts.settings.retention_ms or defaults.retention_ms) if now_ms else 0
     if not (keep_bytes or keep_ms):
@@ -77,8 +80,7 @@ def _over_limits(facts: RetentionFacts[S], defaults: HousekeepingSettings, now_m
             break
         gone.append(segment)
         left -= segment.size
-    pin = facts.pin() if gone else None
-    return gone if pin is None else [segment for segment in gone if segment.end_offset <= pin]
+    return gone
 
 
 def _passed_by_all(facts: RetentionFacts[S], first: int, wanted: int) -> list[S]:

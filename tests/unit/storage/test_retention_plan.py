@@ -94,6 +94,9 @@ CASES = [
     Case("the disk wants space: no more than that", 1, wanted=100, floor=50),
     Case("the disk wants space: a part is a whole segment", 2, wanted=101, floor=50),
     Case("the disk wants space: the snapshot stays", 1, wanted=1000, floor=50, snapshot=15),
+    Case("the disk wants space: the pin stays", 1, wanted=1000, floor=50, pin=19),
+    Case("the disk wants space: a pin at the start", None, wanted=1000, floor=50, pin=0),
+    Case("the disk wants space: the pin stays beyond the limits", 1, wanted=1000, floor=50, bytes=300, pin=10),
     Case("the disk wants space beyond the limits", 3, wanted=100, floor=50, bytes=300),
     Case("the log cannot start at an unknown chain", None, bytes=300, unknown=(2,)),
     Case("an unknown chain within what goes", 3, bytes=200, unknown=(1, 2)),
@@ -122,7 +125,7 @@ def test_one_log_at_a_time_and_the_space_is_counted_once() -> None:
         (Case("nothing to remove", None), []),
         (Case("over a limit", None, bytes=300), ["pin"]),
         (Case("the disk wants space", None, wanted=1), ["floor"]),
-        (Case("both", None, wanted=1, bytes=300), ["pin", "floor"]),
+        (Case("both", None, wanted=1, bytes=300), ["floor", "pin"]),
     ],
     ids=lambda each: each.name if isinstance(each, Case) else "",
 )
@@ -136,7 +139,9 @@ def slow_plan(logs: list[RetentionFacts[Any]], node: HousekeepingSettings, now_m
     """For each number of segments the whole condition again."""
 
     def held(facts: RetentionFacts[Any], segment: Piece) -> bool:
-        return facts.snapshot >= 0 and segment.end_offset > facts.snapshot
+        pin = facts.pin()
+        pinned = pin is not None and segment.end_offset > pin
+        return pinned or (facts.snapshot >= 0 and segment.end_offset > facts.snapshot)
 
     def over(facts: RetentionFacts[Any], rank: int) -> bool:
         segment = facts.segments[rank]
@@ -144,9 +149,7 @@ def slow_plan(logs: list[RetentionFacts[Any]], node: HousekeepingSettings, now_m
         keep_ms = facts.settings.retention_ms or node.retention_ms
         stays = sum(one.size for one in facts.segments[rank + 1 :])
         old = bool(now_ms and keep_ms and segment.sealed_ms) and now_ms - segment.sealed_ms >= keep_ms
-        pin = facts.pin()
-        pinned = pin is not None and segment.end_offset > pin
-        return ((bool(keep_bytes) and stays >= keep_bytes) or old) and not held(facts, segment) and not pinned
+        return ((bool(keep_bytes) and stays >= keep_bytes) or old) and not held(facts, segment)
 
     def early(facts: RetentionFacts[Any], begin: int, rank: int, wanted: int) -> bool:
         segment, floor = facts.segments[rank], facts.floor()
