@@ -37,7 +37,6 @@ class Quarantine:
     def __init__(self, path: Path, clock: Clock) -> None:
         self._path, self._clock = path, clock
         self.ranges = 0
-        self.bytes = 0
 
     def keep(self, name: str, segment: Path, fd: int, start: int, end: int, reason: str) -> int:
         """Copy [start, end) of a segment file aside, at most 16 MiB of it; the bytes that are safe there.
@@ -53,7 +52,6 @@ class Quarantine:
         try:
             if kept and not (self._path / file).exists():
                 files.write_durable(self._path / file, files.read_at(fd, wanted, start))
-                self.bytes += kept
             with (self._path / "ranges.jsonl").open("ab") as notes:
                 notes.write(msgspec.json.encode(note) + b"\n")
         except OSError as error:

@@ -427,7 +427,8 @@ class SegmentStore:
         return self._housekeeping.disk()
 
     def status(self) -> EngineStatus:
-        committer, housekeeping, disk = self._committer, self._housekeeping, self._housekeeping.disk()
+        committer, housekeeping = self._committer, self._housekeeping
+        disk = housekeeping.disk() or DiskState(0, 0, 0, 0)
         return EngineStatus(
             engine="segment",
             commit_groups=committer.groups,
@@ -439,10 +440,10 @@ class SegmentStore:
             cold_reads=self._reader.jobs,
             read_timeouts=self._reader.timeouts,
             quarantined_ranges=self._quarantine.ranges,
-            disk_free_bytes=disk.free if disk is not None else 0,
-            disk_bytes=disk.size if disk is not None else 0,
-            disk_usable_bytes=disk.usable if disk is not None else 0,
-            log_bytes=disk.used if disk is not None else 0,
+            disk_free_bytes=disk.free,
+            disk_bytes=disk.size,
+            disk_usable_bytes=disk.usable,
+            log_bytes=disk.used,
             removed_segments=housekeeping.removed_segments,
             verified_bytes=self._scrub.verified_bytes,
             unverified_segments=housekeeping.unverified_segments,

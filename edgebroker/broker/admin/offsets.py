@@ -90,7 +90,8 @@ class GroupOperations:
         except RefusedError as error:
             done(error.outcome, str(error))
             return
-        for log, one in zip(logs, gather(len(logs), done), strict=True):
+        one = gather(len(logs), done)
+        for log in logs:
             self._refreshes.begin(group, log, one)
 
     def accept_loss(self, topic: str, lost: list[Log], accepted: Callable[[Log], None], done: Done) -> None:
@@ -153,12 +154,13 @@ class GroupOperations:
             else:
                 done([], outcome, why)
 
-        def note(log: Log, one: Done, offset: int, error: str) -> None:
+        def note(log: Log, offset: int, error: str) -> None:
             found[log] = offset
             one(Outcome.STORAGE_TIMEOUT if error else Outcome.OK, f"{log.name}: {error}" if error else "")
 
-        for log, one in zip(logs, gather(len(logs), looked_up), strict=True):
-            self._engine.offset_at_time(log, int(request.to[1:]), partial(note, log, one))
+        one = gather(len(logs), looked_up)
+        for log in logs:
+            self._engine.offset_at_time(log, int(request.to[1:]), partial(note, log))
 
     def _apply(self, group: Group, found: dict[Log, int], dry_run: bool, done: Moved) -> None:
         try:

@@ -118,7 +118,8 @@ class TableSnapshots:
             if outcome is not Outcome.OK:
                 done(outcome, message)
                 return
-            for partition, noted in zip(snapshot.logs, gather(len(snapshot.logs), all_noted), strict=True):
+            noted = gather(len(snapshot.logs), all_noted)
+            for partition in snapshot.logs:
                 first, end = snapshot.begins[partition], snapshot.ends[partition]
                 self._engine.complete_snapshot(partition, first, end, noted)
 

@@ -284,23 +284,23 @@ class Mirrors:
             done(outcome, message)
             self._flow.again("a log was recreated")
 
-        def recreated(one: Done, partition: Log, log_id: str, outcome: Outcome, message: str) -> None:
+        one = gather(len(lines), all_done)
+
+        def recreated(partition: Log, log_id: str, outcome: Outcome, message: str) -> None:
             self._flow.done()
             self.follow(partition)
             if outcome is Outcome.OK:
                 self._hooks.recreated(partition, partition.identity.log_id != log_id)
             one(outcome, message)
 
-        for line, one in zip(lines, gather(len(lines), all_done), strict=True):
+        for line in lines:
             found = self._engine.log(*line.key)
             assert found is not None
             line.state = "moving"
             self._flow.begin()
             self._metrics.logs_recreated += 1
             taken = identity_of(info, info.partitions[line.key.partition])
-            self._engine.recreate(
-                found, partial(_replace_by, taken), partial(recreated, one, found, found.identity.log_id)
-            )
+            self._engine.recreate(found, partial(_replace_by, taken), partial(recreated, found, found.identity.log_id))
 
     # ---- when the logs are not the same ----
 

@@ -182,7 +182,8 @@ class Resyncs:
             )
             self._remember(lambda error: done(outcome, message))
 
-        for partition, one in zip(logs, gather(len(logs), begun), strict=True):
+        one = gather(len(logs), begun)
+        for partition in logs:
             self._refreshes.begin(group, partition, one)
 
     def abort(self, resync_id: str, done: Done) -> None:

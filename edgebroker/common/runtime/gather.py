@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from edgebroker.common.outcome import Done, Outcome
 
 
-def gather(count: int, done: Done) -> Sequence[Done]:
-    """As many callbacks as there are things to wait for; when all were called, `done` gets the first failure, else OK.
-    With a count of 0 it is called at once."""
+def gather(count: int, done: Done) -> Done:
+    """A callback for each of the things to wait for; after `count` calls `done` gets the first failure, else OK. With a
+    count of 0 it is called at once."""
     failures: list[tuple[Outcome, str]] = []
     left = count
 
@@ -23,4 +21,4 @@ def gather(count: int, done: Done) -> Sequence[Done]:
 
     if not count:
         done(Outcome.OK, "")
-    return [one] * count
+    return one

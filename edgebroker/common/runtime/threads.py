@@ -32,11 +32,6 @@ class Worker:
         self._jobs.append(job)
         self._ready.release()
 
-    @property
-    def backlog(self) -> int:
-        """Jobs that have not begun."""
-        return len(self._jobs)
-
     def stop(self, timeout: float) -> bool:
         """Run what was submitted, then end the thread. False when it did not end within `timeout` seconds."""
         self._jobs.append(None)

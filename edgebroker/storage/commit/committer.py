@@ -99,10 +99,6 @@ class Committer:
         return self._group.seconds_in_flight > STALLED_SECONDS
 
     @property
-    def seconds_in_flight(self) -> float:
-        return self._group.seconds_in_flight
-
-    @property
     def stored(self) -> bool:
         """True when everything that was published is durable; closures (measuring the disk) may be under way."""
         return not (self._dirty or self._unsynced or self._in_flight)

@@ -175,8 +175,8 @@ class Lookup:
             max_epoch=self.identity.epoch,
         )
 
-    def take_index(self, segment: Segment, index: SealedIndex, verified_end: int) -> None:
-        """An index was loaded or rebuilt for a segment, and (perhaps) its bytes verified up to a position."""
+    def take_index(self, segment: Segment, index: SealedIndex) -> None:
+        """An index was loaded or rebuilt for a segment."""
         if index.size == segment.size and segment is not self.active:
             segment.adopt(index)
         elif segment.points_from:
@@ -184,8 +184,6 @@ class Lookup:
             newer = segscan.points_from(segment.points or b"", index.size)
             points = bytearray(index.points) + newer
             segment.points, segment.points_from = points if segment is self.active else bytes(points), 0
-        if verified_end >= segment.unverified_end:
-            segment.unverified_end = 0
 
     def verified(self, segment: Segment, size: int, chain: int) -> None:
         """All of a segment was found good: it ends at `size` (what follows was never acknowledged) with this chain."""

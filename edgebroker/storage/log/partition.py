@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage.log import corrupt_ranges, segscan
-from edgebroker.storage.log.corrupt_ranges import RepairResult, RepairTarget
 from edgebroker.storage.log.index import INTERVAL_BYTES, POINT_BYTES, granularity_ms
 from edgebroker.storage.log.lookup import Lookup
 from edgebroker.storage.log.recovery import RecoveredLog
@@ -85,7 +84,8 @@ class PartitionLog(Lookup):
         self.checkpointed = -1
         # Cache of Ages.live_from: (time to live, first offset that is within it, when).
         self.live = (0, 0, 0.0)
-        self.producer_state_at = recovered.next_offset
+        # When the producer windows were noted last, and bytes_in then.
+        self.windows_noted = (0.0, 0)
         self.records_in = self.bytes_in = 0
         self.active.born = born
 
@@ -104,6 +104,11 @@ class PartitionLog(Lookup):
     @property
     def size_bytes(self) -> int:
         return sum(segment.size for segment in self.segments)
+
+    @property
+    def quiet(self) -> bool:
+        """Everything is stored, and nothing changes the files."""
+        return not (self.rewriting or self.rolling) and self.staged_end == self.durable_end
 
     # ---- writing: driven by the committer ----
 
@@ -253,14 +258,6 @@ class PartitionLog(Lookup):
     def to_repair(self) -> tuple[int, int]:
         """The offsets [first, next) to be fetched first: the first corrupt range, as far as one segment goes."""
         return corrupt_ranges.to_repair(self)
-
-    def repair_target(self) -> RepairTarget | None:
-        """The first corrupt range; None when there is none, or when it is in the active segment."""
-        return corrupt_ranges.repair_target(self)
-
-    def repaired(self, target: RepairTarget, result: RepairResult, wall_ms: int) -> list[Segment]:
-        """Files with good bytes replaced a damaged or missing one; the segments that are gone."""
-        return corrupt_ranges.take_repaired(self, target, result, wall_ms)
 
     # ---- what the engine tells ----
 

@@ -91,7 +91,7 @@ class Removal:
 
     def _when_quiet(self, name: str, logs: list[PartitionLog], done: Done) -> None:
         """What was staged before is stored, as its producers were promised; then the files are not touched any more."""
-        if any(one.staged_end != one.durable_end or one.rolling or one.rewriting for one in logs):
+        if not all(one.quiet for one in logs):
             self._scheduler.call_later(WAIT_SECONDS, lambda: self._when_quiet(name, logs, done))
             return
         for partition in logs:

@@ -83,9 +83,7 @@ class TopicReplacement:
 
     def quiet(self, name: str) -> bool:
         """Is everything of a topic stored, and nothing of it being rewritten?"""
-        return not any(
-            one.staged_end != one.durable_end or one.rolling or one.rewriting for one in self._topics.get(name, [])
-        )
+        return all(one.quiet for one in self._topics.get(name, []))
 
     def remember(self, rows: list[ResyncRow], done: Callable[[str], None]) -> None:
         """Store which resyncs there are: done("") once that is durable, done(why) when it is not."""

@@ -1,9 +1,10 @@
 """Changing what a log already holds: truncate it, recreate it, repair a corrupt range.
 
-    checkpoint withdrawn, durably -> files rewritten on the commit thread -> state taken over -> listener, done
+    truncate, recreate   checkpoint withdrawn, durably -> files changed on the commit thread -> state taken over -> done
+    repair               good bytes put in place on the commit thread -> state taken over -> stored -> done
 
-One rewrite of a log at a time; `rewriting` keeps everything else off its files meanwhile. A log with staged records is
-not rewritten: the caller tries again.
+One of them at a time for a log; `rewriting` keeps everything else off its files meanwhile. A log with staged records is
+not truncated or recreated: the caller tries again. A repair changes sealed segments only.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from edgebroker.common.runtime.clock import Clock
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.engine import EngineListener
 from edgebroker.storage.identity import read_identity
-from edgebroker.storage.log.corrupt_ranges import RepairResult
+from edgebroker.storage.log.corrupt_ranges import RepairResult, repair_target, take_repaired
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.metadata.metadata import Metadata
@@ -70,7 +71,7 @@ class Rewriter:
         self._rewrite(partition, work, done)
 
     def _rewrite(self, partition: PartitionLog, work: Work, done: Done) -> None:
-        if partition.rewriting or partition.rolling or partition.staged_end != partition.durable_end:
+        if not partition.quiet:
             done(Outcome.OVERLOADED, f"{partition.name}: something else is being stored; try again in a moment")
             return
         partition.rewriting = partition.rolling = True
@@ -82,7 +83,7 @@ class Rewriter:
                 return
             for segment in partition.rewritten(*result):
                 segment.retire()
-                self._checkpoints.segment_removed(partition, segment)
+                self._checkpoints.forget_segment(partition, segment)
             self._checkpoints.corrupt_ranges_changed(partition)
             self._checkpoints.checkpoint(partition)
             self._listener.on_rewritten(partition)
@@ -95,7 +96,7 @@ class Rewriter:
 
     def repair(self, partition: PartitionLog, data: bytes, done: Callable[[int, str], None]) -> None:
         """Put verified batches into the first corrupt range; one in the active segment waits until that is sealed."""
-        target = partition.repair_target()
+        target = repair_target(partition)
         if target is None or partition.rewriting:
             done(-1, f"{partition.name}: the corrupt range is in the active segment; try again in a moment")
             self._committer.seal(partition)
@@ -113,10 +114,10 @@ class Rewriter:
                 self._listener.on_rewritten(partition)
                 done(-1, str(result))
                 return
-            for segment in partition.repaired(target, result, self._clock.wall_ms()):
+            for segment in take_repaired(partition, target, result, self._clock.wall_ms()):
                 segment.retire()
             for segment in {partition.segment_of(result.base), partition.segment_of(target.base)}:
-                self._checkpoints.segment(partition, segment)
+                self._checkpoints.note_segment(partition, segment)
                 self._scrub.verify(partition, segment)
             self._checkpoints.corrupt_ranges_changed(partition)
             self._listener.on_rewritten(partition)

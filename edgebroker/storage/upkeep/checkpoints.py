@@ -21,8 +21,6 @@ class Checkpoints:
 
     def __init__(self, scheduler: Scheduler, metadata: Metadata) -> None:
         self._scheduler, self._metadata = scheduler, metadata
-        # When the producer window of a log was noted last, and how many bytes had come by then.
-        self._windows_at: dict[PartitionLog, tuple[float, int]] = {}
 
     def checkpoint(self, partition: PartitionLog) -> None:
         """The durable end moved: note it, with the producer window when that is due."""
@@ -32,7 +30,7 @@ class Checkpoints:
         self._metadata.changes.checkpoints[key] = partition.checkpoint()
         partition.checkpointed = partition.durable_end
         if partition.stage.producer_count:
-            since, bytes_in = self._windows_at.get(partition, (0.0, 0))
+            since, bytes_in = partition.windows_noted
             late = self._scheduler.now() - since > PRODUCER_STATE_SECONDS
             if late or partition.bytes_in - bytes_in > PRODUCER_STATE_BYTES:
                 self.store_window(partition)
@@ -41,20 +39,15 @@ class Checkpoints:
     def store_window(self, partition: PartitionLog) -> None:
         """Note what is remembered of each producer: with it a restart recognises duplicates."""
         now = self._scheduler.now()
-        self._windows_at[partition] = (now, partition.bytes_in)
+        partition.windows_noted = (now, partition.bytes_in)
         below = partition.durable_end
         producers = [
             (producer, epoch, now - seen, entries) for producer, epoch, seen, entries in partition.stage.dump(below)
         ]
         self._metadata.changes.windows[partition.topic, partition.partition] = Windows(below, producers)
 
-    def sealed(self, partition: PartitionLog, segment: Segment) -> None:
-        """A segment was sealed: note what it is, so that a restart need not read its index."""
-        self.segment(partition, segment)
-        self._metadata.touch()
-
-    def segment(self, partition: PartitionLog, segment: Segment) -> None:
-        """Note what a sealed segment is now; with what changes next."""
+    def note_segment(self, partition: PartitionLog, segment: Segment) -> None:
+        """Note what a sealed segment is now, so that a restart need not read its index."""
         self._metadata.changes.segments[partition.topic, partition.partition, segment.base] = SegmentRow(
             segment.end_offset,
             segment.size,
@@ -63,8 +56,9 @@ class Checkpoints:
             segment.max_timestamp,
             segment.sealed_ms,
         )
+        self._metadata.touch()
 
-    def segment_removed(self, partition: PartitionLog, segment: Segment) -> None:
+    def forget_segment(self, partition: PartitionLog, segment: Segment) -> None:
         """Forget a segment; with what changes next."""
         self._metadata.changes.segments[partition.topic, partition.partition, segment.base] = None
 

@@ -46,7 +46,7 @@ class ColdReads:
 
         def answer(result: SegmentRead) -> None:
             if result.index is not None and not segment.retired:
-                log.take_index(segment, result.index, -1)
+                log.take_index(segment, result.index)
                 if segment is not log.active:
                     self._open_files.index_loaded(segment)
             if result.corrupt is not None and segment.retired:

@@ -152,7 +152,7 @@ class Housekeeping:
             self._open_files.index_loaded(segment)
             self._open_files.opened(segment)
             if segment.base_chain != UNKNOWN_CHAIN:
-                self._checkpoints.sealed(partition, segment)
+                self._checkpoints.note_segment(partition, segment)
 
     def stored(self, size: int) -> None:
         """A fast disk takes more between two ticks than a small one has left: measure as soon as that may be gone."""
@@ -240,7 +240,7 @@ class Housekeeping:
                 partition.segments.remove(segment)
                 self._open_files.forget(segment)
                 segment.retire()
-                self._checkpoints.segment_removed(partition, segment)
+                self._checkpoints.forget_segment(partition, segment)
             partition.corrupt_ranges = [
                 corrupt for corrupt in partition.corrupt_ranges if corrupt.next > result.log_start
             ]

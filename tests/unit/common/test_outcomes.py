@@ -35,19 +35,22 @@ def test_codes_that_stand_for_one_outcome_only_come_back_as_it() -> None:
 
 def test_gather_tells_the_first_failure_when_all_are_through() -> None:
     told: list[tuple[Outcome, str]] = []
-    one, two, three = gather(3, lambda outcome, why: told.append((outcome, why)))
-    three(Outcome.DISK_FULL, "no space")
+    one = gather(3, lambda outcome, why: told.append((outcome, why)))
+    one(Outcome.DISK_FULL, "no space")
     one(Outcome.OK, "")
     assert not told
-    two(Outcome.READ_ONLY, "it failed")
+    one(Outcome.READ_ONLY, "it failed")
     assert told == [(Outcome.DISK_FULL, "no space")]
 
 
 def test_gather_of_nothing_and_of_what_goes_well() -> None:
     told: list[Outcome] = []
-    assert not gather(0, lambda outcome, why: told.append(outcome))
-    for done in gather(2, lambda outcome, why: told.append(outcome)):
-        done(Outcome.OK, "")
+    gather(0, lambda outcome, why: told.append(outcome))
+    assert told == [Outcome.OK]
+    one = gather(2, lambda outcome, why: told.append(outcome))
+    one(Outcome.OK, "")
+    assert told == [Outcome.OK]
+    one(Outcome.OK, "")
     assert told == [Outcome.OK, Outcome.OK]
 
 
