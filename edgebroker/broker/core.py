@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from edgebroker.broker.delivery.dead_letters import DeadLetters
 from edgebroker.broker.delivery.groups import Groups
@@ -22,8 +22,7 @@ from edgebroker.common.types import TopicSettings
 from edgebroker.storage.engine import Engine
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Core:
+class Core(msgspec.Struct, frozen=True, kw_only=True):
     """Owned by the loop thread."""
 
     engine: Engine

@@ -8,7 +8,6 @@ from edgebroker.common.config import Config
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Engine
-from edgebroker.storage.memory import MemoryEngine
 from edgebroker.storage.settings import HousekeepingSettings, StoreSettings
 from edgebroker.storage.store import SegmentStore
 
@@ -17,6 +16,9 @@ def make_engine(config: Config, scheduler: Scheduler, clock: Clock) -> Engine:
     """The engine of a node, not opened yet. Raises what DataDirectory refuses."""
     if config.storage.engine == "segment":
         return SegmentStore(Path(config.node.data_dir), scheduler, clock, store_settings(config))
+    # Few nodes have it: the others need not load it.
+    from edgebroker.storage.memory import MemoryEngine
+
     limits = config.limits
     return MemoryEngine(
         scheduler,

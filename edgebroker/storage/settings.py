@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HousekeepingSettings:
+class HousekeepingSettings(msgspec.Struct, frozen=True, kw_only=True):
     """0 means no limit; the free watermarks of -1 mean the default shares."""
 
     retention_bytes: int
@@ -18,8 +17,7 @@ class HousekeepingSettings:
     scrub_bytes_per_second: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreSettings:
+class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Limits in bytes and seconds; `window` is the batches remembered per producer and partition."""
 
     level: str

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Annotated, Literal, NamedTuple, Protocol
 
 import msgspec
@@ -79,8 +78,7 @@ Found = FileSlice | Inline | NeedsDisk | CorruptRange | None
 """The answer of Log.find(); None: the reader has everything that is durable."""
 
 
-@dataclass(slots=True)
-class ColdRead:
+class ColdRead(msgspec.Struct):
     """The answer of read_cold(): whole verified batches, from the one that holds the wanted offset on.
 
     `corrupt` is set when the wanted offset is in a corrupt range; `error` when the disk refused, or when the timeout

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+
+import msgspec
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.digests import Digests
@@ -20,8 +21,7 @@ from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.io.loop import Loop
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdminContext:
+class AdminContext(msgspec.Struct, frozen=True, kw_only=True):
     """Owned by the loop thread. `problems` are the node's own, without a missing parent."""
 
     core: Core

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from edgebroker.broker.admin.context import AdminContext
-from edgebroker.broker.fleet.registrar import PinRequest, Registrar
 from edgebroker.broker.mirror.resync import ResyncStatus
 from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
@@ -13,11 +14,20 @@ from edgebroker.network.http.router import Call
 from edgebroker.network.http.server import Response
 from edgebroker.pipe.report import Question, ResyncDirective
 
+if TYPE_CHECKING:
+    from edgebroker.broker.fleet.registrar import Registrar
+
 
 class ResyncList(msgspec.Struct):
     """The resyncs of this node, the newest last."""
 
     resyncs: list[ResyncStatus]
+
+
+class PinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of PUT /v1/registry/NODE/pins: the parents of a node, by name or uid, the best first; none: no pins."""
+
+    parents: list[str]
 
 
 class FleetAdmin:

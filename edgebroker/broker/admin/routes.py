@@ -6,14 +6,13 @@ from typing import Any
 
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
-from edgebroker.broker.admin.fleet import FleetAdmin, ResyncList
+from edgebroker.broker.admin.fleet import FleetAdmin, PinRequest, ResyncList
 from edgebroker.broker.admin.groups import ClientList, GroupAdmin, GroupList, GroupStatus, OffsetChanges
 from edgebroker.broker.admin.node import Alive, Backup, NodeAdmin, NodeReport, PipeStatus, PromoteRequest, Repaired
 from edgebroker.broker.admin.offsets import GroupOperations, MoveRequest, RefreshRequest
 from edgebroker.broker.admin.topics import NewTopic, SnapshotBegun, SnapshotRequest, TopicAdmin, TopicList, TopicStatus
 from edgebroker.broker.feed.digests import DigestAnswer
 from edgebroker.broker.feed.ranges import RangeRequest
-from edgebroker.broker.fleet.registrar import PinRequest
 from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
 from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.observe.health import Verdict

@@ -35,12 +35,6 @@ LOST_SECONDS = 3600.0
 TELL_AGAIN_SECONDS, LONGEST_TELL_AGAIN_SECONDS = 60.0, 3600.0
 
 
-class PinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of PUT /v1/registry/NODE/pins: the parents of a node, by name or uid, the best first; none: no pins."""
-
-    parents: list[str]
-
-
 class Registrar:
     """Owned by the loop thread. `itself` makes the report of the node that keeps the registry."""
 

@@ -11,11 +11,11 @@ import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.fleet.inbox import Inbox
-from edgebroker.broker.fleet.registrar import Registrar
 from edgebroker.broker.fleet.reports import NodeIdentity, NodeStatus, ParentLink, Reporter
 from edgebroker.broker.fleet.view import Decisions, FleetView
 from edgebroker.broker.mirror.discovery import Discovery
@@ -27,7 +27,9 @@ from edgebroker.network.http.call import HttpCall, OnResponse
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet, FleetMember
 from edgebroker.pipe.report import Directive, Report, ResyncDirective, digest_of_logs
-from edgebroker.storage.metadata.registry import RegistryStore
+
+if TYPE_CHECKING:
+    from edgebroker.broker.fleet.registrar import Registrar
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +68,10 @@ class Tree:
         self.inbox = Inbox(loop, clock, core.metrics, self.fleet, downstream, self._heard)
         self.registrar: Registrar | None = None
         if config.registry.enabled:
+            # One node of a tree keeps it: the others need not load it.
+            from edgebroker.broker.fleet.registrar import Registrar
+            from edgebroker.storage.metadata.registry import RegistryStore
+
             store = RegistryStore(Path(config.node.data_dir), loop, clock)
             self.registrar = Registrar(loop, clock, self.inbox, store, self.report)
         self.view = FleetView(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 from edgebroker.common.config import Config
 from edgebroker.common.types import TopicSettings
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SessionLimits:
+class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     """Sizes in bytes, times in milliseconds."""
 
     heartbeat_ms: int

@@ -5,8 +5,9 @@ and the disk counts as stalled until the thread answers again.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+
+import msgspec
 
 from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.common.errors import CorruptBatchError
@@ -21,8 +22,7 @@ from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.types import UNKNOWN_CHAIN, ColdRead, CorruptRange
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentView:
+class SegmentView(msgspec.Struct, frozen=True):
     """What the reader thread may know of a segment, copied on the loop so that nothing is shared."""
 
     name: str
@@ -40,7 +40,6 @@ class SegmentView:
     max_epoch: int
 
 
-@dataclass(slots=True)
 class SegmentRead(ColdRead):
     """A cold read with what only the store needs: `fd`, an open descriptor of the segment for the receiver of the
     answer, and `index`, when it was loaded or rebuilt on the way."""
