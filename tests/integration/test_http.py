@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import socket
 import stat
+import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ import pytest
 
 from edgebroker.cli.admin_client import call
 from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.network.http import server as http_server
 from edgebroker.version import __version__
 from tests.kit.brokers import SECONDS, RunningBroker, batch_of, numbered, running
+from tests.kit.waiting import wait_for
 
 
 @pytest.fixture(scope="module")
@@ -326,3 +330,70 @@ def test_a_poll_of_the_pipe_that_is_nested_too_deeply(broker: RunningBroker) -> 
     with Raw(broker) as raw:
         raw.send(b"POST /v1/pipe HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         assert raw.response()[0] == 400
+
+
+def connections(broker: RunningBroker) -> list[Any]:
+    return list(broker.broker._http.connections)
+
+
+def test_pipelined_requests_take_their_turns(broker: RunningBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, seen = broker.broker._http, list[int]()
+    handler = server.handler
+
+    def handle(request: Any, reply: Any) -> None:
+        seen.append(broker.broker.loop.iterations)
+        handler(request, reply)
+
+    monkeypatch.setattr(server, "handler", handle)
+    with Raw(broker) as raw:
+        raw.send(GET * 300)
+        assert [raw.response()[0] for _ in range(300)] == [200] * 300
+    assert max(Counter(seen).values()) <= 2, "one as it comes, one more at the end of that iteration"
+
+
+def test_a_body_in_tiny_chunks_is_read_in_several_iterations(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_server, "MAX_EVENTS", 10)
+    body = b'{"name": "chunked"}' + b" " * 200
+    with Raw(broker) as raw:
+        raw.send(b"POST /v1/topics HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        before = broker.broker.loop.iterations
+        raw.send(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n" + GET)
+        assert [raw.response()[0] for _ in range(2)] == [201, 200]
+    assert broker.broker.loop.iterations - before >= len(body) // 10
+
+
+def test_what_comes_while_a_request_is_answered_stays_with_the_peer(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server, held = broker.broker._http, list[Any]()
+    handler = server.handler
+    monkeypatch.setattr(server, "handler", lambda request, reply: held.append((request, reply)))
+    requests, padded = 3000, GET[:-2] + b"X: " + b"x" * 8000 + b"\r\n\r\n"
+    with Raw(broker) as raw:
+        sender = threading.Thread(target=lambda: raw.send(padded * requests))
+        sender.start()
+        wait_for(lambda: any(one.transport.paused for one in broker.call(lambda: connections(broker))), "it waits")
+        one = next(one for one in broker.call(lambda: connections(broker)) if one.transport.paused)
+        assert len(one._early) <= http_server.MAX_BODY_BYTES * 2
+        assert sender.is_alive(), "the peer cannot send everything"
+        monkeypatch.setattr(server, "handler", handler)
+        (request, reply), *others = held
+        assert not others
+        broker.call(lambda: handler(request, reply))
+        assert all(raw.response()[0] == 200 for _ in range(requests))
+        sender.join()
+
+
+def test_answers_that_the_peer_does_not_take_are_not_made(broker: RunningBroker) -> None:
+    broker.create("wide", partitions=300)
+    ask = b"GET /v1/topics/wide HTTP/1.1\r\nHost: x\r\n\r\n"
+    with Raw(broker) as raw:
+        raw.send(ask * 200)
+        wait_for(lambda: any(one.transport.backlog for one in broker.call(lambda: connections(broker))), "it is full")
+        size = len(json.dumps(broker.http("GET", "/v1/topics/wide")[1]))
+        for _ in range(50):
+            backlogs = broker.call(lambda: [one.transport.backlog for one in connections(broker)])
+            assert max(backlogs) < 2 * size
+        assert all(raw.response()[0] == 200 for _ in range(200))

@@ -1,8 +1,10 @@
 """HTTP/1.1 on the loop, by h11: small requests, small JSON answers, on a TCP port and on a unix socket.
 
-h11 is imported with the first connection. Limits: head 16 KiB (h11's own), body 64 KiB (or as said for a path), one
-request at a time for a connection, 75 s idle, 256 connections besides those that are being streamed to. A streamed
-answer goes on for as long as its source has something to say; each piece is a chunk, and may be stored bytes.
+h11 is imported with the first connection. Limits: head 16 KiB (h11's own), body 64 KiB (or as said for a path), 75 s
+idle, 256 connections besides those that are being streamed to. The requests of a connection are handled one after the
+other, each in its loop iteration; what a peer sends before it has taken their answers waits: 64 KiB here, the rest with
+the peer. A streamed answer goes on for as long as its source has something to say; each piece is a chunk, and may be
+stored bytes.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ MAX_CONNECTIONS = 256
 IDLE_SECONDS = 75.0
 SWEEP_SECONDS = 5.0
 STUCK_SECONDS = 60.0
+# Pieces of requests that a connection may bring in one loop iteration: a body may come in chunks of a byte.
+MAX_EVENTS = 500
 
 
 class Request(NamedTuple):
@@ -195,27 +199,35 @@ class HttpConnection:
         self._server, self._h11 = server, h11
         self._protocol = h11.Connection(h11.SERVER, max_incomplete_event_size=16 << 10)
         self._request: h11.Request | None = None
-        self._body = bytearray()
-        self._early_bytes, self._limit = 0, MAX_BODY_BYTES
+        self._body, self._limit = bytearray(), MAX_BODY_BYTES
+        # A request is answered before what follows it is read; that waits here.
+        self._reading, self._answering = True, False
+        self._early = bytearray()
         self.stream: Streamed | None = None
         self.transport = Transport(server.loop, channel, server.buffer, self, peer)
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
-        if self.stream is not None:
-            self._early_bytes += received
-            if self._early_bytes > MAX_BODY_BYTES:
+        data = bytes(buffer.room[:received])
+        if self._reading:
+            self._protocol.receive_data(data)
+            self._advance()
+            return
+        self._early += data
+        if len(self._early) > MAX_BODY_BYTES:
+            if self.stream is not None:
                 self.transport.close("the peer sends more while it is being answered")
-                return
-        self._protocol.receive_data(bytes(buffer.room[:received]))
-        self._advance()
+            else:
+                self.transport.pause()
 
     def on_drained(self) -> None:
         if self.stream is not None:
             self.stream.on_drained()
+        else:
+            self._read_on()
 
     def on_closed(self, reason: str) -> None:
         self._server.connections.pop(self, None)
-        self._body = bytearray()  # connection and transport are a circle that the collector finds late
+        self._body, self._early = bytearray(), bytearray()  # the collector finds this circle late
         stream, self.stream = self.stream, None
         if stream is not None:
             stream.on_closed(reason)
@@ -226,9 +238,24 @@ class HttpConnection:
             self.transport.send(self._protocol.send(self._h11.EndOfMessage()) or b"")
             self._answered()
 
+    def _read_on(self) -> None:
+        """Read what came meanwhile, once the request is answered and the peer has taken the answer."""
+        transport = self.transport
+        if self._reading or self._answering or transport.backlog or transport.closed:
+            return
+        self._reading = True
+        early, self._early = bytes(self._early), bytearray()
+        if early:
+            self._protocol.receive_data(early)
+            transport.resume()
+        self._advance()
+
     def _advance(self) -> None:
+        """Read up to the end of one request."""
         h11 = self._h11
-        while not self.transport.closed:
+        for _ in range(MAX_EVENTS):
+            if self.transport.closed:
+                return
             try:
                 event = self._protocol.next_event()
             except h11.RemoteProtocolError as error:
@@ -245,10 +272,14 @@ class HttpConnection:
                     self._reply(Response(413, Failed(f"a body may take {self._limit} bytes")), close=True)
                     return
             elif isinstance(event, h11.EndOfMessage):
+                self._reading, self._answering = False, True
                 self._dispatch()
+                return
             elif isinstance(event, h11.ConnectionClosed):
                 self.transport.close("the peer closed the connection")
                 return
+        self._reading = False
+        self._server.loop.call_soon_threadsafe(self._read_on)
 
     def _dispatch(self) -> None:
         assert self._request is not None
@@ -308,7 +339,7 @@ class HttpConnection:
             self.transport.close(str(error))
             return
         stream: Streamed = response.body  # type: ignore[assignment]
-        self.stream, self._early_bytes = stream, 0
+        self.stream = stream
         out = BodyWriter(self, head)
         stream.begin(out)
         out.begun()
@@ -320,5 +351,5 @@ class HttpConnection:
             return
         if self._protocol.our_state is h11.DONE and self._protocol.their_state is h11.DONE:
             self._protocol.start_next_cycle()
-            self._request = None
-            self._server.loop.call_soon_threadsafe(self._advance)
+            self._request, self._answering = None, False
+            self._server.loop.call_soon_threadsafe(self._read_on)

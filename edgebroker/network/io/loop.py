@@ -134,9 +134,12 @@ class Loop:
             except Exception:
                 self._failed(key.data)
         if ready:
-            began = self._watch(began, "the events of a turn", len(ready))
-        for _ in range(len(self._posted)):
-            self._guarded(self._posted.popleft())
+            began = self._watch(began, "the events of an iteration", len(ready))
+        if self._posted:
+            count = len(self._posted)
+            for _ in range(count):
+                self._guarded(self._posted.popleft())
+            began = self._watch(began, "what was posted for an iteration", count)
         while timers and timers[0].due <= self._now:
             callback = heapq.heappop(timers).callback
             if callback is not None:
@@ -144,6 +147,7 @@ class Loop:
                 began = self._watch(began, getattr(callback, "__qualname__", str(callback)), 1)
         for callback in self._end_of_turn:
             self._guarded(callback)
+        self._watch(began, "the end of an iteration", 1)
         self.iterations += 1
 
     def _guarded(self, callback: Callable[[], None]) -> None:

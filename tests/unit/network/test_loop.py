@@ -240,3 +240,8 @@ def test_slow_callbacks_are_counted_and_named(loop: Loop, clock: TurnedClock, ca
     loop.call_later(0.0, lambda: None)
     loop.turn(0)
     assert loop.slow_callbacks == 1
+    loop.call_soon_threadsafe(slow)
+    loop.turn(0)
+    loop.at_end_of_iteration(slow)
+    loop.turn(0)
+    assert loop.slow_callbacks == 3
