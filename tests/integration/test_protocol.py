@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import struct
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edgebroker.broker.sessions import native
 from edgebroker.common import codecs
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
@@ -318,3 +321,47 @@ def test_damaged_waits_and_goes_on_when_told_to_skip(tmp_path: Path) -> None:
 
 def test_compression_codes_are_those_of_the_format() -> None:
     assert codecs.CODEC_BITS == {"none": 0, "gzip": 1, "lz4": 3, "zstd": 4}
+
+
+def test_the_frames_of_one_client_are_handled_in_several_iterations(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In their order, and what follows them as well; the others get their turn in between."""
+    seen: list[tuple[int, int]] = []
+    handle = native.Session._handle
+
+    def noted(session: native.Session, event: Any) -> None:
+        seen.append((broker.broker.loop.iterations, getattr(event, "correlation", 0)))
+        handle(session, event)
+
+    broker.create("t")
+    client = broker.raw()
+    monkeypatch.setattr(native, "MOST_FRAMES", 10)
+    monkeypatch.setattr(native.Session, "_handle", noted)
+    asked = [client.next_correlation() for _ in range(95)]
+    line = Wanted("nowhere", -1, Start.EARLIEST, NO_LOG_ID, -1, 0)
+    wanted = Subscribe(Intent.JOIN, "g", 0, 0, [line])
+    client.send(*(frames.write_subscribe(one, wanted) for one in asked))
+    assert [client.answer(one).code for one in asked] == [Code.UNKNOWN_TOPIC] * 95
+    assert client.publish("t", GOOD).code is Code.OK
+    assert [correlation for _, correlation in seen if correlation in asked] == asked
+    assert max(Counter(iteration for iteration, _ in seen).values()) <= 20
+
+
+def test_of_several_lines_about_a_partition_the_last_one_counts(broker: RunningBroker) -> None:
+    broker.create("t", partitions=2)
+    for partition in (0, 1):
+        broker.raw().publish("t", numbered(0, 10), partition=partition)
+
+    def line(partition: int, offset: int) -> Wanted:
+        return Wanted("t", partition, Start.OFFSET, NO_LOG_ID, -1, offset)
+
+    for lines, expected in (
+        ([line(0, 1), line(-1, 2), line(0, 3), line(0, 4)], {0: 4, 1: 2}),
+        ([line(0, 1), line(1, 2), line(-1, 3)], {0: 3, 1: 3}),
+        ([line(-1, 1), line(-1, 2), *[line(1, 3)] * 1000, line(1, 4)], {0: 2, 1: 4}),
+    ):
+        client = broker.raw()
+        assert client.subscribe_raw(Subscribe(Intent.JOIN, "", 5, 0, lines)).code is Code.OK
+        found = [client.assigned() for _ in expected]
+        assert {one.partition: one.offset for one in found} == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import http.client
 import json
 import shutil
@@ -20,7 +21,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.http.client import KEEPALIVE_SECONDS
 from edgebroker.network.io.transport import Transport
-from edgebroker.pipe.stream import HEADER_BYTES, Kind
+from edgebroker.pipe.stream import HEADER_BYTES, Kind, LogPosition
 from tests.kit.brokers import SECONDS, RunningBroker
 from tests.kit.trees import Tree, chain, digest, end, follows, line, pipe, publish
 from tests.kit.waiting import wait_for
@@ -439,3 +440,20 @@ def test_damage_that_nobody_has_noticed_is_no_other_past(tree: Tree) -> None:
             assert b"DIVERGED" not in found
             found += answer.read1(4000)
     wait_for(lambda: log.corrupt_ranges, "the node knows of it")
+
+
+def test_what_a_poll_brought_goes_with_its_answer(tree: Tree) -> None:
+    """Without the collector: a child that polls again and again must not fill the memory until that comes by."""
+    root = tree.start("root")
+    publish(root, "t", 0, 3)
+    logs = [[f"lost-{number}", 0, "cd" * 16, 1, 0, 0] for number in range(500)]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(3):
+            with polled(root, logs=logs):
+                pass
+        wait_for(lambda: not root.call(lambda: list(root.broker._http.connections)), "the connections are over")
+        assert not [one for one in gc.get_objects() if isinstance(one, LogPosition)]
+    finally:
+        gc.enable()

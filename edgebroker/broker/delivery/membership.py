@@ -51,7 +51,7 @@ class Membership:
         entry.correlation, entry.unresponsive = correlation, False
         entry.window_records, entry.window_bytes = windows
         named: dict[Key, None] = {}
-        for line in wanted:
+        for line in _last_lines(wanted):
             keys = [(line.topic, log.partition) for log in self._engine.partitions(line.topic)]
             if line.partition == -1:
                 entry.topics[line.topic] = line
@@ -85,18 +85,16 @@ class Membership:
         entry = group.members.get(member)
         if entry is None:
             return
-        for line in wanted:
-            if line.partition == -1:
-                entry.topics.pop(line.topic, None)
-                for key in [key for key in entry.pins if key[0] == line.topic]:
-                    del entry.pins[key]
-            else:
-                key = (line.topic, line.partition)
-                entry.pins.pop(key, None)
-                entry.left.add(key)
-            for key, cursor in list(member.cursors.items()):
-                if key[0] == line.topic and line.partition in (-1, key[1]):
-                    self._leases.release(cursor, tell=False)
+        topics = {line.topic for line in wanted if line.partition == -1}
+        keys = {(line.topic, line.partition) for line in wanted if line.partition != -1}
+        for topic in topics:
+            entry.topics.pop(topic, None)
+        for key in [key for key in entry.pins if key[0] in topics or key in keys]:
+            del entry.pins[key]
+        entry.left.update(key for key in keys if self._engine.log(*key) is not None)
+        for key, cursor in list(member.cursors.items()):
+            if key[0] in topics or key in keys:
+                self._leases.release(cursor, tell=False)
         if not entry.topics and not entry.pins:
             del group.members[member], self._groups_of[member]
         self._changed(group)
@@ -241,3 +239,12 @@ class Membership:
         if line.start is Start.RESUME:
             return line if own or last is None else None
         return line if fresh or (own and line.start is Start.POSITION) else None
+
+
+def _last_lines(wanted: list[Wanted]) -> list[Wanted]:
+    """Of several lines about the same the last one: a frame has room for 65,535, a topic has fewer partitions."""
+    lines: dict[Key, Wanted] = {}
+    for line in wanted:
+        lines.pop((line.topic, line.partition), None)
+        lines[line.topic, line.partition] = line
+    return list(lines.values())

@@ -137,6 +137,8 @@ class ChildStream:
         fresh = [topic for topic in sorted(self._host.engine.topics()) if self._wants(topic)]
         out.send(self._host.hello(self._news(fresh)))
         for line, position in enumerate(self._poll.logs):
+            if out.closed:
+                return  # it hung up
             self._judge(line, position)
         self._judged()
 
@@ -434,6 +436,9 @@ class ChildStream:
                 cursor.piece.source.release()
             cursor.piece = None
         self._out = None
+        # What a poll brings may be much, and this and its feed refer to each other: the collector finds them late.
+        self._poll = msgspec.structs.replace(self._poll, logs=[], known={})
+        self._known.clear()
 
     def describe(self) -> ChildStatus:
         return ChildStatus(

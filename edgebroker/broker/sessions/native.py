@@ -1,7 +1,8 @@
 """One connection of the native protocol: what its client may do, and the order in which its frames are handled.
 
-Frames are handled one after the other. While one has to wait (a compressed batch at the checker, a topic being created,
-too much staged), the session is held: it keeps a copy of what it has read and is not read any further.
+Frames are handled one after the other, so many in a loop iteration. While one has to wait (a compressed batch at the
+checker, a topic being created, too much staged), the session is held: it keeps a copy of what it has read and is not
+read any further.
 
 The core knows a session as a Publisher and a Member (broker/ports.py): this is where its facts become bytes.
 """
@@ -44,6 +45,8 @@ from edgebroker.network.wire.frames import (
 from edgebroker.storage.types import FileSlice, GroupOffset
 
 MAX_AGE_MS = (1 << 32) - 1
+# Frames of one client that are handled in a loop iteration; a run of publishes counts as one.
+MOST_FRAMES = 2000
 _EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
 
 
@@ -99,7 +102,7 @@ class Session:
             self._core.metrics.protocol_errors += 1
             raise
         for rank, event in enumerate(events):
-            if self._holds:
+            if self._holds or rank == MOST_FRAMES:
                 self._defer(events[rank:])
                 return
             self._handle(event)
@@ -137,8 +140,12 @@ class Session:
     def release(self) -> None:
         """Handle what was read, then read on."""
         self._holds -= 1
-        deferred = self._deferred
+        deferred, handled = self._deferred, 0
         while deferred and not self._holds and not self.transport.closed:
+            if handled == MOST_FRAMES:
+                self._go_on_later()
+                return
+            handled += 1
             try:
                 self._handle(deferred.popleft())
             except RemoteProtocolError as error:
@@ -163,6 +170,13 @@ class Session:
             else:
                 kept.append(event)
         self._deferred = kept
+        if not self._holds:
+            self._go_on_later()
+
+    def _go_on_later(self) -> None:
+        """Others get their turn first."""
+        self.hold()
+        self._host.loop.call_soon_threadsafe(self.release)
 
     # ---- a member ----
 
@@ -252,6 +266,7 @@ class Session:
                 return
             producer = producers.grant(connect.client_id, own, new_epoch=bool(connect.flags & frames.NEW_EPOCH))
         limits = self._host.limits
+        metadata = {topic: self._metadata(topic) for topic in dict.fromkeys(connect.topics)}
         grants = Grants(
             version=frames.PROTOCOL_VERSION,
             node_uid=bytes.fromhex(self._core.engine.node_uid),
@@ -265,7 +280,7 @@ class Session:
             delivery_ms=limits.delivery_ms,
             producer_id=producer.id,
             producer_epoch=producer.epoch,
-            topics=[self._metadata(topic) for topic in connect.topics],
+            topics=[metadata[topic] for topic in connect.topics],
         )
         self._connection.granted = True
         self.transport.send(frames.write_grants(event.correlation, grants))
@@ -305,9 +320,9 @@ class Session:
             self._answer(correlation, Code.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
             return
         for wanted in subscribe.wanted:
-            logs = core.engine.partitions(wanted.topic)
-            if not -1 <= wanted.partition < max(1, len(logs)) or not logs:
-                what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if logs else "")
+            if wanted.partition < -1 or core.engine.log(wanted.topic, max(wanted.partition, 0)) is None:
+                known = core.engine.log(wanted.topic, 0) is not None
+                what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if known else "")
                 self._answer(correlation, Code.UNKNOWN_TOPIC, f"{what} does not exist on this node")
                 return
         if self.group is None or subscribe.group:

@@ -33,6 +33,17 @@ class Owner(Protocol):
         """The connection is over; called once."""
 
 
+class _NoOwner:
+    """Of a transport that is closed."""
+
+    def on_data(self, buffer: ReceiveBuffer, received: int) -> None: ...
+    def on_drained(self) -> None: ...
+    def on_closed(self, reason: str) -> None: ...
+
+
+NO_OWNER = _NoOwner()
+
+
 class FileRange:
     """Stored bytes to send: [position, position + length) of a file held open until released.
 
@@ -251,7 +262,8 @@ class Transport:
             if isinstance(item, FileRange):
                 item.release()
         self._out = None
-        self._owner.on_closed(reason)
+        owner, self._owner = self._owner, NO_OWNER  # they refer to each other: the collector would find them late
+        owner.on_closed(reason)
 
     def close_when_drained(self, reason: str) -> None:
         """Send what is queued, then close; nothing more is read."""

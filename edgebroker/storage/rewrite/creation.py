@@ -54,8 +54,15 @@ class TopicCreation:
         self._waiting[name] = [done]
 
         def work() -> list[tuple[Identity, Segment]]:
-            path = self._path / name
-            return [(identity, create_log(path / str(number), identity)) for number, identity in enumerate(identities)]
+            made: list[tuple[Identity, Segment]] = []
+            try:
+                for number, identity in enumerate(identities):
+                    made.append((identity, create_log(self._path / name / str(number), identity)))
+            except BaseException:
+                for _, segment in made:
+                    segment.close()
+                raise
+            return made
 
         self._committer.call(work, partial(self._created, name))
 

@@ -30,7 +30,11 @@ def create_log(directory: Path, identity: Identity) -> Segment:
     path = segment_path(directory, identity.log_start)
     segment = Segment(path, identity.log_start, base_chain=identity.chain, fd=files.create_log(path))
     segment.end_chain = identity.chain
-    write_identity(directory, identity)
+    try:
+        write_identity(directory, identity)
+    except BaseException:
+        segment.close()
+        raise
     return segment
 
 

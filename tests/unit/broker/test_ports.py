@@ -230,3 +230,14 @@ def test_the_core_loads_nothing_of_a_protocol() -> None:
     )
     found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == ""
+
+
+def test_leaving_what_does_not_exist_is_not_remembered(world: World) -> None:
+    till, labels = world.session("till-7"), world.session("labels-1")
+    till.publish(1, of(b"one"))
+    world.run()
+    labels.join(GROUP, world.scheduler.now())
+    group = world.core.groups.group(GROUP, world.scheduler.now())
+    lines = [Wanted(topic, number, Start.COMMITTED, bytes(16), 0, 0) for topic in (TOPIC, "no") for number in range(9)]
+    world.core.membership.leave(labels, group, lines)
+    assert group.members[labels].left == {(TOPIC, 0)}

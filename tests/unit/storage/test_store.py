@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from edgebroker.common.batch import Reason
 from edgebroker.common.errors import Code
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel, TopicSettings
+from edgebroker.storage import files
 from edgebroker.storage.types import FileSlice, GroupOffset
 from tests.kit.storage import TOPIC, Harness, StoreHarness, encode, pack, store_settings
 
@@ -334,3 +337,24 @@ def test_a_producer_is_forgotten_after_a_week_of_running(start: Start) -> None:
     assert harness.log().stage.producer_count == 0
     data, spans = pack([frame])
     assert harness.store.append(harness.log(), data, spans, AckLevel.DURABLE, False).records == 1
+
+
+def test_a_creation_that_fails_gives_its_descriptors_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    harness = StoreHarness(tmp_path / "data")
+    harness.create("first")
+    create_log, made = files.create_log, list[int]()
+
+    def fail(path: Path) -> int:
+        if len(made) == 3:
+            raise OSError(errno.EMFILE, "too many open files")
+        made.append(create_log(path))
+        return made[-1]
+
+    monkeypatch.setattr(files, "create_log", fail)
+    before = len(os.listdir("/proc/self/fd"))
+    assert harness.create("wide", partitions=5) is Outcome.READ_ONLY
+    assert len(made) == 3
+    assert len(os.listdir("/proc/self/fd")) == before
+    monkeypatch.undo()
+    assert harness.create("wide", partitions=5) is Outcome.OK
+    harness.close()
