@@ -37,8 +37,8 @@ LINES = {
         "topic_deletion", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
     ],
     "cli": [
-        "environment", "admin_client", "render", "progress", "pace", "config_file", "command", "broker_process", "main",
-        "service", "appliance", "bench", "demo", "commands",
+        "environment", "admin_client", "render", "totals", "progress", "pace", "config_file", "command",
+        "broker_process", "main", "service", "appliance", "bench", "demo", "commands",
     ],
 }  # fmt: skip
 # These speak no protocol: packed facts in, packed facts out.

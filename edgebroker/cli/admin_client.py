@@ -5,9 +5,11 @@ from __future__ import annotations
 import http.client
 import json
 import socket
+from contextlib import closing
 from typing import Any
+from urllib.parse import quote
 
-from edgebroker.common.errors import EdgeBrokerError, UnreachableError
+from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableError
 
 TIMEOUT_SECONDS = 30.0
 
@@ -37,20 +39,28 @@ def call(admin: str, method: str, path: str, body: object = None) -> Any:
 
 
 def _exchange(admin: str, method: str, path: str, body: object) -> tuple[int, Any]:
-    connection: http.client.HTTPConnection
     admin = admin.removeprefix("http://").rstrip("/")
-    if admin.startswith("unix:"):
-        connection = _UnixConnection(admin[5:])
-    else:
-        connection = http.client.HTTPConnection(admin, timeout=TIMEOUT_SECONDS)
     try:
-        connection.request(method, path, json.dumps(body) if body is not None else None)
-        response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        with closing(_connection(admin)) as connection:
+            connection.request(method, path, json.dumps(body) if body is not None else None)
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreachableError(
-            f"no broker answers at {admin}: {reason}; is it running, and is --admin correct?"
+            f"no broker answers at {admin}: {reason}; is it running, and is the address correct?"
         ) from error
-    finally:
-        connection.close()
+
+
+def _connection(admin: str) -> http.client.HTTPConnection:
+    """Raises http.client.InvalidURL for a port that is not a number."""
+    if admin.startswith("unix:"):
+        return _UnixConnection(admin[5:])
+    return http.client.HTTPConnection(admin, timeout=TIMEOUT_SECONDS)
+
+
+def api_path(*parts: str) -> str:
+    """The path of something named: /v1/ and the parts, quoted. Raises ConfigError for an empty name."""
+    if "" in parts:
+        raise ConfigError("a name is missing: it is empty")
+    return "/".join(("/v1", *(quote(part, safe="") for part in parts)))

@@ -64,10 +64,19 @@ def run(handler: Handler, options: argparse.Namespace) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
+    except BrokenPipeError:  # an OSError as well
         # The reader of our output has gone. That is not an error, but the flush at exit must not fail either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return OK
+    except OSError as error:
+        print(f"edgebroker: {system_error(error)}", file=sys.stderr)
+        return FAILED
+
+
+def system_error(error: OSError) -> str:
+    """What the operating system refused, for people."""
+    what = error.strerror or str(error)
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 # ---- sub-commands ----
@@ -134,6 +143,28 @@ def label_flag(parser: Parser) -> None:
         metavar="NAME=VALUE",
         help="only nodes with this label (region, level and name are labels, too); repeat it to require several",
     )
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """The type of a flag: a whole number from `minimum` on."""
+
+    def number(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from {minimum} on")
+        return int(text)
+
+    return number
+
+
+def rate(text: str) -> float:
+    """The type of a flag: so many a second; 0: no limit."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = -1.0
+    if not 0 <= found < 1e9:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate; write a number from 0 on")
+    return found
 
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}

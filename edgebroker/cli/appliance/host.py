@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgebroker.cli import environment
+from edgebroker.cli.command import system_error
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.runtime.durable import sync_directory, write_durable
 
@@ -223,7 +224,7 @@ def readable_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise EdgeBrokerError(f"{error.filename}: {error.strerror}" if error.filename else str(error)) from error
+        raise EdgeBrokerError(system_error(error)) from error
     except subprocess.TimeoutExpired as error:
         raise EdgeBrokerError(f"{error.cmd} did not finish within {error.timeout:g} s") from error
 

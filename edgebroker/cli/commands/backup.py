@@ -50,6 +50,7 @@ def backup(options: argparse.Namespace) -> int:
     must_be_empty(target)
     for attempt in range(TRIES):
         found = call(options.admin, "GET", "/v1/backup")
+        files.make_directory(target)
         try:
             copied = _copy(Path(found["data_dir"]), target, found)
             break
@@ -59,7 +60,7 @@ def backup(options: argparse.Namespace) -> int:
                 raise EdgeBrokerError(
                     f"retention removes segments faster than they are copied ({error}); try again"
                 ) from error
-            shutil.rmtree(target)
+            shutil.rmtree(target / "topics", ignore_errors=True)
     result = {"directory": str(target), "logs": len(found["logs"]), "bytes": copied}
     text = f"{target}: {counted(len(found['logs']), 'log')}, {size(copied)}"
     print(json.dumps(result) if options.json else text)
@@ -88,7 +89,6 @@ def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
         (group, topic, partition): msgspec.convert(fields, GroupOffset)
         for group, topic, partition, fields in found["offsets"]
     }
-    files.make_directory(target)
     write_offsets_snapshot(target / "offsets.snap", offsets)
     tombstones = read_tombstones(source)
     if tombstones:

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from edgebroker.cli.command import DeferredHandler, Parser, json_flag, server_flag, subcommand, subcommands
+from edgebroker.cli.command import (
+    DeferredHandler,
+    Parser,
+    at_least,
+    json_flag,
+    rate,
+    server_flag,
+    subcommand,
+    subcommands,
+)
 
 
 def arguments(parser: Parser) -> None:
@@ -19,9 +28,11 @@ def arguments(parser: Parser) -> None:
     }
     for workload in workloads.values():
         _workload_flags(workload)
-    workloads["latency"].add_argument("--rate", type=float, default=1000.0, help="records a second (default 1000)")
-    workloads["connections"].add_argument("--connections", type=int, default=64, help="connections (default 64)")
-    workloads["fanout"].add_argument("--consumers", type=int, default=100, help="consumers (default 100)")
+    workloads["latency"].add_argument("--rate", type=rate, default=1000.0, help="records a second (default 1000)")
+    workloads["connections"].add_argument(
+        "--connections", type=at_least(1), default=64, help="connections (default 64)"
+    )
+    workloads["fanout"].add_argument("--consumers", type=at_least(1), default=100, help="consumers (default 100)")
     workloads["fanout"].set_defaults(count=20_000)
     everything = subcommand(
         commands,
@@ -46,10 +57,12 @@ def _workload_flags(parser: Parser) -> None:
     server_flag(parser)
     json_flag(parser)
     parser.add_argument("--topic", default="bench", help="topic to use (default bench); it is not deleted afterwards")
-    parser.add_argument("--size", type=int, default=128, help="bytes of a value (default 128)")
-    parser.add_argument("--count", type=int, default=100_000, help="records (default %(default)s)")
-    parser.add_argument("--batch", type=int, default=100, help="records in a batch (default 100)")
-    parser.add_argument("--unacked", type=int, default=10_000, help="unacknowledged records at most (default 10000)")
+    parser.add_argument("--size", type=at_least(1), default=128, help="bytes of a value (default 128)")
+    parser.add_argument("--count", type=at_least(1), default=100_000, help="records (default %(default)s)")
+    parser.add_argument("--batch", type=at_least(1), default=100, help="records in a batch (default 100)")
+    parser.add_argument(
+        "--unacked", type=at_least(1), default=10_000, help="unacknowledged records at most (default 10000)"
+    )
     parser.add_argument(
         "--ack", choices=("durable", "written", "none"), default="durable", help="ack level (default durable)"
     )

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from edgebroker.cli.admin_client import ask, call
 from edgebroker.cli.command import Parser, admin_flag, subcommand, subcommands
-from edgebroker.cli.commands.status import group_lag
 from edgebroker.cli.render import counted
+from edgebroker.cli.totals import group_lag
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
 
 OK, WARNING, CRITICAL, UNKNOWN = 0, 1, 2, 3

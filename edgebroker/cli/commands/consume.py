@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from edgebroker.cli.command import Parser, server_flag
+from edgebroker.cli.command import Parser, at_least, duration, server_flag
 from edgebroker.client.consumer import Consumer, parse_from
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.errors import ConfigError, GapError
@@ -32,13 +32,15 @@ def arguments(parser: Parser) -> None:
         help="where to start: earliest, latest, committed (the default; earliest for a new group), an OFFSET, or @TIME "
         "in milliseconds since 1970",
     )
-    parser.add_argument("--count", type=int, default=0, metavar="N", help="stop after N records (default 0: never)")
+    parser.add_argument(
+        "--count", type=at_least(0), default=0, metavar="N", help="stop after N records (default 0: never)"
+    )
     parser.add_argument(
         "--timeout",
-        type=float,
+        type=duration,
         default=0.0,
-        metavar="S",
-        help="stop with exit code 1 when no record arrives for S seconds (default 0: never)",
+        metavar="TIME",
+        help="stop with exit code 1 when no record arrives for this long (default 0: never)",
     )
     parser.add_argument(
         "--json", action="store_true", help="print each record as one line of JSON, with offset, key and headers"

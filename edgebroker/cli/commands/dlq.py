@@ -12,19 +12,18 @@ import json
 import sys
 from collections.abc import Iterator
 from typing import Any
-from urllib.parse import quote
 
-from edgebroker.cli.admin_client import call
-from edgebroker.cli.command import Parser, admin_flag, json_flag, server_flag, subcommand, subcommands
+from edgebroker.cli.admin_client import api_path, call
+from edgebroker.cli.command import Parser, admin_flag, at_least, json_flag, server_flag, subcommand, subcommands
 from edgebroker.cli.commands.consume import as_json
 from edgebroker.cli.render import counted, print_table
+from edgebroker.cli.totals import DLQ_GROUP, dead_letter_counts, dead_letter_range
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.records import Record
 from edgebroker.common.types import DEAD_LETTERS
 
-GROUP = "__dlq"
 PREFIX = "eb-dlq-"
 TIMEOUT_SECONDS = 30.0
 
@@ -41,7 +40,7 @@ def arguments(parser: Parser) -> None:
     drop_parser = subcommand(commands, "drop", "mark pending dead letters as handled", drop)
     for each in (show_parser, replay_parser, drop_parser):
         each.add_argument("topic", help="the topic whose records failed, or its dead-letter topic")
-        each.add_argument("--count", type=int, default=0, metavar="N", help="only the first N (default 0: all)")
+        each.add_argument("--count", type=at_least(0), default=0, metavar="N", help="only the first N (default 0: all)")
     for each in (show_parser, replay_parser):
         server_flag(each)
     show_parser.add_argument("--all", action="store_true", help="also those that were replayed or dropped")
@@ -53,18 +52,8 @@ def arguments(parser: Parser) -> None:
         json_flag(each)
 
 
-def count_dead_letters(admin: str, topics: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """For each topic with dead letters: how many are pending, and how many are stored."""
-    return [
-        {"topic": topic["name"].removesuffix(DEAD_LETTERS), "pending": end - committed, "kept": end - start}
-        for topic in topics
-        if topic["name"].endswith(DEAD_LETTERS)
-        for start, committed, end in [_range(admin, topic)]
-    ]
-
-
 def list_dead_letters(options: argparse.Namespace) -> int:
-    found = count_dead_letters(options.admin, call(options.admin, "GET", "/v1/topics")["topics"])
+    found = dead_letter_counts(call(options.admin, "GET", "/v1/topics")["topics"], _groups(options))
     if options.json:
         print(json.dumps(found))
     else:
@@ -108,7 +97,7 @@ def replay(options: argparse.Namespace) -> int:
 
 def drop(options: argparse.Namespace) -> int:
     source = options.topic.removesuffix(DEAD_LETTERS)
-    _, committed, end = _range(options.admin, _topic(options))
+    _, committed, end = dead_letter_range(_topic(options), _groups(options))
     target = min(end, committed + options.count) if options.count else end
     if target > committed:
         _commit(options.admin, source, target)
@@ -121,7 +110,7 @@ def drop(options: argparse.Namespace) -> int:
 def _dead_letters(options: argparse.Namespace, *, every: bool = False) -> Iterator[Record]:
     """The pending dead letters, or all that are stored, up to --count of them."""
     topic = _topic(options)
-    start, committed, end = _range(options.admin, topic)
+    start, committed, end = dead_letter_range(topic, _groups(options))
     begin = start if every else committed
     left = options.count or end
     if begin >= end:
@@ -142,21 +131,14 @@ def _topic(options: argparse.Namespace) -> Any:
     raise EdgeBrokerError(f"topic {options.topic} has no dead letters on this node; see edgebroker dlq list")
 
 
-def _range(admin: str, topic: Any) -> tuple[int, int, int]:
-    """The first stored offset of a dead-letter topic, the committed one, and the next one."""
-    partition = topic["partitions"][0]
-    committed = -1
-    for group in call(admin, "GET", "/v1/groups")["groups"]:
-        if group["name"] == GROUP:
-            offsets = [part["committed"] for part in group["partitions"] if part["topic"] == topic["name"]]
-            committed = max(offsets, default=-1)
-    start, end = partition["log_start"], partition["durable_end"]
-    return start, min(end, max(committed, start)), end
+def _groups(options: argparse.Namespace) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = call(options.admin, "GET", "/v1/groups")["groups"]
+    return found
 
 
 def _commit(admin: str, source: str, offset: int) -> None:
     body = {"topic": source + DEAD_LETTERS, "to": str(offset)}
-    call(admin, "POST", f"/v1/groups/{quote(GROUP)}/offsets", body)
+    call(admin, "POST", api_path("groups", DLQ_GROUP, "offsets"), body)
 
 
 def _source(record: Record) -> dict[str, str]:

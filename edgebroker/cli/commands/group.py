@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-from urllib.parse import quote
 
-from edgebroker.cli.admin_client import call
+from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
 from edgebroker.cli.render import print_table
+from edgebroker.cli.totals import group_lag
 from edgebroker.common.errors import ConfigError
 
 
@@ -52,7 +52,7 @@ def list_groups(options: argparse.Namespace) -> int:
                 group["name"],
                 len(group["partitions"]),
                 len(group["members"]),
-                sum(max(0, part["lag"]) for part in group["partitions"]),
+                group_lag(group)[0],
             )
             for group in groups
         ],
@@ -61,7 +61,7 @@ def list_groups(options: argparse.Namespace) -> int:
 
 
 def describe(options: argparse.Namespace) -> int:
-    group = call(options.admin, "GET", f"/v1/groups/{quote(options.name)}")
+    group = call(options.admin, "GET", api_path("groups", options.name))
     if options.json:
         print(json.dumps(group))
         return 0
@@ -96,7 +96,7 @@ def describe(options: argparse.Namespace) -> int:
 def reset_offsets(options: argparse.Namespace) -> int:
     body: dict[str, object] = {"topic": _topic(options), "partition": options.partition, "dry_run": options.dry_run}
     body.update({"to": options.to} if options.to is not None else {"shift": options.shift})
-    answer = call(options.admin, "POST", f"/v1/groups/{quote(options.name)}/offsets", body)
+    answer = call(options.admin, "POST", api_path("groups", options.name, "offsets"), body)
     if options.json:
         print(json.dumps(answer))
         return 0
@@ -114,7 +114,7 @@ def reset_offsets(options: argparse.Namespace) -> int:
 
 def refresh(options: argparse.Namespace) -> int:
     body = {"topic": _topic(options), "partition": options.partition}
-    group = call(options.admin, "POST", f"/v1/groups/{quote(options.name)}/refresh", body)
+    group = call(options.admin, "POST", api_path("groups", options.name, "refresh"), body)
     if options.json:
         print(json.dumps(group))
         return 0
@@ -126,7 +126,7 @@ def refresh(options: argparse.Namespace) -> int:
 
 
 def delete(options: argparse.Namespace) -> int:
-    call(options.admin, "DELETE", f"/v1/groups/{quote(options.name)}")
+    call(options.admin, "DELETE", api_path("groups", options.name))
     print(json.dumps({"deleted": options.name}) if options.json else f"group {options.name} deleted")
     return 0
 
@@ -135,7 +135,7 @@ def _topic(options: argparse.Namespace) -> str:
     """The topic of --topic, or the only one that the group reads."""
     if options.topic:
         return str(options.topic)
-    group = call(options.admin, "GET", f"/v1/groups/{quote(options.name)}")
+    group = call(options.admin, "GET", api_path("groups", options.name))
     topics = sorted({part["topic"] for part in group["partitions"]})
     if len(topics) != 1:
         read = f"reads {', '.join(topics)}" if topics else "has not read a topic yet"

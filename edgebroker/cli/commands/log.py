@@ -90,7 +90,7 @@ def segments(path: Path) -> list[tuple[Path, int]]:
         return [(path, -1)]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or directory")
-    found = sorted(path.rglob("*.log"))
+    found = sorted(file for file in path.rglob("*.log") if file.stem.isdigit())
     if not found:
         raise ConfigError(f"{path}: contains no segment files (*.log)")
     limits = []

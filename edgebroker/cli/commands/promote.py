@@ -7,6 +7,7 @@ import json
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, json_flag
+from edgebroker.common.levels import LEVELS
 
 
 def arguments(parser: Parser) -> None:
@@ -15,7 +16,7 @@ def arguments(parser: Parser) -> None:
         "Make a node the origin of the topics that it replicates, when the node that wrote them is lost. Records that "
         "had not reached this node are lost with it."
     )
-    parser.add_argument("--level", default="root", help="level that the node takes (default root)")
+    parser.add_argument("--level", choices=LEVELS[:-1], default="root", help="level that the node takes (default root)")
     parser.add_argument("--undo", action="store_true", help="follow the configuration again from the next start on")
     admin_flag(parser)
     json_flag(parser)

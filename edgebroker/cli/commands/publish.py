@@ -7,10 +7,11 @@ import csv
 import gzip
 import json
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import IO, NamedTuple
 
-from edgebroker.cli.command import Parser, admin_flag, json_flag, server_flag
+from edgebroker.cli.command import Parser, admin_flag, json_flag, rate, server_flag
 from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
 from edgebroker.cli.render import counted
@@ -37,7 +38,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--key-column", metavar="COLUMN", help="with --csv: the column that holds the key")
     parser.add_argument("--line-header", metavar="NAME", help="add the line number as a header of this name")
     parser.add_argument(
-        "--rate", type=float, default=0.0, metavar="N", help="publish N records a second (default 0: no limit)"
+        "--rate", type=rate, default=0.0, metavar="N", help="publish N records a second (default 0: no limit)"
     )
     parser.add_argument(
         "--partition", type=int, default=-1, metavar="N", help="partition (default -1: by key, or in turn without keys)"
@@ -66,11 +67,13 @@ def arguments(parser: Parser) -> None:
 def publish(options: argparse.Namespace) -> int:
     if options.key_column and not options.csv:
         raise ConfigError("--key-column needs --csv FILE")
-    messages = _rows(options.csv, options.key_column) if options.csv else _lines(options.key)
+    if options.key is not None and options.csv:
+        raise ConfigError("--key cannot be used with --csv; name a column with --key-column")
+    rows = _rows(options.csv, options.key_column) if options.csv else None
     if options.snapshot:
         from edgebroker.cli.commands.publish_snapshot import write_snapshot
 
-        return write_snapshot(options, _rows(options.csv, options.key_column) if options.csv else None)
+        return write_snapshot(options, rows)
     acknowledged = Acknowledgements(options.json)
     with Producer(
         options.server,
@@ -82,12 +85,10 @@ def publish(options: argparse.Namespace) -> int:
     ) as producer:
         bar = progress(None, "rec", quiet=options.quiet)
         pace = Pace(options.rate)
-        for number, message in enumerate(messages, 1):
+        for number, record in enumerate(_lines(options.key) if rows is None else rows, 1):
             pace.wait(number)
             headers = [(options.line_header, str(number).encode())] if options.line_header else None
-            sent = producer.send(
-                options.topic, message.value, message.key, headers=headers, partition=options.partition
-            )
+            sent = producer.send(options.topic, record.value, record.key, headers=headers, partition=options.partition)
             sent.add_done_callback(acknowledged.on_done)
             bar.update(1)
         producer.flush()
@@ -148,10 +149,13 @@ def _rows(path: str, key_column: str | None) -> Iterator[InputRecord]:
                 columns = ", ".join(reader.fieldnames or [])
                 raise ConfigError(f"{path} has no column {key_column!r}; its columns are {columns}")
             for row in reader:
+                if key_column and row[key_column] is None:
+                    raise ConfigError(f"{path}, line {reader.line_num}: there is no column {key_column!r}")
                 key = row[key_column].encode() if key_column else None
                 yield InputRecord(key, json.dumps(row, ensure_ascii=False).encode())
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"{path}: {why or error}") from error
 
 
 def _open_text(path: str) -> IO[str]:

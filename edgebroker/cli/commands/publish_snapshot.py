@@ -11,9 +11,8 @@ import json
 import secrets
 from collections.abc import Iterable
 from typing import NamedTuple
-from urllib.parse import quote
 
-from edgebroker.cli.admin_client import call
+from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.render import counted
 from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer
@@ -38,9 +37,9 @@ class LiveRow(NamedTuple):
 
 def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | None, bytes]] | None) -> int:
     """Write `content`, (key, value) of the whole table; None stands for what is live in it now."""
-    topic = call(options.admin, "GET", f"/v1/topics/{quote(options.topic)}")
+    topic = call(options.admin, "GET", api_path("topics", options.topic))
     client_id = f"__snapshot-{secrets.token_hex(8)}"
-    path = f"/v1/topics/{quote(options.topic)}/snapshot"
+    path = api_path("topics", options.topic, "snapshot")
     failures: list[Exception] = []
 
     def note(sent: Sent) -> None:

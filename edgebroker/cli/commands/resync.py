@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import secrets
 import sys
 from collections.abc import Iterator
 from typing import Any
 
-from edgebroker.cli.admin_client import call
-from edgebroker.cli.command import Parser, admin_flag, duration, json_flag, label_flag
+from edgebroker.cli.admin_client import api_path, call
+from edgebroker.cli.command import Parser, admin_flag, at_least, duration, json_flag, label_flag
 from edgebroker.cli.commands.tree import nodes_below
 from edgebroker.cli.progress import CLEAR_LINE
 from edgebroker.cli.render import print_table
@@ -34,7 +35,7 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("--node", default="", metavar="NAME", help="at this node below, by name or uid")
     parser.add_argument("--region", default="", help="at every node below in this region")
     label_flag(parser)
-    parser.add_argument("--wave", type=int, default=10, metavar="N", help="nodes at a time (default 10)")
+    parser.add_argument("--wave", type=at_least(1), default=10, metavar="N", help="nodes at a time (default 10)")
     parser.add_argument(
         "--in-place", action="store_true", help="make no copy: delete the old data first, to save disk space"
     )
@@ -65,7 +66,7 @@ def resync(options: argparse.Namespace) -> int:
     if options.status:
         return _status(options)
     if options.abort:
-        call(options.admin, "DELETE", f"/v1/resyncs/{options.abort}")
+        call(options.admin, "DELETE", api_path("resyncs", options.abort))
         return 0
     if options.group and not options.topic:
         raise ConfigError("--group needs --topic, the topic that the group loads again")
@@ -73,10 +74,10 @@ def resync(options: argparse.Namespace) -> int:
         raise ConfigError(
             "--id continues a resync of one node; name that node with --admin, not --node, --region or --label"
         )
+    if options.id and not re.fullmatch(r"[0-9a-f]{32}", options.id):
+        raise ConfigError(f"--id {options.id}: not the id of a resync; edgebroker resync --status shows them")
     if options.id and not options.topic:
         raise ConfigError("--id needs --topic; edgebroker resync --status shows both")
-    if options.wave < 1:
-        raise ConfigError(f"--wave {options.wave}: must be at least 1")
     below = bool(options.node or options.region or options.label)
     targets = list(_below(options)) if below else [_here(options)]
     if not targets:

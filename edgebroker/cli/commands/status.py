@@ -9,8 +9,8 @@ from typing import Any
 from edgebroker.broker.observe.problems import ADVICE
 from edgebroker.cli.admin_client import ask, call
 from edgebroker.cli.command import Parser, admin_flag, json_flag
-from edgebroker.cli.commands.dlq import count_dead_letters
 from edgebroker.cli.render import counted, duration, print_table, size
+from edgebroker.cli.totals import byte_count, dead_letter_counts, group_lag, record_count
 
 MOST_LINES = 10
 VERDICTS = {"ok": "HEALTHY", "degraded": "DEGRADED", "not ready": "NOT READY"}
@@ -41,7 +41,7 @@ def status(options: argparse.Namespace) -> int:
         _print_disk(node["storage"])
         _print_topics(topics)
         _print_groups(groups)
-        pending = sum(line["pending"] for line in count_dead_letters(admin, topics))
+        pending = sum(line["pending"] for line in dead_letter_counts(topics, groups))
         if pending:
             print(f"\n{counted(pending, 'dead letter')} pending (edgebroker dlq list)")
     return 1 if verdict["status"] == "not ready" else 0
@@ -93,14 +93,14 @@ def _print_topics(topics: list[dict[str, Any]]) -> None:
         print("\nno topics yet")
         return
     print()
-    largest = sorted(topics, key=lambda topic: -sum(part["bytes"] for part in topic["partitions"]))
+    largest = sorted(topics, key=byte_count, reverse=True)
     rows = [
         (
             topic["name"],
             topic["settings"]["kind"],
             len(topic["partitions"]),
-            sum(part["durable_end"] - part["log_start"] for part in topic["partitions"]),
-            size(sum(part["bytes"] for part in topic["partitions"])),
+            record_count(topic),
+            size(byte_count(topic)),
             sum(
                 corrupt["last"] - corrupt["first"] + 1
                 for part in topic["partitions"]
@@ -125,15 +125,6 @@ def _print_groups(groups: list[dict[str, Any]]) -> None:
     print_table(("group", "members", "lag", "lag time"), rows)
     if len(groups) > MOST_LINES:
         print(f"and {len(groups) - MOST_LINES} more (edgebroker group list)")
-
-
-def group_lag(group: dict[str, Any]) -> tuple[int, float]:
-    """The lag of a group in records, and the seconds of its partition that is furthest behind."""
-    parts = group["partitions"]
-    return (
-        sum(max(0, part["lag"]) for part in parts),
-        max((part["lag_seconds"] for part in parts), default=0.0),
-    )
 
 
 def _lag_cells(group: dict[str, Any]) -> tuple[object, str]:

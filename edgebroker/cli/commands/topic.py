@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 from typing import Any
-from urllib.parse import quote
 
-from edgebroker.cli.admin_client import call
+from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
 from edgebroker.cli.render import counted, print_table
+from edgebroker.cli.totals import byte_count, record_count
 from edgebroker.common.errors import ConfigError
 
 
@@ -60,7 +60,7 @@ def alter(options: argparse.Namespace) -> int:
     settings = _settings(options)
     if not settings:
         raise ConfigError("no setting to change; give at least one, for example --retention-ms 86400000")
-    _show(call(options.admin, "PATCH", f"/v1/topics/{quote(options.name)}", settings), options.json)
+    _show(call(options.admin, "PATCH", api_path("topics", options.name), settings), options.json)
     return 0
 
 
@@ -76,8 +76,8 @@ def list_topics(options: argparse.Namespace) -> int:
                 topic["name"],
                 topic["settings"]["kind"],
                 len(topic["partitions"]),
-                sum(part["durable_end"] - part["log_start"] for part in topic["partitions"]),
-                sum(part["bytes"] for part in topic["partitions"]),
+                record_count(topic),
+                byte_count(topic),
             )
             for topic in topics
         ],
@@ -86,25 +86,25 @@ def list_topics(options: argparse.Namespace) -> int:
 
 
 def describe(options: argparse.Namespace) -> int:
-    _show(call(options.admin, "GET", f"/v1/topics/{quote(options.name)}"), options.json)
+    _show(call(options.admin, "GET", api_path("topics", options.name)), options.json)
     return 0
 
 
 def accept(options: argparse.Namespace) -> int:
-    call(options.admin, "POST", f"/v1/topics/{quote(options.name)}/accept")
+    call(options.admin, "POST", api_path("topics", options.name, "accept"))
     print(json.dumps({"topic": options.name}) if options.json else f"{options.name}: accepted")
     return 0
 
 
 def delete(options: argparse.Namespace) -> int:
     if not options.yes:
-        topic = call(options.admin, "GET", f"/v1/topics/{quote(options.name)}")
-        records = sum(part["durable_end"] - part["log_start"] for part in topic["partitions"])
+        topic = call(options.admin, "GET", api_path("topics", options.name))
+        records = record_count(topic)
         raise ConfigError(
             f"this would delete topic {options.name} with {counted(records, 'record')}, here and at every node below, "
             "and cannot be undone; add --yes to confirm"
         )
-    call(options.admin, "DELETE", f"/v1/topics/{quote(options.name)}")
+    call(options.admin, "DELETE", api_path("topics", options.name))
     print(json.dumps({"topic": options.name}) if options.json else f"{options.name}: deleted")
     return 0
 

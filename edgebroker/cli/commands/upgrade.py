@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgebroker.cli.command import DeferredHandler, Parser
+from edgebroker.cli.command import DeferredHandler, Parser, duration
 
 
 def arguments(parser: Parser) -> None:
@@ -21,6 +21,10 @@ def arguments(parser: Parser) -> None:
         help="accept a newer data format, which only restoring a backup can undo",
     )
     parser.add_argument(
-        "--timeout", type=float, default=60.0, metavar="S", help="seconds for each node to become ready (default 60)"
+        "--timeout",
+        type=duration,
+        default=60.0,
+        metavar="TIME",
+        help="time for each node to become ready (default 60s)",
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and do nothing")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from urllib.parse import quote, urlencode
+from urllib.parse import urlencode
 
-from edgebroker.cli.admin_client import call
+from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, duration, json_flag, label_flag
 from edgebroker.cli.commands.tree import silence
 from edgebroker.cli.progress import CLEAR_LINE
@@ -89,7 +89,7 @@ def wait(options: argparse.Namespace) -> int:
 
 def _ends(options: argparse.Namespace) -> dict[int, int]:
     """The next offset to reach, by partition: that of --offset, or the current end."""
-    partitions = call(options.admin, "GET", f"/v1/topics/{quote(options.topic)}")["partitions"]
+    partitions = call(options.admin, "GET", api_path("topics", options.topic))["partitions"]
     if options.offset >= 0 and options.partition < 0 and len(partitions) > 1:
         raise ConfigError(f"topic {options.topic} has {len(partitions)} partitions; choose one with --partition")
     ends = {

@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from edgebroker.cli.admin_client import api_path
 from edgebroker.cli.command import DeferredHandler, duration, handlers, run
+from edgebroker.cli.commands.publish import _rows
 from edgebroker.cli.main import VERBS, build_parser, main
-from edgebroker.common.errors import DamagedDataError, DataDirectoryInUseError, EdgeBrokerError, UnreachableError
+from edgebroker.common.errors import (
+    ConfigError,
+    DamagedDataError,
+    DataDirectoryInUseError,
+    EdgeBrokerError,
+    UnreachableError,
+)
 
 RETIRED = re.compile(
     r"\b(anew|afresh|heal(?:ing|ed|s)?|set aside|cut off|holes?|wounds?|stands?|hung|nobody|somebody|whoever|vouch\w*|"
@@ -142,3 +152,65 @@ def test_the_environment_sets_the_addresses(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("EDGEBROKER_ADMIN", "unix:/run/edgebroker/admin.sock")
     options = build_parser("publish").parse_args(["publish", "prices"])
     assert (options.server, options.admin) == ("store-3:7420", "unix:/run/edgebroker/admin.sock")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "text"),
+    [
+        (["topic", "describe", ""], 2, "a name is missing"),
+        (["topic", "describe", "t", "--admin", "foo:bar"], 3, "no broker answers at foo:bar"),
+        (["status", "--admin", "foo bar:1"], 3, "is the address correct?"),
+        (["backup", "/proc/nope", "--admin", "foo:bar"], 3, "no broker answers"),
+        (["consume", "t", "--count", "-1"], 2, "'-1' is not a whole number from 0 on"),
+        (["consume", "t", "--timeout", "-1"], 2, "is not a duration"),
+        (["bench", "produce", "--size", "0"], 2, "'0' is not a whole number from 1 on"),
+        (["publish", "t", "--rate", "-1"], 2, "'-1' is not a rate"),
+        (["publish", "t", "--key", "k", "--csv", "x.csv"], 2, "--key-column"),
+        (["promote", "--level", "sideways"], 2, "invalid choice: 'sideways'"),
+        (["resync", "--topic", "t", "--id", "x"], 2, "--id x: not the id of a resync"),
+    ],
+)
+def test_wrong_calls_say_what_to_do(
+    arguments: list[str], code: int, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        status = main(arguments)
+    except SystemExit as stop:
+        status = stop.code  # type: ignore[assignment]
+    said = capsys.readouterr().err
+    assert (status, text in said) == (code, True), said
+    assert "Traceback" not in said
+
+
+def test_names_are_quoted_as_one_part_of_a_path() -> None:
+    assert api_path("topics", "t/snapshot/5") == "/v1/topics/t%2Fsnapshot%2F5"
+    assert api_path("groups", "a b", "offsets") == "/v1/groups/a%20b/offsets"
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"a,b\n1,\xff\n", "invalid"),
+        (b"a,b\n1\n", "line 2: there is no column 'b'"),
+    ],
+)
+def test_rows_that_cannot_be_read(content: bytes, text: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=text):
+        list(_rows(str(path), "b"))
+
+
+def test_a_gzipped_file_that_is_cut(tmp_path: Path) -> None:
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 1000)[:-20])
+    with pytest.raises(ConfigError, match="end-of-stream"):
+        list(_rows(str(path), "b"))
+
+
+def test_a_refusal_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(options: argparse.Namespace) -> int:
+        raise NotADirectoryError(20, "Not a directory", "/plain/x")
+
+    assert run(fail, argparse.Namespace()) == 1
+    assert capsys.readouterr().err == "edgebroker: /plain/x: Not a directory\n"
