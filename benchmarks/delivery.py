@@ -55,7 +55,7 @@ def fanout(pinned: bool) -> list[Row]:
 
 
 def acknowledged(pinned: bool) -> list[Row]:
-    """Every delivery acknowledged on its own, the group's place committed."""
+    """Every delivery acknowledged on its own, the committed offset committed."""
     count = 1_000_000
     with running(pinned=pinned) as node:
         native_client.produce(node.host, node.port, b"acked", count, 128, 100, 10_000, DURABLE, b"acked")

@@ -270,7 +270,7 @@ cdef class Stage:
     cdef int remember(self, eb_batch *batch, int64_t offset, double now) except -1:
         cdef Window window = self.window_of(batch.producer_id), replaced
         cdef Entry entry
-        # A stored log may hold a producer that expired and began anew; its latest run is what counts.
+        # A stored log may hold a producer that expired and began again; its latest run is what counts.
         if window is None or batch.producer_epoch != window.epoch or batch.base_sequence != window.next_sequence:
             replaced = window
             window = Window.__new__(Window)
@@ -288,7 +288,7 @@ cdef class Stage:
         """Stage the frames of `spans`. Returns (answers, frames, wait, records).
 
         answers: packed Placed for the frames handled; frames: how many, fewer than given when the next one holds
-        compressed records that nobody inflated yet (`inflated` says somebody did); wait: the durable end that makes
+        compressed records that are not inflated yet (`inflated` says they are); wait: the durable end that makes
         every answer true; records: how many were new.
         """
         cdef Py_buffer view

@@ -55,7 +55,7 @@ class Outcome(Enum):
 
     @property
     def retryable(self) -> bool:
-        """True when the same request may succeed later without anybody changing it."""
+        """True when the same request may succeed later unchanged."""
         return self.code.retryable
 
 

@@ -26,7 +26,7 @@ TWIN_CHANGES, TWIN_SECONDS = 3, 600.0
 class FleetMember:
     """A node below. `route` is the uid of the child through which it is reached (its own when it is one), "" when it
     was only heard of. `silent_since` and `behind_at` are monotonic seconds here; `runs` are those before
-    the present one, `turns` when an earlier one came back."""
+    the present one, `run_changes` when an earlier one came back."""
 
     __slots__ = (
         "address",
@@ -125,7 +125,7 @@ class Fleet:
         elif silent and (member.silent_since is None or member.silent_since > now - state.silent):
             return None
         else:
-            self._started_anew(member, report, now)
+            self._restarted(member, report, now)
         self._below.get(member.parent, set()).discard(member.uid)
         member.say(report, raw)
         self._below.setdefault(member.parent, set()).add(member.uid)
@@ -137,7 +137,7 @@ class Fleet:
         self._changed[member.uid] = None
         return member
 
-    def _started_anew(self, member: FleetMember, report: Report, now: float) -> None:
+    def _restarted(self, member: FleetMember, report: Report, now: float) -> None:
         """Another run of a node has not heard of those below it: they are lost until it has."""
         known = report.boot in member.runs
         member.another_run(report.boot, now)

@@ -358,7 +358,7 @@ class Follower:
             yield StateChanged(line, refusal.code)
 
     def compared(self, line: FollowedLog, same: bool, offset: int) -> Iterator[Event]:
-        """The answer to Compare. The same chain: the parent is only behind. Another one: the logs part before."""
+        """The answer to CompareChain. The same chain: the parent is only behind. Another one: the logs part before."""
         if line.state == "behind" and not same:
             line.state = "diverged"
             line.search = Search(line.log_start, max(offset, line.log_start + 1))
@@ -373,7 +373,7 @@ class Follower:
         yield FindBoundaries(line, line.search.offsets())
 
     def looked(self, line: FollowedLog, found: Sequence[Point]) -> Iterator[Event]:
-        """The answer to Look; without an event the next poll asks the parent about what was found."""
+        """The answer to FindBoundaries; without an event the next poll asks the parent about what was found."""
         search = line.search
         if line.state != "diverged" or search is None:
             return

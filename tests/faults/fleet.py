@@ -101,7 +101,7 @@ class Node(BrokerProcess):
         return found
 
     def trouble(self) -> list[str]:
-        """What keeps this node from being well, in words."""
+        """What keeps this node from being healthy, in words."""
         found = [f"{name}: {why}" for name, why in self.problems().items()]
         parent = call(self.admin, "GET", "/v1/pipe")["parent"]
         if parent is not None:

@@ -19,7 +19,7 @@ from edgebroker.common.runtime.clock import SystemClock
 
 from .checker import Content, origin_of
 
-# Leases count from a number that is drawn anew at each start of a broker: those of one run lie close together.
+# Leases count from a number that is drawn again at each start of a broker: those of one run lie close together.
 LEASES_PER_RUN = 1 << 20
 
 

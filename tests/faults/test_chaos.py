@@ -29,7 +29,7 @@ SECONDS = float(os.environ.get("EB_CHAOS_SECONDS", "6"))
 SEED = int(os.environ.get("EB_CHAOS_SEED", "0")) or 20250309
 TOPIC = "orders"
 # A reconnect is tried after 30 s at the latest, a line that is dead without a word noticed after 57 s, a parent that is
-# behind left after 30 s; healing tries again with growing pauses.
+# behind left after 30 s; repair tries again with growing pauses.
 REST_SECONDS = 120.0
 
 

@@ -69,7 +69,7 @@ def _cycle(fleet: Fleet, history: History, meter: Meter, cycle: int, seed: int) 
             users.check(retention=True)
             users.forget()
             shutil.rmtree(users.directory)
-        fleet.settle(TOPIC, REST_SECONDS)  # damage that a restart has just found is still to be healed
+        fleet.settle(TOPIC, REST_SECONDS)  # damage that a restart has just found is still to be repaired
         found = fleet.confessions() + meter.read()
         assert not found, found
     except BaseException as error:

@@ -81,7 +81,7 @@ def test_a_terminal_begins_with_a_copy_of_its_parent(
 def test_while_it_is_written_to_and_removed_from(
     tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whatever moment is copied is a log that opens, without a hole."""
+    """Whatever moment is copied is a log that opens, without a gap."""
     root = tree.start("root", storage__retention_bytes=300_000)
     stop = threading.Event()
 

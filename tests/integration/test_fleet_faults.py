@@ -299,7 +299,7 @@ def test_a_group_that_stands_in_the_log_of_before_has_not_applied_the_new_one(
 
 
 def test_wait_does_not_take_a_deleted_topic_for_the_new_one(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
-    """A topic is deleted and made anew; a terminal that is cut off still has the old one."""
+    """A topic is deleted and made again; a terminal that is cut off still has the old one."""
     root = root_of(tree)
     publish(root, "prices", 0, 50)
     till = joins(tree, "till", "root", level="local")

@@ -1,4 +1,4 @@
-"""A group divided by the broker, over the wire: who gets which partition, and how one changes hands."""
+"""A group whose partitions the broker assigns, over the wire: who gets which partition, and how one changes hands."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_joining_again_while_it_is_revoked_begins_a_new_lease(broker: RunningBro
     going = old.notice().partition
     old.subscribe("t", "g", partition=going, start=Start.COMMITTED)
     assert old.acked(held[going], 10) is Code.STALE
-    # It begins anew and is revoked again.
+    # It begins again and is revoked again.
     again = old.deliver()
     assert (again.head.partition, again.offsets) == (going, list(range(10)))
     assert kinds(old.notices()) == [(Holding.ASSIGNED, going), (Holding.REVOKING, going)]

@@ -219,7 +219,7 @@ def test_the_lag_of_what_was_there_before_this_run() -> None:
     assert lags.seconds(engine.log, 3, 1010.0) == 10.0  # type: ignore[arg-type]
 
 
-def test_a_log_that_was_cut_begins_anew() -> None:
+def test_a_log_that_was_cut_begins_again() -> None:
     engine = Engine()
     lags = Lags(engine)  # type: ignore[arg-type]
     for end in (0, 100, 50):
@@ -228,7 +228,7 @@ def test_a_log_that_was_cut_begins_anew() -> None:
     assert lags._samples["a"] == [(50, 50.0)]
 
 
-# ---- being well ----
+# ---- health ----
 
 
 class StatusLines(Supervisor):

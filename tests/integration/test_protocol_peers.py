@@ -287,7 +287,7 @@ def values(delivery: tiny_client.Delivery) -> list[bytes | None]:
     return [record.value for record in delivery.records]
 
 
-def test_tiny_clients_divide_a_topic(tmp_path: Path) -> None:
+def test_tiny_clients_share_a_topic(tmp_path: Path) -> None:
     with running(tmp_path / "data") as broker, tiny(broker, "one") as one, tiny(broker, "two") as two:
         broker.create("t", partitions=4)
         for partition in range(4):

@@ -103,7 +103,7 @@ def test_a_negative_acknowledgement_of_the_same_record_counts_on(broker: Running
         assert client.nack(delivered.head, 5, f"attempt {attempts}") is Code.OK
         assert place_of(broker) == (5, attempts)
         assert line_of(broker)["reason"] == f"attempt {attempts}"
-    # Another record begins anew.
+    # Another record begins again.
     broker.advance(360)
     assert client.acked(client.deliver().head, 6) is Code.OK
     assert client.nack(client.deliver().head, 7) is Code.OK

@@ -324,7 +324,7 @@ def test_a_damaged_registry_is_moved_aside(tree: Tree) -> None:
 
 
 def test_much_is_reported_in_pieces_and_again_to_a_parent_that_forgot(tree: Tree) -> None:
-    """A hub passes on what 2,000 nodes below it said, to a root that is then started anew, and knows nothing."""
+    """A hub passes on what 2,000 nodes below it said, to a root that is then restarted, and knows nothing."""
     root = tree.start("root")
     hub = tree.start("l2", "root")
     publish(root, "prices", 0, 5)

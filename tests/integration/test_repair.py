@@ -64,7 +64,7 @@ def bytes_in(tree: Tree, name: str) -> bytes:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_mirror_heals_itself(tree: Tree, damage: str) -> None:
+def test_a_mirror_repairs_itself(tree: Tree, damage: str) -> None:
     root = tree.start("root")
     for number in range(40):
         publish(root, "t", number * 10, 10, size=900)
@@ -90,7 +90,7 @@ def test_a_mirror_heals_itself(tree: Tree, damage: str) -> None:
         assert log is not None
         return not log.corrupt_ranges and log.durable_end == 400 and digest(tree, "l2", "t") == before
 
-    wait_for(whole, f"it is healed: {child.broker.engine.log('t', 0).corrupt_ranges}")  # type: ignore[union-attr]
+    wait_for(whole, f"it is repaired: {child.broker.engine.log('t', 0).corrupt_ranges}")  # type: ignore[union-attr]
     offsets: list[int] = []
     while not offsets or offsets[-1] < 399:
         offsets += reader.deliver().offsets
@@ -106,7 +106,7 @@ def test_a_mirror_heals_itself(tree: Tree, damage: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_origin_heals_from_its_child(tree: Tree) -> None:
+def test_an_origin_repairs_from_its_child(tree: Tree) -> None:
     grown(tree)
     tree.stop("root")
     before = digest(tree, "root", "t")
@@ -225,7 +225,7 @@ def test_a_range_that_nobody_has(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("group", ["tills", ""])
 def test_what_rots_under_a_running_node_reaches_no_handler(tree: Tree, group: str) -> None:
-    """It was verified when it was written. The consumer finds it damaged and asks again; the node looks, and heals."""
+    """It was verified when it was written. The consumer finds it corrupt and asks again; the node repairs it."""
     grown(tree)
     node = tree.nodes["l2"]
     rot(logs_of(tree, "l2")[1], 30_000)

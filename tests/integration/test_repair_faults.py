@@ -1,4 +1,4 @@
-"""Healing when things go wrong in the middle of it, and the damage that a log's end may have."""
+"""Repair when things go wrong in the middle of it, and the damage that a log's end may have."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def fetched(harness: StoreHarness) -> bytes:
     return b"".join(batches(first, following - first))
 
 
-def test_a_file_that_was_healed_and_a_hole_that_was_not_forgotten(tmp_path: Path) -> None:
+def test_a_file_that_was_repaired_and_a_corrupt_range_that_was_not_forgotten(tmp_path: Path) -> None:
     """The power went between the new file and meta.db."""
     harness = hurt(tmp_path, 12, 13)
     assert harness.log().corrupt_ranges == [CorruptRange(12, 14)]
@@ -100,7 +100,7 @@ def test_the_end_of_the_log(tmp_path: Path, damage: str) -> None:
     path.write_bytes({"cut off": data[:200], "empty": b"", "overwritten": b"\x55" * len(data)}[damage])
     harness.open()
     harness.tick_until(lambda: harness.log().corrupt_ranges)
-    if damage == "overwritten":  # the checkpoint vouches for its end: the active segment is sealed before it is healed
+    if damage == "overwritten":  # the checkpoint certifies its end: the active segment is sealed before it is repaired
         assert repair(harness, fetched(harness))[0] == -1
         harness.tick()
     assert repair(harness, fetched(harness)) == (23, "")
@@ -125,7 +125,7 @@ def test_what_does_not_continue_the_end_is_not_put_in(tmp_path: Path) -> None:
     harness.close()
 
 
-def test_what_was_healed_is_found_by_time(tmp_path: Path) -> None:
+def test_what_was_repaired_is_found_by_time(tmp_path: Path) -> None:
     def one(offset: int) -> bytes:
         return records.restamp(encode((b"%d-1" % offset).ljust(100, b"."), timestamp=1000 + offset), offset, 1)
 
@@ -146,7 +146,7 @@ def test_what_was_healed_is_found_by_time(tmp_path: Path) -> None:
     harness.close()
 
 
-def test_what_was_healed_is_removed_by_age(tmp_path: Path) -> None:
+def test_what_was_repaired_is_removed_by_age(tmp_path: Path) -> None:
     harness = stored(tmp_path, 7, retention_ms=60_000)
     lose(harness.logs()[0])  # only the active segment is left
     harness.open()
@@ -204,7 +204,7 @@ def test_a_read_that_was_asked_for_before_invents_no_damage(tmp_path: Path) -> N
 
 
 def test_more_is_lost_than_was_known(tmp_path: Path) -> None:
-    """A hole of one record, behind which the rest of the file is bad by now as well."""
+    """A corrupt range of one record, behind which the rest of the file is bad by now as well."""
     harness = hurt(tmp_path, 12)
     assert harness.log().corrupt_ranges == [CorruptRange(12, 13)]
     spoil(harness, 13, 14)
@@ -264,7 +264,7 @@ def test_children_keep_what_their_origin_lost_at_its_end(tree: Tree) -> None:
 
 
 @pytest.mark.slow
-def test_damage_that_nobody_vouches_for_cuts_no_child(tree: Tree) -> None:
+def test_damage_that_nothing_certifies_cuts_no_child(tree: Tree) -> None:
     """With meta.db gone as well the origin does not know the chain at its end: it cannot call a child diverged."""
     grown(tree)
     child = tree.nodes["l2"]
@@ -290,7 +290,7 @@ def test_damage_that_nobody_vouches_for_cuts_no_child(tree: Tree) -> None:
 
 
 @pytest.mark.slow
-def test_neighbours_that_are_no_help_do_not_end_healing(tree: Tree) -> None:
+def test_neighbours_that_are_no_help_do_not_end_repair(tree: Tree) -> None:
     root = damaged_root(tree)
     with socket.create_connection(root.broker.listeners.http_address) as connection:
         for source in ("127.0.0.1:99999", "127.0.0.1:\u00b2", "127.0.0.1:0", ":80", "nowhere"):
@@ -317,7 +317,7 @@ def test_neighbours_that_are_no_help_do_not_end_healing(tree: Tree) -> None:
 
 
 @pytest.mark.slow
-def test_a_child_that_asks_while_healing_fails(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_child_that_asks_while_repair_fails(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
     root = damaged_root(tree)
     log = root.broker.engine.log("t", 0)
     assert log is not None
@@ -370,7 +370,7 @@ def test_ranges_are_read_a_few_at_a_time(tree: Tree, monkeypatch: pytest.MonkeyP
 
 
 def test_a_log_that_does_not_know_its_chain_goes_on(tmp_path: Path) -> None:
-    """As behind damage for which nobody vouches; a start, which reads all of it again, knows."""
+    """As behind damage that nothing certifies; a start, which reads all of it again, knows."""
     harness = StoreHarness(tmp_path / "data", store_settings(segment_bytes=1000))
     harness.create()
     values = harness.fill(7, size=100)

@@ -1,4 +1,4 @@
-"""Loading topics afresh over the tree: beside the old data, in one step, and whatever is killed meanwhile."""
+"""Loading topics again over the tree: beside the old data, in one step, and whatever is killed meanwhile."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_while_the_parent_is_published_to(tree: Tree) -> None:
     same_everywhere(tree, "root", "l2")
 
 
-def test_damage_that_cannot_be_healed_goes(tree: Tree) -> None:
+def test_damage_that_cannot_be_repaired_goes(tree: Tree) -> None:
     """A byte of a sealed segment is flipped, and the node does not know it yet."""
     root = grown(tree)
     tree.stop("l2")
@@ -178,7 +178,7 @@ def test_without_room_nothing_begins(tree: Tree) -> None:
         {"type": "resync", "id": "cd" * 16, "uid": l2.broker.engine.node_uid, "topic": "t", "in_place": True},
     )
     assert status == 200
-    wait_for(lambda: l2.advance(1.0) or state(l2, "cd" * 16)[0] == "done", "it begins anew")  # type: ignore[func-returns-value]
+    wait_for(lambda: l2.advance(1.0) or state(l2, "cd" * 16)[0] == "done", "it begins again")  # type: ignore[func-returns-value]
     follows(root, l2, "t")
     assert not logs(tree, "l2") & before
     same_everywhere(tree, "root", "l2")
@@ -392,7 +392,7 @@ def test_all_topics_of_a_node(tree: Tree, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_group_over_the_tree(tree: Tree, tmp_path: Path) -> None:
-    """The order reaches the node, and the group there is told to load the topic afresh."""
+    """The order reaches the node, and the group there is told to load the topic again."""
     root = grown(tree)
     l2 = tree.nodes["l2"]
     client = l2.raw("labels")

@@ -1,4 +1,4 @@
-"""What deleting a topic and loading it afresh must not do, whatever happens meanwhile."""
+"""What deleting a topic and loading it again must not do, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -192,8 +192,8 @@ def test_a_start_does_not_depend_on_the_copy(tree: Tree, monkeypatch: pytest.Mon
 # ---- in place, and a crash in the middle
 
 
-def test_holes_of_a_log_that_was_begun_anew(harness: StoreHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process dies when the files are begun anew and what was noted about them is not stored yet."""
+def test_corrupt_ranges_of_a_log_that_was_recreated(harness: StoreHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process dies when the files are recreated and what was noted about them is not stored yet."""
     log = harness.log()
     log.add_corrupt_range(CorruptRange(5, 9))
     harness.store._checkpoints.corrupt_ranges_changed(log)
@@ -303,7 +303,7 @@ def test_a_read_in_the_middle_of_the_switch(
 
 
 @pytest.mark.slow
-def test_a_log_that_came_back_is_not_called_deleted_while_it_is_healed(tree: Tree, tmp_path: Path) -> None:
+def test_a_log_that_came_back_is_not_called_deleted_while_it_is_repaired(tree: Tree, tmp_path: Path) -> None:
     root = revived(tree, tmp_path)
     l2 = tree.nodes["l2"]
     pos = tree.start("pos", "l2")
@@ -311,7 +311,7 @@ def test_a_log_that_came_back_is_not_called_deleted_while_it_is_healed(tree: Tre
     tree.stop("pos")
     log = l2.broker.engine.log("t", 0)
     assert log is not None
-    l2.call(lambda: setattr(log, "rewriting", True))  # as while it is cut, healed, begun anew, switched
+    l2.call(lambda: setattr(log, "rewriting", True))  # as while it is cut, repaired, recreated, switched
     pos = tree.start("pos", "l2")
     wait_for(lambda: line(pos, "t")["state"] != "live", "it was answered")
     time.sleep(0.3)
@@ -411,7 +411,7 @@ def test_an_order_that_was_refused_does_nothing(tree: Tree) -> None:
     assert order(l2, "u", id=OTHER, hours="00:00-00:01")[0] == 200
     status, answer = order(l2, "")
     assert (status, answer["code"]) == (503, "OVERLOADED")
-    assert state(l2) == ("", ""), "and topic t is loaded afresh nevertheless"
+    assert state(l2) == ("", ""), "and topic t is loaded again nevertheless"
 
 
 @pytest.mark.slow
@@ -522,12 +522,12 @@ def test_a_node_that_is_promoted_keeps_what_it_writes(tree: Tree, monkeypatch: p
     assert l2.broker.engine.log("t", 0).identity.origin == uid, "it mirrors again, and nobody feeds it"  # type: ignore[union-attr]
 
 
-# ---- deleted while it is healed, changed, ...
+# ---- deleted while it is repaired, changed, ...
 
 
 @pytest.mark.slow
-def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A child follows; afterwards other topics can still be healed."""
+def test_a_topic_deleted_while_it_is_repaired(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child follows; afterwards other topics can still be repaired."""
     root = grown(tree)
     tree.stop("l2")
     path = sorted((tree.directory / "root" / "topics" / "t" / "0").glob("*.log"))
@@ -548,9 +548,9 @@ def test_a_topic_deleted_while_it_is_healed(tree: Tree, monkeypatch: pytest.Monk
         time.sleep(1.0)
         real_write(path, tombstones)
 
-    def slow_repair(wound: Any, data: bytes) -> Any:
+    def slow_repair(target: Any, data: bytes) -> Any:
         time.sleep(1.0)  # children ask again meanwhile
-        return real_repair(wound, data)
+        return real_repair(target, data)
 
     monkeypatch.setattr(removal, "write_tombstones", slow_write)
     monkeypatch.setattr(rewriter, "repair_segment", slow_repair)

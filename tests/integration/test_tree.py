@@ -204,7 +204,7 @@ def test_a_log_that_was_made_again(tree: Tree) -> None:
     client.subscribe("prices", "tills")
     assert child.http("POST", "/v1/topics/prices/accept")[0] == 200
     follows(root, child, "prices")
-    assert client.reset().topic == "prices", "its readers begin anew"
+    assert client.reset().topic == "prices", "its readers begin again"
     assert "replaced" not in child.http("GET", "/v1/node")[1]["problems"]
 
 

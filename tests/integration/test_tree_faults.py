@@ -165,7 +165,7 @@ def test_a_topic_that_cannot_be_taken_holds_no_other_up(tree: Tree) -> None:
 
 
 def test_a_log_without_its_beginning(tree: Tree) -> None:
-    """And without anything that would tell the chain: it is fetched anew, and not asked about for ever."""
+    """And without anything that would tell the chain: it is fetched again, and not asked about for ever."""
     root = tree.start("root")
     for number in range(6):
         publish(root, "t", number * 100, 100, size=300)
@@ -177,7 +177,7 @@ def test_a_log_without_its_beginning(tree: Tree) -> None:
     for path in [*directory.glob("*.index"), *(tree.directory / "l2").glob("meta.db*")]:
         path.unlink()
     child = tree.start("l2", "root")
-    wait_for(lambda: chain(child, "t") == chain(root, "t") and end(child, "t") == 600, "it has begun anew")
+    wait_for(lambda: chain(child, "t") == chain(root, "t") and end(child, "t") == 600, "it was recreated")
     assert child.counters()["pipe_polls_sent"] < 20
     tree.stop("l2")
     tree.stop("root")
@@ -373,7 +373,7 @@ def test_many_cold_logs_cost_little_memory(tree: Tree) -> None:
 
 
 def test_retention_overtakes_a_child(tree: Tree) -> None:
-    """It is told that what it wants is gone, and begins anew, however slow it is."""
+    """It is told that what it wants is gone, and begins again, however slow it is."""
     root = tree.start("root", storage__retention_bytes=200_000)
     child = tree.start("l2", "root", pipe__bytes_per_second=4096)
     publish(root, "t", 0, 5)

@@ -145,7 +145,7 @@ class GroupModel:
         self.spots: dict[Key, Spot] = {}
         self.generations: set[int] = set()
         self.held_before: set[Key] = set()
-        self.divisions = 0
+        self.rebalances = 0
 
     def eligible(self, key: Key) -> list[Member]:
         """Who may get a partition: who wants it and does not hang; if all hang, all who want it."""
@@ -274,15 +274,15 @@ class Model:
     def rebalancing(self, group: Group) -> None:
         found = self.group(group)
         found.held_before |= {spot.key for spot in found.spots.values() if spot.holder is not None}
-        found.divisions += 1
-        if found.divisions > 1:
+        found.rebalances += 1
+        if found.rebalances > 1:
             for entry in found.entries.values():  # somebody vanished while it was told what it got
                 entry.fresh.clear()
 
     def rebalanced(self) -> None:
         for group in (*self.groups.values(), *self.private.values()):
             group.held_before.clear()
-            group.divisions = 0
+            group.rebalances = 0
             for entry in group.entries.values():
                 entry.fresh.clear()
 
@@ -653,7 +653,7 @@ class Model:
             assert (spot.holder in eligible) if eligible else (spot.holder is None), "it is with who wants it"
             if spot.holder is not None and not spot.refreshing and not self.world.engine.stores_slowly:
                 least = min(loads[member] for member in eligible)
-                assert loads[spot.holder] - least < 2, "the division is not balanced"
+                assert loads[spot.holder] - least < 2, "the assignment is not balanced"
 
     def _check_spot(self, spot: Spot, real: Group) -> None:
         committed = real.committed(spot.log)

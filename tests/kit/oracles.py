@@ -301,7 +301,7 @@ class Sent:
 
 @dataclass
 class StageModel:
-    """Stage as a list of batches: what a producer is allowed follows from the log alone, read anew every time."""
+    """Stage as a list of batches: what a producer is allowed follows from the log alone, read again every time."""
 
     next_offset: int
     epoch: int

@@ -64,7 +64,7 @@ class Lease(NamedTuple):
 
 class LeaseWatch:
     """What every client may rely on, checked for every frame of every test: deliveries begin at the offset of the
-    ASSIGNED before them, without holes, under its lease, and end with REVOKING."""
+    ASSIGNED before them, without gaps, under its lease, and end with REVOKING."""
 
     def __init__(self) -> None:
         self._leases: dict[tuple[str, int], Lease] = {}

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class RecoveredLog(NamedTuple):
-    """Segments in order, the last one active and open for writing; `durable_end` is synced."""
+    """Segments in order, the last one active and open for writing; all up to `next_offset` is synced."""
 
     segments: list[Segment]
     next_offset: int

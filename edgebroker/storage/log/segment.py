@@ -1,6 +1,6 @@
 """One segment of a partition's log: a file of batches back to back, and what the process knows about it.
 
-A segment does nothing on its own; the log (loop thread) changes it, the reader thread gets a Scan to work on.
+A segment does nothing on its own; the log (loop thread) changes it, the reader thread gets a SegmentView to work on.
 """
 
 from pathlib import Path

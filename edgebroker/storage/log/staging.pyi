@@ -28,7 +28,7 @@ class Stage:
         """Stage the PUBLISH frames of `spans`. Returns (answers, frames, wait, records).
 
         answers: packed native (i64 offset, i32 code, i32 reason) for the frames handled; frames: how many, fewer than
-        given when the next one holds compressed records that nobody inflated yet (`inflated` says somebody did);
+        given when the next one holds compressed records that are not inflated yet (`inflated` says they are);
         wait: the durable end that makes every answer true; records: how many were new. Nothing is durable yet.
         """
 

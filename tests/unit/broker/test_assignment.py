@@ -1,4 +1,4 @@
-"""Dividing partitions among members, against every other division that there could be."""
+"""Assigning partitions to members, against every other assignment that there could be."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Wishes = Mapping[int, Sequence[str]]
 Holders = Mapping[int, str]
 
 
-def loads(division: Holders, members: Collection[str]) -> list[int]:
-    counts = Counter(division.values())
+def loads(assignment: Holders, members: Collection[str]) -> list[int]:
+    counts = Counter(assignment.values())
     return [counts[member] for member in members]
 
 
-def moves(division: Holders, wanted_by: Wishes, holders: Holders) -> int:
+def moves(assignment: Holders, wanted_by: Wishes, holders: Holders) -> int:
     """How many partitions change hands although their holder still wants them."""
-    return sum(1 for key, member in division.items() if holders.get(key) in wanted_by[key] and holders[key] != member)
+    return sum(1 for key, member in assignment.items() if holders.get(key) in wanted_by[key] and holders[key] != member)
 
 
-def is_balanced(division: Holders, members: Collection[str]) -> bool:
-    return max(loads(division, members)) - min(loads(division, members)) <= 1
+def is_balanced(assignment: Holders, members: Collection[str]) -> bool:
+    return max(loads(assignment, members)) - min(loads(assignment, members)) <= 1
 
 
 @quick
@@ -44,33 +44,33 @@ def test_who_want_the_same_get_the_same_with_the_fewest_moves(
     count: int, members: list[str], holders: dict[int, str], shared: bool
 ) -> None:
     wanted_by = {partition: members if shared else list(members) for partition in range(count)}
-    division = assign(wanted_by, holders)
-    assert division.keys() == wanted_by.keys()
-    assert is_balanced(division, members)
+    assignment = assign(wanted_by, holders)
+    assert assignment.keys() == wanted_by.keys()
+    assert is_balanced(assignment, members)
     every = (dict(enumerate(chosen)) for chosen in itertools.product(members, repeat=count))
     fewest = min(moves(other, wanted_by, holders) for other in every if is_balanced(other, members))
-    assert moves(division, wanted_by, holders) == fewest
+    assert moves(assignment, wanted_by, holders) == fewest
 
 
 @quick
 @given(some_wishes, some_holders, st.sets(st.integers(0, 5)))
-def test_every_division(wanted_by: dict[int, list[str]], holders: dict[int, str], pinned: set[int]) -> None:
-    division = assign(wanted_by, holders, pinned)
+def test_every_assignment(wanted_by: dict[int, list[str]], holders: dict[int, str], pinned: set[int]) -> None:
+    assignment = assign(wanted_by, holders, pinned)
     # Everything that somebody wants is held, by one of those.
-    assert division.keys() == {partition for partition, members in wanted_by.items() if members}
-    assert all(member in wanted_by[partition] for partition, member in division.items())
+    assert assignment.keys() == {partition for partition, members in wanted_by.items() if members}
+    assert all(member in wanted_by[partition] for partition, member in assignment.items())
     # What is pinned stays.
-    for partition in pinned & division.keys():
+    for partition in pinned & assignment.keys():
         if holders.get(partition) in wanted_by[partition]:
-            assert division[partition] == holders[partition]
+            assert assignment[partition] == holders[partition]
     # No single move would even it out.
-    counts = Counter(division.values())
-    for partition, member in division.items():
+    counts = Counter(assignment.values())
+    for partition, member in assignment.items():
         if partition not in pinned:
             assert all(counts[member] - counts[other] <= 1 for other in wanted_by[partition])
-    # The same facts give the same division, and nobody moves when nothing has changed.
-    assert assign(wanted_by, holders, pinned) == division
-    assert assign(wanted_by, division, pinned) == division
+    # The same facts give the same assignment, and nobody moves when nothing has changed.
+    assert assign(wanted_by, holders, pinned) == assignment
+    assert assign(wanted_by, assignment, pinned) == assignment
 
 
 @quick
@@ -105,20 +105,20 @@ def test_one_more_member_takes_its_share_and_no_more(count: int, members: int, o
     ],
 )
 def test_cases(wanted_by: Wishes, holders: Holders, pinned: Collection[int], expected: Holders | None) -> None:
-    division = assign(wanted_by, holders, pinned)
+    assignment = assign(wanted_by, holders, pinned)
     if expected is None:
-        assert sorted(division.values()) == ["a", "b"]
+        assert sorted(assignment.values()) == ["a", "b"]
     else:
-        assert {**division, **expected} == division
+        assert {**assignment, **expected} == assignment
 
 
 def test_a_large_group() -> None:
     """A thousand members, a thousand partitions: the last one to come takes one from a single other."""
     members = list(range(1000))
     wanted_by = {partition: members for partition in range(1024)}
-    division = assign(wanted_by, {})
-    assert set(Counter(division.values()).values()) == {1, 2}
+    assignment = assign(wanted_by, {})
+    assert set(Counter(assignment.values()).values()) == {1, 2}
     more = [*members, 1000]
-    after = assign(dict.fromkeys(wanted_by, more), division)
-    assert sum(1 for key in after if after[key] != division[key]) == 1
+    after = assign(dict.fromkeys(wanted_by, more), assignment)
+    assert sum(1 for key in after if after[key] != assignment[key]) == 1
     assert set(Counter(after.values()).values()) == {1, 2}

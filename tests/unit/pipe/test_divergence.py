@@ -247,12 +247,12 @@ def test_a_log_of_another_identity(tree: Tree) -> None:
         assert chain(node, "t") == chain(root, "t")
     few_polls(watched, 15)
     watched.took_only(after)
-    assert tills.reset().topic == "t", "its readers begin anew"
+    assert tills.reset().topic == "t", "its readers begin again"
     same_bytes(tree)
 
 
 def test_a_parent_that_begins_further_on(tree: Tree) -> None:
-    """Each hop begins anew where the one above begins; readers are told what they miss."""
+    """Each hop begins again where the one above begins; readers are told what they miss."""
     five_levels(tree)
     before = states_of(files_of(tree, "root"))
     tills = tree.nodes["local"].raw("till")

@@ -338,7 +338,7 @@ def test_a_parent_that_begins_further_on() -> None:
 
 
 def test_a_parent_whose_past_is_another_one_and_gone() -> None:
-    """No boundary is common: the child begins anew where the parent begins."""
+    """No boundary is common: the child begins again where the parent begins."""
     other = ModelLog().publish(*[1] * 60, salt="new").removed(30)
     child, parent = Child({ONE: ModelLog().publish(*[1] * 50)}), Parent({ONE: other})
     settle(parent, child)
@@ -437,7 +437,7 @@ def test_a_position_beyond_the_end_of_its_history() -> None:
 
 
 def test_a_log_whose_beginning_cannot_be_compared() -> None:
-    """No boundary is known to be common, and there are none left to ask about: it begins anew."""
+    """No boundary is known to be common, and there are none left to ask about: it begins again."""
     one, other = ModelLog().publish(*[1] * 50, salt="old"), ModelLog().publish(*[1] * 60, salt="new")
     child, parent = Child({ONE: one}), Parent({ONE: other})
     whole = one.points

@@ -1,4 +1,4 @@
-"""What a node remembers of its children: it holds early retention back, and vouches for what they had."""
+"""What a node remembers of its children: it holds early retention back, and certifies what they had."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_nothing_is_stored_while_nothing_changes(tree: Tree) -> None:
 
 
 def test_a_lost_end_is_no_torn_tail(tree: Tree) -> None:
-    """Without meta.db only the child's place tells that something was there: it is missed, and heals from the child."""
+    """Without meta.db only the child's place tells that something was there: it is fetched from the child."""
     root = grown(tree)
     root.advance(91.0)
     wait_for(lambda: floor(root) == 200, "it has asked again")

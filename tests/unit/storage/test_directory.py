@@ -265,7 +265,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", STATES)
 def test_any_meta_database_starts(name: str, running: Path, tmp_path: Path) -> None:
-    """No record depends on it; the group's place comes from offsets.snap, and is never further than it was."""
+    """No record depends on it; the committed offset comes from offsets.snap, and is never further than it was."""
     snapshot(running, tmp_path / "data")
     STATES[name](tmp_path / "data")
     harness = StoreHarness(tmp_path / "data")

@@ -1,4 +1,4 @@
-"""A log of another node's origin: taken over byte for byte, cut where it diverged, begun anew, at every power cut."""
+"""A log of another node's origin: taken over byte for byte, cut where it diverged, recreated, at every power cut."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_cut(harness: StoreHarness, offset: int, crash: bool) -> None:
 
 @pytest.mark.parametrize("what", ["cut", "restart", "another log"])
 def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
-    """The log is there up to the cut or further, or begins anew: never with a hole, never an offset given twice."""
+    """The log is there up to the cut or further, or begins again: no corrupt range, no offset given twice."""
     for step in range(1, 40):
         harness = StoreHarness(tmp_path / f"data{step}", store_settings(segment_bytes=1000))
         mirror(harness, identity_of())

@@ -193,8 +193,8 @@ def test_every_bit_above_the_checkpoint_is_cut_and_kept(small: Small) -> None:
         restore(small)
 
 
-def test_every_bit_that_a_group_vouches_for_is_a_hole(small: Small) -> None:
-    """A group had read all four: what is damaged is a hole, and new batches begin behind it."""
+def test_every_bit_that_a_group_certifies_is_a_corrupt_range(small: Small) -> None:
+    """A group had read all four: what is damaged is a corrupt range, and new batches begin behind it."""
     try:
         for bit in range(small.edges[1] * 8, len(small.raw) * 8):
             damaged = flipped(small.raw, bit)
@@ -228,7 +228,7 @@ def test_the_tail_cut_at_every_byte(small: Small, checkpoint_at: int | None) -> 
 
 
 def test_the_tail_cut_at_every_byte_below_the_checkpoint(small: Small) -> None:
-    """The whole log was vouched for: what is missing is a hole, and no offset is given twice."""
+    """The whole log was vouched for: what is missing is a corrupt range, and no offset is given twice."""
     try:
         for length in range(len(small.raw)):
             small.path.write_bytes(small.raw[:length])

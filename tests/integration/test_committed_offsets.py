@@ -1,4 +1,4 @@
-"""Where a member begins: what it asks for counts when nobody else held the partition, else the group's place does."""
+"""Where a member begins: what it asks for counts when the partition was free, else the committed offset does."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_what_nobody_held_begins_where_the_member_says(
     client = join(broker, "client", line_about(broker, start, value))
     assert client.assigned().offset == expected
     assert committed(broker) == expected
-    # Said once: when it comes to the same member again, the group's place counts.
+    # Said once: when it comes to the same member again, the committed offset counts.
     assert client.acked(client.deliver().head, 10) is Code.OK if expected < 10 else True
     client.leave("t", 1)
     assert join(broker, "other", line_about(broker, Start.COMMITTED, 0)).assigned().offset == 10
@@ -226,7 +226,7 @@ def test_joining_while_the_node_stops(tmp_path: Path, before: bool, code: Code, 
 
 @pytest.mark.parametrize(("first", "expected"), [("join", 4), ("leave", 10)])
 def test_who_held_a_partition_when_the_line_came(broker: RunningBroker, first: str, expected: int) -> None:
-    """Also when its holder goes in the same turn: the partition is handed on with the group's place, nothing passed."""
+    """Also when its holder goes in the same turn: the partition is handed on at the committed offset."""
     holder = join(broker, "holder", FROM_START)
     assert holder.acked(holder.deliver().head, 4) is Code.OK
     newcomer = broker.raw("newcomer")
