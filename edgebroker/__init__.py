@@ -77,7 +77,9 @@ def __getattr__(name: str) -> object:
         raise AttributeError(f"module 'edgebroker' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOMES[name]), name)
+    found: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = found  # looked up once
+    return found
 
 
 def __dir__() -> list[str]:

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker import Consumer, Record
+from edgebroker import Record
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.errors import GapError, ResetRequiredError
 from edgebroker.common.types import Position
-from tests.kit.brokers import SECONDS, RunningBroker, batch_of, config_for, numbered, running
+from tests.kit.brokers import SECONDS, RunningBroker, batch_of, config_for, numbered, running, take
 
 
 @pytest.fixture
@@ -44,16 +44,6 @@ def fill(broker: RunningBroker, count: int, topic: str = "t", each: int = 1, par
     client = broker.raw("fill")
     for first in range(0, count, each):
         client.publish(topic, numbered(first, each), partition=partition)
-
-
-def take(consumer: Consumer, count: int) -> list[Record]:
-    """So many records by poll(), unacknowledged."""
-    found: list[Record] = []
-    deadline = time.monotonic() + SECONDS
-    while len(found) < count:
-        assert time.monotonic() < deadline, f"{len(found)} of {count} records came"
-        found += consumer.poll(0.5)
-    return found
 
 
 def offsets(records: list[Record]) -> list[int]:

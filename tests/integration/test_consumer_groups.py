@@ -16,7 +16,7 @@ from edgebroker.client.refresh import Refresh
 from edgebroker.common import batch
 from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError, ResetRequiredError
 from edgebroker.common.types import Position, TopicPartition
-from tests.kit.brokers import SECONDS, RunningBroker, batch_of, config_for, numbered, running
+from tests.kit.brokers import SECONDS, RunningBroker, batch_of, config_for, numbered, running, take
 
 PARTITIONS = 4
 
@@ -45,15 +45,6 @@ def until(done: Callable[[], bool], *consumers: Consumer, ack: bool = True) -> l
             found += records
             if records and ack:
                 consumer.ack(records[-1])
-    return found
-
-
-def take(consumer: Consumer, count: int) -> list[Record]:
-    found: list[Record] = []
-    deadline = time.monotonic() + SECONDS
-    while len(found) < count:
-        assert time.monotonic() < deadline, f"{len(found)} of {count} records came"
-        found += consumer.poll(0.5)
     return found
 
 

@@ -24,9 +24,9 @@ from edgebroker.pipe.fleet import Fleet
 from edgebroker.pipe.report import Report, within_limit
 from edgebroker.pipe.topology import Topology
 from edgebroker.storage.types import DiskState
-from tests.integration.test_registry import RAW, batch, joins, nodes, parent, pass_time, root_of, run, until
+from tests.integration.test_registry import RAW, batch, joins, nodes, parent, pass_time, root_of, until
 from tests.integration.test_registry import told as told_of
-from tests.kit.trees import Tree, follows, pipe, publish
+from tests.kit.trees import Tree, follows, pipe, publish, run
 from tests.kit.waiting import wait_for
 from tests.unit.pipe.test_fleet import BOOTS, TOP, report, state, uid
 

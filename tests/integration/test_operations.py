@@ -14,8 +14,7 @@ from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.common.types import Start
 from edgebroker.network.wire.frames import FrameType, Intent, Subscribe
 from edgebroker.storage.engine import Log
-from tests.kit.brokers import RunningBroker, numbered, running
-from tests.kit.raw_client import RawClient
+from tests.kit.brokers import RunningBroker, member, numbered, running
 
 OFFSETS, REFRESH = "/v1/groups/g/offsets", "/v1/groups/g/refresh"
 
@@ -36,12 +35,6 @@ def fill(broker: RunningBroker, topic: str = "t") -> None:
     for partition in range(2):
         for offset in range(10):
             producer.publish(topic, batch.encode([(None, b"v", 1000 + 1000 * offset)]), partition=partition)
-
-
-def member(broker: RunningBroker, name: str = "client", **line: Any) -> RawClient:
-    client = broker.raw(name)
-    assert client.subscribe("t", "g", **{"start": Start.COMMITTED, **line}).code is Code.OK
-    return client
 
 
 def group_of(broker: RunningBroker) -> dict[str, Any]:

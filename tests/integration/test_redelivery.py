@@ -11,7 +11,7 @@ import pytest
 from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
 from edgebroker.network.wire.frames import FrameType
-from tests.kit.brokers import RunningBroker, batch_of, numbered, running
+from tests.kit.brokers import RunningBroker, batch_of, member, numbered, running
 from tests.kit.raw_client import RawClient
 
 # Time passes only when a test lets it. 100 s of pause, doubled up to 350 s; a delivery is overdue after 1000 s.
@@ -42,12 +42,6 @@ def place_of(broker: RunningBroker) -> tuple[int, int]:
     """Where the group stands, and how often that record has failed."""
     line = line_of(broker)
     return line["committed"], line["attempts"]
-
-
-def member(broker: RunningBroker, name: str = "client", **line: Any) -> RawClient:
-    client = broker.raw(name)
-    assert client.subscribe("t", "g", **{"start": Start.COMMITTED, **line}).code is Code.OK
-    return client
 
 
 def test_a_negative_acknowledgement(broker: RunningBroker) -> None:

@@ -13,7 +13,7 @@ from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from edgebroker.storage.metadata.registry import NodeRow
 from tests.kit.brokers import RunningBroker
-from tests.kit.trees import Tree, follows, pipe, publish
+from tests.kit.trees import Tree, follows, pipe, publish, run
 from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -61,12 +61,6 @@ def nodes(at: RunningBroker) -> dict[str, dict[str, Any]]:
 def parent(node: RunningBroker) -> str:
     found: dict[str, Any] = pipe(node)["parent"]
     return found["name"] if found["connected"] else ""
-
-
-def run(node: RunningBroker, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
-    host, port = node.broker.listeners.http_address
-    status = main([*arguments, "--admin", f"{host}:{port}", "--json"])
-    return status, json.loads(capsys.readouterr().out)
 
 
 def test_a_tree_grows_from_seeds_alone(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:

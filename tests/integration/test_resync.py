@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from edgebroker.storage.rewrite import replace as replacement
 from edgebroker.storage.rewrite.replace import FILE_NAME, exchange, finish_replacements, read_resyncs, write_resyncs
 from edgebroker.storage.types import ResyncRow
 from tests.kit.brokers import RunningBroker
-from tests.kit.trees import Tree, digest, end, follows, grown, pipe, publish
+from tests.kit.trees import Tree, digest, end, follows, grown, pipe, publish, run
 from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -335,12 +334,6 @@ def test_rows_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 # ---- over the tree ----
-
-
-def run(node: RunningBroker, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
-    host, port = node.broker.listeners.http_address
-    status = main([*arguments, "--admin", f"{host}:{port}", "--json"])
-    return status, json.loads(capsys.readouterr().out)
 
 
 def test_a_region_in_waves(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from edgebroker.storage.rewrite.replace import write_resyncs
 from edgebroker.storage.types import CorruptRange, ResyncRow, Tombstone
 from tests.integration.test_resync import ID, order, state, until
 from tests.integration.test_topic_delete import revived, topics
-from tests.kit.storage import TOPIC, StoreHarness, store_settings
+from tests.kit.storage import TOPIC, StoreHarness, filled_store, store_settings
 from tests.kit.trees import Tree, end, follows, grown, line, pipe, publish
 from tests.kit.waiting import wait_for
 
@@ -34,9 +34,7 @@ OTHER = "cd" * 16
 
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[StoreHarness]:
-    found = StoreHarness(tmp_path / "data", store_settings(segment_bytes=1000))
-    found.create(TOPIC)
-    found.fill(30)
+    found = filled_store(tmp_path / "data")
     yield found
     found.close()
 

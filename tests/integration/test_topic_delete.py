@@ -17,7 +17,7 @@ from edgebroker.storage import files
 from edgebroker.storage.rewrite.removal import FILE_NAME, read_tombstones, write_tombstones
 from edgebroker.storage.types import Tombstone
 from tests.kit.brokers import RunningBroker
-from tests.kit.storage import TOPIC, StoreHarness, encode, pack, store_settings
+from tests.kit.storage import TOPIC, StoreHarness, encode, filled_store, pack
 from tests.kit.trees import Tree, digest, end, follows, grown, line, pipe, publish
 from tests.kit.waiting import wait_for
 
@@ -183,10 +183,7 @@ def test_the_command_asks_first(tree: Tree, capsys: pytest.CaptureFixture[str]) 
 
 @pytest.fixture
 def harness(tmp_path: Path) -> Iterator[StoreHarness]:
-    """A store with a topic of several segments, and with places of groups."""
-    found = StoreHarness(tmp_path / "data", store_settings(segment_bytes=1000))
-    found.create(TOPIC)
-    found.fill(30)
+    found = filled_store(tmp_path / "data")
     yield found
     found.close()
 

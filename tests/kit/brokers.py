@@ -17,7 +17,9 @@ from edgebroker.client.producer import Producer
 from edgebroker.common import batch
 from edgebroker.common.config import Config, load_config
 from edgebroker.common.errors import Code
+from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock
+from edgebroker.common.types import Start
 from tests.kit.raw_client import SECONDS, RawClient
 
 T = TypeVar("T")
@@ -165,3 +167,20 @@ def batch_of(*values: bytes, **options: Any) -> bytes:
 def numbered(first: int, count: int, size: int = 0) -> bytes:
     """One batch whose values are b"%d" of first, first + 1, ..., padded to `size`."""
     return batch_of(*(b"%d" % (first + rank) + b"." * max(0, size - 10) for rank in range(count)))
+
+
+def take(consumer: Consumer, count: int) -> list[Record]:
+    """So many records by poll(), unacknowledged."""
+    found: list[Record] = []
+    deadline = time.monotonic() + SECONDS
+    while len(found) < count:
+        assert time.monotonic() < deadline, f"{len(found)} of {count} records came"
+        found += consumer.poll(0.5)
+    return found
+
+
+def member(broker: RunningBroker, name: str = "client", **line: Any) -> RawClient:
+    """A member of group g of topic t."""
+    client = broker.raw(name)
+    assert client.subscribe("t", "g", **{"start": Start.COMMITTED, **line}).code is Code.OK
+    return client

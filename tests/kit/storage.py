@@ -394,3 +394,15 @@ def snapshot(source: Path, target: Path) -> None:
 def tree(path: Path) -> dict[str, bytes | None]:
     """Every file of a directory with its bytes, to show that nothing changed."""
     return {str(entry.relative_to(path)): entry.read_bytes() if entry.is_file() else None for entry in path.rglob("*")}
+
+
+Start = Callable[..., StoreHarness]
+"""The fixture `start`: a store with a topic, with these settings; closed at the end of the test."""
+
+
+def filled_store(path: Path) -> StoreHarness:
+    """A store with a topic of several segments, and with committed offsets of groups."""
+    found = StoreHarness(path, store_settings(segment_bytes=1000))
+    found.create(TOPIC)
+    found.fill(30)
+    return found

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from tests.kit.brokers import RunningBroker, numbered, running
 from tests.kit.waiting import wait_for
@@ -113,3 +117,10 @@ def publish(node: RunningBroker, topic: str, first: int, count: int, partition: 
     client = node.raw("producer")
     assert client.publish(topic, numbered(first, count, size), partition=partition).code is Code.OK
     node.drop(client)
+
+
+def run(node: RunningBroker, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, Any]:
+    """A command at a node: its exit code, and the JSON that it prints."""
+    host, port = node.broker.listeners.http_address
+    status = main([*arguments, "--admin", f"{host}:{port}", "--json"])
+    return status, json.loads(capsys.readouterr().out)

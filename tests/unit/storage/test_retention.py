@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-
 import pytest
 
 from edgebroker.common.outcome import Outcome
 from edgebroker.storage import files
 from edgebroker.storage.upkeep.budget import RESUME_BYTES, Budget, watermarks
-from tests.kit.storage import StoreHarness, store_settings
-
-Start = Callable[..., StoreHarness]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    opened: list[StoreHarness] = []
-
-    def begin(**settings: int | float) -> StoreHarness:
-        opened.append(StoreHarness(tmp_path / "data", store_settings(**settings)))  # type: ignore[arg-type]
-        opened[-1].create()
-        return opened[-1]
-
-    yield begin
-    for harness in opened:
-        harness.close()
+from tests.kit.storage import Start
 
 
 def test_retention_by_bytes(start: Start) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,25 +17,10 @@ from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.types import FileSlice, GroupOffset
-from tests.kit.storage import TOPIC, Harness, StoreHarness, encode, pack, store_settings
+from tests.kit.storage import TOPIC, Harness, Start, StoreHarness, encode, pack
 
 SEED = 20240611
 WEEK = 7 * 24 * 3600.0
-Start = Callable[..., StoreHarness]
-
-
-@pytest.fixture
-def start(tmp_path: Path) -> Iterator[Start]:
-    opened: list[StoreHarness] = []
-
-    def begin(**settings: int | float) -> StoreHarness:
-        opened.append(StoreHarness(tmp_path / "data", store_settings(**settings)))  # type: ignore[arg-type]
-        opened[-1].create()
-        return opened[-1]
-
-    yield begin
-    for harness in opened:
-        harness.close()
 
 
 @pytest.fixture(params=["segment", "memory"])
