@@ -56,7 +56,7 @@ class Broker:
         self.downstream = self._make_downstream()
         self.topic_deletion = TopicDeletion(core, self.downstream)
         self.mirroring = Mirroring(
-            core, loop, clock, config, self.downstream, self.topic_deletion.delete, self._directed
+            core, loop, clock, config, self.downstream, self.topic_deletion.follow, self._directed
         )
         self.events = EngineEvents(core, loop, self.downstream, self.mirroring, supervisor.starting)
         self.listeners = Listeners(loop, core.metrics, config.listen, self._socket_path())

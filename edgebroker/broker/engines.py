@@ -47,5 +47,6 @@ def store_settings(config: Config) -> StoreSettings:
             soft_free_bytes=storage.soft_free_bytes,
             hard_free_bytes=storage.hard_free_bytes,
             scrub_bytes_per_second=storage.verify_bytes_per_second,
+            deleted_retention_ms=storage.deleted_retention_ms,
         ),
     )

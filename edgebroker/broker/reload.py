@@ -17,6 +17,7 @@ RELOADABLE = frozenset(
         "storage.max_bytes",
         "storage.soft_free_bytes",
         "storage.hard_free_bytes",
+        "storage.deleted_retention_ms",
         "storage.commit_interval_ms",
         "storage.verify_bytes_per_second",
         "limits.max_connections",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from datetime import datetime
 
 
 def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -31,3 +32,8 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def date_and_time(wall_ms: int) -> str:
+    """In the time zone of this machine."""
+    return datetime.fromtimestamp(wall_ms / 1000).astimezone().isoformat(" ", "seconds")

@@ -69,6 +69,9 @@ class StorageConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         ge=-1)] = -1
     hard_free_bytes: Annotated[int, about(
         "below this much free space, producers get DISK_FULL; -1: 2 % or 128 MiB", ge=-1)] = -1
+    deleted_retention_ms: Annotated[_Ms, about(
+        "keep the files of deleted topics this long, for edgebroker topic undelete; less when space is wanted; 0: "
+        "remove them at once")] = 86_400_000
     commit_interval_ms: Annotated[int, about(
         "collect writes this long before a sync (spares flash); 0: sync at once; urgent topics always at once",
         ge=0, le=1000)] = 0

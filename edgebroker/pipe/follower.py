@@ -122,10 +122,11 @@ class RecreateLog(NamedTuple):
 
 
 class LogDeleted(NamedTuple):
-    """The origin has deleted this log up to a history of it, and the topic with it. Then drop(), or follow() if ours is
-    a newer one."""
+    """The origin has deleted histories of this log, `first` to `epoch`, and the topic with it. Then drop(), or follow()
+    if ours is another one."""
 
     line: FollowedLog
+    first: int
     epoch: int
 
 
@@ -342,7 +343,7 @@ class Follower:
                 if refusal.log_id != line.log_id:
                     raise RemoteProtocolError(f"{_name(line)}: the parent deleted another log, {refusal.log_id}")
                 line.state = "moving"
-                yield LogDeleted(line, refusal.offset)
+                yield LogDeleted(line, refusal.start, refusal.offset)
             case "HOURS":
                 line.state = "waiting"
             case "DAMAGED":

@@ -187,7 +187,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True):
 class Refusal(msgspec.Struct, frozen=True, kw_only=True):
     """Why a line gets no data: GONE, DIVERGED, LOG_ID, BEHIND, DAMAGED, NOT_CARRIED (what `offset` means depends on
     it: where the log begins, the last of the points that both have, -, the durable end, the end of the damage), HOURS,
-    DELETED (its origin has deleted the log, up to the epoch that `offset` tells);
+    DELETED (its origin has deleted the log, in the epochs `start` to `offset`);
     or OK: it gets what there is, from now on."""
 
     code: str

@@ -25,6 +25,7 @@ from edgebroker.storage.types import (
     Children,
     ColdRead,
     CorruptRange,
+    DeletedTopic,
     DiskState,
     DurableChunk,
     EngineStatus,
@@ -277,13 +278,25 @@ class MirrorStore(Protocol):
 
 
 class TopicRemover(Protocol):
-    """Deleting topics for good."""
+    """Deleting topics, and taking them back."""
 
     def delete(
-        self, name: str, gone: Callable[[Sequence[Log]], None], done: Done, epochs: dict[str, int] | None = None
+        self, name: str, tombstones: Mapping[str, Tombstone], gone: Callable[[Sequence[Log]], None], done: Done
     ) -> None:
         """Delete a topic: `gone` is called with its logs as soon as that is decided, durably; `done` when its name is
-        free again. With `epochs` only histories up to these, by log id, are deleted. READ_ONLY, OVERLOADED."""
+        free again. `tombstones` are remembered, by log id; without any the topic goes at this node alone. READ_ONLY,
+        OVERLOADED."""
+
+    def deleted_topics(self) -> list[DeletedTopic]:
+        """Deleted topics whose files are still there, the oldest first."""
+
+    def undelete(self, topic: str, name: str, done: Done) -> None:
+        """Take back the last topic that was called `topic`, as `name`, with this node as its origin; durable when done
+        is called. Under its own name it continues in a new history; under another it is another log. NOT_FOUND,
+        NAME_CLASH, OVERLOADED, READ_ONLY, DISK_FULL."""
+
+    def lift(self, topic: str, done: Done) -> None:
+        """Forget that logs of a topic were deleted; durable when done is called. NOT_FOUND, READ_ONLY."""
 
 
 class TopicReplacements(Protocol):

@@ -15,6 +15,7 @@ class HousekeepingSettings(msgspec.Struct, frozen=True, kw_only=True):
     soft_free_bytes: int
     hard_free_bytes: int
     scrub_bytes_per_second: int
+    deleted_retention_ms: int
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -58,6 +58,7 @@ from edgebroker.storage.types import (
 )
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.cold_reads import ColdReads
+from edgebroker.storage.upkeep.deleted_topics import DeletedTopics
 from edgebroker.storage.upkeep.housekeeping import Housekeeping
 from edgebroker.storage.upkeep.open_files import OpenFiles
 from edgebroker.storage.upkeep.scrub import Scrub
@@ -117,14 +118,18 @@ class SegmentStore:
         self.tombstones = read_tombstones(self._path)
         resyncs = read_resyncs(self._path)
         replaced, resyncs = finish_replacements(self._path, resyncs)
-        gone, left = finish_removals(self._path, self.tombstones)
+        gone, left = finish_removals(self._path, self.tombstones, self._clock.wall_ms())
         changed = gone + replaced
         state.forget(changed)
         for name in changed:
             self._metadata.changes.drop_topic(name)
-        self.removal = Removal(
-            self._path, self._topics, self._scheduler, self._committer, self._metadata, self.tombstones
+        deleted = DeletedTopics(
+            self._path, self.node_uid, self._opener, self._scheduler, self._committer, self._taken_back
         )
+        self.removal = Removal(
+            self._path, self._topics, self._scheduler, self._clock, self._committer, self._metadata, self.tombstones,
+            deleted,
+        )  # fmt: skip
         for name in left:
             self.removal.left_over(name)
         self._producers, self.topology = state.producers, state.topology
@@ -144,7 +149,7 @@ class SegmentStore:
         )  # fmt: skip
         self._housekeeping = Housekeeping(
             self._path, self._scheduler, self._clock, self._settings.housekeeping, self, listener, self._committer,
-            self._checkpoints, self._open_files, self._scrub,
+            self._checkpoints, self._open_files, self._scrub, deleted,
         )  # fmt: skip
         self.replacement = TopicReplacement(
             self._path, self._topics, self._opener, self._committer, self._metadata, self._reader, self._checkpoints,
@@ -158,6 +163,17 @@ class SegmentStore:
             self._clock, self._committer, self._metadata, self._checkpoints, self._scrub, self._quarantine, listener
         )
         self._housekeeping.start()
+
+    def _taken_back(self, name: str, logs: list[PartitionLog]) -> None:
+        """Serve a topic that was deleted."""
+        self._topics[name] = logs
+        for partition in logs:
+            self._checkpoints.corrupt_ranges_changed(partition)
+            self._checkpoints.checkpoint(partition)
+            for segment in partition.segments:
+                if segment.unverified_end:
+                    self._scrub.verify(partition, segment)
+        self._listener.on_topic(name)
 
     def _copy_of(self, directory: Path) -> SegmentStore:
         """The store of a copy of a topic; on a thread of its own, for this syncs."""

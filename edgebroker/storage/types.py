@@ -128,7 +128,8 @@ class Appended(NamedTuple):
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Which log this is. `epochs` are its histories, each with its first offset; `chain` is the header chain checksum
-    at `log_start`; `snapshot` is where the newest complete table snapshot begins and ends (-1: there is none)."""
+    at `log_start`; `snapshot` is where the newest complete table snapshot begins and ends (-1: there is none); `begun`
+    is the first history that the origin began itself: the ones before are of the node that it took over from."""
 
     log_id: str
     origin: str
@@ -137,6 +138,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     chain: int
     settings: TopicSettings
     snapshot: tuple[int, int] = (-1, -1)
+    begun: int = 1
 
     @property
     def epoch(self) -> int:
@@ -145,6 +147,10 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     def epoch_at(self, offset: int) -> int:
         """The history that an offset belongs to."""
         return max((epoch for epoch, first in self.epochs if first <= offset), default=0)
+
+    def knows(self, epoch: int) -> bool:
+        """Is that one of its histories?"""
+        return any(known == epoch for known, _ in self.epochs)
 
     def contains(self, epoch: int, next_offset: int) -> bool:
         """True when a reader of that history could have come to next_offset by what this log holds: the history did
@@ -243,10 +249,25 @@ Children = dict[tuple[str, int], dict[str, ChildPosition]]
 
 
 class Tombstone(msgspec.Struct, frozen=True, array_like=True):
-    """A log that its origin has deleted: the name of its topic, and its last history that is gone."""
+    """A log that its origin has deleted: the name of its topic, and the histories that are gone, `first` to `epoch`.
+    The ones before `first` were begun by another node: they are not this origin's to delete."""
 
     topic: str
     epoch: int
+    first: int = 1
+
+    def covers(self, epoch: int) -> bool:
+        """Is that history deleted?"""
+        return self.first <= epoch <= self.epoch
+
+
+class DeletedTopic(msgspec.Struct, frozen=True):
+    """A deleted topic whose files are still there: the node that wrote it, their bytes, and when it was deleted."""
+
+    topic: str
+    origin: str
+    bytes: int
+    deleted_ms: int
 
 
 ResyncPhase = Literal["waiting", "loading", "switching", "done", "failed"]

@@ -63,7 +63,7 @@ def test_two_topics_deleted_at_once(harness: StoreHarness) -> None:
     ids = {harness.log(name).identity.log_id for name in (TOPIC, "other")}
     done: list[Outcome] = []
     for name in (TOPIC, "other"):
-        harness.store.removal.delete(name, lambda logs: None, lambda *told: done.append(told[0]))
+        harness.delete(name, lambda logs: None, lambda *told: done.append(told[0]))
     settle(harness)
     assert done == [Outcome.OK, Outcome.OK]
     assert set(read_tombstones(harness.path)) == ids
@@ -77,7 +77,7 @@ def test_two_topics_deleted_at_once_and_a_crash(harness: StoreHarness, monkeypat
         )
         gone: list[str] = []
         for name in (TOPIC, "other"):
-            harness.store.removal.delete(name, lambda logs: gone.extend(x.name for x in logs), lambda *told: None)
+            harness.delete(name, lambda logs: gone.extend(x.name for x in logs), lambda *told: None)
         settle(harness)
         assert len(gone) == 2, "everybody was told"
         harness.crash()
@@ -99,7 +99,7 @@ def test_a_topic_made_again_over_what_could_not_be_moved(
             "edgebroker.storage.rewrite.removal.move_away", lambda *a: (_ for _ in ()).throw(OSError(5, "cut"))
         )
         done: list[Outcome] = []
-        harness.store.removal.delete(TOPIC, lambda logs: None, lambda *told: done.append(told[0]))
+        harness.delete(TOPIC, lambda logs: None, lambda *told: done.append(told[0]))
         settle(harness)
         assert done == [Outcome.READ_ONLY]
     code = harness.create(TOPIC)

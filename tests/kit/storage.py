@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
-from edgebroker.common.outcome import Outcome
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage.engine import Engine, Log
@@ -25,7 +25,7 @@ from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.memory import MemoryEngine
 from edgebroker.storage.settings import HousekeepingSettings, StoreSettings
 from edgebroker.storage.store import SegmentStore
-from edgebroker.storage.types import ColdRead, CorruptRange, FileSlice, GroupKey, GroupOffset, Inline
+from edgebroker.storage.types import ColdRead, CorruptRange, FileSlice, GroupKey, GroupOffset, Inline, Tombstone
 from tests.kit.clock import ManualClock
 
 TOPIC = "prices"
@@ -94,7 +94,13 @@ def store_settings(
     **limits: int,
 ) -> StoreSettings:
     """Small segments, no watermarks, no limits unless named."""
-    defaults = {"retention_bytes": 0, "retention_ms": 0, "segment_ms": 0, "max_bytes": 0}
+    defaults = {
+        "retention_bytes": 0,
+        "retention_ms": 0,
+        "segment_ms": 0,
+        "max_bytes": 0,
+        "deleted_retention_ms": 86_400_000,
+    }
     housekeeping = HousekeepingSettings(
         **{**defaults, "soft_free_bytes": 0, "hard_free_bytes": 0, "scrub_bytes_per_second": scrub, **limits}
     )
@@ -278,6 +284,11 @@ class Harness:
     def committed(self, group: str = "tills") -> int | None:
         offset = self.engine.group_offsets().get((group, TOPIC, 0))
         return None if offset is None else offset.next_offset
+
+    def delete(self, name: str, gone: Callable[[Any], None], done: Done) -> None:
+        """Delete a topic as its origin does."""
+        tombstones = {log.identity.log_id: Tombstone(name, log.identity.epoch) for log in self.engine.partitions(name)}
+        self.store.removal.delete(name, tombstones, gone, done)
 
     def close(self) -> bool:
         self.until(self.engine.flush)

@@ -10,7 +10,16 @@ from edgebroker.broker.admin.fleet import FleetAdmin, PinRequest, ResyncList
 from edgebroker.broker.admin.groups import ClientList, GroupAdmin, GroupList, GroupStatus, OffsetChanges
 from edgebroker.broker.admin.node import Alive, Backup, NodeAdmin, NodeReport, PipeStatus, PromoteRequest, Repaired
 from edgebroker.broker.admin.offsets import GroupOperations, MoveRequest, RefreshRequest
-from edgebroker.broker.admin.topics import NewTopic, SnapshotBegun, SnapshotRequest, TopicAdmin, TopicList, TopicStatus
+from edgebroker.broker.admin.topics import (
+    DeletedTopicList,
+    NewName,
+    NewTopic,
+    SnapshotBegun,
+    SnapshotRequest,
+    TopicAdmin,
+    TopicList,
+    TopicStatus,
+)
 from edgebroker.broker.feed.digests import DigestAnswer
 from edgebroker.broker.feed.ranges import RangeRequest
 from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
@@ -46,6 +55,9 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/topics/{name}", topics.describe, TopicStatus, "view"),
         Route("PATCH", "/v1/topics/{name}", topics.alter, TopicStatus, "alter", settings),
         Route("DELETE", "/v1/topics/{name}", topics.delete, Nothing, "alter"),
+        Route("POST", "/v1/topics/{name}/rename", topics.rename, Nothing, "alter", NewName),
+        Route("GET", "/v1/deleted-topics", topics.deleted, DeletedTopicList, "view"),
+        Route("POST", "/v1/deleted-topics/{name}/undelete", topics.undelete, Nothing, "alter", NewName),
         Route("POST", "/v1/topics/{name}/accept", topics.accept, Nothing, "operate"),
         Route("POST", "/v1/topics/{name}/snapshot", topics.begin_snapshot, SnapshotBegun, "alter", SnapshotRequest),
         Route("POST", "/v1/topics/{name}/snapshot/{id}", topics.complete_snapshot, Nothing, "alter"),

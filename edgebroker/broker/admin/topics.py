@@ -11,11 +11,11 @@ from edgebroker.broker.admin.listing import list_in_slices
 from edgebroker.broker.admin.offsets import GroupOperations
 from edgebroker.broker.delivery.table_snapshots import SnapshotStatus, TableSnapshot
 from edgebroker.common.names import check_topic_name
-from edgebroker.common.outcome import Outcome
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.http.router import Call
 from edgebroker.storage.engine import Log
-from edgebroker.storage.types import DamagedOffsets
+from edgebroker.storage.types import DamagedOffsets, DeletedTopic
 
 MAX_PARTITIONS = 1024
 MAX_SETTING = (1 << 63) - 1
@@ -81,6 +81,20 @@ class TopicList(msgspec.Struct):
     """All topics of the node, by name."""
 
     topics: list[TopicStatus]
+
+
+class NewName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of POST /v1/topics/NAME/rename and /undelete: the name that the topic gets ("": its own)."""
+
+    name: str = ""
+
+
+class DeletedTopicList(msgspec.Struct):
+    """`topics`: deleted, and their files are still there. `refused`: topics that are not taken from a parent because
+    this node was told that they are deleted."""
+
+    topics: list[DeletedTopic]
+    refused: list[str]
 
 
 class TopicAdmin:
@@ -173,19 +187,53 @@ class TopicAdmin:
         self._engine.alter_topic(name, settings, altered)
 
     def delete(self, call: Call) -> None:
-        """Here and at every node below."""
+        """At its origin, here and at every node below; anywhere else the copy of this node."""
         name = call.parameters["name"]
-        others = {log.identity.origin for log in self._engine.partitions(name)} - {self._engine.node_uid}
-        if others:
-            call.refuse(Outcome.NOT_ORIGIN, f"{name} is written by node {', '.join(others)}; delete it there")
-            return
+        if self._deletable(name, call):
+            self._context.topic_deletion.delete(name, self._freed(name, call))
 
-        def deleted(outcome: Outcome, message: str) -> None:
+    def rename(self, call: Call) -> None:
+        """A topic under another name is another topic with the same records."""
+        name, new = call.parameters["name"], call.body.name
+        if self._exists(name, call) and self._deletable(name, call) and self._nameable(new, call):
+            self._context.topic_deletion.rename(name, new, self._freed(name, call))
+
+    def deleted(self, call: Call) -> None:
+        """What can be taken back, and what is not taken from a parent any more."""
+        found = self._context.topic_deletion.deleted_topics()
+        gone = {one.topic for one in self._engine.tombstones.values()} - {one.topic for one in found}
+        call.answer(DeletedTopicList(found, sorted(gone)))
+
+    def undelete(self, call: Call) -> None:
+        name = call.parameters["name"]
+        new = call.body.name or name
+        if self._nameable(new, call):
+            self._context.topic_deletion.undelete(name, new, self._freed(name, call))
+
+    def _deletable(self, name: str, call: Call) -> bool:
+        others = {log.identity.origin for log in self._engine.partitions(name)} - {self._engine.node_uid}
+        if not others or not self._context.mirroring.carries(name):
+            return True
+        call.refuse(
+            Outcome.NOT_ORIGIN,
+            f"{name} is written by node {', '.join(others)}: delete it there. Deleted here, it would be fetched again "
+            f"from the parent; edgebroker resync --topic {name} does that without a pause for its readers",
+        )
+        return False
+
+    def _nameable(self, name: str, call: Call) -> bool:
+        problem = check_topic_name(name)
+        if problem:
+            call.refuse(Outcome.INVALID, problem)
+        return not problem
+
+    def _freed(self, name: str, call: Call) -> Done:
+        def freed(outcome: Outcome, message: str) -> None:
             if outcome is Outcome.OK:
                 self._context.mirroring.topic_deleted(name)
             call.done(outcome, message)
 
-        self._context.topic_deletion.delete(name, deleted)
+        return freed
 
     def accept(self, call: Call) -> None:
         """Accept what cannot be undone: that records are lost, or that the parent has another log."""

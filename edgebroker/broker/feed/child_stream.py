@@ -174,12 +174,12 @@ class ChildStream:
                 partition = None  # it is judged when that is over
         deleted = self._host.engine.tombstones.get(position.log_id)
         here = self._host.engine.log(position.topic, position.partition)
-        lives = (here is not None and here.identity.log_id == position.log_id) or (
-            deleted is not None and position.epoch > deleted.epoch  # it came back, in a history that is not known here
-        )
-        if deleted is not None and not lives:
+        lives = here is not None and here.identity.log_id == position.log_id and here.identity.knows(position.epoch)
+        if deleted is not None and deleted.covers(position.epoch) and not lives:
             why = f"{deleted.topic} was deleted"
-            told = Refusal(code="DELETED", message=why, offset=deleted.epoch, log_id=position.log_id)
+            told = Refusal(
+                code="DELETED", message=why, offset=deleted.epoch, start=deleted.first, log_id=position.log_id
+            )
             self._refuse(line, told)
             return
         facts = _facts(partition) if partition is not None else None

@@ -56,10 +56,10 @@ class FreshCopy:
         )
         self._upstream.start()
 
-    def _delete(self, topic: str, done: Done, epochs: dict[str, int]) -> None:
+    def _delete(self, topic: str, first: int, last: int, done: Done) -> None:
         remover = self._store.remover
         assert remover is not None
-        remover.delete(topic, lambda logs: None, done, epochs)
+        remover.delete(topic, {}, lambda logs: None, done)
 
     # ---- how far it is ----
 

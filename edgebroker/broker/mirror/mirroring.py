@@ -28,7 +28,7 @@ from edgebroker.storage.engine import Log
 
 log = logging.getLogger(__name__)
 
-DeleteTopic = Callable[[str, Done, dict[str, int] | None], None]
+DeleteTopic = Callable[[str, int, int, Done], None]
 
 
 class Mirroring:
@@ -163,9 +163,13 @@ class Mirroring:
             self.upstream.accept(topic, done)
 
     def topic_deleted(self, topic: str) -> None:
-        """A topic of this node was deleted: the parent's of that name is no longer in its way."""
+        """Nothing here is in the way of the parent's topic of that name any more: it is taken."""
         if self.upstream is not None:
             self.upstream.free(topic)
+
+    def carries(self, topic: str) -> bool:
+        """Would the parent send a topic again that is deleted here?"""
+        return self.upstream is not None and self.upstream.carries(topic)
 
     def on_parent_dropped(self, callback: Callable[[], None]) -> None:
         """Called when the parent is not followed any more."""

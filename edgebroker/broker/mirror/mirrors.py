@@ -41,12 +41,13 @@ TOPIC_RETRY_SECONDS = 10.0
 class ReaderHooks(NamedTuple):
     """What the node does with its readers when a log changes under them. `truncating` moves committed offsets that are
     after an offset and calls back once that is stored; `truncated` and `recreated` are called when it is done, the
-    latter with True when it is another log; `delete` ends a topic."""
+    latter with True when it is another log; `delete` ends a topic, of which its origin has deleted histories first to
+    last."""
 
     truncating: Callable[[Log, int, Callable[[], None]], None]
     truncated: Callable[[Log], None]
     recreated: Callable[[Log, bool], None]
-    delete: Callable[[str, Done, dict[str, int]], None]
+    delete: Callable[[str, int, int, Done], None]
 
 
 class Flow(Protocol):
@@ -80,7 +81,9 @@ class Mirrors:
         self._offered: dict[str, TopicInfo] = {}
         self._changing: set[str] = set()
         self._deleting: set[str] = set()
+        # Topics of the parent that are not taken over, and why: in the way is one of this name, or something else.
         self.clashes: dict[str, str] = {}
+        self.refused: dict[str, str] = {}
 
     def do(self, event: Event) -> None:
         """What the follower found out."""
@@ -125,7 +128,9 @@ class Mirrors:
         if not self._follower.wants(info.name):
             return
         logs = self._engine.partitions(info.name)
+        self.refused.pop(info.name, None)
         if not logs and self._was_deleted(info):
+            self.refused[info.name] = "it was deleted, by what this node was told; the parent has it"
             self._follower.known[info.name] = info.digest
         elif not logs:
             self._create(info)
@@ -150,14 +155,16 @@ class Mirrors:
         logs = self._engine.partitions(topic)
         if not logs or topic in self._deleting or any(one.identity.origin == self._uid for one in logs):
             return
-        if any(one.identity.epoch > event.epoch for one in logs):
+        # Where the lines stand is what the parent judged; the histories may have been told anew since.
+        lines = [line for line in self._follower.lines.values() if line.key.topic == topic]
+        newer = any(one.identity.epoch > event.epoch for one in logs)
+        if newer or not all(event.first <= line.epoch <= event.epoch for line in lines):
             event.line.state, event.line.why = "not_carried", "the parent knows only that it was deleted before"
             return
         self._flow.begin()
         self._deleting.add(topic)
-        for line in self._follower.lines.values():
-            if line.key.topic == topic:
-                line.state = "moving"
+        for line in lines:
+            line.state = "moving"
         log.warning("topic %s was deleted by its origin, and is deleted here", topic)
 
         def done(outcome: Outcome, message: str) -> None:
@@ -172,19 +179,30 @@ class Mirrors:
                 self.clashes.pop(topic, None)
             self._flow.done(failed=outcome is not Outcome.OK)
 
-        self._hooks.delete(topic, done, {one.identity.log_id: event.epoch for one in logs})
+        self._hooks.delete(topic, event.first, event.epoch, done)
 
     def free(self, topic: str) -> None:
-        """A topic of this node was deleted: what the parent has of that name is taken, if it was in the way of that."""
-        if self.clashes.pop(topic, None) is not None and topic in self._offered:
+        """Nothing of this node is in the way of a topic any more: what the parent has of that name is taken."""
+        blocked = self.clashes.pop(topic, None) is not None or self.refused.pop(topic, None) is not None
+        if blocked and topic in self._offered:
             self._topic(self._offered[topic])
+        elif not self._engine.partitions(topic):
+            self._follower.drop(topic)
+
+    def forget_offers(self) -> None:
+        """Another node is the parent: what the one before had says nothing about it, which describes its topics
+        again."""
+        self._follower.known.clear()
+        if self.clashes or self.refused:
+            self.clashes.clear()
+            self.refused.clear()
+            self._flow.again("the parent is another node")
 
     def _was_deleted(self, info: TopicInfo) -> bool:
         """True for a topic that its origin has deleted, and that this parent does not know of yet."""
         found = [self._engine.tombstones.get(part.log_id) for part in info.partitions]
         return any(
-            one is not None and part.epochs[-1][0] <= one.epoch
-            for one, part in zip(found, info.partitions, strict=True)
+            one is not None and one.covers(part.epochs[-1][0]) for one, part in zip(found, info.partitions, strict=True)
         )
 
     def _create(self, info: TopicInfo) -> None:
@@ -201,6 +219,7 @@ class Mirrors:
             self._follower.known[info.name] = info.digest
             if outcome not in (Outcome.OK, Outcome.NAME_CLASH):
                 log.error("topic %s cannot be taken over: %s; trying again", info.name, message)
+                self.refused[info.name] = message
                 self._loop.call_later(TOPIC_RETRY_SECONDS, again)
                 return
             for partition in self._engine.partitions(info.name):

@@ -77,6 +77,7 @@ def _taking_over(engine: MirrorEngine, partition: Log) -> Callable[[Identity], I
     def change(old: Identity) -> Identity:
         if old.origin == engine.node_uid:
             return old
-        return replace(begin_history(old, end), origin=engine.node_uid)
+        begun = begin_history(old, end)
+        return replace(begun, origin=engine.node_uid, begun=begun.epoch)
 
     return change

@@ -370,6 +370,8 @@ class Upstream:
             self.connections += 1
             log.info("the parent is %s (%s) at %s", hello.name, hello.level, self.candidates.current)
         self.connected, self.last_error = True, ""
+        if self.path and self.path[0] != hello.uid:
+            self._mirrors.forget_offers()
         self.path, self.parent_name = [hello.uid, *hello.path], hello.name
         self.candidates.answered()
         for info in hello.topics:
@@ -406,8 +408,13 @@ class Upstream:
         self._mirrors.accept(topic, done)
 
     def free(self, topic: str) -> None:
-        """A topic of this node was deleted."""
+        """Nothing here is in the way of the parent's topic of that name any more."""
         self._mirrors.free(topic)
+
+    def carries(self, topic: str) -> bool:
+        """Would the parent send a topic again that is deleted here? Only a parent that says so does not."""
+        lines = self.lines(topic)
+        return not lines or any(line.state not in ("not_carried", "replaced") for line in lines)
 
     def recreate(self, topic: str, done: Done) -> None:
         """Fetch all of a topic again; what is here goes first."""
@@ -446,6 +453,11 @@ class Upstream:
             found["replaced"] = f"another log at the parent: {', '.join(replaced)}; edgebroker topic accept TOPIC"
         if self._mirrors.clashes:
             found["name_clash"] = "; ".join(f"topic {name}: {why}" for name, why in self._mirrors.clashes.items())
+        if self._mirrors.refused:
+            found["not_mirrored"] = "; ".join(f"topic {name}: {why}" for name, why in self._mirrors.refused.items())
+        lacking = sorted({line.key.topic for line in self._follower.lines.values() if line.state == "not_carried"})
+        if lacking and self.connected:
+            found["not_carried"] = f"the parent does not have {', '.join(lacking)}; what is here is served"
         return found
 
     def limit(self, bytes_per_second: int, hours: str) -> None:

@@ -12,7 +12,11 @@ ADVICE = {
     "history_lost": "fetch the records from a child: edgebroker repair --from NODE; or give them up: "
     "edgebroker topic accept TOPIC",
     "metadata": "check space and rights of the data directory; it is tried again every second",
-    "name_clash": "only this node's is served; when the parent's is right: edgebroker topic delete TOPIC --yes here",
+    "name_clash": "only this node's is served; to keep its records under another name and take the parent's topic: "
+    "edgebroker topic rename TOPIC NEW-NAME --yes here",
+    "not_carried": "nothing has to be done here; where the topic belongs to a node above, see why it is not there",
+    "not_mirrored": "free space if that is the reason; to take a topic that was deleted: "
+    "edgebroker topic undelete TOPIC here",
     "parent": "check the line and the parent; this node goes on serving what it has",
     "read_only": "check the disk (dmesg), then restart the node; what was acknowledged is safe",
     "registry": "free space, or install the release that wrote registry.db; it is tried again every second",

@@ -1,4 +1,4 @@
-"""`edgebroker topic create|list|describe|alter|accept|delete`."""
+"""`edgebroker topic create|list|describe|alter|accept|rename|delete|undelete`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
-from edgebroker.cli.render import counted, print_table
+from edgebroker.cli.render import counted, date_and_time, print_table
 from edgebroker.cli.totals import byte_count, record_count
 from edgebroker.common.errors import ConfigError
 
@@ -24,17 +24,43 @@ def arguments(parser: Parser) -> None:
         "At the origin of a topic: accept that the end of its log is lost, and allow publishing again (problem "
         "history_lost). At a replica: accept the other log that the parent has, and follow it (problem replaced)."
     )
+    rename_parser = subcommand(commands, "rename", "keep the records of a topic under another name", rename)
+    rename_parser.description = (
+        "Under another name it is another topic with the same records: the offsets of groups do not come along, and "
+        "the nodes below fetch it again. Where the parent has a topic of the old name, that is taken (problem "
+        "name_clash)."
+    )
     delete_parser = subcommand(commands, "delete", "delete a topic, here and at every node below", delete)
-    for each in (create_parser, describe_parser, alter_parser, accept_parser, delete_parser):
+    delete_parser.description = (
+        "At the origin of a topic: delete it here and at every node below. At a replica whose parent does not have it: "
+        "delete what is here. The files stay for storage.deleted_retention_ms: see undelete."
+    )
+    undelete_parser = subcommand(commands, "undelete", "take back a deleted topic", undelete)
+    undelete_parser.description = (
+        "At its origin: the topic comes back with its records, and every node below fetches it again. At a replica: it "
+        "is taken from the parent again. `topic list --deleted` shows what can be taken back."
+    )
+    list_parser.add_argument("--deleted", action="store_true", help="deleted topics that can be taken back")
+    named = (create_parser, describe_parser, alter_parser, accept_parser, rename_parser, delete_parser, undelete_parser)
+    for each in named:
         each.add_argument("name")
+    rename_parser.add_argument("new_name", metavar="new-name")
+    undelete_parser.add_argument(
+        "--as",
+        dest="new_name",
+        metavar="NAME",
+        default="",
+        help="as another topic, written at this node",
+    )
     create_parser.add_argument("--partitions", type=int, default=1, metavar="N", help="partitions (default 1)")
     create_parser.add_argument(
         "--kind", choices=("stream", "table"), default="stream", help="a table also has a live value per key"
     )
     delete_parser.add_argument("--yes", action="store_true", help="confirm the deletion")
+    rename_parser.add_argument("--yes", action="store_true", help="confirm the new name")
     for each in (create_parser, alter_parser):
         _settings_flags(each)
-    for each in (create_parser, list_parser, describe_parser, alter_parser, accept_parser, delete_parser):
+    for each in (*named, list_parser):
         admin_flag(each)
         json_flag(each)
 
@@ -65,6 +91,9 @@ def alter(options: argparse.Namespace) -> int:
 
 
 def list_topics(options: argparse.Namespace) -> int:
+    if options.deleted:
+        _list_deleted(options)
+        return 0
     topics = call(options.admin, "GET", "/v1/topics")["topics"]
     if options.json:
         print(json.dumps(topics))
@@ -92,21 +121,57 @@ def describe(options: argparse.Namespace) -> int:
 
 def accept(options: argparse.Namespace) -> int:
     call(options.admin, "POST", api_path("topics", options.name, "accept"))
-    print(json.dumps({"topic": options.name}) if options.json else f"{options.name}: accepted")
+    _tell(options, "accepted")
+    return 0
+
+
+def _list_deleted(options: argparse.Namespace) -> None:
+    found = call(options.admin, "GET", "/v1/deleted-topics")
+    if options.json:
+        print(json.dumps(found))
+        return
+    print_table(
+        ("topic", "bytes", "deleted"),
+        [(one["topic"], one["bytes"], date_and_time(one["deleted_ms"])) for one in found["topics"]],
+    )
+    if found["refused"]:
+        print(f"not taken from a parent any more: {', '.join(found['refused'])}")
+
+
+def rename(options: argparse.Namespace) -> int:
+    if not options.yes:
+        raise ConfigError(
+            f"this would make topic {options.name} with {_records(options)} a topic {options.new_name}, here and at "
+            "every node below; offsets of groups do not come along; add --yes to confirm"
+        )
+    call(options.admin, "POST", api_path("topics", options.name, "rename"), {"name": options.new_name})
+    _tell(options, f"renamed to {options.new_name}")
     return 0
 
 
 def delete(options: argparse.Namespace) -> int:
     if not options.yes:
-        topic = call(options.admin, "GET", api_path("topics", options.name))
-        records = record_count(topic)
         raise ConfigError(
-            f"this would delete topic {options.name} with {counted(records, 'record')}, here and at every node below, "
-            "and cannot be undone; add --yes to confirm"
+            f"this would delete topic {options.name} with {_records(options)}, here and at every node below; its files "
+            "stay for a while (edgebroker topic undelete); add --yes to confirm"
         )
     call(options.admin, "DELETE", api_path("topics", options.name))
-    print(json.dumps({"topic": options.name}) if options.json else f"{options.name}: deleted")
+    _tell(options, "deleted")
     return 0
+
+
+def undelete(options: argparse.Namespace) -> int:
+    call(options.admin, "POST", api_path("deleted-topics", options.name, "undelete"), {"name": options.new_name})
+    _tell(options, f"taken back as {options.new_name}" if options.new_name else "taken back")
+    return 0
+
+
+def _records(options: argparse.Namespace) -> str:
+    return counted(record_count(call(options.admin, "GET", api_path("topics", options.name))), "record")
+
+
+def _tell(options: argparse.Namespace, what: str) -> None:
+    print(json.dumps({"topic": options.name}) if options.json else f"{options.name}: {what}")
 
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:

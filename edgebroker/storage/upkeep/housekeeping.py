@@ -1,6 +1,7 @@
 """The tick of a store: once a second, what is due is done, and what needs the disk is left to the commit thread.
 
-    seal segments by age -> note what was sealed -> forget producers -> measure the disk -> retention -> what is aside
+    seal segments by age -> note what was sealed -> forget producers -> measure the disk -> deleted topics -> retention
+    -> what is aside
 
 Removing is identity with the new log start (durable) -> unlink -> metadata row: a crash in between leaves files that
 the next start removes. The disk is measured between two ticks as well, when more was stored than it had left.
@@ -31,6 +32,7 @@ from edgebroker.storage.types import UNKNOWN_CHAIN, DiskState, Identity
 from edgebroker.storage.upkeep.budget import Budget
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.clock_guard import ClockGuard
+from edgebroker.storage.upkeep.deleted_topics import DeletedTopics
 from edgebroker.storage.upkeep.open_files import OpenFiles
 from edgebroker.storage.upkeep.retention import RetentionFacts, plan
 from edgebroker.storage.upkeep.scrub import Scrub
@@ -61,10 +63,12 @@ class Housekeeping:
         checkpoints: Checkpoints,
         open_files: OpenFiles,
         scrub: Scrub,
+        deleted: DeletedTopics,
     ) -> None:
         self._path, self._scheduler, self._clock, self._settings = path, scheduler, clock, settings
         self._store, self._listener, self._committer = store, listener, committer
         self._checkpoints, self._open_files, self._scrub = checkpoints, open_files, scrub
+        self._deleted = deleted
         self._clock_guard = ClockGuard(clock)
         self._budget = Budget(
             max_bytes=settings.max_bytes,
@@ -134,7 +138,10 @@ class Housekeeping:
             self._note_sealed(partition)
             partition.stage.expire(now - PRODUCER_EXPIRY_SECONDS)
         self._measure()
-        self._retain()
+        wanted = self._deleted.remove(
+            self._clock_guard.wall_ms(), self._settings.deleted_retention_ms, self._budget.wants_space
+        )
+        self._retain(wanted)
         self._drop_aside(now)
         idle = self._groups_seen == self._committer.groups
         self._groups_seen = self._committer.groups
@@ -163,7 +170,7 @@ class Housekeeping:
         if self._measuring:
             return
         self._measuring = True
-        used = sum(partition.size_bytes for partition in self._store.logs())
+        used = sum(partition.size_bytes for partition in self._store.logs()) + self._deleted.size_bytes
 
         def done(result: object) -> None:
             self._measuring = False
@@ -197,7 +204,8 @@ class Housekeeping:
 
     # ---- retention ----
 
-    def _retain(self) -> None:
+    def _retain(self, wanted: int) -> None:
+        """`wanted`: bytes to remove early."""
         if self._removing:
             return
         partitions = [partition for partition in self._store.logs() if not partition.rewriting]
@@ -211,7 +219,7 @@ class Housekeeping:
             )
             for partition in partitions
         )
-        found = plan(facts, self._settings, now_ms=self._clock_guard.wall_ms(), wanted=self._budget.wants_space)
+        found = plan(facts, self._settings, now_ms=self._clock_guard.wall_ms(), wanted=wanted)
         if found is not None:
             rank, gone = found
             self._remove(partitions[rank], gone)

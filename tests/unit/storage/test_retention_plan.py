@@ -48,7 +48,7 @@ class Case(NamedTuple):
 def settings(keep_bytes: int = 0, keep_ms: int = 0) -> HousekeepingSettings:
     return HousekeepingSettings(
         retention_bytes=keep_bytes, retention_ms=keep_ms, segment_ms=0, max_bytes=0, soft_free_bytes=0,
-        hard_free_bytes=0, scrub_bytes_per_second=0,
+        hard_free_bytes=0, scrub_bytes_per_second=0, deleted_retention_ms=0,
     )  # fmt: skip
 
 
