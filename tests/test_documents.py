@@ -297,6 +297,8 @@ def objects_of(broker: RunningBroker) -> dict[str, dict]:
     client = broker.raw("raw")
     status, begun = broker.http("POST", "/v1/topics/t/snapshot", {"client_id": "__snapshot-1"})
     assert (status, set(begun), begun["first"]) == (201, {"id", "first"}, {"0": 0})
+    plan = {"source": "log", "keys": 3}
+    assert broker.http("PUT", f"/v1/topics/t/snapshot/{begun['id']}", plan) == (200, {})
     broker.raw("__snapshot-1").publish("t", numbered(0, 3))
     assert broker.http("POST", f"/v1/topics/t/snapshot/{begun['id']}") == (200, {})
     assert broker.http("POST", "/v1/topics/t/snapshot", {"client_id": "__snapshot-1"})[0] == 201

@@ -38,7 +38,7 @@ LINES = {
         "topic_deletion", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
     ],
     "cli": [
-        "environment", "admin_client", "render", "totals", "progress", "pace", "config_file", "command",
+        "environment", "admin_client", "render", "totals", "progress", "pace", "config_file", "csv_file", "command",
         "broker_process", "main", "service", "appliance", "bench", "demo", "commands",
     ],
 }  # fmt: skip

@@ -20,6 +20,7 @@ from msgspec import Meta, Struct
 
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.runtime.hours import parse_hours
+from edgebroker.common.runtime.text_file import read_text
 
 MIB = 1 << 20
 # What a node says about itself has to fit into its report.
@@ -180,10 +181,10 @@ def load_config(
     problems: list[str] = []
     if path is not None:
         try:
-            tree = tomli.loads(path.read_text())
+            tree = tomli.loads(read_text(path))
         except OSError as error:
             raise ConfigError(f"{path}: {error.strerror}") from error
-        except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        except tomli.TOMLDecodeError as error:
             raise ConfigError(f"{path}: not valid TOML: {error}") from error
     _merge_environment(tree, environment, problems)
     for key, value in (overrides or {}).items():

@@ -23,6 +23,7 @@ class TopicSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     message_ttl_ms: int = 0
     urgent: bool = False
     on_damage: OnDamage = "wait"
+    max_delete_percent: int = 1
 
 
 class AckLevel(IntEnum):

@@ -34,6 +34,7 @@ class Table:
         self.broker.start()
         call(self.broker.admin, "POST", "/v1/topics", TABLE)
         self.store = Store(directory / "store.db")
+        self.directory = directory / "data" / "topics" / TOPIC / "0"
         self.live: dict[str, str] = {}
         self._n = 0
 
@@ -66,9 +67,19 @@ class Table:
 
         wait_for(gone, "retention removes the beginning", SECONDS)
 
+    def lose_beginning(self) -> None:
+        """The first segment is gone from the disk: no retention would take it."""
+        self.broker.kill()
+        first = min(self.directory.glob("*.log"))
+        first.unlink()
+        first.with_suffix(".index").unlink(missing_ok=True)
+        self.broker.start()
+
     def begin_snapshot(self) -> dict[str, Any]:
         """Announce one and publish every live row; it is not complete yet."""
         begun = dict(call(self.broker.admin, "POST", f"/v1/topics/{TOPIC}/snapshot", {"client_id": "__snapshot-test"}))
+        path = f"/v1/topics/{TOPIC}/snapshot/{begun['id']}"
+        call(self.broker.admin, "PUT", path, {"source": "content", "keys": len(self.live)})
         with Producer(self.broker.server, client_id="__snapshot-test", timeout=30.0) as producer:
             sent = [producer.send(TOPIC, value.encode(), key.encode(), partition=0) for key, value in self.live.items()]
             for each in sent:
@@ -103,8 +114,10 @@ def table(tmp_path: Path) -> Iterator[Table]:
 
 
 def test_a_refresh_waits_for_a_complete_snapshot(table: Table) -> None:
-    table.publish(KEYS)
-    table.churn(KEYS)
+    for _ in range(10):
+        table.publish(KEYS // 4)
+    assert table.part()["log_start"] == 0, "without a snapshot nothing of a table is removed"
+    table.lose_beginning()
     foreign = {(TOPIC, 0): Position(b"\x01" * 16, 0, 3)}
     with table.consumer(positions=foreign) as consumer:
         with pytest.raises(AnswerError, match="no complete snapshot"):
@@ -131,10 +144,10 @@ def test_a_refresh_waits_for_a_complete_snapshot(table: Table) -> None:
 
 def test_retention_stops_before_the_newest_snapshot(table: Table) -> None:
     table.publish(KEYS)
-    table.churn(KEYS)
     first = table.begin_snapshot()
     table.complete(first)
     held = first["first"]["0"]
+    table.churn(0)
     for _ in range(10):
         table.publish(40)
         assert table.part()["log_start"] <= held

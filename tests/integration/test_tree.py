@@ -60,6 +60,8 @@ def test_settings_and_snapshots_travel(tree: Tree) -> None:
     assert root.http("PATCH", "/v1/topics/stock", {"retention_ms": 12345})[0] == 200
     wait_for(lambda: child.broker.engine.partitions("stock")[0].settings.retention_ms == 12345, "the settings")
     begun = root.http("POST", "/v1/topics/stock/snapshot", {"client_id": "__snapshot-1"})[1]
+    plan = {"source": "content", "keys": 3}
+    assert root.http("PUT", f"/v1/topics/stock/snapshot/{begun['id']}", plan)[0] == 200
     writer = root.raw("__snapshot-1")
     writer.publish("stock", numbered(0, 3))
     assert root.http("POST", f"/v1/topics/stock/snapshot/{begun['id']}")[0] == 200

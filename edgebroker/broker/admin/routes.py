@@ -20,6 +20,7 @@ from edgebroker.broker.admin.topics import (
     TopicList,
     TopicStatus,
 )
+from edgebroker.broker.delivery.table_snapshots import SnapshotPlan
 from edgebroker.broker.feed.digests import DigestAnswer
 from edgebroker.broker.feed.ranges import RangeRequest
 from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
@@ -60,6 +61,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("POST", "/v1/deleted-topics/{name}/undelete", topics.undelete, Nothing, "alter", NewName),
         Route("POST", "/v1/topics/{name}/accept", topics.accept, Nothing, "operate"),
         Route("POST", "/v1/topics/{name}/snapshot", topics.begin_snapshot, SnapshotBegun, "alter", SnapshotRequest),
+        Route("PUT", "/v1/topics/{name}/snapshot/{id}", topics.declare_snapshot, Nothing, "alter", SnapshotPlan),
         Route("POST", "/v1/topics/{name}/snapshot/{id}", topics.complete_snapshot, Nothing, "alter"),
         Route("DELETE", "/v1/topics/{name}/snapshot/{id}", topics.abort_snapshot, Nothing, "alter"),
         Route("GET", "/v1/groups", groups.list, GroupList, "view"),

@@ -263,6 +263,9 @@ class TopicAdmin:
 
         self._core.table_snapshots.begin(name, call.body.client_id, begun)
 
+    def declare_snapshot(self, call: Call) -> None:
+        self._core.table_snapshots.declare(call.parameters["name"], call.parameters["id"], call.body, call.done)
+
     def complete_snapshot(self, call: Call) -> None:
         self._core.table_snapshots.complete(call.parameters["name"], call.parameters["id"], call.done)
 
@@ -295,6 +298,8 @@ def check_settings(settings: TopicSettings) -> str:
         return f"segment_bytes: {MIN_SEGMENT_BYTES} to {1 << 30}, or 0 for the node's default"
     if settings.message_ttl_ms and settings.kind == "table":
         return "message_ttl_ms: a table keeps its records; only streams have a time to live"
+    if not 0 <= settings.max_delete_percent <= 100:
+        return f"max_delete_percent: 0 to 100, not {settings.max_delete_percent}"
     for name in ("retention_ms", "retention_bytes", "segment_ms", "message_ttl_ms"):
         if not 0 <= getattr(settings, name) <= MAX_SETTING:
             return f"{name}: 0 to {MAX_SETTING}"

@@ -18,7 +18,7 @@ from typing import NamedTuple
 from edgebroker.broker.delivery.dead_letters import DeadLetters, Failure
 from edgebroker.broker.delivery.groups import Groups
 from edgebroker.broker.delivery.push import Push
-from edgebroker.broker.delivery.refresh import Refreshes
+from edgebroker.broker.delivery.refresh import Refreshes, complete_from
 from edgebroker.broker.delivery.state import Cursor, CursorState, Group
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import Key
@@ -78,7 +78,7 @@ class Leases:
         if stored is not None and stored.refreshing:
             self._push.announce_refresh(cursor)
             return
-        offset = stored.next_offset if stored is not None else partition.log_start
+        offset = stored.next_offset if stored is not None else _beginning(partition)
         cursor.position_epoch = -1
         match wanted.start if wanted is not None else Start.COMMITTED:
             case Start.POSITION:
@@ -101,7 +101,7 @@ class Leases:
             case Start.LATEST:
                 offset = partition.durable_end
             case Start.EARLIEST:
-                offset = partition.log_start
+                offset = _beginning(partition)
             case Start.TIME:
                 assert wanted is not None
                 lease = cursor.lease
@@ -339,3 +339,8 @@ class Leases:
                 self.resume(waits, offset)
 
         self._scheduler.call_later(RETRY_SECONDS, again)
+
+
+def _beginning(partition: Log) -> int:
+    """Where a reader of everything begins: of a table that is not complete any more at 0, so that it gets the gap."""
+    return partition.log_start if complete_from(partition) is not None else 0

@@ -42,7 +42,7 @@ class Refreshes:
         if committed is not None and committed.refreshing:
             self._engine.when_stored(lambda: done(Outcome.OK, ""))
             return
-        start = _complete_from(partition)
+        start = complete_from(partition)
         if start is None:
             done(Outcome.NO_SNAPSHOT, no_snapshot(partition))
             return
@@ -51,7 +51,7 @@ class Refreshes:
 
     def needed(self, cursor: Cursor) -> None:
         """The holder cannot go on with what it has: its log is another one, or records are missing in its refresh."""
-        start = _complete_from(cursor.log)
+        start = complete_from(cursor.log)
         if start is None:
             why = no_snapshot(cursor.log)
             self._push.pause(cursor, CursorState.NO_SNAPSHOT, why)
@@ -140,7 +140,7 @@ class Refreshes:
         self._engine.when_stored(stored)
 
 
-def _complete_from(partition: Log) -> int | None:
+def complete_from(partition: Log) -> int | None:
     """Where reading has to begin to get everything; None for a table of which something is missing."""
     if partition.settings.kind != "table":
         return partition.log_start
@@ -154,5 +154,6 @@ def _complete_from(partition: Log) -> int | None:
 def no_snapshot(partition: Log) -> str:
     return (
         f"{partition.name}: the table is not complete any more (it begins at {partition.log_start}) and has no "
-        f"complete snapshot; write one where it is published: edgebroker publish {partition.topic} --snapshot"
+        f"complete snapshot; write its whole content where it is published: edgebroker publish {partition.topic} "
+        "--snapshot --csv FILE --key-column COLUMN"
     )

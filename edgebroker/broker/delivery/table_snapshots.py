@@ -1,15 +1,19 @@
 """Snapshots of a table: control batches around all its live keys, written where the table is published.
 
-    begin()    the topic is reserved for one client, and a BEGIN batch is written into every partition
-    (records)  the client publishes every live key
+    begin()    nobody can publish to the topic, and a BEGIN batch is written into every partition
+    (reading)  the client reads what is live
+    declare()  the client says how much it will write and delete; from now on it can publish
+    (records)  the client publishes every live key, and a record without a value for every key that goes
     complete() an END batch into every partition; once it is durable the identity says where the snapshot lies
 
-While it is written no other client can publish to the topic (OVERLOADED, retryable): else a snapshot could put an old
-value behind a newer one. For the same reason the client's name tells that it writes a snapshot (SNAPSHOT_CLIENTS):
-what it publishes when that is over, or after a restart of the node, is FENCED. A snapshot without END is none: its
-records are ordinary ones. Control batches are those of Kafka (attribute bit 5; one record whose key is i16 version 0,
-i16 type) with the types 100 and 101, and the value is the snapshot's id (16 bytes) and the offset of its BEGIN batch
-(i64).
+A snapshot deletes by what it leaves out. So it must not be made from a log that has lost keys, must not delete more
+than the topic allows unless its writer names the number, and counts only when as many records were published as
+declared. While it is written no other client can publish to the topic (OVERLOADED, retryable): else a snapshot could
+put an old value behind a newer one. For the same reason the client's name tells that it writes a snapshot
+(SNAPSHOT_CLIENTS): what it publishes when that is over, or after a restart of the node, is FENCED. A snapshot without
+END is none: its records are ordinary ones. Control batches are those of Kafka (attribute bit 5; one record whose key is
+i16 version 0, i16 type) with the types 100 and 101, and the value is the snapshot's id (16 bytes) and the offset of its
+BEGIN batch (i64).
 """
 
 from __future__ import annotations
@@ -19,10 +23,12 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Annotated, Literal
 
 import msgspec
+from msgspec import Meta
 
-from edgebroker.broker.delivery.refresh import Refreshes
+from edgebroker.broker.delivery.refresh import Refreshes, complete_from, no_snapshot
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common.batch import CONTROL_BIT
@@ -37,8 +43,13 @@ log = logging.getLogger(__name__)
 
 BEGIN, END = 100, 101
 IDLE_SECONDS = 60.0
+# Deletions that need no permission, however small the table is.
+LEAST_DELETES = 10
+# Whom a topic is reserved for until a snapshot was declared.
+NOBODY = ""
 _KEY = struct.Struct(">hh")
 _VALUE = struct.Struct(">16sq")
+Count = Annotated[int, Meta(ge=0, le=1 << 62)]
 
 
 class SnapshotStatus(msgspec.Struct):
@@ -46,6 +57,17 @@ class SnapshotStatus(msgspec.Struct):
 
     id: str
     client_id: str
+
+
+class SnapshotPlan(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The body of PUT /v1/topics/NAME/snapshot/ID: what the snapshot will consist of. `source`: made from the log
+    itself, or the whole new content of the table. `keys` will be written, `deleted` ones deleted; so many deletions
+    are allowed (-1: as many as the topic allows)."""
+
+    source: Literal["log", "content"]
+    keys: Count
+    deleted: Count = 0
+    allow_deletes: Annotated[int, Meta(ge=-1, le=1 << 62)] = -1
 
 
 @dataclass(slots=True, eq=False)
@@ -60,6 +82,8 @@ class TableSnapshot:
     waiting: set[Log] = field(default_factory=set)
     done: Done | None = None
     active_at: float = 0.0
+    planned: int = -1
+    """How many records it will consist of; -1: not declared yet."""
 
 
 class TableSnapshots:
@@ -100,16 +124,46 @@ class TableSnapshots:
         snapshot = TableSnapshot(os.urandom(16), client_id, list(logs))
         self._snapshots[topic] = snapshot
         for partition in logs:
-            self._publishing.reserve(partition, client_id)
+            self._publishing.reserve(partition, NOBODY)
             snapshot.begins[partition] = self._mark(partition, BEGIN, snapshot)
         self._wait(snapshot, lambda outcome, message: done(outcome, message, snapshot))
 
-    def complete(self, topic: str, snapshot_id: str, done: Done) -> None:
-        """Write END; done once the snapshot counts. What the client published before is in it."""
+    def declare(self, topic: str, snapshot_id: str, plan: SnapshotPlan, done: Done) -> None:
+        """Let the client publish. NO_SNAPSHOT: the log has lost keys; CONFLICT: it would delete too much."""
         snapshot = self._find(topic, snapshot_id, done)
         if snapshot is None:
             return
+        lacking = [each for each in snapshot.logs if complete_from(each) is None]
+        most = max(LEAST_DELETES, (plan.keys + plan.deleted) * snapshot.logs[0].settings.max_delete_percent // 100)
+        if plan.source == "log" and lacking:
+            done(Outcome.NO_SNAPSHOT, no_snapshot(lacking[0]))
+        elif plan.deleted > max(most, plan.allow_deletes):
+            done(
+                Outcome.CONFLICT,
+                f"the snapshot would delete {plan.deleted} of the keys of {topic}, more than {most} "
+                f"(max_delete_percent); check its content; if it is right: --allow-deletes {plan.deleted}",
+            )
+        else:
+            snapshot.planned = plan.keys + plan.deleted
+            for partition in snapshot.logs:
+                self._publishing.reserve(partition, snapshot.client_id)
+            done(Outcome.OK, "")
+
+    def complete(self, topic: str, snapshot_id: str, done: Done) -> None:
+        """Write END; done once the snapshot counts. What the client published before is in it. CONFLICT: that is not
+        what was declared; the snapshot is given up."""
+        snapshot = self._find(topic, snapshot_id, done)
+        if snapshot is None:
+            return
+        written = sum(each.staged_end - snapshot.begins[each] - 1 for each in snapshot.logs)
         refusal = self._engine.refusal()
+        if written != snapshot.planned:
+            self._free(topic)
+            planned = f"{snapshot.planned} were" if snapshot.planned >= 0 else "none was"
+            refusal = (
+                Outcome.CONFLICT,
+                f"the snapshot of {topic} has {written} records, and {planned} declared; it is given up",
+            )
         if refusal is not None:
             done(*refusal)
             return

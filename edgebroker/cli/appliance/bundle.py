@@ -20,6 +20,7 @@ from edgebroker.cli.admin_client import ask
 from edgebroker.cli.appliance.host import Machine, readable_errors
 from edgebroker.common.config import load_config
 from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableError
+from edgebroker.common.runtime.text_file import read_text
 from edgebroker.version import __version__
 
 PATHS = (
@@ -86,8 +87,8 @@ def _add_config(path: Path, add: Callable[[str, str], None], missing: list[str])
     """Add a configuration file, the configuration in force, and the list of files in its data directory."""
     environment = Path("/etc/default") / ("edgebroker" if path.stem == "edgebroker" else f"edgebroker-{path.stem}")
     try:
-        add(f"config-{path.name}", path.read_text())
-        found = environment.read_text() if environment.exists() else ""
+        add(f"config-{path.name}", read_text(path))
+        found = read_text(environment) if environment.exists() else ""
         add(f"environment-{path.stem}.txt", found)
         set_there = [line.partition("=") for line in found.splitlines() if not line.startswith("#")]
         config = load_config(path, environment={name.strip(): value.strip(" \"'") for name, _, value in set_there})

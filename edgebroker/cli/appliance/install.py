@@ -25,6 +25,7 @@ from edgebroker.cli.config_file import commented_file
 from edgebroker.common.config import is_address, is_loopback, load_config, split_list
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.levels import LEVELS
+from edgebroker.common.runtime.text_file import read_text
 from edgebroker.version import __version__
 
 UNITS, COMMAND = "etc/systemd/system", "usr/local/bin/edgebroker"
@@ -148,9 +149,9 @@ def _configured(machine: Machine, paths: InstallPaths) -> Values:
     if not path.is_file():
         return {}
     try:
-        tables = tomli.loads(path.read_text())
+        tables = tomli.loads(read_text(path))
         return {f"{section}.{key}": value for section, table in tables.items() for key, value in table.items()}
-    except (tomli.TOMLDecodeError, UnicodeDecodeError, AttributeError) as error:
+    except (tomli.TOMLDecodeError, AttributeError) as error:
         raise ConfigError(f"{path} cannot be parsed: {error}; correct it, then install again") from error
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import gzip
 import json
 import sys
-import zlib
 from collections.abc import Iterator
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-from edgebroker.cli.command import Parser, admin_flag, json_flag, rate, server_flag
+from edgebroker.cli.command import Parser, admin_flag, at_least, json_flag, rate, server_flag
+from edgebroker.cli.csv_file import read_rows
 from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
 from edgebroker.cli.render import counted
@@ -58,6 +56,16 @@ def arguments(parser: Parser) -> None:
         help="write a table snapshot: the live keys of the table or, with --csv, its complete new content (keys that "
         "are not in the file are deleted)",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="with --snapshot: say what it would change, change nothing"
+    )
+    parser.add_argument(
+        "--allow-deletes",
+        type=at_least(0),
+        default=-1,
+        metavar="N",
+        help="with --snapshot: delete up to N keys (default: 10, or the share that the topic allows)",
+    )
     parser.add_argument("--client-id", default="", metavar="NAME", help="name of this producer")
     admin_flag(parser)
     json_flag(parser)
@@ -69,7 +77,9 @@ def publish(options: argparse.Namespace) -> int:
         raise ConfigError("--key-column needs --csv FILE")
     if options.key is not None and options.csv:
         raise ConfigError("--key cannot be used with --csv; name a column with --key-column")
-    rows = _rows(options.csv, options.key_column) if options.csv else None
+    rows = _rows(options.csv, options.key_column, whole=options.snapshot) if options.csv else None
+    if (options.dry_run or options.allow_deletes >= 0) and not options.snapshot:
+        raise ConfigError("--dry-run and --allow-deletes belong to --snapshot")
     if options.snapshot:
         from edgebroker.cli.commands.publish_snapshot import write_snapshot
 
@@ -141,24 +151,7 @@ def _lines(key: str | None) -> Iterator[InputRecord]:
         yield InputRecord(raw, line.rstrip(b"\n"))
 
 
-def _rows(path: str, key_column: str | None) -> Iterator[InputRecord]:
-    try:
-        with _open_text(path) as file:
-            reader = csv.DictReader(file)
-            if key_column and key_column not in (reader.fieldnames or []):
-                columns = ", ".join(reader.fieldnames or [])
-                raise ConfigError(f"{path} has no column {key_column!r}; its columns are {columns}")
-            for row in reader:
-                if key_column and row[key_column] is None:
-                    raise ConfigError(f"{path}, line {reader.line_num}: there is no column {key_column!r}")
-                key = row[key_column].encode() if key_column else None
-                yield InputRecord(key, json.dumps(row, ensure_ascii=False).encode())
-    except (OSError, EOFError, UnicodeDecodeError, csv.Error, zlib.error) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: {why or error}") from error
-
-
-def _open_text(path: str) -> IO[str]:
-    if path.endswith(".gz"):
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return open(path, encoding="utf-8", newline="")
+def _rows(path: str, key_column: str | None, *, whole: bool) -> Iterator[InputRecord]:
+    for row in read_rows(path, key_column, whole=whole):
+        key = row.fields[key_column].encode() if key_column else None
+        yield InputRecord(key, json.dumps(row.fields, ensure_ascii=False).encode())

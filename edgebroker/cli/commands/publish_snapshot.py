@@ -1,7 +1,8 @@
 """`edgebroker publish TOPIC --snapshot`: write a table snapshot, from which consumers can refresh.
 
-begin (only we may publish now) -> read the live keys -> publish them -> complete. A file replaces the content of the
-table: keys that are not in it are deleted first, so that consumers which only follow the log see the same.
+read the file -> begin (nobody may publish now) -> read the live keys -> declare what changes -> publish -> complete.
+A file replaces the content of the table: keys that are not in it are deleted first, so that consumers which only follow
+the log see the same. Nothing is written before the whole file was read and the broker agreed to what it would delete.
 """
 
 from __future__ import annotations
@@ -35,18 +36,22 @@ class LiveRow(NamedTuple):
     headers: tuple[tuple[str, bytes | None], ...] = ()
 
 
+class SnapshotChanges(NamedTuple):
+    """What a snapshot does: the rows that it consists of, the records of the keys that go, and how many keys are new or
+    get another value."""
+
+    rows: list[LiveRow]
+    gone: list[Record]
+    new: int = 0
+    changed: int = 0
+
+
 def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | None, bytes]] | None) -> int:
     """Write `content`, (key, value) of the whole table; None stands for what is live in it now."""
+    wanted = _whole(content) if content is not None else None
     topic = call(options.admin, "GET", api_path("topics", options.topic))
     client_id = f"__snapshot-{secrets.token_hex(8)}"
     path = api_path("topics", options.topic, "snapshot")
-    failures: list[Exception] = []
-
-    def note(sent: Sent) -> None:
-        error = sent.exception()
-        if error is not None:
-            failures.append(error)
-
     # The broker reserves the topic for this client while it is connected, so connect before the snapshot begins.
     with Producer(
         options.server, client_id=client_id, compression=options.compression, timeout=TIMEOUT_SECONDS
@@ -60,27 +65,62 @@ def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | 
                 for part in topic["partitions"]
             }
             ends = {int(number): int(offset) for number, offset in begun["first"].items()}
-            live = read_live(options.server, options.topic, starts, ends)
-            rows, gone = _plan(live, content)
-            for record in gone:
-                producer.send(options.topic, None, record.key, partition=record.partition).add_done_callback(note)
-            for row in rows:
-                sent = producer.send(
-                    options.topic, row.value, row.key, headers=row.headers, partition=row.partition,
-                    timestamp=row.timestamp,
-                )  # fmt: skip
-                sent.add_done_callback(note)
-            producer.flush(TIMEOUT_SECONDS)
-            if failures:
-                raise failures[0]
+            changes = _changes(read_live(options.server, options.topic, starts, ends), wanted)
+            if options.dry_run:
+                call(options.admin, "DELETE", path)
+                _tell(options, changes)
+                return 0
+            source = "log" if wanted is None else "content"
+            call(
+                options.admin,
+                "PUT",
+                path,
+                {
+                    "source": source,
+                    "keys": len(changes.rows),
+                    "deleted": len(changes.gone),
+                    "allow_deletes": options.allow_deletes,
+                },
+            )
+            _publish(producer, options.topic, changes)
         except BaseException:
             call(options.admin, "DELETE", path)
             raise
     call(options.admin, "POST", path)
-    result = {"topic": options.topic, "keys": len(rows), "deleted": len(gone)}
-    text = f"{options.topic}: snapshot of {counted(len(rows), 'key')} written, {counted(len(gone), 'key')} deleted"
-    print(json.dumps(result) if options.json else text)
+    _tell(options, changes)
     return 0
+
+
+def _publish(producer: Producer, topic: str, changes: SnapshotChanges) -> None:
+    """Every record of the snapshot, acknowledged. Raises the first refusal."""
+    failures: list[Exception] = []
+
+    def note(sent: Sent) -> None:
+        error = sent.exception()
+        if error is not None:
+            failures.append(error)
+
+    for record in changes.gone:
+        producer.send(topic, None, record.key, partition=record.partition).add_done_callback(note)
+    for row in changes.rows:
+        sent = producer.send(
+            topic, row.value, row.key, headers=row.headers, partition=row.partition, timestamp=row.timestamp
+        )
+        sent.add_done_callback(note)
+    producer.flush(TIMEOUT_SECONDS)
+    if failures:
+        raise failures[0]
+
+
+def _tell(options: argparse.Namespace, changes: SnapshotChanges) -> None:
+    keys, deleted = len(changes.rows), len(changes.gone)
+    result = {"topic": options.topic, "keys": keys, "new": changes.new, "changed": changes.changed, "deleted": deleted}
+    what = "would have" if options.dry_run else "written with"
+    text = (
+        f"{options.topic}: snapshot {what} {counted(keys, 'key')}: {changes.new} new, {changes.changed} changed, "
+        f"{deleted} deleted"
+    )
+    print(json.dumps(result) if options.json else text)
 
 
 def read_live(server: str, topic: str, starts: dict[int, int], ends: dict[int, int]) -> dict[bytes, Record]:
@@ -107,19 +147,27 @@ def read_live(server: str, topic: str, starts: dict[int, int], ends: dict[int, i
     return live
 
 
-def _plan(
-    live: dict[bytes, Record], content: Iterable[tuple[bytes | None, bytes]] | None
-) -> tuple[list[LiveRow], list[Record]]:
-    """The rows to write, and the records to delete."""
-    if content is None:
-        rows = [
-            LiveRow(key, record.value or b"", record.partition, record.timestamp, record.headers)
-            for key, record in live.items()
-        ]
-        return rows, []
+def _whole(content: Iterable[tuple[bytes | None, bytes]]) -> dict[bytes, bytes]:
+    """The last value of each key. Raises ConfigError when there is a row without a key, or none at all."""
     wanted: dict[bytes, bytes] = {}
     for key, value in content:
         if key is None:
             raise ConfigError("every row of a table needs a key; name its column with --key-column")
         wanted[key] = value
-    return [LiveRow(key, value) for key, value in wanted.items()], [live[key] for key in live if key not in wanted]
+    return wanted
+
+
+def _changes(live: dict[bytes, Record], wanted: dict[bytes, bytes] | None) -> SnapshotChanges:
+    """From what is live to the new content (None: the same)."""
+    if wanted is None:
+        rows = [
+            LiveRow(key, record.value or b"", record.partition, record.timestamp, record.headers)
+            for key, record in live.items()
+        ]
+        return SnapshotChanges(rows, [])
+    return SnapshotChanges(
+        [LiveRow(key, value) for key, value in wanted.items()],
+        [live[key] for key in live if key not in wanted],
+        new=sum(key not in live for key in wanted),
+        changed=sum(key in live and live[key].value != value for key, value in wanted.items()),
+    )

@@ -73,6 +73,9 @@ def _settings_flags(parser: Parser) -> None:
     parser.add_argument("--segment-ms", type=int, help="age at which a segment is sealed; 0: the node's default")
     parser.add_argument("--message-ttl-ms", type=int, help="do not deliver records older than this; 0: no limit")
     parser.add_argument("--urgent", choices=("true", "false"), help="sync at once, without the commit interval")
+    parser.add_argument(
+        "--max-delete-percent", type=int, help="share of the keys that a snapshot may delete (default 1)"
+    )
     parser.add_argument("--on-damage", choices=("wait", "skip"), help="what consumers do at a corrupt range")
 
 
@@ -176,7 +179,15 @@ def _tell(options: argparse.Namespace, what: str) -> None:
 
 def _settings(options: argparse.Namespace) -> dict[str, object]:
     given: dict[str, object] = {}
-    for name in ("retention_ms", "retention_bytes", "segment_bytes", "segment_ms", "message_ttl_ms", "on_damage"):
+    for name in (
+        "retention_ms",
+        "retention_bytes",
+        "segment_bytes",
+        "segment_ms",
+        "message_ttl_ms",
+        "max_delete_percent",
+        "on_damage",
+    ):
         if getattr(options, name) is not None:
             given[name] = getattr(options, name)
     if options.urgent is not None:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from msgspec.structs import replace
+
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.engine import EngineListener
-from edgebroker.storage.identity import read_identity
+from edgebroker.storage.identity import change_identity, read_identity
 from edgebroker.storage.log.corrupt_ranges import RepairResult, repair_target, take_repaired
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog
@@ -54,8 +56,12 @@ class Rewriter:
         """End a log at a batch boundary below its end."""
         wall_ms = self._clock.wall_ms()
 
+        def forget(old: Identity) -> Identity:
+            """A snapshot that does not end before is not complete any more."""
+            return replace(old, snapshot=(-1, -1)) if old.snapshot[1] > offset else old
+
         def work() -> tuple[Identity, RecoveredLog]:
-            identity = read_identity(partition.directory)
+            identity = change_identity(partition.directory, forget)
             return identity, truncate_log(partition.directory, identity, offset, self._quarantine, wall_ms)
 
         self._rewrite(partition, work, done)

@@ -1,7 +1,8 @@
 """Which sealed segments to remove next: a decision from facts, without I/O and without a clock.
 
     limits   removed oldest first while the log is larger, or the segment older, than its topic (or the node) keeps
-    holds    nothing from the newest complete table snapshot on, nothing from the pin on
+    holds    nothing from the newest complete snapshot of a table on, so nothing of a table without one; nothing from
+             the pin on
     space    when the disk wants bytes back, also what every live group and child has passed
 
 Only whole segments from the beginning of a log, never the active one, and only as far as the chain at the new start is
@@ -33,14 +34,18 @@ S = TypeVar("S", bound=SegmentFacts)
 
 @dataclass(frozen=True, slots=True)
 class RetentionFacts(Generic[S]):
-    """`segments` in order, the active one last. `snapshot`: where the newest complete table snapshot begins (-1: there
-    is none). `pin` and `floor` are EngineListener's; they are asked only when the answer matters."""
+    """`segments` in order, the active one last. `snapshot`: where the newest complete snapshot of a table begins (-1:
+    there is none). `pin` and `floor` are EngineListener's; they are asked only when the answer matters."""
 
     segments: Sequence[S]
     settings: TopicSettings
     snapshot: int
     pin: Callable[[], int | None]
     floor: Callable[[], int | None]
+
+    def takes_keys(self, offset: int) -> bool:
+        """Would removing everything before an offset take live keys of a table?"""
+        return self.settings.kind == "table" and offset > max(self.snapshot, 0)
 
 
 def plan(
@@ -66,7 +71,7 @@ def plan(
 
 
 def _over_limits(facts: RetentionFacts[S], defaults: HousekeepingSettings, now_ms: int) -> list[S]:
-    """Beyond the limits of size and age, and before the newest snapshot."""
+    """Beyond the limits of size and age."""
     keep_bytes = facts.settings.retention_bytes or defaults.retention_bytes
     keep_ms = (facts.settings.retention_ms or defaults.retention_ms) if now_ms else 0
     if not (keep_bytes or keep_ms):
@@ -76,7 +81,7 @@ def _over_limits(facts: RetentionFacts[S], defaults: HousekeepingSettings, now_m
     for segment in facts.segments[:-1]:
         too_much = keep_bytes > 0 and left - segment.size >= keep_bytes
         too_old = keep_ms > 0 and segment.sealed_ms > 0 and now_ms - segment.sealed_ms >= keep_ms
-        if not (too_much or too_old) or segment.end_offset > facts.snapshot >= 0:
+        if not (too_much or too_old) or facts.takes_keys(segment.end_offset):
             break
         gone.append(segment)
         left -= segment.size
@@ -88,7 +93,7 @@ def _passed_by_all(facts: RetentionFacts[S], first: int, wanted: int) -> list[S]
     floor = facts.floor()
     early: list[S] = []
     for segment in facts.segments[first:-1]:
-        if floor is None or segment.end_offset > floor or wanted <= 0 or segment.end_offset > facts.snapshot >= 0:
+        if floor is None or segment.end_offset > floor or wanted <= 0 or facts.takes_keys(segment.end_offset):
             break
         early.append(segment)
         wanted -= segment.size

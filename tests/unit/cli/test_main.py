@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import gzip
 import io
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from edgebroker.cli.admin_client import api_path
 from edgebroker.cli.command import DeferredHandler, duration, handlers, run
-from edgebroker.cli.commands.publish import _rows
 from edgebroker.cli.main import VERBS, build_parser, main
 from edgebroker.common.errors import (
-    ConfigError,
     DamagedDataError,
     DataDirectoryInUseError,
     EdgeBrokerError,
@@ -185,27 +181,6 @@ def test_wrong_calls_say_what_to_do(
 def test_names_are_quoted_as_one_part_of_a_path() -> None:
     assert api_path("topics", "t/snapshot/5") == "/v1/topics/t%2Fsnapshot%2F5"
     assert api_path("groups", "a b", "offsets") == "/v1/groups/a%20b/offsets"
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (b"a,b\n1,\xff\n", "invalid"),
-        (b"a,b\n1\n", "line 2: there is no column 'b'"),
-    ],
-)
-def test_rows_that_cannot_be_read(content: bytes, text: str, tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv"
-    path.write_bytes(content)
-    with pytest.raises(ConfigError, match=text):
-        list(_rows(str(path), "b"))
-
-
-def test_a_gzipped_file_that_is_cut(tmp_path: Path) -> None:
-    path = tmp_path / "rows.csv.gz"
-    path.write_bytes(gzip.compress(b"a,b\n" + b"1,2\n" * 1000)[:-20])
-    with pytest.raises(ConfigError, match="end-of-stream"):
-        list(_rows(str(path), "b"))
 
 
 def test_a_refusal_of_the_system_names_the_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -129,8 +129,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         load_config(tmp_path / "missing.toml", None, {})
     assert "not valid TOML" in problems(tmp_path, "[node")[0]
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="not valid TOML"):
+    with pytest.raises(ConfigError, match="line 1: the byte 0xff is not UTF-8"):
         load_config(tmp_path / "bytes.toml", None, {})
+    (tmp_path / "windows.toml").write_bytes(b'\xef\xbb\xbf[node]\r\nname = "K\xc3\xb6ln"\r\n')
+    assert load_config(tmp_path / "windows.toml", None, {}).node.name == "Köln"
 
 
 @pytest.mark.parametrize("toml", ["node = 3", 'node = "x"', "node = []"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgebroker.common.types import TopicSettings
+from edgebroker.common.types import TopicKind, TopicSettings
 from edgebroker.storage.settings import HousekeepingSettings
 from edgebroker.storage.types import UNKNOWN_CHAIN
 from edgebroker.storage.upkeep.retention import RetentionFacts, plan
@@ -37,6 +37,7 @@ class Case(NamedTuple):
     topic_ms: int = 0
     now_ms: int = NOW
     wanted: int = 0
+    table: bool = False
     snapshot: int = -1
     pin: int | None = None
     floor: int | None = None
@@ -58,7 +59,8 @@ def log_of(case: Case, asked: list[str] | None = None) -> RetentionFacts[Any]:
     segments = [
         Piece(100, 10 * rank + 10, sealed[rank], UNKNOWN_CHAIN if rank in case.unknown else 1) for rank in range(5)
     ]
-    topic = TopicSettings(retention_bytes=case.topic_bytes, retention_ms=case.topic_ms)
+    kind: TopicKind = "table" if case.table or case.snapshot >= 0 else "stream"
+    topic = TopicSettings(kind=kind, retention_bytes=case.topic_bytes, retention_ms=case.topic_ms)
 
     def pin() -> int | None:
         asked.append("pin")
@@ -87,6 +89,7 @@ CASES = [
     Case("the newest snapshot stays", 2, bytes=1, snapshot=29),
     Case("a snapshot at a segment's beginning", 2, bytes=1, snapshot=20),
     Case("a snapshot at the start", None, bytes=1, snapshot=0),
+    Case("a table without a snapshot stays", None, bytes=1, ms=1, wanted=1000, floor=50, table=True),
     Case("the pin stays", 1, bytes=1, pin=19),
     Case("a pin at the start", None, bytes=1, pin=0),
     Case("the disk wants space, no group is live", None, wanted=1000),
@@ -141,7 +144,7 @@ def slow_plan(logs: list[RetentionFacts[Any]], node: HousekeepingSettings, now_m
     def held(facts: RetentionFacts[Any], segment: Piece) -> bool:
         pin = facts.pin()
         pinned = pin is not None and segment.end_offset > pin
-        return pinned or (facts.snapshot >= 0 and segment.end_offset > facts.snapshot)
+        return pinned or (facts.settings.kind == "table" and segment.end_offset > max(facts.snapshot, 0))
 
     def over(facts: RetentionFacts[Any], rank: int) -> bool:
         segment = facts.segments[rank]
@@ -178,7 +181,11 @@ def facts_of_logs(draw: st.DrawFn) -> RetentionFacts[Any]:
         sealed = draw(st.sampled_from([0, 1, 50, 99, 100, 120]))
         chain = draw(st.sampled_from([UNKNOWN_CHAIN, 7, 7]))
         segments.append(Piece(draw(st.integers(0, 4)), ends, sealed, chain))
-    topic = TopicSettings(retention_bytes=draw(st.integers(0, 8)), retention_ms=draw(st.sampled_from([0, 1, 50])))
+    topic = TopicSettings(
+        kind=draw(st.sampled_from(["stream", "table"])),
+        retention_bytes=draw(st.integers(0, 8)),
+        retention_ms=draw(st.sampled_from([0, 1, 50])),
+    )
     offsets = st.integers(0, ends + 1)
     pin, floor = draw(st.none() | offsets), draw(st.none() | offsets)
     return RetentionFacts(segments, topic, draw(st.just(-1) | offsets), lambda: pin, lambda: floor)
