@@ -7,7 +7,7 @@ the functions that promise durability do that themselves.
 import errno
 import fcntl
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from edgebroker.common.runtime.durable import write_hint as write_hint
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 COPY_BYTES = 1 << 20
+# What a device reads, or cannot read, as a whole.
+BLOCK_BYTES = 4096
 # Not the disk's fault, and over when resources are released.
 TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
 
@@ -102,6 +104,21 @@ def read_at(fd: int, length: int, position: int) -> bytes:
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
+def salvage_at(fd: int, length: int, position: int) -> bytes:
+    """The same for a device that cannot read everything: bytes 0xFF stand for each block that it refuses, and no batch
+    begins with them. Raises OSError for what will be over in a moment."""
+    try:
+        return read_at(fd, length, position)
+    except OSError as error:
+        if error.errno in TRANSIENT:
+            raise
+    first, last = position // BLOCK_BYTES, (position + length - 1) // BLOCK_BYTES
+    if first == last:
+        return b"\xff" * length
+    middle = (first + last + 1) // 2 * BLOCK_BYTES
+    return salvage_at(fd, middle - position, position) + salvage_at(fd, position + length - middle, middle)
+
+
 def read_cached(fd: int, length: int, position: int) -> bytes | None:
     """Read from the page cache only: None when a page would have to come from the disk. Never waits."""
     buffer = bytearray(length)
@@ -159,30 +176,31 @@ def copy_start(source: int, target: Path, size: int) -> None:
     target.unlink(missing_ok=True)
     fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o640)
     try:
-        _copy(source, 0, size, fd, 0)
+        _copy(source, 0, size, fd, 0, read_at)
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
 def append_copy(target: Path, data: memoryview, source: int, position: int, end: int) -> int:
-    """Add bytes, then a part of an open file, to a file, durably; its size then."""
+    """Add bytes, then a part of an open file (what cannot be read of it as salvage_at() does), to a file, durably; its
+    size then."""
     fd = open_log(target, writable=True)
     try:
         size = size_of(fd)
         write_at(fd, data, size)
         size += len(data)
-        _copy(source, position, end, fd, size)
+        _copy(source, position, end, fd, size, salvage_at)
         os.fsync(fd)
         return size + end - position
     finally:
         os.close(fd)
 
 
-def _copy(source: int, position: int, end: int, target: int, at: int) -> None:
+def _copy(source: int, position: int, end: int, target: int, at: int, read: Callable[[int, int, int], bytes]) -> None:
     """Bytes [position, end) of an open file to a position in another one."""
     while position < end:
-        piece = read_at(source, min(COPY_BYTES, end - position), position)
+        piece = read(source, min(COPY_BYTES, end - position), position)
         if not piece:
             raise OSError(errno.EIO, "the file became shorter while it was copied")
         write_at(target, memoryview(piece), at)

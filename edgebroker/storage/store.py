@@ -65,6 +65,10 @@ from edgebroker.storage.upkeep.scrub import Scrub
 
 log = logging.getLogger(__name__)
 
+# A stop with one of these is not clean: what is on the disk may not be what memory knows. Damage is noted, and a full
+# disk lacks nothing that was acknowledged.
+UNCLEAN = {"read_only", "metadata", "disk_stalled", "unserved_topics"}
+
 
 class SegmentStore:
     """Implements edgebroker.storage.engine.Engine."""
@@ -191,7 +195,7 @@ class SegmentStore:
         """Store and release everything. The loop must run until flush() is True before, or the stop is not clean.
         Without `mark` the next open checks as after a crash."""
         self._housekeeping.stop()
-        clean = self._committer.stored and not self.problems()
+        clean = self._committer.stored and not self.problems().keys() & UNCLEAN
         stopped = self._committer.stop(timeout)
         read = self._reader.stop(timeout)
         clean = self._metadata.stop(timeout) and clean
@@ -434,7 +438,11 @@ class SegmentStore:
             found["disk_stalled"] = "the disk does not answer"
         if self._opener.unserved:
             found["unserved_topics"] = "; ".join(f"{topic}: {why}" for topic, why in self._opener.unserved.items())
-        damaged = [partition.name for partition in self.logs() if partition.corrupt_ranges]
+        damaged = [
+            partition.name
+            for partition in self.logs()
+            if partition.corrupt_ranges and partition.settings.on_damage == "wait"
+        ]
         if damaged:
             found["damaged"] = ", ".join(damaged[:20])
         return {name: why for name, why in found.items() if why}

@@ -270,9 +270,15 @@ class Push:
             if not self._lost_history(cursor):
                 self._gap(cursor, corrupt.next, GapReason.DAMAGED)
             return
+        mirrored = cursor.log.identity.origin != self._engine.node_uid
+        what = (
+            "they are being repaired from the parent"
+            if mirrored
+            else "set on_damage = skip for the topic to continue without them"
+        )
         why = (
             f"{cursor.log.name}: records {corrupt.first} to {corrupt.next - 1} are corrupt; delivery waits at "
-            f"{corrupt.first} (set on_damage = skip for the topic to continue without them)"
+            f"{corrupt.first} ({what})"
         )
         self._set(cursor, CursorState.DAMAGED, why)
         self.tell(cursor, Outcome.DAMAGED, why)

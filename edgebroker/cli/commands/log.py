@@ -19,6 +19,7 @@ from edgebroker.storage import files
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.index import read_index
 from edgebroker.storage.log.walk import next_good_batch, walk_file, walk_start
+from edgebroker.storage.metadata.meta_db import stored_ends
 
 CODEC_NAMES = {0: "none", 1: "gzip", 2: "snappy", 3: "lz4", 4: "zstd"}
 
@@ -62,14 +63,22 @@ def verify(options: argparse.Namespace) -> int:
     """Check the CRC, the continuity and the header chain of every batch; exit code 4 when a check fails."""
     total = batches = 0
     damage: list[DamagedBytes] = []
+    logs: dict[Path, _Coverage] = {}
+    one_file = Path(options.path).is_file()
     for path, limit in segments(Path(options.path)):
+        coverage = logs.get(path.parent) or _Coverage(path.parent, path)
+        logs[path.parent] = coverage
+        damage += [] if one_file else coverage.begin(path)
         for found in walk(path, limit):
+            coverage.seen(found)
             if isinstance(found, DamagedBytes):
                 damage.append(found)
             else:
                 batches += 1
                 total += found[1].size
         damage += _check_chain(path)
+    for coverage in logs.values():
+        damage += [] if one_file else coverage.ended()
     if options.json:
         bad = [
             {"file": str(d.path), "position": d.position, "end": d.end, "offset": d.offset, "why": d.why}
@@ -90,7 +99,9 @@ def segments(path: Path) -> list[tuple[Path, int]]:
         return [(path, -1)]
     if not path.is_dir():
         raise ConfigError(f"{path}: no such file or directory")
-    found = sorted(file for file in path.rglob("*.log") if file.stem.isdigit())
+    found = sorted(
+        file for file in path.rglob("*.log") if file.stem.isdigit() and "deleted" not in file.relative_to(path).parts
+    )
     if not found:
         raise ConfigError(f"{path}: contains no segment files (*.log)")
     limits = []
@@ -98,6 +109,41 @@ def segments(path: Path) -> list[tuple[Path, int]]:
         successor = found[rank + 1] if rank + 1 < len(found) else None
         limits.append((file, int(successor.stem) if successor and successor.parent == file.parent else -1))
     return limits
+
+
+class _Coverage:
+    """Which records of a log should be there, and which are: `end` grows with every file."""
+
+    def __init__(self, directory: Path, first: Path) -> None:
+        self._directory, self._last = directory, first
+        try:
+            identity = read_identity(directory)
+        except (OSError, DamagedDataError):
+            identity = None
+        self._log_id = identity.log_id if identity is not None else ""
+        self._end = identity.log_start if identity is not None else int(first.stem)
+        self._whole = True
+
+    def begin(self, path: Path) -> Iterator[DamagedBytes]:
+        """A file comes next: are records missing before it?"""
+        base = int(path.stem)
+        if self._whole and base > self._end:
+            yield DamagedBytes(path, 0, 0, self._end, f"the records up to {base - 1} are missing, and their file")
+        self._last, self._end = path, max(self._end, base)
+
+    def seen(self, found: tuple[int, BatchHeader, bytes] | DamagedBytes) -> None:
+        """What was found in it, in order: damage is told by itself."""
+        self._whole = not isinstance(found, DamagedBytes)
+        if not isinstance(found, DamagedBytes):
+            self._end = found[1].last_offset + 1
+
+    def ended(self) -> Iterator[DamagedBytes]:
+        """There are no more files: are records missing behind the last one?"""
+        root = self._directory.parent.parent.parent
+        known = stored_ends(root / "meta.db") if self._directory.name.isdigit() else {}
+        end = known.get((self._directory.parent.name, int(self._directory.name), self._log_id), 0) if known else 0
+        if self._whole and end > self._end:
+            yield DamagedBytes(self._last, 0, 0, self._end, f"the records up to {end - 1} are missing behind it")
 
 
 def walk(path: Path, limit: int) -> Iterator[tuple[int, BatchHeader, bytes] | DamagedBytes]:
@@ -169,6 +215,8 @@ def _check_chain(path: Path) -> list[DamagedBytes]:
 
 
 def describe(found: DamagedBytes) -> str:
+    if found.position == found.end:
+        return f"{found.path}: from offset {found.offset} on {found.why}"
     return f"{found.path}: bytes {found.position} to {found.end} (from offset {found.offset} on): {found.why}"
 
 

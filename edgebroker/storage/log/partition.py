@@ -255,6 +255,13 @@ class PartitionLog(Lookup):
         """Note damage that was found; ranges that overlap become one."""
         self.corrupt_ranges = corrupt_ranges.merged(self.corrupt_ranges, corrupt)
 
+    def file_lost(self, segment: Segment) -> None:
+        """The file of a sealed segment is gone: its records are damaged, as the next start would find."""
+        if segment in self.segments:
+            self.segments.remove(segment)
+            segment.retire()
+            self.add_corrupt_range(CorruptRange(segment.base, segment.end_offset))
+
     def to_repair(self) -> tuple[int, int]:
         """The offsets [first, next) to be fetched first: the first corrupt range, as far as one segment goes."""
         return corrupt_ranges.to_repair(self)

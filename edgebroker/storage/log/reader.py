@@ -4,6 +4,7 @@ A job that takes longer than its timeout is answered STORAGE_TIMEOUT on the loop
 and the disk counts as stalled until the thread answers again.
 """
 
+import errno
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,14 +39,19 @@ class SegmentView(msgspec.Struct, frozen=True):
     max_batch: int
     epoch: int
     max_epoch: int
+    salvage: bool = False
+    """What the device cannot read is damage."""
 
 
 class SegmentRead(ColdRead):
     """A cold read with what only the store needs: `fd`, an open descriptor of the segment for the receiver of the
-    answer, and `index`, when it was loaded or rebuilt on the way."""
+    answer, and `index`, when it was loaded or rebuilt on the way. With an error, `unreadable` says that the device
+    refused, and `missing` that there is no such file (any more)."""
 
     fd: int = -1
     index: SealedIndex | None = None
+    unreadable: bool = False
+    missing: bool = False
 
 
 def read_cold(view: SegmentView, offset: int, max_bytes: int, quarantine: Quarantine) -> SegmentRead:
@@ -83,7 +89,7 @@ def _read_cold(view: SegmentView, fd: int, offset: int, max_bytes: int, quaranti
         if corrupt.next <= corrupt.first:
             raise CorruptBatchError(f"{view.path}: {corrupt.first} comes twice")
         if corrupt.next > offset:
-            reason = EXPLANATION.get(walked.reason, "incomplete")
+            reason = "cannot be read" if view.salvage else EXPLANATION.get(walked.reason, "incomplete")
             quarantine.keep(view.name, view.path, fd, walked.position, end, reason)
             answer.corrupt = corrupt
             return answer
@@ -106,6 +112,7 @@ def _read_good(view: SegmentView, fd: int, state: ScanState, want: int, offset: 
             max_epoch=view.max_epoch,
             limit_offset=view.end_offset,
             on_piece=data.extend,
+            salvage=view.salvage,
         )
         cut_off = walked.reason in (Reason.TRUNCATED, Reason.ZEROES) and end < view.size
         if walked.next_offset > offset or not cut_off or want > most:
@@ -122,7 +129,9 @@ def view_margin(points: bytes, position: int, size: int) -> int:
 def _damage(view: SegmentView, fd: int, walked: ScanState) -> tuple[CorruptRange, int]:
     """How far the damage reaches that a walk stopped at: (offsets, position after it)."""
     first = walked.next_offset
-    found = next_good_batch(fd, walked.position, view.size, first, view.end_offset - 1, view.max_batch)
+    found = next_good_batch(
+        fd, walked.position, view.size, first, view.end_offset - 1, view.max_batch, salvage=view.salvage
+    )
     if found < 0:
         return CorruptRange(first, view.end_offset), view.size
     return CorruptRange(first, int.from_bytes(files.read_at(fd, 8, found), "big")), found
@@ -164,6 +173,7 @@ def verify_segment(view: SegmentView, fd: int) -> tuple[SealedIndex, list[Corrup
             max_batch=view.max_batch,
             max_epoch=view.max_epoch,
             limit_offset=view.end_offset,
+            salvage=view.salvage,
         )
         points.append(state.points)
     index = SealedIndex(
@@ -220,7 +230,11 @@ class ColdReader:
                 # A job that timed out in the queue has been answered.
                 result = SegmentRead() if answered else job()
             except OSError as error:
-                result = SegmentRead(error=f"{error.strerror or error} ({error.filename or 'segment'})")
+                result = SegmentRead(
+                    error=f"{error.strerror or error} ({error.filename or 'segment'})",
+                    unreadable=error.errno not in files.TRANSIENT,
+                    missing=error.errno == errno.ENOENT,
+                )
             except (ValueError, CorruptBatchError) as error:
                 result = SegmentRead(error=f"the segment does not fit the log any more: {error}")
             self._scheduler.call_soon_threadsafe(lambda: answer(result))

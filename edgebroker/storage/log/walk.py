@@ -40,19 +40,22 @@ def walk_file(
     max_epoch: int = (1 << 31) - 1,
     limit_offset: int = -1,
     on_piece: Callable[[memoryview], object] | None = None,
+    salvage: bool = False,
 ) -> ScanState:
     """Verify batches by pread from start.position to `end`; `on_piece` sees every run of good batches.
 
     Memory stays at one piece plus one batch. Stops early at the first bad byte or at limit_offset. `max_epoch` is the
-    newest history of the log: the epoch is outside of the CRC, one beyond it is damage.
+    newest history of the log: the epoch is outside of the CRC, one beyond it is damage. With `salvage` what the device
+    cannot read is damage (files.salvage_at), else an OSError.
     """
+    read = files.salvage_at if salvage else files.read_at
     state, points = start, [start.points]
     last_point = -1
     carry = b""
     read_to = start.position
     while True:
         if read_to < end:
-            piece = files.read_at(fd, min(PIECE_BYTES, end - read_to), read_to)
+            piece = read(fd, min(PIECE_BYTES, end - read_to), read_to)
             read_to += len(piece)
             if not piece:
                 end = read_to
@@ -140,11 +143,21 @@ def walk_start(
     return ScanState(position, Reason.OK, offset, chain, epoch, max_timestamp, b"")
 
 
-def next_good_batch(fd: int, position: int, end: int, min_offset: int, max_offset: int, max_batch: int) -> int:
+def next_good_batch(
+    fd: int,
+    position: int,
+    end: int,
+    min_offset: int,
+    max_offset: int,
+    max_batch: int,
+    *,
+    salvage: bool = False,
+) -> int:
     """Position of the first batch after damaged bytes that is whole and fits; -1 when the rest holds none."""
+    read = files.salvage_at if salvage else files.read_at
     at = position + 1
     while at + HEADER_BYTES <= end:
-        data = files.read_at(fd, min(end - at, PIECE_BYTES + max_batch), at)
+        data = read(fd, min(end - at, PIECE_BYTES + max_batch), at)
         found = segscan.find_batch(data, 0, min_offset, max_offset, max_batch)
         if found >= 0:
             return at + found

@@ -10,6 +10,7 @@ group offsets come back from offsets.snap, at most five seconds old and never ah
 import logging
 import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -333,3 +334,16 @@ def newest_offsets(
         if other is None or offset.revision >= other.revision:
             merged[key] = offset
     return merged
+
+
+def stored_ends(path: Path) -> dict[tuple[str, int, str], int]:
+    """Up to where logs were durable when it was last noted, by topic, partition and log id; for tools. Nothing when the
+    database is missing or cannot be read."""
+    for mode in ("mode=ro", "mode=ro&immutable=1"):  # the second one where the directory cannot be written
+        try:
+            with closing(sqlite3.connect(f"{path.absolute().as_uri()}?{mode}", uri=True)) as connection:
+                rows = connection.execute("SELECT topic, partition, log_id, next_offset FROM checkpoints").fetchall()
+            return {(topic, partition, log_id): end for topic, partition, log_id, end in rows}
+        except sqlite3.Error:
+            continue
+    return {}

@@ -38,7 +38,9 @@ def repair_segment(target: RepairTarget, data: bytes) -> RepairResult:
             whole = _walk(target, fd, size, target.end_offset)
             return _repaired(target, whole, size, target.next)
         next_offset = _check(data, target, before.chain, before.epoch).next_offset
-        at = next_good_batch(fd, before.position, size, next_offset, target.end_offset - 1, STORED_BATCH_BYTES)
+        at = next_good_batch(
+            fd, before.position, size, next_offset, target.end_offset - 1, STORED_BATCH_BYTES, salvage=True
+        )
         temporary = path.with_suffix(".tmp")
         if at < 0:
             # No good batch follows: the segment ends here, and what was lost gets a file of its own.
@@ -71,6 +73,7 @@ def _walk(target: RepairTarget, fd: int, size: int, limit: int) -> ScanState:
     return walk_file(
         fd, walk_start(target.base, max(target.base_chain, 0), epoch=target.epoch), size, base_offset=target.base,
         max_batch=STORED_BATCH_BYTES, max_epoch=target.max_epoch, limit_offset=limit,
+        salvage=True,
     )  # fmt: skip
 
 

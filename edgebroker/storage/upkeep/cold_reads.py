@@ -8,17 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from msgspec import structs
+
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage import files
 from edgebroker.storage.log.chains import DamagedLogError, find_chains
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.reader import ColdReader, SegmentRead, read_cold
+from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.log.timestamps import find_time
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.types import ChainPoint, ColdRead, StoredFile
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.open_files import OpenFiles
 
+# So often, and for so long, a read has to fail before what was to be read counts as damaged.
+TRIES, TRY_SECONDS = 3, 2.0
 BEING_REPLACED = "its files are being replaced; try again in a moment"
 
 
@@ -35,35 +40,71 @@ class ColdReads:
     ) -> None:
         self._scheduler, self._reader, self._quarantine = scheduler, reader, quarantine
         self._checkpoints, self._open_files = checkpoints, open_files
+        # How often the device refused to read a segment, and since when.
+        self._failures: dict[Segment, tuple[int, float]] = {}
 
     def read(self, log: PartitionLog, offset: int, max_bytes: int, done: Callable[[ColdRead], None]) -> None:
-        """Verified batches from the one that holds `offset` on."""
+        """Verified batches from the one that holds `offset` on. What cannot be read after a few tries is damage."""
         if log.replacing:
             self._scheduler.call_later(0.0, lambda: done(SegmentRead(error=BEING_REPLACED)))
             return
         segment = log.segment_of(offset)
         view = log.view(segment)
+        if any(one.first < segment.end_offset and segment.base < one.next for one in log.corrupt_ranges):
+            view = structs.replace(view, salvage=True)  # what is around known damage is read in spite of it
 
         def answer(result: SegmentRead) -> None:
-            if result.index is not None and not segment.retired:
-                log.take_index(segment, result.index)
-                if segment is not log.active:
-                    self._open_files.index_loaded(segment)
-            if result.corrupt is not None and segment.retired:
-                # It was repaired meanwhile: what was found belongs to the file before.
-                result.corrupt, result.error = None, "the segment was replaced while it was read"
-            if result.corrupt is not None:
-                log.add_corrupt_range(result.corrupt)
+            if not (result.unreadable and self._given_up(log, segment)):
+                self._take(log, segment, result)
+                done(result)
+            elif result.missing:
+                log.file_lost(segment)
+                self._checkpoints.forget_segment(log, segment)
                 self._checkpoints.corrupt_ranges_changed(log)
-            if result.fd >= 0:
-                if segment.fd < 0 and not segment.retired:
-                    segment.fd = result.fd
-                    self._open_files.opened(segment)
-                else:
-                    files.close(result.fd)
+                done(result)
+            else:
+                salvaged = structs.replace(view, salvage=True)
+                self._reader.submit(lambda: read_cold(salvaged, offset, max_bytes, self._quarantine), taken)
+
+        def taken(result: SegmentRead) -> None:
+            self._take(log, segment, result)
             done(result)
 
         self._reader.submit(lambda: read_cold(view, offset, max_bytes, self._quarantine), answer)
+
+    def _given_up(self, log: PartitionLog, segment: Segment) -> bool:
+        """Count a failure of the device: True when it has failed often and long enough. Of the active segment only the
+        next start can tell more."""
+        if segment.retired or segment is log.active:
+            return False
+        now = self._scheduler.now()
+        count, since = self._failures.get(segment, (0, now))
+        if count + 1 >= TRIES and now - since >= TRY_SECONDS:
+            self._failures.pop(segment, None)
+            return True
+        self._failures[segment] = (count + 1, since)
+        return False
+
+    def _take(self, log: PartitionLog, segment: Segment, result: SegmentRead) -> None:
+        """Take over what a read found on its way."""
+        if not result.error or segment.retired:
+            self._failures.pop(segment, None)
+        if result.index is not None and not segment.retired:
+            log.take_index(segment, result.index)
+            if segment is not log.active:
+                self._open_files.index_loaded(segment)
+        if result.corrupt is not None and segment.retired:
+            # It was repaired meanwhile: what was found belongs to the file before.
+            result.corrupt, result.error = None, "the segment was replaced while it was read"
+        if result.corrupt is not None:
+            log.add_corrupt_range(result.corrupt)
+            self._checkpoints.corrupt_ranges_changed(log)
+        if result.fd >= 0:
+            if segment.fd < 0 and not segment.retired:
+                segment.fd = result.fd
+                self._open_files.opened(segment)
+            else:
+                files.close(result.fd)
 
     def load_range(self, file: StoredFile, position: int, length: int, done: Callable[[bytes, str], None]) -> None:
         """Bytes of a file that the caller holds."""
@@ -74,6 +115,8 @@ class ColdReads:
 
         def answer(result: SegmentRead) -> None:
             short = not result.error and len(result.data) != length
+            if (short or result.unreadable) and isinstance(file, Segment):
+                file.unverified_end = file.size  # from now on it is read as what was never verified
             done(result.data, result.error or ("a segment is shorter than its log" if short else ""))
 
         self._reader.submit(read, answer)

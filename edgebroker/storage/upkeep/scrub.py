@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Callable
 from functools import partial
 
 from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
@@ -17,7 +18,7 @@ from edgebroker.storage import files
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.reader import ColdReader, SegmentRead
 from edgebroker.storage.log.segment import Segment
-from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_mapped, walk_start
+from edgebroker.storage.log.walk import WINDOW_BYTES, ScanState, next_good_batch, walk_file, walk_mapped, walk_start
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.types import CorruptRange
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
@@ -25,6 +26,8 @@ from edgebroker.storage.upkeep.checkpoints import Checkpoints
 log = logging.getLogger(__name__)
 
 REWRITE_WAIT_SECONDS = 1.0
+# So often a window is read before what the device refuses counts as damaged.
+TRIES, TRY_SECONDS = 3, 1.0
 WINDOW_TIMEOUT_SECONDS = 60.0
 
 
@@ -67,38 +70,49 @@ class Scrub:
                 self._window(partition, segment, walk_start(segment.base, max(segment.base_chain, 0), epoch=epoch))
                 return
 
-    def _window(self, partition: PartitionLog, segment: Segment, state: ScanState, damaged: bool = False) -> None:
-        """Verify one window of a segment; then wait as long as the allowed rate says, and continue."""
+    def _window(
+        self, partition: PartitionLog, segment: Segment, state: ScanState, damaged: bool = False, tries: int = 1
+    ) -> None:
+        """Verify one window of a segment; then wait as long as the allowed rate says, and continue. What the device
+        refuses to read at the last of the TRIES is damage."""
         if partition.rewriting:
             # Its files may be replaced in a moment; then it is decided again.
-            again = partial(self._window, partition, segment, state, damaged)
+            again = partial(self._window, partition, segment, state, damaged, tries)
             self._timer = self._scheduler.call_later(REWRITE_WAIT_SECONDS, self._next if segment.retired else again)
             return
         size = min(segment.unverified_end, segment.size)
         end_offset, whole = segment.end_offset, size == segment.size
         max_epoch = partition.identity.epoch
         found: list[tuple[ScanState, CorruptRange | None]] = []
+        salvage = tries == TRIES
 
         def work() -> SegmentRead:
             fd = files.open_log(segment.path)
             try:
-                walked = walk_mapped(
-                    fd,
-                    size,
-                    state,
+                walk = partial(
+                    walk_salvaged if salvage else walk_mapped,
                     base_offset=segment.base,
                     max_batch=STORED_BATCH_BYTES,
                     max_epoch=max_epoch,
                     limit_offset=end_offset,
                 )
+                walked = walk(fd, size, state)
                 ended_early = whole and walked.position >= size and walked.next_offset < end_offset
                 if (walked.position > state.position or walked.position >= size) and not ended_early:
                     found.append((walked, None))
                     return SegmentRead()
-                at = next_good_batch(fd, walked.position, size, walked.next_offset, end_offset - 1, STORED_BATCH_BYTES)
+                at = next_good_batch(
+                    fd,
+                    walked.position,
+                    size,
+                    walked.next_offset,
+                    end_offset - 1,
+                    STORED_BATCH_BYTES,
+                    salvage=salvage,
+                )
                 next_offset = int.from_bytes(files.read_at(fd, 8, at), "big") if at >= 0 else end_offset
                 end = at if at >= 0 else size
-                reason = EXPLANATION.get(Reason(walked.reason), "damaged")
+                reason = "cannot be read" if salvage else EXPLANATION.get(Reason(walked.reason), "damaged")
                 self._quarantine.keep(partition.name, segment.path, fd, walked.position, end, reason)
                 corrupt = CorruptRange(walked.next_offset, next_offset)
                 found.append((walked._replace(position=end, next_offset=next_offset), corrupt))
@@ -107,10 +121,13 @@ class Scrub:
                 files.close(fd)
 
         def done(result: SegmentRead) -> None:
-            if result.error or not found or segment.retired:
-                if result.error:
-                    log.error("%s: %s could not be verified: %s", partition.name, segment.path.name, result.error)
+            if segment.retired:
                 self._next()
+                return
+            if result.error or not found:
+                self._failed(
+                    partition, segment, result, partial(self._window, partition, segment, state, damaged), tries
+                )
                 return
             walked, corrupt = found[0]
             if corrupt is not None:
@@ -133,3 +150,38 @@ class Scrub:
             self._next()
             return
         self._reader.submit(work, done, timeout=WINDOW_TIMEOUT_SECONDS)
+
+    def _failed(
+        self,
+        partition: PartitionLog,
+        segment: Segment,
+        result: SegmentRead,
+        window: Callable[..., None],
+        tries: int,
+    ) -> None:
+        """Try a window again, in a way that gets along with what cannot be read; a file that stays away is lost."""
+        if tries < TRIES and result.unreadable:
+            self._timer = self._scheduler.call_later(TRY_SECONDS, partial(window, tries=tries + 1))
+            return
+        log.error("%s: %s could not be verified: %s", partition.name, segment.path.name, result.error)
+        if result.missing and segment is not partition.active:
+            partition.file_lost(segment)
+            self._checkpoints.forget_segment(partition, segment)
+            self._checkpoints.corrupt_ranges_changed(partition)
+        self._next()
+
+
+def walk_salvaged(
+    fd: int, size: int, start: ScanState, *, base_offset: int, max_batch: int, max_epoch: int, limit_offset: int
+) -> ScanState:
+    """walk_mapped() for a window of which the device cannot read everything."""
+    return walk_file(
+        fd,
+        start,
+        min(size, start.position + WINDOW_BYTES + max_batch),
+        base_offset=base_offset,
+        max_batch=max_batch,
+        max_epoch=max_epoch,
+        limit_offset=limit_offset,
+        salvage=True,
+    )
