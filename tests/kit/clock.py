@@ -6,7 +6,7 @@ import heapq
 import itertools
 from collections.abc import Callable
 
-START_WALL_MS = 1_700_000_000_000
+START_WALL_MS = 1_800_000_000_000
 
 
 class ManualClock:

@@ -3,6 +3,15 @@
 import time
 from typing import Protocol
 
+# 2026-01-01, before the first release: a clock that shows less was never set.
+EARLIEST_WALL_MS = 1_767_225_600_000
+
+
+def is_plausible(stamp_ms: int, now_ms: int, after_ms: int = 0) -> bool:
+    """Whether a stamp of a wall clock is evidence: not before there was a release, not before the stamp of what came
+    before it (`after_ms`), not after now. Whatever else was stamped is dated from when a plausible clock saw it."""
+    return max(EARLIEST_WALL_MS, after_ms) <= stamp_ms <= now_ms
+
 
 class Clock(Protocol):
     """What the rest of the program may know about time. Both calls are cheap and callable from any thread."""

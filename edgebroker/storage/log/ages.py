@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 
-from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.clock import EARLIEST_WALL_MS, Clock
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.index import POINT_BYTES, granularity_ms
 from edgebroker.storage.log.partition import PartitionLog
@@ -19,8 +19,6 @@ from edgebroker.storage.log.segment import Segment
 
 _STAMPS = struct.Struct("<qq")
 _STAMPS_AT = POINT_BYTES - _STAMPS.size
-# 2024-01-01: a clock that shows less was never set.
-EARLIEST_WALL_MS = 1_704_067_200_000
 LOOK_SECONDS = 0.1
 
 

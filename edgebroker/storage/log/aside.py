@@ -6,6 +6,7 @@ start has to do that before it opens the log: the new identity lies beside the o
 
 from pathlib import Path
 
+from edgebroker.common.runtime.clock import is_plausible
 from edgebroker.storage import files
 from edgebroker.storage.identity import FILE_NAME, read_identity
 from edgebroker.storage.log.index import index_path
@@ -26,12 +27,17 @@ def retain_aside(path: Path, wall_ms: int) -> None:
     files.rename_suffix(path, f"{ASIDE}{wall_ms}")
 
 
-def drop_aside(directory: Path, wall_ms: int) -> None:
-    """Remove what has been retained for more than a day."""
+def drop_aside(directory: Path, wall_ms: int, *, everything: bool = False) -> None:
+    """Remove what has been retained for more than a day, or everything; what has no plausible time gets this one.
+    Nothing by age while the clock is not believed (0)."""
     for path in directory.glob(f"*{ASIDE}*"):
         stamp = path.suffix.removeprefix(ASIDE)
-        if stamp.isdigit() and wall_ms - int(stamp) > ASIDE_MS:
+        if not stamp.isdigit():
+            continue
+        if everything or (is_plausible(int(stamp), wall_ms) and wall_ms - int(stamp) > ASIDE_MS):
             files.remove(path)
+        elif wall_ms and not is_plausible(int(stamp), wall_ms):
+            files.rename_suffix(path, f"{ASIDE}{wall_ms}")
 
 
 def finish_recreate(directory: Path, wall_ms: int) -> None:

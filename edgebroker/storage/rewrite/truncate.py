@@ -15,7 +15,7 @@ from edgebroker.common.batch import STORED_BATCH_BYTES
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.storage import files
 from edgebroker.storage.identity import write_identity
-from edgebroker.storage.log.aside import NEXT_NAME, drop_aside, finish_recreate, retain_aside, segment_files
+from edgebroker.storage.log.aside import NEXT_NAME, finish_recreate, retain_aside, segment_files
 from edgebroker.storage.log.index import index_path
 from edgebroker.storage.log.recovery import RecoveredLog, Recovery
 from edgebroker.storage.log.segment import ASIDE, Segment, segment_path
@@ -42,7 +42,6 @@ def truncate_log(
     directory: Path, identity: Identity, offset: int, quarantine: Quarantine, wall_ms: int
 ) -> RecoveredLog:
     """End a log at a batch boundary; what follows is retained aside. Raises OSError, DamagedDataError."""
-    drop_aside(directory, wall_ms)
     for path in reversed(segment_files(directory)):
         base = int(path.stem)
         if base >= offset and base > identity.log_start:
@@ -59,7 +58,6 @@ def truncate_log(
 def recreate_log(directory: Path, identity: Identity, quarantine: Quarantine, wall_ms: int) -> RecoveredLog:
     """Start again with another identity (its log_start, or another log); what was there is retained aside. Raises
     OSError."""
-    drop_aside(directory, wall_ms)
     write_identity(directory, identity, NEXT_NAME)
     finish_recreate(directory, wall_ms)
     return _recover(directory, identity, quarantine)

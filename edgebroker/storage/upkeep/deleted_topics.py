@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from edgebroker.common.errors import DamagedDataError
 from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.runtime.clock import is_plausible
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.runtime.threads import start_thread
 from edgebroker.storage import files
@@ -81,7 +82,7 @@ class DeletedTopics:
         the disk wants bytes back: how many it still wants then, 0 while files are being removed."""
         for one in list(self._kept):
             age = now_ms - one.topic.deleted_ms
-            if now_ms and age < 0:
+            if now_ms and not is_plausible(one.topic.deleted_ms, now_ms):
                 self._kept[self._kept.index(one)] = _stamp(one, now_ms)
                 continue
             if one.path in self._busy or not (wanted > 0 or keep_ms == 0 or (now_ms and age >= keep_ms)):

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from msgspec.structs import replace
 
-from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.clock import Clock, is_plausible
 from edgebroker.common.runtime.scheduler import Scheduler, Timer
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 TICK_SECONDS = 1.0
 PRODUCER_EXPIRY_SECONDS = 7 * 24 * 3600.0
 ASIDE_CHECK_SECONDS = 3600.0
+REDATE_SECONDS = 60.0
 
 
 class Logs(Protocol):
@@ -77,7 +78,7 @@ class Housekeeping:
         )
         self._timer: Timer | None = None
         self._removing = self._measuring = False
-        self._aside_due = 0.0
+        self._aside_due = self._redate_due = 0.0
         self._groups_seen = 0
         self.removed_segments = 0
 
@@ -129,8 +130,11 @@ class Housekeeping:
 
     def _tick(self) -> None:
         self._timer = self._scheduler.call_later(TICK_SECONDS, self._tick)
-        self._clock_guard.check(self._newest_sealed())
         now = self._scheduler.now()
+        self._clock_guard.check(self._newest_sealed())
+        if now >= self._redate_due:
+            self._redate_due = now + REDATE_SECONDS
+            self._redate()
         for partition in self._store.logs():
             segment_ms = partition.settings.segment_ms or self._settings.segment_ms
             if segment_ms and partition.active.size and (now - partition.active.born) * 1000 >= segment_ms:
@@ -147,6 +151,22 @@ class Housekeeping:
         self._groups_seen = self._committer.groups
         if idle:
             staging.trim()
+
+    def _redate(self) -> None:
+        """A segment that was sealed under a wrong clock is as old as a plausible clock has known it."""
+        now_ms = self._clock_guard.seen_ms()
+        if not now_ms:
+            return
+        for partition in self._store.logs():
+            before = 0
+            for segment in partition.segments[:-1]:
+                late = segment.sealed_ms > now_ms
+                if not (is_plausible(segment.sealed_ms, now_ms, before) or (late and not self._clock_guard.confirmed)):
+                    segment.sealed_ms = now_ms
+                    if segment.base_chain != UNKNOWN_CHAIN:
+                        self._checkpoints.note_segment(partition, segment)
+                if segment.sealed_ms <= now_ms:
+                    before = segment.sealed_ms
 
     def _newest_sealed(self) -> int:
         return max((one.sealed_ms for partition in self._store.logs() for one in partition.segments[:-1]), default=0)
@@ -193,12 +213,12 @@ class Housekeeping:
         if now < self._aside_due and not wanted:
             return
         self._aside_due = now + ASIDE_CHECK_SECONDS
-        wall_ms = self._clock.wall_ms() if not wanted else 1 << 62
+        wall_ms = self._clock_guard.wall_ms()
         directories = [partition.directory for partition in self._store.logs()]
 
         def work() -> None:
             for directory in directories:
-                drop_aside(directory, wall_ms)
+                drop_aside(directory, wall_ms, everything=wanted)
 
         self._committer.call(work, lambda result: None)
 

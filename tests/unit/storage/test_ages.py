@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgebroker.storage.log.ages import EARLIEST_WALL_MS, Ages
+from edgebroker.common.runtime.clock import EARLIEST_WALL_MS
+from edgebroker.storage.log.ages import Ages
 from edgebroker.storage.log.index import granularity_ms
 from edgebroker.storage.log.partition import PartitionLog
 from tests.kit.clock import ManualClock

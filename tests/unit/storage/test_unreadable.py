@@ -99,6 +99,7 @@ def test_a_block_that_cannot_be_read_becomes_damage(harness: StoreHarness, devic
     assert ranges == [corrupt]
     assert len(messages) == 60 - (corrupt.next - corrupt.first)
     device.block = -1
+    harness.tick()
     harness.restart()
     assert harness.log().corrupt_ranges == [corrupt]
 

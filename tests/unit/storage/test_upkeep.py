@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from edgebroker.common.runtime.clock import EARLIEST_WALL_MS
 from edgebroker.storage import files
 from edgebroker.storage.log.segment import Segment
-from edgebroker.storage.upkeep.clock_guard import JUMP_MS, ClockGuard
+from edgebroker.storage.upkeep.clock_guard import JUMP_MS, SETTLE_SECONDS, ClockGuard
 from edgebroker.storage.upkeep.open_files import CACHED_INDEXES, OPEN_SEALED, OpenFiles
-from tests.kit.storage import ManualClock, StoreHarness, store_settings
+from tests.kit.clock import START_WALL_MS, ManualClock
+from tests.kit.storage import StoreHarness, store_settings
 
 
 @pytest.fixture
@@ -34,13 +36,18 @@ def harness(tmp_path: Path) -> Iterator[StoreHarness]:
         (JUMP_MS + 1, 0, 0, "jumped by 24 h"),
         (-JUMP_MS - 1, 0, 0, "jumped by -24 h"),
         (0, JUMP_MS / 1000 + 1, 0, "jumped by -24 h"),
+        (EARLIEST_WALL_MS - START_WALL_MS, 0, 0, "jumped by"),
+        (EARLIEST_WALL_MS - START_WALL_MS - 700_000, 0, 0, "was not set"),
         (0, 0, 1, "before the newest sealed segment"),
         (1, 0, 1, ""),
     ],
 )
 def test_which_clock_is_believed(wall_ms: int, seconds: float, sealed: int, why: str) -> None:
     clock = ManualClock()
-    guard, start = ClockGuard(clock), clock.wall
+    guard = ClockGuard(clock)
+    assert guard.wall_ms() == 0, "it was started a moment ago"
+    clock.advance(SETTLE_SECONDS)
+    start = clock.wall
     clock.wall += wall_ms
     clock.seconds += seconds
     guard.check(start + sealed if sealed else 0)
@@ -48,7 +55,7 @@ def test_which_clock_is_believed(wall_ms: int, seconds: float, sealed: int, why:
     assert guard.wall_ms() == (0 if why else clock.wall)
     clock.wall = start + int(seconds * 1000) + sealed
     guard.check(start + sealed if sealed else 0)
-    assert (guard.implausible, guard.wall_ms()) == ("", clock.wall)
+    assert (guard.implausible, guard.wall_ms(), guard.seen_ms()) == ("", clock.wall, clock.wall)
 
 
 def test_files_and_indexes_used_least_recently_go(tmp_path: Path) -> None:
