@@ -35,7 +35,7 @@ LINES = {
     ],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",
-        "topic_deletion", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
+        "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
     ],
     "cli": [
         "environment", "admin_client", "render", "totals", "progress", "pace", "config_file", "csv_file", "command",

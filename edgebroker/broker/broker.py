@@ -19,6 +19,7 @@ from edgebroker.broker.feed.digests import Digests
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.feed.ranges import Ranges
 from edgebroker.broker.fleet.tree import Tree
+from edgebroker.broker.holders import Holders
 from edgebroker.broker.listeners import Listeners
 from edgebroker.broker.mirror.mirroring import Mirroring
 from edgebroker.broker.observe.health import Health, Supervisor
@@ -58,7 +59,8 @@ class Broker:
         self.mirroring = Mirroring(
             core, loop, clock, config, self.downstream, self.topic_deletion.follow, self._directed
         )
-        self.events = EngineEvents(core, loop, self.downstream, self.mirroring, supervisor.starting)
+        self.holders = Holders(core, self.downstream, config.storage)
+        self.events = EngineEvents(core, loop, self.downstream, self.mirroring, self.holders, supervisor.starting)
         self.listeners = Listeners(loop, core.metrics, config.listen, self._socket_path())
         self.tree = Tree(
             core,
@@ -112,6 +114,7 @@ class Broker:
             health=self.health,
             lags=self.lags,
             topic_deletion=self.topic_deletion,
+            holders=self.holders,
             problems=self.problems,
             started_at=self.clock.monotonic(),
         )
@@ -165,7 +168,7 @@ class Broker:
         """Take over what can change while the node runs (broker/reload.py); what that was, and what needs a restart."""
         self.config, changes = merge(self.config, new)
         self.engine.reconfigure(store_settings(self.config))
-        self.sessions.config = self.config.limits
+        self.sessions.config, self.holders.config = self.config.limits, self.config.storage
         self.mirroring.reconfigure(self.config)
         return changes
 
@@ -209,6 +212,9 @@ class Broker:
     def problems(self) -> dict[str, str]:
         """What is wrong now, by name, for an operator."""
         found = self.engine.problems()
+        if "disk_full" in found:
+            held = [one for one in self.holders.list(self.loop.now()) if one.bytes]
+            found["disk_full"] += "; held: " + "; ".join(one.sentence() for one in held[:3]) if held else ""
         lost = self.core.publishing.lost
         if lost:
             found["history_lost"] = "; ".join(one.why for one in lost.values())

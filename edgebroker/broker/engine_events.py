@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
+from edgebroker.broker.holders import Holders
 from edgebroker.broker.mirror.mirroring import Mirroring
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.scheduler import Scheduler
@@ -22,10 +23,11 @@ class EngineEvents:
         scheduler: Scheduler,
         downstream: Downstream,
         mirroring: Mirroring,
+        holders: Holders,
         opening: Callable[[int, int], None],
     ) -> None:
         self._core, self._scheduler, self._downstream, self._mirroring = core, scheduler, downstream, mirroring
-        self._opening = opening
+        self._holders, self._opening = holders, opening
 
     def on_opening(self, done: int, topics: int) -> None:
         self._opening(done, topics)
@@ -58,6 +60,7 @@ class EngineEvents:
         return self._downstream.pinned(log, self._scheduler.now())
 
     def retention_floor(self, log: Log) -> int | None:
-        now = self._scheduler.now()
-        floors = (self._core.groups.floor(log, now), self._downstream.floor(log, now))
-        return min((floor for floor in floors if floor is not None), default=None)
+        return self._holders.floor(log, self._scheduler.now())
+
+    def on_full(self) -> bool:
+        return self._holders.give_up(self._scheduler.now())

@@ -48,5 +48,6 @@ def store_settings(config: Config) -> StoreSettings:
             hard_free_bytes=storage.hard_free_bytes,
             scrub_bytes_per_second=storage.verify_bytes_per_second,
             deleted_retention_ms=storage.deleted_retention_ms,
+            drop_consumed=storage.on_full == "drop_consumed",
         ),
     )

@@ -70,6 +70,13 @@ class StorageConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         ge=-1)] = -1
     hard_free_bytes: Annotated[int, about(
         "below this much free space, producers get DISK_FULL; -1: 2 % or 128 MiB", ge=-1)] = -1
+    on_full: Annotated[Literal["drop_consumed", "refuse"], about(
+        "when space is wanted: drop_consumed removes what all holders have passed, and gives up who is silent; refuse "
+        "keeps everything within its retention, and refuses producers")] = "drop_consumed"
+    hold_ms: Annotated[_Ms, about(
+        "a group or child that is silent this long holds back nothing any more when space is wanted")] = 7 * 86_400_000
+    hold_bytes: Annotated[_Bytes, about(
+        "a silent group or child holds back at most this much of a log; 0: no limit")] = 0
     deleted_retention_ms: Annotated[_Ms, about(
         "keep the files of deleted topics this long, for edgebroker topic undelete; less when space is wanted; 0: "
         "remove them at once")] = 86_400_000

@@ -24,6 +24,8 @@ class TopicSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     urgent: bool = False
     on_damage: OnDamage = "wait"
     max_delete_percent: int = 1
+    hold_ms: int = 0
+    hold_bytes: int = 0
 
 
 class AckLevel(IntEnum):

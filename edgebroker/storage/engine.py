@@ -103,6 +103,9 @@ class Log(Protocol):
     def damaged_before(self, offset: int) -> bool:
         """True when corruption keeps this node from knowing the chain before an offset."""
 
+    def held_bytes(self, offset: int) -> int:
+        """Bytes of sealed segments that who is at `offset` has not passed."""
+
     def status(self) -> LogStatus:
         """For the admin interface."""
 
@@ -132,7 +135,11 @@ class EngineListener(Protocol):
         """The offset from which on nothing may be removed now; None: retention decides."""
 
     def retention_floor(self, log: Log) -> int | None:
-        """The offset that every live group and child has passed; None when there is none."""
+        """The offset that everybody has passed who holds back what is removed early; None when nobody has read it."""
+
+    def on_full(self) -> bool:
+        """Producers are refused, and nothing more can be removed: somebody who held records back may be given up. True
+        when somebody was."""
 
 
 class LogReader(Protocol):

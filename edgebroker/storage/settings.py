@@ -16,6 +16,7 @@ class HousekeepingSettings(msgspec.Struct, frozen=True, kw_only=True):
     hard_free_bytes: int
     scrub_bytes_per_second: int
     deleted_retention_ms: int
+    drop_consumed: bool = True
 
 
 class StoreSettings(msgspec.Struct, frozen=True, kw_only=True):

@@ -445,6 +445,9 @@ class SegmentStore:
         ]
         if damaged:
             found["damaged"] = ", ".join(damaged[:20])
+        early = self._housekeeping.removed_early()
+        if early:
+            found["removed_early"] = f"removed for space, although retention keeps it: {', '.join(early[:20])}"
         return {name: why for name, why in found.items() if why}
 
     def disk(self) -> DiskState | None:

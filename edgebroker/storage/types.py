@@ -20,8 +20,8 @@ UNKNOWN_CHAIN = -1
 """The header chain checksum of an offset after a corrupt range."""
 
 
-LIVE_SECONDS = 7 * 24 * 3600.0
-"""A group or child that was not seen for so long holds back no retention any more."""
+REMEMBER_SECONDS = 30 * 24 * 3600.0
+"""A child that was not seen for so long is forgotten."""
 
 
 # ---- what a reader gets ----
@@ -242,6 +242,7 @@ class ChildPosition(msgspec.Struct, frozen=True, array_like=True):
     epoch: int
     offset: int
     seen: float
+    name: str = ""
 
 
 Children = dict[tuple[str, int], dict[str, ChildPosition]]

@@ -35,3 +35,6 @@ class CoreListener:
 
     def retention_floor(self, log: Log) -> int | None:
         return None
+
+    def on_full(self) -> bool:
+        return False

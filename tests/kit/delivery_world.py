@@ -349,4 +349,7 @@ class World(CoreListener):
         super().on_durable(log, chunks)
 
     def retention_floor(self, log: Log) -> int | None:
-        return self.groups.floor(log, self.loop.now())
+        return min((offset for _, offset, _ in self.groups.places(log, self.loop.now())), default=None)
+
+    def on_full(self) -> bool:
+        return False

@@ -83,6 +83,9 @@ class Listener:
     def retention_floor(self, log: Log) -> int | None:
         return self.floor
 
+    def on_full(self) -> bool:
+        return False
+
 
 def store_settings(
     *,

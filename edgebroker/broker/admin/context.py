@@ -11,6 +11,7 @@ from edgebroker.broker.feed.digests import Digests
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.feed.ranges import Ranges
 from edgebroker.broker.fleet.tree import Tree
+from edgebroker.broker.holders import Holders
 from edgebroker.broker.mirror.mirroring import Mirroring
 from edgebroker.broker.observe.health import Health
 from edgebroker.broker.observe.lags import Lags
@@ -37,5 +38,6 @@ class AdminContext(msgspec.Struct, frozen=True, kw_only=True):
     health: Health
     lags: Lags
     topic_deletion: TopicDeletion
+    holders: Holders
     problems: Callable[[], dict[str, str]]
     started_at: float

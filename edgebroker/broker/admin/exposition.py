@@ -41,6 +41,7 @@ SLICE = 50
 PIECE = 25
 PAUSE_SECONDS = 0.0002
 MOST_SERIES = 2000
+MOST_HOLDERS = 100
 LOG = ("topic", "partition")
 GROUP = ("group", "topic", "partition")
 
@@ -90,6 +91,8 @@ _FAMILIES = (
         GROUP,
     ),
     Family("edgebroker_consumer_in_flight_records", "gauge", "records delivered and not acknowledged", GROUP),
+    Family("edgebroker_held_bytes", "gauge", "sealed segments that a group or child has not passed", ("kind", "name")),
+    Family("edgebroker_holder_silent_seconds", "gauge", "since the holder was heard; 0: connected", ("kind", "name")),
     Family("edgebroker_consumer_members", "gauge", "members of a group", ("group",)),
     Family("edgebroker_series_left_out", "gauge", "logs and groups beyond the limit of series, which are not shown"),
 )
@@ -204,6 +207,11 @@ class Exposition:
             yield True
             for group, key in committed_offsets[first : first + SLICE]:
                 self._note_group(noted, group, key)
+        for holder in islice(self._node.holders.list(self._loop.now()), MOST_HOLDERS):
+            if holder.bytes:
+                labels = (holder.kind, holder.name)
+                _add(noted, "edgebroker_held_bytes", Sample(labels, holder.bytes))
+                _add(noted, "edgebroker_holder_silent_seconds", Sample(labels, holder.silent_seconds))
         for group in islice(self._node.core.groups.all(), MOST_SERIES):
             _add(noted, "edgebroker_consumer_members", Sample((group.name,), len(group.members)))
         _add(noted, "edgebroker_series_left_out", Sample((), left_out))

@@ -8,6 +8,7 @@ import msgspec
 
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.feed.child_stream import ChildStatus
+from edgebroker.broker.holders import Holder
 from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.mirror.upstream import ParentStatus
 from edgebroker.common.config import is_address
@@ -52,6 +53,12 @@ class PipeStatus(msgspec.Struct):
 
     parent: ParentStatus | None
     children: list[ChildStatus]
+
+
+class HolderList(msgspec.Struct):
+    """Who holds bytes of the logs, who holds most first."""
+
+    holders: list[Holder]
 
 
 class Backup(msgspec.Struct):
@@ -113,6 +120,16 @@ class NodeAdmin:
         upstream = self._context.mirroring.upstream
         parent = upstream.describe() if upstream is not None else None
         call.answer(PipeStatus(parent, self._context.downstream.describe()))
+
+    def holders(self, call: Call) -> None:
+        call.answer(HolderList(self._context.holders.list(self._context.loop.now())))
+
+    def forget_child(self, call: Call) -> None:
+        name = call.parameters["name"]
+        if self._context.holders.forget(name):
+            call.done(Outcome.OK, "")
+        else:
+            call.refuse(Outcome.NOT_FOUND, f"no child {name} is known here that is not connected")
 
     def backup(self, call: Call) -> None:
         engine = self._core.engine

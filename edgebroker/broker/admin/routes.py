@@ -8,7 +8,16 @@ from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
 from edgebroker.broker.admin.fleet import FleetAdmin, PinRequest, ResyncList
 from edgebroker.broker.admin.groups import ClientList, GroupAdmin, GroupList, GroupStatus, OffsetChanges
-from edgebroker.broker.admin.node import Alive, Backup, NodeAdmin, NodeReport, PipeStatus, PromoteRequest, Repaired
+from edgebroker.broker.admin.node import (
+    Alive,
+    Backup,
+    HolderList,
+    NodeAdmin,
+    NodeReport,
+    PipeStatus,
+    PromoteRequest,
+    Repaired,
+)
 from edgebroker.broker.admin.offsets import GroupOperations, MoveRequest, RefreshRequest
 from edgebroker.broker.admin.topics import (
     DeletedTopicList,
@@ -69,6 +78,8 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("DELETE", "/v1/groups/{name}", groups.delete, Nothing, "alter"),
         Route("POST", "/v1/groups/{name}/offsets", groups.reset_offsets, OffsetChanges, "alter", MoveRequest),
         Route("POST", "/v1/groups/{name}/refresh", groups.refresh, GroupStatus, "alter", RefreshRequest),
+        Route("GET", "/v1/holders", node.holders, HolderList, "view"),
+        Route("DELETE", "/v1/children/{name}", node.forget_child, Nothing, "operate"),
         Route("GET", "/v1/pipe", node.pipe, PipeStatus, "view"),
         Route("POST", "/v1/pipe", downstream.answer, None, "child", body_limit=MAX_POLL_BYTES),
         Route("POST", "/v1/pipe/range", ranges.answer, None, "child", RangeRequest),

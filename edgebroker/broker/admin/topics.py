@@ -300,7 +300,7 @@ def check_settings(settings: TopicSettings) -> str:
         return "message_ttl_ms: a table keeps its records; only streams have a time to live"
     if not 0 <= settings.max_delete_percent <= 100:
         return f"max_delete_percent: 0 to 100, not {settings.max_delete_percent}"
-    for name in ("retention_ms", "retention_bytes", "segment_ms", "message_ttl_ms"):
+    for name in ("retention_ms", "retention_bytes", "segment_ms", "message_ttl_ms", "hold_ms", "hold_bytes"):
         if not 0 <= getattr(settings, name) <= MAX_SETTING:
             return f"{name}: 0 to {MAX_SETTING}"
     return ""

@@ -6,12 +6,13 @@ No socket, file, thread or clock. Committed offsets go to the engine, which stor
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 from msgspec.structs import replace
 
 from edgebroker.broker.delivery.state import Cursor, Group
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.types import LIVE_SECONDS, GroupOffset
+from edgebroker.storage.types import GroupOffset
 
 
 class Groups:
@@ -119,13 +120,12 @@ class Groups:
         self._leases += 1
         return self._leases
 
-    def floor(self, log: Log, now: float) -> int | None:
-        """The offset that every live group of this log has passed; None when there is no such group."""
+    def places(self, log: Log, now: float) -> Iterator[tuple[str, int, float]]:
+        """Where each group is in a log: name, committed offset, and for how many seconds nothing was heard of it (0:
+        somebody holds the partition)."""
         key = (log.topic, log.partition)
-        committed_offsets = [
-            committed.next_offset
-            for group in self._groups.values()
-            if (committed := group.committed(log)) is not None
-            and (now - group.last_seen < LIVE_SECONDS or key in group.holders)
-        ]
-        return min(committed_offsets, default=None)
+        for group in self._groups.values():
+            committed = group.committed(log)
+            if committed is not None:
+                silent = 0.0 if key in group.holders else max(now - group.last_seen, 0.001)
+                yield group.name, committed.next_offset, silent

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import msgspec
 from msgspec.structs import replace
@@ -43,7 +43,7 @@ from edgebroker.pipe.stream import (
     TopicInfo,
 )
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.types import LIVE_SECONDS, ChildPosition, Identity
+from edgebroker.storage.types import REMEMBER_SECONDS, ChildPosition, Identity
 
 log = logging.getLogger(__name__)
 
@@ -245,15 +245,26 @@ class Downstream:
         for known in (self._asked, self._pins, self._ahead, self._idle):
             known.pop(partition, None)
 
-    def floor(self, partition: Log, now: float) -> int | None:
-        """The offset that every child seen within a week has asked for, and has passed; None without any."""
+    def places(self, partition: Log, now: float) -> Iterator[tuple[str, str, int, float]]:
+        """What each child has of a log, as it asked last: uid, name, offset, and for how many seconds nothing was heard
+        of it (0: it is connected)."""
         children = self._asked.get(partition, {})
-        for uid in [uid for uid, asked in children.items() if now - asked.seen >= LIVE_SECONDS]:
+        for uid in [uid for uid, asked in children.items() if now - asked.seen >= REMEMBER_SECONDS]:
             del children[uid]
         # Of a log that was replaced here a child has nothing yet.
         log_id, start = partition.identity.log_id, partition.log_start
-        passed = (asked.offset if asked.log_id == log_id else start for asked in children.values())
-        return min(passed, default=None)
+        for uid, asked in children.items():
+            silent = 0.0 if uid in self._uids else max(now - asked.seen, 0.001)
+            yield uid, asked.name, asked.offset if asked.log_id == log_id else start, silent
+
+    def forget(self, name: str) -> bool:
+        """Forget a child that is not connected, by name or uid: nothing waits for it any more. False: there is none."""
+        found = False
+        for children in self._asked.values():
+            for uid in [uid for uid, asked in children.items() if name in (uid, asked.name) and uid not in self._uids]:
+                del children[uid]
+                found = self._asked_more = True
+        return found
 
     def pinned(self, partition: Log, now: float) -> int | None:
         """From where on retention shall remove nothing, for a child that resyncs the log; None without one."""
@@ -345,7 +356,9 @@ class Downstream:
         before = children.get(uid)
         if before is None and len(children) >= self._max_children:
             del children[min(children, key=lambda known: children[known].seen)]  # the one that was away for longest
-        place = children[uid] = ChildPosition(position.log_id, position.epoch, position.offset, self.scheduler.now())
+        place = children[uid] = ChildPosition(
+            position.log_id, position.epoch, position.offset, self.scheduler.now(), poll.name
+        )
         if before is None or (before.log_id, before.offset) != (place.log_id, place.offset):
             self._asked_more = True
 

@@ -129,5 +129,8 @@ class FreshCopy:
     def retention_floor(self, log: Log) -> int | None:
         return None
 
+    def on_full(self) -> bool:
+        return False
+
     def retention_pin(self, log: Log) -> int | None:
         return 0  # what came stays until it is in its place

@@ -33,6 +33,7 @@ class Metrics:
     frames_refused: int = _count("frames that were too large")
     gaps: int = _count("gaps delivered")
     repair_failures: int = _count("attempts to repair a corrupt range that failed")
+    holders_given_up: int = _count("groups and children given up because the disk was full")
     http_requests: int = _count("requests to the admin interface")
     idle_timeouts: int = _count("connections cut for silence")
     in_progress_acks: int = _count("acknowledgements that asked for more time")

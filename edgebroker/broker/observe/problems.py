@@ -6,7 +6,8 @@ docs/operations.md says the same at more length; a test holds the two together.
 ADVICE = {
     "damaged": "it is fetched again from the parent by itself; at an origin: edgebroker repair --from NODE; to go on "
     "without the records: edgebroker topic alter TOPIC --on-damage skip",
-    "disk_full": "free space or raise storage.max_bytes; writing resumes by itself",
+    "disk_full": "free space or raise storage.max_bytes; who is gone for good: edgebroker child forget NAME, "
+    "edgebroker group delete GROUP; writing resumes by itself",
     "disk_stalled": "check the disk (dmesg); nothing is lost, what is in memory is still delivered",
     "fleet_full": "remove nodes that are gone: edgebroker node remove NAME",
     "history_lost": "fetch the records from a child: edgebroker repair --from NODE; or give them up: "
@@ -20,6 +21,8 @@ ADVICE = {
     "parent": "check the line and the parent; this node goes on serving what it has",
     "read_only": "check the disk (dmesg), then restart the node; what was acknowledged is safe",
     "registry": "free space, or install the release that wrote registry.db; it is tried again every second",
+    "removed_early": "raise storage.max_bytes, or set the retention that is meant; storage.on_full = refuse keeps "
+    "everything and refuses producers",
     "replaced": "if the parent's log is the right one: edgebroker topic accept TOPIC",
     "resync": "edgebroker resync --status says which resync waits for what",
     "unserved_topics": "check the disk and the rights of the topic's directory, then restart the node",

@@ -33,12 +33,15 @@ def status(options: argparse.Namespace) -> int:
     node, pipe = call(admin, "GET", "/v1/node"), call(admin, "GET", "/v1/pipe")
     topics = call(admin, "GET", "/v1/topics")["topics"]
     groups = call(admin, "GET", "/v1/groups")["groups"]
+    holders = call(admin, "GET", "/v1/holders")["holders"]
     if options.json:
-        print(json.dumps({"verdict": verdict, "node": node, "pipe": pipe, "topics": topics, "groups": groups}))
+        found = {"verdict": verdict, "node": node, "pipe": pipe, "topics": topics, "groups": groups, "holders": holders}
+        print(json.dumps(found))
     else:
         _print_node(verdict, node)
         _print_parent(pipe, node)
         _print_disk(node["storage"])
+        _print_holders(holders)
         _print_topics(topics)
         _print_groups(groups)
         pending = sum(line["pending"] for line in dead_letter_counts(topics, groups))
@@ -86,6 +89,16 @@ def _print_disk(storage: dict[str, Any]) -> None:
         f"{size(storage['log_bytes'])}, a sync takes {sync * 1000:.1f} ms "
         f"(slowest {storage['slowest_sync_seconds'] * 1000:.1f} ms)"
     )
+
+
+def _print_holders(holders: list[dict[str, Any]]) -> None:
+    """Silent ones that keep segments from being removed."""
+    silent = [holder for holder in holders if holder["bytes"] and holder["silent_seconds"] and not holder["given_up"]]
+    for holder in silent[:3]:
+        print(
+            f"held      {size(holder['bytes'])} for {holder['kind']} {holder['name']}, silent for "
+            f"{duration(holder['silent_seconds'])}"
+        )
 
 
 def _print_topics(topics: list[dict[str, Any]]) -> None:

@@ -76,6 +76,8 @@ def _settings_flags(parser: Parser) -> None:
     parser.add_argument(
         "--max-delete-percent", type=int, help="share of the keys that a snapshot may delete (default 1)"
     )
+    parser.add_argument("--hold-ms", type=int, help="a silent group or child holds so long; 0: the node's default")
+    parser.add_argument("--hold-bytes", type=int, help="a silent one holds so much; 0: the node's default")
     parser.add_argument("--on-damage", choices=("wait", "skip"), help="what consumers do at a corrupt range")
 
 
@@ -186,6 +188,8 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
         "segment_ms",
         "message_ttl_ms",
         "max_delete_percent",
+        "hold_ms",
+        "hold_bytes",
         "on_damage",
     ):
         if getattr(options, name) is not None:

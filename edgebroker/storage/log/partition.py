@@ -280,6 +280,11 @@ class PartitionLog(Lookup):
         ]
         return LogInventory(self.topic, self.partition, self.identity, self.durable_end, files)
 
+    def held_bytes(self, offset: int) -> int:
+        if offset >= self.active.base:
+            return 0  # almost everybody: at once
+        return sum(segment.size for segment in self.segments[:-1] if segment.end_offset > offset)
+
     def status(self) -> LogStatus:
         return LogStatus(
             segments=len(self.segments),

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 
 from edgebroker.storage.checksummed import read_if_whole, write_checked
-from edgebroker.storage.types import LIVE_SECONDS, ChildPosition, Children
+from edgebroker.storage.types import REMEMBER_SECONDS, ChildPosition, Children
 
 
 class _ChildrenFile(msgspec.Struct):
@@ -20,10 +20,10 @@ class _ChildrenFile(msgspec.Struct):
 def write_children(path: Path, children: Children, now: float) -> None:
     """Durable when this returns. Raises OSError."""
     lines = [
-        (uid, *key, ChildPosition(one.log_id, one.epoch, one.offset, round(max(0.0, now - one.seen), 3)))
+        (uid, *key, ChildPosition(one.log_id, one.epoch, one.offset, round(max(0.0, now - one.seen), 3), one.name))
         for key, positions in children.items()
         for uid, one in positions.items()
-        if now - one.seen < LIVE_SECONDS
+        if now - one.seen < REMEMBER_SECONDS
     ]
     write_checked(path, _ChildrenFile(lines))
 
@@ -33,6 +33,6 @@ def read_children(path: Path, now: float) -> dict[tuple[str, int], dict[str, Chi
     snapshot = read_if_whole(path, _ChildrenFile, _ChildrenFile([]))
     found: dict[tuple[str, int], dict[str, ChildPosition]] = {}
     for uid, topic, partition, one in snapshot.children:
-        position = ChildPosition(one.log_id, one.epoch, one.offset, now - one.seen)
+        position = ChildPosition(one.log_id, one.epoch, one.offset, now - one.seen, one.name)
         found.setdefault((topic, partition), {})[uid] = position
     return found

@@ -52,9 +52,9 @@ class Budget:
         resume = marks.hard + (min(RESUME_BYTES, marks.hard // 2) if self.full else 0)
         over = self._max_bytes and used >= (self._max_bytes if not self.full else self._max_bytes * 19 // 20)
         if free < resume:
-            self.full = f"{free >> 20} MiB are free, the hard watermark is {marks.hard >> 20} MiB"
+            self.full = f"{free:,} bytes are free, the hard watermark is {marks.hard:,} bytes"
         elif over:
-            self.full = f"the logs hold {used >> 20} MiB, storage.max_bytes is {self._max_bytes >> 20} MiB"
+            self.full = f"the logs hold {used:,} bytes, storage.max_bytes is {self._max_bytes:,} bytes"
         else:
             self.full = ""
         by_free = marks.soft - free

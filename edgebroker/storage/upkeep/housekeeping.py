@@ -34,7 +34,7 @@ from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.clock_guard import ClockGuard
 from edgebroker.storage.upkeep.deleted_topics import DeletedTopics
 from edgebroker.storage.upkeep.open_files import OpenFiles
-from edgebroker.storage.upkeep.retention import RetentionFacts, plan
+from edgebroker.storage.upkeep.retention import RetentionFacts, plan, takes_keys
 from edgebroker.storage.upkeep.scrub import Scrub
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ TICK_SECONDS = 1.0
 PRODUCER_EXPIRY_SECONDS = 7 * 24 * 3600.0
 ASIDE_CHECK_SECONDS = 3600.0
 REDATE_SECONDS = 60.0
+# So long it is told that something was removed early.
+EARLY_SECONDS = 3600.0
 
 
 class Logs(Protocol):
@@ -80,6 +82,7 @@ class Housekeeping:
         self._removing = self._measuring = False
         self._aside_due = self._redate_due = 0.0
         self._groups_seen = 0
+        self._early: dict[PartitionLog, float] = {}
         self.removed_segments = 0
 
     def reconfigure(self, settings: HousekeepingSettings) -> None:
@@ -229,6 +232,19 @@ class Housekeeping:
         if self._removing:
             return
         partitions = [partition for partition in self._store.logs() if not partition.rewriting]
+        wanted = wanted if self._settings.drop_consumed else 0
+        found = self._plan(partitions, wanted)
+        if found is not None:
+            rank, gone = found
+            in_time = self._plan([partitions[rank]], 0) if wanted > 0 else found
+            early = gone[len(in_time[1]) if in_time is not None else 0 :]
+            if early:
+                self._early[partitions[rank]] = self._scheduler.now()
+            self._remove(partitions[rank], gone)
+        elif wanted > 0 and not self._seal_passed(partitions, wanted) and self._budget.full:
+            self._listener.on_full()
+
+    def _plan(self, partitions: list[PartitionLog], wanted: int) -> tuple[int, list[Segment]] | None:
         facts = (
             RetentionFacts(
                 partition.segments,
@@ -239,10 +255,30 @@ class Housekeeping:
             )
             for partition in partitions
         )
-        found = plan(facts, self._settings, now_ms=self._clock_guard.wall_ms(), wanted=wanted)
-        if found is not None:
-            rank, gone = found
-            self._remove(partitions[rank], gone)
+        return plan(facts, self._settings, now_ms=self._clock_guard.wall_ms(), wanted=wanted)
+
+    def removed_early(self) -> list[str]:
+        """Logs of which something went within the last hour although their retention keeps it."""
+        now = self._scheduler.now()
+        self._early = {log: when for log, when in self._early.items() if now - when < EARLY_SECONDS}
+        return sorted(log.name for log in self._early)
+
+    def _seal_passed(self, partitions: list[PartitionLog], wanted: int) -> bool:
+        """The active segment of a log that everybody has read to its end is sealed, so that it can go: the largest
+        first, until so many bytes are found. True when there was one."""
+        passed = [
+            one
+            for one in partitions
+            if one.active.size
+            and self._listener.retention_floor(one) == one.durable_end == one.staged_end
+            and not takes_keys(one.settings, one.identity.snapshot[0], one.durable_end)
+        ]
+        for one in sorted(passed, key=lambda one: -one.active.size):
+            if wanted <= 0:
+                break
+            wanted -= one.active.size
+            self._committer.seal(one)
+        return bool(passed)
 
     def _remove(self, partition: PartitionLog, gone: list[Segment]) -> None:
         first = partition.segments[len(gone)]

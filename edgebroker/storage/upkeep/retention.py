@@ -44,8 +44,12 @@ class RetentionFacts(Generic[S]):
     floor: Callable[[], int | None]
 
     def takes_keys(self, offset: int) -> bool:
-        """Would removing everything before an offset take live keys of a table?"""
-        return self.settings.kind == "table" and offset > max(self.snapshot, 0)
+        return takes_keys(self.settings, self.snapshot, offset)
+
+
+def takes_keys(settings: TopicSettings, snapshot: int, offset: int) -> bool:
+    """Would removing everything before an offset take live keys of a table?"""
+    return settings.kind == "table" and offset > max(snapshot, 0)
 
 
 def plan(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgebroker.storage.metadata.children import read_children, write_children
-from edgebroker.storage.types import LIVE_SECONDS, ChildPosition
+from edgebroker.storage.types import REMEMBER_SECONDS, ChildPosition
 from tests.kit.brokers import SECONDS, RunningBroker
 from tests.kit.trees import Tree, chain, digest, end, follows, grown, publish
 from tests.kit.waiting import wait_for
@@ -32,14 +32,14 @@ def stored(node: RunningBroker) -> int:
 
 
 def test_there_and_back(tmp_path: Path) -> None:
-    """By another run's clock; who was not seen for a week is not waited for."""
+    """By another run's clock; who was not seen for a month is forgotten."""
     path = tmp_path / "children.snap"
     assert read_children(path, 0.0) == {}
     write_children(path, PLACES, 100.0)
     assert read_children(path, 1060.0) == {
         ("t", 0): {"aa": ChildPosition("ab" * 16, 1, 7, 1000.0), "bb": ChildPosition("ab" * 16, 2, 9, 1059.5)}
     }
-    write_children(path, PLACES, 50.0 + LIVE_SECONDS)
+    write_children(path, PLACES, 50.0 + REMEMBER_SECONDS)
     assert list(read_children(path, 0.0)["t", 0]) == ["bb"]
 
 
@@ -66,8 +66,10 @@ def test_early_retention_waits_for_a_child_over_a_restart(tree: Tree, stopped: b
         snapshot.write_bytes(kept)
     root = tree.start("root")
     assert floor(root) == 200
-    root.advance(LIVE_SECONDS + 1)
-    assert floor(root) is None, "nobody waits for it for ever"
+    root.advance(7 * 24 * 3600.0 + 1)
+    assert floor(root) == 210, "nobody waits for it for ever"
+    root.advance(REMEMBER_SECONDS)
+    assert floor(root) is None
 
 
 def test_nothing_is_stored_while_nothing_changes(tree: Tree) -> None:

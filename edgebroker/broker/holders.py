@@ -1,0 +1,125 @@
+"""Who holds bytes of the logs: groups and children that have not passed them yet, and who of them is given up.
+
+A silent holder holds for `hold_ms`, and at most `hold_bytes` of a log. While producers are refused because the disk is
+full, the one that has been silent longest is given up; when it comes back it gets a gap. Who is connected is never
+given up, nor who was heard a moment ago: a terminal that is started again must find its records.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+import msgspec
+
+from edgebroker.broker.core import Core
+from edgebroker.broker.feed.downstream import Downstream
+from edgebroker.common.config import StorageConfig
+from edgebroker.storage.engine import Log
+
+_logger = logging.getLogger(__name__)
+
+# Nobody who was heard so short a time ago is given up.
+GIVE_UP_SECONDS = 600.0
+
+Kind = Literal["group", "child"]
+
+
+class Holder(msgspec.Struct, kw_only=True):
+    """A group or child, and the sealed segments that it has not passed: their bytes and logs. `silent_seconds`: since
+    it was heard (0: it is connected). A child has an `uid`. `given_up`: it holds nothing any more, until it is heard
+    again."""
+
+    kind: Kind
+    name: str
+    uid: str = ""
+    bytes: int
+    logs: int
+    silent_seconds: float
+    given_up: bool = False
+
+    def sentence(self) -> str:
+        """For an operator."""
+        silent = f"silent for {self.silent_seconds:.0f} s" if self.silent_seconds else "connected"
+        return f"{self.kind} {self.name} ({silent}): {self.bytes:,} bytes"
+
+
+class _Place(NamedTuple):
+    kind: Kind
+    key: str
+    name: str
+    offset: int
+    silent: float
+
+
+class Holders:
+    """Owned by the loop thread."""
+
+    def __init__(self, core: Core, downstream: Downstream, config: StorageConfig) -> None:
+        self._core, self._downstream, self.config = core, downstream, config
+        self._given_up: set[tuple[Kind, str]] = set()
+
+    def floor(self, log: Log, now: float) -> int | None:
+        """The offset that everybody has passed who holds something; None when nobody has read the log."""
+        places = list(self._places(log, now))
+        holding = [place.offset for place in places if self._holds(log, place)]
+        if holding or not places:
+            return min(holding, default=None)
+        return log.durable_end
+
+    def forget(self, child: str) -> bool:
+        """Forget a child that is not connected, by name or uid. False: there is none."""
+        return self._downstream.forget(child)
+
+    def give_up(self, now: float) -> bool:
+        """Let the one go that has been silent longest, of those that hold bytes back; False when there is none."""
+        silent = [
+            one for one in self.list(now) if one.bytes and not one.given_up and one.silent_seconds >= GIVE_UP_SECONDS
+        ]
+        if not silent:
+            return False
+        longest = max(silent, key=lambda one: one.silent_seconds)
+        self._given_up.add((longest.kind, longest.uid or longest.name))
+        self._core.metrics.holders_given_up += 1
+        _logger.warning("given up because the disk is full: %s", longest.sentence())
+        return True
+
+    def list(self, now: float) -> list[Holder]:
+        """Everybody that is known, who holds most first."""
+        found: dict[tuple[Kind, str], Holder] = {}
+        for log in self._core.engine.logs():
+            for place in self._places(log, now):
+                held = log.held_bytes(place.offset)
+                key = (place.kind, place.key)
+                holder = found.get(key)
+                if holder is None:
+                    holder = found[key] = Holder(
+                        kind=place.kind,
+                        name=place.name,
+                        uid=place.key if place.kind == "child" else "",
+                        bytes=0,
+                        logs=0,
+                        silent_seconds=round(place.silent, 1),
+                    )
+                holder.bytes += held
+                holder.logs += held > 0
+                holder.silent_seconds = min(holder.silent_seconds, round(place.silent, 1))
+                holder.given_up = holder.given_up or (held > 0 and not self._holds(log, place))
+        return sorted(found.values(), key=lambda one: -one.bytes)
+
+    def _holds(self, log: Log, place: _Place) -> bool:
+        key = (place.kind, place.key)
+        if not place.silent:
+            self._given_up.discard(key)
+            return True
+        hold_seconds = (log.settings.hold_ms or self.config.hold_ms) / 1000
+        most = log.settings.hold_bytes or self.config.hold_bytes
+        within = place.silent < hold_seconds and not (most and log.held_bytes(place.offset) > most)
+        return within and key not in self._given_up
+
+    def _places(self, log: Log, now: float) -> Iterator[_Place]:
+        for name, offset, silent in self._core.groups.places(log, now):
+            yield _Place("group", name, name, offset, silent)
+        for uid, name, offset, silent in self._downstream.places(log, now):
+            yield _Place("child", uid, name or uid, offset, silent)
