@@ -76,7 +76,7 @@ class Broker:
         self.digests = Digests(engine)
         self.health = Health(lambda: self.ready, self.problems, lambda: self.mirroring.missing_parent, supervisor)
         self._make_admin()
-        self.ready = False
+        self.ready = self._said_goodbye = False
         self._stop_deadline = self._sweep_due = 0.0
 
     def _make_downstream(self) -> Downstream:
@@ -157,8 +157,12 @@ class Broker:
         core = self.core
         core.membership.rebalance()  # a member that was answered OK in this iteration begins where it said
         core.publishing.draining = core.membership.frozen = True
+        self.tree.leave(self._left)
         self.mirroring.stop()
         self.loop.call_later(0.0, self._drain)
+
+    def _left(self) -> None:
+        self._said_goodbye = True
 
     def stop_threadsafe(self) -> None:
         """stop() from a signal handler or another thread."""
@@ -174,6 +178,7 @@ class Broker:
 
     def _drain(self) -> None:
         idle = self.engine.flush() and not self.core.publishing.waiting_bytes and self.mirroring.idle
+        idle = idle and self._said_goodbye
         if not idle and self.loop.now() < self._stop_deadline:
             self.loop.call_later(0.005, self._drain)
             return

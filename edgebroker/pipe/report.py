@@ -99,13 +99,14 @@ class NodeState(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class Batch(msgspec.Struct, frozen=True, kw_only=True):
     """The body of POST /v1/tree/reports. Number 0 starts a session, every other one follows the one before in the same
-    `session`. `wall_ms` is the sender's clock."""
+    `session`. `wall_ms` is the sender's clock. `leaving`: the sender stops."""
 
     sender: Id
     session: Annotated[str, Meta(max_length=64)]
     number: _Number
     nodes: list[NodeState]
     wall_ms: _WallMs = 0
+    leaving: bool = False
 
 
 class Heard(msgspec.Struct, frozen=True):

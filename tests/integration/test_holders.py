@@ -30,7 +30,7 @@ def root(tree: Tree) -> Iterator[RunningBroker]:
     for number in range(10):
         publish(root, "t", number * 10, 10, size=1000)
     follows(root, tree.start("l2", "root"), "t")
-    root.advance(91.0)
+    root.advance(121.0)
     wait_for(lambda: holder(root)["bytes"] == 0, "it has asked again")
     tree.stop("l2")
     return root
@@ -120,7 +120,7 @@ def test_everything_is_kept_where_that_is_wanted(tree: Tree) -> None:
     publish(root, "t", 0, 10, size=1000)
     follows(root, tree.start("l2", "root"), "t")
     fill(root)
-    root.advance(91.0)
+    root.advance(121.0)
     follows(root, tree.nodes["l2"], "t")
     for _ in range(5):
         root.advance(1.1)

@@ -337,7 +337,7 @@ def test_hours(tree: Tree) -> None:
     wait_for(lambda: line(child, "prices")["state"] == "waiting", "it is not the time for it")
     assert "22:00-06:00" in line(child, "prices")["why"] and end(child, "prices") == 0
     second = 22 * 3600.0 - 10
-    root.advance(91.0)  # the answer is over; the next one ends when the hours begin
+    root.advance(121.0)  # the answer is over; the next one ends when the hours begin
     publish(root, "items", 3, 1)
     follows(root, child, "items")
     polls = root.counters()["pipe_polls"]
@@ -348,7 +348,7 @@ def test_hours(tree: Tree) -> None:
     publish(root, "prices", 100, 1)
     follows(root, child, "prices")
     second = 6 * 3600.0 - 5
-    root.advance(91.0)
+    root.advance(121.0)
     wait_for(lambda: root.counters()["pipe_polls"] > polls + 1, "it polls in the last seconds")
     second = 6 * 3600.0
     root.advance(6.0)

@@ -27,7 +27,7 @@ Source = StoredFile | memoryview
 LogCursor = FeedCursor[Log, Source]
 StoredPiece = Piece[Source]
 
-ANSWER_SECONDS, LEAST_ANSWER_SECONDS = 90.0, 1.0
+ANSWER_SECONDS, LEAST_ANSWER_SECONDS = 120.0, 1.0
 IDLE_SECONDS = 45.0
 LEAST_SAMPLE_SECONDS = 0.5
 SHARED_BYTES = 64 << 10
@@ -104,8 +104,10 @@ class ChildStream:
         change = hours.until_change(second)
         if change < ANSWER_SECONDS:
             self._timers.append(host.scheduler.call_later(max(change, LEAST_ANSWER_SECONDS), self.end))
+        # When the child said last that it is there; 0: it never did in this answer (a proxy may keep that to itself).
+        self.alive_at = 0.0
         # When there was last something to say.
-        self._said_at = host.scheduler.now()
+        self._said_at = self._polled_at = host.scheduler.now()
 
     @property
     def name(self) -> str:
@@ -114,6 +116,11 @@ class ChildStream:
     @property
     def uid(self) -> str:
         return self._poll.uid
+
+    @property
+    def heard_at(self) -> float:
+        """When the child polled, or said that it is there."""
+        return max(self._polled_at, self.alive_at)
 
     def places(self) -> dict[Log, int]:
         """Up to where the child has been sent what it follows, by log."""
@@ -141,6 +148,9 @@ class ChildStream:
                 return  # it hung up
             self._judge(line, position)
         self._judged()
+
+    def on_alive(self) -> None:
+        self.alive_at = self._host.scheduler.now()
 
     def on_drained(self) -> None:
         self.measure()

@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 TURN_BYTES = 4 << 20
 LEAST_SHARE_BYTES = 64 << 10
 TURN_CHILDREN = 200
+# A child says every ALIVE_SECONDS (mirror/upstream.py) that it is there.
+SILENT_SECONDS = 17.0
 MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 PIN_SECONDS = 3600.0
@@ -269,6 +271,15 @@ class Downstream:
     def pinned(self, partition: Log, now: float) -> int | None:
         """From where on retention shall remove nothing, for a child that resyncs the log; None without one."""
         return _lowest(self._pins.get(partition, {}), now - PIN_SECONDS)
+
+    def hears(self, uid: str, now: float) -> bool:
+        """Is a child connected, and not silent while it should say that it is there?"""
+        child = self._uids.get(uid)
+        return child is not None and (not child.alive_at or now - child.alive_at < SILENT_SECONDS)
+
+    def evidence(self, now: float) -> float:
+        """Seconds since the connected child that was heard longest ago was heard; 0 without any."""
+        return max((now - child.heard_at for child in self._uids.values()), default=0.0)
 
     def child(self, uid: str) -> ChildStream | None:
         """The child of this uid, while it is connected."""

@@ -92,6 +92,9 @@ class Range:
         self._ranges.open.add(self)
         self._advance()
 
+    def on_alive(self) -> None:
+        pass
+
     def on_drained(self) -> None:
         self._advance()
 

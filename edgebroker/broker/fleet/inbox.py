@@ -19,16 +19,17 @@ from edgebroker.pipe.report import NEW_SESSION, Batch, Directive, Heard, NodeSta
 
 log = logging.getLogger(__name__)
 
-WATCH_SECONDS = 10.0
+WATCH_SECONDS, MEASURE_SECONDS = 1.0, 10.0
 # Between two answers to its poll, and while it comes back from a lost connection, a child is not lost.
-GRACE_SECONDS = 60.0
+GRACE_SECONDS = 15.0
 FORGET_SECONDS = 7 * 24 * 3600.0
 SLICE = 50
 LEAST_SKEW_SECONDS = 2
 
 
 class Inbox:
-    """Owned by the loop thread. `heard` is told of every node about which there is news."""
+    """Owned by the loop thread. `heard` is told of every node about which there is news, `urgent` when some of it shall
+    go up at once."""
 
     def __init__(
         self,
@@ -38,14 +39,17 @@ class Inbox:
         fleet: Fleet,
         downstream: Downstream,
         heard: Callable[[FleetMember], None],
+        urgent: Callable[[], None],
     ) -> None:
         self._scheduler, self._clock, self._metrics = scheduler, clock, metrics
         self.fleet, self._downstream, self._heard = fleet, downstream, heard
+        self._urgent = urgent
         # Where the registry is kept, no node is forgotten until an operator says so.
         self.forgets = True
         # The last batch of each child: its session and number; and when the child was last connected.
         self._batches: dict[str, tuple[str, int]] = {}
         self._connected: dict[str, float] = {}
+        self._measure_due = 0.0
 
     def start(self) -> None:
         self._scheduler.call_later(WATCH_SECONDS, self._watch)
@@ -60,6 +64,7 @@ class Inbox:
             call.refuse(Outcome.CONFLICT, why, NEW_SESSION)
             return
         elsewhere: list[str] = []
+        silent = False
         for state in batch.nodes:
             try:
                 member = self.fleet.take(state, batch.sender, now)
@@ -71,12 +76,19 @@ class Inbox:
                 elsewhere += self._elsewhere(state, batch.sender)
                 continue
             self._metrics.reports_received += 1
+            silent = silent or state.silent >= 0
             if member.uid == batch.sender:
                 member.skew = self._skew(batch.wall_ms)
             self._heard(member)
         self._batches[batch.sender] = (batch.session, batch.number)
-        self._connected[batch.sender] = now
-        self.fleet.found(batch.sender)
+        if batch.leaving:
+            self._connected.pop(batch.sender, None)
+            self._lost(batch.sender, now)
+        else:
+            self._connected[batch.sender] = now
+            self.fleet.found(batch.sender)
+        if silent:
+            self._urgent()
         call.answer(Heard(elsewhere))
 
     def _elsewhere(self, state: NodeState, sender: str) -> list[str]:
@@ -92,28 +104,41 @@ class Inbox:
 
     def _watch(self) -> None:
         self._scheduler.call_later(WATCH_SECONDS, self._watch)
-        self._watch_some(list(self._connected.items()))
+        now = self._scheduler.now()
+        measure = now >= self._measure_due
+        if measure:
+            self._measure_due = now + MEASURE_SECONDS
+        self._watch_some(list(self._connected.items()), measure)
 
-    def _watch_some(self, children: list[tuple[str, float]]) -> None:
+    def _watch_some(self, children: list[tuple[str, float]], measure: bool) -> None:
         """A slice a turn: to know how far each is behind means to look at every log it follows."""
         now = self._scheduler.now()
         if len(children) > SLICE:
-            self._scheduler.call_later(0.0, lambda: self._watch_some(children[SLICE:]))
+            self._scheduler.call_later(0.0, lambda: self._watch_some(children[SLICE:], measure))
         for uid, seen in children[:SLICE]:
             member = self.fleet.members.get(uid)
             if member is None or member.route != uid:
-                del self._connected[uid]  # it is reached through another child now
+                self._connected.pop(uid, None)  # it is reached through another child now
                 self._batches.pop(uid, None)
                 continue
-            if self._downstream.child(uid) is not None:
+            stream = self._downstream.child(uid)
+            if stream is not None and self._downstream.hears(uid, now):
                 self._connected[uid] = now
                 self.fleet.found(uid)
             elif now - seen > FORGET_SECONDS and self.forgets:
                 self.fleet.forget(uid)
                 continue
-            elif now - seen > GRACE_SECONDS:
-                self.fleet.lost(uid, seen)
-            self.fleet.measured(uid, self._downstream.behind(uid), now)
+            elif stream is not None or now - seen > GRACE_SECONDS:
+                self._lost(uid, stream.alive_at if stream is not None else seen)
+            if measure:
+                self.fleet.measured(uid, self._downstream.behind(uid), now)
+
+    def _lost(self, uid: str, since: float) -> None:
+        """A child is silent: the nodes above learn it at once."""
+        member = self.fleet.members.get(uid)
+        if member is not None and member.silent_since is None:
+            self.fleet.lost(uid, since)
+            self._urgent()
 
     def direct(self, order: Directive) -> bool:
         """Pass directives on, towards the node it is for; False when the way there is not known, or cut."""

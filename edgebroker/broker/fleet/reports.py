@@ -41,6 +41,8 @@ from edgebroker.version import __version__
 TICK_SECONDS = 2.0
 INTERVAL_SECONDS = 10.0
 LIMIT_SECONDS = 600.0
+# How often news about silent nodes goes up at once, and how long a node that stops waits for its goodbye.
+URGENT_SECONDS, LEAVE_SECONDS = 1.0, 1.0
 BYTES_PER_SECOND = 256 << 10
 # Said again although nothing changed: what an earlier run of this node left behind up the tree is overwritten.
 FIRST_AGAIN_SECONDS, AGAIN_SECONDS = 120.0, 1800.0
@@ -109,7 +111,7 @@ class Reporter:
         self._told: Report | None = None
         self._to: ParentLink | None = None
         self._session, self._number = "", 0
-        self._due = self._again_at = 0.0
+        self._due = self._again_at = self._urgent_due = 0.0
         self._asking: HttpCall | None = None
 
     def start(self) -> None:
@@ -182,6 +184,34 @@ class Reporter:
         return dead.durable_end - max(dead.log_start, committed.next_offset if committed is not None else 0)
 
     # ---- sending ----
+
+    def look_soon(self) -> None:
+        """There is news that shall not wait for its turn."""
+        now = self._loop.now()
+        if now >= self._urgent_due:
+            self._urgent_due, self._due = now + URGENT_SECONDS, 0.0
+            self._loop.call_later(0.0, self._look)
+
+    def leave(self, done: Callable[[], None]) -> None:
+        """Tell the parent that this node stops: done when it was told, or could not be for a second."""
+        above = self._parent()
+        if above is None or self._session == "":
+            done()
+            return
+        if self._asking is not None:
+            self._asking.stop()
+        goodbye = Batch(
+            sender=self._identity.uid,
+            session=os.urandom(8).hex(),
+            number=0,
+            nodes=[],
+            wall_ms=self._clock.wall_ms(),
+            leaving=True,
+        )
+        body = msgspec.json.encode(goodbye)
+        self._asking = HttpCall(
+            self._loop, above.address, "POST", "/v1/tree/reports", body, lambda *told: done(), limit=LEAVE_SECONDS
+        )
 
     def _tick(self) -> None:
         self._loop.call_later(TICK_SECONDS, self._tick)

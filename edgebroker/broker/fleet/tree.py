@@ -65,7 +65,7 @@ class Tree:
             bool(config.pipe.registry),
         )
         self._reporter = Reporter(core, loop, clock, self.fleet, identity, self._status, self._parent_link)
-        self.inbox = Inbox(loop, clock, core.metrics, self.fleet, downstream, self._heard)
+        self.inbox = Inbox(loop, clock, core.metrics, self.fleet, downstream, self._heard, self._reporter.look_soon)
         self.registrar: Registrar | None = None
         if config.registry.enabled:
             # One node of a tree keeps it: the others need not load it.
@@ -75,7 +75,15 @@ class Tree:
             store = RegistryStore(Path(config.node.data_dir), loop, clock)
             self.registrar = Registrar(loop, clock, self.inbox, store, self.report)
         self.view = FleetView(
-            loop, self.fleet, engine.node_uid, config.node.name, self._decided, self._logs_of, self._settled
+            loop,
+            self.fleet,
+            engine.node_uid,
+            config.node.name,
+            self._decided,
+            self._logs_of,
+            lambda topic: [one.durable_end for one in engine.partitions(topic)],
+            lambda: downstream.evidence(loop.now()),
+            self._settled,
         )
         self.discovery = self._discovery()
         mirroring.on_parent_dropped(self.let_go)
@@ -109,6 +117,10 @@ class Tree:
         if self.discovery is not None:
             self.discovery.stop()
         self.discovery = None
+
+    def leave(self, done: Callable[[], None]) -> None:
+        """Say goodbye to the parent: done when it was told, or cannot be."""
+        self._reporter.leave(done)
 
     def stop(self) -> bool:
         """True when all that is to be kept is durable."""

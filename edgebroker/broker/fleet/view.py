@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from edgebroker.broker.feed.downstream import SILENT_SECONDS
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.scheduler import Scheduler, in_slices
@@ -74,13 +75,15 @@ class NodeView(msgspec.Struct, kw_only=True):
 
 
 class TreeSummary(msgspec.Struct, kw_only=True):
-    """Counts by level and label, and the worst nodes. `refused`: reports of nodes beyond the limit."""
+    """Counts by level and label, and the worst nodes. `refused`: reports of nodes beyond the limit. `evidence_seconds`:
+    so long ago the node that was heard last of all was heard; what changed since is not in this."""
 
     node: str
     levels: dict[str, Counts]
     labels: dict[str, Counts]
     worst: list[NodeView]
     refused: int
+    evidence_seconds: float
 
 
 class NodePage(msgspec.Struct):
@@ -100,8 +103,10 @@ class MissingNode(msgspec.Struct):
 
 
 class Applied(msgspec.Struct, kw_only=True):
-    """How many nodes there are, how many have applied a topic, and those that have not (at most MOST_MISSING)."""
+    """How many nodes of the lowest level there are (`level`, "" when no node was found), how many have applied a topic,
+    and those that have not (at most MOST_MISSING)."""
 
+    level: str
     nodes: int
     done: int
     refused: int
@@ -136,10 +141,13 @@ class FleetView:
         name: str,
         decided: Callable[[str], Decisions | None],
         logs_of: Callable[[str], int],
+        ends_of: Callable[[str], list[int]],
+        evidence: Callable[[], float],
         settled: Callable[[], bool],
     ) -> None:
         self._scheduler, self._fleet, self._decided = scheduler, fleet, decided
-        self._logs_of, self._settled = logs_of, settled
+        self._logs_of, self._ends_of, self._settled = logs_of, ends_of, settled
+        self._evidence = evidence
         self._uid, self._name = uid, name
 
     def summary(self, call: Call) -> None:
@@ -148,10 +156,13 @@ class FleetView:
         counted: dict[tuple[str, str], Counts] = {}
         names = self._names()
         worst: list[tuple[Badness, FleetMember]] = []
+        deepest = 1
 
         def take(member: FleetMember) -> None:
+            nonlocal deepest
             if not matches(member, wanted):
                 return
+            deepest = max(deepest, sum(1 for _ in self._fleet.path(member)))
             facts = self._facts(member, names)
             keys = [("level", member.level), *member.labels.items()]
             if member.region:
@@ -177,6 +188,8 @@ class FleetView:
                     labels={"=".join(key): counted[key] for key in labels},
                     worst=[self._node(member, names) for _, member in nlargest(WORST, worst, key=_badness)],
                     refused=self._fleet.refused,
+                    # Each node on the way knows the ones below it only up to that.
+                    evidence_seconds=round(self._evidence() + SILENT_SECONDS * (deepest - 1), 1),
                 )
             )
 
@@ -213,7 +226,10 @@ class FleetView:
             call.refuse(Outcome.INVALID, "topic=NAME and end=PARTITION:OFFSET (as often as need be) are expected")
             return
         group, mirrored = query.get("group", [""])[0], "mirrored" in query
-        wanted = {"level": "local", **_labels(query)}
+        wanted = _labels(query)
+        members = self._fleet.members.values()
+        lowest = max((LEVELS.index(one.level) for one in members if matches(one, wanted)), default=-1)
+        wanted = {"level": LEVELS[lowest], **wanted}
         nodes = done = 0
         logs = self._logs_of(topic)
         missing: list[MissingNode] = []
@@ -233,7 +249,14 @@ class FleetView:
 
         def answer() -> None:
             call.answer(
-                Applied(nodes=nodes, done=done, refused=self._fleet.refused, settled=self._settled(), missing=missing)
+                Applied(
+                    level=wanted["level"] if lowest >= 0 else "",
+                    nodes=nodes,
+                    done=done,
+                    refused=self._fleet.refused,
+                    settled=self._settled(),
+                    missing=missing,
+                )
             )
 
         self._each(list(self._fleet.members.values()), take, answer)
@@ -272,6 +295,8 @@ class FleetView:
     def _facts(self, member: FleetMember, names: dict[str, int]) -> Facts:
         now, report = self._scheduler.now(), member.report()
         silent, lag = self._fleet.silent_for(member, now), self._fleet.lag(member, now)
+        if silent > lag and not all(topic.ends == self._ends_of(topic.name) for topic in report.topics):
+            lag = silent  # nothing is known of what it got since
         waiting: dict[tuple[str, str], int] = {}
         dead_letters, refreshing = 0, False
         for topic in report.topics:

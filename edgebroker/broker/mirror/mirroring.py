@@ -28,6 +28,9 @@ from edgebroker.storage.engine import Log
 
 log = logging.getLogger(__name__)
 
+# So long a node may look for its first parent without being degraded.
+FIRST_ATTEMPT_SECONDS = 10.0
+
 DeleteTopic = Callable[[str, int, int, Done], None]
 
 
@@ -51,6 +54,7 @@ class Mirroring:
         self.upstream: Upstream | None = None
         self.resyncs: Resyncs | None = None
         self.repairs: Repairs | None = None
+        self._started_at = 0.0
         self._parent_dropped: Callable[[], None] = lambda: None
         if self.engine is None:
             return
@@ -82,6 +86,7 @@ class Mirroring:
 
     def start(self) -> None:
         """Continue what was under way, and connect to the parent."""
+        self._started_at = self._loop.now()
         if self.resyncs is not None:
             self.resyncs.start()
         if self.upstream is not None and self.repairs is not None:
@@ -138,7 +143,12 @@ class Mirroring:
     def missing_parent(self) -> str:
         """Why the parent is not connected; "" when it is, when there is none, and while the first attempt runs."""
         upstream = self.upstream
-        return upstream.last_error if upstream is not None and not upstream.connected else ""
+        if upstream is None or upstream.connected:
+            return ""
+        if upstream.last_error or upstream.candidates.current:
+            return upstream.last_error
+        late = self._loop.now() - self._started_at > FIRST_ATTEMPT_SECONDS
+        return f"no parent is known; {self._config.pipe.registry} names none" if late else ""
 
     def problems(self) -> dict[str, str]:
         """What is wrong, by name, for an operator."""

@@ -25,6 +25,7 @@ from edgebroker.common.outcome import Done
 from edgebroker.common.types import TopicPartition
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import RECEIVE_BYTES, HttpClient
+from edgebroker.network.http.server import STREAM_TYPE
 from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.follower import (
@@ -45,6 +46,7 @@ log = logging.getLogger(__name__)
 STAGED_HIGH_BYTES, STAGED_LOW_BYTES = 16 << 20, 4 << 20
 # A parent says something every 45 seconds; who hears nothing for longer has lost it, or the line.
 SILENT_SECONDS = 57.0
+ALIVE_SECONDS = 12.0
 RETRY_SECONDS = 1.0
 POLL_GAP_SECONDS, LONGEST_GAP_SECONDS = 0.02, 2.0
 
@@ -109,7 +111,7 @@ class Upstream:
         self._complete = self._reconnecting = self.stopped = False
         self._tokens, self._tokens_at = float(bytes_per_second), 0.0
         self._throttled = False
-        self._last_heard = self._polled_at = self._connected_at = 0.0
+        self._last_heard = self._polled_at = self._connected_at = self._alive_at = 0.0
         # What the parent was asked last: it need not be sent again while nothing of it changes.
         self._said, self._asked_same = b"", False
         self._pause_seconds = POLL_GAP_SECONDS
@@ -154,6 +156,9 @@ class Upstream:
         listening = transport is not None and not transport.paused
         if listening and now - max(self._last_heard, self._connected_at) > SILENT_SECONDS:
             self._client.close("the parent is silent")
+        if self.connected and now - max(self._polled_at, self._alive_at) >= ALIVE_SECONDS:
+            self._alive_at = now
+            self._client.say_alive()
         if self.candidates.behind(now, self.connected and self._follower.lacking):
             self._look_around()
         for address in self.candidates.to_probe(now):
@@ -216,6 +221,9 @@ class Upstream:
         self._status, self._retry_after = status, retry_after
         self._last_heard = self._loop.now()
         self._error.clear()
+        if status == 200 and self._client.content_type != STREAM_TYPE:
+            kind = self._client.content_type or "something"
+            self._client.close(f"it answers with {kind}: not a node, but a captive portal or another service")
 
     def on_body(self, data: memoryview) -> None:
         self._last_heard = self._loop.now()

@@ -85,7 +85,10 @@ def _print_summary(found: dict[str, Any]) -> None:
         print()
         _print_nodes(found["worst"])
     else:
-        print("every node is connected, without lag, and has applied everything")
+        print(
+            "every node is connected, without lag, and has applied everything, as of "
+            f"{render.duration(found['evidence_seconds'])} ago"
+        )
     if found["refused"]:
         reports = counted(found["refused"], "report")
         print(f"{reports} rejected: there are more nodes than this node can keep", file=sys.stderr)
@@ -93,7 +96,7 @@ def _print_summary(found: dict[str, Any]) -> None:
 
 def _print_nodes(nodes: list[dict[str, Any]]) -> None:
     print_table(
-        ("node", "level", "region", "parent", "silent", "lag", "applying", "disk", "version", "problems"),
+        ("node", "level", "region", "parent", "silent", "lag", "applying", "disk free", "version", "problems"),
         [
             (
                 node["name"],
@@ -124,8 +127,13 @@ def silence(seconds: float) -> str:
     return render.duration(seconds) if seconds >= 0 else "-"
 
 
-def _query(labels: list[str]) -> str:
+def check_labels(labels: list[str]) -> None:
+    """Raises ConfigError for what is not NAME=VALUE."""
     for label in labels:
         if "=" not in label:
             raise ConfigError(f"--label {label}: not NAME=VALUE, for example region=north")
+
+
+def _query(labels: list[str]) -> str:
+    check_labels(labels)
     return urlencode([("label", label) for label in labels])

@@ -9,7 +9,7 @@ from urllib.parse import urlencode
 
 from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, duration, json_flag, label_flag
-from edgebroker.cli.commands.tree import silence
+from edgebroker.cli.commands.tree import check_labels, silence
 from edgebroker.cli.progress import CLEAR_LINE
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.runtime.clock import SystemClock, sleep
@@ -20,8 +20,9 @@ POLL_SECONDS = 1.0
 def arguments(parser: Parser) -> None:
     parser.set_defaults(run=wait)
     parser.description = (
-        "Wait until every terminal below has applied a topic: its consumer groups have acknowledged all records up "
-        "to an offset. When the time is over, list the nodes that have not, and exit with 1."
+        "Wait until every node of the lowest level below (terminals, where there are any) has applied a topic: its "
+        "consumer groups have acknowledged all records up to an offset. --label level=pos chooses another level. When "
+        "the time is over, list the nodes that have not, and exit with 1."
     )
     parser.add_argument("--topic", required=True)
     parser.add_argument(
@@ -50,6 +51,7 @@ def arguments(parser: Parser) -> None:
 
 def wait(options: argparse.Namespace) -> int:
     """0 once every node has applied it, 1 when the time is over first."""
+    check_labels(options.label)
     clock = SystemClock()
     deadline = clock.monotonic() + options.timeout
     ends = _ends(options)
@@ -70,7 +72,8 @@ def wait(options: argparse.Namespace) -> int:
         print(json.dumps({**found, "ends": ends}))
         return 0 if complete else 1
     verb = "replicated" if options.mirrored else "applied"
-    print(f"{CLEAR_LINE}{found['done']} of {found['nodes']} nodes have {verb} {options.topic}", file=sys.stderr)
+    nodes = f"{found['level']} nodes" if found["level"] else "nodes"
+    print(f"{CLEAR_LINE}{found['done']} of {found['nodes']} {nodes} have {verb} {options.topic}", file=sys.stderr)
     if not found["nodes"]:
         which = "with these labels" if options.label else "below"
         print(f"no node {which} has reported yet; see edgebroker tree --all", file=sys.stderr)

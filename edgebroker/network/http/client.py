@@ -104,6 +104,9 @@ class HttpClient:
         self._timer: TimerHandle | None = None
         self._address = ""
         self._addresses: list[str] = []
+        # Of the last answer; and whether there was one on this connection.
+        self.content_type = ""
+        self._answered = True
         # Grows with every open() and every end: an answer that comes later is not for this request.
         self._attempt = 0
         self._opened = False
@@ -209,6 +212,7 @@ class HttpClient:
         # The buffer goes with the connection: this object and its owner are a circle, which the collector finds late.
         channel, buffer = tuned(sock, KEEPALIVE_SECONDS), ReceiveBuffer(self._receive_bytes)
         self._transport = Transport(self._loop, channel, buffer, self, self._address)
+        self._answered = False
         self._owner.on_connected()
 
     def request(self, method: str, path: str, body: bytes) -> None:
@@ -222,6 +226,11 @@ class HttpClient:
         data += self._protocol.send(h11.EndOfMessage()) or b""
         self._timer = self._loop.call_later(ANSWER_SECONDS, lambda: self._unanswered(0))
         self._transport.send(data)
+
+    def say_alive(self) -> None:
+        """Send an empty line, of which HTTP makes nothing: a peer that streams its answer learns that we are there."""
+        if self._transport is not None:
+            self._transport.send(b"\r\n")
 
     def _unanswered(self, before: int) -> None:
         """Not yet, as long as more of the request goes through."""
@@ -261,6 +270,8 @@ class HttpClient:
     def on_closed(self, reason: str) -> None:
         self._transport = None
         self._cancel()
+        if not self._answered:
+            reason = f"{reason} without an answer; is this the HTTP interface of a node?"
         self._lost(reason)
 
     def _advance(self) -> None:
@@ -270,6 +281,8 @@ class HttpClient:
                 return
             if isinstance(event, h11.Response):
                 self._cancel()
+                self.content_type = dict(event.headers).get(b"content-type", b"").decode("latin-1")
+                self._answered = True
                 self._owner.on_response(event.status_code, _retry_after(event))
                 if (b"transfer-encoding", b"chunked") in [(name, value.lower()) for name, value in event.headers]:
                     self._chunks = ChunkReader()

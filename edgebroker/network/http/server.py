@@ -135,6 +135,9 @@ class Streamed(Protocol):
     def on_drained(self) -> None:
         """The peer has taken everything so far."""
 
+    def on_alive(self) -> None:
+        """The peer sent an empty line: it is there."""
+
     def on_closed(self, reason: str) -> None:
         """The connection is over before end()."""
 
@@ -208,8 +211,11 @@ class HttpConnection:
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
         data = bytes(buffer.room[:received])
+        if self.stream is not None and not data.strip(b"\r\n"):
+            self.stream.on_alive()
+            return
         if self._reading:
-            self._protocol.receive_data(data)
+            self._receive(data)
             self._advance()
             return
         self._early += data
@@ -218,6 +224,13 @@ class HttpConnection:
                 self.transport.close("the peer sends more while it is being answered")
             else:
                 self.transport.pause()
+
+    def _receive(self, data: bytes) -> None:
+        """Bytes of a request; empty lines before it are none of it (RFC 9112, 2.2)."""
+        if data[0] in b"\r\n" and self._protocol.their_state is self._h11.IDLE and not self._protocol.trailing_data[0]:
+            data = data.lstrip(b"\r\n")
+        if data:
+            self._protocol.receive_data(data)
 
     def on_drained(self) -> None:
         if self.stream is not None:
@@ -246,7 +259,7 @@ class HttpConnection:
         self._reading = True
         early, self._early = bytes(self._early), bytearray()
         if early:
-            self._protocol.receive_data(early)
+            self._receive(early)
             transport.resume()
         self._advance()
 
@@ -332,7 +345,12 @@ class HttpConnection:
         if self._protocol.their_http_version != b"1.1":
             self._reply(Response(505, Failed("a streamed answer needs HTTP/1.1")), close=True)
             return
-        headers = [("content-type", STREAM_TYPE), ("transfer-encoding", "chunked"), *response.headers]
+        headers = [
+            ("content-type", STREAM_TYPE),
+            ("transfer-encoding", "chunked"),
+            ("x-accel-buffering", "no"),  # nginx would keep the end of a burst back
+            *response.headers,
+        ]
         try:
             head = self._protocol.send(h11.Response(status_code=response.status, headers=headers)) or b""
         except h11.LocalProtocolError as error:

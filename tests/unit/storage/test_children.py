@@ -52,7 +52,7 @@ def test_a_file_that_is_not_whole(tmp_path: Path, damage: bytes) -> None:
 @pytest.mark.parametrize("stopped", [True, False], ids=["stopped", "stored now and then"])
 def test_early_retention_waits_for_a_child_over_a_restart(tree: Tree, stopped: bool) -> None:
     root = grown(tree)
-    root.advance(91.0)
+    root.advance(121.0)
     wait_for(lambda: floor(root) == 200, "it has asked again")
     tree.stop("l2")
     publish(root, "t", 200, 10)
@@ -76,7 +76,7 @@ def test_nothing_is_stored_while_nothing_changes(tree: Tree) -> None:
     root = grown(tree)
     snapshot = tree.directory / "root" / "children.snap"
     polls = root.counters()["pipe_polls"]
-    root.advance(91.0)
+    root.advance(121.0)
     wait_for(lambda: root.counters()["pipe_polls"] > polls, "it polls again")
     wait_for(lambda: floor(root) == 200, "it has asked again")
     root.advance(61.0)
@@ -84,7 +84,7 @@ def test_nothing_is_stored_while_nothing_changes(tree: Tree) -> None:
     before = snapshot.stat().st_ino
     for _ in range(3):
         polls = root.counters()["pipe_polls"]
-        root.advance(91.0)
+        root.advance(121.0)
         wait_for(lambda polls=polls: root.counters()["pipe_polls"] > polls, "it polls again")  # type: ignore[misc]
     assert snapshot.stat().st_ino == before
 
@@ -92,7 +92,7 @@ def test_nothing_is_stored_while_nothing_changes(tree: Tree) -> None:
 def test_a_lost_end_is_no_torn_tail(tree: Tree) -> None:
     """Without meta.db only the child's place tells that something was there: it is fetched from the child."""
     root = grown(tree)
-    root.advance(91.0)
+    root.advance(121.0)
     wait_for(lambda: floor(root) == 200, "it has asked again")
     tree.stop("root")
     for path in (tree.directory / "root").glob("meta.db*"):
@@ -124,7 +124,7 @@ def test_a_loss_that_was_accepted_is_not_missed(tree: Tree) -> None:
     publish(root, "t", 10, 10)
     for name, level in (("l2", "l2"), ("other", "l2")):
         follows(root, tree.start(name, "root", level=level), "t")
-    root.advance(91.0)
+    root.advance(121.0)
     wait_for(lambda: floor(root) == 20, "they have asked again")
     tree.stop("l2")
     tree.stop("root")
@@ -173,7 +173,7 @@ def test_a_cut_takes_back_what_a_child_had(tree: Tree) -> None:
     publish(root, "t", 5, 10)
     follows(root, upper, "t")
     follows(root, lower, "t")
-    upper.advance(91.0)
+    upper.advance(121.0)
     wait_for(lambda: floor(upper) == 15, "it has asked again")
     tree.stop("l3")
     tree.stop("root")
