@@ -359,7 +359,7 @@ STATUSES = [
     ("POST", "/v1/pipe/digest", {"topic": "t", "partition": 0, "log_id": "x", "first": 0, "next": 1}, 404),
     ("POST", "/v1/tree/reports", {}, 400),
     ("POST", "/v1/resyncs", {}, 400),
-    ("POST", "/v1/resyncs", {"type": "resync", "id": "ab" * 16, "uid": "9" * 32}, 503),
+    ("POST", "/v1/resyncs", {"type": "resync", "id": "ab" * 16, "uid": "9" * 32}, 404),
     ("DELETE", "/v1/resyncs/x", None, 404),
     ("POST", "/v1/registry", {}, 400),
     ("PUT", "/v1/registry/n/pins", {"parents": []}, 409),

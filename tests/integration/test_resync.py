@@ -217,7 +217,7 @@ def test_orders_that_make_no_sense(tree: Tree) -> None:
     assert order(l2, group="nobody")[0] == 404
     assert l2.http("POST", "/v1/resyncs", {"type": "resync", "id": "x"})[0] == 400
     status, answer = l2.http("POST", "/v1/resyncs", {"type": "resync", "id": ID, "uid": "9" * 32})
-    assert (status, answer["code"]) == (503, "BEHIND")
+    assert (status, answer["code"]) == (404, "NOT_FOUND")
     assert order(l2) == (200, {})
     status, answer = order(l2, id="cd" * 16)
     assert (status, answer["code"]) == (503, "OVERLOADED")

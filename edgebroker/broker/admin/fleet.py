@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import msgspec
+from msgspec import Meta
 
 from edgebroker.broker.admin.context import AdminContext
+from edgebroker.broker.fleet.pending_directives import PendingDirective
 from edgebroker.broker.mirror.resync import ResyncStatus
 from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
@@ -18,10 +20,17 @@ if TYPE_CHECKING:
     from edgebroker.broker.fleet.registrar import Registrar
 
 
+class ResyncRequest(ResyncDirective, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="resync"):
+    """The body of POST /v1/resyncs: a directive, and for how many seconds it is sent to a node below."""
+
+    seconds: Annotated[float, Meta(ge=0, le=30 * 86400)] = 7200.0
+
+
 class ResyncList(msgspec.Struct):
-    """The resyncs of this node, the newest last."""
+    """The resyncs of this node, the newest last; and directives for nodes below without an answer yet."""
 
     resyncs: list[ResyncStatus]
+    pending: list[PendingDirective]
 
 
 class PinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,12 +50,13 @@ class FleetAdmin:
 
     def resyncs(self, call: Call) -> None:
         found = self._mirroring.resyncs
-        call.answer(ResyncList(found.describe() if found is not None else []))
+        call.answer(ResyncList(found.describe() if found is not None else [], self._tree.pending.describe()))
 
     def resync(self, call: Call) -> None:
-        directive = call.body
-        assert isinstance(directive, ResyncDirective)
-        self._tree.resync(directive, call.done)
+        wanted = call.body
+        assert isinstance(wanted, ResyncRequest)
+        fields = {name: value for name, value in msgspec.structs.asdict(wanted).items() if name != "seconds"}
+        self._tree.resync(ResyncDirective(**fields), wanted.seconds, call.done)
 
     def abort_resync(self, call: Call) -> None:
         found, resync_id = self._mirroring.resyncs, call.parameters["id"]

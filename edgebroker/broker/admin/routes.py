@@ -6,7 +6,7 @@ from typing import Any
 
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
-from edgebroker.broker.admin.fleet import FleetAdmin, PinRequest, ResyncList
+from edgebroker.broker.admin.fleet import FleetAdmin, PinRequest, ResyncList, ResyncRequest
 from edgebroker.broker.admin.groups import ClientList, GroupAdmin, GroupList, GroupStatus, OffsetChanges
 from edgebroker.broker.admin.node import (
     Alive,
@@ -36,7 +36,7 @@ from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
 from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.observe.health import Verdict
 from edgebroker.network.http.router import Nothing, Route
-from edgebroker.pipe.report import MAX_BATCH_BYTES, Batch, Heard, ParentAssignment, Question, ResyncDirective
+from edgebroker.pipe.report import MAX_BATCH_BYTES, Batch, Heard, ParentAssignment, Question
 
 MAX_POLL_BYTES = 8 << 20
 MAX_REPORTS_BYTES = 2 * MAX_BATCH_BYTES
@@ -89,7 +89,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/tree/nodes", view.nodes, NodePage, "view"),
         Route("GET", "/v1/tree/applied", view.applied, Applied, "view"),
         Route("GET", "/v1/resyncs", fleet.resyncs, ResyncList, "view"),
-        Route("POST", "/v1/resyncs", fleet.resync, Nothing, "operate", ResyncDirective),
+        Route("POST", "/v1/resyncs", fleet.resync, Nothing, "operate", ResyncRequest),
         Route("DELETE", "/v1/resyncs/{id}", fleet.abort_resync, Nothing, "operate"),
         Route("POST", "/v1/registry", fleet.ask, ParentAssignment, "child", Question),
         Route("PUT", "/v1/registry/{node}/pins", fleet.pin, Nothing, "operate", PinRequest),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.fleet.inbox import Inbox
+from edgebroker.broker.fleet.pending_directives import PendingDirectives
 from edgebroker.broker.fleet.reports import NodeIdentity, NodeStatus, ParentLink, Reporter
 from edgebroker.broker.fleet.view import Decisions, FleetView
 from edgebroker.broker.mirror.discovery import Discovery
@@ -66,6 +67,7 @@ class Tree:
         )
         self._reporter = Reporter(core, loop, clock, self.fleet, identity, self._status, self._parent_link)
         self.inbox = Inbox(loop, clock, core.metrics, self.fleet, downstream, self._heard, self._reporter.look_soon)
+        self.pending = PendingDirectives(Path(config.node.data_dir), loop, self.fleet, self.inbox.direct)
         self.registrar: Registrar | None = None
         if config.registry.enabled:
             # One node of a tree keeps it: the others need not load it.
@@ -107,6 +109,7 @@ class Tree:
     def start(self) -> None:
         self._reporter.start()
         self.inbox.start()
+        self.pending.start()
         if self.registrar is not None:
             self.registrar.start()
         if self.discovery is not None:
@@ -126,6 +129,7 @@ class Tree:
         """True when all that is to be kept is durable."""
         self.let_go()
         self._reporter.stop()
+        self.pending.stop()
         return self.registrar.stop() if self.registrar is not None else True
 
     def report(self) -> Report:
@@ -138,21 +142,31 @@ class Tree:
             if directive.uid != self._uid:
                 self.inbox.direct(directive)
             elif isinstance(directive, ResyncDirective):
-                self.resync(directive, _note)
+                self._asked_for(directive)
             elif self.discovery is not None:
                 self.discovery.assigned(directive)
 
-    def resync(self, directive: ResyncDirective, done: Done) -> None:
-        """Load something again, here or at a node below: done once it is stored here, or on its way."""
+    def resync(self, directive: ResyncDirective, seconds: float, done: Done) -> None:
+        """Load something again, here or at a node below: done once it is stored. One for a node below is sent
+        until its report names it, for so many seconds."""
         resyncs = self._mirroring.resyncs
         if directive.uid != self._uid:
-            sent = self.inbox.direct(directive)
-            why = f"node {directive.uid} is not connected; request the resync again later"
-            done(Outcome.OK if sent else Outcome.BEHIND, "" if sent else why)
+            self.pending.give(directive, seconds, done)
         elif resyncs is None:
             done(Outcome.UNSUPPORTED, "the memory engine holds no replicas; there is nothing to resync")
         else:
             resyncs.order(directive, done)
+
+    def _asked_for(self, directive: ResyncDirective) -> None:
+        """A directive from above: what becomes of it, a refusal too, is told by the report."""
+
+        def done(outcome: Outcome, message: str) -> None:
+            if outcome not in (Outcome.OK, Outcome.READ_ONLY):  # what cannot be stored now is sent again
+                log.error("the resync that was requested cannot be done: %s", message)
+                if self._mirroring.resyncs is not None:
+                    self._mirroring.resyncs.refused(directive, message)
+
+        self.resync(directive, 0.0, done)
 
     def problems(self) -> dict[str, str]:
         found = {}
@@ -211,9 +225,3 @@ class Tree:
         if host in EVERYWHERE:
             host = os.uname().nodename
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-
-
-def _note(outcome: Outcome, message: str) -> None:
-    """What came of a directive from above: the report tells the rest."""
-    if outcome is not Outcome.OK:
-        log.error("the resync that was requested cannot be done: %s", message)

@@ -38,6 +38,7 @@ LEAST_SHARE = 0.9
 CATCH_UP_SECONDS = 10.0
 LOOK_SECONDS = 10.0
 REPORTED = 4
+MOST_TOLD = 120
 # Rows of resyncs that are over, for those who ask.
 KEPT = 32
 UNDER_WAY = ("waiting", "loading", "switching")
@@ -158,6 +159,12 @@ class Resyncs:
 
         self._ordered.update(ordered)
         self._remember(stored)
+
+    def refused(self, order: ResyncDirective, why: str) -> None:
+        """A directive from above cannot be done: the report tells that."""
+        if order.id not in self._rows:
+            self._rows[order.id] = ResyncRow(id=order.id, topic=order.topic, group=order.group, phase="failed", why=why)
+            self._remember(lambda error: None)
 
     def _is_mirrored(self, topic: str) -> bool:
         return any(log.identity.origin != self._engine.node_uid for log in self._engine.partitions(topic))
@@ -528,7 +535,12 @@ class Resyncs:
     def reports(self) -> list[ResyncReport]:
         """For the report of the node: the last ones of those under way, then those that failed, then the others."""
         rows = sorted(self._rows.values(), key=lambda row: (row.phase in UNDER_WAY, row.phase == "failed"))
-        return [ResyncReport(row.id, row.topic, self._state(row)) for row in rows[-REPORTED:]]
+        return [ResyncReport(row.id, row.topic, self._told(row)) for row in rows[-REPORTED:]]
+
+    def _told(self, row: ResyncRow) -> str:
+        """Its state; of one that failed also why."""
+        state = self._state(row)
+        return f"{state}: {row.why}"[:MOST_TOLD] if state == "failed" and row.why else state
 
     def _state(self, row: ResyncRow) -> str:
         if row.group and row.phase == "loading":

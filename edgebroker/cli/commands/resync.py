@@ -10,15 +10,18 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from edgebroker.cli import render
 from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, at_least, duration, json_flag, label_flag
-from edgebroker.cli.commands.tree import nodes_below
+from edgebroker.cli.commands.tree import nodes_below, silence
 from edgebroker.cli.progress import CLEAR_LINE
 from edgebroker.cli.render import print_table
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.runtime.clock import SystemClock, sleep
 
-POLL_SECONDS = 1.0
+POLL_SECONDS, LINE_SECONDS = 1.0, 10.0
+# A node that has been silent for so long is not waited for.
+LOST_SECONDS = 60.0
 UNDER_WAY = ("waiting", "loading", "switching", "refreshing")
 GOOD = ("done", "held")
 RESYNCS_PER_REQUEST = 1 << 20
@@ -113,7 +116,7 @@ def _wave(options: argparse.Namespace, nodes: list[dict[str, Any]], below: bool,
         request = {
             "type": "resync", "id": options.id or secrets.token_hex(16), "uid": node["uid"], "topic": options.topic,
             "group": options.group, "in_place": options.in_place, "force": options.force, "accept": options.accept,
-            "hours": options.hours,
+            "hours": options.hours, "seconds": options.timeout,
         }  # fmt: skip
         try:
             call(options.admin, "POST", "/v1/resyncs", request)
@@ -124,22 +127,47 @@ def _wave(options: argparse.Namespace, nodes: list[dict[str, Any]], below: bool,
             results[node["name"]] = f"not requested: {error}"
     clock = SystemClock()
     deadline = clock.monotonic() + options.timeout
-    left = dict(ids)
+    left, silent = dict(ids), dict[str, float]()
+    told = AnswerCount(options.json, len(ids))
     while left:
-        states = _states_below(options, left) if below else _states_here(options, left)
+        states, silent = _states_below(options, left) if below else (_states_here(options, left), {})
         for uid, state in states.items():
             results[names[uid]] = state
             if state.split(":")[0] not in UNDER_WAY:
                 del left[uid]
-        if not left or clock.monotonic() > deadline:
+        # Who was lost for long is not waited for: the request stays for its time.
+        if all(silent.get(uid, -1.0) > LOST_SECONDS for uid in left) or clock.monotonic() > deadline:
             break
-        if not options.json and sys.stderr.isatty():
-            print(f"{CLEAR_LINE}{len(ids) - len(left)} of {len(ids)} nodes ", end="", file=sys.stderr, flush=True)
+        told.show(len(ids) - len(left))
         sleep(POLL_SECONDS)
     for uid in left:
-        results.setdefault(names[uid], "requested, not reported yet")
-    if not options.json:
-        print(CLEAR_LINE, end="", file=sys.stderr)
+        if silent.get(uid, -1.0) >= 0:
+            results[names[uid]] = f"not reached, silent for {silence(silent[uid])}"
+        else:
+            results.setdefault(names[uid], "requested, not reported yet")
+    told.over()
+
+
+class AnswerCount:
+    """How many nodes have answered: on a terminal one line that changes, else a line now and then."""
+
+    def __init__(self, quiet: bool, nodes: int) -> None:
+        self._quiet, self._nodes = quiet, nodes
+        self._terminal = sys.stderr.isatty()
+        self._shown, self._due = -1, 0.0
+
+    def show(self, answered: int) -> None:
+        now = SystemClock().monotonic()
+        if self._quiet or (not self._terminal and (answered == self._shown or now < self._due)):
+            return
+        self._shown, self._due = answered, now + LINE_SECONDS
+        text = f"{answered} of {self._nodes} nodes have answered"
+        print(f"{CLEAR_LINE}{text} " if self._terminal else text, end="" if self._terminal else "\n", file=sys.stderr,
+              flush=True)  # fmt: skip
+
+    def over(self) -> None:
+        if not self._quiet and self._terminal:
+            print(CLEAR_LINE, end="", file=sys.stderr)
 
 
 def _states_here(options: argparse.Namespace, ids: dict[str, str]) -> dict[str, str]:
@@ -147,15 +175,17 @@ def _states_here(options: argparse.Namespace, ids: dict[str, str]) -> dict[str, 
     return {uid: _state(rows, resync_id) for uid, resync_id in ids.items()}
 
 
-def _states_below(options: argparse.Namespace, ids: dict[str, str]) -> dict[str, str]:
-    found = {}
+def _states_below(options: argparse.Namespace, ids: dict[str, str]) -> tuple[dict[str, str], dict[str, float]]:
+    """What nodes answered, and for how long they have been silent."""
+    found, silent = {}, {}
     for node in nodes_below(options.admin, []):
         if node["uid"] in ids:
+            silent[node["uid"]] = node["silent_seconds"]
             rows = [(resync_id, state, "") for resync_id, _, state in node["resyncs"]]
             state = _state(rows, ids[node["uid"]])
             if state:
                 found[node["uid"]] = state
-    return found
+    return found, silent
 
 
 def _state(rows: list[tuple[str, str, str]], resync_id: str) -> str:
@@ -172,10 +202,26 @@ def _state(rows: list[tuple[str, str, str]], resync_id: str) -> str:
 
 
 def _status(options: argparse.Namespace) -> int:
-    found = call(options.admin, "GET", "/v1/resyncs")["resyncs"]
+    answer = call(options.admin, "GET", "/v1/resyncs")
+    found, pending = answer["resyncs"], answer["pending"]
     if options.json:
-        print(json.dumps(found))
-    else:
+        print(json.dumps(answer))
+        return 0
+    if pending:
+        print_table(
+            ("id", "topic", "node", "silent", "given up in"),
+            [
+                (
+                    one["id"],
+                    one["topic"] or "-",
+                    one["name"],
+                    silence(one["silent_seconds"]),
+                    render.duration(one["seconds_left"]),
+                )
+                for one in pending
+            ],
+        )
+    if found or not pending:
         print_table(
             ("id", "topic", "group", "state", "reason"),
             [(one["id"], one["topic"], one["group"] or "-", one["state"], one["why"] or "-") for one in found],
