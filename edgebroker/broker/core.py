@@ -74,6 +74,7 @@ def publish_limits(config: Config) -> PublishLimits:
         limits.max_record_bytes,
         limits.max_inflated_bytes,
         topics.auto_create,
+        bool(config.pipe.parents or config.pipe.registry),
         TopicSettings(kind=topics.kind, partitions=topics.partitions),
     )
 

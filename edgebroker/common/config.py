@@ -89,7 +89,8 @@ class StorageConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
 
 
 class TopicsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    auto_create: Annotated[bool, about("create a topic at its first PUBLISH")] = True
+    auto_create: Annotated[bool, about(
+        "create a topic at its first PUBLISH; where the node has a parent and this is not set: false")] = True
     kind: Annotated[Literal["stream", "table"], about("kind of topics created that way")] = "stream"
     partitions: Annotated[int, about("partitions of topics created that way", ge=1, le=1024)] = 1
 
@@ -198,6 +199,7 @@ def load_config(
         section, _, name = key.partition(".")
         if isinstance(tree.setdefault(section, {}), dict):
             tree[section][name] = value
+    _follow_parent(tree)
     problems += _check_tree(tree)
     if problems:
         raise ConfigError("\n".join(problems))
@@ -252,6 +254,15 @@ def _merge_environment(tree: dict[str, Any], environment: Mapping[str, str], pro
         if not isinstance(tree.setdefault(section, {}), dict):
             continue
         tree[section][key] = value
+
+
+def _follow_parent(tree: dict[str, Any]) -> None:
+    """A node that has a parent gets its topics from there: a slip of the pen at a till makes none, unless that is
+    wanted."""
+    pipe, topics = tree.get("pipe"), tree.setdefault("topics", {})
+    follows = isinstance(pipe, dict) and bool(pipe.get("parents") or pipe.get("registry"))
+    if follows and isinstance(topics, dict):
+        topics.setdefault("auto_create", False)
 
 
 def _check_tree(tree: dict[str, Any]) -> list[str]:

@@ -12,8 +12,9 @@ from edgebroker.broker.feed.downstream import SILENT_SECONDS
 from edgebroker.broker.fleet.inbox import GRACE_SECONDS
 from edgebroker.broker.mirror.upstream import ALIVE_SECONDS
 from edgebroker.cli.main import main
+from edgebroker.common.errors import Code
 from tests.integration.test_registry import until
-from tests.kit.brokers import RunningBroker, running
+from tests.kit.brokers import RunningBroker, batch_of, running
 from tests.kit.trees import Tree, follows, publish, run
 from tests.kit.waiting import wait_for
 
@@ -178,3 +179,23 @@ def test_empty_lines_before_a_request_are_none_of_it(tree: Tree) -> None:
             while b'{"status":"ok"}' not in data:
                 data += client.recv(65536)
             assert data.startswith(b"HTTP/1.1 200")
+
+
+# ---- what a replica does not write ----
+
+
+def test_a_test_message_at_a_till_blocks_no_topic(tree: Tree) -> None:
+    """The topic comes from above when it is published there."""
+    root = tree.start("root")
+    settings = {"node.level": "pos", "node.name": "pos", "pipe.parents": tree.address("root")}
+    with running(tree.directory / "pos", settings) as node:
+        wait_for(lambda: node.http("GET", "/v1/pipe")[1]["parent"]["connected"], "connected")
+        refused = node.raw("till").publish("promo", batch_of(b"{}"))
+        assert (refused.code, "not at the parent of this node yet" in refused.message) == (Code.UNKNOWN_TOPIC, True)
+        publish(root, "promo", 0, 3)
+        follows(root, node, "promo")
+        refused = node.raw("till-2").publish("promo", batch_of(b"{}"))
+        assert refused.code is Code.NOT_ORIGIN
+        assert f"root at {tree.address('root')}" in refused.message
+        assert node.http("POST", "/v1/topics", {"name": "own"})[0] == 201
+        assert node.raw("till-3").publish("own", batch_of(b"{}")).code is Code.OK

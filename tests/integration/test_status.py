@@ -195,7 +195,7 @@ def test_completion_knows_every_verb(shell: str, capsys: pytest.CaptureFixture[s
         done = subprocess.run(
             ["bash", "-c", asked + 'echo "${COMPREPLY[@]}"'], capture_output=True, text=True, check=True
         )
-        assert done.stdout.split() == ["check"]
+        assert done.stdout.split() == ["check", "child"]
 
 
 # ---- bench all ----

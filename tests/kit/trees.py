@@ -35,6 +35,7 @@ class Tree:
             "node.level": level or name,
             "listen.http": f"127.0.0.1:{self._ports.get(name, 0)}",
             "storage.segment_bytes": 64 << 10,
+            "topics.auto_create": True,
             **{key.replace("__", "."): value for key, value in settings.items()},
         }
         if parents:

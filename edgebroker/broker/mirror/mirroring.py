@@ -79,6 +79,7 @@ class Mirroring:
                 ReaderHooks(rebase.truncating, rebase.truncated, rebase.recreated, delete),
                 directed,
             )
+        core.publishing.name_of = self._name_of
         self.resyncs = Resyncs(core, self.engine, loop, clock, self._copy_settings(), lambda: self.upstream)
         self.repairs = Repairs(core, self.engine, loop, lambda: self.parent_address)
 
@@ -138,6 +139,14 @@ class Mirroring:
         """Where the parent is, "" while none is connected."""
         upstream = self.upstream
         return upstream.address if upstream is not None and upstream.connected else ""
+
+    def _name_of(self, uid: str) -> str:
+        """A node above, as far as it is known how to find it."""
+        upstream = self.upstream
+        if upstream is None or not upstream.parent_name:
+            return f"node {uid}"
+        parent = f"{upstream.parent_name} at {upstream.address}"
+        return parent if upstream.path[:1] == [uid] else f"node {uid}, above the parent of this node ({parent})"
 
     @property
     def missing_parent(self) -> str:

@@ -59,6 +59,8 @@ class PublishLimits(NamedTuple):
     max_record: int
     max_inflated: int
     auto_create: bool
+    follows: bool
+    """The node has a parent, from which its topics come."""
     new_topics: TopicSettings
 
 
@@ -74,6 +76,8 @@ class Publishing:
         self._exclusive: dict[Log, str] = {}
         # Logs of this node of which it lost acknowledged records, and what is known about it.
         self.lost: dict[Log, Lost] = {}
+        # How an operator finds a node, by its uid.
+        self.name_of: Callable[[str], str] = lambda uid: f"node {uid}"
         self.waiting_bytes = 0
         self.draining = False
 
@@ -91,7 +95,8 @@ class Publishing:
         if self.draining:
             refusal = (Outcome.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
         if log.identity.origin != self._engine.node_uid:
-            refusal = (Outcome.NOT_ORIGIN, f"{log.name} is written by node {log.identity.origin} only; publish there")
+            writer = self.name_of(log.identity.origin)
+            refusal = (Outcome.NOT_ORIGIN, f"{log.name} is written by {writer} only; publish there")
         if not internal and run.topic.endswith(DEAD_LETTERS):
             refusal = (Outcome.NOT_FOUND, check_topic_name(run.topic))
         elif self._exclusive and self._exclusive.get(log, publisher.client_id) != publisher.client_id:
@@ -246,8 +251,10 @@ class Publishing:
             self._refuse_all(publisher, run, Outcome.NOT_FOUND, why)
             return
         problem = check_topic_name(run.topic)
-        if not self._limits.auto_create:
-            problem = f"topic {run.topic} does not exist; create it with: edgebroker topic create {run.topic}"
+        if not problem and not self._limits.auto_create:
+            where = "is not here, and not at the parent of this node yet" if self._limits.follows else "does not exist"
+            own = ", to be written at this node" if self._limits.follows else ""
+            problem = f"topic {run.topic} {where}; create it{own} with: edgebroker topic create {run.topic}"
         if problem or run.partition >= self._limits.new_topics.partitions:
             self._refuse_all(
                 publisher, run, Outcome.NOT_FOUND, problem or f"{run.topic} has no partition {run.partition}"
