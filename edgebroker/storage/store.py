@@ -205,6 +205,8 @@ class SegmentStore:
             return False
         if read:  # else a read that hangs still uses them; nothing stored depends on it
             for partition in self.logs():
+                if clean:
+                    partition.note_index()
                 partition.close()
         try:
             self._directory.close(clean=clean and mark)

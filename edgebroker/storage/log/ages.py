@@ -71,7 +71,8 @@ class Ages:
         stamps = segscan.stamps(segment.points, next_offset - 1 - segment.base)
         if stamps is None:
             return sealed
-        return max(sealed, self._within(segment, *stamps) - granularity_ms(log.settings.message_ttl_ms))
+        finest = granularity_ms(log.settings.message_ttl_ms, len(segment.points))
+        return max(sealed, self._within(segment, *stamps) - finest)
 
     def _sealed_age(self, log: PartitionLog, segment: Segment) -> int:
         """Since the next segment began, everything in this one is at least as old."""
@@ -88,7 +89,7 @@ class Ages:
         points = segment.points
         if points is None or segment.points_from:
             return segment.base
-        limit = ttl + granularity_ms(ttl)
+        limit = ttl + granularity_ms(ttl, len(points))
         low, high = 0, len(points) // POINT_BYTES
         while low < high:
             middle = (low + high) // 2

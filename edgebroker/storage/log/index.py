@@ -24,12 +24,16 @@ _CRC = struct.Struct("<I")
 HEADER_BYTES = _HEADER.size + _CRC.size
 assert HEADER_BYTES == 80
 # An index point is due after so many bytes (INTERVAL_BYTES) or so much time, whichever comes first.
-FINEST_MS, COARSEST_MS = 1_000, 600_000
+FINEST_MS, COARSE_MS = 1_000, 10_000
+# After so many points of a segment they may be twice, three times, ... as far apart: memory is bounded.
+STEP_POINTS = 4096
 
 
-def granularity_ms(ttl_ms: int) -> int:
-    """How far apart in time the index points of a topic may be."""
-    return max(FINEST_MS, min(ttl_ms // 64, COARSEST_MS)) if ttl_ms else COARSEST_MS
+def granularity_ms(ttl_ms: int, points_bytes: int) -> int:
+    """How far apart in time the index points of a segment may be that has these already."""
+    steps = 1 + points_bytes // (STEP_POINTS * POINT_BYTES)
+    coarse = COARSE_MS * steps
+    return max(FINEST_MS, min(ttl_ms // 64, coarse)) if ttl_ms else coarse
 
 
 class SealedIndex(NamedTuple):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from edgebroker.common.types import TopicSettings
 from edgebroker.storage.log import corrupt_ranges, segscan
-from edgebroker.storage.log.index import INTERVAL_BYTES, POINT_BYTES, granularity_ms
+from edgebroker.storage.log.index import INTERVAL_BYTES, POINT_BYTES, granularity_ms, write_index
 from edgebroker.storage.log.lookup import Lookup
 from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.log.segment import Segment
@@ -125,7 +125,8 @@ class PartitionLog(Lookup):
     def lay_out(self, chunk: Chunk, wall_ms: int, monotonic_ms: int) -> Layout:
         """How a chunk will be stored at the end of the active segment; pass the result to written() once it does."""
         active = self.active
-        due = monotonic_ms - active.last_point_ms >= granularity_ms(self.settings.message_ttl_ms)
+        finest = granularity_ms(self.settings.message_ttl_ms, len(active.points or b""))
+        due = monotonic_ms - active.last_point_ms >= finest
         size, reason, _, chain, _, max_timestamp, points = segscan.scan(
             chunk,
             chunk.first_offset,
@@ -254,6 +255,16 @@ class PartitionLog(Lookup):
     def add_corrupt_range(self, corrupt: CorruptRange) -> None:
         """Note damage that was found; ranges that overlap become one."""
         self.corrupt_ranges = corrupt_ranges.merged(self.corrupt_ranges, corrupt)
+
+    def note_index(self) -> None:
+        """Leave the index of the active segment to the next run; a hint. Waits for the disk."""
+        active = self.active
+        known = UNKNOWN_CHAIN not in (active.base_chain, active.end_chain)
+        if known and active.size and active.points and not active.points_from:
+            try:
+                write_index(active.path, active.to_index(self.identity.log_id_bytes))
+            except OSError:
+                pass  # the next run knows less about ages
 
     def file_lost(self, segment: Segment) -> None:
         """The file of a sealed segment is gone: its records are damaged, as the next start would find."""

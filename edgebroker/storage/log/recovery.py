@@ -99,11 +99,18 @@ class Recovery:
         active.end_chain, active.max_timestamp = self._chain(state), state.max_timestamp
         files.sync_file(active.fd)
         files.sync_directory(self._directory)
+        self._take_index(active)
         epoch = max(state.epoch, self._identity.epoch)
         return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._corrupt_ranges, self._torn)
 
     def _chain(self, state: ScanState) -> int:
         return state.chain if self._chain_known else UNKNOWN_CHAIN
+
+    def _take_index(self, active: Segment) -> None:
+        """A clean stop leaves the index of the active segment as well: with it is known when its records came."""
+        index = read_index(active.path, self._identity.log_id_bytes, active.base, active.size)
+        if index is not None and (index.end_offset, index.end_chain) == (active.end_offset, active.end_chain):
+            active.points, active.points_from = bytearray(index.points), 0
 
     def _after_damaged_tail(self, offset: int, checkpoint: Checkpoint | None, state: ScanState) -> ScanState:
         """Where the log continues after a damaged tail: the checkpoint knows the chain there, if that is its offset."""
