@@ -199,3 +199,17 @@ def test_a_test_message_at_a_till_blocks_no_topic(tree: Tree) -> None:
         assert f"root at {tree.address('root')}" in refused.message
         assert node.http("POST", "/v1/topics", {"name": "own"})[0] == 201
         assert node.raw("till-3").publish("own", batch_of(b"{}")).code is Code.OK
+
+
+def test_the_check_of_the_fleet(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    root = grown(tree, "l2", "pos")
+    check = ["check", "fleet", "--admin", tree.address("root")]
+    assert main(check) == 0
+    assert "EDGEBROKER FLEET OK: 2 nodes, as of" in capsys.readouterr().out
+    tree.stop("pos")
+    wait_for(lambda: silent(root, "pos") >= 0, "it is silent")
+    assert main(check) == 1
+    assert "of 2 nodes 1 silent: pos" in capsys.readouterr().out
+    assert main([*check, "--critical", "1"]) == 2
+    assert main([*check, "--label", "level=local"]) == 3
+    assert main(["check", "fleet", "--admin", "127.0.0.1:9"]) == 2

@@ -21,10 +21,10 @@ from edgebroker.storage.engine import MirrorEngine
 
 log = logging.getLogger(__name__)
 
-TICK_SECONDS = 1.0
+TICK_SECONDS = 0.25
 LOST_SECONDS = 60.0
-# After an answer that was no help, and at most after a failure: the pauses between attempts double.
-ASK_AGAIN_SECONDS = 60.0
+# The first pause between two questions, what each further one is longer, and the longest.
+FIRST_PAUSE_SECONDS, GROWTH, ASK_AGAIN_SECONDS = 0.25, 1.5, 60.0
 
 
 class Discovery:
@@ -98,15 +98,21 @@ class Discovery:
                 return
             if error:
                 log.info("the registry cannot be asked through %s: %s", seed, error)
-                self._ask_due = self._loop.now() + min(ASK_AGAIN_SECONDS, 2.0 ** min(self._asked, 10) / 2)
+                self._ask_due = self._loop.now() + self._pause()
                 return
-            self._asked = 0
             try:
                 self.assigned(json.decode(answer, ParentAssignment))
             except msgspec.DecodeError as wrong:
                 log.warning("invalid assignment from %s: %s", seed, wrong)
+            if self._candidates.addresses:
+                self._asked = 0
+            else:  # the hubs above are perhaps just being started
+                self._ask_due = self._loop.now() + self._pause()
 
         HttpCall(self._loop, seed, "POST", "/v1/registry", msgspec.json.encode(Question(report=self._report())), told)
+
+    def _pause(self) -> float:
+        return min(ASK_AGAIN_SECONDS, FIRST_PAUSE_SECONDS * GROWTH ** min(self._asked - 1, 20))
 
     def assigned(self, assignment: ParentAssignment) -> None:
         """The registry's word for this node."""

@@ -47,7 +47,7 @@ STAGED_HIGH_BYTES, STAGED_LOW_BYTES = 16 << 20, 4 << 20
 # A parent says something every 45 seconds; who hears nothing for longer has lost it, or the line.
 SILENT_SECONDS = 57.0
 ALIVE_SECONDS = 13.0
-RETRY_SECONDS = 1.0
+RETRY_SECONDS, NAMELESS_SECONDS = 1.0, 0.1
 POLL_GAP_SECONDS, LONGEST_GAP_SECONDS = 0.02, 2.0
 
 
@@ -144,7 +144,7 @@ class Upstream:
         if self.candidates.current:
             self._client.open(self.candidates.current)
         else:
-            self._timer = self._loop.call_later(RETRY_SECONDS, self._open)  # until the registry names one
+            self._timer = self._loop.call_later(NAMELESS_SECONDS, self._open)  # until the registry names one
 
     def _watch(self) -> None:
         """Once a second: a parent that fell silent, one that is behind for too long, a better one."""

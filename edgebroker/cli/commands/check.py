@@ -1,4 +1,4 @@
-"""`edgebroker check live|ready|lag`: one line and an exit code for a monitoring system, as Nagios plug-ins have it."""
+"""`edgebroker check live|ready|lag|fleet`: a line and an exit code for a monitoring system, as Nagios plug-ins do."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import argparse
 from collections.abc import Callable
 
 from edgebroker.cli.admin_client import ask, call
-from edgebroker.cli.command import Parser, admin_flag, subcommand, subcommands
-from edgebroker.cli.render import counted
+from edgebroker.cli.command import Parser, admin_flag, at_least, label_flag, subcommand, subcommands
+from edgebroker.cli.commands.tree import label_query
+from edgebroker.cli.render import counted, duration
 from edgebroker.cli.totals import group_lag
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
 
 OK, WARNING, CRITICAL, UNKNOWN = 0, 1, 2, 3
+FLEET_WORDS = (("silent", "silent"), ("behind", "behind"), ("problems", "with problems"))
 WORDS = ("OK", "WARNING", "CRITICAL", "UNKNOWN")
 
 
@@ -33,6 +35,20 @@ def arguments(parser: Parser) -> None:
     lag_parser.add_argument(
         "--critical", type=float, default=600.0, metavar="N", help="critical from N on (default 600)"
     )
+    fleet_parser = subcommand(commands, "fleet", "check the nodes below", fleet)
+    fleet_parser.description = (
+        "Check the nodes below: which are silent, behind by a minute, or have problems. Any of them is a warning; from "
+        "so many silent nodes on it is critical."
+    )
+    fleet_parser.add_argument(
+        "--critical",
+        type=at_least(1),
+        default=10,
+        metavar="N",
+        help="silent nodes that make it critical (default 10)",
+    )
+    label_flag(fleet_parser)
+    admin_flag(fleet_parser)
     for each in (live_parser, ready_parser):
         each.add_argument(
             "--healthcheck", action="store_true", help="exit with 0 or 1 only, as container engines expect"
@@ -91,6 +107,30 @@ def lag(options: argparse.Namespace) -> int:
         return state, f"{text} | {' '.join(data)}" if data else text
 
     return _report("lag", probe)
+
+
+def fleet(options: argparse.Namespace) -> int:
+    """Are all nodes below connected, and well?"""
+    query = label_query(options.label)
+
+    def probe() -> tuple[int, str]:
+        found = call(options.admin, "GET", f"/v1/tree?{query}")
+        sums = {
+            name: sum(counts[name] for counts in found["levels"].values())
+            for name in ("nodes", "silent", "behind", "problems")
+        }
+        if not sums["nodes"]:
+            return UNKNOWN, f"no node below {found['node']} has reported yet"
+        bad = [f"{sums[name]} {word}" for name, word in FLEET_WORDS if sums[name]]
+        state = CRITICAL if sums["silent"] >= options.critical else WARNING if bad else OK
+        names = ", ".join(node["name"] for node in found["worst"][:5])
+        text = (
+            f"of {counted(sums['nodes'], 'node')} {', '.join(bad)}: {names}" if bad else counted(sums["nodes"], "node")
+        )
+        data = " ".join(f"{name}={count}" for name, count in sums.items())
+        return state, f"{text}, as of {duration(found['evidence_seconds'])} ago | {data}"
+
+    return _report("fleet", probe)
 
 
 def _report(name: str, probe: Callable[[], tuple[int, str]], healthcheck: bool = False) -> int:

@@ -42,7 +42,7 @@ def tree(options: argparse.Namespace) -> int:
             )
             text = json.dumps(nodes) if options.json else ""
         else:
-            found = call(options.admin, "GET", "/v1/tree?" + _query(options.label))
+            found = call(options.admin, "GET", "/v1/tree?" + label_query(options.label))
             text = json.dumps(found) if options.json else ""
         if options.watch and not options.json:
             sys.stdout.write(CLEAR_SCREEN)
@@ -62,7 +62,7 @@ def nodes_below(admin: str, labels: list[str]) -> Iterator[dict[str, Any]]:
     """Every node below that has all of these labels."""
     after = ""
     while True:
-        page = call(admin, "GET", f"/v1/tree/nodes?after={after}&" + _query(labels))
+        page = call(admin, "GET", f"/v1/tree/nodes?after={after}&" + label_query(labels))
         yield from page["nodes"]
         after = page["after"]
         if not after:
@@ -134,6 +134,7 @@ def check_labels(labels: list[str]) -> None:
             raise ConfigError(f"--label {label}: not NAME=VALUE, for example region=north")
 
 
-def _query(labels: list[str]) -> str:
+def label_query(labels: list[str]) -> str:
+    """The labels as a query of the admin interface."""
     check_labels(labels)
     return urlencode([("label", label) for label in labels])
