@@ -7,7 +7,6 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +24,11 @@ from edgebroker.storage.rewrite.replace import write_resyncs
 from edgebroker.storage.types import CorruptRange, ResyncRow, Tombstone
 from tests.integration.test_resync import ID, order, state, until
 from tests.integration.test_topic_delete import revived, topics
-from tests.kit.storage import TOPIC, StoreHarness, filled_store, store_settings
+from tests.kit.storage import TOPIC, StoreHarness, store_settings
 from tests.kit.trees import Tree, end, follows, grown, line, pipe, publish
 from tests.kit.waiting import wait_for
 
 OTHER = "cd" * 16
-
-
-@pytest.fixture
-def harness(tmp_path: Path) -> Iterator[StoreHarness]:
-    found = filled_store(tmp_path / "data")
-    yield found
-    found.close()
 
 
 def settle(harness: StoreHarness, iterations: int = 60) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ from edgebroker.storage import files
 from edgebroker.storage.rewrite.removal import FILE_NAME, read_tombstones, write_tombstones
 from edgebroker.storage.types import Tombstone
 from tests.kit.brokers import RunningBroker
-from tests.kit.storage import TOPIC, StoreHarness, encode, filled_store, pack
+from tests.kit.storage import TOPIC, StoreHarness, encode, pack
 from tests.kit.trees import Tree, digest, end, follows, grown, line, pipe, publish
 from tests.kit.waiting import wait_for
 
@@ -125,8 +124,8 @@ def test_a_topic_that_a_parent_lacks_is_not_deleted(tree: Tree) -> None:
     assert end(l2, "t") == 200
 
 
-def test_a_parent_that_does_not_know_yet_brings_nothing_back(tree: Tree) -> None:
-    """Two hubs; the node below heard of the deletion from one, and goes over to the other, which was cut off."""
+def told_by_another_hub(tree: Tree) -> RunningBroker:
+    """Two hubs; the node below heard of the deletion of topic t from one, and follows the other, which did not."""
     root = tree.start("root")
     publish(root, "t", 0, 50)
     for name in ("a", "b"):
@@ -141,6 +140,11 @@ def test_a_parent_that_does_not_know_yet_brings_nothing_back(tree: Tree) -> None
     tree.start("b", "root", level="l2")
     pos = tree.start("pos", "b")
     wait_for(lambda: pipe(pos)["parent"]["connected"], "pos follows b")
+    return pos
+
+
+def test_a_parent_that_does_not_know_yet_brings_nothing_back(tree: Tree) -> None:
+    pos = told_by_another_hub(tree)
     publish(tree.nodes["b"], "sign", 0, 1)
     follows(tree.nodes["b"], pos, "sign")
     assert "t" not in topics(pos)
@@ -179,13 +183,6 @@ def test_the_command_asks_first(tree: Tree, capsys: pytest.CaptureFixture[str]) 
 
 
 # ---- the store alone: whenever the power goes ----
-
-
-@pytest.fixture
-def harness(tmp_path: Path) -> Iterator[StoreHarness]:
-    found = filled_store(tmp_path / "data")
-    yield found
-    found.close()
 
 
 def removal(harness: StoreHarness) -> tuple[list[str], list[Code]]:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from edgebroker.cli.main import main
 from edgebroker.common.outcome import Outcome
-from tests.integration.test_topic_delete import delete, topics
+from tests.integration.test_topic_delete import delete, told_by_another_hub, topics
 from tests.kit.brokers import RunningBroker
-from tests.kit.storage import TOPIC, StoreHarness, filled_store, store_settings
+from tests.kit.storage import TOPIC, StoreHarness, store_settings
 from tests.kit.trees import Tree, end, follows, grown, line, publish, run
 from tests.kit.waiting import wait_for
 
@@ -124,19 +123,7 @@ def test_a_copy_goes_at_this_node_alone(tree: Tree) -> None:
 
 def test_a_topic_that_is_refused_is_a_problem(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     """The node was told that it is deleted, and its parent has it."""
-    root = tree.start("root")
-    publish(root, "t", 0, 50)
-    for name in ("a", "b"):
-        follows(root, tree.start(name, "root", level="l2"), "t")
-    pos = tree.start("pos", "a")
-    follows(root, pos, "t")
-    tree.stop("b")
-    assert delete(root, "t") == 200
-    wait_for(lambda: "t" not in topics(pos), "pos deletes it")
-    tree.stop("root")
-    tree.stop("pos")
-    tree.start("b", "root", level="l2")
-    pos = tree.start("pos", "b")
+    pos = told_by_another_hub(tree)
     wait_for(lambda: "not_mirrored" in problems(pos), "the refusal is told")
     assert run(pos, capsys, "topic", "list", "--deleted")[1]["refused"] == []  # its files are still here
     assert run(pos, capsys, "topic", "undelete", "t")[0] == 0
@@ -161,13 +148,6 @@ def test_a_copy_can_be_taken_back_under_another_name(tree: Tree, capsys: pytest.
 
 
 # ---- the store alone ----
-
-
-@pytest.fixture
-def harness(tmp_path: Path) -> Iterator[StoreHarness]:
-    found = filled_store(tmp_path / "data")
-    yield found
-    found.close()
 
 
 def deleted(harness: StoreHarness) -> Path:
