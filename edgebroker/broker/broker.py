@@ -223,6 +223,11 @@ class Broker:
         lost = self.core.publishing.lost
         if lost:
             found["history_lost"] = "; ".join(one.why for one in lost.values())
+        fenced = self.core.publishing.fenced
+        if fenced:
+            names = ", ".join(sorted({log.topic for log in fenced})[:10])
+            writers = ", ".join(sorted(set(fenced.values())))
+            found["superseded"] = f"{names}: written by {writers} now, which was promoted"
         return {**found, **self.mirroring.problems(), **self.tree.problems()}
 
     def _directed(self, directives: list[Directive]) -> None:

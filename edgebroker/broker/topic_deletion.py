@@ -83,7 +83,7 @@ class TopicDeletion:
             for cursor in core.groups.holders(partition):
                 core.push.tell(cursor, Outcome.NOT_FOUND, f"topic {topic} was deleted")
                 core.leases.release(cursor, tell=True)
-            core.publishing.loss_accepted(partition)
+            core.publishing.deleted(partition)
             self._downstream.on_deleted(partition)
         for group in {*core.groups.all(), *core.membership.groups()}:
             core.membership.forget_topic(group, topic)

@@ -9,6 +9,7 @@ import msgspec
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.feed.child_stream import ChildStatus
 from edgebroker.broker.holders import Holder
+from edgebroker.broker.mirror.fencing import Fenced, FenceRequest
 from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.mirror.upstream import ParentStatus
 from edgebroker.common.config import is_address
@@ -150,6 +151,12 @@ class NodeAdmin:
 
     def demote(self, call: Call) -> None:
         self._context.mirroring.demote(call.done)
+
+    def fence(self, call: Call) -> None:
+        """A node that was promoted says which logs it writes now."""
+        fencing, wanted = self._context.mirroring.fencing, call.body
+        assert isinstance(wanted, FenceRequest)
+        call.answer(fencing.fence(wanted) if fencing is not None else Fenced(self._context.node.name, []))
 
     def repair(self, call: Call) -> None:
         wanted, repairs = call.body, self._context.mirroring.repairs

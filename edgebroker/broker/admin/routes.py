@@ -33,6 +33,7 @@ from edgebroker.broker.delivery.table_snapshots import SnapshotPlan
 from edgebroker.broker.feed.digests import DigestAnswer
 from edgebroker.broker.feed.ranges import RangeRequest
 from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
+from edgebroker.broker.mirror.fencing import Fenced, FenceRequest
 from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.observe.health import Verdict
 from edgebroker.network.http.router import Nothing, Route
@@ -60,6 +61,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("POST", "/v1/repair", node.repair, Repaired, "operate", RepairRequest),
         Route("POST", "/v1/promote", node.promote, Nothing, "operate", PromoteRequest),
         Route("DELETE", "/v1/promote", node.demote, Nothing, "operate"),
+        Route("POST", "/v1/fence", node.fence, Fenced, "child", FenceRequest, MAX_POLL_BYTES),
         Route("GET", "/v1/topics", topics.list, TopicList, "view"),
         Route("POST", "/v1/topics", topics.create, TopicStatus, "alter", NewTopic),
         Route("GET", "/v1/topics/{name}", topics.describe, TopicStatus, "view"),

@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
+from edgebroker.broker.mirror.fencing import Fencing
 from edgebroker.broker.mirror.fresh_copy import CopySettings
 from edgebroker.broker.mirror.mirrors import ReaderHooks
 from edgebroker.broker.mirror.promotion import promote
@@ -54,6 +55,7 @@ class Mirroring:
         self.upstream: Upstream | None = None
         self.resyncs: Resyncs | None = None
         self.repairs: Repairs | None = None
+        self.fencing: Fencing | None = None
         self._started_at = 0.0
         self._parent_dropped: Callable[[], None] = lambda: None
         if self.engine is None:
@@ -81,6 +83,8 @@ class Mirroring:
             )
         core.publishing.name_of = self._name_of
         self.resyncs = Resyncs(core, self.engine, loop, clock, self._copy_settings(), lambda: self.upstream)
+        former = [*split_list(config.pipe.parents), *split_list(config.pipe.registry)]
+        self.fencing = Fencing(core, self.engine, loop, self.node, former)
         self.repairs = Repairs(core, self.engine, loop, lambda: self.parent_address)
 
     # ---- life ----
@@ -90,6 +94,8 @@ class Mirroring:
         self._started_at = self._loop.now()
         if self.resyncs is not None:
             self.resyncs.start()
+        if self.fencing is not None:
+            self.fencing.start()
         if self.upstream is not None and self.repairs is not None:
             self.upstream.start()
             self.repairs.start()
@@ -98,6 +104,8 @@ class Mirroring:
         """Nothing more is begun; `idle` tells when nothing is open."""
         if self.resyncs is not None:
             self.resyncs.stop()
+        if self.fencing is not None:
+            self.fencing.stop()
         if self.upstream is not None:
             self.upstream.stop()
 
@@ -162,7 +170,9 @@ class Mirroring:
     def problems(self) -> dict[str, str]:
         """What is wrong, by name, for an operator."""
         found = self.upstream.problems() if self.upstream is not None else {}
-        return {**found, **(self.resyncs.problems() if self.resyncs is not None else {})}
+        for part in (self.resyncs, self.fencing):
+            found |= part.problems() if part is not None else {}
+        return found
 
     def on_durable(self, log: Log) -> None:
         if self.upstream is not None:
@@ -208,6 +218,8 @@ class Mirroring:
 
         def promoted(outcome: Outcome, message: str) -> None:
             self._downstream.become(self.node())
+            if self.fencing is not None:
+                self.fencing.start()
             done(outcome, message)
 
         promote(self.engine, self._loop, level, end_pipe, promoted)
@@ -217,4 +229,6 @@ class Mirroring:
         if self.engine is None or not self.engine.promoted:
             done(Outcome.CONFLICT, "this node was not promoted; there is nothing to undo")
             return
+        if self.fencing is not None:
+            self.fencing.undone()
         self.engine.change_level(self._config.node.level, False, done)

@@ -25,6 +25,10 @@ ADVICE = {
     "everything and refuses producers",
     "replaced": "if the parent's log is the right one: edgebroker topic accept TOPIC",
     "resync": "edgebroker resync --status says which resync waits for what",
+    "superseded": "start this node below the promoted one: node.level below it, pipe.parents = its address; what only "
+    "this node has is kept aside then",
+    "two_origins": "it takes no more records for these topics; start it below this node, or undo the promotion: "
+    "edgebroker promote --undo here",
     "unserved_topics": "check the disk and the rights of the topic's directory, then restart the node",
 }
 # While one of these lasts, the node is not ready: nothing can be published.

@@ -76,6 +76,8 @@ class Publishing:
         self._exclusive: dict[Log, str] = {}
         # Logs of this node of which it lost acknowledged records, and what is known about it.
         self.lost: dict[Log, Lost] = {}
+        # Logs that a promoted node writes instead, and its name.
+        self.fenced: dict[Log, str] = {}
         # How an operator finds a node, by its uid.
         self.name_of: Callable[[str], str] = lambda uid: f"node {uid}"
         self.waiting_bytes = 0
@@ -105,6 +107,9 @@ class Publishing:
             refusal = (Outcome.FENCED, f"the snapshot of {run.topic} is not under way any more; begin it again")
         elif self.lost and log in self.lost:
             refusal = (Outcome.HISTORY_LOST, self.lost[log].why)
+        elif self.fenced and log in self.fenced:
+            why = f"{log.name} is written by node {self.fenced[log]} now, which was promoted; publish there"
+            refusal = (Outcome.NOT_ORIGIN, why)
         if refusal is not None:
             self._refuse_all(publisher, run, *refusal)
             return
@@ -172,6 +177,11 @@ class Publishing:
 
     def loss_accepted(self, log: Log) -> None:
         self.lost.pop(log, None)
+
+    def deleted(self, log: Log) -> None:
+        """Nothing is known about a log any more."""
+        self.lost.pop(log, None)
+        self.fenced.pop(log, None)
 
     def free(self, log: Log) -> None:
         self._exclusive.pop(log, None)
