@@ -218,7 +218,7 @@ class Broker:
         """What is wrong now, by name, for an operator."""
         found = self.engine.problems()
         if "disk_full" in found:
-            held = [one for one in self.holders.list(self.loop.now()) if one.bytes]
+            held = [one for one in self.holders.everybody(self.loop.now()) if one.bytes]
             found["disk_full"] += "; held: " + "; ".join(one.sentence() for one in held[:3]) if held else ""
         lost = self.core.publishing.lost
         if lost:

@@ -22,6 +22,7 @@ _logger = logging.getLogger(__name__)
 
 # Nobody who was heard so short a time ago is given up.
 GIVE_UP_SECONDS = 600.0
+LIST_SECONDS = 1.0
 
 Kind = Literal["group", "child"]
 
@@ -59,6 +60,8 @@ class Holders:
     def __init__(self, core: Core, downstream: Downstream, config: StorageConfig) -> None:
         self._core, self._downstream, self.config = core, downstream, config
         self._given_up: set[tuple[Kind, str]] = set()
+        self._listed: list[Holder] = []
+        self._listed_at = -LIST_SECONDS
 
     def floor(self, log: Log, now: float) -> int | None:
         """The offset that everybody has passed who holds something; None when nobody has read the log."""
@@ -70,12 +73,13 @@ class Holders:
 
     def forget(self, child: str) -> bool:
         """Forget a child that is not connected, by name or uid. False: there is none."""
+        self._listed_at = -LIST_SECONDS
         return self._downstream.forget(child)
 
     def give_up(self, now: float) -> bool:
         """Let the one go that has been silent longest, of those that hold bytes back; False when there is none."""
         silent = [
-            one for one in self.list(now) if one.bytes and not one.given_up and one.silent_seconds >= GIVE_UP_SECONDS
+            one for one in self._look(now) if one.bytes and not one.given_up and one.silent_seconds >= GIVE_UP_SECONDS
         ]
         if not silent:
             return False
@@ -85,8 +89,13 @@ class Holders:
         _logger.warning("given up because the disk is full: %s", longest.sentence())
         return True
 
-    def list(self, now: float) -> list[Holder]:
-        """Everybody that is known, who holds most first."""
+    def everybody(self, now: float) -> list[Holder]:
+        """Everybody that is known, who holds most first; as of a moment ago, for a hub has many."""
+        if now - self._listed_at >= LIST_SECONDS:
+            self._listed, self._listed_at = self._look(now), now
+        return self._listed
+
+    def _look(self, now: float) -> list[Holder]:
         found: dict[tuple[Kind, str], Holder] = {}
         for log in self._core.engine.logs():
             for place in self._places(log, now):

@@ -123,7 +123,7 @@ class NodeAdmin:
         call.answer(PipeStatus(parent, self._context.downstream.describe()))
 
     def holders(self, call: Call) -> None:
-        call.answer(HolderList(self._context.holders.list(self._context.loop.now())))
+        call.answer(HolderList(self._context.holders.everybody(self._context.loop.now())))
 
     def forget_child(self, call: Call) -> None:
         name = call.parameters["name"]

@@ -43,6 +43,8 @@ TICK_SECONDS = 1.0
 PRODUCER_EXPIRY_SECONDS = 7 * 24 * 3600.0
 ASIDE_CHECK_SECONDS = 3600.0
 REDATE_SECONDS = 60.0
+# An active segment with less is not sealed for the sake of space: it would be another one every second.
+LEAST_SEALED_BYTES = 64 << 10
 # So long it is told that something was removed early.
 EARLY_SECONDS = 3600.0
 
@@ -269,7 +271,7 @@ class Housekeeping:
         passed = [
             one
             for one in partitions
-            if one.active.size
+            if one.active.size >= LEAST_SEALED_BYTES
             and self._listener.retention_floor(one) == one.durable_end == one.staged_end
             and not takes_keys(one.settings, one.identity.snapshot[0], one.durable_end)
         ]
