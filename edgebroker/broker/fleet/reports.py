@@ -113,6 +113,8 @@ class Reporter:
         self._session, self._number = "", 0
         self._due = self._again_at = self._urgent_due = 0.0
         self._asking: HttpCall | None = None
+        # There is urgent news.
+        self._hurry = False
 
     def start(self) -> None:
         self._loop.call_later(TICK_SECONDS, self._tick)
@@ -186,11 +188,18 @@ class Reporter:
     # ---- sending ----
 
     def look_soon(self) -> None:
-        """There is news that shall not wait for its turn."""
-        now = self._loop.now()
-        if now >= self._urgent_due:
-            self._urgent_due, self._due = now + URGENT_SECONDS, 0.0
-            self._loop.call_later(0.0, self._look)
+        """There is news that shall not wait for its turn: it goes up at once, or a second after the last such news."""
+        if not self._hurry:
+            self._hurry = True
+            self._loop.call_later(max(0.0, self._urgent_due - self._loop.now()), self._look_now)
+
+    def _look_now(self) -> None:
+        if self._asking is not None:
+            self._loop.call_later(URGENT_SECONDS, self._look_now)  # behind the batch that is under way
+            return
+        self._hurry, self._due = False, 0.0
+        self._urgent_due = self._loop.now() + URGENT_SECONDS
+        self._look()
 
     def leave(self, done: Callable[[], None]) -> None:
         """Tell the parent that this node stops: done when it was told, or could not be for a second."""
