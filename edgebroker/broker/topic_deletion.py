@@ -56,16 +56,24 @@ class TopicDeletion:
             remover.lift(topic, done)
 
     def rename(self, topic: str, name: str, done: Done) -> None:
-        """Delete a topic and take it back under another name: a new log with the same records, of this node."""
+        """Delete a topic and take it back under another name: a new log with the same records, of this node. Not while
+        nothing can be stored: then it would stay deleted."""
 
         def deleted(outcome: Outcome, message: str) -> None:
             if outcome is Outcome.OK:
-                self.undelete(topic, name, done)
+                self.undelete(topic, name, renamed)
             else:
                 done(outcome, message)
 
+        def renamed(outcome: Outcome, message: str) -> None:
+            kept = f"; its records are kept: edgebroker topic undelete {topic} --as {name}"
+            done(outcome, message + kept if outcome is not Outcome.OK else "")
+
+        refusal = self._core.engine.refusal()
         if self._core.engine.partitions(name):
             done(Outcome.NAME_CLASH, f"topic {name} exists")
+        elif refusal is not None:
+            done(*refusal)
         else:
             self.delete(topic, deleted)
 

@@ -147,6 +147,19 @@ def test_a_copy_can_be_taken_back_under_another_name(tree: Tree, capsys: pytest.
     assert main(["topic", "undelete", "t", "--as", "a/b", "--admin", tree.address("l2")]) == 1
 
 
+def test_nothing_is_renamed_while_nothing_can_be_stored(tree: Tree) -> None:
+    """It would be deleted, and on a full disk what is deleted goes first."""
+    root = tree.start("root", storage__max_bytes=100_000, storage__soft_free_bytes=0, storage__hard_free_bytes=0)
+    publish(root, "t", 0, 10, size=9_500)
+    publish(root, "t", 10, 10, size=9_500)
+    root.advance(1.1)
+    wait_for(lambda: "disk_full" in problems(root), "the budget is used up")
+    status, answer = root.http("POST", "/v1/topics/t/rename", {"name": "u"})
+    assert (status, answer["code"]) == (503, "DISK_FULL")
+    assert topics(root) == {"t"}
+    assert end(root, "t") == 20
+
+
 # ---- the store alone ----
 
 

@@ -36,7 +36,7 @@ WAIT_SECONDS, RETRY_SECONDS = 0.05, 10.0
 
 class Removal:
     """Owned by the loop thread. `topics` are the store's; `busy` are the names of those that are being removed or taken
-    back, and `taken` says why a name is not free for another reason ("" when it is)."""
+    back."""
 
     def __init__(
         self,
@@ -107,12 +107,14 @@ class Removal:
 
     def undelete(self, topic: str, name: str, done: Done) -> None:
         if name in self._topics:
-            done(Outcome.NAME_CLASH, f"topic {name} exists")
+            done(Outcome.NAME_CLASH, f"topic {name} exists; take it back under another name: --as NAME")
             return
         if name in self.busy:
             done(Outcome.OVERLOADED, f"topic {name} is being deleted or taken back; try again in a moment")
             return
-        if refusal := self._committer.refusal():
+        refusal = self._committer.refusal()
+        # It takes no room, and on a full disk what is deleted goes first.
+        if refusal is not None and refusal[0] is not Outcome.DISK_FULL:
             done(*refusal)
             return
         self.busy.add(name)
