@@ -55,6 +55,17 @@ def test_a_frozen_child_is_silent_and_found_again(tree: Tree) -> None:
     wait_for(lambda: silent(root, "l2") == -1, "it is back")
 
 
+def test_a_child_that_freezes_right_after_its_poll(tree: Tree) -> None:
+    """It has said nothing in this answer, but in the one before."""
+    root = grown(tree, "l2")
+    polls = root.counters()["pipe_polls"]
+    root.advance(121.0)
+    wait_for(lambda: root.counters()["pipe_polls"] > polls, "it polls again")
+    assert not alive(root)
+    root.advance(SILENT_SECONDS + 1.1)
+    wait_for(lambda: silent(root, "l2") >= SILENT_SECONDS, "it is silent")
+
+
 def test_the_root_learns_at_once_whom_a_hub_lost(tree: Tree) -> None:
     root = grown(tree, "l2", "l3", "pos")
     tree.nodes["l3"].advance(SILENT_SECONDS + 1.1)

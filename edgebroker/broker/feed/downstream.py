@@ -84,6 +84,8 @@ class Downstream:
         # What lies behind an offset up to the end of a log, read once in a turn for many children.
         self.news: dict[Log, tuple[int, StoredPiece]] = {}
         self._rates: OrderedDict[str, Rate] = OrderedDict()
+        # Children that said in an answer before that they are there.
+        self._says_alive: OrderedDict[str, None] = OrderedDict()
         # The last poll of each child, as it came.
         self._polls: OrderedDict[str, bytes] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
@@ -275,7 +277,10 @@ class Downstream:
     def hears(self, uid: str, now: float) -> bool:
         """Is a child connected, and not silent while it should say that it is there?"""
         child = self._uids.get(uid)
-        return child is not None and (not child.alive_at or now - child.alive_at < SILENT_SECONDS)
+        if child is None:
+            return False
+        expected = bool(child.alive_at) or uid in self._says_alive
+        return not expected or now - child.heard_at < SILENT_SECONDS
 
     def evidence(self, now: float) -> float:
         """Seconds since the connected child that was heard longest ago was heard; 0 without any."""
@@ -330,6 +335,12 @@ class Downstream:
         self._uids[child.uid] = child
 
     def left(self, child: ChildStream, cursors: list[LogCursor]) -> None:
+        if child.alive_at:
+            self._says_alive[child.uid] = None
+            if len(self._says_alive) > self._max_children:
+                self._says_alive.popitem(last=False)
+        elif self.scheduler.now() - child.heard_at >= SILENT_SECONDS:
+            self._says_alive.pop(child.uid, None)  # it comes through a proxy now
         self.children.pop(child, None)
         if self._uids.get(child.uid) is child:
             del self._uids[child.uid]

@@ -19,7 +19,7 @@ from edgebroker.pipe.report import NEW_SESSION, Batch, Directive, Heard, NodeSta
 
 log = logging.getLogger(__name__)
 
-WATCH_SECONDS, MEASURE_SECONDS = 1.0, 10.0
+WATCH_SECONDS, MEASURE_SECONDS, ASLEEP_SECONDS = 1.0, 10.0, 5.0
 # Between two answers to its poll, and while it comes back from a lost connection, a child is not lost.
 GRACE_SECONDS = 15.0
 FORGET_SECONDS = 7 * 24 * 3600.0
@@ -50,6 +50,7 @@ class Inbox:
         self._batches: dict[str, tuple[str, int]] = {}
         self._connected: dict[str, float] = {}
         self._measure_due = 0.0
+        self._watched_at = scheduler.now()
 
     def start(self) -> None:
         self._scheduler.call_later(WATCH_SECONDS, self._watch)
@@ -104,7 +105,10 @@ class Inbox:
 
     def _watch(self) -> None:
         self._scheduler.call_later(WATCH_SECONDS, self._watch)
-        now = self._scheduler.now()
+        now, before = self._scheduler.now(), self._watched_at
+        self._watched_at = now
+        if now - before > ASLEEP_SECONDS:
+            return  # this node itself was frozen: what was sent to it meanwhile is read first
         measure = now >= self._measure_due
         if measure:
             self._measure_due = now + MEASURE_SECONDS
@@ -129,7 +133,7 @@ class Inbox:
                 self.fleet.forget(uid)
                 continue
             elif stream is not None or now - seen > GRACE_SECONDS:
-                self._lost(uid, stream.alive_at if stream is not None else seen)
+                self._lost(uid, stream.heard_at if stream is not None else seen)
             if measure:
                 self.fleet.measured(uid, self._downstream.behind(uid), now)
 
