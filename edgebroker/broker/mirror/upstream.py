@@ -46,7 +46,7 @@ log = logging.getLogger(__name__)
 STAGED_HIGH_BYTES, STAGED_LOW_BYTES = 16 << 20, 4 << 20
 # A parent says something every 45 seconds; who hears nothing for longer has lost it, or the line.
 SILENT_SECONDS = 57.0
-ALIVE_SECONDS = 13.0
+ALIVE_SECONDS = 14.0
 RETRY_SECONDS, NAMELESS_SECONDS = 1.0, 0.1
 POLL_GAP_SECONDS, LONGEST_GAP_SECONDS = 0.02, 2.0
 
