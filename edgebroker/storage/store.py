@@ -174,9 +174,7 @@ class SegmentStore:
         for partition in logs:
             self._checkpoints.corrupt_ranges_changed(partition)
             self._checkpoints.checkpoint(partition)
-            for segment in partition.segments:
-                if segment.unverified_end:
-                    self._scrub.verify(partition, segment)
+            self._scrub.verify_log(partition)
         self._listener.on_topic(name)
 
     def _copy_of(self, directory: Path) -> SegmentStore:

@@ -137,9 +137,7 @@ class TopicReplacement:
             segment.retire()
         self._checkpoints.corrupt_ranges_changed(partition)
         self._checkpoints.checkpoint(partition)
-        for segment in partition.segments:
-            if segment.unverified_end:
-                self._scrub.verify(partition, segment)
+        self._scrub.verify_log(partition)
         self._listener.on_rewritten(partition)
 
 

@@ -62,6 +62,12 @@ class Checkpoints:
         """Forget a segment; with what changes next."""
         self._metadata.changes.segments[partition.topic, partition.partition, segment.base] = None
 
+    def file_lost(self, partition: PartitionLog, segment: Segment) -> None:
+        """The file of a sealed segment is gone: its records are damaged."""
+        partition.file_lost(segment)
+        self.forget_segment(partition, segment)
+        self.corrupt_ranges_changed(partition)
+
     def corrupt_ranges_changed(self, partition: PartitionLog) -> None:
         """Note the corrupt ranges as they are now."""
         self._metadata.changes.corrupt_ranges[partition.topic, partition.partition] = list(partition.corrupt_ranges)

@@ -58,9 +58,7 @@ class ColdReads:
                 self._take(log, segment, result)
                 done(result)
             elif result.missing:
-                log.file_lost(segment)
-                self._checkpoints.forget_segment(log, segment)
-                self._checkpoints.corrupt_ranges_changed(log)
+                self._checkpoints.file_lost(log, segment)
                 done(result)
             else:
                 salvaged = structs.replace(view, salvage=True)

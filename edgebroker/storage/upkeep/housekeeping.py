@@ -103,9 +103,7 @@ class Housekeeping:
             self._checkpoints.checkpoint(partition)
         self._tick()
         for partition in self._store.logs():
-            for segment in partition.segments:
-                if segment.unverified_end:
-                    self._scrub.verify(partition, segment)
+            self._scrub.verify_log(partition)
 
     def stop(self) -> None:
         """Note the last checkpoints and producer windows, for Metadata.stop() to write."""

@@ -60,6 +60,12 @@ class Scrub:
         if not self._busy:
             self._next()
 
+    def verify_log(self, partition: PartitionLog) -> None:
+        """Read all of a log that this process did not write or verify."""
+        for segment in partition.segments:
+            if segment.unverified_end:
+                self.verify(partition, segment)
+
     def _next(self) -> None:
         self._busy = False
         while self._queue:
@@ -165,9 +171,7 @@ class Scrub:
             return
         log.error("%s: %s could not be verified: %s", partition.name, segment.path.name, result.error)
         if result.missing and segment is not partition.active:
-            partition.file_lost(segment)
-            self._checkpoints.forget_segment(partition, segment)
-            self._checkpoints.corrupt_ranges_changed(partition)
+            self._checkpoints.file_lost(partition, segment)
         self._next()
 
 
