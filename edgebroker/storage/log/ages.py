@@ -58,7 +58,8 @@ class Ages:
             if segment is log.active or self._sealed_age(log, segment) <= ttl:
                 offset = min(max(offset, self._live_within(segment, ttl)), log.durable_end)
                 break
-            offset = segment.end_offset
+            # Not where this one ends: the file behind it may be gone, and its records with it.
+            offset = log.segments[log.segments.index(segment) + 1].base
         log.live = (ttl, offset, now)
         return offset
 

@@ -209,3 +209,16 @@ def test_ages_survive_a_clean_restart(tmp_path: Path) -> None:
         harness.clock.advance(100.0)
         harness.open()
     harness.close()
+
+
+def test_what_expired_ends_behind_a_file_that_is_gone(tmp_path: Path) -> None:
+    """The records of a file that is gone are as old as what lies around them: they are passed as well."""
+    harness = StoreHarness(tmp_path / "data", store_settings(segment_bytes=1000))
+    harness.create(TOPIC, message_ttl_ms=60_000)
+    for number in range(30):
+        harness.append(encode(b"%d".ljust(100, b".") % number), topic=TOPIC)
+    log = harness.log(TOPIC)
+    log.file_lost(log.segments[1])
+    harness.clock.advance(3600.0)
+    assert harness.engine.live_from(log) == log.durable_end
+    harness.close()
