@@ -314,7 +314,7 @@ def objects_of(broker: RunningBroker) -> dict[str, dict]:
     assert broker.http("GET", "/v1/topics")[1]["topics"][0].keys() == topic.keys()
     client_object = broker.http("GET", "/v1/clients")[1]["clients"][0]
     partition, node = topic["partitions"][0], broker.http("GET", "/v1/node")[1]
-    damaged = {**partition, "damaged": [{"first": 0, "last": 0}]}
+    damaged = {**partition, "damaged": [{"first": 0, "last": 0}], "gaps": [{"first": 0, "last": 0}]}
     held = group["partitions"][0]
     return {
         "Topic": topic, "Partition": damaged, "Group": group, "Partition of a group": held, "Holder": held["member"],

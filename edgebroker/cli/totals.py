@@ -12,7 +12,12 @@ DLQ_GROUP = "__dlq"
 
 def record_count(topic: dict[str, Any]) -> int:
     """The records that a topic holds."""
-    return sum(part["durable_end"] - part["log_start"] for part in topic["partitions"])
+    return sum(part["durable_end"] - part["log_start"] - _missing(part) for part in topic["partitions"])
+
+
+def _missing(partition: dict[str, Any]) -> int:
+    """How many offsets of a partition lie in its gaps."""
+    return sum(int(gap["last"]) + 1 - int(gap["first"]) for gap in partition["gaps"])
 
 
 def byte_count(topic: dict[str, Any]) -> int:

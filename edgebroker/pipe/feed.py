@@ -28,7 +28,8 @@ S = TypeVar("S")
 
 
 class LogFacts(NamedTuple):
-    """What of a log decides whether a child may go on."""
+    """What of a log decides whether a child may go on. `behind_gap`: for an offset inside of a gap, where the log goes
+    on behind it and the chain there."""
 
     log_id: str
     epoch: int
@@ -37,6 +38,7 @@ class LogFacts(NamedTuple):
     durable_end: int
     end_chain: int
     contains: Callable[[int, int], bool]
+    behind_gap: Callable[[int], tuple[int, int] | None]
 
 
 class Piece(NamedTuple, Generic[S]):
@@ -126,6 +128,9 @@ def judge(position: LogPosition, facts: LogFacts | None) -> Refusal | None:
         )
     if position.offset < start:
         return Refusal(code="GONE", message=f"{name} begins at {start} here", offset=start, chain=facts.start_chain)
+    behind = facts.behind_gap(position.offset)
+    if behind is not None:
+        return Refusal(code="GONE", message=f"{name} goes on at {behind[0]} here", offset=behind[0], chain=behind[1])
     return None
 
 

@@ -121,6 +121,14 @@ class RecreateLog(NamedTuple):
     chain: int
 
 
+class SkipRecords(NamedTuple):
+    """The parent has removed what comes next in our log: it goes on at `offset`. Then follow() again."""
+
+    line: FollowedLog
+    offset: int
+    chain: int
+
+
 class LogDeleted(NamedTuple):
     """The origin has deleted histories of this log, `first` to `epoch`, and the topic with it. Then drop(), or follow()
     if ours is another one."""
@@ -144,6 +152,7 @@ Event = (
     | FindBoundaries
     | TruncateLog
     | RecreateLog
+    | SkipRecords
     | LogDeleted
     | StateChanged
 )
@@ -333,7 +342,7 @@ class Follower:
                     yield CompareChain(line, refusal.offset, refusal.chain)
             case "GONE":
                 line.state = "moving"
-                yield RecreateLog(line, refusal.offset, refusal.chain)
+                yield SkipRecords(line, refusal.offset, refusal.chain)
             case "OK":
                 yield from _may_go_on(line)
                 return

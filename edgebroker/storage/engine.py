@@ -103,6 +103,10 @@ class Log(Protocol):
     def damaged_before(self, offset: int) -> bool:
         """True when corruption keeps this node from knowing the chain before an offset."""
 
+    @property
+    def records(self) -> int:
+        """How many offsets from the start to the durable end are not in a gap."""
+
     def held_bytes(self, offset: int) -> int:
         """Bytes of sealed segments that who is at `offset` has not passed."""
 
@@ -277,6 +281,10 @@ class MirrorStore(Protocol):
 
     def recreate(self, log: Log, change: Change, done: Done) -> None:
         """Start a log again with a changed identity: at a later offset, or as another log. As truncate()."""
+
+    def skip(self, log: Log, offset: int, chain: int, done: Done) -> None:
+        """Continue a log at an offset behind its end, where the header chain checksum is `chain`: what lies between is
+        a gap, which its identity remembers; what it holds stays. As truncate(), without the committed offsets."""
 
     def repair(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
         """Put batches from a peer into the first corrupt range of a log, from its beginning on: done(offset up to which

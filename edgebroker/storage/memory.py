@@ -73,6 +73,10 @@ class MemoryLog:
     def settings(self) -> TopicSettings:
         return self.identity.settings
 
+    @property
+    def records(self) -> int:
+        return self.durable_end
+
     def held_bytes(self, offset: int) -> int:
         return 0  # it removes nothing
 

@@ -22,7 +22,7 @@ from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.identity import change_identity, read_identity, write_identity
-from edgebroker.storage.log.aside import finish_recreate
+from edgebroker.storage.log.aside import finish_rewrite
 from edgebroker.storage.log.index import SealedIndex, read_index
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog, Recovery
@@ -96,7 +96,7 @@ class Opener:
         key, name = (topic, number), f"{topic}/{number}"
         checkpoint = state.checkpoints.get(key)
         try:
-            finish_recreate(directory, self._clock.wall_ms())
+            finish_rewrite(directory, self._clock.wall_ms())
             identity = read_identity(directory)
         except (FileNotFoundError, DamagedDataError) as error:
             sizes = [path.stat().st_size for path in directory.iterdir() if path.suffix == SUFFIX]
@@ -194,7 +194,10 @@ def _link_chains(segments: list[Segment], identity: Identity) -> None:
     if segments[0].base == identity.log_start:
         segments[0].base_chain = identity.chain
     for before, segment in pairwise(segments):
-        if segment.base_chain == UNKNOWN_CHAIN and before.end_offset == segment.base:
+        gap = identity.gap_before(segment.base)
+        if gap is not None:
+            segment.base_chain = gap.chain
+        elif segment.base_chain == UNKNOWN_CHAIN and before.end_offset == segment.base:
             segment.base_chain = before.end_chain
 
 

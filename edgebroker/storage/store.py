@@ -281,6 +281,10 @@ class SegmentStore:
         assert isinstance(log, PartitionLog)
         self._rewriter.recreate(log, change, done)
 
+    def skip(self, log: Log, offset: int, chain: int, done: Done) -> None:
+        assert isinstance(log, PartitionLog)
+        self._rewriter.skip(log, offset, chain, done)
+
     def repair(self, log: Log, data: bytes, done: Callable[[int, str], None]) -> None:
         assert isinstance(log, PartitionLog)
         self._rewriter.repair(log, data, done)

@@ -74,7 +74,16 @@ class CorruptRange(NamedTuple):
     next: int
 
 
-Found = FileSlice | Inline | NeedsDisk | CorruptRange | None
+class LogGap(NamedTuple):
+    """Offsets [first, next) that a replica never had: its parent had removed them when it came for them. `chain` is the
+    header chain checksum before `next`."""
+
+    first: int
+    next: int
+    chain: int
+
+
+Found = FileSlice | Inline | NeedsDisk | CorruptRange | LogGap | None
 """The answer of Log.find(); None: the reader has everything that is durable."""
 
 
@@ -129,7 +138,8 @@ class Appended(NamedTuple):
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Which log this is. `epochs` are its histories, each with its first offset; `chain` is the header chain checksum
     at `log_start`; `snapshot` is where the newest complete table snapshot begins and ends (-1: there is none); `begun`
-    is the first history that the origin began itself: the ones before are of the node that it took over from."""
+    is the first history that the origin began itself: the ones before are of the node that it took over from. `gaps`
+    are in order; behind each of them a segment begins."""
 
     log_id: str
     origin: str
@@ -139,6 +149,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     settings: TopicSettings
     snapshot: tuple[int, int] = (-1, -1)
     begun: int = 1
+    gaps: list[LogGap] = []
 
     @property
     def epoch(self) -> int:
@@ -147,6 +158,14 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     def epoch_at(self, offset: int) -> int:
         """The history that an offset belongs to."""
         return max((epoch for epoch, first in self.epochs if first <= offset), default=0)
+
+    def gap_at(self, offset: int) -> LogGap | None:
+        """The gap that an offset lies in."""
+        return next((gap for gap in self.gaps if gap.first <= offset < gap.next), None) if self.gaps else None
+
+    def gap_before(self, base: int) -> LogGap | None:
+        """The gap after which the segment with this base begins."""
+        return next((gap for gap in self.gaps if gap.next == base), None) if self.gaps else None
 
     def knows(self, epoch: int) -> bool:
         """Is that one of its histories?"""
@@ -173,6 +192,11 @@ def make_identity(origin: str, settings: TopicSettings) -> Identity:
     return Identity(
         log_id=log_id.hex(), origin=origin, epochs=[(1, 0)], log_start=0, chain=crc32c(log_id), settings=settings
     )
+
+
+def begin_at(identity: Identity, offset: int, chain: int) -> Identity:
+    """The identity of a log that begins at a later offset, with the header chain checksum there."""
+    return replace(identity, log_start=offset, chain=chain, gaps=[gap for gap in identity.gaps if gap.next > offset])
 
 
 def begin_history(identity: Identity, end: int) -> Identity:
@@ -295,7 +319,7 @@ class ResyncRow(msgspec.Struct, frozen=True, kw_only=True):
 # ---- what an engine tells about itself ----
 
 
-class DamagedOffsets(msgspec.Struct, frozen=True):
+class OffsetRange(msgspec.Struct, frozen=True):
     """Offsets first to last, as they are shown."""
 
     first: int
@@ -310,7 +334,8 @@ class LogStatus(msgspec.Struct, frozen=True, kw_only=True):
     producers: int
     staged_bytes: int
     checkpoint: int = -1
-    damaged: list[DamagedOffsets] = []
+    damaged: list[OffsetRange] = []
+    gaps: list[OffsetRange] = []
 
 
 class DiskState(NamedTuple):

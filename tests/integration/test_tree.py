@@ -7,7 +7,10 @@ from itertools import pairwise
 
 import pytest
 
+from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
+from edgebroker.common.messages import GapReason, Start
+from edgebroker.network.wire.frames import Gap
 from tests.kit.brokers import RunningBroker, numbered
 from tests.kit.trees import LEVELS, Tree, chain, digest, end, follows, line, pipe, publish
 from tests.kit.waiting import wait_for
@@ -211,24 +214,49 @@ def test_a_log_that_was_made_again(tree: Tree) -> None:
 
 
 def test_what_the_parent_has_removed(tree: Tree) -> None:
-    root = tree.start("root")
-    root.create("prices", retention_bytes=200_000)
+    root = tree.start("root", storage__retention_bytes=200_000)
     publish(root, "prices", 0, 5)
     child = tree.start("l2", "root")
     follows(root, child, "prices")
+    till = child.raw("till")
+    till.subscribe("prices", "tills")
+    assert till.acked(till.deliver().head, 2) is Code.OK
     tree.stop("l2")
     for number in range(20):
         publish(root, "prices", number, 20, size=2000)
     wait_for(lambda: root.broker.engine.log("prices", 0).log_start > 5, "retention")  # type: ignore[union-attr]
     child = tree.start("l2", "root")
     follows(root, child, "prices")
-    start = child.broker.engine.log("prices", 0).log_start  # type: ignore[union-attr]
-    assert start > 5
-    assert child.counters()["logs_recreated"] == 1
+    log = child.broker.engine.log("prices", 0)
+    assert log is not None and log.log_start == 0, "what it had it keeps"
+    assert [(gap.first, gap.next) for gap in log.identity.gaps] == [
+        (5, root.broker.engine.log("prices", 0).log_start)  # type: ignore[union-attr]
+    ]
+    assert (child.counters()["log_gaps"], child.counters()["logs_recreated"]) == (1, 0)
     tree.stop("l2")
     child = tree.start("l2", "root")
     publish(root, "prices", 0, 1)
     follows(root, child, "prices")
+    leaf = tree.start("l3", "l2")
+    follows(root, leaf, "prices")
+    assert leaf.broker.engine.log("prices", 0).identity.gaps == log.identity.gaps  # type: ignore[union-attr]
+    for node, first in ((child, 2), (leaf, 0)):
+        reader = node.raw("reader")
+        reader.subscribe("prices", "tills", start=Start.COMMITTED)
+        offsets: list[int] = []
+        gaps: list[Gap] = []
+        while not offsets or offsets[-1] < end(root, "prices") - 1:
+            found = reader.deliver()
+            offsets += [offset for offset in found.offsets if offset >= found.head.first]
+            gaps += found.head.gaps
+        behind = log.identity.gaps[0].next
+        assert offsets == [*range(first, 5), *range(behind, end(root, "prices"))], "what was here, and what came"
+        assert gaps == [Gap(5, behind - 1, GapReason.RETENTION)], "told once"
+    described = child.http("GET", "/v1/topics/prices")[1]["partitions"][0]
+    assert described["gaps"] == [{"first": 5, "last": behind - 1}]
+    for name in ("l3", "l2"):
+        tree.stop(name)
+        assert main(["log", "verify", str(tree.directory / name)]) == 0
 
 
 def test_a_topic_of_both(tree: Tree) -> None:

@@ -25,7 +25,7 @@ from edgebroker.storage.log.staging import Chunk
 from edgebroker.storage.memory import MemoryEngine
 from edgebroker.storage.settings import HousekeepingSettings, StoreSettings
 from edgebroker.storage.store import SegmentStore
-from edgebroker.storage.types import ColdRead, CorruptRange, FileSlice, GroupKey, GroupOffset, Inline, Tombstone
+from edgebroker.storage.types import ColdRead, CorruptRange, FileSlice, GroupKey, GroupOffset, Inline, LogGap, Tombstone
 from tests.kit.clock import ManualClock
 
 TOPIC = "prices"
@@ -213,16 +213,17 @@ class Harness:
         raise AssertionError("waited in vain")
 
     def read(self, start: int | None = None, *, max_bytes: int = MAX, max_records: int = 1 << 30, topic: str = TOPIC,
-             partition: int = 0) -> tuple[list[Message], list[CorruptRange]]:  # fmt: skip
-        """Everything from `start` on as a reader without a memory sees it, and the corrupt ranges it met."""
-        log, found, corrupt_ranges = self.log(topic, partition), [], []
+             partition: int = 0) -> tuple[list[Message], list[CorruptRange | LogGap]]:  # fmt: skip
+        """Everything from `start` on as a reader without a memory sees it, and what it met that is not there."""
+        log, found = self.log(topic, partition), []
+        corrupt_ranges: list[CorruptRange | LogGap] = []
         offset = log.log_start if start is None else start
         while True:
             piece = log.find(offset, max_bytes, max_records)
             if piece is None:
                 assert offset == log.durable_end, "the reader is beyond the durable end"
                 return found, corrupt_ranges
-            if isinstance(piece, CorruptRange):
+            if isinstance(piece, CorruptRange | LogGap):
                 assert piece.first <= offset < piece.next
                 corrupt_ranges.append(piece)
                 offset = piece.next

@@ -15,7 +15,7 @@ from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.http.router import Call
 from edgebroker.storage.engine import Log
-from edgebroker.storage.types import DamagedOffsets, DeletedTopic
+from edgebroker.storage.types import DeletedTopic, OffsetRange
 
 MAX_PARTITIONS = 1024
 MAX_SETTING = (1 << 63) - 1
@@ -65,7 +65,8 @@ class PartitionStatus(msgspec.Struct, kw_only=True):
     producers: int
     staged_bytes: int
     checkpoint: int
-    damaged: list[DamagedOffsets]
+    damaged: list[OffsetRange]
+    gaps: list[OffsetRange]
 
 
 class TopicStatus(msgspec.Struct, kw_only=True):

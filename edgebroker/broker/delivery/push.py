@@ -19,7 +19,7 @@ from edgebroker.common.messages import GapReason
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.types import ColdRead, CorruptRange, DurableChunk, FileSlice, Inline, NeedsDisk
+from edgebroker.storage.types import ColdRead, CorruptRange, DurableChunk, FileSlice, Inline, LogGap, NeedsDisk
 
 log = logging.getLogger(__name__)
 
@@ -177,6 +177,10 @@ class Push:
                 return
             if isinstance(found, CorruptRange):
                 self._at_corrupt_range(cursor, found)
+            elif isinstance(found, LogGap):
+                if self._lost_history(cursor):
+                    return
+                self._gap(cursor, found.next, GapReason.RETENTION)
             elif isinstance(found, NeedsDisk):
                 self._fetch(cursor, min(size, DELIVER_BYTES))
             elif cursor.in_flight and (found.next_offset - cursor.next_offset > records or size_of(found) > size):

@@ -59,7 +59,7 @@ class CursorRebase:
                 self._groups.move(group, partition, offset)
 
     def recreated(self, partition: Log, other: bool) -> None:
-        """The log begins further on (readers get a gap), or it is another log (they are refreshed)."""
+        """The log goes on further on (readers get a gap), or it is another log (they are refreshed)."""
         for cursor in self._groups.holders(partition):
             if other:
                 self._refreshes.needed(cursor)

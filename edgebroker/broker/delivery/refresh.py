@@ -146,7 +146,9 @@ def complete_from(partition: Log) -> int | None:
         return partition.log_start
     first = partition.identity.snapshot[0]
     start = first if first >= partition.log_start else partition.log_start
-    if (start > 0 and start != first) or any(corrupt.next > start for corrupt in partition.corrupt_ranges):
+    missing = [following for _, following in partition.corrupt_ranges]
+    missing += [gap.next for gap in partition.identity.gaps]
+    if (start > 0 and start != first) or any(following > start for following in missing):
         return None
     return start
 

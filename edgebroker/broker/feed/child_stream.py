@@ -6,6 +6,7 @@ judge each line -> cursors -> frames, by sendfile, as far as the socket takes th
 from __future__ import annotations
 
 from collections import deque
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -21,7 +22,16 @@ from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Ra
 from edgebroker.pipe.report import Directive
 from edgebroker.pipe.stream import Kind, LogPosition, Patterns, Poll, Refusal, TopicInfo
 from edgebroker.storage.engine import Engine, Log
-from edgebroker.storage.types import ChainPoint, ColdRead, CorruptRange, FileSlice, Inline, NeedsDisk, StoredFile
+from edgebroker.storage.types import (
+    ChainPoint,
+    ColdRead,
+    CorruptRange,
+    FileSlice,
+    Inline,
+    LogGap,
+    NeedsDisk,
+    StoredFile,
+)
 
 Source = StoredFile | memoryview
 LogCursor = FeedCursor[Log, Source]
@@ -353,6 +363,9 @@ class ChildStream:
             return StoredPiece(found.file, found.position, found.length, found.next_offset)
         if isinstance(found, Inline):
             return StoredPiece(found.data, 0, len(found.data), found.next_offset)
+        if isinstance(found, LogGap):
+            why = f"{partition.name}: records {found.first} to {found.next - 1} were removed before they came here"
+            return Refusal(code="GONE", message=why, offset=found.next, chain=found.chain)
         if isinstance(found, CorruptRange):
             why = f"{partition.name}: records {found.first} to {found.next - 1} are corrupt here"
             return Refusal(code="DAMAGED", message=why, offset=found.next)
@@ -480,4 +493,11 @@ def _facts(partition: Log) -> LogFacts:
         partition.durable_end,
         end_chain or 0,  # not known behind damage: _judge does not use it then
         partition.identity.contains,
+        partial(_behind_gap, partition),
     )
+
+
+def _behind_gap(partition: Log, offset: int) -> tuple[int, int] | None:
+    """LogFacts.behind_gap."""
+    gap = partition.identity.gap_at(offset)
+    return (gap.next, gap.chain) if gap is not None and gap.first < offset else None

@@ -43,8 +43,11 @@ def find_range(engine: Engine, call: Call) -> tuple[Log, RangeRequest] | None:
     if partition is None or partition.identity.log_id != wanted.log_id:
         call.refuse(Outcome.NOT_FOUND, f"{wanted.topic}/{wanted.partition} with that log id is not on this node")
         return None
-    if not partition.log_start <= wanted.first < wanted.next <= partition.durable_end or partition.rewriting:
+    gap = next((one for one in partition.identity.gaps if one.first < wanted.next and wanted.first < one.next), None)
+    stored = partition.log_start <= wanted.first < wanted.next <= partition.durable_end
+    if not stored or gap is not None or partition.rewriting:
         here = f"offsets {partition.log_start} to {partition.durable_end}"
+        here += f" without {gap.first} to {gap.next - 1}" if gap is not None else ""
         call.refuse(Outcome.CONFLICT, f"{partition.name} has {here} here, not {wanted.first} to {wanted.next}")
         return None
     return partition, wanted

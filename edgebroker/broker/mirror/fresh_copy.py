@@ -69,7 +69,7 @@ class FreshCopy:
 
     @property
     def records(self) -> int:
-        return sum(log.durable_end - log.log_start for log in self.logs)
+        return sum(log.records for log in self.logs)
 
     def has(self, ends: Sequence[int]) -> bool:
         """Is everything here up to these ends, one for each partition, and nothing damaged?"""

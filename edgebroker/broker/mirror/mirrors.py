@@ -26,6 +26,7 @@ from edgebroker.pipe.follower import (
     Follower,
     LogDeleted,
     RecreateLog,
+    SkipRecords,
     TruncateLog,
 )
 from edgebroker.pipe.stream import PartitionInfo, Point, TopicInfo
@@ -36,6 +37,8 @@ log = logging.getLogger(__name__)
 
 STORED_SECONDS = 0.1
 TOPIC_RETRY_SECONDS = 10.0
+# A log with so many gaps keeps nothing from before the next one.
+MAX_GAPS = 64
 
 
 class ReaderHooks(NamedTuple):
@@ -95,6 +98,8 @@ class Mirrors:
             self._cut(event)
         elif isinstance(event, RecreateLog):
             self._restart(event)
+        elif isinstance(event, SkipRecords):
+            self._skip(event)
         elif isinstance(event, LogDeleted):
             self._delete(event)
 
@@ -377,6 +382,9 @@ class Mirrors:
         partition = self._engine.log(*event.line.key)
         assert partition is not None
         self._flow.begin()
+        if partition.staged_end != partition.durable_end:
+            self._retry(partition)
+            return
         self._metrics.logs_recreated += 1
         log.warning(
             "%s: the parent's log begins at %d, this node's ends at %d; going on there", partition.name, event.offset,
@@ -385,16 +393,38 @@ class Mirrors:
 
         def further(old: Identity) -> Identity:
             snapshot = old.snapshot if old.snapshot[0] >= event.offset else (-1, -1)
-            return replace(old, log_start=event.offset, chain=event.chain, snapshot=snapshot)
+            return replace(old, log_start=event.offset, chain=event.chain, snapshot=snapshot, gaps=[])
 
-        def done(outcome: Outcome, message: str) -> None:
-            if outcome is not Outcome.OK:
-                log.error("%s; trying again", message)
+        self._engine.recreate(partition, further, partial(self._moved_on, partition))
+
+    def _skip(self, event: SkipRecords) -> None:
+        """Keep what this node has of the parent's history, and go on where the parent can."""
+        partition = self._engine.log(*event.line.key)
+        assert partition is not None
+        end, offered = partition.staged_end, self._offered.get(partition.topic)
+        epochs = offered.partitions[partition.partition].epochs if offered is not None else partition.identity.epochs
+        same_history = replace(partition.identity, epochs=epochs).contains(partition.staged_epoch, end)
+        if end == partition.log_start or not same_history or len(partition.identity.gaps) >= MAX_GAPS:
+            self._restart(RecreateLog(event.line, event.offset, event.chain))
+            return
+        self._flow.begin()
+        if end != partition.durable_end:
             self._retry(partition)
-            if outcome is Outcome.OK:
-                self._hooks.recreated(partition, False)
+            return
+        self._metrics.log_gaps += 1
+        log.warning(
+            "%s: the parent has removed records %d to %d before this node had them; going on behind them",
+            partition.name, end, event.offset - 1,
+        )  # fmt: skip
+        self._engine.skip(partition, event.offset, event.chain, partial(self._moved_on, partition))
 
-        self._engine.recreate(partition, further, done)
+    def _moved_on(self, partition: Log, outcome: Outcome, message: str) -> None:
+        """The log goes on at a later offset."""
+        if outcome is not Outcome.OK:
+            log.error("%s; trying again", message)
+        self._retry(partition)
+        if outcome is Outcome.OK:
+            self._hooks.recreated(partition, False)
 
     def _retry(self, partition: Log) -> None:
         """Go on where the log ends, once everything that was taken is stored."""

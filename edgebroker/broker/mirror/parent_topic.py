@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 from edgebroker.common import json
-from edgebroker.storage.types import DamagedOffsets
+from edgebroker.storage.types import OffsetRange
 
 
 class ParentLog(msgspec.Struct, frozen=True):
@@ -15,7 +15,13 @@ class ParentLog(msgspec.Struct, frozen=True):
     log_start: int
     durable_end: int
     bytes: int = 0
-    damaged: list[DamagedOffsets] = []
+    damaged: list[OffsetRange] = []
+    gaps: list[OffsetRange] = []
+
+    @property
+    def records(self) -> int:
+        """How many of them there are."""
+        return self.durable_end - self.log_start - sum(gap.last + 1 - gap.first for gap in self.gaps)
 
 
 class _ParentTopic(msgspec.Struct, frozen=True):

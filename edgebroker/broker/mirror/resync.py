@@ -291,7 +291,7 @@ class Resyncs:
         if others and not row.accept:
             self._end(row, "failed", "the parent has another log of that name; order it with --accept to take that")
             return
-        there = sum(part.durable_end - part.log_start for part in parts)
+        there = sum(part.records for part in parts)
         if self._shrunk(row, there, logs):
             return
         if row.in_place:
@@ -313,7 +313,7 @@ class Resyncs:
 
     def _shrunk(self, row: ResyncRow, records: int, logs: list[Log]) -> bool:
         """Would suspiciously much be lost? Then an operator has to say that it is meant."""
-        before = sum(one.durable_end - one.log_start for one in logs)
+        before = sum(one.records for one in logs)
         if records >= LEAST_SHARE * before or row.force:
             return False
         share = records * 100 // max(1, before)

@@ -49,6 +49,7 @@ class Metrics:
     pipe_polls_refused: int = _count("polls of children refused")
     pipe_polls_sent: int = _count("polls sent to the parent")
     logs_recreated: int = _count("logs recreated because the parent's is another one")
+    log_gaps: int = _count("gaps in replicated logs: the parent had removed the records before this node had them")
     protocol_errors: int = _count("connections cut for bytes that the protocol does not allow")
     publish_frames: int = _count("PUBLISH frames")
     publish_refused: int = _count("answers to PUBLISH frames that were not OK")

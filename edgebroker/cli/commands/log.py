@@ -121,12 +121,15 @@ class _Coverage:
         except (OSError, DamagedDataError):
             identity = None
         self._log_id = identity.log_id if identity is not None else ""
+        self._gaps = identity.gaps if identity is not None else []
         self._end = identity.log_start if identity is not None else int(first.stem)
         self._whole = True
 
     def begin(self, path: Path) -> Iterator[DamagedBytes]:
         """A file comes next: are records missing before it?"""
         base = int(path.stem)
+        # Nobody had what is in a gap.
+        self._end = next((gap.next for gap in self._gaps if gap.first == self._end), self._end)
         if self._whole and base > self._end:
             yield DamagedBytes(path, 0, 0, self._end, f"the records up to {base - 1} are missing, and their file")
         self._last, self._end = path, max(self._end, base)

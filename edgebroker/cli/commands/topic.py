@@ -206,7 +206,7 @@ def _show(topic: dict[str, Any], as_json: bool) -> None:
     settings = [f"{name}={_setting(value)}" for name, value in topic["settings"].items()]
     print(f"topic {topic['name']}: {' '.join(settings)}")
     print_table(
-        ("partition", "log_start", "durable_end", "segments", "bytes", "epoch", "damaged"),
+        ("partition", "log_start", "durable_end", "segments", "bytes", "epoch", "damaged", "gaps"),
         [
             (
                 part["partition"],
@@ -215,11 +215,15 @@ def _show(topic: dict[str, Any], as_json: bool) -> None:
                 part.get("segments", "-"),
                 part["bytes"],
                 part["epoch"],
-                " ".join(f"{corrupt['first']}-{corrupt['last']}" for corrupt in part.get("damaged", [])) or "-",
+                *(_spans(part.get(what, [])) for what in ("damaged", "gaps")),
             )
             for part in topic["partitions"]
         ],
     )
+
+
+def _spans(ranges: list[dict[str, int]]) -> str:
+    return " ".join(f"{one['first']}-{one['last']}" for one in ranges) or "-"
 
 
 def _setting(value: object) -> str:

@@ -60,13 +60,13 @@ class Comparison:
             elif other["log_id"] != mine["log_id"]:
                 left_out.append(f"{name}: another log at {self._there}")
             else:
-                first = max(mine["log_start"], other["log_start"])
+                first = max(_whole_from(mine), _whole_from(other))
                 end = min(mine["durable_end"], other["durable_end"])
                 request = {"topic": mine["topic"], "partition": mine["partition"], "log_id": mine["log_id"]}
                 found.append(SharedLog(name, request, first, end))
                 for node, one in ((self._here, mine), (self._there, other)):
                     if one["log_start"] < first:
-                        left_out.append(f"{name}: records {one['log_start']} to {first - 1} are only at {node}")
+                        left_out.append(f"{name}: records {one['log_start']} to {first - 1} are not at both nodes")
                     if one["durable_end"] > end:
                         left_out.append(f"{name}: records {end} to {one['durable_end'] - 1} are only at {node}")
         left_out += [f"{name}: not at {self._here}" for name in there if name not in here]
@@ -155,6 +155,11 @@ def verify(options: argparse.Namespace) -> int:
     verdict = "the same" if same else "NOT the same"
     print(f"{counted(len(logs), 'log')} compared, {comparison.bytes} bytes read at each node: {verdict}")
     return 0 if same else 1
+
+
+def _whole_from(log: dict[str, Any]) -> int:
+    """Where a log begins, or goes on behind its last gap."""
+    return max([int(log["log_start"]), *(int(gap["last"]) + 1 for gap in log["gaps"])])
 
 
 def _same(mine: Any, other: Any) -> bool:

@@ -27,6 +27,7 @@ from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.demo.tree_demo import LEVELS, DemoTree
 from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
+from edgebroker.cli.totals import record_count
 from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
@@ -161,7 +162,7 @@ class RetailRun:
             "missing": len(set(range(1, len(self._lines) + 1)) - {number for _, number in self._seen}),
             "out_of_order": self._out_of_order(),
             "in_wrong_partition": self._in_wrong_partition(),
-            "stored": sum(part["durable_end"] - part["log_start"] for part in topic["partitions"]),
+            "stored": record_count(topic),
             "sealed_segments": sum(part["segments"] - 1 for part in topic["partitions"]),
             "unacknowledged_at_kill": self._unacknowledged,
             "down_ms": round(self._down_ms),

@@ -79,7 +79,7 @@ def repair_target(log: Lookup) -> RepairTarget | None:
     after = log.segments[rank + 1]
     if corrupt.first >= segment.end_offset:
         return _missing(log, corrupt, after, segment.end_chain)
-    end_chain = after.base_chain if after.base == segment.end_offset else UNKNOWN_CHAIN
+    end_chain = after.base_chain if after.base == segment.end_offset else UNKNOWN_CHAIN  # behind a gap: not this one's
     return RepairTarget(
         log.directory, segment.path, segment.size, segment.base, segment.base_chain, segment.end_offset, end_chain,
         corrupt.first, min(corrupt.next, segment.end_offset), log.identity.epoch_at(segment.base), log.identity.epoch,
@@ -88,9 +88,11 @@ def repair_target(log: Lookup) -> RepairTarget | None:
 
 def _missing(log: Lookup, corrupt: CorruptRange, after: Segment, base_chain: int) -> RepairTarget:
     """A segment that is not there, before the segment `after`."""
+    end = log.end_of_records(corrupt.first, after)
+    end_chain = after.base_chain if end == after.base else UNKNOWN_CHAIN
     return RepairTarget(
-        log.directory, None, 0, corrupt.first, base_chain, after.base, after.base_chain, corrupt.first,
-        min(corrupt.next, after.base), log.identity.epoch_at(corrupt.first), log.identity.epoch,
+        log.directory, None, 0, corrupt.first, base_chain, end, end_chain, corrupt.first,
+        min(corrupt.next, end), log.identity.epoch_at(corrupt.first), log.identity.epoch,
     )  # fmt: skip
 
 
@@ -118,7 +120,12 @@ def take_repaired(log: Lookup, target: RepairTarget, result: RepairResult, wall_
     after = log.segments[log.segments.index(segment) + 1]
     if after.base_chain == UNKNOWN_CHAIN and after.base == segment.end_offset and after is not log.active:
         after.base_chain, after.points = segment.end_chain, None
-    _shrink(log, target.first, result.next_offset, CorruptRange(segment.end_offset, after.base))
+    _shrink(
+        log,
+        target.first,
+        result.next_offset,
+        CorruptRange(segment.end_offset, log.end_of_records(segment.end_offset, after)),
+    )
     return gone
 
 

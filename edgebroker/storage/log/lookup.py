@@ -57,6 +57,15 @@ class Lookup:
         """The segment that holds an offset."""
         return self.segments[max(0, bisect_right(self.segments, offset, key=lambda segment: segment.base) - 1)]
 
+    @property
+    def records(self) -> int:
+        """How many offsets from the start to the durable end are not in a gap."""
+        return self.durable_end - self.log_start - sum(gap.next - gap.first for gap in self.identity.gaps)
+
+    def end_of_records(self, offset: int, following: Segment) -> int:
+        """Where the records from an offset on end, when the next file is `following`: there, or where a gap begins."""
+        return min([following.base, *(gap.first for gap in self.identity.gaps if gap.first >= offset)])
+
     def corrupt_range_at(self, offset: int) -> CorruptRange | None:
         for corrupt in self.corrupt_ranges:
             if corrupt.first <= offset < corrupt.next:
@@ -75,6 +84,10 @@ class Lookup:
             corrupt = self.corrupt_range_at(offset)
             if corrupt is not None:
                 return corrupt
+        if self.identity.gaps:
+            gap = self.identity.gap_at(offset)
+            if gap is not None:
+                return gap
         segment = self.segment_of(offset)
         active = segment is self.active
         end = self.durable_position if active else segment.size

@@ -23,10 +23,10 @@ from edgebroker.storage.types import (
     UNKNOWN_CHAIN,
     Checkpoint,
     CorruptRange,
-    DamagedOffsets,
     Identity,
     LogInventory,
     LogStatus,
+    OffsetRange,
     SegmentFile,
 )
 
@@ -194,25 +194,22 @@ class PartitionLog(Lookup):
 
     def begin_segment(self, segment: Segment, *, sealed_ms: int, now: float) -> None:
         """A new active segment was created durably; the old one is sealed."""
-        old = self.active
-        old.sealed_ms = sealed_ms
-        old.points = bytes(old.points) if old.points is not None else None
+        self.active.seal(sealed_ms)
         segment.born = now
         self.must_roll = False
         self.segments.append(segment)
         self.durable_position = segment.size
-        if old.users == 0:
-            old.close()
 
     def rewritten(self, identity: Identity, recovered: RecoveredLog, *, whole: bool = False) -> list[Segment]:
-        """The files were truncated, recreated or replaced (nothing is staged): continue from there. The segments that
-        are gone; with `whole` all of them: every file is a new one."""
-        known = {segment.base: segment for segment in self.segments[:-1] if not whole}
+        """The files were truncated, recreated, continued or replaced (nothing is staged): continue from there. The
+        segments that are gone; with `whole` all of them: every file is a new one."""
+        known = {segment.base: segment for segment in self.segments if not whole}
         segments: list[Segment] = []
         for found in recovered.segments[:-1]:
-            old = known.get(found.base)
-            same = old is not None and old.end_offset == found.end_offset
-            segments.append(old if same and old is not None else found)
+            old = known.get(found.base, found)
+            segments.append(old if old.end_offset == found.end_offset else found)
+            if segments[-1] is self.active:
+                self.active.seal(found.sealed_ms)
         active, before = recovered.segments[-1], known.get(recovered.segments[-1].base, self.active)
         if active.base_chain == UNKNOWN_CHAIN and before.base == active.base and not whole:
             active.base_chain = before.base_chain
@@ -303,7 +300,8 @@ class PartitionLog(Lookup):
             producers=self.stage.producer_count,
             staged_bytes=self.stage.pending_bytes,
             checkpoint=self.checkpointed,
-            damaged=[DamagedOffsets(one.first, one.next - 1) for one in self.corrupt_ranges],
+            damaged=[OffsetRange(one.first, one.next - 1) for one in self.corrupt_ranges],
+            gaps=[OffsetRange(one.first, one.next - 1) for one in self.identity.gaps],
         )
 
     def close(self) -> None:

@@ -11,7 +11,6 @@ the base of a later segment (a segment begins only when the one before it is dur
 """
 
 import logging
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ from edgebroker.storage.log.index import read_index
 from edgebroker.storage.log.segment import ASIDE, SUFFIX, Segment, segment_path
 from edgebroker.storage.log.walk import ScanState, next_good_batch, walk_file, walk_start
 from edgebroker.storage.quarantine import Quarantine
-from edgebroker.storage.types import UNKNOWN_CHAIN, Checkpoint, CorruptRange, Identity
+from edgebroker.storage.types import UNKNOWN_CHAIN, Checkpoint, CorruptRange, Identity, LogGap
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +55,15 @@ class Recovery:
         if checkpoint is not None and checkpoint.log_id != self._identity.log_id:
             checkpoint = None
         segments = self._list()
-        certified = max(watermark, checkpoint.offset if checkpoint else -1)
+        reached = self._identity.gaps[-1].next if self._identity.gaps else -1
+        certified = max(watermark, checkpoint.offset if checkpoint else -1, reached)
         if not segments:
             return self._begin(max(self._identity.log_start, certified), checkpoint)
         index, state = self._starting_point(segments, checkpoint)
         for rank in range(index, len(segments)):
-            segment, last = segments[rank], rank == len(segments) - 1
-            limit = -1 if last else segments[rank + 1].base
+            segment, limit = segments[rank], self._limit(segments, rank)
+            if rank > index:
+                state = self._over_gap(state)
             if segment.base > state.next_offset:
                 self._note_corrupt(state.next_offset, segment.base, "a segment is missing")
                 self._chain_known = False
@@ -70,31 +71,28 @@ class Recovery:
                 state = walk_start(segment.base, state.chain, epoch=state.epoch, max_timestamp=state.max_timestamp)
             if state.position == 0:
                 segment.base_chain = self._chain(state)
-            state = self._walk(segment, state, limit, certified if last else limit)
+            state = self._walk(segment, state, limit, certified if limit < 0 else limit)
         if state.next_offset < self._identity.log_start:
             # It was recreated at a later offset, and the power went before its old segments were removed.
             for segment in segments:
                 segment.close()
                 files.rename_suffix(segment.path, f"{ASIDE}{segment.path.stat().st_mtime_ns // 1_000_000}")
             return self._begin(max(self._identity.log_start, certified), checkpoint)
-        active = segments[-1]
         if self._leave_tail:
-            self._seal(active, state)
-            if active.base == state.next_offset:
-                active.path = files.rename_suffix(active.path, ".torn")
-                segments.pop().close()
-            active = self._create(state.next_offset, self._chain(state))
-            segments.append(active)
+            self._seal(segments, state)
+            segments.append(self._create(state.next_offset, self._chain(state)))
+        if self._identity.gap_at(state.next_offset) is not None:
+            # The segment behind the gap is missing, and all after it.
+            self._seal(segments, state)
+            state = self._over_gap(state)
+            segments.append(self._create(state.next_offset, self._chain(state)))
         if state.next_offset < certified:
             # Everything after the last good byte is damaged, but it was acknowledged: continue after it.
             self._note_corrupt(state.next_offset, certified, "the tail is damaged")
-            self._seal(active, state)
-            if active.base == state.next_offset:
-                active.path = files.rename_suffix(active.path, ".torn")
-                segments.pop().close()
+            self._seal(segments, state)
             state = self._after_damaged_tail(certified, checkpoint, state)
-            active = self._create(certified, self._chain(state))
-            segments.append(active)
+            segments.append(self._create(certified, self._chain(state)))
+        active = segments[-1]
         active.end_offset = state.next_offset
         active.end_chain, active.max_timestamp = self._chain(state), state.max_timestamp
         files.sync_file(active.fd)
@@ -102,6 +100,20 @@ class Recovery:
         self._take_index(active)
         epoch = max(state.epoch, self._identity.epoch)
         return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._corrupt_ranges, self._torn)
+
+    def _limit(self, segments: list[Segment], rank: int) -> int:
+        """Where the records of a segment end at the latest: before the next segment, or a gap; -1: it is the last."""
+        following = segments[rank + 1].base if rank + 1 < len(segments) else -1
+        gap = next((gap for gap in self._identity.gaps if gap.next > segments[rank].base), None)
+        return gap.first if gap is not None and (following < 0 or gap.first < following) else following
+
+    def _over_gap(self, state: ScanState) -> ScanState:
+        """Where the log goes on when a gap begins here: behind it the chain is known, whatever is before it."""
+        gap = self._identity.gap_at(state.next_offset)
+        if gap is None:
+            return state
+        self._chain_known = True
+        return walk_start(gap.next, gap.chain, epoch=state.epoch)
 
     def _chain(self, state: ScanState) -> int:
         return state.chain if self._chain_known else UNKNOWN_CHAIN
@@ -113,10 +125,14 @@ class Recovery:
             active.points, active.points_from = bytearray(index.points), 0
 
     def _after_damaged_tail(self, offset: int, checkpoint: Checkpoint | None, state: ScanState) -> ScanState:
-        """Where the log continues after a damaged tail: the checkpoint knows the chain there, if that is its offset."""
-        self._chain_known = checkpoint is not None and checkpoint.offset == offset and checkpoint.chain != UNKNOWN_CHAIN
-        chain = checkpoint.chain if checkpoint is not None and self._chain_known else 0
-        return walk_start(offset, chain, epoch=state.epoch)
+        """Where the log continues after a damaged tail: a gap or the checkpoint may know the chain there."""
+        gap, chain = self._identity.gap_before(offset), UNKNOWN_CHAIN
+        if gap is not None:
+            chain = gap.chain
+        elif checkpoint is not None and checkpoint.offset == offset:
+            chain = checkpoint.chain
+        self._chain_known = chain != UNKNOWN_CHAIN
+        return walk_start(offset, max(chain, 0), epoch=state.epoch)
 
     def _list(self) -> list[Segment]:
         segments = []
@@ -138,8 +154,8 @@ class Recovery:
         for sealed in segments[:-1]:
             # Until an index or meta.db says more exactly: when it was last written to.
             sealed.sealed_ms = sealed.path.stat().st_mtime_ns // 1_000_000
-        for earlier, later in pairwise(segments):
-            earlier.end_offset = later.base
+        for rank, sealed in enumerate(segments[:-1]):
+            sealed.end_offset = self._limit(segments, rank)
         if segments:
             active = segments[-1]
             active.fd = files.open_log(active.path, writable=True)
@@ -164,14 +180,10 @@ class Recovery:
                         max_timestamp=checkpoint.max_timestamp,
                     )
                     return rank, start
-        log_id = self._identity.log_id_bytes
         for rank in range(len(segments) - 1, 0, -1):
-            before = segments[rank - 1]
-            index = read_index(before.path, log_id, before.base, before.size)
-            if index is not None and index.end_offset == segments[rank].base:
-                before.sealed_ms = index.sealed_ms
-                base = segments[rank].base
-                return rank, walk_start(base, index.end_chain, epoch=self._identity.epoch_at(base))
+            base, chain = segments[rank].base, self._base_chain(segments, rank)
+            if chain != UNKNOWN_CHAIN:
+                return rank, walk_start(base, chain, epoch=self._identity.epoch_at(base))
         base = segments[0].base
         return 0, walk_start(base, self._identity.chain, epoch=self._identity.epoch_at(base))
 
@@ -179,6 +191,9 @@ class Recovery:
         """The chain at the base of a segment, where the identity or the index before it tells."""
         if segments[rank].base == self._identity.log_start:
             return self._identity.chain
+        gap = self._identity.gap_before(segments[rank].base)
+        if gap is not None:
+            return gap.chain
         if rank:
             before = segments[rank - 1]
             index = read_index(before.path, self._identity.log_id_bytes, before.base, before.size)
@@ -259,15 +274,19 @@ class Recovery:
             EXPLANATION.get(state.reason, "incomplete"),
         )
 
-    def _seal(self, segment: Segment, state: ScanState) -> None:
-        files.sync_file(segment.fd)
-        segment.size, segment.end_offset, segment.end_chain = state.position, state.next_offset, self._chain(state)
+    def _seal(self, segments: list[Segment], state: ScanState) -> None:
+        """End the active segment; another one follows. One of which nothing is left goes."""
+        active = segments[-1]
+        files.sync_file(active.fd)
+        active.size, active.end_offset, active.end_chain = state.position, state.next_offset, self._chain(state)
+        if active.base == state.next_offset:
+            active.path = files.rename_suffix(active.path, ".torn")
+            segments.pop().close()
 
     def _begin(self, base: int, checkpoint: Checkpoint | None) -> RecoveredLog:
-        start = self._identity.log_start
-        state = walk_start(start, self._identity.chain, epoch=self._identity.epoch)
-        if base > start:
-            self._note_corrupt(start, base, "every segment is missing")
+        state = walk_start(self._identity.log_start, self._identity.chain, epoch=self._identity.epoch)
+        if base > state.next_offset:
+            self._note_corrupt(state.next_offset, base, "every segment is missing")
             state = self._after_damaged_tail(base, checkpoint, state)
         active = self._create(base, self._chain(state))
         return RecoveredLog([active], base, self._chain(state), self._identity.epoch, self._corrupt_ranges, 0)
@@ -277,5 +296,9 @@ class Recovery:
         return Segment(path, base, base_chain=chain, fd=files.create_log(path))
 
     def _note_corrupt(self, first: int, end: int, why: str) -> None:
-        self._corrupt_ranges.append(CorruptRange(first, end))
-        log.error("%s: offsets %d to %d are damaged: %s", self._name, first, end - 1, why)
+        """What lies in a gap was never there."""
+        for gap in [*self._identity.gaps, LogGap(end, end, 0)]:
+            if first < min(gap.first, end):
+                self._corrupt_ranges.append(CorruptRange(first, min(gap.first, end)))
+                log.error("%s: offsets %d to %d are damaged: %s", self._name, first, min(gap.first, end) - 1, why)
+            first = max(first, gap.next)

@@ -112,6 +112,13 @@ class Segment:
         if self.users == 0:
             self.close()
 
+    def seal(self, sealed_ms: int) -> None:
+        """Nothing more is written to it."""
+        self.sealed_ms = sealed_ms
+        self.points = bytes(self.points) if self.points is not None else None
+        if self.users == 0:
+            self.close()
+
     def close(self) -> None:
         if self.fd >= 0:
             files.close(self.fd)

@@ -1,31 +1,29 @@
-"""Changing what a log already holds: truncate it, recreate it, repair a corrupt range.
+"""Changing what a log already holds: truncate it, recreate it, continue it behind a gap, repair a corrupt range.
 
-    truncate, recreate   checkpoint withdrawn, durably -> files changed on the commit thread -> state taken over -> done
-    repair               good bytes put in place on the commit thread -> state taken over -> stored -> done
+    truncate, recreate, skip   checkpoint withdrawn, durably -> files changed on the commit thread -> state taken over
+    repair                     good bytes put in place on the commit thread -> state taken over -> stored -> done
 
 One of them at a time for a log; `rewriting` keeps everything else off its files meanwhile. A log with staged records is
-not truncated or recreated: the caller tries again. A repair changes sealed segments only.
+not truncated, recreated or skipped: the caller tries again. A repair changes sealed segments only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from msgspec.structs import replace
-
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.engine import EngineListener
-from edgebroker.storage.identity import change_identity, read_identity
+from edgebroker.storage.identity import read_identity
 from edgebroker.storage.log.corrupt_ranges import RepairResult, repair_target, take_repaired
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.recovery import RecoveredLog
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.rewrite.repair import repair_segment
-from edgebroker.storage.rewrite.truncate import recreate_log, truncate_log
-from edgebroker.storage.types import Change, Checkpoint, Identity
+from edgebroker.storage.rewrite.truncate import recreate_log, skip_log, truncate_log
+from edgebroker.storage.types import Change, Checkpoint, Identity, LogGap
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.scrub import Scrub
 
@@ -55,16 +53,9 @@ class Rewriter:
     def truncate(self, partition: PartitionLog, offset: int, done: Done) -> None:
         """End a log at a batch boundary below its end."""
         wall_ms = self._clock.wall_ms()
-
-        def forget(old: Identity) -> Identity:
-            """A snapshot that does not end before is not complete any more."""
-            return replace(old, snapshot=(-1, -1)) if old.snapshot[1] > offset else old
-
-        def work() -> tuple[Identity, RecoveredLog]:
-            identity = change_identity(partition.directory, forget)
-            return identity, truncate_log(partition.directory, identity, offset, self._quarantine, wall_ms)
-
-        self._rewrite(partition, work, done)
+        self._rewrite(
+            partition, lambda: truncate_log(partition.directory, offset, self._quarantine, wall_ms), done
+        )  # fmt: skip
 
     def recreate(self, partition: PartitionLog, change: Change, done: Done) -> None:
         """Start a log again with a changed identity."""
@@ -75,6 +66,11 @@ class Rewriter:
             return identity, recreate_log(partition.directory, identity, self._quarantine, wall_ms)
 
         self._rewrite(partition, work, done)
+
+    def skip(self, partition: PartitionLog, offset: int, chain: int, done: Done) -> None:
+        """Continue a log behind a gap from its end to an offset."""
+        wall_ms, gap = self._clock.wall_ms(), LogGap(partition.durable_end, offset, chain)
+        self._rewrite(partition, lambda: skip_log(partition.directory, gap, self._quarantine, wall_ms), done)
 
     def _rewrite(self, partition: PartitionLog, work: Work, done: Done) -> None:
         if not partition.quiet:
@@ -92,6 +88,9 @@ class Rewriter:
                 self._checkpoints.forget_segment(partition, segment)
             self._checkpoints.corrupt_ranges_changed(partition)
             self._checkpoints.checkpoint(partition)
+            if len(partition.segments) > 1:
+                self._checkpoints.note_segment(partition, partition.segments[-2])  # sealed now, perhaps
+            self._scrub.verify_log(partition)
             self._listener.on_rewritten(partition)
             done(Outcome.OK, "")
             self._listener.on_topic(partition.topic)

@@ -14,8 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
-from msgspec.structs import replace
-
 from edgebroker.common.runtime.clock import Clock, is_plausible
 from edgebroker.common.runtime.scheduler import Scheduler, Timer
 from edgebroker.storage import files
@@ -28,7 +26,7 @@ from edgebroker.storage.log.index import index_path
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.settings import HousekeepingSettings
-from edgebroker.storage.types import UNKNOWN_CHAIN, DiskState, Identity
+from edgebroker.storage.types import UNKNOWN_CHAIN, DiskState, Identity, begin_at
 from edgebroker.storage.upkeep.budget import Budget
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.clock_guard import ClockGuard
@@ -285,9 +283,7 @@ class Housekeeping:
         self._removing = True
 
         def work() -> Identity:
-            identity = change_identity(
-                partition.directory, lambda old: replace(old, log_start=first.base, chain=first.base_chain)
-            )
+            identity = change_identity(partition.directory, lambda old: begin_at(old, first.base, first.base_chain))
             for segment in gone:
                 files.remove(index_path(segment.path))
                 files.remove(segment.path)

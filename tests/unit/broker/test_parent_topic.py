@@ -4,7 +4,7 @@ import msgspec
 import pytest
 
 from edgebroker.broker.mirror.parent_topic import ParentLog, parent_logs
-from edgebroker.storage.types import DamagedOffsets
+from edgebroker.storage.types import OffsetRange
 
 LOG = b'{"partition": 0, "log_id": "ab", "log_start": 5, "durable_end": 9, "bytes": 70, "damaged": [%b]}'
 
@@ -13,7 +13,7 @@ def test_the_answer_of_the_interface() -> None:
     answer = b'{"name": "t", "partitions": [%b, %b]}' % (LOG % b"", LOG % b'{"first": 6, "last": 7}')
     assert parent_logs(answer) == [
         ParentLog("ab", 5, 9, 70, []),
-        ParentLog("ab", 5, 9, 70, [DamagedOffsets(6, 7)]),
+        ParentLog("ab", 5, 9, 70, [OffsetRange(6, 7)]),
     ]
 
 

@@ -15,7 +15,7 @@ from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.types import TopicPartition
 from edgebroker.pipe import feed as downstream
 from edgebroker.pipe.divergence import Search, last_common
-from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, judge, same_chain
+from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Piece, Stopped, judge, same_chain
 from edgebroker.pipe.follower import (
     AppendResult,
     CompareChain,
@@ -23,6 +23,7 @@ from edgebroker.pipe.follower import (
     Follower,
     HelloReceived,
     RecreateLog,
+    SkipRecords,
     StateChanged,
     TruncateLog,
 )
@@ -40,6 +41,7 @@ class ModelLog:
         self.start_chain = crc32c(bytes.fromhex(log_id)) if chain is None else chain
         self.epochs = [(1, 0)]
         self.batches: list[bytes] = []
+        self.gaps: list[tuple[int, int, int]] = []
         self.ends = [log_start]
         self.chains = [self.start_chain]
 
@@ -69,6 +71,16 @@ class ModelLog:
         self.log_start, self.start_chain = offset, self.chains[0]
         return self
 
+    def skip(self, offset: int, chain: int) -> None:
+        """Go on behind a gap."""
+        self.gaps.append((self.end, offset, chain))
+        self.batches.append(b"")
+        self.ends.append(offset)
+        self.chains.append(chain)
+
+    def behind_gap(self, offset: int) -> tuple[int, int] | None:
+        return next(((end, chain) for first, end, chain in self.gaps if first < offset < end), None)
+
     def points(self, offsets: list[int]) -> list[Point]:
         found = {}
         for offset in offsets:
@@ -82,7 +94,10 @@ class ModelLog:
             later = [first for known, first in self.epochs if known > epoch]
             return not later or offset <= min(later)
 
-        return LogFacts(self.log_id, self.epoch, self.log_start, self.start_chain, self.end, self.chains[-1], contains)
+        return LogFacts(
+            self.log_id, self.epoch, self.log_start, self.start_chain, self.end, self.chains[-1], contains,
+            self.behind_gap,
+        )  # fmt: skip
 
     @property
     def data(self) -> bytes:
@@ -102,7 +117,9 @@ class Parent:
             return None
         rank = log.ends.index(cursor.offset)
         found, end = log.batches[rank], rank + 1
-        while end < len(log.batches) and len(found) + len(log.batches[end]) <= max_bytes:
+        if not found:
+            return Refusal(code="GONE", message="a gap", offset=log.ends[end], chain=log.chains[end])
+        while end < len(log.batches) and 0 < len(log.batches[end]) <= max_bytes - len(found):
             found += log.batches[end]
             end += 1
         return Piece(found, 0, len(found), log.ends[end])
@@ -136,7 +153,10 @@ class Parent:
             else:
                 feed.add(FeedCursor(line, log, position, urgent=position.topic == "urgent"))
         while (found := feed.next()) is not None:
-            assert isinstance(found, Outgoing) and isinstance(found.piece.source, bytes)
+            if isinstance(found, Stopped):
+                out += write_frame(Kind.STATE, msgspec.json.encode(found.refusal), found.cursor.line)
+                break
+            assert isinstance(found.piece.source, bytes)
             out += found.head + found.piece.source[found.piece.position :][: found.piece.length]
         return out
 
@@ -186,6 +206,9 @@ class Child:
                 self.follow(event.line.key)
             elif isinstance(event, RecreateLog):
                 self.logs[event.line.key] = ModelLog(LOG_ID, event.offset, event.chain)
+                self.follow(event.line.key)
+            elif isinstance(event, SkipRecords):
+                self.logs[event.line.key].skip(event.offset, event.chain)
                 self.follow(event.line.key)
 
     def state(self, key: TopicPartition) -> str:
@@ -333,8 +356,29 @@ def test_a_parent_that_begins_further_on() -> None:
         Child({ONE: ModelLog().publish(1, 1)}),
         Parent({ONE: ModelLog().publish(*[1] * 30).removed(20)}),
     )
+    before = child.logs[ONE].data
     settle(parent, child)
-    assert (child.logs[ONE].log_start, child.logs[ONE].data) == (20, parent.logs[ONE].data)
+    assert (child.logs[ONE].log_start, child.logs[ONE].data) == (0, before + parent.logs[ONE].data)
+    assert [gap[:2] for gap in child.logs[ONE].gaps] == [(2, 20)]
+
+
+@pytest.mark.parametrize("has", [0, 1, 4, 5, 12, 20, 25])
+@pytest.mark.parametrize("frame_bytes", [40, 1 << 20])
+def test_a_parent_with_a_gap(has: int, frame_bytes: int) -> None:
+    """Whatever a child has: it keeps that, gets what the parent has around its gap, and goes on behind it."""
+    whole = ModelLog().publish(*[1] * 30)
+    hub = Child({ONE: ModelLog().publish(*[1] * 5)})
+    settle(Parent({ONE: ModelLog().publish(*[1] * 30).removed(20)}), hub)
+    leaf = Child({ONE: ModelLog().publish(*[1] * has)})
+    settle(Parent(hub.logs, frame_bytes), leaf)
+    log = leaf.logs[ONE]
+    assert log.chains[-1] == whole.chains[-1]
+    kept = max(has, 5)
+    if kept < 20:
+        assert [gap[:2] for gap in log.gaps] == [(kept, 20)]
+        assert log.data == b"".join([*whole.batches[:kept], *whole.batches[20:]])
+    else:
+        assert (log.gaps, log.data) == ([], whole.data)
 
 
 def test_a_parent_whose_past_is_another_one_and_gone() -> None:
