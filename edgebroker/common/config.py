@@ -150,6 +150,9 @@ class PipeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class RegistryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     enabled: Annotated[bool, about(
         "keep the registry of all nodes here and assign their parents; at one node, normally the root")] = False
+    standbys: Annotated[str, about(
+        "names of children that keep a copy of the registry, for the day when this node is lost; several with commas; "
+        "empty: the first eight hubs")] = ""
 
 
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -47,6 +47,7 @@ class FleetMember:
         "runs",
         "silent_since",
         "skew",
+        "standby",
         "told_at",
         "told_behind",
         "uid",
@@ -68,7 +69,7 @@ class FleetMember:
         self.level, self.region = sys.intern(report.level), sys.intern(report.region)
         self.labels, self.parent = report.labels, sys.intern(report.parent)
         self.boot, self.number = report.boot, report.number
-        self.managed, self.candidates = report.managed, report.candidates
+        self.managed, self.candidates, self.standby = report.managed, report.candidates, report.standby
 
     def report(self) -> Report:
         """The report as it was made; decoded again, for thousands of them are kept."""
@@ -144,6 +145,10 @@ class Fleet:
         if not known:
             for uid in self._below.get(member.uid, ()):
                 self.lost(uid, now)
+
+    def children(self) -> list[FleetMember]:
+        """The nodes that follow the one that keeps this."""
+        return [self.members[uid] for uid in self._below.get(self._top, ()) if uid in self.members]
 
     def lost(self, uid: str, since: float) -> None:
         """A child is not connected any more."""

@@ -63,7 +63,8 @@ class ResyncReport(msgspec.Struct, frozen=True, array_like=True):
 class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """A node about itself. `boot` is drawn at every start, `number` grows with every report of that run. `address` is
     where children reach its HTTP interface, `parent` the uid of the node it follows ("" while it follows none).
-    `managed`: it takes its parents from the registry, and `candidates` is the digest of the list that it has.
+    `managed`: it takes its parents from the registry, and `candidates` is the digest of the list that it has;
+    `standby` is the digest of the copy of the registry that it keeps.
     `resets` are the last ones. `left_out` topics had no room."""
 
     uid: Id
@@ -78,6 +79,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     parent: str = ""
     managed: bool = False
     candidates: int = 0
+    standby: int = 0
     topics: list[TopicReport] = []
     resyncs: Annotated[list[ResyncReport], Meta(max_length=4)] = []
     problems: Annotated[list[_Word], Meta(max_length=32)] = []
@@ -139,7 +141,14 @@ class ResyncDirective(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     hours: Annotated[str, Meta(max_length=200)] = ""
 
 
-Directive = ParentAssignment | ResyncDirective
+class StandbyDirective(msgspec.Struct, frozen=True, kw_only=True, tag="standby"):
+    """A child shall keep a copy of the registry: the one of this digest is there now."""
+
+    uid: Id
+    digest: int
+
+
+Directive = ParentAssignment | ResyncDirective | StandbyDirective
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

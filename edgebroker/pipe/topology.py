@@ -6,6 +6,8 @@
         in an order of the node's own, so that the children of a region spread over its hubs; at most four of the first
         place and two of each other one, those that are lost behind the others
 
+    last, for the hubs next to the registry: the standbys among them, one of which may be promoted to be their parent
+
 A hub that is being drained is not a candidate; a node without an address is not a hub. No socket, no file, no clock.
 """
 
@@ -41,6 +43,8 @@ class Topology:
         self._levels: dict[str, dict[str, Hub]] = {level: {} for level in LEVELS}
         self.pins: dict[str, list[str]] = {}
         self.draining: set[str] = set()
+        # Hubs that keep a copy of the registry.
+        self.standbys: set[str] = set()
         # Hubs that were not heard of for long: they come last.
         self.lost: set[str] = set()
         # The hubs of a place with many, by the hash of their uid.
@@ -81,7 +85,13 @@ class Topology:
             if len(found) >= MAX_CANDIDATES:
                 break
             found[hub.address] = None
-        return list(found)
+        if uid in self._hubs and len(found) < MAX_CANDIDATES:
+            peers = sorted(self.standbys - {uid} - self.draining)
+            found |= dict.fromkeys(self._hubs[one].address for one in peers if self._same_level(one, level))
+        return list(found)[:MAX_CANDIDATES]
+
+    def _same_level(self, uid: str, level: str) -> bool:
+        return uid in self._hubs and self._hubs[uid].level == level
 
     def must_leave(self, uid: str, parent: str, region: str, connected: Callable[[str], bool]) -> bool:
         """Shall a node give up the parent that it has? Pins count while one of them is `connected`."""

@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.fleet.pending_directives import PendingDirective
+from edgebroker.broker.fleet.standby import Promoted
 from edgebroker.broker.mirror.resync import ResyncStatus
 from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
@@ -92,6 +93,22 @@ class FleetAdmin:
         if not self._tree.ask_above("/v1/registry", body, answered):
             why = "there is no registry here and no parent to ask; set registry.enabled at one node, the root"
             call.refuse(Outcome.BEHIND, why)
+
+    def copy(self, call: Call) -> None:
+        """What a standby keeps of this registry."""
+        registrar = self._registrar(call)
+        if registrar is not None:
+            call.answer(registrar.copy)
+
+    def standby(self, call: Call) -> None:
+        call.answer(self._tree.standby.describe())
+
+    def promoted(self, call: Call) -> None:
+        """Another node was promoted: if it is a candidate, it is asked at once."""
+        notice = call.body
+        assert isinstance(notice, Promoted)
+        self._mirroring.look_at(notice.address)
+        call.done(Outcome.OK, "")
 
     def pin(self, call: Call) -> None:
         registrar, wanted = self._registrar(call), call.body

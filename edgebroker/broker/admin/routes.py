@@ -32,6 +32,7 @@ from edgebroker.broker.admin.topics import (
 from edgebroker.broker.delivery.table_snapshots import SnapshotPlan
 from edgebroker.broker.feed.digests import DigestAnswer
 from edgebroker.broker.feed.ranges import RangeRequest
+from edgebroker.broker.fleet.standby import Promoted, RegistryCopy, StandbyStatus
 from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
 from edgebroker.broker.mirror.fencing import Fenced, FenceRequest
 from edgebroker.broker.mirror.repair import RepairRequest
@@ -40,6 +41,7 @@ from edgebroker.network.http.router import Nothing, Route
 from edgebroker.pipe.report import MAX_BATCH_BYTES, Batch, Heard, ParentAssignment, Question
 
 MAX_POLL_BYTES = 8 << 20
+MAX_FENCE_BYTES = 1 << 20
 MAX_REPORTS_BYTES = 2 * MAX_BATCH_BYTES
 
 
@@ -61,7 +63,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("POST", "/v1/repair", node.repair, Repaired, "operate", RepairRequest),
         Route("POST", "/v1/promote", node.promote, Nothing, "operate", PromoteRequest),
         Route("DELETE", "/v1/promote", node.demote, Nothing, "operate"),
-        Route("POST", "/v1/fence", node.fence, Fenced, "child", FenceRequest, MAX_POLL_BYTES),
+        Route("POST", "/v1/fence", node.fence, Fenced, "child", FenceRequest, MAX_FENCE_BYTES),
         Route("GET", "/v1/topics", topics.list, TopicList, "view"),
         Route("POST", "/v1/topics", topics.create, TopicStatus, "alter", NewTopic),
         Route("GET", "/v1/topics/{name}", topics.describe, TopicStatus, "view"),
@@ -93,6 +95,9 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/resyncs", fleet.resyncs, ResyncList, "view"),
         Route("POST", "/v1/resyncs", fleet.resync, Nothing, "operate", ResyncRequest),
         Route("DELETE", "/v1/resyncs/{id}", fleet.abort_resync, Nothing, "operate"),
+        Route("POST", "/v1/promoted", fleet.promoted, Nothing, "child", Promoted),
+        Route("GET", "/v1/registry/copy", fleet.copy, RegistryCopy, "child"),
+        Route("GET", "/v1/registry/standby", fleet.standby, StandbyStatus, "view"),
         Route("POST", "/v1/registry", fleet.ask, ParentAssignment, "child", Question),
         Route("PUT", "/v1/registry/{node}/pins", fleet.pin, Nothing, "operate", PinRequest),
         Route("PUT", "/v1/registry/{node}/drain", fleet.drain, Nothing, "operate"),

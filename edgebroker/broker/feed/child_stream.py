@@ -6,6 +6,7 @@ judge each line -> cursors -> frames, by sendfile, as far as the socket takes th
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Mapping
 from functools import partial
 from typing import Protocol
 
@@ -67,6 +68,8 @@ class FeedHost(Protocol):
     metrics: Metrics
     news: dict[Log, tuple[int, StoredPiece]]
     """What was read after an offset up to the end of a log, in this loop iteration."""
+    fenced: Mapping[Log, str]
+    """Logs that another node writes now, and its name."""
 
     def hello(self, topics: list[TopicInfo]) -> bytes: ...
     def info(self, topic: str) -> TopicInfo: ...
@@ -201,6 +204,10 @@ class ChildStream:
                 code="DELETED", message=why, offset=deleted.epoch, start=deleted.first, log_id=position.log_id
             )
             self._refuse(line, told)
+            return
+        if partition is not None and partition in self._host.fenced:
+            why = f"{partition.name} is written by node {self._host.fenced[partition]} now, which was promoted"
+            self._refuse(line, Refusal(code="NOT_CARRIED", message=why))
             return
         facts = _facts(partition) if partition is not None else None
         refusal = judge(position, facts)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
 from msgspec.structs import replace
@@ -92,6 +92,8 @@ class Downstream:
         self._asked: dict[Log, dict[str, ChildPosition]] = {}
         self._pins: dict[Log, dict[str, tuple[int, float]]] = {}
         self._asked_more = False
+        # Logs that a promoted node writes now: they are not served from here.
+        self.fenced: Mapping[Log, str] = {}
         self._history_lost: Callable[[Log, LogPosition], None] | None = None
         scheduler.call_later(MEASURE_SECONDS, self._measure)
         scheduler.call_later(STORE_SECONDS, self._store_now_and_then)
@@ -238,6 +240,10 @@ class Downstream:
             if place.offset > end:  # what it has of that is not in this log any more
                 places[uid] = replace(place, offset=end)
                 self._asked_more = True
+        self.judge_again(partition)
+
+    def judge_again(self, partition: Log) -> None:
+        """Whether its followers may go on is decided anew: they poll again."""
         for child in list(self.children):
             if child.follows(partition):
                 child.end()

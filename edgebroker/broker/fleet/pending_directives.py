@@ -9,6 +9,7 @@ answer, it is given up. That it reaches a node twice has no other effect: it has
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import msgspec
@@ -56,6 +57,8 @@ class PendingDirectives:
         self._pending: dict[str, tuple[ResyncDirective, float]] = {}
         self._waiting: list[Done] = []
         self._writing = self._changed = False
+        # Grows with every change.
+        self.version = 0
         self._worker: Worker | None = None
 
     def start(self) -> None:
@@ -84,9 +87,28 @@ class PendingDirectives:
             )
         else:
             self._pending[directive.id] = (directive, self._scheduler.now() + seconds)
-            self._waiting.append(done)
+            self._waiting.append(partial(self._stored, directive, done))
             self._store()
+
+    def _stored(self, directive: ResyncDirective, done: Done, outcome: Outcome, message: str) -> None:
+        """Sent once it is stored; what cannot be stored is not given."""
+        if outcome is Outcome.OK:
             self._send(directive)
+        else:
+            self._pending.pop(directive.id, None)
+        done(outcome, message)
+
+    def adopt(self, stored: list[StoredDirective]) -> None:
+        """Go on with what another node sent until now."""
+        now = self._scheduler.now()
+        for one in stored:
+            self._pending.setdefault(one.directive.id, (one.directive, now + one.left))
+        self._store()
+
+    def stored(self) -> list[StoredDirective]:
+        """Those without an answer, as they are stored."""
+        now = self._scheduler.now()
+        return [StoredDirective(directive, max(0.0, until - now)) for directive, until in self._pending.values()]
 
     def describe(self) -> list[PendingDirective]:
         """Those that were not answered yet."""
@@ -116,13 +138,13 @@ class PendingDirectives:
 
     def _store(self) -> None:
         self._changed = True
+        self.version += 1
         if not self._writing:
             self._write()
 
     def _write(self) -> None:
         """All of them; who waits meanwhile is in the next one."""
-        now = self._scheduler.now()
-        rows = [StoredDirective(directive, max(0.0, until - now)) for directive, until in self._pending.values()]
+        rows = self.stored()
         waiting, self._waiting = self._waiting, []
         self._writing, self._changed = True, False
         if self._worker is None:

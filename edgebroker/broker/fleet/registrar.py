@@ -12,18 +12,21 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
 from edgebroker.broker.fleet.inbox import Inbox
+from edgebroker.broker.fleet.pending_directives import PendingDirectives
+from edgebroker.broker.fleet.standby import RegistryCopy, make_copy
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.pipe.fleet import Fleet, FleetMember, find
-from edgebroker.pipe.report import MAX_CANDIDATES, NodeState, ParentAssignment, Report, digest
+from edgebroker.pipe.report import MAX_CANDIDATES, NodeState, ParentAssignment, Report, StandbyDirective, digest
 from edgebroker.pipe.topology import Topology
-from edgebroker.storage.metadata.registry import NodeRow, RegistryStore
+from edgebroker.storage.metadata.registry import NodeRow, RegistryState, RegistryStore
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,8 @@ SLICE = 500
 # A hub that was not heard of for so long comes behind the others.
 LOST_SECONDS = 3600.0
 TELL_AGAIN_SECONDS, LONGEST_TELL_AGAIN_SECONDS = 60.0, 3600.0
+COPY_SECONDS = 5.0
+MOST_STANDBYS = 8
 
 
 class Registrar:
@@ -45,9 +50,17 @@ class Registrar:
         inbox: Inbox,
         store: RegistryStore,
         itself: Callable[[], Report],
+        pending: PendingDirectives,
+        standbys: list[str],
     ) -> None:
         self._scheduler, self._clock, self._inbox, self._store = scheduler, clock, inbox, store
-        self._itself = itself
+        self._itself, self._pending, self._standbys = itself, pending, standbys
+        # What the standbys shall have; made again when something of it has changed, but not all the time.
+        self.copy = make_copy("", [], {}, set(), {}, [])
+        self._copied: tuple[int, ...] = ()
+        self._notes = 0
+        self._copy_due = 0.0
+        self._copy_told: dict[str, tuple[int, float]] = {}
         self._fleet: Fleet = inbox.fleet
         self.topology = Topology()
         # What was written of each node: what it said of its place, and whether it was connected.
@@ -65,7 +78,33 @@ class Registrar:
 
     def start(self) -> None:
         """Remember what was stored, and begin to look after the nodes."""
-        state = self._store.load()
+        self._begin(self._store.load())
+
+    def begun_after(self, path: Path) -> bool:
+        """Is the file of this registry a newer one?"""
+        return self._store.written_at() > path.stat().st_mtime
+
+    def take_over(self, copy: RegistryCopy) -> None:
+        """Begin with what another node knew, which this one takes the place of."""
+        self._store.begin_again()
+        state = RegistryState()
+        state.removed, state.pins, state.draining = dict(copy.removed), dict(copy.pins), {*copy.draining}
+        for hub in copy.hubs:
+            state.nodes[hub.uid] = NodeRow(msgspec.json.encode(hub), False, self._clock.wall_ms())
+        own = self._itself().uid
+        state.nodes.pop(own, None)
+        changes = self._store.changes
+        changes.removed.update(state.removed)
+        changes.pins.update(state.pins)
+        changes.draining.update(dict.fromkeys(state.draining, True))
+        self._begin(state)
+        self._written.clear()  # all of it is news to the file
+        for member in self._fleet.members.values():
+            self._note(member)
+        self._pending.adopt([one for one in copy.directives if one.directive.uid != own])
+        self._store.write()
+
+    def _begin(self, state: RegistryState) -> None:
         now, wall = self._scheduler.now(), self._clock.wall_ms()
         self._fleet.removed = state.removed
         self._inbox.forgets = False
@@ -126,6 +165,7 @@ class Registrar:
             self._changed()
         if self._written.get(member.uid) != place:
             self._written[member.uid] = place
+            self._notes += bool(member.address)
             silent = max(0.0, self._fleet.silent_for(member, self._scheduler.now()))
             seen_ms = self._clock.wall_ms() - int(silent * 1000)
             self._store.changes.nodes[member.uid] = NodeRow(member.raw, connected, seen_ms)
@@ -150,7 +190,57 @@ class Registrar:
             self._left.extend(self._fleet.members)
             self._store.changes.wall_ms = self._clock.wall_ms()
         self._sweep()
+        self._keep_copies(now)
         self._store.write()
+
+    def _keep_copies(self, now: float) -> None:
+        """Standbys shall have a copy of what is known here."""
+        versions = (self._version, self._notes, self._pending.version)
+        if now >= self._copy_due and versions != self._copied:
+            self._copy_due, self._copied = now + COPY_SECONDS, versions
+            self.copy = self._make_copy()
+            standbys = {member.uid for member in self._find_standbys()}
+            if standbys != self.topology.standbys:
+                self.topology.standbys = standbys
+                self._changed()
+        for uid in self.topology.standbys:
+            member = self._fleet.members.get(uid)
+            if member is None or member.standby == self.copy.digest:
+                continue
+            digest, at = self._copy_told.get(uid, (0, 0.0))
+            if digest == self.copy.digest and now < at + TELL_AGAIN_SECONDS:
+                continue
+            if self._inbox.direct(StandbyDirective(uid=uid, digest=self.copy.digest)):
+                self._copy_told[uid] = (self.copy.digest, now)
+
+    def _find_standbys(self) -> list[FleetMember]:
+        """The children that keep a copy: those that are named, or the first hubs. One stays while it is lost."""
+        hubs = [one for one in self._fleet.children() if one.address and one.level in LEVELS[1:-1]]
+        if self._standbys:
+            return [one for one in hubs if one.name in self._standbys or one.uid in self._standbys]
+        return sorted(hubs, key=lambda one: (one.uid not in self.topology.standbys, one.uid))[:MOST_STANDBYS]
+
+    def _make_copy(self) -> RegistryCopy:
+        own = self._itself().uid
+        hubs = [
+            Report(
+                uid=one.uid,
+                name=one.name,
+                level=one.level,
+                version="",
+                boot=one.boot,
+                number=0,
+                region=one.region,
+                labels=one.labels,
+                address=one.address,
+                parent=one.parent,
+                managed=one.managed,
+            )
+            for one in sorted(self._fleet.members.values(), key=lambda one: one.uid)
+            if one.address and one.level in LEVELS
+        ]
+        topology = self.topology
+        return make_copy(own, hubs, topology.pins, topology.draining, self._fleet.removed, self._pending.stored())
 
     def _sweep(self) -> None:
         """Look at some of the nodes: has each the candidates that it should, is it still there?"""

@@ -76,6 +76,7 @@ class NodeStatus(NamedTuple):
     level: str
     address: str
     candidates: int
+    standby: int
     problems: list[str]
     resyncs: list[ResyncReport]
 
@@ -136,6 +137,7 @@ class Reporter:
                 address=moment.address,
                 parent=above.uid if above is not None else "",
                 candidates=moment.candidates,
+                standby=moment.standby,
                 topics=self._topics(),
                 problems=moment.problems,
                 resyncs=moment.resyncs,

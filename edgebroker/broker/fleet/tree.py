@@ -18,6 +18,7 @@ from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.fleet.inbox import Inbox
 from edgebroker.broker.fleet.pending_directives import PendingDirectives
 from edgebroker.broker.fleet.reports import NodeIdentity, NodeStatus, ParentLink, Reporter
+from edgebroker.broker.fleet.standby import Standby, Succession
 from edgebroker.broker.fleet.view import Decisions, FleetView
 from edgebroker.broker.mirror.discovery import Discovery
 from edgebroker.broker.mirror.mirroring import Mirroring
@@ -27,7 +28,7 @@ from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.http.call import HttpCall, OnResponse
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet, FleetMember
-from edgebroker.pipe.report import Directive, Report, ResyncDirective, digest_of_logs
+from edgebroker.pipe.report import Directive, Report, ResyncDirective, StandbyDirective, digest_of_logs
 
 if TYPE_CHECKING:
     from edgebroker.broker.fleet.registrar import Registrar
@@ -68,14 +69,12 @@ class Tree:
         self._reporter = Reporter(core, loop, clock, self.fleet, identity, self._status, self._parent_link)
         self.inbox = Inbox(loop, clock, core.metrics, self.fleet, downstream, self._heard, self._reporter.look_soon)
         self.pending = PendingDirectives(Path(config.node.data_dir), loop, self.fleet, self.inbox.direct)
+        self._clock, self._downstream = clock, downstream
+        self.standby = Standby(Path(config.node.data_dir), loop, self._parent_place, self._reporter.look_soon)
         self.registrar: Registrar | None = None
+        self._succession: Succession | None = None
         if config.registry.enabled:
-            # One node of a tree keeps it: the others need not load it.
-            from edgebroker.broker.fleet.registrar import Registrar
-            from edgebroker.storage.metadata.registry import RegistryStore
-
-            store = RegistryStore(Path(config.node.data_dir), loop, clock)
-            self.registrar = Registrar(loop, clock, self.inbox, store, self.report)
+            self.registrar = self._make_registrar()
         self.view = FleetView(
             loop,
             self.fleet,
@@ -88,7 +87,16 @@ class Tree:
             self._settled,
         )
         self.discovery = self._discovery()
-        mirroring.on_parent_dropped(self.let_go)
+        mirroring.on_promoted(self.let_go, self._take_over)
+
+    def _make_registrar(self) -> Registrar:
+        # One node of a tree keeps it: the others need not load it.
+        from edgebroker.broker.fleet.registrar import Registrar
+        from edgebroker.storage.metadata.registry import RegistryStore
+
+        store = RegistryStore(Path(self._config.node.data_dir), self._loop, self._clock)
+        standbys = split_list(self._config.registry.standbys)
+        return Registrar(self._loop, self._clock, self.inbox, store, self.report, self.pending, standbys)
 
     def _discovery(self) -> Discovery | None:
         """Where the parent is looked for; None for a node without one."""
@@ -110,10 +118,29 @@ class Tree:
         self._reporter.start()
         self.inbox.start()
         self.pending.start()
+        self.standby.start()
         if self.registrar is not None:
             self.registrar.start()
+        elif self._mirroring.engine is not None and self._mirroring.engine.promoted:
+            self._take_over()
         if self.discovery is not None:
             self.discovery.start()
+
+    def _take_over(self) -> None:
+        """This node was promoted: what it has a copy of is kept here from now on. Blocks for a moment."""
+        copy = self.standby.load()
+        if self.registrar is not None or copy is None:
+            return
+        registrar = self.registrar = self._make_registrar()
+        if registrar.begun_after(self.standby.path):
+            registrar.start()  # it was taken over in an earlier run
+        else:
+            registrar.take_over(copy)
+            log.warning("the registry of node %s is kept here from now on", copy.root)
+        followers = {hub.uid: hub.address for hub in copy.hubs if hub.parent == copy.root and hub.uid != self._uid}
+        self._succession = Succession(
+            self._loop, self._address(), followers, lambda uid: self._downstream.child(uid) is not None
+        )
 
     def let_go(self) -> None:
         """The parent is not followed any more."""
@@ -130,6 +157,9 @@ class Tree:
         self.let_go()
         self._reporter.stop()
         self.pending.stop()
+        self.standby.stop()
+        if self._succession is not None:
+            self._succession.stop()
         return self.registrar.stop() if self.registrar is not None else True
 
     def report(self) -> Report:
@@ -143,6 +173,8 @@ class Tree:
                 self.inbox.direct(directive)
             elif isinstance(directive, ResyncDirective):
                 self._asked_for(directive)
+            elif isinstance(directive, StandbyDirective):
+                self.standby.wanted(directive)
             elif self.discovery is not None:
                 self.discovery.assigned(directive)
 
@@ -208,12 +240,16 @@ class Tree:
             return None
         return ParentLink(upstream.path[0], upstream.address, upstream.connections)
 
+    def _parent_place(self) -> tuple[str, str]:
+        above = self._parent_link()
+        return (above.uid, above.address) if above is not None else ("", "")
+
     def _status(self) -> NodeStatus:
         candidates = self.discovery.digest if self.discovery is not None else 0
         resyncs = self._mirroring.resyncs
         states = resyncs.reports() if resyncs is not None else []
         problems = sorted(self._problems())[:16]
-        return NodeStatus(self._mirroring.level, self._address(), candidates, problems, states)
+        return NodeStatus(self._mirroring.level, self._address(), candidates, self.standby.digest, problems, states)
 
     def _address(self) -> str:
         """Where children reach this node; "" when it takes none."""

@@ -4,7 +4,8 @@
                     epoch
     old origin      has such a log in a lower epoch: it takes no more records for it, and both say that there are two
 
-The old origin is fenced until it is started again, below the new one; or until the promotion is undone.
+The old origin is fenced until it is started again, below the new one; or until the promotion is undone. Meanwhile its
+children are not served these logs either: they go to a candidate that has them.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ from edgebroker.broker.ports import NodeInfo
 from edgebroker.common import json
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
-from edgebroker.storage.engine import MirrorEngine
+from edgebroker.storage.engine import Log, MirrorEngine
 
 log = logging.getLogger(__name__)
 
 TICK_SECONDS, FIRST_SECONDS = 5.0, 0.2
-MOST_LOGS = 100_000
+# What one request is about: it is judged in one iteration of the loop.
+MOST_LOGS = 2_000
 
 
 class WrittenLog(msgspec.Struct, frozen=True, array_like=True):
@@ -58,9 +60,15 @@ class Fencing:
     """Owned by the loop thread. `former` are the addresses at which the nodes above were."""
 
     def __init__(
-        self, core: Core, engine: MirrorEngine, loop: Loop, node: Callable[[], NodeInfo], former: Iterable[str]
+        self,
+        core: Core,
+        engine: MirrorEngine,
+        loop: Loop,
+        node: Callable[[], NodeInfo],
+        former: Iterable[str],
+        judge_again: Callable[[Log], None],
     ) -> None:
-        self._engine, self._loop, self._node = engine, loop, node
+        self._engine, self._loop, self._node, self._judge_again = engine, loop, node, judge_again
         self._publishing = core.publishing
         self._former = list(former)
         self._others: dict[str, Fenced] = {}
@@ -103,23 +111,34 @@ class Fencing:
             WrittenLog(one.topic, one.partition, one.identity.log_id, one.identity.epoch)
             for one in self._engine.logs()
             if one.identity.origin == self._engine.node_uid and one.identity.begun > 1
-        ][:MOST_LOGS]
-        body = msgspec.json.encode(FenceRequest(uid=node.uid, name=node.name, logs=logs, lift=lift))
+        ]
+        requests = [
+            FenceRequest(uid=node.uid, name=node.name, logs=logs[first : first + MOST_LOGS], lift=lift)
+            for first in range(0, max(1, len(logs)), MOST_LOGS)
+        ]
         for address in dict.fromkeys([*self._former, *self._engine.topology]):
-            HttpCall(self._loop, address, "POST", "/v1/fence", body, self._answer_of(address))
+            self._ask(address, requests, [])
 
-    def _answer_of(self, address: str) -> Callable[[int, bytes, str], None]:
+    def _ask(self, address: str, requests: list[FenceRequest], topics: list[str]) -> None:
+        """One request after the other; `topics`: what the node wrote, as it answered so far."""
+
         def told(status: int, answer: bytes, error: str) -> None:
             try:
                 other = json.decode(answer, Fenced) if not error else None
             except msgspec.DecodeError:
                 other = None
-            if other is not None and other.topics and not self._stopped:
-                self._others[address] = other
+            if other is None or self._stopped:
+                self._others.pop(address, None)
+                return
+            found = list(dict.fromkeys([*topics, *other.topics]))
+            if requests[1:]:
+                self._ask(address, requests[1:], found)
+            elif found:
+                self._others[address] = Fenced(other.name, found)
             else:
                 self._others.pop(address, None)
 
-        return told
+        HttpCall(self._loop, address, "POST", "/v1/fence", msgspec.json.encode(requests[0]), told)
 
     # ---- the old origin ----
 
@@ -132,7 +151,8 @@ class Fencing:
             if found is None or not own or found.identity.log_id != written.log_id:
                 continue
             if request.lift:
-                self._publishing.fenced.pop(found, None)
+                if self._publishing.fenced.pop(found, None) is not None:
+                    self._judge_again(found)
             elif found.identity.epoch < written.epoch:
                 topics[written.topic] = None
                 if found not in self._publishing.fenced:
@@ -140,5 +160,6 @@ class Fencing:
                         "%s is written by node %s now, which was promoted: start this node below it", found.name,
                         request.name,
                     )  # fmt: skip
+                    self._judge_again(found)
                 self._publishing.fenced[found] = request.name
         return Fenced(self._node().name, list(topics))

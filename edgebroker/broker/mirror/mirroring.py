@@ -58,6 +58,7 @@ class Mirroring:
         self.fencing: Fencing | None = None
         self._started_at = 0.0
         self._parent_dropped: Callable[[], None] = lambda: None
+        self._promoted: Callable[[], None] = lambda: None
         if self.engine is None:
             return
         follows = bool(config.pipe.parents or config.pipe.registry)
@@ -84,7 +85,8 @@ class Mirroring:
         core.publishing.name_of = self._name_of
         self.resyncs = Resyncs(core, self.engine, loop, clock, self._copy_settings(), lambda: self.upstream)
         former = [*split_list(config.pipe.parents), *split_list(config.pipe.registry)]
-        self.fencing = Fencing(core, self.engine, loop, self.node, former)
+        self.fencing = Fencing(core, self.engine, loop, self.node, former, downstream.judge_again)
+        downstream.fenced = core.publishing.fenced
         self.repairs = Repairs(core, self.engine, loop, lambda: self.parent_address)
 
     # ---- life ----
@@ -196,13 +198,18 @@ class Mirroring:
         if self.upstream is not None:
             self.upstream.free(topic)
 
+    def look_at(self, address: str) -> None:
+        """A node says that it was promoted."""
+        if self.upstream is not None:
+            self.upstream.look_at(address)
+
     def carries(self, topic: str) -> bool:
         """Would the parent send a topic again that is deleted here?"""
         return self.upstream is not None and self.upstream.carries(topic)
 
-    def on_parent_dropped(self, callback: Callable[[], None]) -> None:
-        """Called when the parent is not followed any more."""
-        self._parent_dropped = callback
+    def on_promoted(self, parent_dropped: Callable[[], None], promoted: Callable[[], None]) -> None:
+        """Called when the parent is not followed any more, and when this node writes what it mirrored."""
+        self._parent_dropped, self._promoted = parent_dropped, promoted
 
     def promote(self, level: str, done: Done) -> None:
         """Make this node the origin of everything that it mirrors; done once that is durable."""
@@ -220,6 +227,8 @@ class Mirroring:
             self._downstream.become(self.node())
             if self.fencing is not None:
                 self.fencing.start()
+            if outcome is Outcome.OK:
+                self._promoted()
             done(outcome, message)
 
         promote(self.engine, self._loop, level, end_pipe, promoted)

@@ -270,6 +270,17 @@ class Upstream:
             self._reconnecting = True
             self._client.close(reason)
 
+    def look_at(self, address: str) -> None:
+        """A candidate may have become a parent: ask it at once, while there is none."""
+        if self.connected or self.stopped or address not in self.candidates.addresses:
+            return
+        self.candidates.go_to(address)
+        if self._timer is not None:
+            self._timer.cancel()
+            self._open()
+        else:
+            self.again("another candidate was promoted")
+
     def _poll(self) -> None:
         if self._client.transport is None:
             return

@@ -8,8 +8,10 @@ import json
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, json_flag
 from edgebroker.cli.render import counted, duration
-from edgebroker.common.errors import ConfigError
+from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.levels import LEVELS
+
+MOST_COMPARED = 20
 
 
 def arguments(parser: Parser) -> None:
@@ -49,7 +51,36 @@ def _what(options: argparse.Namespace) -> str:
     state = "is CONNECTED: it is not lost" if parent["connected"] else "is not connected"
     since = f", last contact {duration(heard)} ago" if heard is not None else ", no contact yet"
     lost = f"{counted(lag, 'record')} that it had are not here and would be lost" if lag else "no lag was known then"
-    return (
+    found = [
         f"this would make this node the origin of {counted(len(topics), 'topic')} at level {options.level}. The parent "
         f"{parent['name'] or parent['address']} {state}{since}; {lost}"
-    )
+    ]
+    standby = call(options.admin, "GET", "/v1/registry/standby")
+    if standby["root"]:
+        found.append("A copy of the registry is here; it is kept here from then on")
+        uid, mine = call(options.admin, "GET", "/v1/node")["uid"], _ends(options.admin)
+        found += [_compared(hub, mine) for hub in standby["hubs"] if hub["uid"] != uid][:MOST_COMPARED]
+    else:
+        found.append("No copy of the registry is here: pins and drains are lost, and other hubs do not follow by it")
+    return ". ".join(found)
+
+
+def _ends(node: str) -> dict[tuple[str, str, int], int]:
+    """Up to where a node has each log."""
+    return {
+        (topic["name"], log["log_id"], log["partition"]): log["durable_end"]
+        for topic in call(node, "GET", "/v1/topics")["topics"]
+        for log in topic["partitions"]
+    }
+
+
+def _compared(hub: dict[str, str], mine: dict[tuple[str, str, int], int]) -> str:
+    """What another hub that followed the same parent has, compared with this node."""
+    try:
+        theirs = _ends(hub["address"])
+    except EdgeBrokerError:
+        return f"{hub['name']} at {hub['address']} does not answer: what it has is not known"
+    more = sum(max(0, end - mine[log]) for log, end in theirs.items() if log in mine)
+    if more:
+        return f"{hub['name']} has {counted(more, 'record')} MORE, which would be lost: promote that node instead"
+    return f"{hub['name']} has nothing that is not here"

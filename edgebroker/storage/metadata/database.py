@@ -35,9 +35,9 @@ def transaction(connection: sqlite3.Connection) -> Iterator[sqlite3.Cursor]:
         raise
 
 
-def move_aside(path: Path, wall_ms: int) -> None:
-    """Move a database that cannot be used out of the way, as NAME.corrupt-<ms>."""
+def move_aside(path: Path, wall_ms: int, why: str = "corrupt") -> None:
+    """Move a database that is not to be used out of the way, as NAME.corrupt-<ms>."""
     for suffix in ("", "-wal", "-shm"):
         part = path.with_name(path.name + suffix)
         if part.exists():
-            part.rename(path.with_name(f"{path.name}.corrupt-{wall_ms}{suffix}"))
+            part.rename(path.with_name(f"{path.name}.{why}-{wall_ms}{suffix}"))

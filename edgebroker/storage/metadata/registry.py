@@ -101,6 +101,17 @@ class RegistryStore:
         log.error("%s cannot be opened for writing: %s", self._path, self.failed)
         return self._as_it_is()
 
+    def begin_again(self) -> None:
+        """Move a file aside that is there, and begin an empty one with the next write. Blocks for a moment."""
+        self._close()
+        if self._path.exists():
+            move_aside(self._path, self._clock.wall_ms(), "replaced")
+
+    def written_at(self) -> float:
+        """When the file was last written, by the clock of the file system; 0 when there is none."""
+        write_ahead = self._path.with_name(f"{FILE}-wal")
+        return max((path.stat().st_mtime for path in (self._path, write_ahead) if path.exists()), default=0.0)
+
     def _as_it_is(self) -> RegistryState:
         """What the file holds, without its write-ahead log."""
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,17 @@ from edgebroker.storage import files
 from edgebroker.storage.log.aside import NEXT_NAME
 from edgebroker.storage.types import UNKNOWN_CHAIN, CorruptRange, LogGap
 from tests.kit.storage import StoreHarness, encode, store_settings
-from tests.unit.storage.test_mirror_store import answer, batches, bytes_of, chains, cut, identity_of, mirror, take
+from tests.unit.storage.test_mirror_store import (
+    answer,
+    batches,
+    bytes_of,
+    chains,
+    cut,
+    fail_from,
+    identity_of,
+    mirror,
+    take,
+)
 
 CHAIN = 77
 
@@ -85,20 +95,8 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
         mirror(harness, identity_of())
         take(harness, *batches(0, 12))
         harness.commit(4)
-        left = [step]
-
-        def failing(real: Callable[..., object], left: list[int] = left) -> Callable[..., object]:
-            def call(*args: object, **options: object) -> object:
-                left[0] -= 1
-                if left[0] <= 0:
-                    raise OSError(5, "the power went")
-                return real(*args, **options)
-
-            return call
-
         with monkeypatch.context() as patch:
-            for name in ("move", "create_log", "remove", "sync_directory", "write_new"):
-                patch.setattr(files, name, failing(getattr(files, name)))
+            fail_from(patch, step, "move", "create_log", "remove", "sync_directory", "write_new")
             outcome = skip(harness, 100)
         harness.restart()
         log = harness.log()

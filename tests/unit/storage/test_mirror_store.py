@@ -155,6 +155,23 @@ def test_cut(harness: StoreHarness, offset: int, crash: bool) -> None:
     assert not list(harness.directory().glob(f"*{ASIDE}*"))
 
 
+def fail_from(patch: pytest.MonkeyPatch, step: int, *names: str) -> None:
+    """From the step-th call of these functions of files.py on the device is gone."""
+    left = [step]
+
+    def failing(real: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object, **options: object) -> object:
+            left[0] -= 1
+            if left[0] <= 0:
+                raise OSError(5, "the power went")
+            return real(*args, **options)
+
+        return call
+
+    for name in names:
+        patch.setattr(files, name, failing(getattr(files, name)))
+
+
 @pytest.mark.parametrize("what", ["cut", "restart", "another log"])
 def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     """The log is there up to the cut or further, or begins again: no corrupt range, no offset given twice."""
@@ -166,21 +183,9 @@ def test_whatever_step_the_power_goes_at(tmp_path: Path, monkeypatch: pytest.Mon
         for one in stored[15:]:
             take(harness, one)
         harness.commit(4)
-        left = [step]
-
-        def failing(real: Callable[..., object], left: list[int] = left) -> Callable[..., object]:
-            def call(*args: object, **options: object) -> object:
-                left[0] -= 1
-                if left[0] <= 0:
-                    raise OSError(5, "the power went")
-                return real(*args, **options)
-
-            return call
-
         further = identity_of("cd" * 16 if what == "another log" else "ab" * 16, log_start=100, chain=5)
         with monkeypatch.context() as patch:
-            for name in ("rename_suffix", "move", "copy_start", "remove", "second_name", "sync_directory"):
-                patch.setattr(files, name, failing(getattr(files, name)))
+            fail_from(patch, step, "rename_suffix", "move", "copy_start", "remove", "second_name", "sync_directory")
             if what == "cut":
                 outcome = cut(harness, 11)
             else:
