@@ -22,6 +22,7 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "rebalance": delivery.rebalance,
     "mirror": tree.catch_up,
     "hops": tree.hops,
+    "replicated": tree.replicated,
     "children": tree.children,
     "line": tree.narrow_line,
     "fleet": fleet.fleet,

@@ -28,7 +28,7 @@ from edgebroker.common.crc32c import crc32c
 from edgebroker.common.runtime.clock import sleep
 from edgebroker.pipe.stream import Kind, LogPosition, Poll
 
-DURABLE = 2
+DURABLE, REPLICATED = 2, 3
 FREE = {"EDGEBROKER_STORAGE_HARD_FREE_BYTES": "0", "EDGEBROKER_STORAGE_SOFT_FREE_BYTES": "0"}
 
 
@@ -44,7 +44,7 @@ class Chain:
         wanted = {**FREE, "EDGEBROKER_NODE_LEVEL": level, "EDGEBROKER_LOG_LEVEL": "warning", **settings}
         if self.nodes:
             wanted.setdefault("EDGEBROKER_PIPE_PARENTS", self.nodes[-1].admin)
-        node = BrokerProcess(self.directory / level, settings=wanted)
+        node = BrokerProcess(self.directory / wanted.get("EDGEBROKER_NODE_NAME", level), settings=wanted)
         node.start()
         self.nodes.append(node)
         return node
@@ -165,6 +165,37 @@ def hops(pinned: bool) -> list[Row]:
         Row("ROOT to LOCAL, 4 hops, 1,000/s, p99", f"{statistics.median(fours) * 1000:.1f} ms",
             f"one hop {statistics.median(ones) * 1000:.1f} ms", ratio, "at most 4.5", ratio <= 4.5),
     ]  # fmt: skip
+
+
+def replicated(pinned: bool) -> list[Row]:
+    """One record at a time, acknowledged when one of two hubs has it durably, against durable here and, once more, what
+    the hub does: a hop and a sync."""
+    ratios, found = [], []
+    count = scaled(5_000)
+    with Chain() as chain:
+        top = chain.add("root")
+        call(top.admin, "POST", "/v1/topics", {"name": "o", "urgent": True})
+        for name in ("hub-a", "hub-b"):
+            hub = chain.add("l2", EDGEBROKER_PIPE_PARENTS=top.admin, EDGEBROKER_NODE_NAME=name)
+            while ends(hub, "o") < 0:
+                sleep(0.02)
+        host, port = top.server.rsplit(":", 1)
+
+        def median_seconds(level: int, name: bytes) -> float:
+            taken = native_client.one_by_one(host.encode(), int(port), b"o", count, 128, level, name)
+            return percentile(taken, 0.5)
+
+        for run in range(RUNS):
+            more = percentile(disk.append_and_sync(Path(DIRECTORY), 500), 0.5)
+            more += percentile(native_client.ping(20_000, -1), 0.5)
+            durable, both = median_seconds(DURABLE, b"d%d" % run), median_seconds(REPLICATED, b"r%d" % run)
+            ratios.append(both / (durable + more))
+            found.append((both * 1e6, durable * 1e6, more * 1e6))
+    ratio = statistics.median(ratios)
+    both_us, durable_us, more_us = (statistics.median(values) for values in zip(*found, strict=True))
+    against = f"durable here {durable_us:.0f} us + ping-pong + append+fdatasync {more_us:.0f} us"
+    work = "one at a time, replicated to one of two hubs, p50"
+    return [Row(work, f"{both_us:.0f} us", against, ratio, "1.5", ratio <= 1.5)]
 
 
 def _arrivals(node: BrokerProcess, count: int) -> Future[list[float]]:

@@ -97,6 +97,8 @@ class Broker:
             core.publishing.history_lost(log, position.offset, position.chain)
 
         downstream.on_history_lost(history_lost)
+        downstream.awaited, downstream.confirmed = core.publishing.waits_for_children, core.publishing.confirm
+        core.publishing.ask_children = downstream.ask
         return downstream
 
     def _make_admin(self) -> None:

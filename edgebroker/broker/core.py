@@ -75,6 +75,7 @@ def publish_limits(config: Config) -> PublishLimits:
         limits.max_inflated_bytes,
         topics.auto_create,
         bool(config.pipe.parents or config.pipe.registry),
+        limits.replicated_timeout_ms / 1000,
         TopicSettings(kind=topics.kind, partitions=topics.partitions),
     )
 

@@ -20,7 +20,7 @@ from edgebroker.common.types import AckLevel
 
 log = logging.getLogger(__name__)
 
-ACK_LEVELS = {"none": AckLevel.NONE, "written": AckLevel.WRITTEN, "durable": AckLevel.DURABLE}
+ACK_LEVELS = {level.name.lower(): level for level in AckLevel}
 
 
 class Producer:
@@ -32,7 +32,9 @@ class Producer:
     Args:
         server: HOST:PORT of the broker.
         ack: when a record counts as acknowledged: "durable" (the broker has synced it to disk: it survives a power
-            cut), "written" (it survives a crash of the broker) or "none" (nothing is promised or answered).
+            cut), "replicated" (nodes below have synced it as well, as many as the topic's `replicas`: it survives the
+            loss of the broker), "written" (it survives a crash of the broker) or "none" (nothing is promised or
+            answered).
         compression: "none", "gzip", "lz4" or "zstd"; a batch is compressed as a whole, on the I/O thread.
         batch_records: a batch with this many records is sent.
         batch_bytes: a batch of this many bytes is sent.

@@ -110,6 +110,8 @@ class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     consume_window_bytes: Annotated[int, about("the same in bytes", ge=64 << 10, le=64 * MIB)] = 8 * MIB
     staged_high_bytes: Annotated[int, about(
         "bytes waiting for the disk above which producers are not read", ge=MIB)] = 64 * MIB
+    replicated_timeout_ms: Annotated[int, about(
+        "time in which nodes below must have a record that is published with the ack level replicated", ge=100)] = 5_000
     heartbeat_ms: Annotated[int, about("interval of heartbeats to clients", ge=100)] = 10_000
     idle_timeout_ms: Annotated[int, about("a client that sends nothing for this long is disconnected", ge=200)] = 30_000
     connect_timeout_ms: Annotated[int, about("time until CONNECT must have arrived", ge=100)] = 2_000

@@ -32,6 +32,7 @@ class Code(IntEnum):
     OVERLOADED = 20
     UNAUTHORISED = 21
     INVALID_REQUEST = 22
+    NOT_REPLICATED = 23
 
     @property
     def retryable(self) -> bool:
@@ -49,6 +50,7 @@ _RETRYABLE = frozenset(
         Code.OUT_OF_ORDER,
         Code.SHUTTING_DOWN,
         Code.OVERLOADED,
+        Code.NOT_REPLICATED,
     }
 )
 

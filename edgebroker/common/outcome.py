@@ -42,6 +42,8 @@ class Outcome(Enum):
     DISK_FULL = "DISK_FULL"
     READ_ONLY = "READ_ONLY"
     SHUTTING_DOWN = "SHUTTING_DOWN"
+    NOT_REPLICATED = "NOT_REPLICATED"
+    """It is stored here, but not at enough nodes below in time."""
 
     @property
     def code(self) -> Code:

@@ -26,14 +26,18 @@ class TopicSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     max_delete_percent: int = 1
     hold_ms: int = 0
     hold_bytes: int = 0
+    replicas: int = 1
+    replica_nodes: str = ""
 
 
 class AckLevel(IntEnum):
-    """What a producer waits for: nothing, the write (survives the process), the sync (survives the power)."""
+    """What a producer waits for: nothing, the write (survives the process), the sync (survives the power), the sync at
+    nodes below as well (survives the loss of the node)."""
 
     NONE = 0
     WRITTEN = 1
     DURABLE = 2
+    REPLICATED = 3
 
 
 class Start(IntEnum):

@@ -65,9 +65,9 @@ class Reading(Protocol[L, S]):
 class FeedCursor(Generic[L, S]):
     """One log of one answer. `offset` is behind the batches that were begun, `skip` what of the first the child has
     already; `piece` is what is left to send of them. `hint`, and `fresh` (nothing was read yet), belong to the one that
-    reads."""
+    reads; `asked` is the offset before which the child was asked to confirm (-1: it was not)."""
 
-    __slots__ = ("chain", "continues", "fresh", "hint", "line", "log", "offset", "piece", "skip", "urgent")
+    __slots__ = ("asked", "chain", "continues", "fresh", "hint", "line", "log", "offset", "piece", "skip", "urgent")
 
     def __init__(self, line: int, log: L, position: LogPosition, urgent: bool) -> None:
         self.line, self.log, self.urgent = line, log, urgent
@@ -77,6 +77,7 @@ class FeedCursor(Generic[L, S]):
         self.continues = False
         self.hint: tuple[int, int] | None = None
         self.fresh = True
+        self.asked = -1
 
 
 class Outgoing(NamedTuple, Generic[L, S]):

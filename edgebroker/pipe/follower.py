@@ -129,6 +129,13 @@ class SkipRecords(NamedTuple):
     chain: int
 
 
+class ConfirmWanted(NamedTuple):
+    """The parent wants to know when everything of our log before `offset` is durable."""
+
+    line: FollowedLog
+    offset: int
+
+
 class LogDeleted(NamedTuple):
     """The origin has deleted histories of this log, `first` to `epoch`, and the topic with it. Then drop(), or follow()
     if ours is another one."""
@@ -153,6 +160,7 @@ Event = (
     | TruncateLog
     | RecreateLog
     | SkipRecords
+    | ConfirmWanted
     | LogDeleted
     | StateChanged
 )
@@ -251,6 +259,8 @@ class Follower:
                 yield self._hello(_decode(payload, Hello))
             elif frame.kind == Kind.STATE:
                 yield from self._refused(self._line(frame), _decode(payload, Refusal))
+            elif frame.kind == Kind.CONFIRM:
+                yield ConfirmWanted(self._line(frame), self._line(frame).offset)
             elif frame.kind == Kind.DIRECTIVE:
                 yield DirectivesReceived(_directives(payload))
 

@@ -3,7 +3,7 @@
 The poll is JSON. The answer is a stream of frames; every frame begins with 32 bytes, big-endian:
 
      0  u32  bytes of payload behind this header
-     4  u8   kind: 1 HELLO, 2 DATA, 3 STATE, 4 IDLE, 5 ORDER
+     4  u8   kind: 1 HELLO, 2 DATA, 3 STATE, 4 IDLE, 5 DIRECTIVE, 6 CONFIRM
      5  u8   flags of DATA: 1 CONTINUES (goes on where the last DATA of this line ended), 2 CHAINED (`chain` is told)
      6  u16  line: which entry of the poll's `logs` it is about
      8  u32  chain checksum before the batch at `offset`
@@ -11,8 +11,8 @@ The poll is JSON. The answer is a stream of frames; every frame begins with 32 b
     20  u32  bytes of that batch before the payload
     24  i64  durable end of the log at the parent
 
-HELLO and STATE carry JSON (Hello, Refusal), ORDER a list of Order (pipe/report.py), DATA stored bytes, which
-may end anywhere, IDLE nothing.
+HELLO and STATE carry JSON (Hello, Refusal), DIRECTIVE a list of Directive (pipe/report.py), DATA stored bytes, which
+may end anywhere, IDLE and CONFIRM nothing.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ MAX_LINES = 1 << 16
 # Polls up to this size are remembered, so that they need not be sent again; a SamePoll takes no more than that.
 MAX_SAME_BYTES, MAX_SAME_POLL_BYTES = 64 << 10, 120
 MAX_PARTITIONS = 1024
+# Logs in one Receipt.
+MAX_CONFIRMED = 200
 
 _Offset = Annotated[int, Meta(ge=0, le=1 << 62)]
 _Place = Annotated[int, Meta(ge=-1, le=1 << 62)]
@@ -58,6 +60,8 @@ class Kind(IntEnum):
     STATE = 3
     IDLE = 4
     DIRECTIVE = 5
+    CONFIRM = 6
+    """The child shall say (Receipt) when everything of this line that came before is durable."""
 
 
 class PollRefusal(StrEnum):
@@ -118,6 +122,23 @@ class SamePoll(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     uid: _Id
     same: _U32
+
+
+class DurableLog(msgspec.Struct, frozen=True, array_like=True):
+    """A log, up to where a child has it durably."""
+
+    topic: _Name
+    partition: Annotated[int, Meta(ge=0, lt=MAX_PARTITIONS)]
+    log_id: _Id
+    epoch: _Epoch
+    durable_end: _Offset
+
+
+class Receipt(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/pipe/durable: what a child has durably of the logs that it was asked about."""
+
+    uid: _Id
+    logs: Annotated[list[DurableLog], Meta(max_length=MAX_CONFIRMED)]
 
 
 class PartitionInfo(msgspec.Struct, frozen=True, array_like=True):

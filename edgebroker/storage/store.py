@@ -318,7 +318,7 @@ class SegmentStore:
         if log.stage.pending_bytes:
             self._committer.mark(
                 log,
-                durable=level == AckLevel.DURABLE,
+                durable=level >= AckLevel.DURABLE,
                 written=level == AckLevel.WRITTEN,
                 urgent=log.settings.urgent,
             )

@@ -290,7 +290,7 @@ class World(CoreListener):
         self.loop.reset()
         self.engine.killed()
         self.members.clear()
-        limits = PublishLimits(1 << 30, 1 << 29, MAX, MAX, True, False, TopicSettings())
+        limits = PublishLimits(1 << 30, 1 << 29, MAX, MAX, True, False, 5.0, TopicSettings())
         watched = {"Groups": _Groups, "Membership": _Membership, "DeadLetters": _DeadLetters}
         with patch.multiple("edgebroker.broker.core", Publishing=_Publishing, Push=_Push, **watched):
             self.core = build_core(self.engine, self.loop, self.clock, limits, LIMITS)

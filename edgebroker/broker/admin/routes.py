@@ -39,6 +39,7 @@ from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.observe.health import Verdict
 from edgebroker.network.http.router import Nothing, Route
 from edgebroker.pipe.report import MAX_BATCH_BYTES, Batch, Heard, ParentAssignment, Question
+from edgebroker.pipe.stream import Receipt
 
 MAX_POLL_BYTES = 8 << 20
 MAX_FENCE_BYTES = 1 << 20
@@ -86,6 +87,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("DELETE", "/v1/children/{name}", node.forget_child, Nothing, "operate"),
         Route("GET", "/v1/pipe", node.pipe, PipeStatus, "view"),
         Route("POST", "/v1/pipe", downstream.answer, None, "child", body_limit=MAX_POLL_BYTES),
+        Route("POST", "/v1/pipe/durable", downstream.receipt, Nothing, "child", Receipt),
         Route("POST", "/v1/pipe/range", ranges.answer, None, "child", RangeRequest),
         Route("POST", "/v1/pipe/digest", digests.answer, DigestAnswer, "child", RangeRequest),
         Route("POST", "/v1/tree/reports", inbox.answer, Heard, "child", Batch, MAX_REPORTS_BYTES),

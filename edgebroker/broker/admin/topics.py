@@ -10,6 +10,7 @@ from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.listing import list_in_slices
 from edgebroker.broker.admin.offsets import GroupOperations
 from edgebroker.broker.delivery.table_snapshots import SnapshotStatus, TableSnapshot
+from edgebroker.common.config import split_list
 from edgebroker.common.names import check_topic_name
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.types import TopicSettings
@@ -18,6 +19,7 @@ from edgebroker.storage.engine import Log
 from edgebroker.storage.types import DeletedTopic, OffsetRange
 
 MAX_PARTITIONS = 1024
+MAX_REPLICAS = 16
 MAX_SETTING = (1 << 63) - 1
 MIN_SEGMENT_BYTES = 64 << 10
 
@@ -301,6 +303,11 @@ def check_settings(settings: TopicSettings) -> str:
         return "message_ttl_ms: a table keeps its records; only streams have a time to live"
     if not 0 <= settings.max_delete_percent <= 100:
         return f"max_delete_percent: 0 to 100, not {settings.max_delete_percent}"
+    if not 1 <= settings.replicas <= MAX_REPLICAS:
+        return f"replicas: 1 to {MAX_REPLICAS}, not {settings.replicas}"
+    nodes = split_list(settings.replica_nodes)
+    if nodes and len(nodes) < settings.replicas:
+        return f"replica_nodes: {settings.replicas} replicas need at least as many nodes, not {len(nodes)}"
     for name in ("retention_ms", "retention_bytes", "segment_ms", "message_ttl_ms", "hold_ms", "hold_bytes"):
         if not 0 <= getattr(settings, name) <= MAX_SETTING:
             return f"{name}: 0 to {MAX_SETTING}"

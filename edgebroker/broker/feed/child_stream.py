@@ -6,7 +6,7 @@ judge each line -> cursors -> frames, by sendfile, as far as the socket takes th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -70,6 +70,8 @@ class FeedHost(Protocol):
     """What was read after an offset up to the end of a log, in this loop iteration."""
     fenced: Mapping[Log, str]
     """Logs that another node writes now, and its name."""
+    awaited: Callable[[Log], bool]
+    """Does a publisher wait until children have a log?"""
 
     def hello(self, topics: list[TopicInfo]) -> bytes: ...
     def info(self, topic: str) -> TopicInfo: ...
@@ -333,6 +335,14 @@ class ChildStream:
             out.send_data(found.head, piece.source[piece.position : piece.position + piece.length])
             if cursor.piece is None and cursor in self._cold:
                 self._warm(cursor)
+        if cursor.piece is None:
+            self._ask(cursor)
+
+    def _ask(self, cursor: LogCursor) -> None:
+        """Publishers may wait until this child has what it was sent."""
+        if cursor.asked != cursor.offset and self._host.awaited(cursor.log) and self._out is not None:
+            cursor.asked = cursor.offset
+            self._out.send(stream.write_frame(Kind.CONFIRM, line=cursor.line))
 
     def measure(self) -> None:
         """How fast did the line take what there was for it?"""
@@ -349,6 +359,7 @@ class ChildStream:
         partition: Log = cursor.log
         if cursor.offset == partition.durable_end:
             cursor.hint = None
+            self._ask(cursor)
             self._host.idle(self, cursor, partition)
             return None
         if cursor.offset < partition.log_start:

@@ -39,6 +39,7 @@ from edgebroker.pipe.stream import (
     PartitionInfo,
     Poll,
     PollRefusal,
+    Receipt,
     SamePoll,
     TopicInfo,
 )
@@ -94,6 +95,9 @@ class Downstream:
         self._asked_more = False
         # Logs that a promoted node writes now: they are not served from here.
         self.fenced: Mapping[Log, str] = {}
+        # Whether a publisher waits until children have a log, and who is told what they have durably.
+        self.awaited: Callable[[Log], bool] = lambda log: False
+        self.confirmed: Callable[[Log, str, str, int], None] = lambda log, uid, name, offset: None
         self._history_lost: Callable[[Log, LogPosition], None] | None = None
         scheduler.call_later(MEASURE_SECONDS, self._measure)
         scheduler.call_later(STORE_SECONDS, self._store_now_and_then)
@@ -224,6 +228,28 @@ class Downstream:
             for child, position in list(self._ahead[partition].items()):
                 if partition.durable_end >= position.offset and partition.epoch >= position.epoch:
                     child.end()
+
+    def ask(self, partition: Log) -> None:
+        """Ask the children that have everything of a log how much of it is durable there."""
+        for cursor, child in self._idle.pop(partition, {}).items():
+            cursor.asked = -1
+            child.feed.wake(cursor)
+            self._waiting[child] = None
+        if self._waiting:
+            self.scheduler.call_later(0.0, lambda: None)  # to the end of this iteration
+
+    def receipt(self, call: Call) -> None:
+        """POST /v1/pipe/durable: what a connected child has durably."""
+        told = call.body
+        assert isinstance(told, Receipt)
+        child = self._uids.get(told.uid)
+        for one in told.logs if child is not None else []:
+            partition = self.engine.log(one.topic, one.partition)
+            if partition is None or child is None or partition.identity.log_id != one.log_id:
+                continue
+            if one.durable_end <= partition.durable_end and partition.identity.contains(one.epoch, one.durable_end):
+                self.confirmed(partition, told.uid, child.name, one.durable_end)
+        call.done(Outcome.OK, "")
 
     def on_topic(self, topic: str) -> None:
         """A topic was made or changed."""

@@ -17,6 +17,7 @@ import msgspec
 
 from edgebroker.broker.mirror.mirrors import Mirrors, ReaderHooks
 from edgebroker.broker.mirror.parent_topic import parent_logs
+from edgebroker.broker.mirror.receipts import Receipts
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import NodeInfo
 from edgebroker.common.batch import Reason
@@ -30,6 +31,7 @@ from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.follower import (
     AppendResult,
+    ConfirmWanted,
     DirectivesReceived,
     Event,
     FollowedLog,
@@ -101,6 +103,7 @@ class Upstream:
         self._follower = Follower(node.uid, node.name, node.level, patterns, self, hours, pin=pin)
         receive_bytes = max(4 << 10, min(RECEIVE_BYTES, bytes_per_second or RECEIVE_BYTES))
         self._client = HttpClient(loop, self, receive_bytes)
+        self._receipts = Receipts(engine, loop, node.uid)
         self._mirrors = Mirrors(engine, loop, metrics, node.uid, self._follower, self, hooks)
         self._timer: TimerHandle | None = None
         self._status = 0
@@ -136,6 +139,7 @@ class Upstream:
     def stop(self) -> None:
         self.stopped = True
         self._client.stop()
+        self._receipts.stop()
 
     def _open(self) -> None:
         self._timer = None
@@ -362,6 +366,7 @@ class Upstream:
 
     def on_durable(self, partition: Log) -> None:
         self._resume()
+        self._receipts.on_durable(partition)
         self._mirrors.on_durable(partition)
 
     def on_failed(self, partition: Log) -> None:
@@ -380,6 +385,8 @@ class Upstream:
                 self._changed(event)
             elif isinstance(event, DirectivesReceived):
                 self._directed(event.directives)
+            elif isinstance(event, ConfirmWanted):
+                self._receipts.wanted(self.candidates.current, event.line.key, event.offset)
             else:
                 self._mirrors.do(event)
 

@@ -1,6 +1,7 @@
 """From a publish to its acknowledgement: the one way into a log.
 
     submit() -> engine.append (staged) -> ... commit thread ... -> on_written / on_durable -> Publisher.answered()
+    replicated: ... -> on_durable -> children get it, and confirm() that they have it durably -> Publisher.answered()
 
 Answers of one partition and ack level leave in the order in which the publishes came; refusals may overtake them.
 Compressed batches are inflated and checked by the checker thread first; meanwhile the publisher reads no further. Above
@@ -17,6 +18,7 @@ from typing import NamedTuple
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import Publisher
 from edgebroker.broker.publish.compressed import check_compressed
+from edgebroker.broker.publish.confirmations import Confirmations
 from edgebroker.common import answers as packed
 from edgebroker.common.batch import Reason
 from edgebroker.common.errors import Code
@@ -29,11 +31,14 @@ from edgebroker.common.spans import ANSWER, SPAN, pack_span, payload_bytes
 from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
 from edgebroker.storage.engine import Engine, Log
 
+EXPIRE_SECONDS = 0.25
+
 _logger = logging.getLogger(__name__)
 
 
 class Waiting(NamedTuple):
-    """A run whose answers are true once the log's end has passed `wait`."""
+    """A run whose answers are true once the log's end has passed `wait`. `until`: when it is refused instead, for want
+    of nodes that have it."""
 
     wait: int
     publisher: Publisher
@@ -41,6 +46,7 @@ class Waiting(NamedTuple):
     answers: bytes
     size: int
     level: AckLevel
+    until: float
 
 
 class Lost(NamedTuple):
@@ -61,6 +67,8 @@ class PublishLimits(NamedTuple):
     auto_create: bool
     follows: bool
     """The node has a parent, from which its topics come."""
+    replicated_seconds: float
+    """Time for nodes below to have what they are waited for."""
     new_topics: TopicSettings
 
 
@@ -72,6 +80,11 @@ class Publishing:
         self._checker: Worker | None = None
         self._durable: dict[Log, deque[Waiting]] = {}
         self._written: dict[Log, deque[Waiting]] = {}
+        self._replicated: dict[Log, deque[Waiting]] = {}
+        self._confirmations = Confirmations()
+        # Asks the children how much of a log they have durably.
+        self.ask_children: Callable[[Log], None] = lambda log: None
+        self._expiring = False
         self._held: dict[Publisher, None] = {}
         self._exclusive: dict[Log, str] = {}
         # Logs of this node of which it lost acknowledged records, and what is known about it.
@@ -180,6 +193,7 @@ class Publishing:
 
     def deleted(self, log: Log) -> None:
         """Nothing is known about a log any more."""
+        self._confirmations.forget(log)
         self.lost.pop(log, None)
         self.fenced.pop(log, None)
 
@@ -205,17 +219,46 @@ class Publishing:
 
     def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
         """Everything that is not in the log any more is answered with a code."""
-        for queue, end in ((self._durable.get(log), log.written_end), (self._written.get(log), log.written_end)):
-            kept = [waiting for waiting in queue or () if waiting.wait <= end]
-            gone = [waiting for waiting in queue or () if waiting.wait > end]
+        for queue in (queues.get(log) for queues in (self._durable, self._written, self._replicated)):
+            kept = [waiting for waiting in queue or () if waiting.wait <= log.written_end]
+            gone = [waiting for waiting in queue or () if waiting.wait > log.written_end]
             if queue is not None:
                 queue.clear()
                 queue.extend(kept)
             for waiting in gone:
-                refused = packed.refuse(waiting.answers, outcome.code)
-                self._count_refused(outcome.code, packed.failed(refused))
-                self._answer(waiting, refused)
+                self._fail(waiting, outcome.code)
         self.on_durable(log)
+
+    # ---- what nodes below have ----
+
+    def waits_for_children(self, log: Log) -> bool:
+        """Does a publish wait until nodes below have it?"""
+        return bool(self._replicated and self._replicated.get(log))
+
+    def confirm(self, log: Log, uid: str, name: str, offset: int) -> None:
+        """A child has everything of a log before `offset`, durably."""
+        if self.waits_for_children(log):
+            self._confirmations.confirm(log, uid, name, offset)
+            self._release(self._replicated[log], self._replicated_end(log))
+
+    def _replicated_end(self, log: Log) -> int:
+        return min(log.durable_end, self._confirmations.end(log))
+
+    def _expire(self) -> None:
+        """Refuse what nodes below did not have in time: it is stored here, and may be published again."""
+        now = self._scheduler.now()
+        for queue in self._replicated.values():
+            while queue and queue[0].until <= now:
+                self._fail(queue.popleft(), Code.NOT_REPLICATED)
+        self._replicated = {log: queue for log, queue in self._replicated.items() if queue}
+        self._expiring = bool(self._replicated)
+        if self._expiring:
+            self._scheduler.call_later(EXPIRE_SECONDS, self._expire)
+
+    def _fail(self, waiting: Waiting, code: Code) -> None:
+        refused = packed.refuse(waiting.answers, code)
+        self._count_refused(code, packed.failed(refused))
+        self._answer(waiting, refused)
 
     # ---- inside ----
 
@@ -223,15 +266,20 @@ class Publishing:
         self, publisher: Publisher, log: Log, run: PublishRun, answers: bytes, wait: int, level: AckLevel
     ) -> None:
         size = payload_bytes(run.spans)
-        waiting = Waiting(wait, publisher, run.spans, answers, size, level)
+        waiting = Waiting(
+            wait, publisher, run.spans, answers, size, level, self._scheduler.now() + self._limits.replicated_seconds
+        )
         self.waiting_bytes += size
         self._metrics.bytes_published += size
         failures = packed.failed(answers)
         if failures:
             self._note_failures(answers)
-        end, queues = (
-            (log.written_end, self._written) if level == AckLevel.WRITTEN else (log.durable_end, self._durable)
-        )
+        if level == AckLevel.REPLICATED:
+            end, queues = self._replicated_end(log), self._replicated
+        elif level == AckLevel.WRITTEN:
+            end, queues = log.written_end, self._written
+        else:
+            end, queues = log.durable_end, self._durable
         queue = queues.get(log)
         if wait <= end and not queue:
             self._answer(waiting, answers)
@@ -239,6 +287,12 @@ class Publishing:
         if queue is None:
             queue = queues[log] = deque()
         queue.append(waiting)
+        if level == AckLevel.REPLICATED:
+            if wait <= log.durable_end:
+                self.ask_children(log)  # published again: the children may have it already
+            if not self._expiring:
+                self._expiring = True
+                self._scheduler.call_later(EXPIRE_SECONDS, self._expire)
         if self.waiting_bytes > self._limits.high_bytes and publisher not in self._held:
             self._held[publisher] = None
             publisher.hold()

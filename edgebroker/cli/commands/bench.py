@@ -64,6 +64,9 @@ def _workload_flags(parser: Parser) -> None:
         "--unacked", type=at_least(1), default=10_000, help="unacknowledged records at most (default 10000)"
     )
     parser.add_argument(
-        "--ack", choices=("durable", "written", "none"), default="durable", help="ack level (default durable)"
+        "--ack",
+        choices=("replicated", "durable", "written", "none"),
+        default="durable",
+        help="ack level (default durable)",
     )
     parser.add_argument("--client", choices=("c", "python"), default="c", help="client to use (default c)")

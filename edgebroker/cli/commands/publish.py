@@ -43,9 +43,10 @@ def arguments(parser: Parser) -> None:
     )
     parser.add_argument(
         "--ack",
-        choices=("durable", "written", "none"),
+        choices=("replicated", "durable", "written", "none"),
         default="durable",
-        help="when the broker acknowledges: once synced, once written, or never (default durable)",
+        help="when the broker acknowledges: once nodes below have synced it as well (topic setting replicas), once "
+        "synced, once written, or never (default durable)",
     )
     parser.add_argument(
         "--compression", choices=("none", "gzip", "lz4", "zstd"), default="none", help="codec (default none)"

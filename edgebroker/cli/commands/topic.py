@@ -78,6 +78,10 @@ def _settings_flags(parser: Parser) -> None:
     )
     parser.add_argument("--hold-ms", type=int, help="a silent group or child holds so long; 0: the node's default")
     parser.add_argument("--hold-bytes", type=int, help="a silent one holds so much; 0: the node's default")
+    parser.add_argument(
+        "--replicas", type=int, help="nodes below that must have what is published with --ack replicated"
+    )
+    parser.add_argument("--replica-nodes", metavar="NAMES", help="only these count, by name, with commas; '' for any")
     parser.add_argument("--on-damage", choices=("wait", "skip"), help="what consumers do at a corrupt range")
 
 
@@ -190,6 +194,8 @@ def _settings(options: argparse.Namespace) -> dict[str, object]:
         "max_delete_percent",
         "hold_ms",
         "hold_bytes",
+        "replicas",
+        "replica_nodes",
         "on_damage",
     ):
         if getattr(options, name) is not None:

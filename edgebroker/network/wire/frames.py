@@ -294,8 +294,8 @@ def read_publish_prefix(prefix: memoryview) -> tuple[int, str, int]:
     (level,) = reader.take(_U8)
     topic = reader.text()
     (partition,) = reader.take(struct.Struct(">I"))
-    if level > 2:
-        raise RemoteProtocolError(f"ack level {level} is unknown; use 0 none, 1 written or 2 durable")
+    if level > 3:
+        raise RemoteProtocolError(f"ack level {level} is unknown; use 0 none, 1 written, 2 durable or 3 replicated")
     return level, topic, partition
 
 

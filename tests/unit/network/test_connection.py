@@ -167,7 +167,7 @@ def test_a_refused_frame_is_not_buffered() -> None:
         struct.pack(">IBBHQ", SKIP_BYTES, 6, 0, 0, 1),
         struct.pack(">IBBHQ", 0xFFFFFFFF, 2, 0, 0, 1),
         frames.frame(FrameType.PUBLISH, 1, b"\2\5ab"),
-        publish(1, level=3),
+        publish(1, level=4),
         frames.frame(FrameType.PUBLISH, 1, b"\2\2\xff\xff\0\0\0\0batch"),
         frames.frame(FrameType.DELIVER, 1),
         b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
