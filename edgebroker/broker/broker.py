@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 1.0
 STOP_SECONDS = 20.0
+# So long a node that was restored from a copy waits for children that may have more.
+COMPARE_SECONDS = 30.0
 
 
 class Broker:
@@ -134,6 +136,8 @@ class Broker:
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.core.groups.restore(group, topic, partition, offset, now)
         self.downstream.restore()
+        if any(one.identity.restored for one in self.engine.logs()):
+            self.core.publishing.compared_at = now + COMPARE_SECONDS
         self.loop.at_end_of_iteration(self.core.membership.rebalance)
         self.loop.at_end_of_iteration(self.core.push.end_iteration)
         self.loop.at_end_of_iteration(self.downstream.end_iteration)

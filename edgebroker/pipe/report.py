@@ -65,7 +65,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     where children reach its HTTP interface, `parent` the uid of the node it follows ("" while it follows none).
     `managed`: it takes its parents from the registry, and `candidates` is the digest of the list that it has;
     `standby` is the digest of the copy of the registry that it keeps.
-    `resets` are the last ones. `left_out` topics had no room."""
+    `resyncs` are the last ones. `truncated_records`: records that were truncated since its start, and retained aside.
+    `left_out` topics had no room."""
 
     uid: Id
     name: _Name
@@ -85,6 +86,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     problems: Annotated[list[_Word], Meta(max_length=32)] = []
     disk_free_percent: int = 100
     disk_days: int = -1
+    truncated_records: int = 0
     left_out: int = 0
 
 

@@ -13,6 +13,7 @@ from edgebroker.storage import files
 from edgebroker.version import DATA_FORMAT
 
 RESTORED = "RESTORED"
+LOSS_ACCEPTED = b"loss accepted\n"
 RESERVE_BYTES = 8 << 20
 
 
@@ -58,6 +59,7 @@ class DataDirectory:
             self.node = self._node(level)
             # What a restore leaves: this node's own logs may lack what others have seen of them.
             self.restored = (path / RESTORED).exists()
+            self.loss_accepted = self.restored and (path / RESTORED).read_bytes() == LOSS_ACCEPTED
             for name in ("topics", "quarantine"):
                 files.make_directory(path / name)
             self._keep_reserve()

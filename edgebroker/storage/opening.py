@@ -245,13 +245,17 @@ def raise_epochs(logs: list[PartitionLog], producers: dict[str, tuple[int, int]]
                 producers[client] = (producer_id, epoch)
 
 
-def begin_histories(logs: list[PartitionLog], node_uid: str) -> None:
-    """After a restore: what this node wrote after the copy is lost, and others may have it. Durably, before anything
-    is appended."""
+def begin_histories(logs: list[PartitionLog], node_uid: str, *, accepted: bool) -> None:
+    """After a restore: what this node wrote after the copy is lost, and others may have it; `accepted`: that is given
+    up. Durably, before anything is appended."""
+
+    def begin(old: Identity, end: int) -> Identity:
+        return replace(begin_history(old, end), restored=not accepted)
+
     for partition in logs:
         if partition.identity.origin == node_uid:
             end = partition.durable_end
-            identity = change_identity(partition.directory, partial(begin_history, end=end))
+            identity = change_identity(partition.directory, partial(begin, end=end))
             partition.identity, partition.epoch = identity, identity.epoch
             partition.stage.resume(end, identity.epoch)
     log.warning("restored from a copy: every log of this node continues in a new history")

@@ -144,7 +144,7 @@ class SegmentStore:
                 self._topics[topic_path.name] = logs
         raise_epochs(self.logs(), self._producers)
         if self._directory.restored:
-            begin_histories(self.logs(), self.node_uid)
+            begin_histories(self.logs(), self.node_uid, accepted=self._directory.loss_accepted)
             self._directory.restore_finished()
         self._checkpoints, self._open_files = Checkpoints(self._scheduler, self._metadata), OpenFiles()
         self._scrub = Scrub(

@@ -139,7 +139,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Which log this is. `epochs` are its histories, each with its first offset; `chain` is the header chain checksum
     at `log_start`; `snapshot` is where the newest complete table snapshot begins and ends (-1: there is none); `begun`
     is the first history that the origin began itself: the ones before are of the node that it took over from. `gaps`
-    are in order; behind each of them a segment begins."""
+    are in order; behind each of them a segment begins. `restored`: the newest history begins where a copy ended that
+    was put back, and what others have beyond that was not given up yet."""
 
     log_id: str
     origin: str
@@ -150,6 +151,7 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     snapshot: tuple[int, int] = (-1, -1)
     begun: int = 1
     gaps: list[LogGap] = []
+    restored: bool = False
 
     @property
     def epoch(self) -> int:
@@ -166,6 +168,12 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     def gap_before(self, base: int) -> LogGap | None:
         """The gap after which the segment with this base begins."""
         return next((gap for gap in self.gaps if gap.next == base), None) if self.gaps else None
+
+    def copied(self, end: int) -> Identity:
+        """The identity that the copy had, when this log was restored from one and nothing was written since: it ends
+        at `end`. Else this one."""
+        written = not self.restored or len(self.epochs) < 2 or self.epochs[-1][1] != end
+        return self if written else replace(self, epochs=self.epochs[:-1])
 
     def knows(self, epoch: int) -> bool:
         """Is that one of its histories?"""

@@ -12,7 +12,8 @@ import pytest
 
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
-from tests.kit.brokers import numbered
+from tests.integration.test_topic_undelete import problems
+from tests.kit.brokers import RunningBroker, numbered
 from tests.kit.trees import Tree, chain, digest, end, follows, publish
 from tests.kit.waiting import wait_for
 
@@ -44,11 +45,15 @@ def test_root_is_put_back(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixt
     follows(root, child, "prices")
     tree.stop("root")
     shutil.rmtree(tree.directory / "root")
-    run(capsys, "restore", str(copy), "--data-dir", str(tree.directory / "root"))
+    put_back = ("restore", str(copy), "--data-dir", str(tree.directory / "root"))
+    why = run(capsys, *put_back, "--compare", tree.address("l2"), code=1)
+    assert f"{tree.address('l2')} has 5 records that the backup lacks. Nothing was restored: promote" in why
+    assert not (tree.directory / "root").exists()
+    run(capsys, *put_back, "--compare", tree.address("l2"), "--accept-loss")
     root = tree.start("root")
     log = root.broker.engine.log("prices", 0)
     assert log is not None
-    assert (log.durable_end, log.identity.log_id, log.epoch) == (120, log_id, 2)
+    assert (log.durable_end, log.identity.log_id, log.epoch, log.identity.restored) == (120, log_id, 2, False)
     assert root.http("GET", "/v1/groups/tills")[1]["partitions"][0]["committed"] == 7
     assert root.raw("producer").publish("prices", numbered(2000, 3)).offset == 120
     follows(root, child, "prices")
@@ -59,6 +64,78 @@ def test_root_is_put_back(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixt
     for name in ("l2", "root"):
         tree.stop(name)
     assert digest(tree, "root", "prices") == digest(tree, "l2", "prices")
+
+
+def restored(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[RunningBroker, RunningBroker]:
+    """A root that was restored without a word about its child, which has five records more."""
+    root = tree.start("root")
+    publish(root, "prices", 0, 20)
+    child = tree.start("l2", "root")
+    follows(root, child, "prices")
+    run(capsys, "backup", str(tmp_path / "copy"), "--admin", tree.address("root"))
+    publish(root, "prices", 20, 5)
+    follows(root, child, "prices")
+    tree.stop("root")
+    shutil.rmtree(tree.directory / "root")
+    run(capsys, "restore", str(tmp_path / "copy"), "--data-dir", str(tree.directory / "root"))
+    return tree.start("root"), child
+
+
+def test_what_children_have_beyond_the_copy_comes_back(
+    tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is truncated and nothing published until that is decided, over restarts; then all of it is there."""
+    root, child = restored(tree, tmp_path, capsys)
+    for again in range(2):
+        wait_for(lambda: "history_lost" in problems(tree.nodes["root"]), "it is told")
+        root.advance(60.0)
+        assert root.raw(f"producer{again}").publish("prices", numbered(0, 1)).code is Code.HISTORY_LOST
+        assert (end(root, "prices"), end(child, "prices")) == (20, 25)
+        if not again:
+            tree.stop("root")
+            root = tree.start("root")
+    assert main(["repair", "--from", tree.address("l2"), "--admin", tree.address("root")]) == 0
+    assert end(root, "prices") == 25
+    assert root.raw("producer").publish("prices", numbered(0, 1)).offset == 25
+    follows(root, child, "prices")
+    assert chain(child, "prices") == chain(root, "prices")
+    assert child.counters()["log_truncations"] == 0
+
+
+def test_the_loss_is_accepted_and_counted(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, child = restored(tree, tmp_path, capsys)
+    wait_for(lambda: "history_lost" in problems(root), "it is told")
+    assert main(["topic", "accept", "prices", "--admin", tree.address("root")]) == 0
+    follows(root, child, "prices")
+    assert (end(root, "prices"), end(child, "prices")) == (20, 20)
+    assert child.counters()["records_truncated"] == 5
+    assert root.raw("producer").publish("prices", numbered(0, 1)).offset == 20
+    follows(root, child, "prices")
+
+    def seen() -> bool:
+        for node in (child, root):
+            node.advance(2.0)
+        nodes = root.http("GET", "/v1/tree/nodes")[1]["nodes"]
+        return bool(nodes) and nodes[0]["truncated_records"] == 5
+
+    wait_for(seen, "the tree says so")
+    assert root.http("GET", "/v1/tree")[1]["truncated_records"] == 5
+
+
+def test_a_copy_that_nobody_is_ahead_of(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its children get half a minute to say what they have; then it is written to."""
+    root = tree.start("root")
+    publish(root, "prices", 0, 20)
+    run(capsys, "backup", str(tmp_path / "copy"), "--admin", tree.address("root"))
+    tree.stop("root")
+    shutil.rmtree(tree.directory / "root")
+    run(capsys, "restore", str(tmp_path / "copy"), "--data-dir", str(tree.directory / "root"))
+    root = tree.start("root")
+    early = root.raw("producer").publish("prices", numbered(0, 1))
+    assert (early.code, "its children are asked first" in early.message) == (Code.OVERLOADED, True)
+    publish(root, "new", 0, 1)
+    root.advance(31.0)
+    assert root.raw("other").publish("prices", numbered(0, 1)).offset == 20
 
 
 def test_a_terminal_begins_with_a_copy_of_its_parent(

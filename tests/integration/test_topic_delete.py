@@ -167,6 +167,7 @@ def revived(tree: Tree, tmp_path: Path) -> RunningBroker:
     shutil.rmtree(tmp_path / "root")
     assert main(["restore", str(tmp_path / "copy"), "--data-dir", str(tmp_path / "root")]) == 0
     root = tree.start("root")
+    root.advance(31.0)  # its children have said what they have
     publish(root, "t", 200, 10)
     follows(root, tree.nodes["l2"], "t")
     return root

@@ -7,6 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 import msgspec
+from msgspec.structs import replace
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.delivery.state import Group
@@ -98,7 +99,7 @@ class GroupOperations:
         """Continue from the ends there are, in a new epoch: replicas with more records detect it, and truncate."""
 
         def change(log: Log) -> Change:
-            return lambda old: begin_history(old, log.durable_end)
+            return lambda old: replace(begin_history(old, log.durable_end), restored=False)
 
         def changed(outcome: Outcome, message: str) -> None:
             if outcome is Outcome.OK:

@@ -503,14 +503,16 @@ def _not_comparable(partition: Log) -> Refusal:
 
 def _facts(partition: Log) -> LogFacts:
     end_chain = partition.chain_at(partition.durable_end)
+    # Who has more than a copy that was put back is not of another history: it has what was lost here.
+    identity = partition.identity.copied(partition.durable_end)
     return LogFacts(
-        partition.identity.log_id,
-        partition.epoch,
+        identity.log_id,
+        min(partition.epoch, identity.epoch),
         partition.log_start,
         partition.identity.chain,
         partition.durable_end,
         end_chain or 0,  # not known behind damage: _judge does not use it then
-        partition.identity.contains,
+        identity.contains,
         partial(_behind_gap, partition),
     )
 

@@ -143,6 +143,7 @@ class Reporter:
                 resyncs=moment.resyncs,
                 disk_free_percent=free,
                 disk_days=days,
+                truncated_records=self._metrics.records_truncated,
                 left_out=0,
             )
         )

@@ -48,7 +48,8 @@ class Counts(msgspec.Struct):
 
 class NodeView(msgspec.Struct, kw_only=True):
     """A node as it is seen from here. `waiting`: records that are there and not applied, by topic and group. Seconds
-    are -1 where they do not apply; `pins` and `draining` are told where the registry is kept, `topics` in the list."""
+    are -1 where they do not apply; `truncated_records` since its start; `pins` and `draining` are told where the
+    registry is kept, `topics` in the list."""
 
     uid: str
     name: str
@@ -66,6 +67,7 @@ class NodeView(msgspec.Struct, kw_only=True):
     skew_seconds: int
     disk_free_percent: int
     disk_days: int
+    truncated_records: int
     resyncs: list[ResyncReport]
     left_out: int
     states: list[str]
@@ -75,13 +77,15 @@ class NodeView(msgspec.Struct, kw_only=True):
 
 
 class TreeSummary(msgspec.Struct, kw_only=True):
-    """Counts by level and label, and the worst nodes. `refused`: reports of nodes beyond the limit. `evidence_seconds`:
-    so long ago the node that was heard last of all was heard; what changed since is not in this."""
+    """Counts by level and label, and the worst nodes. `truncated_records`: of all nodes together. `refused`: reports of
+    nodes beyond the limit. `evidence_seconds`: so long ago the node that was heard last of all was heard; what changed
+    since is not in this."""
 
     node: str
     levels: dict[str, Counts]
     labels: dict[str, Counts]
     worst: list[NodeView]
+    truncated_records: int
     refused: int
     evidence_seconds: float
 
@@ -122,6 +126,7 @@ class Facts(NamedTuple):
     waiting: dict[tuple[str, str], int]
     problems: list[str]
     states: list[str]
+    truncated_records: int
 
     @property
     def badness(self) -> Badness:
@@ -156,14 +161,15 @@ class FleetView:
         counted: dict[tuple[str, str], Counts] = {}
         names = self._names()
         worst: list[tuple[Badness, FleetMember]] = []
-        deepest = 1
+        deepest, truncated_records = 1, 0
 
         def take(member: FleetMember) -> None:
-            nonlocal deepest
+            nonlocal deepest, truncated_records
             if not matches(member, wanted):
                 return
             deepest = max(deepest, sum(1 for _ in self._fleet.path(member)))
             facts = self._facts(member, names)
+            truncated_records += facts.truncated_records
             keys = [("level", member.level), *member.labels.items()]
             if member.region:
                 keys.append(("region", member.region.partition("/")[0]))
@@ -187,6 +193,7 @@ class FleetView:
                     levels={level: counted["level", level] for level in LEVELS if ("level", level) in counted},
                     labels={"=".join(key): counted[key] for key in labels},
                     worst=[self._node(member, names) for _, member in nlargest(WORST, worst, key=_badness)],
+                    truncated_records=truncated_records,
                     refused=self._fleet.refused,
                     # Each node on the way knows the ones below it only up to that.
                     evidence_seconds=round(self._evidence() + SILENT_SECONDS * (deepest - 1), 1),
@@ -284,6 +291,7 @@ class FleetView:
             skew_seconds=member.skew,
             disk_free_percent=report.disk_free_percent,
             disk_days=report.disk_days,
+            truncated_records=report.truncated_records,
             resyncs=report.resyncs,
             left_out=report.left_out,
             states=facts.states,
@@ -320,7 +328,8 @@ class FleetView:
         if abs(member.skew) >= WRONG_CLOCK_SECONDS:
             problems.append(f"clock {member.skew:+d} s")
         holds = (silent >= 0, lag >= BEHIND_SECONDS, bool(waiting) or refreshing, bool(problems))
-        return Facts(silent, lag, waiting, problems, [state for state, one in zip(STATES, holds, strict=True) if one])
+        states = [state for state, one in zip(STATES, holds, strict=True) if one]
+        return Facts(silent, lag, waiting, problems, states, report.truncated_records)
 
     def _names(self) -> dict[str, int]:
         """How many connected nodes go by a name."""

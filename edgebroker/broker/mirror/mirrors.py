@@ -365,6 +365,7 @@ class Mirrors:
             self._retry(partition)
             return
         self._metrics.log_truncations += 1
+        self._metrics.records_truncated += partition.durable_end - offset
         log.warning(
             "%s: diverged from the parent at %d; truncating %d records", partition.name, offset,
             partition.durable_end - offset,

@@ -12,14 +12,18 @@ import logging
 from collections.abc import Callable
 
 import msgspec
+from msgspec.structs import replace
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.ranges import MOST_BYTES, RangeRequest
 from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
+from edgebroker.common.outcome import Done as OutcomeOf
+from edgebroker.common.outcome import Outcome
 from edgebroker.network.http.call import HttpCall, OnResponse
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage.engine import Log, MirrorEngine
 from edgebroker.storage.log import segscan
+from edgebroker.storage.types import Change, begin_history
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +119,17 @@ class Repairs:
                 append()
 
         def append() -> None:
+            """As the copy would have gone on, when the log was restored from one: in the history before."""
+            copied = partition.identity.copied(first)
+            if copied is partition.identity:
+                take(Outcome.OK, "")
+            else:
+                self._change(partition, lambda old: replace(old, epochs=copied.epochs), take)
+
+        def take(outcome: Outcome, message: str) -> None:
+            if outcome is not Outcome.OK:
+                failed(message)
+                return
             taken = 0
             while taken < len(found):
                 with memoryview(found)[taken:] as left:
@@ -129,6 +144,15 @@ class Repairs:
             if partition.durable_end < known.end:
                 self._loop.call_later(WAIT_SECONDS, stored)
                 return
+            if partition.identity.restored:
+                self._change(partition, lambda old: begin_history(old, partition.durable_end), found_again)
+            else:
+                found_again(Outcome.OK, "")
+
+        def found_again(outcome: Outcome, message: str) -> None:
+            if outcome is not Outcome.OK:
+                failed(message)
+                return
             self._metrics.records_repaired += known.end - first
             repaired[partition.name] = repaired.get(partition.name, 0) + known.end - first
             log.warning("%s: records %d to %d are back, from %s", partition.name, first, known.end - 1, source)
@@ -140,6 +164,12 @@ class Repairs:
             done(repaired, f"{partition.name} cannot be recovered from {source}: {why}")
 
         fetch(first)
+
+    def _change(self, partition: Log, change: Change, then: OutcomeOf) -> None:
+        """Change the identity of one log of a topic."""
+        keep: Change = lambda old: old  # noqa: E731
+        logs = self._engine.partitions(partition.topic)
+        self._engine.change_identities(partition.topic, [change if one is partition else keep for one in logs], then)
 
     def _ask(self, source: str, wanted: RangeRequest, told: OnResponse) -> HttpCall:
         return HttpCall(

@@ -41,6 +41,7 @@ class Metrics:
     pipe_bytes_in: int = _count("stored bytes taken from the parent")
     pipe_bytes_out: int = _count("stored bytes sent to children")
     pipe_bytes_wasted: int = _count("bytes from the parent that were of no use")
+    records_truncated: int = _count("records truncated, and retained aside: the parent's log is another one")
     log_truncations: int = _count("logs truncated because the parent's is another one")
     pipe_failovers: int = _count("changes of parent")
     pipe_frames_out: int = _count("frames with data sent to children")

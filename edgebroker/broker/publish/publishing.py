@@ -89,6 +89,8 @@ class Publishing:
         self._exclusive: dict[Log, str] = {}
         # Logs of this node of which it lost acknowledged records, and what is known about it.
         self.lost: dict[Log, Lost] = {}
+        # Until when a log that was restored from a copy takes no records: its children may have what was lost.
+        self.compared_at = 0.0
         # Logs that a promoted node writes instead, and its name.
         self.fenced: dict[Log, str] = {}
         # How an operator finds a node, by its uid.
@@ -120,6 +122,9 @@ class Publishing:
             refusal = (Outcome.FENCED, f"the snapshot of {run.topic} is not under way any more; begin it again")
         elif self.lost and log in self.lost:
             refusal = (Outcome.HISTORY_LOST, self.lost[log].why)
+        elif self.compared_at and self._is_compared(log):
+            why = f"{log.name} was restored from a copy; its children are asked first what they have; try again soon"
+            refusal = (Outcome.OVERLOADED, why)
         elif self.fenced and log in self.fenced:
             why = f"{log.name} is written by node {self.fenced[log]} now, which was promoted; publish there"
             refusal = (Outcome.NOT_ORIGIN, why)
@@ -169,6 +174,12 @@ class Publishing:
             self._scheduler.call_soon_threadsafe(done)
 
         self._checker.submit(run)
+
+    def _is_compared(self, log: Log) -> bool:
+        """Do children have the time to say what they have of a log?"""
+        if self._scheduler.now() >= self.compared_at:
+            self.compared_at = 0.0
+        return self.compared_at > 0 and log.identity.copied(log.durable_end) is not log.identity
 
     def reserve(self, log: Log, client_id: str) -> None:
         """Only this client may publish to a log, until free()."""

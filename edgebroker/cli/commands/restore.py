@@ -1,7 +1,8 @@
 """`edgebroker restore DIR --data-dir NEW`: create a data directory from a backup.
 
 A restored node begins a new epoch of every log that it writes before it accepts records, because its history may differ
-from the one that others have replicated since the backup.
+from the one that others have replicated since the backup. So nodes that have replicated more are asked first: those of
+the registry in the backup, and those that are named.
 """
 
 from __future__ import annotations
@@ -9,17 +10,24 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, json_flag
 from edgebroker.cli.commands.backup import MANIFEST, must_be_empty
 from edgebroker.cli.render import counted
-from edgebroker.common.errors import ConfigError, DamagedDataError
+from edgebroker.common.errors import ConfigError, DamagedDataError, EdgeBrokerError
 from edgebroker.storage import files
-from edgebroker.storage.directory import RESTORED
+from edgebroker.storage.directory import LOSS_ACCEPTED, RESTORED
+from edgebroker.storage.identity import read_identity
 from edgebroker.storage.metadata.registry import FILE as REGISTRY
-from edgebroker.storage.metadata.registry import copy_registry
+from edgebroker.storage.metadata.registry import copy_registry, read_hubs
 from edgebroker.storage.rewrite.removal import read_tombstones, write_tombstones
+
+MOST_ASKED = 16
 
 
 def arguments(parser: Parser) -> None:
@@ -30,6 +38,12 @@ def arguments(parser: Parser) -> None:
         "--preload",
         action="store_true",
         help="restore the logs without the identity, to give a new node a head start",
+    )
+    parser.add_argument(
+        "--compare", action="append", default=[], metavar="HOST:PORT", help="ask this node as well what it has"
+    )
+    parser.add_argument(
+        "--accept-loss", action="store_true", help="restore although other nodes have records that the backup lacks"
     )
     json_flag(parser)
 
@@ -42,6 +56,8 @@ def restore(options: argparse.Namespace) -> int:
         reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(f"{source} is not a complete backup: {MANIFEST}: {reason}") from error
     must_be_empty(target)
+    if not options.preload:
+        _compare(source, manifest, options)
     building = target.with_name(target.name + ".restoring")
     shutil.rmtree(building, ignore_errors=True)
     for name, part in manifest["logs"].items():
@@ -65,7 +81,7 @@ def restore(options: argparse.Namespace) -> int:
     if not options.preload:
         if (source / REGISTRY).exists():
             copy_registry(source / REGISTRY, building / REGISTRY)
-        files.write_durable(building / RESTORED, b"")
+        files.write_durable(building / RESTORED, LOSS_ACCEPTED if options.accept_loss else b"")
     if target.exists():
         target.rmdir()
     files.move(building, target)
@@ -74,3 +90,45 @@ def restore(options: argparse.Namespace) -> int:
     text = f"{target}: {counted(len(manifest['logs']), 'log')} {verb}"
     print(json.dumps(result) if options.json else text)
     return 0
+
+
+def _compare(source: Path, manifest: dict[str, Any], options: argparse.Namespace) -> None:
+    """Raises EdgeBrokerError when another node has records that the backup lacks, unless that is accepted."""
+    ends: dict[tuple[str, str], int] = {}
+    for name, part in manifest["logs"].items():
+        identity = read_identity(source / "topics" / name)
+        if identity.origin == manifest["uid"]:
+            ends[name, identity.log_id] = part["end"]
+    known = read_hubs(source / REGISTRY) if (source / REGISTRY).exists() else []
+    nodes = dict.fromkeys([*(address for _, address in known), *options.compare])
+    names = {address: f"{name} at {address}" for name, address in known}
+    with ThreadPoolExecutor(MOST_ASKED) as pool:
+        answers = list(pool.map(lambda address: _more_than(address, ends), nodes))
+    ahead: list[str] = []
+    for address, more in zip(nodes, answers, strict=True):
+        name = names.get(address, address)
+        if more is None:
+            print(f"{name} does not answer: what it has is not known", file=sys.stderr)
+        elif more:
+            ahead.append(f"{name} has {counted(more, 'record')} that the backup lacks")
+    if ahead and not options.accept_loss:
+        raise EdgeBrokerError(
+            f"{'; '.join(ahead)}. Nothing was restored: promote that node instead (edgebroker promote there), or add "
+            "--accept-loss"
+        )
+    for line in ahead:
+        print(line, file=sys.stderr)
+
+
+def _more_than(address: str, ends: dict[tuple[str, str], int]) -> int | None:
+    """How many records a node has beyond these ends; None when it does not answer."""
+    try:
+        topics = call(address, "GET", "/v1/topics")["topics"]
+    except EdgeBrokerError:
+        return None
+    more = 0
+    for topic in topics:
+        for log in topic["partitions"]:
+            here = ends.get((f"{topic['name']}/{log['partition']}", log["log_id"]))
+            more += max(0, log["durable_end"] - here) if here is not None else 0
+    return more

@@ -89,6 +89,9 @@ def _print_summary(found: dict[str, Any]) -> None:
             "every node is connected, without lag, and has applied everything, as of "
             f"{render.duration(found['evidence_seconds'])} ago"
         )
+    if found["truncated_records"]:
+        records = counted(found["truncated_records"], "record")
+        print(f"{records} truncated, for the parent's log is another one; retained beside the logs for a day")
     if found["refused"]:
         reports = counted(found["refused"], "report")
         print(f"{reports} rejected: there are more nodes than this node can keep", file=sys.stderr)

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import msgspec
+
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.runtime.threads import Worker
@@ -39,6 +41,13 @@ class NodeRow(NamedTuple):
     report: bytes
     connected: bool
     seen_ms: int
+
+
+class _Hub(msgspec.Struct):
+    """What of a report says where a node is."""
+
+    name: str = ""
+    address: str = ""
 
 
 class RegistryState:
@@ -239,6 +248,18 @@ def _state(connection: sqlite3.Connection) -> RegistryState:
     state.draining = {uid for (uid,) in connection.execute("SELECT uid FROM drains")}
     state.wall_ms = next((ms for (ms,) in connection.execute("SELECT wall_ms FROM running")), 0)
     return state
+
+
+def read_hubs(path: Path) -> list[tuple[str, str]]:
+    """(name, address) of the nodes of a registry.db that nobody uses which have an address for children."""
+    opened = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
+    try:
+        reports = [msgspec.json.decode(report, type=_Hub) for (report,) in opened.execute("SELECT report FROM nodes")]
+    except (sqlite3.Error, msgspec.DecodeError):
+        return []
+    finally:
+        opened.close()
+    return sorted((hub.name, hub.address) for hub in reports if hub.address)
 
 
 def copy_registry(source: Path, target: Path) -> None:
