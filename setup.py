@@ -10,6 +10,7 @@ from setuptools import Extension, setup
 MODULES = {
     "edgebroker.common.answers": "cext/answers.pyx",
     "edgebroker.common.crc32c": "cext/crc32c.pyx",
+    "edgebroker.common.livekeys": "cext/livekeys.pyx",
     "edgebroker.common.records": "cext/records.pyx",
     "edgebroker.storage.log.segscan": "cext/segscan.pyx",
     "edgebroker.storage.log.staging": "cext/staging.pyx",

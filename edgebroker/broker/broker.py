@@ -42,8 +42,6 @@ log = logging.getLogger(__name__)
 
 SWEEP_SECONDS = 1.0
 STOP_SECONDS = 20.0
-# So long a node that was restored from a copy waits for children that may have more.
-COMPARE_SECONDS = 30.0
 
 
 class Broker:
@@ -136,14 +134,14 @@ class Broker:
         for (group, topic, partition), offset in self.engine.group_offsets().items():
             self.core.groups.restore(group, topic, partition, offset, now)
         self.downstream.restore()
-        if any(one.identity.restored for one in self.engine.logs()):
-            self.core.publishing.compared_at = now + COMPARE_SECONDS
+        self.core.publishing.compare_restored()
         self.loop.at_end_of_iteration(self.core.membership.rebalance)
         self.loop.at_end_of_iteration(self.core.push.end_iteration)
         self.loop.at_end_of_iteration(self.downstream.end_iteration)
         self.listeners.open(self.sessions, self._http)
         self.ready = True
         self._sweep()
+        self.core.snapshot_writer.start(makes_room=self.config.storage.on_full != "refuse")
         self.tree.start()
         self.mirroring.start()
 
@@ -229,6 +227,9 @@ class Broker:
         lost = self.core.publishing.lost
         if lost:
             found["history_lost"] = "; ".join(one.why for one in lost.values())
+        unwritten = self.core.snapshot_writer.failed
+        if unwritten:
+            found["snapshot_failed"] = "; ".join(f"{topic}: {why}" for topic, why in sorted(unwritten.items()))
         fenced = self.core.publishing.fenced
         if fenced:
             names = ", ".join(sorted({log.topic for log in fenced})[:10])

@@ -11,6 +11,7 @@ from edgebroker.broker.delivery.membership import Membership
 from edgebroker.broker.delivery.push import Push
 from edgebroker.broker.delivery.rebase import CursorRebase
 from edgebroker.broker.delivery.refresh import Refreshes
+from edgebroker.broker.delivery.snapshot_writer import SnapshotWriter
 from edgebroker.broker.delivery.table_snapshots import TableSnapshots
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.producers import Producers
@@ -35,6 +36,7 @@ class Core(msgspec.Struct, frozen=True, kw_only=True):
     leases: Leases
     membership: Membership
     table_snapshots: TableSnapshots
+    snapshot_writer: SnapshotWriter
     rebase: CursorRebase
 
 
@@ -50,6 +52,7 @@ def build_core(
     refreshes = Refreshes(engine, groups, push, metrics)
     dead_letters = DeadLetters(engine, publishing, clock)
     leases = Leases(engine, groups, push, refreshes, dead_letters, scheduler, metrics, lease_limits)
+    table_snapshots = TableSnapshots(engine, publishing, refreshes, scheduler, metrics, producers.connected)
     return Core(
         engine=engine,
         metrics=metrics,
@@ -60,7 +63,8 @@ def build_core(
         refreshes=refreshes,
         leases=leases,
         membership=Membership(engine, leases, metrics),
-        table_snapshots=TableSnapshots(engine, publishing, refreshes, scheduler, metrics, producers.connected),
+        table_snapshots=table_snapshots,
+        snapshot_writer=SnapshotWriter(engine, publishing, table_snapshots, scheduler),
         rebase=CursorRebase(engine, groups, leases, push, refreshes),
     )
 

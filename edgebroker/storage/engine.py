@@ -107,6 +107,9 @@ class Log(Protocol):
     def records(self) -> int:
         """How many offsets from the start to the durable end are not in a gap."""
 
+    def bytes_from(self, offset: int) -> int:
+        """Stored bytes from an offset on, to an index point."""
+
     def held_bytes(self, offset: int) -> int:
         """Bytes of sealed segments that who is at `offset` has not passed."""
 
@@ -178,8 +181,9 @@ class LogReader(Protocol):
 class LogWriter(Protocol):
     """Appending. Nothing is stored when append() returns: the listener tells."""
 
-    def refusal(self) -> tuple[Outcome, str] | None:
-        """Why publishing is refused now; None when it is not."""
+    def refusal(self, *, spare: bool = False) -> tuple[Outcome, str] | None:
+        """Why publishing is refused now; None when it is not. `spare`: with what is kept for snapshots of tables, which
+        make room (DiskState.spare)."""
 
     def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
         """Number and stage the batches of a run of PUBLISH frames (common/spans.py). Fewer frames than given are

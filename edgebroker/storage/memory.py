@@ -77,6 +77,9 @@ class MemoryLog:
     def records(self) -> int:
         return self.durable_end
 
+    def bytes_from(self, offset: int) -> int:
+        return sum(len(chunk) for chunk in self.chunks if chunk.next_offset > offset)
+
     def held_bytes(self, offset: int) -> int:
         return 0  # it removes nothing
 
@@ -211,7 +214,7 @@ class MemoryEngine:
         done(Outcome.OK, "")
         self._listener.on_topic(name)
 
-    def refusal(self) -> tuple[Outcome, str] | None:
+    def refusal(self, *, spare: bool = False) -> tuple[Outcome, str] | None:
         return None
 
     def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:

@@ -308,8 +308,9 @@ class SegmentStore:
 
     # ---- writing ----
 
-    def refusal(self) -> tuple[Outcome, str] | None:
-        return self._committer.refusal()
+    def refusal(self, *, spare: bool = False) -> tuple[Outcome, str] | None:
+        disk = self._housekeeping.disk()
+        return self._committer.refusal(spare=spare and (disk is None or disk.spare > 0))
 
     def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
         assert isinstance(log, PartitionLog)
@@ -459,7 +460,7 @@ class SegmentStore:
 
     def status(self) -> EngineStatus:
         committer, housekeeping = self._committer, self._housekeeping
-        disk = housekeeping.disk() or DiskState(0, 0, 0, 0)
+        disk = housekeeping.disk() or DiskState(0, 0, 0, 0, 0)
         return EngineStatus(
             engine="segment",
             commit_groups=committer.groups,

@@ -348,12 +348,14 @@ class LogStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 class DiskState(NamedTuple):
     """Bytes of the file system that holds the data directory: free, in all, and how many can be written before
-    producers are refused; `used` by all logs together."""
+    producers are refused; `used` by all logs together; `spare` for a snapshot of a table, which makes room: half of
+    what producers leave, and whatever storage.max_bytes says."""
 
     free: int
     size: int
     usable: int
     used: int
+    spare: int
 
 
 class EngineStatus(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -71,7 +71,7 @@ class FaultyEngine(MemoryEngine):
         self.stores_slowly = False
         self._unstored: list[Callable[[], None]] = []
 
-    def refusal(self) -> tuple[Outcome, str] | None:
+    def refusal(self, *, spare: bool = False) -> tuple[Outcome, str] | None:
         return self.refused
 
     def create_topic(self, name: str, settings: TopicSettings, done: Done) -> None:

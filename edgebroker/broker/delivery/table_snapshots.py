@@ -106,7 +106,7 @@ class TableSnapshots:
     def begin(self, topic: str, client_id: str, done: Callable[[Outcome, str, TableSnapshot | None], None]) -> None:
         """Reserve a table for a client and write BEGIN; done with the snapshot once that is durable."""
         logs = self._engine.partitions(topic)
-        refusal = self._engine.refusal()
+        refusal = self._engine.refusal(spare=True)
         if not client_id.startswith(SNAPSHOT_CLIENTS):
             refusal = (
                 Outcome.INVALID,
@@ -156,7 +156,7 @@ class TableSnapshots:
         if snapshot is None:
             return
         written = sum(each.staged_end - snapshot.begins[each] - 1 for each in snapshot.logs)
-        refusal = self._engine.refusal()
+        refusal = self._engine.refusal(spare=True)
         if written != snapshot.planned:
             self._free(topic)
             planned = f"{snapshot.planned} were" if snapshot.planned >= 0 else "none was"
@@ -222,6 +222,11 @@ class TableSnapshots:
         """What was staged in a log is not in it."""
         for snapshot in list(self._marking.get(partition, ())):
             self._settled(snapshot, partition, outcome, message)
+
+    def still_written(self, topic: str) -> None:
+        """The broker itself writes the snapshot of a topic, and is at it."""
+        if topic in self._snapshots:
+            self._snapshots[topic].active_at = self._scheduler.now()
 
     def describe(self, topic: str) -> SnapshotStatus | None:
         """Which client writes a snapshot of the topic now, for the admin interface."""

@@ -25,6 +25,8 @@ ADVICE = {
     "everything and refuses producers",
     "replaced": "if the parent's log is the right one: edgebroker topic accept TOPIC",
     "resync": "edgebroker resync --status says which resync waits for what",
+    "snapshot_failed": "the table keeps its history until it has a snapshot; free space, raise storage.max_bytes, or "
+    "write it from the whole content: edgebroker publish TOPIC --snapshot --csv FILE --key-column COLUMN",
     "superseded": "start this node below the promoted one: node.level below it, pipe.parents = its address; what only "
     "this node has is kept aside then",
     "two_origins": "it takes no more records for these topics; start it below this node, or undo the promotion: "

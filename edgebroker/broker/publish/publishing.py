@@ -32,6 +32,8 @@ from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
 from edgebroker.storage.engine import Engine, Log
 
 EXPIRE_SECONDS = 0.25
+# So long a log that was restored from a copy waits for children that may have more of it.
+COMPARE_SECONDS = 30.0
 
 _logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ class Publishing:
         self._exclusive: dict[Log, str] = {}
         # Logs of this node of which it lost acknowledged records, and what is known about it.
         self.lost: dict[Log, Lost] = {}
-        # Until when a log that was restored from a copy takes no records: its children may have what was lost.
+        # Until when a log that was restored from a copy takes no records.
         self.compared_at = 0.0
         # Logs that a promoted node writes instead, and its name.
         self.fenced: dict[Log, str] = {}
@@ -108,7 +110,9 @@ class Publishing:
         if log is None:
             self._without_log(publisher, run)
             return
-        refusal = self._engine.refusal()
+        # Who writes a snapshot may take what others leave: that is what makes room.
+        spare = bool(self._exclusive) and self._exclusive.get(log) == publisher.client_id
+        refusal = self._engine.refusal(spare=spare)
         if self.draining:
             refusal = (Outcome.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
         if log.identity.origin != self._engine.node_uid:
@@ -174,6 +178,11 @@ class Publishing:
             self._scheduler.call_soon_threadsafe(done)
 
         self._checker.submit(run)
+
+    def compare_restored(self) -> None:
+        """This node starts: logs that were restored from a copy take no records for a while."""
+        if any(log.identity.restored for log in self._engine.logs()):
+            self.compared_at = self._scheduler.now() + COMPARE_SECONDS
 
     def _is_compared(self, log: Log) -> bool:
         """Do children have the time to say what they have of a log?"""

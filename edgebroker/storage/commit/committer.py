@@ -108,11 +108,11 @@ class Committer:
         """True when nothing is staged, written without a sync, or in flight."""
         return self.stored and not self._calling
 
-    def refusal(self) -> tuple[Outcome, str] | None:
-        """Why nothing can be stored now; None when it can."""
+    def refusal(self, *, spare: bool = False) -> tuple[Outcome, str] | None:
+        """Why nothing can be stored now; None when it can. `spare`: although the disk counts as full."""
         if self.read_only:
             return Outcome.READ_ONLY, f"this node is read-only: {self.read_only}"
-        if self.disk_full:
+        if self.disk_full and not spare:
             return Outcome.DISK_FULL, f"the disk is full: {self.disk_full}"
         return None
 

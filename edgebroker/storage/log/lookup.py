@@ -62,6 +62,14 @@ class Lookup:
         """How many offsets from the start to the durable end are not in a gap."""
         return self.durable_end - self.log_start - sum(gap.next - gap.first for gap in self.identity.gaps)
 
+    def bytes_from(self, offset: int) -> int:
+        """Stored bytes from an offset on, to an index point."""
+        rank = self.segments.index(self.segment_of(offset))
+        first = self.segments[rank]
+        point = segscan.floor_offset(first.points, offset - first.base) if first.points is not None else None
+        size = sum(segment.size for segment in self.segments[rank:])
+        return size - (point[1] if point is not None else 0)
+
     def end_of_records(self, offset: int, following: Segment) -> int:
         """Where the records from an offset on end, when the next file is `following`: there, or where a gap begins."""
         return min([following.base, *(gap.first for gap in self.identity.gaps if gap.first >= offset)])

@@ -28,7 +28,7 @@ class Budget:
 
     def __init__(self, *, max_bytes: int, soft_free: int, hard_free: int) -> None:
         self._max_bytes, self._soft_free, self._hard_free = max_bytes, soft_free, hard_free
-        self.free = self.size = self.used = self.usable = 0
+        self.free = self.size = self.used = self.usable = self.spare = 0
         self.full = ""
         self.wants_space = 0
 
@@ -42,11 +42,12 @@ class Budget:
         return self.usable < 0
 
     def measured(self, free: int, size: int, used: int) -> None:
-        """`used`: bytes of all logs together. Sets `usable` (bytes until producers are refused), `full` (why, or "")
-        and `wants_space` (bytes to remove early)."""
+        """`used`: bytes of all logs together. Sets `usable` (bytes until producers are refused), `spare` (bytes that a
+        snapshot may still take), `full` (why, or "") and `wants_space` (bytes to remove early)."""
         self.free, self.size, self.used = free, size, used
         marks = watermarks(self._soft_free, self._hard_free, size)
         self.usable = free - marks.hard
+        self.spare = max(0, free - marks.hard // 2)
         if self._max_bytes:
             self.usable = min(self.usable, self._max_bytes - used)
         resume = marks.hard + (min(RESUME_BYTES, marks.hard // 2) if self.full else 0)

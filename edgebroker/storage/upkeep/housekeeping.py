@@ -125,7 +125,7 @@ class Housekeeping:
     def disk(self) -> DiskState | None:
         """As measured last; None before the first measurement."""
         budget = self._budget
-        return DiskState(budget.free, budget.size, budget.usable, budget.used) if budget.size else None
+        return DiskState(budget.free, budget.size, budget.usable, budget.used, budget.spare) if budget.size else None
 
     # ---- the tick ----
 

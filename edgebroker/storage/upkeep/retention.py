@@ -95,6 +95,8 @@ def _over_limits(facts: RetentionFacts[S], defaults: HousekeepingSettings, now_m
 def _passed_by_all(facts: RetentionFacts[S], first: int, wanted: int) -> list[S]:
     """From segment `first` on, what every live group and child has passed, until `wanted` bytes are found."""
     floor = facts.floor()
+    if floor is None and facts.settings.kind == "table":
+        floor = facts.snapshot  # whoever comes first begins there
     early: list[S] = []
     for segment in facts.segments[first:-1]:
         if floor is None or segment.end_offset > floor or wanted <= 0 or facts.takes_keys(segment.end_offset):

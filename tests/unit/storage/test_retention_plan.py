@@ -97,6 +97,9 @@ CASES = [
     Case("the disk wants space: no more than that", 1, wanted=100, floor=50),
     Case("the disk wants space: a part is a whole segment", 2, wanted=101, floor=50),
     Case("the disk wants space: the snapshot stays", 1, wanted=1000, floor=50, snapshot=15),
+    Case("the disk wants space: nobody has read a stream", None, wanted=1000),
+    Case("the disk wants space: nobody has read a table", 1, wanted=1000, snapshot=15, table=True),
+    Case("the disk wants space: nor one without a snapshot", None, wanted=1000, table=True),
     Case("the disk wants space: the pin stays", 1, wanted=1000, floor=50, pin=19),
     Case("the disk wants space: a pin at the start", None, wanted=1000, floor=50, pin=0),
     Case("the disk wants space: the pin stays beyond the limits", 1, wanted=1000, floor=50, bytes=300, pin=10),
@@ -157,6 +160,8 @@ def slow_plan(logs: list[RetentionFacts[Any]], node: HousekeepingSettings, now_m
     def early(facts: RetentionFacts[Any], begin: int, rank: int, wanted: int) -> bool:
         segment, floor = facts.segments[rank], facts.floor()
         missing = wanted - sum(one.size for one in facts.segments[begin:rank])
+        if facts.settings.kind == "table" and floor is None:
+            floor = facts.snapshot
         return missing > 0 and floor is not None and segment.end_offset <= floor and not held(facts, segment)
 
     for number, facts in enumerate(logs):
