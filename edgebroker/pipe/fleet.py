@@ -188,6 +188,7 @@ class Fleet:
         member = self.members.pop(uid)
         self._below.get(member.parent, set()).discard(uid)
         self._changed.pop(uid, None)
+        self.refused = 0  # there is room again
         return member
 
     def put_back(self, uids: Sequence[str]) -> None:

@@ -65,9 +65,16 @@ class SnapshotWriter:
         disk = self.engine.disk()
         for topic in [topic for topic in self._pauses if not self.engine.partitions(topic)]:
             self._succeeded(topic)  # it was deleted
-        if self.running is not None or disk is None or disk.usable >= disk.used or self.publishing.draining:
-            return  # or no table can be as large as what is left
-        size, topic = max(((self._copy_bytes(topic), topic) for topic in self.engine.topics()), default=(0, ""))
+        if self.running is not None or disk is None or self.publishing.draining:
+            return
+        for topic in list(self.failed):
+            size = self._copy_bytes(topic)
+            if not size or disk.usable >= size:
+                self._succeeded(topic)  # another snapshot was written, or there is room again
+        if disk.usable >= disk.used:
+            return  # no table is as large as what is left
+        sizes = ((self._copy_bytes(topic), topic) for topic in self.engine.topics() if not self._pauses_now(topic))
+        size, topic = max(sizes, default=(0, ""))
         if size and disk.usable < size:
             log.info("the disk wants space: a snapshot of %s is written", topic)
             self.running = Writing(self, topic)
@@ -79,8 +86,7 @@ class SnapshotWriter:
         own = all(one.identity.origin == self.engine.node_uid for one in logs)
         if logs[0].settings.kind != "table" or not own or self.snapshots.describe(topic) is not None:
             return 0
-        waits = self._pauses.get(topic, (0.0, 0.0))[0] > self.scheduler.now()
-        if waits or any(complete_from(one) is None for one in logs):
+        if any(complete_from(one) is None for one in logs):
             return 0
         since = sum(one.bytes_from(max(one.identity.snapshot[0], one.log_start)) for one in logs)
         after = sum(one.bytes_from(max(one.identity.snapshot[1], one.log_start)) for one in logs)
@@ -96,6 +102,9 @@ class SnapshotWriter:
         pause = min(LONGEST_PAUSE_SECONDS, 2 * self._pauses[topic][1]) if topic in self._pauses else PAUSE_SECONDS
         self._pauses[topic] = (self.scheduler.now() + pause, pause)
         self.failed[topic] = why
+
+    def _pauses_now(self, topic: str) -> bool:
+        return self._pauses.get(topic, (0.0, 0.0))[0] > self.scheduler.now()
 
     def _succeeded(self, topic: str) -> None:
         self._pauses.pop(topic, None)

@@ -65,7 +65,7 @@ def write_snapshot(options: argparse.Namespace, content: Iterable[tuple[bytes | 
                 for part in topic["partitions"]
             }
             ends = {int(number): int(offset) for number, offset in begun["first"].items()}
-            changes = _changes(read_live(options.server, options.topic, starts, ends), wanted)
+            changes = _changes(read_live(options.server, options.topic, starts, ends, wanted is None), wanted)
             if options.dry_run:
                 call(options.admin, "DELETE", path)
                 _tell(options, changes)
@@ -123,8 +123,11 @@ def _tell(options: argparse.Namespace, changes: SnapshotChanges) -> None:
     print(json.dumps(result) if options.json else text)
 
 
-def read_live(server: str, topic: str, starts: dict[int, int], ends: dict[int, int]) -> dict[bytes, Record]:
-    """The last record of each key that was not deleted, in the order in which they were published."""
+def read_live(
+    server: str, topic: str, starts: dict[int, int], ends: dict[int, int], strict: bool
+) -> dict[bytes, Record]:
+    """The last record of each key that was not deleted, in the order in which they were published. `strict`: a record
+    without a key is an error; what takes the place of all content leaves it behind."""
     live: dict[bytes, Record] = {}
     left = {number for number, end in ends.items() if starts[number] < end}
     with Consumer(server, [topic], start="earliest", timeout=TIMEOUT_SECONDS) as consumer:
@@ -132,15 +135,15 @@ def read_live(server: str, topic: str, starts: dict[int, int], ends: dict[int, i
             consumer.seek(topic, number, start)
         while left:
             for record in consumer.poll(POLL_SECONDS):
-                if record.key is None:
+                if record.key is not None:
+                    live.pop(record.key, None)
+                    if record.value is not None and record.offset < ends[record.partition]:
+                        live[record.key] = record
+                elif strict:
                     raise EdgeBrokerError(
                         f"{topic}/{record.partition}: the record at offset {record.offset} has no key, so {topic} is "
-                        "not a "
-                        "table; publish records with keys only"
+                        "not a table; publish records with keys only"
                     )
-                live.pop(record.key, None)
-                if record.value is not None and record.offset < ends[record.partition]:
-                    live[record.key] = record
                 consumer.ack(record)
             positions = consumer.next_offsets()
             left = {number for number in left if positions.get(TopicPartition(topic, number), -1) < ends[number]}
