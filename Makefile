@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-groups test-power test-root-loss test-fuzz chaos soak packages freeze freeze-nuitka deb image test-appliance
+.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-groups test-power test-root-loss test-tables test-fuzz chaos soak packages freeze freeze-nuitka deb image test-appliance
 
 run: build
 	$(BIN)/edgebroker demo
@@ -58,6 +58,10 @@ test-groups: build
 # Power cuts on an ext4 image (root, loop mounts); then the same without syncs, which must lose records.
 test-power: build
 	EB_POWER_CYCLES=300 $(BIN)/python -m pytest tests/faults/test_power.py -s
+
+# A table under everything that takes bytes away, 10,000 schedules (twenty minutes).
+test-tables: build
+	EB_TABLE_SCHEDULES=10000 $(BIN)/python -m pytest tests/unit/broker/test_table_schedules.py
 
 # ROOT lost for good under traffic, in a tree of twelve processes, from a seed each time (25 seconds a run).
 test-root-loss: export EB_ROOT_LOSS_RUNS ?= 200

@@ -262,7 +262,7 @@ def test_what_cannot_be_written_makes_the_partition_wait(
     client = broker.raw("client")
     correlation = client.next_correlation() + 1
     client.subscribe("t", "g", partition=0)
-    monkeypatch.setattr(broker.broker.engine, "refusal", lambda: (outcome, "as told by the test"))
+    monkeypatch.setattr(broker.broker.engine, "refusal", lambda **options: (outcome, "as told by the test"))
     give_up(client, 0, "bad")
     told = client.answer(correlation)
     assert told.code is outcome.code

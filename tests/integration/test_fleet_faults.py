@@ -37,7 +37,7 @@ def growth_changes(use: Any, hours: float = 24.0) -> int:
     growth, size, found, changes = Growth(), 100 << 30, None, 0
     for tick in range(int(hours * 1800)):
         now = 10.0 + tick * 2.0
-        made = growth.disk(DiskState((50 << 30) - int(use(now)), size, 0, 0), now)
+        made = growth.disk(DiskState((50 << 30) - int(use(now)), size, 0, 0, 0), now)
         changes += made != found
         found = made
     return changes
