@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import appliance, delivery, fleet, idle, offline, peers, resources, rows, tree
+from benchmarks import appliance, delivery, fleet, idle, offline, peers, resources, rows, silence, tree
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -23,6 +23,7 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "mirror": tree.catch_up,
     "hops": tree.hops,
     "replicated": tree.replicated,
+    "silence": silence.silence,
     "children": tree.children,
     "line": tree.narrow_line,
     "fleet": fleet.fleet,
