@@ -3,7 +3,8 @@
 Producers publish at ROOT, a group of member processes reads at LOCAL, another one at POS. The faults follow from
 EB_CHAOS_SEED and go on for EB_CHAOS_SECONDS (a few: this is then the self-test of `make chaos`). What must hold
 afterwards: the tree comes to rest in time; every durable acknowledgement is in ROOT's log at its offset, offsets are
-dense, nothing is there twice; each group saw every record in order; all mirrors hold ROOT's bytes; no node is unwell.
+dense, nothing is there twice; each group saw every record in order; all mirrors hold ROOT's bytes; every node has the
+live keys of a table that is changed, written as a snapshot and resynced meanwhile; no node is unwell.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from edgebroker.cli.admin_client import call
 from .chaos import Chaos, draw
 from .checker import History
 from .fleet import Fleet
+from .operators import TABLE, Operators
 from .traffic import PARTITIONS
 from .users import Users
 from .wires import unavailable
@@ -49,16 +51,24 @@ def _run(fleet: Fleet, chaos: Chaos, history: History) -> float:
     """How long it took until all was at rest."""
     call(fleet["root"].admin, "POST", "/v1/topics", {"name": TOPIC, "partitions": PARTITIONS})
     fleet.settle(TOPIC, 30.0)
-    with Users(fleet, history, TOPIC, seed=SEED) as users:
+    with Users(fleet, history, TOPIC, seed=SEED) as users, Operators(fleet, seed=SEED) as operators:
         users.begin()
-        chaos.run(users.tend)
+
+        def tend() -> None:
+            users.tend()
+            operators.tend()
+
+        chaos.run(tend)
         chaos.over()
+        operators.rest(REST_SECONDS)
         rest = users.rest(REST_SECONDS)
         users.check()
-    for topic in users.topics:
+        operators.check()
+    topics = [*users.topics, TABLE]
+    for topic in topics:
         assert not (trouble := fleet.unsettled(topic)), trouble
     fleet.stop()
-    for topic in users.topics:
+    for topic in topics:
         assert not (found := fleet.differences(topic)), found
     assert not (found := fleet.confessions()), found
     return rest

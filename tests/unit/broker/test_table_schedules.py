@@ -225,8 +225,7 @@ class World(StoreHarness):
     # ---- what a new reader sees ----
 
     def check(self) -> None:
-        self.quiesce()  # what is being removed is gone
-        self.loop.turn(0.0)
+        self.until(lambda: not self.store._housekeeping._removing)
         begin = complete_from(self.log())
         assert begin is not None, "the table has lost keys"
         for start in {begin, self.log().log_start}:
