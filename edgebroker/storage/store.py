@@ -309,8 +309,7 @@ class SegmentStore:
     # ---- writing ----
 
     def refusal(self, *, spare: bool = False) -> tuple[Outcome, str] | None:
-        disk = self._housekeeping.disk()
-        return self._committer.refusal(spare=spare and (disk is None or disk.spare > 0))
+        return self._committer.refusal(spare=spare and self._housekeeping.spare > 0)
 
     def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
         assert isinstance(log, PartitionLog)

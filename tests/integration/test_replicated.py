@@ -112,7 +112,8 @@ def test_two_of_two_and_named_ones(tree: Tree) -> None:
 
 
 def test_a_receipt_that_is_lost_is_asked_for_again(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The connection of the receipts breaks: the publish is refused in time, and acknowledged when it comes again."""
+    """The connection of the receipts breaks again and again: the publish is refused in time, and acknowledged when it
+    comes again."""
     root = tree.start("root")
     publish(root, "t", 0, 5)
     child = tree.start("l2", "root")

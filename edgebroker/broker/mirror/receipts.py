@@ -2,8 +2,7 @@
 
     frame CONFIRM -> everything that came before it is durable -> POST /v1/pipe/durable, one at a time
 
-The requests go over a connection of their own, which stays. What was lost with it is confirmed with the next one, or
-asked for again by the parent.
+The requests go over a connection of their own, which stays. What was lost with it is confirmed over the next one.
 """
 
 from __future__ import annotations
@@ -17,18 +16,20 @@ from edgebroker.pipe.stream import MAX_CONFIRMED, DurableLog, Receipt
 from edgebroker.storage.engine import Log, MirrorEngine
 
 RECEIVE_BYTES = 4 << 10
+RETRY_SECONDS = 0.5
 
 
 class Receipts:
     """Owned by the loop thread."""
 
     def __init__(self, engine: MirrorEngine, loop: Loop, uid: str) -> None:
-        self._engine, self._uid = engine, uid
+        self._engine, self._loop, self._uid = engine, loop, uid
         self._client = HttpClient(loop, self, RECEIVE_BYTES)
         self._address = ""
-        # What the parent waits for, by log; and what is durable of that, to be said next.
+        # What the parent waits for, by log; what is durable of that, to be said next; and what is being said.
         self._wanted: dict[TopicPartition, int] = {}
         self._ready: dict[TopicPartition, None] = {}
+        self._saying: list[TopicPartition] = []
         self._opening = self._busy = self._stopped = False
 
     def stop(self) -> None:
@@ -41,6 +42,7 @@ class Receipts:
             self._address = address
             self._wanted.clear()
             self._ready.clear()
+            self._saying.clear()
             self._client.close("the parent is another node")
         self._wanted[key] = offset
         log = self._engine.log(*key)
@@ -65,7 +67,8 @@ class Receipts:
             self._client.open(self._address)
             return
         logs = []
-        for key in list(self._ready)[:MAX_CONFIRMED]:
+        self._saying = list(self._ready)[:MAX_CONFIRMED]
+        for key in self._saying:
             del self._ready[key]
             log = self._engine.log(*key)
             if log is not None:
@@ -85,8 +88,12 @@ class Receipts:
 
     def on_complete(self) -> None:
         self._busy = False
+        self._saying.clear()
         self._send()
 
     def on_lost(self, reason: str) -> None:
         self._opening = self._busy = False
-        self._ready.clear()  # the parent asks again
+        self._ready = {**dict.fromkeys(self._saying), **self._ready}
+        self._saying.clear()
+        if self._ready and not self._stopped:
+            self._loop.call_later(RETRY_SECONDS, self._send)

@@ -127,6 +127,11 @@ class Housekeeping:
         budget = self._budget
         return DiskState(budget.free, budget.size, budget.usable, budget.used, budget.spare) if budget.size else None
 
+    @property
+    def spare(self) -> int:
+        """DiskState.spare, as measured last."""
+        return self._budget.spare
+
     # ---- the tick ----
 
     def _tick(self) -> None:
