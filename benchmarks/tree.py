@@ -257,7 +257,10 @@ class Crowd:
             poll = Poll(uid=f"{number:032x}", name=f"child-{number}", level="pos", topics=["prices"], logs=[position])
             body = msgspec.json.encode(poll)
             sock = socket.create_connection((host, int(port)))
-            sock.sendall(b"POST /v1/pipe HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            sock.sendall(
+                b"POST /v1/pipe HTTP/1.1\r\nhost: x\r\n"
+                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+            )
             sock.setblocking(False)
             self._sockets.append(sock)
             self._selector.register(sock, selectors.EVENT_READ)

@@ -20,7 +20,7 @@ from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.feed.ranges import Ranges
 from edgebroker.broker.fleet.tree import Tree
 from edgebroker.broker.holders import Holders
-from edgebroker.broker.listeners import Listeners
+from edgebroker.broker.listeners import Listeners, names_of
 from edgebroker.broker.mirror.mirroring import Mirroring
 from edgebroker.broker.observe.health import Health, Supervisor
 from edgebroker.broker.observe.lags import Lags
@@ -122,7 +122,7 @@ class Broker:
         )
         self.exposition = Exposition(context)
         # Until nodes and people have identities, every client that reaches the interface has every right.
-        router = Router(routes(context, self.exposition), lambda request, right: True)
+        router = Router(routes(context, self.exposition), lambda request, right: True, names_of(self.config))
         self._http = HttpServer(self.loop, router.handle, self._count_request, router.body_limit)
 
     # ---- life ----

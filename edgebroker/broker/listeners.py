@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.sessions.sessions import Sessions
-from edgebroker.common.config import ListenConfig, is_loopback
+from edgebroker.common.config import Config, ListenConfig, is_loopback, split_list
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.network.http.server import HttpServer
 from edgebroker.network.io.channel import Channel, PlainChannel, tuned
@@ -16,6 +17,13 @@ from edgebroker.network.io.listener import Listener, MakeChannel, listen, listen
 from edgebroker.network.io.loop import Loop
 
 log = logging.getLogger(__name__)
+
+
+def names_of(config: Config) -> frozenset[str]:
+    """The names by which a node may be called over HTTP, in lower case."""
+    reached = config.pipe.address.rpartition(":")[0].strip("[]")
+    names = [config.node.name, os.uname().nodename, reached, *split_list(config.listen.names)]
+    return frozenset(name.lower() for name in names if name)
 
 
 class Listeners:

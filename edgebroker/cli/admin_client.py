@@ -42,7 +42,8 @@ def _exchange(admin: str, method: str, path: str, body: object) -> tuple[int, An
     admin = admin.removeprefix("http://").rstrip("/")
     try:
         with closing(_connection(admin)) as connection:
-            connection.request(method, path, json.dumps(body) if body is not None else None)
+            headers = {"content-type": "application/json"} if body is not None else {}
+            connection.request(method, path, json.dumps(body) if body is not None else None, headers)
             response = connection.getresponse()
             return response.status, json.loads(response.read())
     except (OSError, http.client.HTTPException, ValueError) as error:

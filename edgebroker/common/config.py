@@ -54,6 +54,9 @@ class ListenConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     http: Annotated[str, about("HOST:PORT of the admin and health interface")] = "127.0.0.1:7421"
     socket: Annotated[str, about(
         "unix socket of the admin interface; empty: ctl.sock in $RUNTIME_DIRECTORY or data_dir")] = ""
+    names: Annotated[str, about(
+        "names by which the admin interface may be called, beside addresses, localhost, and the names of the node and "
+        "its machine; several with commas")] = ""
     allow_insecure: Annotated[bool, about("allow addresses off loopback without TLS and authentication")] = False
 
 

@@ -141,7 +141,7 @@ def grow(found: Twelve, replicas: int) -> None:
     uid = {name: call(found[name].admin, "GET", "/v1/node")["uid"] for name in ("store-3", "till-4")}
 
     def known() -> bool:
-        copy = call(root.admin, "GET", "/v1/registry/copy")
+        copy = call(root.admin, "POST", "/v1/registry/copy")
         hubs = {hub["name"] for hub in copy["hubs"]}
         standbys = [call(found[name].admin, "GET", "/v1/registry/standby") for name in HUBS]
         peers = found["hub-a"].admin in found.candidates("hub-b") and found["hub-b"].admin in found.candidates("hub-a")
@@ -217,7 +217,7 @@ def check(found: Twelve, chosen: str, acknowledged: dict[int, bytes]) -> float:
                 consumer.ack(record)
     lost = {number: value for number, value in acknowledged.items() if stored.get(number) != value}
     assert not lost, f"{len(lost)} acknowledged records are lost, the first at {min(lost)}"
-    pins = call(node.admin, "GET", "/v1/registry/copy")["pins"]
+    pins = call(node.admin, "POST", "/v1/registry/copy")["pins"]
     assert len(pins) == 1, "the pin was carried along"
 
     found["root"].start()

@@ -26,6 +26,7 @@ from edgebroker.pipe.topology import Topology
 from edgebroker.storage.types import DiskState
 from tests.integration.test_registry import RAW, batch, joins, nodes, parent, pass_time, root_of, until
 from tests.integration.test_registry import told as told_of
+from tests.kit.brokers import JSON
 from tests.kit.trees import Tree, follows, pipe, publish, run
 from tests.kit.waiting import wait_for
 from tests.unit.pipe.test_fleet import BOOTS, TOP, report, state, uid
@@ -86,7 +87,7 @@ def test_deep_nesting(tree: Tree) -> None:
     text = json.dumps(batch({"report": 7})).replace("7", "[" * 30000 + "]" * 30000)
     host, port = root.broker.listeners.http_address
     connection = http.client.HTTPConnection(host, port)
-    connection.request("POST", "/v1/tree/reports", text)
+    connection.request("POST", "/v1/tree/reports", text, JSON)
     assert connection.getresponse().status == 400
     connection.close()
 
@@ -104,7 +105,7 @@ def test_a_report_that_is_too_big_does_not_stop_those_of_others(tree: Tree) -> N
     text = text.replace('"labels":{}', '"x":"' + "x" * ((256 << 10) - len(text) - 5) + '"')
     host, port = hub.broker.listeners.http_address
     connection = http.client.HTTPConnection(host, port)
-    connection.request("POST", "/v1/tree/reports", text)
+    connection.request("POST", "/v1/tree/reports", text, JSON)
     first = connection.getresponse().status
     connection.close()
     other = {**RAW, "uid": "3" * 32, "name": "other"}

@@ -68,6 +68,7 @@ class Raw:
 
 
 GET = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
+CREATE = b"POST /v1/topics HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
 
 def test_health_and_readiness(broker: RunningBroker) -> None:
@@ -233,7 +234,7 @@ def test_keep_alive_and_close(broker: RunningBroker) -> None:
 
 
 def test_pipelining(broker: RunningBroker) -> None:
-    create = b"POST /v1/topics HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%s"
+    create = CREATE + b"Content-Length: %d\r\n\r\n%s"
     body = b'{"name": "pipelined"}'
     with Raw(broker) as raw:
         raw.send(GET + create % (len(body), body) + GET + create % (len(body), body) + GET)
@@ -250,8 +251,8 @@ def test_pipelining(broker: RunningBroker) -> None:
         b"nonsense\r\n\r\n",
         b"GET /healthz HTTP/1.1\r\n\r\n",  # no Host
         b"GET /healthz HTTP/1.1\r\nHost x\r\n\r\n",
-        b"POST /v1/topics HTTP/1.1\r\nHost: x\r\nContent-Length: x\r\n\r\n",
-        b"POST /v1/topics HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n",
+        CREATE + b"Content-Length: x\r\n\r\n",
+        CREATE + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 20 + b"\r\n\r\n",
     ],
     ids=range(6),
@@ -278,7 +279,7 @@ def test_oversize_heads_and_bodies(broker: RunningBroker) -> None:
         assert raw.response()[0] == 431
         assert raw.ended()
     limit = 64 << 10
-    head = b"POST /v1/topics HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    head = CREATE + b"Content-Length: %d\r\n\r\n"
     with Raw(broker) as raw:
         raw.send(head % limit + b" " * limit)
         assert raw.response()[0] == 400  # it is read, and it is no JSON
@@ -288,7 +289,10 @@ def test_oversize_heads_and_bodies(broker: RunningBroker) -> None:
 
 
 def test_a_peer_that_leaves_in_the_middle(broker: RunningBroker) -> None:
-    for part in (GET[:10], b"POST /v1/topics HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\n\r\n{"):
+    for part in (
+        GET[:10],
+        CREATE + b"Content-Length: 10\r\n\r\n{",
+    ):
         with Raw(broker) as raw:
             raw.send(part)
             raw.socket.shutdown(socket.SHUT_WR)
@@ -320,15 +324,16 @@ def test_a_topic_deleted_while_topics_are_listed(broker: RunningBroker) -> None:
     for name in names:
         broker.create(name)
     with Raw(broker) as raw:
-        raw.send(b"GET /v1/topics HTTP/1.1\r\nHost: x\r\n\r\n")
+        raw.send(b"GET /v1/topics HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert broker.http("DELETE", f"/v1/topics/{names[-1]}")[0] == 200
         assert raw.response()[0] == 200
 
 
 def test_a_poll_of_the_pipe_that_is_nested_too_deeply(broker: RunningBroker) -> None:
     body = b'{"x":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
+    poll = b"POST /v1/pipe HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
     with Raw(broker) as raw:
-        raw.send(b"POST /v1/pipe HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        raw.send(poll % len(body) + body)
         assert raw.response()[0] == 400
 
 
@@ -357,7 +362,7 @@ def test_a_body_in_tiny_chunks_is_read_in_several_iterations(
     monkeypatch.setattr(http_server, "MAX_EVENTS", 10)
     body = b'{"name": "chunked"}' + b" " * 200
     with Raw(broker) as raw:
-        raw.send(b"POST /v1/topics HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n")
+        raw.send(CREATE + b"Transfer-Encoding: chunked\r\n\r\n")
         before = broker.broker.loop.iterations
         raw.send(b"".join(b"1\r\n%c\r\n" % byte for byte in body) + b"0\r\n\r\n" + GET)
         assert [raw.response()[0] for _ in range(2)] == [201, 200]
@@ -388,7 +393,7 @@ def test_what_comes_while_a_request_is_answered_stays_with_the_peer(
 
 def test_answers_that_the_peer_does_not_take_are_not_made(broker: RunningBroker) -> None:
     broker.create("wide", partitions=300)
-    ask = b"GET /v1/topics/wide HTTP/1.1\r\nHost: x\r\n\r\n"
+    ask = b"GET /v1/topics/wide HTTP/1.1\r\nHost: localhost\r\n\r\n"
     with Raw(broker) as raw:
         raw.send(ask * 200)
         wait_for(lambda: any(one.transport.backlog for one in broker.call(lambda: connections(broker))), "it is full")

@@ -296,7 +296,8 @@ def test_neighbours_that_are_no_help_do_not_end_repair(tree: Tree) -> None:
         for source in ("127.0.0.1:99999", "127.0.0.1:\u00b2", "127.0.0.1:0", ":80", "nowhere"):
             body = json.dumps({"from": source}, ensure_ascii=False).encode()
             connection.sendall(
-                b"POST /v1/repair HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                b"POST /v1/repair HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+                b"content-length: %d\r\n\r\n%b" % (len(body), body)
             )
             assert b" 400 " in connection.recv(10_000), source
     status, answer = root.http("POST", "/v1/repair", {"from": "255.255.255.255:80"})
@@ -354,8 +355,8 @@ def test_ranges_are_read_a_few_at_a_time(tree: Tree, monkeypatch: pytest.MonkeyP
     def ask() -> bytes:
         with socket.create_connection(root.broker.listeners.http_address) as connection:
             connection.sendall(
-                b"POST /v1/pipe/range HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b"
-                % (len(body), body)
+                b"POST /v1/pipe/range HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+                b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
             )
             answer = b""
             while piece := connection.recv(10_000):

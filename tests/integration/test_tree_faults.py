@@ -22,11 +22,13 @@ from edgebroker.common.types import TopicSettings
 from edgebroker.network.http.client import KEEPALIVE_SECONDS
 from edgebroker.network.io.transport import Transport
 from edgebroker.pipe.stream import HEADER_BYTES, Kind, LogPosition
-from tests.kit.brokers import SECONDS, RunningBroker
+from tests.kit.brokers import JSON, SECONDS, RunningBroker
 from tests.kit.trees import Tree, chain, digest, end, follows, line, pipe, publish
 from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
+
+POLL = "POST /v1/pipe HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 
 
 def with_another_past(tree: Tree, *children: str, count: int = 14) -> None:
@@ -58,7 +60,7 @@ def polled(node: RunningBroker, **changes: object) -> Iterator[http.client.HTTPR
     body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["*"], "logs": [], **changes}
     connection = http.client.HTTPConnection(*node.broker.listeners.http_address, timeout=SECONDS)
     try:
-        connection.request("POST", "/v1/pipe", json.dumps(body))
+        connection.request("POST", "/v1/pipe", json.dumps(body), JSON)
         with connection.getresponse() as answer:
             yield answer
     finally:
@@ -246,7 +248,7 @@ def test_what_comes_while_it_is_answered_is_not_kept(tree: Tree) -> None:
     root = tree.start("root")
     body = json.dumps({"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["x"], "logs": []})
     with socket.create_connection(root.broker.listeners.http_address, SECONDS) as peer:
-        peer.sendall(f"POST /v1/pipe HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n{body}".encode())
+        peer.sendall((POLL % len(body)).encode() + body.encode())
         assert peer.recv(1 << 16).startswith(b"HTTP/1.1 200")
         with pytest.raises(OSError):
             for _ in range(1000):
@@ -366,7 +368,7 @@ def test_many_cold_logs_cost_little_memory(tree: Tree) -> None:
     with socket.socket() as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         peer.connect(root.broker.listeners.http_address)
-        peer.sendall(b"POST /v1/pipe HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+        peer.sendall((POLL % len(data)).encode() + data)
 
         def held() -> list[int]:
             cursors = [cursor for child in root.broker.downstream.children for cursor in child.feed.cursors.values()]

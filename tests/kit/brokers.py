@@ -31,6 +31,9 @@ def config_for(directory: Path, settings: Mapping[str, object] | None = None) ->
     return load_config(None, {**free, **(settings or {})}, {})
 
 
+JSON = {"content-type": "application/json"}
+
+
 class AheadClock(SystemClock):
     """The machine's clock, set ahead by a test: what takes minutes is over at once, and nothing depends on how busy
     the machine is."""
@@ -126,7 +129,7 @@ class RunningBroker:
         host, port = self.broker.listeners.http_address
         connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
         try:
-            connection.request(method, path, json.dumps(body) if body is not None else None)
+            connection.request(method, path, json.dumps(body) if body is not None else None, JSON)
             response = connection.getresponse()
             return response.status, json.loads(response.read() or b"null")
         finally:

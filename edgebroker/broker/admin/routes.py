@@ -98,7 +98,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("POST", "/v1/resyncs", fleet.resync, Nothing, "operate", ResyncRequest),
         Route("DELETE", "/v1/resyncs/{id}", fleet.abort_resync, Nothing, "operate"),
         Route("POST", "/v1/promoted", fleet.promoted, Nothing, "child", Promoted),
-        Route("GET", "/v1/registry/copy", fleet.copy, RegistryCopy, "child"),
+        Route("POST", "/v1/registry/copy", fleet.copy, RegistryCopy, "child"),
         Route("GET", "/v1/registry/standby", fleet.standby, StandbyStatus, "view"),
         Route("POST", "/v1/registry", fleet.ask, ParentAssignment, "child", Question),
         Route("PUT", "/v1/registry/{node}/pins", fleet.pin, Nothing, "operate", PinRequest),

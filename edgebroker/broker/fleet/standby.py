@@ -144,7 +144,7 @@ class Standby:
             else:
                 self._store(copy)
 
-        self._call = HttpCall(self._loop, address, "GET", COPY_PATH, b"", told, most_bytes=MOST_COPY_BYTES)
+        self._call = HttpCall(self._loop, address, "POST", COPY_PATH, b"", told, most_bytes=MOST_COPY_BYTES)
 
     def _store(self, copy: RegistryCopy) -> None:
         if self._worker is None:

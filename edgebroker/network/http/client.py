@@ -221,6 +221,8 @@ class HttpClient:
         self._protocol = h11.Connection(h11.CLIENT)
         self._chunks = None
         headers = [("host", self._address), ("content-length", str(len(body)))]
+        if body:
+            headers.append(("content-type", "application/json"))
         data = self._protocol.send(h11.Request(method=method, target=path, headers=headers)) or b""
         data += self._protocol.send(h11.Data(data=body)) or b""
         data += self._protocol.send(h11.EndOfMessage()) or b""

@@ -10,7 +10,7 @@ Handlers get a Call with the decoded body, and answer with a struct, now or late
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote
 
@@ -18,7 +18,12 @@ import msgspec
 
 from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
+from edgebroker.network.http.page import any_page, foreign_name, foreign_page
 from edgebroker.network.http.server import MAX_BODY_BYTES, Failed, Reply, Request, Response, Streamed
+
+# What nodes below and monitoring ask for, who find a node by names of theirs. No GET of these may tell what a page must
+# not know.
+BY_ANY_NAME = ("health", "metrics", "child")
 
 Headers = tuple[tuple[str, str], ...]
 Query = dict[str, list[str]]
@@ -89,10 +94,13 @@ class _Place:
 
 
 class Router:
-    """`allowed` says whether a request has a right."""
+    """`allowed` says whether a request has a right; `names` are those by which this node may be called, beside its
+    addresses (in lower case)."""
 
-    def __init__(self, routes: Sequence[Route], allowed: Callable[[Request, str], bool]) -> None:
-        self._allowed = allowed
+    def __init__(
+        self, routes: Sequence[Route], allowed: Callable[[Request, str], bool], names: Set[str] = frozenset()
+    ) -> None:
+        self._allowed, self._names = allowed, names
         self._places: dict[int, list[_Place]] = {}
         for route in routes:
             parts = route.path.strip("/").split("/")
@@ -122,15 +130,23 @@ class Router:
             why = f"{request.method} is not allowed for {request.target.partition('?')[0]}; use {', '.join(allow)}"
             _refuse(reply, 405, why, (("allow", ", ".join(allow)),))
             return
+        foreign = foreign_page(request)
+        if not foreign:
+            foreign = any_page(request) if route.right in BY_ANY_NAME else foreign_name(request, self._names)
+        if foreign:
+            _refuse(reply, 403, foreign)
+            return
         if not self._allowed(request, route.right):
             _refuse(reply, 403, f"the right {route.right} is needed for this")
             return
         body: object = None
-        if route.request is not None:
+        if request.body:
             kind = request.content_type.partition(";")[0].strip().lower()
-            if kind not in ("", "application/json"):
-                _refuse(reply, 415, f"the body must be JSON (content-type: application/json), not {kind}")
+            if kind != "application/json":
+                said = f", not {kind}" if kind else "; nothing says so"
+                _refuse(reply, 415, f"the body must be JSON (content-type: application/json){said}")
                 return
+        if route.request is not None:
             try:
                 body = json.decode(request.body, route.request)
             except msgspec.DecodeError as error:

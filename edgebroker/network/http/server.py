@@ -1,10 +1,11 @@
 """HTTP/1.1 on the loop, by h11: small requests, small JSON answers, on a TCP port and on a unix socket.
 
-h11 is imported with the first connection. Limits: head 16 KiB (h11's own), body 64 KiB (or as said for a path), 75 s
-idle, 256 connections besides those that are being streamed to. The requests of a connection are handled one after the
-other, each in its loop iteration; what a peer sends before it has taken their answers waits: 64 KiB here, the rest with
-the peer. A streamed answer goes on for as long as its source has something to say; each piece is a chunk, and may be
-stored bytes.
+h11 is imported with the first connection. Limits: head 16 KiB (h11's own), body 64 KiB (or as said for a path); 10 s
+for a head, 30 s and a second for each 64 KiB for a body, 75 s idle; 256 connections besides those that are being
+streamed to, 64 of them from one address off the machine, and 64 more by the unix socket. The requests of a connection
+are handled one after the other, each in its loop iteration; what a peer sends before it has taken their answers waits:
+64 KiB here, the rest with the peer. A streamed answer goes on for as long as its source has something to say; each
+piece is a chunk, and may be stored bytes.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 64 << 10
 STREAM_TYPE = "application/octet-stream"
-MAX_CONNECTIONS = 256
+SOCKET = "unix"
+MAX_CONNECTIONS, MAX_SOCKET_CONNECTIONS, MAX_OF_AN_ADDRESS = 256, 64, 64
+# A request has to be complete so soon after its first byte; a body by more for every 64 KiB that it may have.
+HEAD_SECONDS, BODY_SECONDS = 10.0, 30.0
 IDLE_SECONDS = 75.0
 SWEEP_SECONDS = 5.0
 STUCK_SECONDS = 60.0
@@ -36,12 +40,16 @@ MAX_EVENTS = 500
 
 
 class Request(NamedTuple):
-    """`target` is the path with the query; `content_type` "" when none was sent."""
+    """`target` is the path with the query. Of the headers those that matter, "" when they were not sent: `fetch_site`
+    is Sec-Fetch-Site."""
 
     method: str
     target: str
     body: bytes
     content_type: str = ""
+    host: str = ""
+    origin: str = ""
+    fetch_site: str = ""
 
 
 class Failed(msgspec.Struct, omit_defaults=True):
@@ -166,17 +174,21 @@ class HttpServer:
         loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def accept(self, channel: Channel, peer: str) -> None:
-        if len(self.connections) >= MAX_CONNECTIONS and len(self.connections) - self.streams >= MAX_CONNECTIONS:
+        if len(self.connections) >= MAX_OF_AN_ADDRESS and self._is_full(_host_of(peer)):
             channel.close()
             return
         if self.buffer is None:
             self.buffer = ReceiveBuffer(MAX_BODY_BYTES)
         self.connections[HttpConnection(self, channel, peer)] = None
 
-    @property
-    def streams(self) -> int:
-        """How many connections are being streamed to."""
-        return sum(connection.stream is not None for connection in self.connections)
+    def _is_full(self, host: str) -> bool:
+        """Have others taken what this one may have? The unix socket has places of its own."""
+        hosts = [_host_of(one.transport.peer) for one in self.connections if one.stream is None]
+        of_socket = hosts.count(SOCKET)
+        if host == SOCKET:
+            return of_socket >= MAX_SOCKET_CONNECTIONS
+        local = host == "::1" or host.startswith("127.")
+        return len(hosts) - of_socket >= MAX_CONNECTIONS or (not local and hosts.count(host) >= MAX_OF_AN_ADDRESS)
 
     def close(self) -> None:
         for connection in list(self.connections):
@@ -188,6 +200,8 @@ class HttpServer:
             transport, now = connection.transport, self.loop.now()
             if connection.stream is None and now - transport.last_received > IDLE_SECONDS:
                 transport.close("idle")
+            elif connection.late(now):
+                transport.close("the request does not come to its end")
             elif transport.backlog and now - transport.last_progress > STUCK_SECONDS:
                 transport.close("send stalled: the peer is not reading")
 
@@ -207,6 +221,8 @@ class HttpConnection:
         self._reading, self._answering = True, False
         self._early = bytearray()
         self.stream: Streamed | None = None
+        # Until when the request that has begun has to be complete; 0: none has.
+        self._deadline = 0.0
         self.transport = Transport(server.loop, channel, server.buffer, self, peer)
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
@@ -225,11 +241,16 @@ class HttpConnection:
             else:
                 self.transport.pause()
 
+    def late(self, now: float) -> bool:
+        """Has a request begun, and does not end?"""
+        return self._reading and 0 < self._deadline < now
+
     def _receive(self, data: bytes) -> None:
         """Bytes of a request; empty lines before it are none of it (RFC 9112, 2.2)."""
         if data[0] in b"\r\n" and self._protocol.their_state is self._h11.IDLE and not self._protocol.trailing_data[0]:
             data = data.lstrip(b"\r\n")
         if data:
+            self._deadline = self._deadline or self._server.loop.now() + HEAD_SECONDS
             self._protocol.receive_data(data)
 
     def on_drained(self) -> None:
@@ -278,7 +299,13 @@ class HttpConnection:
                 return
             if isinstance(event, h11.Request):
                 self._request, self._body = event, bytearray()
+                if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
+                    # A proxy may read another body than this node: RFC 9112, 6.1.
+                    why = "a request has either content-length or transfer-encoding"
+                    self._reply(Response(400, Failed(why)), close=True)
+                    return
                 self._limit = self._server.body_limit(event.method.decode(), event.target.decode("latin-1"))
+                self._deadline = self._server.loop.now() + BODY_SECONDS + self._limit / MAX_BODY_BYTES
             elif isinstance(event, h11.Data):
                 self._body += event.data
                 if len(self._body) > self._limit:
@@ -296,14 +323,15 @@ class HttpConnection:
 
     def _dispatch(self) -> None:
         assert self._request is not None
-        content_type = next((value for name, value in self._request.headers if name == b"content-type"), b"")
+        headers = {name: value.decode("latin-1") for name, value in self._request.headers}
         request = Request(
             self._request.method.decode(),
             self._request.target.decode("latin-1"),
             bytes(self._body),
-            content_type.decode("latin-1"),
+            *(headers.get(name, "") for name in (b"content-type", b"host", b"origin", b"sec-fetch-site")),
         )
         self._body = bytearray()
+        self._deadline = 0.0
         self._server.on_request()
         try:
             self._server.handler(request, self._reply)
@@ -371,3 +399,8 @@ class HttpConnection:
             self._protocol.start_next_cycle()
             self._request, self._answering = None, False
             self._server.loop.call_soon_threadsafe(self._read_on)
+
+
+def _host_of(peer: str) -> str:
+    """The host of HOST:PORT; SOCKET as it is."""
+    return peer.rpartition(":")[0] or peer

@@ -10,7 +10,7 @@ import pytest
 
 from edgebroker.storage.metadata.children import read_children, write_children
 from edgebroker.storage.types import REMEMBER_SECONDS, ChildPosition
-from tests.kit.brokers import SECONDS, RunningBroker
+from tests.kit.brokers import JSON, SECONDS, RunningBroker
 from tests.kit.trees import Tree, chain, digest, end, follows, grown, publish
 from tests.kit.waiting import wait_for
 
@@ -152,7 +152,7 @@ def test_what_was_not_compared_does_not_count(tree: Tree) -> None:
         body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["t"], "logs": lines}
         polls = root.counters()["pipe_polls"]
         connection = http.client.HTTPConnection(*root.broker.listeners.http_address, timeout=SECONDS)
-        connection.request("POST", "/v1/pipe", json.dumps(body))
+        connection.request("POST", "/v1/pipe", json.dumps(body), JSON)
         assert connection.getresponse().status == 200
         wait_for(lambda polls=polls: root.counters()["pipe_polls"] > polls, "it is judged")  # type: ignore[misc]
         if value != 1:
