@@ -6,7 +6,7 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import appliance, delivery, fleet, idle, offline, peers, resources, rows, silence, tree
+from benchmarks import appliance, delivery, fleet, floods, idle, offline, peers, resources, rows, silence, tree
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -26,6 +26,7 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "silence": silence.silence,
     "children": tree.children,
     "line": tree.narrow_line,
+    "floods": floods.floods,
     "fleet": fleet.fleet,
     "offline": offline.offline,
     "idle": idle.idle,

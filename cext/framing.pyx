@@ -26,8 +26,8 @@ cdef enum:
     FRAME_ACK = 5
 
 
-def split(data, size_t start, size_t max_frame):
-    """Frames of data[start:]; consecutive PUBLISH frames with the same prefix come as one event."""
+def split(data, size_t start, size_t max_frame, size_t most=<size_t>-1):
+    """Up to `most` events of data[start:]; consecutive PUBLISH frames with the same prefix come as one."""
     cdef Py_buffer view
     cdef const uint8_t *base
     cdef eb_frame frame
@@ -42,6 +42,9 @@ def split(data, size_t start, size_t max_frame):
         base = <const uint8_t *>view.buf
         end = <size_t>view.len
         while position < end:
+            if <size_t>len(events) == most:
+                reason = EB_FRAME_OK
+                break
             reason = eb_read_frame(base + position, end - position, max_frame, &frame)
             if reason:
                 break

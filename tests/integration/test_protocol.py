@@ -17,11 +17,14 @@ from edgebroker.common import codecs
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
-from edgebroker.common.messages import NO_LOG_ID, AckKind, GapReason, Wanted
+from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, GapReason, Wanted
 from edgebroker.common.types import Start
+from edgebroker.network.io.transport import HIGH_BYTES
 from edgebroker.network.wire import frames
+from edgebroker.network.wire.connection import RECEIVE_BYTES
 from edgebroker.network.wire.frames import FrameType, Intent, Reset, Subscribe
 from tests.kit.brokers import RawClient, RunningBroker, batch_of, config_for, numbered, running
+from tests.kit.waiting import wait_for
 
 
 @pytest.fixture
@@ -336,7 +339,7 @@ def test_the_frames_of_one_client_are_handled_in_several_iterations(
 
     broker.create("t")
     client = broker.raw()
-    monkeypatch.setattr(native, "MOST_FRAMES", 10)
+    monkeypatch.setattr(native, "SHARE_SECONDS", 0.0)
     monkeypatch.setattr(native.Session, "_handle", noted)
     asked = [client.next_correlation() for _ in range(95)]
     line = Wanted("nowhere", -1, Start.EARLIEST, NO_LOG_ID, -1, 0)
@@ -346,6 +349,9 @@ def test_the_frames_of_one_client_are_handled_in_several_iterations(
     assert client.publish("t", GOOD).code is Code.OK
     assert [correlation for _, correlation in seen if correlation in asked] == asked
     assert max(Counter(iteration for iteration, _ in seen).values()) <= 20
+    session = next(iter(broker.broker.sessions))
+    assert not session._connection.waiting
+    assert not session._deferred
 
 
 def test_of_several_lines_about_a_partition_the_last_one_counts(broker: RunningBroker) -> None:
@@ -365,3 +371,23 @@ def test_of_several_lines_about_a_partition_the_last_one_counts(broker: RunningB
         assert client.subscribe_raw(Subscribe(Intent.JOIN, "", 5, 0, lines)).code is Code.OK
         found = [client.assigned() for _ in expected]
         assert {one.partition: one.offset for one in found} == expected
+
+
+def test_who_does_not_take_the_answers_is_not_worked_for(broker: RunningBroker) -> None:
+    """What was sent waits, one piece of it here and the rest with the client; nothing is lost, and the order holds."""
+    broker.create("t")
+    client, count = broker.raw(receive_buffer=4096), 60_000
+    ack = ConsumerAck(AckKind.CUMULATIVE, "t", 0, 1, 99, 5)
+    data = b"".join(frames.write_consumer_ack(1000 + rank, ack) for rank in range(count))
+    sender = threading.Thread(target=lambda: client.send(data))
+    sender.start()
+    [session] = broker.call(lambda: list(broker.broker.sessions))
+    wait_for(lambda: session._drain_first, "it takes no more")
+    assert session.transport.backlog < HIGH_BYTES + 64 * 200
+    assert session._connection.held <= RECEIVE_BYTES
+    assert broker.raw("honest").publish("t", GOOD).code is Code.OK
+    for rank in range(count):
+        assert client.answer(1000 + rank).code is Code.STALE
+    sender.join()
+    assert client.publish("t", GOOD).code is Code.OK
+    wait_for(lambda: not session._connection.waiting and not session.transport.paused, "it is read again")

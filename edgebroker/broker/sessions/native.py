@@ -1,8 +1,9 @@
 """One connection of the native protocol: what its client may do, and the order in which its frames are handled.
 
-Frames are handled one after the other, so many in a loop iteration. While one has to wait (a compressed batch at the
-checker, a topic being created, too much staged), the session is held: it keeps a copy of what it has read and is not
-read any further.
+Frames are handled one after the other, for half a millisecond; a client that sent more gets its next turn when others
+had theirs, and when it takes its answers. While a frame has to wait (a compressed batch at the checker, a topic being
+created, too much staged), the session is held. In both cases it keeps a copy of what it has read, and is not read any
+further.
 
 The core knows a session as a Publisher and a Member (broker/ports.py): this is where its facts become bytes.
 """
@@ -45,8 +46,7 @@ from edgebroker.network.wire.frames import (
 from edgebroker.storage.types import FileSlice, GroupOffset
 
 MAX_AGE_MS = (1 << 32) - 1
-# Frames of one client that are handled in a loop iteration; a run of publishes counts as one.
-MOST_FRAMES = 2000
+SHARE_SECONDS = 0.0005
 _EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
 
 
@@ -69,8 +69,10 @@ class Session:
         "_connection",
         "_core",
         "_deferred",
+        "_drain_first",
         "_holds",
         "_host",
+        "_in_turn",
         "client_id",
         "cursors",
         "group",
@@ -83,6 +85,7 @@ class Session:
         self._connection = Connection(Role.BROKER, host.limits.max_frame)
         self._deferred: deque[Event] | None = None
         self._holds = 0
+        self._in_turn = self._drain_first = False
         self.client_id = ""
         self.group: Group | None = None
         self.opened_at = host.loop.now()
@@ -96,20 +99,27 @@ class Session:
     # ---- the transport's owner ----
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
+        clock = self._host.loop.clock_now
         try:
             events = self._connection.receive(buffer, received)
+            until = clock() + SHARE_SECONDS if len(events) > 1 else 0.0
+            for rank, event in enumerate(events):
+                if self._holds or (rank and clock() > until):
+                    self._defer(events[rank:])
+                    break
+                self._handle(event)
+                if self.transport.closed:
+                    return
         except RemoteProtocolError:
             self._core.metrics.protocol_errors += 1
             raise
-        for rank, event in enumerate(events):
-            if self._holds or rank == MOST_FRAMES:
-                self._defer(events[rank:])
-                return
-            self._handle(event)
-            if self.transport.closed:
-                return
+        if not self._holds and (self._deferred or self._connection.waiting):
+            self._wait_for_turn()
 
     def on_drained(self) -> None:
+        if self._drain_first:
+            self._drain_first = False
+            self._host.loop.call_in_turn(self._my_turn)
         for cursor in list(self.cursors.values()):
             self._core.push.pump(cursor)
 
@@ -140,20 +150,43 @@ class Session:
     def release(self) -> None:
         """Handle what was read, then read on."""
         self._holds -= 1
-        deferred, handled = self._deferred, 0
-        while deferred and not self._holds and not self.transport.closed:
-            if handled == MOST_FRAMES:
-                self._go_on_later()
-                return
-            handled += 1
-            try:
-                self._handle(deferred.popleft())
-            except RemoteProtocolError as error:
-                self.transport.close_when_drained(str(error))
-                return
-        if not self._holds and not self.transport.closed:
-            self._deferred = None
-            self.transport.resume()
+        if not self._holds and not self._in_turn:
+            self._work()
+
+    def _work(self) -> None:
+        """Handle what waits, as much as is one's share; with nothing left, read on."""
+        connection, transport, clock = self._connection, self.transport, self._host.loop.clock_now
+        until = clock() + SHARE_SECONDS
+        try:
+            while not self._holds and not transport.closed:
+                if self._deferred:
+                    self._handle(self._deferred.popleft())
+                elif connection.waiting:
+                    self._deferred = deque(connection.more())
+                    continue
+                else:
+                    self._deferred = None
+                    transport.resume()
+                    return
+                if clock() > until or transport.held_up:
+                    self._wait_for_turn()
+                    return
+        except RemoteProtocolError as error:
+            self._core.metrics.protocol_errors += 1
+            transport.close_when_drained(str(error))
+
+    def _wait_for_turn(self) -> None:
+        """Go on when others had their turn, and the client has taken its answers."""
+        self._in_turn = True
+        self.transport.pause()
+        self._drain_first = self.transport.held_up
+        if not self._drain_first:
+            self._host.loop.call_in_turn(self._my_turn)
+
+    def _my_turn(self) -> None:
+        self._in_turn = False
+        if not self._holds:
+            self._work()
 
     def _defer(self, events: list[Event]) -> None:
         """Keep events beyond the life of the receive buffer."""
@@ -170,13 +203,6 @@ class Session:
             else:
                 kept.append(event)
         self._deferred = kept
-        if not self._holds:
-            self._go_on_later()
-
-    def _go_on_later(self) -> None:
-        """Others get their turn first."""
-        self.hold()
-        self._host.loop.call_soon_threadsafe(self.release)
 
     # ---- a member ----
 

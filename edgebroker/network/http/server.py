@@ -3,8 +3,8 @@
 h11 is imported with the first connection. Limits: head 16 KiB (h11's own), body 64 KiB (or as said for a path); 10 s
 for a head, 30 s and a second for each 64 KiB for a body, 75 s idle; 256 connections besides those that are being
 streamed to, 64 of them from one address off the machine, and 64 more by the unix socket. The requests of a connection
-are handled one after the other, each in its loop iteration; what a peer sends before it has taken their answers waits:
-64 KiB here, the rest with the peer. A streamed answer goes on for as long as its source has something to say; each
+are handled one after the other, each in its turn; what a peer sends before it has taken their answers waits: up to
+80 KiB here, the rest with the peer. A streamed answer goes on for as long as its source has something to say; each
 piece is a chunk, and may be stored bytes.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_BODY_BYTES = 64 << 10
+MAX_BODY_BYTES, MAX_EARLY_BYTES = 64 << 10, 16 << 10
 STREAM_TYPE = "application/octet-stream"
 SOCKET = "unix"
 MAX_CONNECTIONS, MAX_SOCKET_CONNECTIONS, MAX_OF_AN_ADDRESS = 256, 64, 64
@@ -235,7 +235,7 @@ class HttpConnection:
             self._advance()
             return
         self._early += data
-        if len(self._early) > MAX_BODY_BYTES:
+        if len(self._early) > MAX_EARLY_BYTES:
             if self.stream is not None:
                 self.transport.close("the peer sends more while it is being answered")
             else:
@@ -278,10 +278,6 @@ class HttpConnection:
         if self._reading or self._answering or transport.backlog or transport.closed:
             return
         self._reading = True
-        early, self._early = bytes(self._early), bytearray()
-        if early:
-            self._receive(early)
-            transport.resume()
         self._advance()
 
     def _advance(self) -> None:
@@ -295,6 +291,11 @@ class HttpConnection:
             except h11.RemoteProtocolError as error:
                 self._reply(Response(error.error_status_hint, Failed(str(error))), close=True)
                 return
+            if event is h11.NEED_DATA and self._early:
+                early, self._early = bytes(self._early), bytearray()
+                self._receive(early)
+                self.transport.resume()
+                continue
             if event is h11.NEED_DATA or event is h11.PAUSED:
                 return
             if isinstance(event, h11.Request):
@@ -319,7 +320,7 @@ class HttpConnection:
                 self.transport.close("the peer closed the connection")
                 return
         self._reading = False
-        self._server.loop.call_soon_threadsafe(self._read_on)
+        self._server.loop.call_in_turn(self._read_on)
 
     def _dispatch(self) -> None:
         assert self._request is not None
@@ -398,7 +399,7 @@ class HttpConnection:
         if self._protocol.our_state is h11.DONE and self._protocol.their_state is h11.DONE:
             self._protocol.start_next_cycle()
             self._request, self._answering = None, False
-            self._server.loop.call_soon_threadsafe(self._read_on)
+            self._server.loop.call_in_turn(self._read_on)
 
 
 def _host_of(peer: str) -> str:

@@ -1,7 +1,12 @@
 """The loop: one thread, one selector, timers, and a door for other threads.
 
-A turn is: wait, run what is ready, run what other threads posted, run due timers, then the end-of-turn callbacks
-(the group commit). Callbacks must not wait for anything; one that takes more than 20 ms is counted and logged.
+A turn is: wait, run what is ready, run what other threads posted, run due timers, give those who wait for their turn
+the time of one millisecond, then the end-of-turn callbacks (the group commit). Callbacks must not wait for anything;
+one that takes more than 20 ms is counted and logged.
+
+Nobody has the loop for himself: whoever has more to do than his share of a turn (wire/session, http/server) does the
+rest with call_in_turn(), where all who wait share that millisecond. What is ready takes ten milliseconds of a turn at
+most; the rest of it is run in the next one.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ log = logging.getLogger(__name__)
 
 SLOW_SECONDS = 0.02
 LOG_SLOW_EVERY_SECONDS = 1.0
+READY_SECONDS, TURNS_SECONDS = 0.01, 0.001
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 
 Ready = Callable[[int], None]
@@ -48,6 +54,8 @@ class Loop:
         self._selector = selectors.DefaultSelector()
         self._timers: list[TimerHandle] = []
         self._posted: deque[Callable[[], None]] = deque()
+        self._turns: deque[Callable[[], None]] = deque()
+        self._ready: deque[tuple[selectors.SelectorKey, int]] = deque()
         self._end_of_turn: list[Callable[[], None]] = []
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -73,6 +81,10 @@ class Loop:
         timer = TimerHandle(self._clock.monotonic() + seconds, callback)
         heapq.heappush(self._timers, timer)
         return timer
+
+    def call_in_turn(self, callback: Callable[[], None]) -> None:
+        """Run a callback when those who asked before had their turn: for the rest of what is more than a share."""
+        self._turns.append(callback)
 
     def call_soon_threadsafe(self, callback: Callable[[], None]) -> None:
         self._posted.append(callback)
@@ -121,20 +133,16 @@ class Loop:
         timers = self._timers
         while timers and timers[0].callback is None:
             heapq.heappop(timers)
-        if self._posted:
+        if self._posted or self._turns or self._ready:
             timeout = 0.0
         elif timers:
             due = max(0.0, timers[0].due - self._clock.monotonic())
             timeout = due if timeout is None else min(timeout, due)
-        ready = self._selector.select(timeout)
+        if not self._ready:
+            self._ready.extend(self._selector.select(timeout))
         self._now = began = self._clock.monotonic()
-        for key, mask in ready:
-            try:
-                key.data(mask)
-            except Exception:
-                self._failed(key.data)
-        if ready:
-            began = self._watch(began, "the events of an iteration", len(ready))
+        if self._ready:
+            began = self._run_ready(began)
         if self._posted:
             count = len(self._posted)
             for _ in range(count):
@@ -145,10 +153,32 @@ class Loop:
             if callback is not None:
                 self._guarded(callback)
                 began = self._watch(began, getattr(callback, "__qualname__", str(callback)), 1)
+        if self._turns:
+            began = self._run_turns(began)
         for callback in self._end_of_turn:
             self._guarded(callback)
         self._watch(began, "the end of an iteration", 1)
         self.iterations += 1
+
+    def _run_ready(self, began: float) -> float:
+        until = began + READY_SECONDS
+        while self._ready and began < until:
+            key, mask = self._ready.popleft()
+            try:
+                key.data(mask)
+            except Exception:
+                self._failed(key.data)
+            began = self._watch(began, "an event", 1)
+        return began
+
+    def _run_turns(self, began: float) -> float:
+        until = began + TURNS_SECONDS
+        for _ in range(len(self._turns)):
+            self._guarded(self._turns.popleft())
+            began = self._watch(began, "a turn", 1)
+            if began >= until:
+                break
+        return began
 
     def _guarded(self, callback: Callable[[], None]) -> None:
         try:

@@ -230,6 +230,11 @@ class Transport:
         return self._channel.unacknowledged
 
     @property
+    def held_up(self) -> bool:
+        """Does so much wait for the peer that nothing should be added?"""
+        return self.backlog > HIGH_BYTES
+
+    @property
     def paused(self) -> bool:
         return self._paused
 
@@ -304,7 +309,7 @@ class Transport:
     def _ready(self, mask: int) -> None:
         if mask & WRITE:
             self._flush()
-        if mask & READ and not self.closed:
+        if mask & READ and self._interest & READ and not self.closed:
             self._receive()
 
     def _receive(self) -> None:

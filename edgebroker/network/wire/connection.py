@@ -1,8 +1,9 @@
 """The protocol without a socket: bytes in, events out. One table says which frame types each side may send.
 
 A Connection keeps only the unfinished end of what it received; the bulk stays in the receive buffer that the loop
-shares between all connections. After an error it is dead. Limits: 4 KiB until CONNECT was granted, then max_frame;
-a frame that is larger is refused by its header and skipped without being buffered.
+shares between all connections. Of a client's frames a broker takes so many at a time (a run of publishes counts as
+one): the rest is kept, as one piece, and given by more(). After an error it is dead. Limits: 4 KiB until CONNECT was
+granted, then max_frame; a frame that is larger is refused by its header and skipped without being buffered.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from edgebroker.network.wire.frames import FrameType
 HEADROOM_BYTES = 64 << 10
 RECEIVE_BYTES = 1 << 20
 BEFORE_CONNECT_BYTES = 4096
+MOST_EVENTS = 64
+UNLIMITED = (1 << 63) - 1
 # A larger length is not a frame that was meant: such a peer is not worth skipping for.
 SKIP_BYTES = 64 << 20
 
@@ -81,22 +84,52 @@ class ReceiveBuffer:
 class Connection:
     """`role` is this side's; `granted` becomes True when CONNECT is over (the owner sets it)."""
 
-    __slots__ = ("_dead", "_needed", "_prefix", "_prefix_fields", "_role", "_skip", "_tail", "granted", "max_frame")
+    __slots__ = (
+        "_at",
+        "_dead",
+        "_most",
+        "_needed",
+        "_prefix",
+        "_prefix_fields",
+        "_rest",
+        "_role",
+        "_skip",
+        "_tail",
+        "granted",
+        "max_frame",
+    )
 
     def __init__(self, role: Role, max_frame: int) -> None:
-        self._role = role
+        self._role, self._most = role, MOST_EVENTS if role is Role.BROKER else UNLIMITED
         self.max_frame = max_frame
         self.granted = role is Role.CLIENT
         self._tail: bytearray | bytes = b""
-        self._needed = self._skip = 0
+        # Whole frames behind those that were given, and where the next one begins.
+        self._rest: memoryview | None = None
+        self._at = self._needed = self._skip = 0
         self._dead = False
         self._prefix = b""
         self._prefix_fields = (0, "", 0)
 
+    @property
+    def waiting(self) -> bool:
+        """Are there frames for more()? receive() has to wait for as long."""
+        return self._rest is not None
+
+    @property
+    def held(self) -> int:
+        """Bytes that are kept here: of an unfinished frame, and of frames that wait."""
+        return len(self._tail) if self._rest is None else len(self._rest)
+
+    def more(self) -> list[Event]:
+        """The next events of what was received; their views stay valid. Raises RemoteProtocolError like receive()."""
+        assert self._rest is not None
+        return self._split(self._rest, self._at)
+
     def receive(self, buffer: ReceiveBuffer, received: int) -> list[Event]:
         """Take `received` bytes from buffer.room. Raises RemoteProtocolError; then the connection is over."""
-        if self._dead:
-            raise LocalProtocolError("this connection failed before")
+        if self._dead or self._rest is not None:
+            raise LocalProtocolError("this connection failed before" if self._dead else "frames are waiting")
         start = 0
         if self._skip:
             start = min(self._skip, received)
@@ -116,7 +149,10 @@ class Connection:
             if len(tail) < self._needed:
                 return []
             data = memoryview(bytes(tail))
-        found, end, reason, (frame_type, correlation, size) = framing.split(data, 0, self.max_frame)
+        return self._split(data, 0)
+
+    def _split(self, data: memoryview, start: int) -> list[Event]:
+        found, end, reason, (frame_type, correlation, size) = framing.split(data, start, self.max_frame, self._most)
         events = [self._event(data, raw) for raw in found]
         while reason > 1:
             if reason != 4 or size > SKIP_BYTES or not self.granted:
@@ -124,12 +160,20 @@ class Connection:
             events.append(Refused(frame_type, correlation, size))
             end += size
             if end >= len(data):
-                self._skip, self._tail = end - len(data), b""
+                self._skip, self._tail, self._rest = end - len(data), b"", None
                 return events
             # The refused frame is here already: what follows it is still to be read.
-            found, end, reason, (frame_type, correlation, size) = framing.split(data, end, self.max_frame)
+            most = max(0, self._most - len(events))
+            found, end, reason, (frame_type, correlation, size) = framing.split(data, end, self.max_frame, most)
             events += [self._event(data, raw) for raw in found]
         rest_length = len(data) - end
+        if rest_length and not reason:
+            if self._rest is None:
+                self._rest, self._at = memoryview(bytes(data[end:])), 0
+            else:
+                self._at = end
+            return events
+        self._rest = None
         self._needed = size
         if rest_length == 0:
             self._tail = b""

@@ -66,6 +66,16 @@ def split_slowly(data: bytes, start: int, max_frame: int) -> Split:
     return events, position, 0, (0, 0, 0)
 
 
+def some_slowly(data: bytes, start: int, max_frame: int, most: int) -> Split:
+    """The same, at most so many events: what comes behind them is not looked at."""
+    whole = split_slowly(data, start, max_frame)
+    if len(whole[0]) < most:
+        return whole
+    last = whole[0][most - 1]
+    end = last[3] if isinstance(last[3], int) else list(SPAN.iter_unpack(last[3]))[-1][2]
+    return whole[0][:most], end, 0, (0, 0, 0)
+
+
 def same(data: bytes, start: int = 0, max_frame: int = MAX) -> Split:
     found = framing.split(data, start, max_frame)
     assert found == split_slowly(data, start, max_frame)
@@ -191,7 +201,10 @@ def test_runs_of_random_frames() -> None:
         ]
         data = b"".join(parts)
         assert same(data)[1] == len(data)
-        same(data[: rng.randrange(len(data) + 1)])
+        cut = data[: rng.randrange(len(data) + 1)]
+        same(cut)
+        for most in (1, 2, 5, 30):
+            assert framing.split(cut, 0, MAX, most) == some_slowly(cut, 0, MAX, most)
 
 
 def answers_of(data: bytes) -> list[tuple[int, Code, int, str]]:

@@ -245,3 +245,64 @@ def test_slow_callbacks_are_counted_and_named(loop: Loop, clock: TurnedClock, ca
     loop.at_end_of_iteration(slow)
     loop.turn(0)
     assert loop.slow_callbacks == 3
+
+
+def test_what_is_ready_has_ten_milliseconds_of_a_turn(loop: Loop, clock: TurnedClock) -> None:
+    """The rest comes first in the next turn, before what became ready since; what was posted does not wait for it."""
+    pairs = [socket.socketpair() for _ in range(5)]
+    ran: list[object] = []
+
+    def take(rank: int) -> None:
+        pairs[rank][0].recv(1)
+        ran.append(rank)
+        clock.seconds += 0.006
+
+    for rank, (one, other) in enumerate(pairs):
+        loop.register(one.fileno(), READ, lambda mask, rank=rank: take(rank))  # type: ignore[misc]
+        other.send(b"x")
+    loop.call_soon_threadsafe(lambda: ran.append("posted"))
+    loop.turn(0)
+    first = list(ran)
+    assert len(first) == 3
+    assert first[2] == "posted"
+    pairs[first[0]][1].send(b"x")  # type: ignore[index]
+    loop.turn(0)
+    loop.turn(0)
+    assert sorted(ran[3:6]) == sorted({0, 1, 2, 3, 4} - {*first})  # type: ignore[type-var]
+    loop.turn(0)
+    assert ran[6:] == [first[0]]
+    for one, other in pairs:
+        loop.unregister(one.fileno())
+        one.close()
+        other.close()
+
+
+def test_those_who_wait_for_their_turn_share_a_millisecond(loop: Loop, clock: TurnedClock) -> None:
+    ran: list[str] = []
+
+    def work(name: str, seconds: float, times: int) -> None:
+        ran.append(name)
+        clock.seconds += seconds
+        if times > 1:
+            loop.call_in_turn(lambda: work(name, seconds, times - 1))
+
+    for name in ("a", "b", "c"):
+        loop.call_in_turn(lambda name=name: work(name, 0.0006, 3))  # type: ignore[misc]
+    for turns, expected in enumerate(("ab", "abca", "abcabc", "abcabcab", "abcabcabc"), 1):
+        loop.turn()  # it does not wait: somebody has something to do
+        assert "".join(ran) == expected, turns
+    loop.call_in_turn(lambda: work("long", 0.5, 1))
+    loop.call_in_turn(lambda: work("short", 0.0, 1))
+    loop.turn()
+    assert ran[9:] == ["long"]
+    assert loop.slow_callbacks == 1
+    loop.turn()
+    assert ran[9:] == ["long", "short"]
+
+
+def test_one_of_those_who_wait_that_fails_does_not_stop_the_others(loop: Loop) -> None:
+    ran: list[int] = []
+    loop.call_in_turn(lambda: ran.append(1 // 0))
+    loop.call_in_turn(lambda: ran.append(2))
+    loop.turn()
+    assert (ran, loop.failed_callbacks) == ([2], 1)
