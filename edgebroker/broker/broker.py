@@ -123,7 +123,8 @@ class Broker:
         self.exposition = Exposition(context)
         # Until nodes and people have identities, every client that reaches the interface has every right.
         router = Router(routes(context, self.exposition), lambda request, right: True, names_of(self.config))
-        self._http = HttpServer(self.loop, router.handle, self._count_request, router.body_limit)
+        receiving = self.sessions.receiving
+        self._http = HttpServer(self.loop, receiving, router.handle, self._count_request, router.body_limit)
 
     # ---- life ----
 
@@ -220,7 +221,7 @@ class Broker:
 
     def problems(self) -> dict[str, str]:
         """What is wrong now, by name, for an operator."""
-        found = self.engine.problems()
+        found = {**self.engine.problems(), **self.sessions.problems()}
         if "disk_full" in found:
             held = [one for one in self.holders.everybody(self.loop.now()) if one.bytes]
             found["disk_full"] += "; held: " + "; ".join(one.sentence() for one in held[:3]) if held else ""

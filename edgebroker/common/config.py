@@ -111,6 +111,9 @@ class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     consume_window_records: Annotated[int, about(
         "records in flight to a consumer that asks for no window of its own", ge=1, le=1 << 20)] = 10_000
     consume_window_bytes: Annotated[int, about("the same in bytes", ge=64 << 10, le=64 * MIB)] = 8 * MIB
+    receive_bytes: Annotated[int, about(
+        "bytes of frames and requests that are not complete, or wait for their turn, of all connections; above it, the "
+        "connection that takes longest to complete what it began is closed", ge=8 * MIB)] = 32 * MIB
     staged_high_bytes: Annotated[int, about(
         "bytes waiting for the disk above which producers are not read", ge=MIB)] = 64 * MIB
     replicated_timeout_ms: Annotated[int, about(

@@ -120,7 +120,7 @@ def test_a_request_that_does_not_come_to_its_end(broker: RunningBroker) -> None:
         assert idle.response()[0] == 200
         head.send(b"GET /hea")
         long.send(body)
-        wait_for(lambda: len(broker.call(lambda: [one for one in connections(broker) if one._deadline])) == 2, "begun")
+        wait_for(lambda: len(broker.call(lambda: broker.broker.sessions.receiving._unfinished)) == 2, "they have begun")
         for _ in range(3):
             head.send(b"l")
             long.send(b" ")

@@ -391,3 +391,29 @@ def test_who_does_not_take_the_answers_is_not_worked_for(broker: RunningBroker) 
     sender.join()
     assert client.publish("t", GOOD).code is Code.OK
     wait_for(lambda: not session._connection.waiting and not session.transport.paused, "it is read again")
+
+
+def test_frames_that_are_not_complete_take_so_much_of_all_connections(tmp_path: Path) -> None:
+    """Those that were begun first go; who sends whole frames goes on, and is told nothing."""
+    limit = 8 << 20
+    with running(tmp_path / "data", {"limits.receive_bytes": limit}) as broker:
+        honest = broker.raw("honest")
+        broker.create("t")
+        size = (1 << 20) + 4096
+        head = frames.HEADER.pack(size, FrameType.PUBLISH, 0, 0, 7) + frames.publish_prefix(2, "t", 0)
+        hostile = []
+        for rank in range(12):
+            client = broker.raw(f"hostile-{rank}")
+            client.send(head + bytes(1 << 20))
+            hostile.append(client)
+            assert honest.publish("t", GOOD).code is Code.OK
+        receiving = broker.broker.sessions.receiving
+        wait_for(lambda: receiving.closed >= 5, "the oldest were closed")
+        assert receiving.bytes <= limit
+        assert all(client.ended() for client in hostile[:5])
+        problem = broker.http("GET", "/v1/node")[1]["problems"]["limits"]
+        assert problem.endswith("because more than limits.receive_bytes (8,388,608) were not complete")
+        broker.advance(61.0)
+        assert all(client.ended() for client in hostile), "the others did not come to their end in time"
+        assert broker.raw("later").publish("t", GOOD).code is Code.OK
+        assert (receiving.bytes, broker.http("GET", "/v1/node")[1]["problems"]) == (0, {})

@@ -29,6 +29,7 @@ from edgebroker.common.messages import Wanted
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.records import Record
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
+from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.io.transport import FileRange
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.connection import Frame
@@ -176,7 +177,7 @@ class Member(Session):
         self.arrived: list[tuple[bytes, bytes]] = []
         self._correlations = itertools.count(1)
         self._host, self._core = cast("Any", world), world.core
-        self._deferred, self._holds = None, 0
+        self._deferred, self._holds, self._in_turn, self._drain_first = None, 0, False, False
         self.client_id, self.group, self.opened_at = client_id, None, 0.0
         self.cursors = {}
         self._core.producers.arrived(client_id)
@@ -280,6 +281,7 @@ class World(CoreListener):
         self.loop = ManualScheduler(self.clock)
         self.engine = FaultyEngine(self.loop, self.clock)
         self.limits = SimpleNamespace(consume_records=50, consume_bytes=1 << 20)
+        self.receiving = Receiving(self.loop, 1 << 20)
         self.members: list[Member] = []
         self.letters: list[Record] = []
         self.settled = True

@@ -27,6 +27,7 @@ from edgebroker.common.outcome import Outcome
 from edgebroker.common.spans import SPAN
 from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import Loop
+from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.io.transport import Transport
 from edgebroker.network.wire import frames, framing
 from edgebroker.network.wire.connection import Connection, Event, Frame, ReceiveBuffer, Refused, Role
@@ -47,6 +48,8 @@ from edgebroker.storage.types import FileSlice, GroupOffset
 
 MAX_AGE_MS = (1 << 32) - 1
 SHARE_SECONDS = 0.0005
+# A frame has to be complete so soon after it began, and a second later for each MiB of it.
+FRAME_SECONDS, MIB = 10.0, 1 << 20
 _EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
 
 
@@ -56,6 +59,7 @@ class SessionHost(Protocol):
     core: Core
     limits: SessionLimits
     loop: Loop
+    receiving: Receiving
     receive_buffer: ReceiveBuffer
 
     def closed(self, session: Session, reason: str) -> None:
@@ -67,6 +71,7 @@ class Session:
 
     __slots__ = (
         "_connection",
+        "_copied",
         "_core",
         "_deferred",
         "_drain_first",
@@ -84,7 +89,7 @@ class Session:
         self._host, self._core = host, host.core
         self._connection = Connection(Role.BROKER, host.limits.max_frame)
         self._deferred: deque[Event] | None = None
-        self._holds = 0
+        self._holds = self._copied = 0
         self._in_turn = self._drain_first = False
         self.client_id = ""
         self.group: Group | None = None
@@ -115,6 +120,7 @@ class Session:
             raise
         if not self._holds and (self._deferred or self._connection.waiting):
             self._wait_for_turn()
+        self._count_bytes(begun=bool(events))
 
     def on_drained(self) -> None:
         if self._drain_first:
@@ -129,6 +135,7 @@ class Session:
         if self.client_id:
             self._core.producers.gone(self.client_id)
         self._deferred = None
+        self._host.receiving.handled(self.transport)
         self._host.closed(self, reason)
 
     # ---- a publisher ----
@@ -162,18 +169,32 @@ class Session:
                 if self._deferred:
                     self._handle(self._deferred.popleft())
                 elif connection.waiting:
-                    self._deferred = deque(connection.more())
+                    self._deferred, self._copied = deque(connection.more()), 0
                     continue
                 else:
-                    self._deferred = None
+                    self._deferred, self._copied = None, 0
                     transport.resume()
-                    return
+                    break
                 if clock() > until or transport.held_up:
                     self._wait_for_turn()
-                    return
+                    break
         except RemoteProtocolError as error:
             self._core.metrics.protocol_errors += 1
             transport.close_when_drained(str(error))
+        if not transport.closed:
+            self._count_bytes(begun=True)
+
+    def _count_bytes(self, *, begun: bool) -> None:
+        """Say how many bytes wait here, and for whom; `begun`: an unfinished frame is a new one."""
+        connection, receiving = self._connection, self._host.receiving
+        size = connection.held + self._copied
+        if not size:
+            receiving.handled(self.transport)
+        elif self._deferred or connection.waiting:
+            receiving.waits(self.transport, size)
+        else:
+            seconds = FRAME_SECONDS + connection.unfinished / MIB
+            receiving.unfinished(self.transport, size, seconds, begun=begun)
 
     def _wait_for_turn(self) -> None:
         """Go on when others had their turn, and the client has taken its answers."""
@@ -203,6 +224,7 @@ class Session:
             else:
                 kept.append(event)
         self._deferred = kept
+        self._copied = sum(map(len, copies.values())) + sum(len(one.body) for one in kept if isinstance(one, Frame))
 
     # ---- a member ----
 

@@ -11,7 +11,10 @@ from edgebroker.broker.sessions.native import Session
 from edgebroker.common.config import LimitsConfig
 from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import Loop
-from edgebroker.network.wire.connection import ReceiveBuffer
+from edgebroker.network.io.receiving import Receiving
+from edgebroker.network.wire.connection import RECEIVE_BYTES
+
+PROBLEM_SECONDS = 60.0
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +24,8 @@ class Sessions:
 
     def __init__(self, core: Core, loop: Loop, limits: SessionLimits, config: LimitsConfig) -> None:
         self.core, self.loop, self.limits, self.config = core, loop, limits, config
-        self.receive_buffer = ReceiveBuffer()
+        self.receiving = Receiving(loop, config.receive_bytes)
+        self.receive_buffer = self.receiving.buffer(RECEIVE_BYTES)
         self._sessions: dict[Session, None] = {}
         self._heartbeat_due = 0.0
 
@@ -49,6 +53,8 @@ class Sessions:
     def sweep(self, interval: float) -> None:
         """Every `interval` seconds: cut peers that are silent, stuck or never said CONNECT; send heartbeats."""
         now, limits = self.loop.now(), self.config
+        self.receiving.limit = limits.receive_bytes
+        self.receiving.sweep()
         beat = now >= self._heartbeat_due
         if beat:
             self._heartbeat_due = now + limits.heartbeat_ms / 1000 - interval
@@ -68,6 +74,16 @@ class Sessions:
                 transport.close("idle for too long")
             elif session.granted and beat:
                 session.heartbeat()
+
+    def problems(self) -> dict[str, str]:
+        """Which limit was reached within the last minute."""
+        receiving = self.receiving
+        if self.loop.now() - receiving.reached_at > PROBLEM_SECONDS:
+            return {}
+        return {
+            "limits": f"{receiving.closed} connections were closed since the start because more than "
+            f"limits.receive_bytes ({receiving.limit:,}) were not complete"
+        }
 
     def say_farewell(self) -> None:
         """The node is stopping."""

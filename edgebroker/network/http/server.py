@@ -18,6 +18,7 @@ import msgspec
 
 from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import Loop
+from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.io.transport import FileRange, Transport
 from edgebroker.network.wire.connection import ReceiveBuffer
 
@@ -164,11 +165,13 @@ class HttpServer:
     def __init__(
         self,
         loop: Loop,
+        receiving: Receiving,
         handler: Handler,
         on_request: Callable[[], None],
         body_limit: BodyLimit = lambda method, target: MAX_BODY_BYTES,
     ) -> None:
-        self.loop, self.handler, self.on_request, self.body_limit = loop, handler, on_request, body_limit
+        self.loop, self.receiving = loop, receiving
+        self.handler, self.on_request, self.body_limit = handler, on_request, body_limit
         self.buffer: ReceiveBuffer | None = None
         self.connections: dict[HttpConnection, None] = {}
         loop.call_later(SWEEP_SECONDS, self._sweep)
@@ -178,7 +181,7 @@ class HttpServer:
             channel.close()
             return
         if self.buffer is None:
-            self.buffer = ReceiveBuffer(MAX_BODY_BYTES)
+            self.buffer = self.receiving.buffer(MAX_BODY_BYTES)
         self.connections[HttpConnection(self, channel, peer)] = None
 
     def _is_full(self, host: str) -> bool:
@@ -200,8 +203,6 @@ class HttpServer:
             transport, now = connection.transport, self.loop.now()
             if connection.stream is None and now - transport.last_received > IDLE_SECONDS:
                 transport.close("idle")
-            elif connection.late(now):
-                transport.close("the request does not come to its end")
             elif transport.backlog and now - transport.last_progress > STUCK_SECONDS:
                 transport.close("send stalled: the peer is not reading")
 
@@ -221,8 +222,8 @@ class HttpConnection:
         self._reading, self._answering = True, False
         self._early = bytearray()
         self.stream: Streamed | None = None
-        # Until when the request that has begun has to be complete; 0: none has.
-        self._deadline = 0.0
+        # What of a request is under way: the state of the parser in which bytes were last counted.
+        self._stage: object = None
         self.transport = Transport(server.loop, channel, server.buffer, self, peer)
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
@@ -233,24 +234,40 @@ class HttpConnection:
         if self._reading:
             self._receive(data)
             self._advance()
+            self._count_bytes()
             return
         self._early += data
+        self._count_bytes()
         if len(self._early) > MAX_EARLY_BYTES:
             if self.stream is not None:
                 self.transport.close("the peer sends more while it is being answered")
             else:
                 self.transport.pause()
 
-    def late(self, now: float) -> bool:
-        """Has a request begun, and does not end?"""
-        return self._reading and 0 < self._deadline < now
+    def _count_bytes(self) -> None:
+        """Say how many bytes wait here, and for whom."""
+        if self.transport.closed:
+            return
+        receiving, state = self._server.receiving, self._protocol.their_state
+        size = len(self._early) + len(self._body) + len(self._protocol.trailing_data[0])
+        if not self._reading and size:
+            receiving.waits(self.transport, size)
+        elif size or state is self._h11.SEND_BODY:
+            seconds = HEAD_SECONDS
+            if state is self._h11.SEND_BODY:
+                seconds = BODY_SECONDS + self._limit / MAX_BODY_BYTES
+            receiving.unfinished(self.transport, size, seconds, begun=state is not self._stage)
+            self._stage = state
+            return
+        else:
+            receiving.handled(self.transport)
+        self._stage = None
 
     def _receive(self, data: bytes) -> None:
         """Bytes of a request; empty lines before it are none of it (RFC 9112, 2.2)."""
         if data[0] in b"\r\n" and self._protocol.their_state is self._h11.IDLE and not self._protocol.trailing_data[0]:
             data = data.lstrip(b"\r\n")
         if data:
-            self._deadline = self._deadline or self._server.loop.now() + HEAD_SECONDS
             self._protocol.receive_data(data)
 
     def on_drained(self) -> None:
@@ -261,6 +278,7 @@ class HttpConnection:
 
     def on_closed(self, reason: str) -> None:
         self._server.connections.pop(self, None)
+        self._server.receiving.handled(self.transport)
         self._body, self._early = bytearray(), bytearray()  # the collector finds this circle late
         stream, self.stream = self.stream, None
         if stream is not None:
@@ -279,6 +297,7 @@ class HttpConnection:
             return
         self._reading = True
         self._advance()
+        self._count_bytes()
 
     def _advance(self) -> None:
         """Read up to the end of one request."""
@@ -306,7 +325,6 @@ class HttpConnection:
                     self._reply(Response(400, Failed(why)), close=True)
                     return
                 self._limit = self._server.body_limit(event.method.decode(), event.target.decode("latin-1"))
-                self._deadline = self._server.loop.now() + BODY_SECONDS + self._limit / MAX_BODY_BYTES
             elif isinstance(event, h11.Data):
                 self._body += event.data
                 if len(self._body) > self._limit:
@@ -332,7 +350,6 @@ class HttpConnection:
             *(headers.get(name, "") for name in (b"content-type", b"host", b"origin", b"sec-fetch-site")),
         )
         self._body = bytearray()
-        self._deadline = 0.0
         self._server.on_request()
         try:
             self._server.handler(request, self._reply)

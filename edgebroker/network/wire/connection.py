@@ -74,6 +74,10 @@ class ReceiveBuffer:
         self._memory = memoryview(bytearray(HEADROOM_BYTES + size))
         self.room = self._memory[HEADROOM_BYTES:]
 
+    def use(self, size: int) -> None:
+        """Receive at most so many bytes at a time, and no more than there is room for."""
+        self.room = self._memory[HEADROOM_BYTES : HEADROOM_BYTES + size]
+
     def joined(self, tail: bytes | bytearray, received: int) -> memoryview:
         """The unfinished end followed by what was received into `room`, without copying the latter."""
         start = HEADROOM_BYTES - len(tail)
@@ -120,6 +124,11 @@ class Connection:
     def held(self) -> int:
         """Bytes that are kept here: of an unfinished frame, and of frames that wait."""
         return len(self._tail) if self._rest is None else len(self._rest)
+
+    @property
+    def unfinished(self) -> int:
+        """How long the frame is that has begun, as far as is known."""
+        return self._needed
 
     def more(self) -> list[Event]:
         """The next events of what was received; their views stay valid. Raises RemoteProtocolError like receive()."""

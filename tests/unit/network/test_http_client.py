@@ -18,6 +18,7 @@ from edgebroker.network.http.client import ChunkReader, HttpClient
 from edgebroker.network.http.server import HttpServer, Response
 from edgebroker.network.io.listener import Listener, listen
 from edgebroker.network.io.loop import Loop
+from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.wire.connection import ReceiveBuffer
 
 CHUNKED = b"5\r\nhello\r\n1;name=value\r\n \r\n0A\r\n0123456789\r\n0\r\ntrailer: x\r\n\r\n"
@@ -197,7 +198,7 @@ def test_questions_leave_nothing_behind(loop: Loop) -> None:
 
 def test_a_finished_request_holds_no_buffer_until_the_collector_comes(loop: Loop) -> None:
     """A node lets the collector come rarely: 64 KiB for each request of a day would be a leak to whoever watches it."""
-    server = HttpServer(loop, lambda request, reply: reply(Response(200, {})), lambda: None)
+    server = HttpServer(loop, Receiving(loop, 1 << 20), lambda request, reply: reply(Response(200, {})), lambda: None)
     sock = listen("127.0.0.1", 0)
     listener = Listener(loop, sock, server.accept, lambda: None)
     address = f"127.0.0.1:{sock.getsockname()[1]}"
