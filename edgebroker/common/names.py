@@ -7,9 +7,14 @@ SNAPSHOT_CLIENTS = "__snapshot-"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\Z")
 
 
+def is_name(name: str) -> bool:
+    """Could a topic be called so? Those of the broker are included."""
+    return _NAME.match(name) is not None and name not in (".", "..")
+
+
 def check_topic_name(name: str) -> str:
     """Why this is not a name for a topic that users write to; "" when it is one."""
-    if not _NAME.match(name) or name in (".", ".."):
+    if not is_name(name):
         return f"topic names are 1 to 200 of A-Z a-z 0-9 . _ -, and not . or ..; {name!r} is not"
     if name.endswith(".dlq"):
         return f"the suffix .dlq is reserved for dead letters; {name!r} cannot be used"

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.commands import backup
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from tests.integration.test_topic_undelete import problems
-from tests.kit.brokers import RunningBroker, numbered
+from tests.kit.brokers import RunningBroker, numbered, running
 from tests.kit.trees import Tree, chain, digest, end, follows, publish
 from tests.kit.waiting import wait_for
 
@@ -204,3 +208,105 @@ def test_what_is_no_backup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         capsys, "restore", str(tmp_path / "odd"), "--data-dir", str(tmp_path / "new"), code=2
     )
     assert not (tmp_path / "new").exists()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningBroker, Path]]:
+    """A node, and a copy of it."""
+    directory = tmp_path_factory.mktemp("made")
+    with running(directory / "node") as node:
+        publish(node, "prices", 0, 20)
+        host, port = node.broker.listeners.http_address
+        assert main(["backup", str(directory / "copy"), "--admin", f"{host}:{port}", "--json"]) == 0
+        yield node, directory / "copy"
+
+
+def altered(copy: Path, **changes: Any) -> None:
+    manifest = json.loads((copy / "BACKUP").read_text())
+    (copy / "BACKUP").write_text(json.dumps({**manifest, **changes}))
+
+
+LOG = "topics/prices/0"
+SEGMENT = f"{LOG}/{0:020}.log"
+
+
+def as_link(copy: Path, name: str) -> None:
+    """Something of the copy lies elsewhere, and a link leads there."""
+    (copy / name).rename(copy.with_name("elsewhere"))
+    (copy / name).symlink_to(copy.with_name("elsewhere"))
+
+
+def as_fifo(copy: Path, name: str) -> None:
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+
+
+HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a log beside the directory": (
+        lambda copy: altered(copy, logs={"../../victim": {"end": 1, "bytes": 1}}), "'../../victim' is not the name of"),
+    "a log at an absolute path": (
+        lambda copy: altered(copy, logs={"/etc/0": {"end": 1, "bytes": 1}}), "'/etc/0' is not the name of a log"),
+    "a partition that climbs": (
+        lambda copy: altered(copy, logs={"t/..": {"end": 1, "bytes": 1}}), "'t/..' is not the name of a log"),
+    "a log that is not there": (
+        lambda copy: altered(copy, logs={"gone/0": {"end": 1, "bytes": 1}}), "not a complete backup"),
+    "another kind of manifest": (lambda copy: altered(copy, logs=[]), "not a complete backup: BACKUP: Expected"),
+    "numbers that are none": (
+        lambda copy: altered(copy, logs={"prices/0": {"end": "x", "bytes": []}}), "not a complete backup: BACKUP:"),
+    "deep nesting": (lambda copy: (copy / "BACKUP").write_text("[" * 100_000), "not a complete backup: BACKUP:"),
+    "a file of another name": (
+        lambda copy: (copy / LOG / "authorized_keys").write_text("x"), "'authorized_keys' is not the name of"),
+    "a segment that is a link": (lambda copy: as_link(copy, SEGMENT), f"{SEGMENT} is a link"),
+    "a segment that is a pipe": (lambda copy: as_fifo(copy, SEGMENT), f"{SEGMENT} is not a regular file"),
+    "an identity that is a link": (lambda copy: as_link(copy, f"{LOG}/identity"), "identity is a link"),
+    "a topic that is a link": (lambda copy: as_link(copy, "topics/prices"), "topics/prices is a link"),
+    "topics that are a link": (lambda copy: as_link(copy, "topics"), "topics is a link"),
+    "a node that is a link": (lambda copy: as_link(copy, "node"), "node is a link"),
+    "offsets that are a pipe": (lambda copy: as_fifo(copy, "offsets.snap"), "offsets.snap is not a regular file"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_copy_of_a_hostile_medium(
+    made: tuple[RunningBroker, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    """It is refused in one sentence before anything is written."""
+    spoil, said = HOSTILE[name]
+    copy = tmp_path / "medium" / "copy"
+    shutil.copytree(made[1], copy)
+    spoil(copy)
+    code = main(["restore", str(copy), "--data-dir", str(tmp_path / "new" / "data")])
+    error = capsys.readouterr().err
+    assert (code in (2, 4), said in error, error.count("\n"), "Traceback" in error) == (True, True, 1, False), error
+    assert not (tmp_path / "new").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["medium"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("topic", "../../../out", "is not the name of a log"),
+        ("partition", "../0", "is not the name of a log"),
+        ("file", "../../../identity", "is not the name of a segment file"),
+        ("file", "authorized_keys", "is not the name of a segment file"),
+    ],
+)
+def test_a_backup_of_a_hostile_node(
+    made: tuple[RunningBroker, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    field: str,
+    value: str,
+    said: str,
+) -> None:
+    host, port = made[0].broker.listeners.http_address
+    answer = call(f"{host}:{port}", "GET", "/v1/backup")
+    log = answer["logs"][0]
+    (log["segments"][0] if field == "file" else log)[field] = value
+    monkeypatch.setattr(backup, "call", lambda *_: answer)
+    assert main(["backup", str(tmp_path / "copy"), "--admin", "hostile:1"]) == 4
+    error = capsys.readouterr().err
+    assert (said in error, error.count("\n")) == (True, 1), error
+    assert {path.name for path in tmp_path.rglob("*") if path.is_file()} <= {"identity"}
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["copy"])

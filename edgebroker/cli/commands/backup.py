@@ -22,7 +22,7 @@ from edgebroker.cli.command import Parser, admin_flag, json_flag
 from edgebroker.cli.render import counted, size
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.runtime.clock import SystemClock
-from edgebroker.storage import files
+from edgebroker.storage import copies, files
 from edgebroker.storage.identity import write_identity
 from edgebroker.storage.metadata.meta_db import write_offsets_snapshot
 from edgebroker.storage.metadata.registry import FILE as REGISTRY
@@ -32,6 +32,21 @@ from edgebroker.storage.types import GroupOffset, Identity
 
 MANIFEST = "BACKUP"
 TRIES = 5
+
+
+class CopiedLog(msgspec.Struct):
+    """How far a log goes in a copy: its end offset, and the bytes of its segments."""
+
+    end: int
+    bytes: int
+
+
+class Manifest(msgspec.Struct):
+    """The content of BACKUP: when it was made, of which node, and what it has by TOPIC/PARTITION."""
+
+    made_ms: int
+    uid: str
+    logs: dict[str, CopiedLog]
 
 
 def arguments(parser: Parser) -> None:
@@ -74,17 +89,18 @@ def must_be_empty(target: Path) -> None:
 
 def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
     """Copy everything; the bytes of all logs. Raises FileNotFoundError when retention removed a file meanwhile."""
-    logs = {}
+    logs: dict[str, CopiedLog] = {}
     for log in found["logs"]:
         name = f"{log['topic']}/{log['partition']}"
-        into = target / "topics" / name
+        into, directory = copies.log_directory(target, name), copies.log_directory(source, name)
         files.make_directory(into)
         write_identity(into, msgspec.convert(log["identity"], Identity))
         for segment in log["segments"]:
-            path = source / "topics" / name / segment["file"]
-            _link_or_copy(path, into / segment["file"], segment["bytes"], segment["sealed"])
+            path = copies.segment_file(directory, segment["file"])
+            copies.no_links(source, path)
+            _link_or_copy(path, into / path.name, segment["bytes"], segment["sealed"])
         files.sync_directory(into)
-        logs[name] = {"end": log["end"], "bytes": sum(segment["bytes"] for segment in log["segments"])}
+        logs[name] = CopiedLog(log["end"], sum(segment["bytes"] for segment in log["segments"]))
     offsets = {
         (group, topic, partition): msgspec.convert(fields, GroupOffset)
         for group, topic, partition, fields in found["offsets"]
@@ -97,18 +113,19 @@ def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
     if registry.exists():
         copy_registry(registry, target / REGISTRY)
     for name in ("FORMAT", "node"):
+        copies.no_links(source, source / name)
         files.write_durable(target / name, (source / name).read_bytes())
-    manifest = {"made_ms": SystemClock().wall_ms(), "uid": found["uid"], "logs": logs}
-    files.write_durable(target / MANIFEST, json.dumps(manifest).encode() + b"\n")
-    return sum(part["bytes"] for part in logs.values())
+    manifest = Manifest(SystemClock().wall_ms(), found["uid"], logs)
+    files.write_durable(target / MANIFEST, msgspec.json.encode(manifest) + b"\n")
+    return sum(part.bytes for part in logs.values())
 
 
 def _link_or_copy(path: Path, target: Path, length: int, sealed: bool) -> None:
     """Link a sealed file that is durable as a whole; copy the first `length` bytes of any other."""
-    with path.open("rb") as file:
+    with open(copies.open_file(path), "rb") as file:
         if sealed and path.stat().st_size == length:
             try:
-                os.link(path, target)
+                os.link(path, target, follow_symlinks=False)
                 return
             except OSError as error:
                 if error.errno not in (errno.EXDEV, errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK):

@@ -11,16 +11,18 @@ import argparse
 import json
 import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+import msgspec
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, json_flag
-from edgebroker.cli.commands.backup import MANIFEST, must_be_empty
+from edgebroker.cli.commands.backup import MANIFEST, Manifest, must_be_empty
 from edgebroker.cli.render import counted
 from edgebroker.common.errors import ConfigError, DamagedDataError, EdgeBrokerError
-from edgebroker.storage import files
+from edgebroker.common.runtime.threads import start_thread
+from edgebroker.storage import copies, files
 from edgebroker.storage.directory import LOSS_ACCEPTED, RESTORED
 from edgebroker.storage.identity import read_identity
 from edgebroker.storage.metadata.registry import FILE as REGISTRY
@@ -50,26 +52,22 @@ def arguments(parser: Parser) -> None:
 
 def restore(options: argparse.Namespace) -> int:
     source, target = Path(options.directory), Path(options.data_dir)
-    try:
-        manifest = json.loads((source / MANIFEST).read_text())
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{source} is not a complete backup: {MANIFEST}: {reason}") from error
+    manifest = _manifest(source)
     must_be_empty(target)
     if not options.preload:
         _compare(source, manifest, options)
     building = target.with_name(target.name + ".restoring")
     shutil.rmtree(building, ignore_errors=True)
-    for name, part in manifest["logs"].items():
-        into = building / "topics" / name
+    for name, part in manifest.logs.items():
+        into = copies.log_directory(building, name)
         files.make_directory(into)
-        for path in sorted((source / "topics" / name).iterdir()):
-            with path.open("rb") as file:
+        for path in copies.files_of(source, copies.log_directory(source, name)):
+            with open(copies.open_file(path), "rb") as file:
                 files.copy_start(file.fileno(), into / path.name, path.stat().st_size)
         size = sum(path.stat().st_size for path in into.glob("*.log"))
-        if size != part["bytes"]:
+        if size != part.bytes:
             raise DamagedDataError(
-                f"{source}: the log {name} has {size} bytes instead of {part['bytes']}; use another backup"
+                f"{source}: the log {name} has {size} bytes instead of {part.bytes}; use another backup"
             )
         files.sync_directory(into)
     files.make_directory(building)
@@ -86,27 +84,40 @@ def restore(options: argparse.Namespace) -> int:
         target.rmdir()
     files.move(building, target)
     verb = "preloaded; the node gets an identity of its own" if options.preload else "restored"
-    result = {"data_dir": str(target), "logs": len(manifest["logs"]), "preload": options.preload}
-    text = f"{target}: {counted(len(manifest['logs']), 'log')} {verb}"
+    result = {"data_dir": str(target), "logs": len(manifest.logs), "preload": options.preload}
+    text = f"{target}: {counted(len(manifest.logs), 'log')} {verb}"
     print(json.dumps(result) if options.json else text)
     return 0
 
 
-def _compare(source: Path, manifest: dict[str, Any], options: argparse.Namespace) -> None:
+def _manifest(source: Path) -> Manifest:
+    """What the backup says that it has, all of whose files are there and are files."""
+    try:
+        manifest = msgspec.json.decode((source / MANIFEST).read_bytes(), type=Manifest)
+        for name in manifest.logs:
+            copies.files_of(source, copies.log_directory(source, name))
+        for path in source.iterdir():
+            copies.no_links(source, path)
+    except (OSError, msgspec.DecodeError) as error:
+        reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else f"{MANIFEST}: {error}"
+        raise ConfigError(f"{source} is not a complete backup: {reason}") from error
+    return manifest
+
+
+def _compare(source: Path, manifest: Manifest, options: argparse.Namespace) -> None:
     """Raises EdgeBrokerError when another node has records that the backup lacks, unless that is accepted."""
     ends: dict[tuple[str, str], int] = {}
-    for name, part in manifest["logs"].items():
-        identity = read_identity(source / "topics" / name)
-        if identity.origin == manifest["uid"]:
-            ends[name, identity.log_id] = part["end"]
+    for name, part in manifest.logs.items():
+        identity = read_identity(copies.log_directory(source, name))
+        if identity.origin == manifest.uid:
+            ends[name, identity.log_id] = part.end
     known = read_hubs(source / REGISTRY) if (source / REGISTRY).exists() else []
     nodes = dict.fromkeys([*(address for _, address in known), *options.compare])
     names = {address: f"{name} at {address}" for name, address in known}
-    with ThreadPoolExecutor(MOST_ASKED) as pool:
-        answers = list(pool.map(lambda address: _more_than(address, ends), nodes))
+    answers = _ask(list(nodes), ends)
     ahead: list[str] = []
-    for address, more in zip(nodes, answers, strict=True):
-        name = names.get(address, address)
+    for address in nodes:
+        name, more = names.get(address, address), answers[address]
         if more is None:
             print(f"{name} does not answer: what it has is not known", file=sys.stderr)
         elif more:
@@ -118,6 +129,20 @@ def _compare(source: Path, manifest: dict[str, Any], options: argparse.Namespace
         )
     for line in ahead:
         print(line, file=sys.stderr)
+
+
+def _ask(nodes: list[str], ends: dict[tuple[str, str], int]) -> dict[str, int | None]:
+    """What each of these has beyond the ends; several are asked at a time, for most of those that are lost time out."""
+    answers: dict[str, int | None] = {}
+
+    def ask(some: list[str]) -> None:
+        for address in some:
+            answers[address] = _more_than(address, ends)
+
+    parts = [nodes[rank::MOST_ASKED] for rank in range(min(len(nodes), MOST_ASKED))]
+    for thread in [start_thread("edgebroker-compare", partial(ask, part)) for part in parts]:
+        thread.join()
+    return answers
 
 
 def _more_than(address: str, ends: dict[tuple[str, str], int]) -> int | None:
