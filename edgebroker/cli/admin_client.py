@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableError
+from edgebroker.common.names import printable
 
 TIMEOUT_SECONDS = 30.0
 
@@ -45,12 +46,23 @@ def _exchange(admin: str, method: str, path: str, body: object) -> tuple[int, An
             headers = {"content-type": "application/json"} if body is not None else {}
             connection.request(method, path, json.dumps(body) if body is not None else None, headers)
             response = connection.getresponse()
-            return response.status, json.loads(response.read())
-    except (OSError, http.client.HTTPException, ValueError) as error:
+            return response.status, _printable(json.loads(response.read()))
+    except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UnreachableError(
             f"no broker answers at {admin}: {reason}; is it running, and is the address correct?"
         ) from error
+
+
+def _printable(answer: Any) -> Any:
+    """An answer whose texts can be shown: a node may have them from anywhere."""
+    if isinstance(answer, str):
+        return printable(answer)
+    if isinstance(answer, list):
+        return [_printable(one) for one in answer]
+    if isinstance(answer, dict):
+        return {printable(name): _printable(value) for name, value in answer.items()}
+    return answer
 
 
 def _connection(admin: str) -> http.client.HTTPConnection:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from datetime import datetime
 
@@ -12,6 +13,12 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
     widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
     for line in lines:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def json_line(fields: object) -> str:
+    """One line of JSON: text as it is, unless a terminal would obey it."""
+    line = json.dumps(fields, ensure_ascii=False)
+    return line if line.isprintable() else json.dumps(fields)
 
 
 def counted(count: int, noun: str, plural: str = "") -> str:

@@ -46,18 +46,20 @@ def inflate(codec: int, packed: bytes, limit: int = 16 << 20) -> bytes:
     raise CorruptBatchError(f"codec {codec} is not supported; use gzip, lz4 or zstd")
 
 
-def _finish(plain: bytes, ended: bool, limit: int) -> bytes:
+def _finish(plain: bytes, ended: bool, behind: bytes, limit: int) -> bytes:
     if len(plain) > limit:
         raise InflatedTooLargeError(f"the records inflate to more than {limit} bytes")
     if not ended:
         raise CorruptBatchError("the compressed records are incomplete")
+    if behind:  # other readers would find other records there
+        raise CorruptBatchError("something follows the compressed records")
     return plain
 
 
 def _inflate_gzip(packed: bytes, limit: int) -> bytes:
     unpacker = zlib.decompressobj(wbits=31)
     plain = unpacker.decompress(packed, limit + 1)
-    return _finish(plain, unpacker.eof or len(plain) > limit, limit)
+    return _finish(plain, unpacker.eof or len(plain) > limit, unpacker.unused_data or b"", limit)
 
 
 def _inflate_lz4(packed: bytes, limit: int) -> bytes:
@@ -65,7 +67,7 @@ def _inflate_lz4(packed: bytes, limit: int) -> bytes:
 
     unpacker = lz4.frame.LZ4FrameDecompressor()
     plain = unpacker.decompress(packed, max_length=limit + 1)
-    return _finish(plain, unpacker.eof or len(plain) > limit, limit)
+    return _finish(plain, unpacker.eof or len(plain) > limit, unpacker.unused_data or b"", limit)
 
 
 def _inflate_zstd(packed: bytes, limit: int) -> bytes:

@@ -1,4 +1,4 @@
-"""What topics and groups may be called."""
+"""What topics and groups may be called, and how names and texts of others are shown."""
 
 import re
 
@@ -28,3 +28,12 @@ def check_group_name(name: str) -> str:
     if name and not _NAME.match(name):
         return f"group names are 1 to 200 of A-Z a-z 0-9 . _ -; {name!r} is not"
     return ""
+
+
+def printable(text: str) -> str:
+    """A text of a peer as a terminal or a log may show it: everything that is not printed as itself is written out.
+    These are control characters (a terminal obeys them), line ends (they make false lines), marks that turn the$
+    direction of writing, halves of surrogates. A backslash remains one, so this is not to be read back."""
+    if text.isprintable():
+        return text
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import base64
-import json
 import sys
 from collections.abc import Sequence
 
 from edgebroker.cli.command import Parser, at_least, duration, server_flag
+from edgebroker.cli.render import json_line
 from edgebroker.client.consumer import Consumer, parse_from
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.errors import ConfigError, GapError
+from edgebroker.common.names import printable
 from edgebroker.common.records import Record
 
 
@@ -102,7 +103,13 @@ class PrintingStaging:
 
 
 def line_of(record: Record, json_wanted: bool) -> bytes:
-    return as_json(record) if json_wanted else (record.value or b"") + b"\n"
+    """As it is for a file or a program; a terminal would obey what is in it."""
+    if json_wanted:
+        return as_json(record)
+    value = record.value or b""
+    if sys.stdout.isatty():
+        value = printable(value.decode(errors="backslashreplace")).encode()
+    return value + b"\n"
 
 
 def as_json(record: Record) -> bytes:
@@ -116,7 +123,7 @@ def as_json(record: Record) -> bytes:
         "value": _text(record.value),
         "headers": [[name, _text(value)] for name, value in record.headers],
     }
-    return json.dumps(fields, ensure_ascii=False).encode() + b"\n"
+    return json_line(fields).encode() + b"\n"
 
 
 def _text(data: bytes | None) -> object:

@@ -21,6 +21,7 @@ from edgebroker.cli.totals import DLQ_GROUP, dead_letter_counts, dead_letter_ran
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.names import printable
 from edgebroker.common.records import Record
 from edgebroker.common.types import DEAD_LETTERS
 
@@ -68,9 +69,10 @@ def show(options: argparse.Namespace) -> int:
             continue
         source = _source(record)
         print(
-            f"{record.offset}: {source['topic']}/{source['partition']} offset {source['offset']}, group "
-            f"{source['group']}, "
-            f"{source['attempts']} attempts: {source['reason']}"
+            printable(
+                f"{record.offset}: {source['topic']}/{source['partition']} offset {source['offset']}, group "
+                f"{source['group']}, {source['attempts']} attempts: {source['reason']}"
+            )
         )
     return 0
 

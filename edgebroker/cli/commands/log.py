@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgebroker.cli.command import Parser, subcommand, subcommands
-from edgebroker.cli.render import counted
+from edgebroker.cli.render import counted, json_line
 from edgebroker.common import batch
 from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, BatchHeader, Reason
 from edgebroker.common.errors import ConfigError, DamagedDataError
@@ -247,6 +247,6 @@ def _print_records(path: Path, found: tuple[int, BatchHeader, bytes], as_json: b
                 "value": record.value.decode(errors="replace") if record.value is not None else None,
                 "headers": [[name, (value or b"").decode(errors="replace")] for name, value in record.headers],
             }
-            print(json.dumps(fields, ensure_ascii=False))
+            print(json_line(fields))
         else:
             print(f"{record.offset}\t{record.timestamp}\t{record.key!r}\t{record.value!r}\t{record.headers!r}")

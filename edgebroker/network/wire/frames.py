@@ -11,6 +11,7 @@ from typing import NamedTuple, TypeVar
 
 from edgebroker.common.errors import Code, RemoteProtocolError
 from edgebroker.common.messages import AckKind, ConsumerAck, GapReason, Holding, Wanted
+from edgebroker.common.names import printable
 from edgebroker.common.types import Start
 
 PROTOCOL_VERSION = 1
@@ -422,7 +423,8 @@ def read_ack(body: memoryview) -> Answer | ConsumerAck:
     if kind == AckKind.ANSWER:
         reader = BodyReader(body)
         _, _, code, offset, length = reader.take(_ANSWER)
-        return Answer(_known(Code, code), offset, reader.raw(length).decode(errors="replace"), reader.position)
+        message = printable(reader.raw(length).decode(errors="replace"))
+        return Answer(_known(Code, code), offset, message, reader.position)
     if kind > AckKind.IN_PROGRESS:
         raise RemoteProtocolError(f"ACK kind {kind} is unknown")
     reader = BodyReader(body, 1)
