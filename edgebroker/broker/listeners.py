@@ -16,6 +16,10 @@ from edgebroker.network.io.channel import Channel, PlainChannel, tuned
 from edgebroker.network.io.listener import Listener, MakeChannel, listen, listen_unix
 from edgebroker.network.io.loop import Loop
 
+# Descriptors that connections do not take: they are for segments, the metadata and what is read. The unix socket may go
+# further, so that an operator gets in when topics have taken those.
+KEPT, KEPT_FROM_SOCKET = 160, 16
+
 log = logging.getLogger(__name__)
 
 
@@ -57,7 +61,7 @@ class Listeners:
         except OSError as error:
             what = f"the admin socket {self.socket_path} cannot be created"
             raise EdgeBrokerError(f"{what}: {error}; set listen.socket") from error
-        self._listeners.append(Listener(self._loop, unix, http.accept, self._rested))
+        self._listeners.append(Listener(self._loop, unix, http.accept, self._rested, kept=KEPT_FROM_SOCKET))
 
     def _listen_tcp(
         self, key: str, address: str, accept: Callable[[Channel, str], None], channel: MakeChannel
@@ -68,7 +72,7 @@ class Listeners:
         except OSError as error:
             why = error.strerror
             raise EdgeBrokerError(f"{key} = {address} cannot be used: {why}; choose another address") from error
-        listener = Listener(self._loop, sock, accept, self._rested, channel)
+        listener = Listener(self._loop, sock, accept, self._rested, channel, KEPT)
         self._listeners.append(listener)
         return listener
 

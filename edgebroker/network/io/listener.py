@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,8 @@ MakeChannel = Callable[[socket.socket], Channel]
 
 
 class Listener:
-    """Accepts connections, with a channel each; when descriptors run out it rests and says so instead of spinning."""
+    """Accepts connections, with a channel each. When descriptors run out it rests and says so instead of spinning;
+    `kept` of those that the process may have are not for connections."""
 
     def __init__(
         self,
@@ -23,10 +25,11 @@ class Listener:
         accepted: Callable[[Channel, str], None],
         resting: Callable[[], None],
         channel: MakeChannel = PlainChannel,
+        kept: int = 0,
     ) -> None:
         sock.setblocking(False)
         self._loop, self.socket, self._accepted, self._resting = loop, sock, accepted, resting
-        self._channel = channel
+        self._channel, self._kept = channel, kept
         self._registered = False
         self._wait = 0.1
         self._register()
@@ -44,6 +47,11 @@ class Listener:
                 self._wait = 0.1
                 return
             except OSError:
+                self.rest()
+                return
+            # The system gives the lowest free number: so many are in use.
+            if sock.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self._kept:
+                sock.close()
                 self.rest()
                 return
             peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "unix"
