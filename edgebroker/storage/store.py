@@ -436,6 +436,7 @@ class SegmentStore:
         found = {
             "read_only": self._committer.read_only,
             "disk_full": self._committer.disk_full,
+            "descriptors": self._committer.scarce,
             "metadata": self._metadata.failed,
         }
         if self._committer.stalled or self._reader.stalled:

@@ -242,8 +242,8 @@ COMMANDS: dict[str, Callable[[Tree, pytest.MonkeyPatch], Scene]] = {
 }
 # The others are ended by hand: at the disk, the line, the configuration, with a restart.
 BY_HAND = {
-    "disk_stalled", "limits", "metadata", "not_carried", "parent", "read_only", "registry", "removed_early",
-    "superseded", "unserved_topics",
+    "descriptors", "disk_stalled", "limits", "metadata", "not_carried", "parent", "read_only", "registry",
+    "removed_early", "superseded", "unserved_topics",
 }  # fmt: skip
 
 

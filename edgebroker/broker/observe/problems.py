@@ -6,6 +6,8 @@ docs/operations.md says the same at more length; a test holds the two together.
 ADVICE = {
     "damaged": "it is fetched again from the parent by itself; at an origin: edgebroker repair --from NODE; to go on "
     "without the records: edgebroker topic alter TOPIC --on-damage skip",
+    "descriptors": "raise the limit of open files (LimitNOFILE in the unit, ulimit -n); nothing is lost, and writing "
+    "is tried again",
     "disk_full": "free space or raise storage.max_bytes; who is gone for good: edgebroker child forget NAME, "
     "edgebroker group delete GROUP; writing resumes by itself",
     "disk_stalled": "check the disk (dmesg); nothing is lost, what is in memory is still delivered",

@@ -50,7 +50,7 @@ class CommitListener(Protocol):
 
 class Committer:
     """Owned by the loop thread. `interval` (seconds) may be changed at any time. `read_only` and `disk_full` say why
-    writing is refused, "" when it is not."""
+    writing is refused, "" when it is not; `scarce`: what lacked a descriptor or memory since the disk was measured."""
 
     def __init__(
         self, scheduler: Scheduler, clock: Clock, listener: CommitListener, *, interval_seconds: float
@@ -69,7 +69,7 @@ class Committer:
         self._calls: deque[tuple[Callable[[], object], Callable[[object], None]]] = deque()
         self._flushing = self._ending = False
         self.read_only = ""
-        self.disk_full = ""
+        self.disk_full = self.scarce = ""
         self.groups = self.group_bytes = self.write_ns = self.sync_ns = self.rolls = self.slowest_sync_ns = 0
         self.sync_latency, self.append_latency = Histogram(), Histogram()
         self._staged_since = 0.0
@@ -249,8 +249,11 @@ class Committer:
                 self._listener.on_written(partition)
 
     def _disk_is_full(self, partition: PartitionLog, why: str) -> None:
-        """Drop what was not written; its producers send it again when there is space."""
         self.disk_full = why
+        self._drop_unwritten(partition, Outcome.DISK_FULL, "the disk is full; retry when there is space")
+
+    def _drop_unwritten(self, partition: PartitionLog, outcome: Outcome, why: str) -> None:
+        """Drop what was not written; its producers send it again."""
         self._dirty.pop(partition, None)
         partition.wants_sync = partition.wants_announcement = False
         partition.drop_unwritten()
@@ -264,7 +267,7 @@ class Committer:
         # Bytes after the end would come back after a crash as batches that were never acknowledged.
         partition.rolling = True
         self.call(lambda: files.truncate(fd, size), done)
-        self._listener.on_failed(partition, Outcome.DISK_FULL, "the disk is full; retry when there is space")
+        self._listener.on_failed(partition, outcome, why)
 
     def _file_failed(self, partition: PartitionLog, number: int, layout: Layout | None) -> None:
         """After a failed sync the file is over: its pages may be lost and marked clean. Write what is not durable
@@ -314,9 +317,14 @@ class Committer:
     def _rolled(self, partition: PartitionLog, result: object, rescue: list[Chunk] | None, wall_ms: int) -> None:
         partition.rolling = False
         if not isinstance(result, Segment):
-            if rescue is None and getattr(result, "errno", 0) in files.FULL | files.TRANSIENT:
+            number, why = getattr(result, "errno", 0), f"a new segment of {partition.name} cannot be made: {result}"
+            if rescue is None and number in files.FULL:
                 partition.must_roll = True
-                self._disk_is_full(partition, f"a new segment of {partition.name} cannot be made: {result}")
+                self._disk_is_full(partition, why)
+            elif rescue is None and number in files.TRANSIENT:
+                partition.must_roll = True
+                self.scarce = why
+                self._drop_unwritten(partition, Outcome.OVERLOADED, f"{why}; retry")
             else:
                 self._turn_read_only(partition, result)
             return

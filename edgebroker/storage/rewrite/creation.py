@@ -92,7 +92,13 @@ class TopicCreation:
             answer = (Outcome.OK, "")
             self._listener.on_topic(name)
         else:
-            outcome = Outcome.DISK_FULL if getattr(result, "errno", 0) in files.FULL else Outcome.READ_ONLY
+            number = getattr(result, "errno", 0)
+            outcome = Outcome.READ_ONLY
+            if number in files.FULL:
+                outcome = Outcome.DISK_FULL
+            elif number in files.TRANSIENT:
+                outcome = Outcome.OVERLOADED
+                self._committer.scarce = f"topic {name} cannot be created: {result}"
             answer = (outcome, f"topic {name} cannot be created: {result}")
             log.error("%s", answer[1])
         for done in waiting:

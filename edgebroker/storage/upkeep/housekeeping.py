@@ -205,7 +205,7 @@ class Housekeeping:
             was_full = self._committer.disk_full
             free, size = result
             self._budget.measured(free, size, used)
-            self._committer.disk_full = self._budget.full
+            self._committer.disk_full, self._committer.scarce = self._budget.full, ""
             if bool(was_full) != bool(self._budget.full):
                 log.warning(
                     "%s", f"disk full: {self._budget.full}" if self._budget.full else "the disk has space again"

@@ -17,7 +17,7 @@ from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.types import FileSlice, GroupOffset
-from tests.kit.storage import TOPIC, Harness, Start, StoreHarness, encode, pack
+from tests.kit.storage import TOPIC, Harness, Start, StoreHarness, encode, pack, store_settings
 
 SEED = 20240611
 WEEK = 7 * 24 * 3600.0
@@ -337,9 +337,37 @@ def test_a_creation_that_fails_gives_its_descriptors_back(tmp_path: Path, monkey
 
     monkeypatch.setattr(files, "create_log", fail)
     before = len(os.listdir("/proc/self/fd"))
-    assert harness.create("wide", partitions=5) is Outcome.READ_ONLY
+    assert harness.create("wide", partitions=5) is Outcome.OVERLOADED
+    assert "too many open files" in harness.store.problems()["descriptors"]
     assert len(made) == 3
     assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.undo()
     assert harness.create("wide", partitions=5) is Outcome.OK
+    harness.close()
+
+
+def test_a_segment_for_which_no_descriptor_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is no full disk: what was not written is sent again, and the next record tries it again."""
+    harness = StoreHarness(tmp_path / "data", store_settings(segment_bytes=1000))
+    harness.create(TOPIC)
+    harness.fill(9)
+    failed = ("failed", harness.log().name, Outcome.OVERLOADED)
+
+    def fail(path: Path) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "create_log", fail)
+        while failed not in harness.listener.events:
+            harness.stage(encode(bytes(100)))
+            harness.until(lambda: failed in harness.listener.events or harness.store._committer.stored)
+        assert "Too many open files" in harness.store.problems()["descriptors"]
+        assert "disk_full" not in harness.store.problems()
+        assert harness.store.refusal() is None
+    values = harness.values()
+    assert len(values) >= 9
+    harness.tick_until(lambda: not harness.store.problems())
+    values += harness.fill(20)
+    assert harness.values() == values
+    assert len(harness.bases()) > 2
     harness.close()
