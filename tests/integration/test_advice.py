@@ -356,13 +356,16 @@ def test_a_disk_that_answers_again(tree: Tree) -> None:
     """`disk_stalled`: a read hangs; meanwhile what is in memory is delivered."""
     root = tree.start("root", storage__read_timeout_ms=100)
     publish(root, "t", 0, 10)
-    reader, hangs = root.broker.engine._reader, threading.Event()  # type: ignore[attr-defined]
+    reader = root.broker.engine._reader  # type: ignore[attr-defined]
+    begun, hangs = threading.Event(), threading.Event()
 
     def job() -> SegmentRead:
+        begun.set()
         hangs.wait(30.0)
         return SegmentRead()
 
     root.call(lambda: reader.submit(job, lambda found: None))
+    assert begun.wait(10.0), "one that is late before it begins is left out"
     has(tree, "root", "disk_stalled")
     client = root.raw("till")
     client.subscribe("t", "tills")
