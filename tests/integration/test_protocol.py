@@ -22,7 +22,7 @@ from edgebroker.common.types import Start
 from edgebroker.network.io.transport import HIGH_BYTES
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.connection import RECEIVE_BYTES
-from edgebroker.network.wire.frames import FrameType, Intent, Reset, Subscribe
+from edgebroker.network.wire.frames import Connect, FrameType, Intent, Reset, Subscribe
 from tests.kit.brokers import RawClient, RunningBroker, batch_of, config_for, numbered, running
 from tests.kit.waiting import wait_for
 
@@ -417,3 +417,19 @@ def test_frames_that_are_not_complete_take_so_much_of_all_connections(tmp_path: 
         assert all(client.ended() for client in hostile), "the others did not come to their end in time"
         assert broker.raw("later").publish("t", GOOD).code is Code.OK
         assert (receiving.bytes, broker.http("GET", "/v1/node")[1]["problems"]) == (0, {})
+
+
+def test_what_one_frame_may_name(broker: RunningBroker) -> None:
+    """More ends the connection: one frame has to be short work."""
+    broker.create("t")
+    line = Wanted("t", -1, Start.EARLIEST, NO_LOG_ID, -1, 0)
+    for most, write in (
+        (frames.MOST_TOPICS, lambda count: frames.write_connect(9, Connect(1, 0, "c", b"", -1, -1, ["t"] * count))),
+        (frames.MOST_LINES, lambda count: frames.write_subscribe(9, Subscribe(Intent.JOIN, "g", 0, 0, [line] * count))),
+        (frames.MOST_ENDS, lambda count: frames.write_heartbeat([("t", 0, 5)] * count)),
+    ):
+        client = broker.raw()
+        client.send(write(most))
+        assert client.publish("t", GOOD).code is Code.OK
+        client.send(write(most + 1))
+        assert client.ended()

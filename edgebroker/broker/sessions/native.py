@@ -444,7 +444,7 @@ class Session:
     def heartbeat(self) -> None:
         """Keep the connection alive, with the durable ends of what the client reads."""
         ends = [(*key, cursor.log.durable_end) for key, cursor in self.cursors.items()]
-        self.transport.send(frames.write_heartbeat(ends[:1000]))
+        self.transport.send(frames.write_heartbeat(ends[: frames.MOST_ENDS]))
 
     def farewell(self) -> None:
         """The node is stopping: say so, then close."""

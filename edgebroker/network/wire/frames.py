@@ -21,6 +21,8 @@ HEADER_BYTES = HEADER.size
 NO_RESET = bytes(16)
 
 WANT_PRODUCER, NEW_EPOCH = 1, 2
+# What one frame may name: topics of a CONNECT, lines of a SUBSCRIBE, partitions of a HEARTBEAT.
+MOST_TOPICS, MOST_LINES, MOST_ENDS = 1000, 10_000, 1000
 
 
 class FrameType(IntEnum):
@@ -218,6 +220,12 @@ def _known(kind: type[_E], value: int) -> _E:
         raise RemoteProtocolError(f"{kind.__name__} {value} is unknown") from error
 
 
+def _at_most(count: int, most: int, what: str) -> int:
+    if count > most:
+        raise RemoteProtocolError(f"{what}: {count}; one frame may have {most}")
+    return count
+
+
 def frame(frame_type: FrameType, correlation: int, *parts: bytes) -> bytes:
     """A whole frame."""
     body = b"".join(parts)
@@ -254,7 +262,7 @@ def read_connect(body: memoryview) -> Connect:
     token = reader.raw(token_length)
     producer_id, producer_epoch = reader.take(_PRODUCER)
     (count,) = reader.take(_U16)
-    topics = [reader.text() for _ in range(count)]
+    topics = [reader.text() for _ in range(_at_most(count, MOST_TOPICS, "topics of a CONNECT"))]
     reader.end()
     return Connect(version, flags, client_id, token, producer_id, producer_epoch, topics)
 
@@ -320,7 +328,7 @@ def read_subscribe(body: memoryview) -> Subscribe:
     group = reader.text()
     window_records, window_bytes, count = reader.take(_WINDOW)
     wanted = []
-    for _ in range(count):
+    for _ in range(_at_most(count, MOST_LINES, "lines of a SUBSCRIBE")):
         topic = reader.text()
         partition, start, log_id, epoch, value = reader.take(_WANTED)
         wanted.append(Wanted(topic, partition, _known(Start, start), log_id, epoch, value))  # type: ignore[arg-type]
@@ -449,7 +457,7 @@ def read_heartbeat(body: memoryview) -> list[tuple[str, int, int]]:
     reader = BodyReader(body)
     (count,) = reader.take(_U16)
     ends = []
-    for _ in range(count):
+    for _ in range(_at_most(count, MOST_ENDS, "partitions of a HEARTBEAT")):
         topic = reader.text()
         partition, end = reader.take(_LAG)
         ends.append((topic, partition, end))
