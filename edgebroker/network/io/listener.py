@@ -16,7 +16,7 @@ MakeChannel = Callable[[socket.socket], Channel]
 
 class Listener:
     """Accepts connections, with a channel each. When descriptors run out it rests and says so instead of spinning;
-    `kept` of those that the process may have are not for connections."""
+    `kept` of those that the process may have, a quarter of them at most, are not for connections."""
 
     def __init__(
         self,
@@ -50,7 +50,8 @@ class Listener:
                 self.rest()
                 return
             # The system gives the lowest free number: so many are in use.
-            if sock.fileno() >= resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self._kept:
+            limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+            if sock.fileno() >= limit - min(self._kept, limit // 4):
                 sock.close()
                 self.rest()
                 return
