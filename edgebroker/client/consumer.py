@@ -6,12 +6,12 @@ The broker pushes; one I/O thread (subscriber.py) receives what it pushes, the c
 from __future__ import annotations
 
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from edgebroker.client import decoding
+from edgebroker.client.handed_out import HandedOut, key_of
 from edgebroker.client.link import default_client_id, parse_server
 from edgebroker.client.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.client.positions import PositionFile
@@ -28,7 +28,6 @@ from edgebroker.network.wire.frames import Gap, Reset
 
 StartFrom = int | str
 _NAMED = {"committed": Start.COMMITTED, "earliest": Start.EARLIEST, "latest": Start.LATEST}
-AUTO_ACK_RECORDS = 1000
 POSITIONS_SECONDS = 1.0
 
 
@@ -63,8 +62,10 @@ class Consumer:
         positions: the reader's own positions by (topic, partition); they win over the committed offsets of the group.
         position_file: a file that keeps these positions: written by commit() and close(), and once a second while
             records are acknowledged. One consumer at a time.
-        auto_ack: the iteration acknowledges records when the one after them is asked for, a delivery or 1,000 records
-            at a time; False: only ack() does.
+        auto_ack: records are acknowledged when the ones after them are asked for: by the next poll(), and by the
+            iteration as it moves on (a delivery, 1,000 records or a second's worth at a time); also by commit(), and
+            at the end of a `with` block that no exception ends. What ack() was called for is left to the caller.
+            False: only ack() does.
         window_records: how many records may be in flight; 0: what the broker allows.
         window_bytes: how many bytes may be in flight; 0: what the broker allows.
         on_gap: called with a GapError instead of raising it.
@@ -117,16 +118,12 @@ class Consumer:
             raise ArgumentError(problem)
         begin = parse_from(start)
         parse_server(server)
-        self._group, self._auto_ack, self._timeout = group, auto_ack, timeout
+        self._group, self._timeout = group, timeout
         self._on_gap, self._on_assigned, self._on_revoked = on_gap, on_assigned, on_revoked
         self._position_file = PositionFile(position_file) if position_file is not None else None
         stored = self._position_file.read() if self._position_file is not None else {}
         self._positions_due = 0.0
         self._handling: list[Record] = []  # what run() has given to the handler
-        # Of the delivery that is being iterated over: what is left, the last record handed out, and the lease.
-        self._rest: deque[Record] = deque()
-        self._last: Record | None = None
-        self._unacked_count = self._rest_lease = 0
         self._expired = 0
         self._subscriber = Subscriber(
             server,
@@ -138,6 +135,7 @@ class Consumer:
             positions={**stored, **(positions or {})},
             window=(window_records, window_bytes),
         )
+        self._handed_out = HandedOut(auto_ack, self._lease_of, self._acknowledge, self._subscriber.loop.clock_now)
         self._loader = RefreshLoader(self._subscriber, staging)
         self._thread = start_thread("edgebroker-consumer", self._subscriber.loop.run)
 
@@ -173,37 +171,20 @@ class Consumer:
         """Iterate over records; blocks while there are none, and ends after close().
 
         A loop that is left can be continued: the next loop, or poll(), gets the rest of the delivery. Raises what
-        poll() raises. With `auto_ack` records are acknowledged as the iteration moves on, never the last one given.
+        poll() raises. With `auto_ack` records are acknowledged as the iteration moves on. Leaving the loop acknowledges
+        those before the last one, which an exception may have left half done: what comes next acknowledges it, another
+        loop, poll(), commit(), or the end of the `with` block.
         """
-        while (record := self._next_record()) is not None:
-            yield record
-
-    def _next_record(self) -> Record | None:
-        """One record of the iteration; those before it are acknowledged, a delivery or 1,000 records at a time."""
-        rest = self._rest
-        if rest and self._lease_of(rest[0]) != self._rest_lease:
-            rest.clear()  # the partition was lost, or moved: it comes again
-        if self._last is not None and (not rest or self._unacked_count >= AUTO_ACK_RECORDS):
-            last, self._last, self._unacked_count = self._last, None, 0
-            if self._auto_ack and self._lease_of(last) == self._rest_lease:
-                self.ack(last)
-        if not rest:
-            rest.extend(self._receive(None))
-            if not rest:
-                return None
-            self._rest_lease = self._lease_of(rest[0])
-        self._last = rest.popleft()
-        self._unacked_count += 1
-        return self._last
-
-    def _lease_of(self, record: Record) -> int:
-        state = self._subscriber.partitions.get(TopicPartition(record.topic, record.partition))
-        return state.lease if state is not None else 0
+        try:
+            while (record := self._handed_out.next(lambda: self._receive(None))) is not None:
+                yield record
+        finally:
+            self._handed_out.left()
 
     def poll(self, timeout: float | None = None) -> list[Record]:
         """Wait for the next delivery and return its records.
 
-        Does not acknowledge anything, whatever `auto_ack` says: call ack().
+        With `auto_ack` this acknowledges what the poll() before returned; without, call ack().
 
         Args:
             timeout: seconds to wait at most; None: no limit.
@@ -222,10 +203,12 @@ class Consumer:
         Threads:
             The thread of the consumer, which runs the callbacks inside.
         """
-        rest, self._rest = self._rest, deque()
-        if rest and self._lease_of(rest[0]) == self._rest_lease:
-            return list(rest)
-        return self._receive(timeout)
+        self._handed_out.handled()
+        return self._handed_out.all(lambda: self._receive(timeout))
+
+    def _lease_of(self, key: TopicPartition) -> int:
+        state = self._subscriber.partitions.get(key)
+        return state.lease if state is not None else 0
 
     def _receive(self, timeout: float | None) -> list[Record]:
         deadline = None if timeout is None else self._subscriber.loop.clock_now() + timeout
@@ -280,6 +263,7 @@ class Consumer:
             records = self.poll(None)
             if not records:
                 return
+            self._handed_out.decided(key_of(records[0]))  # piece by piece, below
             for start in range(0, len(records), batch_size):
                 piece = records[start : start + batch_size]
                 handling = self._handling = list(piece)
@@ -325,7 +309,12 @@ class Consumer:
         Durability:
             Returns at once; commit() waits until the broker has stored it.
         """
-        self._subscriber.acknowledge(TopicPartition(topic, partition), next_offset)
+        key = TopicPartition(topic, partition)
+        self._handed_out.decided(key)
+        self._acknowledge(key, next_offset)
+
+    def _acknowledge(self, key: TopicPartition, next_offset: int) -> None:
+        self._subscriber.acknowledge(key, next_offset)
         self._keep_positions()
 
     def nack(self, record: Record, reason: str = "") -> None:
@@ -359,6 +348,8 @@ class Consumer:
     def commit(self, timeout: float | None = 30.0) -> None:
         """Wait until the broker has stored what was acknowledged so far, and write the position file.
 
+        With `auto_ack`, everything that was handed out counts as handled.
+
         Partitions that were lost meanwhile count as done: their committed offset is another member's.
 
         Args:
@@ -373,6 +364,7 @@ class Consumer:
         Durability:
             The committed offsets and the position file are stored when it returns.
         """
+        self._handed_out.handled()
         done = threading.Event()
         self._subscriber.confirm(done.set)
         if not done.wait(timeout):
@@ -509,6 +501,8 @@ class Consumer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is None:
+            self._handed_out.handled()
         self.close()
 
     # ---- inside ----
@@ -583,10 +577,7 @@ class Consumer:
         """Nothing more of a partition is handed out of what was received."""
         if self._handling and (self._handling[0].topic, self._handling[0].partition) == key:
             self._handling.clear()
-        if self._last is not None and (self._last.topic, self._last.partition) == key:
-            self._last, self._unacked_count = None, 0
-        if self._rest and (self._rest[0].topic, self._rest[0].partition) == key:
-            self._rest.clear()
+        self._handed_out.take_back(key)
 
 
 __all__ = ["Consumer", "parse_from"]

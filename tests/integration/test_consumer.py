@@ -13,6 +13,7 @@ from edgebroker.client.refresh import Refresh
 from edgebroker.common.errors import GapError, ResetRequiredError
 from edgebroker.common.types import Position
 from tests.kit.brokers import SECONDS, RunningBroker, batch_of, config_for, numbered, running, take
+from tests.kit.waiting import wait_for
 
 
 @pytest.fixture
@@ -59,10 +60,86 @@ def test_iterating_acknowledges_what_was_handled(broker: RunningBroker) -> None:
     with broker.consumer(["t"], "g", window_records=5) as consumer:
         found = iter(consumer)
         assert [next(found).offset for _ in range(6)] == [0, 1, 2, 3, 4, 5]
+        wait_for(lambda: committed(broker, "g") == 5, "a delivery is acknowledged when all of it was handled")
         consumer.commit(SECONDS)
-        assert committed(broker, "g") == 5  # a delivery is acknowledged when all of it was handled
+        assert committed(broker, "g") == 6, "commit() means what was handed out"
     with broker.consumer(["t"], "g") as consumer:
-        assert offsets(take(consumer, 5)) == [5, 6, 7, 8, 9]
+        assert offsets(take(consumer, 4)) == [6, 7, 8, 9]
+
+
+def test_polling_acknowledges_what_the_poll_before_returned(broker: RunningBroker) -> None:
+    """The loop that users of other clients write."""
+    fill(broker, 15, each=5)
+    with broker.consumer(["t"], "g", window_records=5) as consumer:
+        assert offsets(consumer.poll(SECONDS)) == [0, 1, 2, 3, 4]
+        assert offsets(consumer.poll(SECONDS)) == [5, 6, 7, 8, 9]
+        wait_for(lambda: committed(broker, "g") == 5, "what was returned before is handled")
+    wait_for(lambda: committed(broker, "g") == 10, "the block ended without an exception")
+    with pytest.raises(ZeroDivisionError), broker.consumer(["t"], "g") as consumer:
+        assert offsets(consumer.poll(SECONDS)) == [10, 11, 12, 13, 14]
+        raise ZeroDivisionError
+    with broker.consumer(["t"], "g", auto_ack=False) as consumer:
+        assert offsets(consumer.poll(SECONDS)) == [10, 11, 12, 13, 14], "half done counts as not done"
+        consumer.poll(0.0)
+        consumer.commit(SECONDS)
+    assert committed(broker, "g") == 10
+
+
+def test_what_the_caller_acknowledges_is_left_to_the_caller(broker: RunningBroker) -> None:
+    fill(broker, 10, each=10)
+    with broker.consumer(["t"], "g") as consumer:
+        records = consumer.poll(SECONDS)
+        consumer.ack(records[3])
+        consumer.poll(0.0)
+        consumer.commit(SECONDS)
+        assert committed(broker, "g") == 4
+    with broker.consumer(["t"], "g") as consumer:
+        consumer.nack(consumer.poll(SECONDS)[2], "no")
+        consumer.poll(0.0)
+        consumer.commit(SECONDS)
+        assert committed(broker, "g") == 6
+
+
+def test_a_handler_that_is_interrupted_has_not_handled_its_records(broker: RunningBroker) -> None:
+    fill(broker, 10, each=10)
+
+    def handle(records: list[Record]) -> None:
+        if records[0].offset:
+            raise KeyboardInterrupt
+
+    with broker.consumer(["t"], "g") as consumer:
+        try:
+            consumer.run(handle, 4)
+        except KeyboardInterrupt:
+            pass
+    wait_for(lambda: committed(broker, "g") == 4, "the first piece")
+    with broker.consumer(["t"], "g") as consumer:
+        assert next(iter(consumer)).offset == 4
+
+
+def test_leaving_a_loop_acknowledges_what_was_before_the_last_record(broker: RunningBroker) -> None:
+    fill(broker, 10, each=10)
+    with pytest.raises(ZeroDivisionError), broker.consumer(["t"], "g") as consumer:
+        for record in consumer:
+            if record.offset == 4:
+                raise ZeroDivisionError
+    wait_for(lambda: committed(broker, "g") == 4, "the one that failed comes again")
+    with broker.consumer(["t"], "g") as consumer:
+        for record in consumer:
+            if record.offset == 6:
+                break
+    wait_for(lambda: committed(broker, "g") == 7, "a loop that ended well handled its last one")
+
+
+def test_a_slow_handler_is_acknowledged_by_time(broker: RunningBroker) -> None:
+    """Not only when a delivery of many records is over: its lease would be gone by then."""
+    fill(broker, 10, each=10)
+    with broker.consumer(["t"], "g") as consumer:
+        found = iter(consumer)
+        for offset in range(4):
+            assert next(found).offset == offset
+            consumer._handed_out._ack_due = 0.0  # a second has passed
+        wait_for(lambda: committed(broker, "g") == 3, "those before the one in hand are acknowledged")
 
 
 def test_explicit_acknowledgement(broker: RunningBroker) -> None:
