@@ -62,6 +62,9 @@ class Subscriber:
         self.last_error: EdgeBrokerError | None = None
         self.closed = False
         self._joined = False
+        # Nothing was ever acknowledged; partitions that were waiting for it at the last heartbeat.
+        self._never_acked = True
+        self._waiting: set[TopicPartition] = set()
         self._asked: dict[int, PartitionState] = {}
         self._paused_timer: TimerHandle | None = None
         self.loop.call_soon_threadsafe(self.link.open)
@@ -79,7 +82,7 @@ class Subscriber:
                 next_offset = max(next_offset, skipped.popleft()[1])
             if next_offset <= state.acked:
                 return True
-            state.acked = next_offset
+            state.acked, self._never_acked = next_offset, False
         self.loop.call_soon_threadsafe(lambda: self._acknowledge(key, state))
         return True
 
@@ -319,8 +322,31 @@ class Subscriber:
         elif event.type == FrameType.HEARTBEAT:
             for topic, partition, end in frames.read_heartbeat(event.body):
                 self.durable_ends[TopicPartition(topic, partition)] = end
+            if self._never_acked:
+                self._look_for_acknowledgements()
         elif event.type == FrameType.RESET:
             self._on_reset(frames.read_reset(event.body))
+
+    def _look_for_acknowledgements(self) -> None:
+        """Warn once of a window that is full because nothing is ever acknowledged: at two heartbeats in a row there is
+        more, and everything that came was handed out."""
+        with self.changed:
+            waiting = {
+                key
+                for key, state in self.partitions.items()
+                if state.held and state.acked < state.handed_out == state.expected < self.durable_ends.get(key, 0)
+            }
+            stuck = sorted(waiting & self._waiting)
+            count = sum(self.partitions[key].handed_out - self.partitions[key].acked for key in stuck)
+        self._waiting = waiting
+        if stuck:
+            self._never_acked = False
+            log.warning(
+                "%s: the broker sends no more, because none of the %d records that were handed out is acknowledged; "
+                "call ack() for what is handled, or use auto_ack=True",
+                ", ".join(f"{key.topic}/{key.partition}" for key in stuck[:10]),
+                count,
+            )
 
     def _on_assigned(self, assigned: Assigned) -> None:
         for line in assigned.lines:

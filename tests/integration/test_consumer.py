@@ -375,3 +375,34 @@ def test_records_before_a_gap_are_not_acknowledged_by_it(tmp_path: Path) -> None
             consumer.ack(records[records.index(next(r for r in records if r.offset > told[0].last)) - 1])
             consumer.commit(SECONDS)
             assert committed(broker, "g") == told[0].last + 1
+
+
+def test_a_window_that_is_full_and_never_acknowledged(broker: RunningBroker, caplog: pytest.LogCaptureFixture) -> None:
+    """One sentence says why nothing comes any more, and what to do."""
+    fill(broker, 10, each=5)
+    with broker.consumer(["t"], "g", window_records=5, auto_ack=False) as consumer:
+        assert len(consumer.poll(SECONDS)) == 5
+
+        def said() -> list[str]:
+            broker.advance(broker.config.limits.heartbeat_ms / 1000)
+            assert consumer.poll(0.0) == []
+            return [record.message for record in caplog.records if "acknowledged" in record.message]
+
+        wait_for(said, "it is told")
+        assert said() == [
+            "t/0: the broker sends no more, because none of the 5 records that were handed out is acknowledged; call "
+            "ack() for what is handled, or use auto_ack=True"
+        ]
+        consumer.ack_to("t", 0, 5)
+        assert offsets(consumer.poll(SECONDS)) == [5, 6, 7, 8, 9]
+
+
+def test_who_acknowledges_is_told_nothing(broker: RunningBroker, caplog: pytest.LogCaptureFixture) -> None:
+    fill(broker, 15, each=5)
+    with broker.consumer(["t"], "g", window_records=5, auto_ack=False) as consumer:
+        consumer.ack(consumer.poll(SECONDS)[-1])
+        assert len(consumer.poll(SECONDS)) == 5
+        for _ in range(5):
+            broker.advance(broker.config.limits.heartbeat_ms / 1000)
+            consumer.poll(0.05)
+    assert not [record for record in caplog.records if "acknowledged" in record.message]
