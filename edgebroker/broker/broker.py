@@ -94,7 +94,7 @@ class Broker:
         )
 
         def history_lost(log: Log, position: LogPosition) -> None:
-            core.publishing.history_lost(log, position.offset, position.chain)
+            core.publishing.claimed(log, position.offset, position.chain, position.beyond)
 
         downstream.on_history_lost(history_lost)
         downstream.awaited, downstream.confirmed = core.publishing.waits_for_children, core.publishing.confirm

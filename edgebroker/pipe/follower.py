@@ -22,6 +22,7 @@ from edgebroker.common.types import TopicPartition
 from edgebroker.pipe.divergence import Search
 from edgebroker.pipe.report import Directive
 from edgebroker.pipe.stream import (
+    MOST_SHOWN_BYTES,
     Flags,
     FrameReader,
     Hello,
@@ -55,11 +56,12 @@ class Sink(Protocol):
 
 class FollowedLog:
     """One log. `state` is one of live, behind, damaged, not_carried, waiting, replaced, diverged, moving; `why` tells.
-    `offset` and `chain` are behind the last batch that the sink took, `partial` is the beginning of the next one."""
+    `offset` and `chain` are behind the last batch that the sink took, `partial` is the beginning of the next one.
+    `beyond`: the batch at the end (`beyond_at`) of a parent that is behind, to show it; `shown`: by how many polls."""
 
     __slots__ = (
-        "chain", "epoch", "key", "log_id", "log_start", "offset", "parent_end", "partial", "points", "search", "state",
-        "why",
+        "beyond", "beyond_at", "chain", "epoch", "key", "log_id", "log_start", "offset", "parent_end", "partial",
+        "points", "search", "shown", "state", "why",
     )  # fmt: skip
 
     def __init__(self, key: TopicPartition, log_id: str, epoch: int, log_start: int, offset: int, chain: int) -> None:
@@ -79,6 +81,11 @@ class FollowedLog:
         self.points: list[Point] = []
         self.search: Search | None = None
         self.state, self.why = "live", ""
+        self.show(b"", -1)
+
+    def show(self, beyond: bytes, offset: int) -> None:
+        """Let the polls from the next one on show the batch at this offset."""
+        self.beyond, self.beyond_at, self.shown = beyond, offset, 0
 
 
 class HelloReceived(NamedTuple):
@@ -229,8 +236,9 @@ class Follower:
                 len(line.partial),
                 line.points,
                 line.state != "live",
+                beyond,
             )
-            for line in self._polled
+            for line, beyond in zip(self._polled, self._shown(), strict=True)
         ]
         return Poll(
             uid=self._uid,
@@ -242,6 +250,21 @@ class Follower:
             hours=self.hours,
             pin=self._pin,
         )
+
+    def _shown(self) -> list[bytes]:
+        """What this poll shows of each log to a parent that is behind: as much as a poll may, in turns."""
+        size, shown = 0, set[FollowedLog]()
+        for line in sorted((line for line in self._polled if line.beyond), key=lambda line: line.shown):
+            if not size or size + len(line.beyond) <= MOST_SHOWN_BYTES:
+                size += len(line.beyond)
+                line.shown += 1
+                shown.add(line)
+        return [line.beyond if line in shown else b"" for line in self._polled]
+
+    @property
+    def parent(self) -> str:
+        """The uid of the node that answered last."""
+        return self._parent
 
     @property
     def lacking(self) -> bool:
@@ -409,6 +432,7 @@ class Follower:
 def _may_go_on(line: FollowedLog) -> Iterator[Event]:
     if line.state != "live":
         line.state, line.why, line.search, line.points = "live", "", None, []
+        line.show(b"", -1)
         yield StateChanged(line, "OK")
 
 

@@ -42,6 +42,8 @@ MAX_LINES = 1 << 16
 # Polls up to this size are remembered, so that they need not be sent again; a SamePoll takes no more than that.
 MAX_SAME_BYTES, MAX_SAME_POLL_BYTES = 64 << 10, 120
 MAX_PARTITIONS = 1024
+# A batch that a child shows to a parent that is behind, and all that one poll shows, but for the first.
+MAX_BEYOND_BYTES, MOST_SHOWN_BYTES = 5 << 20, 1 << 20
 # Logs in one Receipt.
 MAX_CONFIRMED = 200
 
@@ -88,7 +90,8 @@ class Point(NamedTuple):
 class LogPosition(msgspec.Struct, frozen=True, array_like=True):
     """Where a child stands in a log: it has everything before `offset`, and `skip` bytes of the batch there. `points`
     are places behind which it looks for the end of what both have, after a DIVERGED. `refused`: it got no data before
-    and wants to be told when it may go on, also if there is nothing new."""
+    and wants to be told when it may go on, also if there is nothing new. `beyond`: the parent, which writes this log,
+    said BEHIND; this is the batch that the child has at its end."""
 
     topic: _Name
     partition: Annotated[int, Meta(ge=0, lt=MAX_PARTITIONS)]
@@ -99,6 +102,7 @@ class LogPosition(msgspec.Struct, frozen=True, array_like=True):
     skip: Annotated[int, Meta(ge=0, lt=16 << 20)] = 0
     points: Annotated[list[Point], Meta(max_length=128)] = []
     refused: bool = False
+    beyond: Annotated[bytes, Meta(max_length=MAX_BEYOND_BYTES)] = b""
 
 
 class Poll(msgspec.Struct, frozen=True, kw_only=True):

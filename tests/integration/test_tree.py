@@ -174,6 +174,7 @@ def test_an_origin_that_lost_history(tree: Tree) -> None:
     tree.put_back("root")
     root = tree.start("root")
     wait_for(lambda: line(child, "prices")["state"] == "behind", "the child is ahead")
+    wait_for(lambda: "history_lost" in root.http("GET", "/v1/node")[1]["problems"], "it has shown what it has")
     producer = root.raw("producer")
     refused = producer.publish("prices", numbered(0, 1))
     assert (refused.code, "topic accept prices" in refused.message) == (Code.HISTORY_LOST, True)

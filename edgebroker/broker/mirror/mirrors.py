@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 from msgspec.structs import replace
 
 from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.common.batch import read_header
 from edgebroker.common.errors import Code
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.gather import gather
@@ -29,14 +30,15 @@ from edgebroker.pipe.follower import (
     SkipRecords,
     TruncateLog,
 )
-from edgebroker.pipe.stream import PartitionInfo, Point, TopicInfo
+from edgebroker.pipe.stream import MAX_BEYOND_BYTES, PartitionInfo, Point, TopicInfo
 from edgebroker.storage.engine import Log, MirrorEngine
-from edgebroker.storage.types import ChainPoint, Identity
+from edgebroker.storage.types import ChainPoint, ColdRead, Identity
 
 log = logging.getLogger(__name__)
 
 STORED_SECONDS = 0.1
 TOPIC_RETRY_SECONDS = 10.0
+SHOW_SECONDS = 0.5
 # A log with so many gaps keeps nothing from before the next one.
 MAX_GAPS = 64
 
@@ -339,9 +341,34 @@ class Mirrors:
             self._flow.do(self._follower.compared(event.line, same, event.offset))
             if not same:
                 self._flow.again("its log is another one")
+            elif self._follower.parent == partition.identity.origin:
+                self._show(event.line, partition, event.offset)
 
         self._flow.begin()
         self._engine.chains(partition, [event.offset], done)
+
+    def _show(self, line: FollowedLog, partition: Log, offset: int) -> None:
+        """The parent writes this log, and has lost what lies behind its end: it believes what it sees."""
+
+        def again() -> None:
+            # Not at once: it may be true of many logs, and an end that moves would make it a loop.
+            self._loop.call_later(SHOW_SECONDS, lambda: self._flow.again("it is shown what it lacks"))
+
+        if line.beyond_at == offset:
+            if line.beyond and not line.shown:
+                again()
+            return
+
+        def done(result: ColdRead) -> None:
+            self._flow.done()
+            if result.error or result.corrupt is not None or line.state != "behind":
+                return
+            size = read_header(result.data).size
+            line.show(bytes(result.data[:size]) if size <= MAX_BEYOND_BYTES else b"", offset)
+            again()
+
+        self._flow.begin()
+        self._engine.read_cold(partition, offset, 1, done)
 
     def _look(self, event: FindBoundaries) -> None:
         partition = self._engine.log(*event.line.key)

@@ -20,7 +20,7 @@ from edgebroker.broker.ports import Publisher
 from edgebroker.broker.publish.compressed import check_compressed
 from edgebroker.broker.publish.confirmations import Confirmations
 from edgebroker.common import answers as packed
-from edgebroker.common.batch import Reason
+from edgebroker.common.batch import STORED_BATCH_BYTES, Reason
 from edgebroker.common.errors import Code
 from edgebroker.common.messages import PublishRun
 from edgebroker.common.names import SNAPSHOT_CLIENTS, check_topic_name
@@ -30,8 +30,11 @@ from edgebroker.common.runtime.threads import Worker
 from edgebroker.common.spans import ANSWER, SPAN, pack_span, payload_bytes
 from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
 from edgebroker.storage.engine import Engine, Log
+from edgebroker.storage.log import segscan
 
 EXPIRE_SECONDS = 0.25
+# So long a log takes no records when a child says that it has more of it.
+CLAIM_SECONDS = 5.0
 # So long a log that was restored from a copy waits for children that may have more of it.
 COMPARE_SECONDS = 30.0
 
@@ -91,6 +94,8 @@ class Publishing:
         self._exclusive: dict[Log, str] = {}
         # Logs of this node of which it lost acknowledged records, and what is known about it.
         self.lost: dict[Log, Lost] = {}
+        # Logs of which a child said that it has more, and until when it can show it.
+        self._claims: dict[Log, float] = {}
         # Until when a log that was restored from a copy takes no records.
         self.compared_at = 0.0
         # Logs that a promoted node writes instead, and its name.
@@ -128,6 +133,9 @@ class Publishing:
             refusal = (Outcome.HISTORY_LOST, self.lost[log].why)
         elif self.compared_at and self._is_compared(log):
             why = f"{log.name} was restored from a copy; its children are asked first what they have; try again soon"
+            refusal = (Outcome.OVERLOADED, why)
+        elif self._claims and self._is_claimed(log):
+            why = f"a child says that it has more of {log.name} than this node, and is asked to show it; try again soon"
             refusal = (Outcome.OVERLOADED, why)
         elif self.fenced and log in self.fenced:
             why = f"{log.name} is written by node {self.fenced[log]} now, which was promoted; publish there"
@@ -194,9 +202,23 @@ class Publishing:
         """Only this client may publish to a log, until free()."""
         self._exclusive[log] = client_id
 
-    def history_lost(self, log: Log, end: int, chain: int) -> None:
-        """Another node has records of this log up to `end` (with that chain before it) that this node, its origin,
-        lost: publish nothing over them."""
+    def claimed(self, log: Log, end: int, chain: int, beyond: bytes) -> None:
+        """Another node says that it has records of this log up to `end` (with that chain before it), which this node,
+        its origin, lost. It is believed when it shows the batch behind the end of this node, and that one fits; until
+        then nothing is published over it, for a few seconds, once in a run: anybody can say so."""
+        if _fits(log, end, chain, beyond):
+            self._claims[log] = 0.0
+            self._history_lost(log, end, chain)
+        elif log not in self._claims and log not in self.lost:
+            self._claims[log] = self._scheduler.now() + CLAIM_SECONDS
+            _logger.warning("%s: a child says that it has it up to %d, and is asked to show it", log.name, end)
+
+    def _is_claimed(self, log: Log) -> bool:
+        """Does a child have the time to show what it has beyond the end of a log?"""
+        return self._scheduler.now() < self._claims.get(log, 0.0)
+
+    def _history_lost(self, log: Log, end: int, chain: int) -> None:
+        """Acknowledged records are gone here: publish nothing over them."""
         known = self.lost.get(log)
         if known is None or known.end < end:
             why = (
@@ -215,6 +237,7 @@ class Publishing:
         """Nothing is known about a log any more."""
         self._confirmations.forget(log)
         self.lost.pop(log, None)
+        self._claims.pop(log, None)
         self.fenced.pop(log, None)
 
     def free(self, log: Log) -> None:
@@ -375,3 +398,12 @@ class Publishing:
     def stop(self) -> None:
         if self._checker is not None:
             self._checker.stop(1.0)
+
+
+def _fits(log: Log, end: int, chain: int, beyond: bytes) -> bool:
+    """Is this the batch behind the end of a log, as a node has it that has the log up to `end`?"""
+    first, first_chain = log.durable_end, log.chain_at(log.durable_end)
+    if not beyond or first_chain is None:
+        return False
+    good, _, following, reached = segscan.scan(beyond, first, first_chain, 0, STORED_BATCH_BYTES)[:4]
+    return good == len(beyond) and following <= end and (following < end or reached == chain)
