@@ -62,7 +62,7 @@ def test_the_rest_comes_to_the_next_loop(
     broker: RunningBroker, leave: Callable[[Consumer, int], list[Record]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it was left: within a piece, at its end, at the end of the delivery."""
-    monkeypatch.setattr("edgebroker.client.consumer.AUTO_ACK_RECORDS", 4)
+    monkeypatch.setattr("edgebroker.client.handed_out.MOST_RECORDS", 4)
     with broker.consumer(["t"], "g") as consumer:
         for count in (3, 1, 4, 2, 5):
             seen = places(leave(consumer, count))
@@ -88,10 +88,10 @@ def test_what_is_left_is_not_acknowledged(broker: RunningBroker) -> None:
     with broker.consumer(["t"], "g") as consumer:
         first = by_breaking(consumer, 3)[0].partition
         consumer.commit(SECONDS)
-        assert committed(broker) == [0, 0]
+        assert (committed(broker)[first], committed(broker)[1 - first]) == (3, 0), "what was handed out, and no more"
         assert places(by_breaking(consumer, 8))[-1] == (1 - first, 0)
         consumer.commit(SECONDS)
-        assert committed(broker)[first] == 10
+        assert (committed(broker)[first], committed(broker)[1 - first]) == (10, 1)
 
 
 @pytest.mark.parametrize("how", ["seek", "nack"])
@@ -157,9 +157,13 @@ def test_loops_that_end_with_a_delivery(broker: RunningBroker, window: int) -> N
     with broker.consumer(["v"], "g", window_records=window, timeout=SECONDS) as consumer:
         for number in range(6):
             assert places(by_breaking(consumer, 1)) == [(0, number)]
+
+        def stored() -> list[int]:
+            return [line["committed"] for line in broker.http("GET", "/v1/groups/g")[1]["partitions"]]
+
+        wait_for(lambda: stored() == [5], "the last one was not followed by anything")
         consumer.commit(SECONDS)
-        lines = broker.http("GET", "/v1/groups/g")[1]["partitions"]
-        assert [line["committed"] for line in lines] == [5], "the last one was not followed by anything"
+        assert stored() == [6], "commit() says that it is handled"
 
 
 def test_two_loops_at_a_time(broker: RunningBroker) -> None:
