@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgebroker.cli import environment
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
+from edgebroker.common.names import printable
 
 if TYPE_CHECKING:
     Subcommands = argparse._SubParsersAction["Parser"]
@@ -57,6 +58,8 @@ class DeferredHandler:
 
 def run(handler: Handler, options: argparse.Namespace) -> int:
     """Run a handler; its exit code, or that of the error it raised, which is printed."""
+    if hasattr(options, "server"):
+        _print_warnings()
     try:
         return handler(options)
     except EdgeBrokerError as error:
@@ -71,6 +74,19 @@ def run(handler: Handler, options: argparse.Namespace) -> int:
     except OSError as error:
         print(f"edgebroker: {system_error(error)}", file=sys.stderr)
         return FAILED
+
+
+def _print_warnings() -> None:
+    """What the client has to say goes to stderr, as everything that is not data does."""
+    import logging  # costs a start time that only those pay who need it
+
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return f"edgebroker: {printable(record.getMessage())}"
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter())
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
 
 
 def system_error(error: OSError) -> str:

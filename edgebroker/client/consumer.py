@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 from edgebroker.client import decoding
 from edgebroker.client.handed_out import HandedOut, key_of
@@ -73,6 +74,9 @@ class Consumer:
         on_revoked: called with the partitions that are being revoked, or were lost. A partition is released when
             on_revoked has returned and everything that was handed out of it is acknowledged.
         staging: where a snapshot refresh is loaded; without one it raises ResetRequiredError.
+        missing_topic: what to do when the broker does not have a topic: "wait" for it (a warning in the log names it),
+            as on a terminal whose first records have not come yet, or "raise" AnswerError. `start` counts from when
+            the topic is there.
         timeout: seconds without a connection until polling raises UnreachableError; None: it waits for ever.
         client_id: the name of this member. Empty: a new one.
         token: bytes that the broker gets with the connection; today it ignores them.
@@ -106,6 +110,7 @@ class Consumer:
         on_assigned: Callable[[Sequence[TopicPartition]], object] | None = None,
         on_revoked: Callable[[Sequence[TopicPartition]], object] | None = None,
         staging: Staging | None = None,
+        missing_topic: Literal["wait", "raise"] = "wait",
         timeout: float | None = None,
         client_id: str = "",
         token: bytes = b"",
@@ -116,6 +121,8 @@ class Consumer:
             raise ArgumentError("topics is empty; name at least one topic to consume")
         if problem := check_group_name(group):
             raise ArgumentError(problem)
+        if missing_topic not in ("wait", "raise"):
+            raise ArgumentError(f"missing_topic={missing_topic!r}: use wait or raise")
         begin = parse_from(start)
         parse_server(server)
         self._group, self._timeout = group, timeout
@@ -134,6 +141,7 @@ class Consumer:
             start=begin,
             positions={**stored, **(positions or {})},
             window=(window_records, window_bytes),
+            wait_for_topics=missing_topic == "wait",
         )
         self._handed_out = HandedOut(auto_ack, self._lease_of, self._acknowledge, self._subscriber.loop.clock_now)
         self._loader = RefreshLoader(self._subscriber, staging)
@@ -195,7 +203,8 @@ class Consumer:
         Raises:
             GapError: records will not be delivered, and there is no `on_gap`.
             ResetRequiredError: a snapshot refresh was announced, and there is no `staging`.
-            AnswerError: the broker refuses the subscription: a topic does not exist, for instance.
+            AnswerError: the broker refuses the subscription: a topic was deleted, or does not exist and is not waited
+                for, for instance. Who polls on waits for a topic that was deleted.
             CorruptBatchError: a batch cannot be decoded, though it is what the broker stored.
             UnreachableError: there was no connection for the `timeout` of the consumer.
             Exception: what a callback or the staging store raises.

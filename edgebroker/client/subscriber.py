@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from threading import Condition
 
 from edgebroker.client.link import Link
+from edgebroker.client.missing_topics import MissingTopics
 from edgebroker.client.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError
 from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
@@ -45,6 +46,7 @@ class Subscriber:
         start: tuple[Start, int],
         positions: Mapping[tuple[str, int], Position],
         window: tuple[int, int],
+        wait_for_topics: bool,
     ) -> None:
         self._group, self._topics, self._start, self._window = group, list(topics), start, window
         self.partitions: dict[TopicPartition, PartitionState] = {}
@@ -61,7 +63,10 @@ class Subscriber:
         self.down_since: float | None = self.loop.clock_now()
         self.last_error: EdgeBrokerError | None = None
         self.closed = False
-        self._joined = False
+        # Topics that were subscribed to; the subscriptions that this connection accepted; topics that are not there.
+        self._joined: set[str] = set()
+        self._accepted: set[int] = set()
+        self._missing = MissingTopics(self.loop, self.link, self._found, self._put) if wait_for_topics else None
         # Nothing was ever acknowledged; partitions that were waiting for it at the last heartbeat.
         self._never_acked = True
         self._waiting: set[TopicPartition] = set()
@@ -254,7 +259,10 @@ class Subscriber:
             state = self.partitions.get(TopicPartition(line.topic, line.partition))
             if state is not None:
                 state.awaiting = correlation
-        self.link.request(correlation, data, lambda answer, body: self._on_state(correlation, answer), once=False)
+        topics = dict.fromkeys(line.topic for line in wanted)
+        self.link.request(
+            correlation, data, lambda answer, body: self._on_state(correlation, list(topics), answer), once=False
+        )
 
     def _send_intent(self, intent: Intent, lines: list[Wanted], answered: Callable[[], None] = lambda: None) -> None:
         """Leave, or release what is being revoked."""
@@ -271,17 +279,24 @@ class Subscriber:
 
     def connected(self, grants: Grants) -> None:
         self.down_since, self.last_error = None, None
-        # Partitions that this member never held continue at the committed offset, which the first SUBSCRIBE set.
-        kind, value = (Start.COMMITTED, 0) if self._joined and self._group else self._start
-        wanted = [Wanted(topic, -1, kind, NO_LOG_ID, -1, value) for topic in self._topics]
-        with self.changed:
-            # The broker takes the last line about a partition.
-            wanted += [
-                line for key, state in self.partitions.items() if (line := self._resumed(key, state)) is not None
-            ]
-        self._subscribe(wanted)
+        self._found(self._topics)
         if self._paused_timer is None:
             self._keep_paused(grants.delivery_ms / 3000)
+
+    def _found(self, topics: Sequence[str]) -> None:
+        """Subscribe to topics that exist, as far as is known."""
+        wanted = []
+        for topic in topics:
+            # Partitions that this member never held continue at the committed offset, which the first SUBSCRIBE set.
+            kind, value = (Start.COMMITTED, 0) if topic in self._joined and self._group else self._start
+            wanted.append(Wanted(topic, -1, kind, NO_LOG_ID, -1, value))
+        with self.changed:
+            # The broker takes the last line about a partition.
+            for key, state in self.partitions.items():
+                line = self._resumed(key, state) if key.topic in topics else None
+                if line is not None:
+                    wanted.append(line)
+        self._subscribe(wanted)
 
     def _resumed(self, key: TopicPartition, state: PartitionState) -> Wanted | None:
         """Where to continue after a reconnect: after what was acknowledged here, unless another member got further."""
@@ -293,15 +308,20 @@ class Subscriber:
         kind = Start.POSITION if state.kept or not self._group else Start.RESUME
         return Wanted(*key, kind, state.log_id, state.epoch, state.acked) if state.resuming else None
 
-    def _on_state(self, correlation: int, answer: Answer) -> None:
+    def _on_state(self, correlation: int, topics: list[str], answer: Answer) -> None:
+        accepted = correlation in self._accepted
         if answer.code is Code.OK:
-            self._joined = True
+            self._joined.update(topics)
+            self._accepted.add(correlation)
             with self.changed:
                 for state in self.partitions.values():
                     if state.awaiting == correlation:
                         state.awaiting = 0
         elif answer.code.retryable:
             log.warning("cannot subscribe yet: %s: %s", answer.code.name, answer.message)
+        elif answer.code is Code.UNKNOWN_TOPIC and self._missing is not None:
+            error = AnswerError(answer.code, answer.message)
+            (self._missing.deleted if accepted else self._missing.refused)(topics, error)
         else:
             self._put(AnswerError(answer.code, answer.message))
 
@@ -413,6 +433,9 @@ class Subscriber:
             self.changed.notify()
 
     def disconnected(self, reason: str) -> None:
+        self._accepted.clear()
+        if self._missing is not None:
+            self._missing.forget()
         with self.changed:
             self.down_since = self.loop.clock_now()
             self._asked.clear()

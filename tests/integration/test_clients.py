@@ -163,6 +163,8 @@ def test_arguments_that_make_no_sense(broker: RunningBroker, topic: str) -> None
         Consumer(broker.server, [])
     with pytest.raises(ValueError, match="use earliest"):
         Consumer(broker.server, [topic], start="yesterday")
+    with pytest.raises(ValueError, match="missing_topic='ignore': use wait or raise"):
+        Consumer(broker.server, [topic], missing_topic="ignore")  # type: ignore[arg-type]
     with broker.producer() as producer:
         with pytest.raises(ValueError, match="the broker allows"):
             producer.send(topic, b"x" * (2 << 20))
@@ -248,6 +250,6 @@ def test_iteration_ends_on_close(broker: RunningBroker, topic: str) -> None:
 
 
 def test_a_topic_that_does_not_exist(broker: RunningBroker, topic: str) -> None:
-    with broker.consumer([topic]) as consumer, pytest.raises(AnswerError) as refused:
+    with broker.consumer([topic], missing_topic="raise") as consumer, pytest.raises(AnswerError) as refused:
         consumer.poll(SECONDS)
     assert refused.value.code is Code.UNKNOWN_TOPIC

@@ -113,6 +113,7 @@ class ClientStatus(msgspec.Struct, kw_only=True):
     backlog_bytes: int
     paused: bool
     idle_seconds: float
+    waits_for: list[str]
     partitions: list[CursorStatus]
 
 
@@ -214,6 +215,7 @@ class GroupAdmin:
             backlog_bytes=transport.backlog,
             paused=transport.paused,
             idle_seconds=round(self._context.loop.now() - transport.last_received, 3),
+            waits_for=session.waits_for,
             partitions=[self._cursor(cursor) for cursor in session.cursors.values()],
         )
 

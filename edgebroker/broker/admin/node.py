@@ -34,7 +34,8 @@ class LoopStatus(msgspec.Struct):
 
 
 class NodeReport(msgspec.Struct, kw_only=True):
-    """The node in numbers. `problems` by name; `counters` since the start (docs/metrics.md)."""
+    """The node in numbers. `problems` by name; `counters` since the start (docs/metrics.md). `awaited_topics`: topics
+    that are not here, and how many clients wait for them."""
 
     name: str
     level: str
@@ -45,6 +46,7 @@ class NodeReport(msgspec.Struct, kw_only=True):
     problems: dict[str, str]
     loop: LoopStatus
     publish_waiting_bytes: int
+    awaited_topics: dict[str, int]
     counters: dict[str, int | dict[str, int]]
     storage: EngineStatus
 
@@ -112,6 +114,7 @@ class NodeAdmin:
                 problems=context.problems(),
                 loop=LoopStatus(loop.iterations, loop.slow_callbacks, loop.failed_callbacks),
                 publish_waiting_bytes=core.publishing.waiting_bytes,
+                awaited_topics=context.sessions.awaited(),
                 counters=core.metrics.snapshot(),
                 storage=core.engine.status(),
             )

@@ -50,6 +50,8 @@ MAX_AGE_MS = (1 << 32) - 1
 SHARE_SECONDS = 0.0005
 # A frame has to be complete so soon after it began, and a second later for each MiB of it.
 FRAME_SECONDS, MIB = 10.0, 1 << 20
+# Topics that are remembered for the operator when a client waits for them.
+MOST_WAITED = 3
 _EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
 
 
@@ -83,6 +85,7 @@ class Session:
         "group",
         "opened_at",
         "transport",
+        "waits_for",
     )
 
     def __init__(self, host: SessionHost, channel: Channel, peer: str) -> None:
@@ -95,6 +98,8 @@ class Session:
         self.group: Group | None = None
         self.opened_at = host.loop.now()
         self.cursors: dict[Key, Cursor] = {}
+        # Topics that a consumer asked about and this node does not have.
+        self.waits_for: list[str] = []
         self.transport = Transport(host.loop, channel, host.receive_buffer, self, peer)
 
     @property
@@ -315,6 +320,8 @@ class Session:
             producer = producers.grant(connect.client_id, own, new_epoch=bool(connect.flags & frames.NEW_EPOCH))
         limits = self._host.limits
         metadata = {topic: self._metadata(topic) for topic in dict.fromkeys(connect.topics)}
+        unknown = [name for name, found in metadata.items() if found.code is not Code.OK]
+        self.waits_for = unknown[:MOST_WAITED] if not connect.flags & frames.WANT_PRODUCER else []
         grants = Grants(
             version=frames.PROTOCOL_VERSION,
             node_uid=bytes.fromhex(self._core.engine.node_uid),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 
 from edgebroker.broker.core import Core
@@ -15,6 +16,7 @@ from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.wire.connection import RECEIVE_BYTES
 
 PROBLEM_SECONDS = 60.0
+MOST_AWAITED = 20
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,11 @@ class Sessions:
                 transport.close("idle for too long")
             elif session.granted and beat:
                 session.heartbeat()
+
+    def awaited(self) -> dict[str, int]:
+        """Topics that this node does not have, and how many clients wait for each; the ones that most wait for."""
+        counts = Counter(name for session in self._sessions for name in session.waits_for)
+        return dict(counts.most_common(MOST_AWAITED))
 
     def problems(self) -> dict[str, str]:
         """Which limit was reached within the last minute."""

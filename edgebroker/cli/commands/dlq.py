@@ -117,7 +117,9 @@ def _dead_letters(options: argparse.Namespace, *, every: bool = False) -> Iterat
     left = options.count or end
     if begin >= end:
         return
-    with Consumer(options.server, [topic["name"]], start=begin, timeout=TIMEOUT_SECONDS) as consumer:
+    with Consumer(
+        options.server, [topic["name"]], start=begin, missing_topic="raise", timeout=TIMEOUT_SECONDS
+    ) as consumer:
         for record in consumer:
             yield record
             left -= 1

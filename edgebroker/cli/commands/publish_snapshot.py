@@ -130,7 +130,7 @@ def read_live(
     without a key is an error; what takes the place of all content leaves it behind."""
     live: dict[bytes, Record] = {}
     left = {number for number, end in ends.items() if starts[number] < end}
-    with Consumer(server, [topic], start="earliest", timeout=TIMEOUT_SECONDS) as consumer:
+    with Consumer(server, [topic], start="earliest", missing_topic="raise", timeout=TIMEOUT_SECONDS) as consumer:
         for number, start in starts.items():
             consumer.seek(topic, number, start)
         while left:

@@ -43,6 +43,7 @@ def status(options: argparse.Namespace) -> int:
         _print_disk(node["storage"])
         _print_holders(holders)
         _print_topics(topics)
+        _print_awaited(node["awaited_topics"])
         _print_groups(groups)
         pending = sum(line["pending"] for line in dead_letter_counts(topics, groups))
         if pending:
@@ -126,6 +127,11 @@ def _print_topics(topics: list[dict[str, Any]]) -> None:
     print_table(("topic", "kind", "partitions", "records", "size", "damaged"), rows)
     if len(topics) > MOST_LINES:
         print(f"and {len(topics) - MOST_LINES} more (edgebroker topic list)")
+
+
+def _print_awaited(topics: dict[str, int]) -> None:
+    for name, count in list(topics.items())[:MOST_LINES]:
+        print(f"waiting   {counted(count, 'client')} for topic {name}, which is not here")
 
 
 def _print_groups(groups: list[dict[str, Any]]) -> None:
