@@ -16,7 +16,7 @@ MODULES = {
     "edgebroker.storage.log.staging": "cext/staging.pyx",
     "edgebroker.storage.commit.groupcommit": "cext/groupcommit.pyx",
     "edgebroker.network.wire.framing": "cext/framing.pyx",
-    "edgebroker.client.accumulator": "cext/accumulator.pyx",
+    "edgebroker.client.publish.accumulator": "cext/accumulator.pyx",
     "edgebroker.network.io.sendpath": "cext/sendpath.pyx",
     "edgebroker.cli.bench.native_client": "cext/native_client.pyx",
 }
@@ -40,7 +40,6 @@ extensions = [
         ],
     )
     for name, source in MODULES.items()
-    if os.path.exists(source)
 ]
 
 setup(

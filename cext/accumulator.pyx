@@ -47,11 +47,14 @@ cdef class PendingBatch:
     cdef public object error
     cdef public bint done
     cdef public list callbacks
-    cdef public int32_t sequence
-    cdef public int64_t correlation
+    cdef public int32_t sequence, sendings
+    cdef public int64_t correlation, ordinal
+    cdef public object answer
+    cdef readonly bint chosen
+    cdef readonly list moved
 
-    def __cinit__(self, owner, str topic, int32_t partition, size_t room):
-        self.owner, self.topic, self.partition = owner, topic, partition
+    def __cinit__(self, owner, str topic, int32_t partition, bint chosen, size_t room):
+        self.owner, self.topic, self.partition, self.chosen = owner, topic, partition, chosen
         self.capacity = min(room, 4096) + EB_BATCH_HEADER
         self.buffer = <uint8_t *>PyMem_Malloc(self.capacity)
         if self.buffer == NULL:
@@ -69,22 +72,26 @@ cdef class PendingBatch:
         return self.used
 
     cdef int append(self, bytes value, bytes key, int64_t timestamp, int32_t header_count, bytes headers) except -1:
-        cdef int32_t value_length = -1, key_length = -1
-        cdef const uint8_t *v = NULL
-        cdef const uint8_t *k = NULL
-        cdef const uint8_t *h = NULL
-        cdef size_t bound, capacity, headers_length = 0
-        cdef uint8_t *grown
+        cdef eb_record record
+        cdef size_t headers_length = 0
+        record.value_length = record.key_length = -1
+        record.value = record.key = record.headers = NULL
+        record.header_count = header_count
         if value is not None:
-            v = <const uint8_t *>PyBytes_AS_STRING(value)
-            value_length = <int32_t>PyBytes_GET_SIZE(value)
+            record.value = <const uint8_t *>PyBytes_AS_STRING(value)
+            record.value_length = <int32_t>PyBytes_GET_SIZE(value)
         if key is not None:
-            k = <const uint8_t *>PyBytes_AS_STRING(key)
-            key_length = <int32_t>PyBytes_GET_SIZE(key)
+            record.key = <const uint8_t *>PyBytes_AS_STRING(key)
+            record.key_length = <int32_t>PyBytes_GET_SIZE(key)
         if headers is not None:
-            h = <const uint8_t *>PyBytes_AS_STRING(headers)
+            record.headers = <const uint8_t *>PyBytes_AS_STRING(headers)
             headers_length = <size_t>PyBytes_GET_SIZE(headers)
-        bound = self.used + eb_record_bound(max(key_length, 0), max(value_length, 0), headers_length)
+        return self.put(&record, headers_length, timestamp)
+
+    cdef int put(self, const eb_record *record, size_t headers_length, int64_t timestamp) except -1:
+        cdef size_t capacity, bound
+        cdef uint8_t *grown
+        bound = self.used + eb_record_bound(max(record.key_length, 0), max(record.value_length, 0), headers_length)
         if bound > self.capacity:
             capacity = bound * 2
             grown = <uint8_t *>PyMem_Realloc(self.buffer, capacity)
@@ -96,8 +103,9 @@ cdef class PendingBatch:
             self.base_timestamp = self.max_timestamp = timestamp
         elif timestamp > self.max_timestamp:
             self.max_timestamp = timestamp
-        self.used += eb_encode_record(self.buffer + self.used, timestamp - self.base_timestamp, self.count, k,
-                                      key_length, v, value_length, h, headers_length, header_count)
+        self.used += eb_encode_record(self.buffer + self.used, timestamp - self.base_timestamp, self.count,
+                                      record.key, record.key_length, record.value, record.value_length,
+                                      record.headers, headers_length, record.header_count)
         self.count += 1
         return 0
 
@@ -107,7 +115,7 @@ cdef class PendingBatch:
 
     def frame(self, int64_t correlation, bytes prefix, int64_t producer_id, int16_t producer_epoch, int32_t sequence,
               uint16_t codec=0, bytes packed=None):
-        """A whole PUBLISH frame."""
+        """A whole PUBLISH frame; remembers its correlation."""
         cdef size_t records = self.used - EB_BATCH_HEADER if packed is None else <size_t>PyBytes_GET_SIZE(packed)
         cdef size_t prefix_length = <size_t>PyBytes_GET_SIZE(prefix)
         cdef size_t size = FRAME_HEADER + prefix_length + EB_BATCH_HEADER + records
@@ -125,7 +133,6 @@ cdef class PendingBatch:
             memcpy(p + EB_BATCH_HEADER, PyBytes_AS_STRING(packed), records)
         eb_write_header(p, records, codec, self.count, self.base_timestamp, self.max_timestamp, producer_id,
                         producer_epoch, sequence)
-        self.sequence = sequence
         self.correlation = correlation
         return out
 
@@ -141,6 +148,20 @@ cdef class Sent:
     cdef PendingBatch batch
     cdef int32_t index
 
+    cdef PendingBatch found(self):
+        """The batch that holds the record now."""
+        cdef Sent other
+        while self.batch.moved is not None:
+            other = <Sent>self.batch.moved[self.index]
+            self.batch, self.index = other.batch, other.index
+        return self.batch
+
+    cdef PendingBatch wait(self, timeout):
+        cdef double deadline = 0.0 if timeout is None else _monotonic() + <double>timeout
+        while not self.found().done:
+            self.batch.owner.wait_for(self.batch, None if timeout is None else max(0.0, deadline - _monotonic()))
+        return self.batch
+
     @property
     def topic(self):
         """The topic of the record."""
@@ -148,12 +169,13 @@ cdef class Sent:
 
     @property
     def partition(self):
-        """The partition that the record was put into."""
-        return self.batch.partition
+        """The partition that the record was put into. While it is not done, a topic that is created again with another
+        number of partitions may move it."""
+        return self.found().partition
 
     def done(self):
         """Tell whether the record is acknowledged or has failed. Never blocks."""
-        return self.batch.done
+        return self.found().done
 
     def result(self, timeout=None):
         """Send the open batches now and wait until this record is acknowledged.
@@ -173,11 +195,10 @@ cdef class Sent:
         Durability:
             When it returns, the record is as durable as the producer's `ack` says.
         """
-        if not self.batch.done:
-            self.batch.owner.wait_for(self.batch, timeout)
-        if self.batch.error is not None:
-            raise self.batch.error
-        return self.batch.base_offset + self.index if self.batch.base_offset >= 0 else -1
+        cdef PendingBatch batch = self.wait(timeout)
+        if batch.error is not None:
+            raise batch.error
+        return batch.base_offset + self.index if batch.base_offset >= 0 else -1
 
     def exception(self, timeout=None):
         """Wait like result(), and return what went wrong instead of raising it.
@@ -191,9 +212,7 @@ cdef class Sent:
         Raises:
             TimeoutError: the outcome was not known within `timeout`.
         """
-        if not self.batch.done:
-            self.batch.owner.wait_for(self.batch, timeout)
-        return self.batch.error
+        return self.wait(timeout).error
 
     def add_done_callback(self, callback):
         """Have `callback` called with this future once the record is acknowledged or has failed.
@@ -204,14 +223,15 @@ cdef class Sent:
         Args:
             callback: called with this future as its only argument.
         """
-        if self.batch.done:
+        cdef PendingBatch batch = self.found()
+        if batch.done:
             callback(self)
             return
-        if self.batch.callbacks is None:
-            self.batch.callbacks = []
-        self.batch.callbacks.append((callback, self))
-        if self.batch.done:  # it became done while the callback was being added
-            self.batch.owner.run_callbacks(self.batch)
+        if batch.callbacks is None:
+            batch.callbacks = []
+        batch.callbacks.append((callback, self))
+        if batch.done:  # it became done while the callback was being added
+            batch.owner.run_callbacks(batch)
 
 
 @cython.final
@@ -269,9 +289,9 @@ cdef class Accumulator:
         cdef size_t size = 32
         cdef TopicBatches found
         cdef Sent sent
+        cdef bint chosen = partition >= 0
         if self.closed or self.unacked >= self.max_unacked or self.unacked_bytes >= self.max_unacked_bytes:
             self.owner.wait_for_room()
-        found = self.topic_of(topic)
         if value is not None:
             size += <size_t>PyBytes_GET_SIZE(value)
         if key is not None:
@@ -281,24 +301,29 @@ cdef class Accumulator:
             size += <size_t>PyBytes_GET_SIZE(raw)
         if size > self.max_record:
             raise self.owner.invalid(f"a record of {size} bytes is too large: the broker allows {self.max_record}")
-        if partition < 0:
-            if key is not None:
+        while True:
+            # What calls into Python may let the I/O thread exchange the topic meanwhile: look again after it.
+            found = self.topic_of(topic)
+            if not chosen and key is not None:
                 partition = <int32_t>((eb_murmur2(<const uint8_t *>PyBytes_AS_STRING(key),
                                                   <size_t>PyBytes_GET_SIZE(key)) & 0x7FFFFFFF) % found.partitions)
-            else:
+            elif not chosen:
                 partition = found.sticky
-        elif partition >= found.partitions:
-            raise self.owner.invalid(f"topic {topic} has {found.partitions} partitions and {partition} is not one of "
-                                     f"them; use 0 to {found.partitions - 1}")
-        batch = <PendingBatch>found.open[partition]
-        if batch is not None and batch.used + size > self.batch_bytes:
-            found.open[partition] = None
-            self.sealed.append(batch)
-            self.owner.batch_full()
+            elif partition >= found.partitions:
+                raise self.owner.invalid(f"topic {topic} has {found.partitions} partitions and {partition} is not one "
+                                         f"of them; use 0 to {found.partitions - 1}")
             batch = <PendingBatch>found.open[partition]
-        if batch is None:
-            batch = PendingBatch.__new__(PendingBatch, self.owner, topic, partition, self.batch_bytes)
-            found.open[partition] = batch
+            if batch is None:
+                batch = PendingBatch.__new__(PendingBatch, self.owner, topic, partition, chosen, self.batch_bytes)
+                if self.topics.get(topic) is not found:
+                    continue
+                found.open[partition] = batch
+            elif batch.used + size > self.batch_bytes or batch.chosen != chosen:
+                found.open[partition] = None
+                self.sealed.append(batch)
+                self.owner.batch_full()
+                continue
+            break
         batch.append(value, key, timestamp if timestamp >= 0 else _wall_ms(), header_count, raw)
         self.unacked += 1
         self.unacked_bytes += size
@@ -347,6 +372,48 @@ cdef class Accumulator:
                 elif oldest == 0.0 or batch.created < oldest:
                     oldest = batch.created
         return taken, oldest
+
+    def repartition(self, str name not None, int32_t partitions):
+        """From now on a topic has so many partitions (0: ask again with its next record). Its open batches are full."""
+        cdef TopicBatches found = <TopicBatches>self.topics.pop(name, None)
+        if found is not None:
+            self.sealed += [batch for batch in found.open if batch is not None]
+            found.open = [None] * found.partitions
+        if partitions > 0:
+            self.topics[name] = TopicBatches(name, partitions)
+
+    def move(self, PendingBatch batch, int32_t partitions):
+        """Put the records of a batch into batches for as many partitions, in the order that they have; their futures
+        follow. Returns the new batches. Not for a batch whose partition the caller chose."""
+        cdef const uint8_t *p = batch.buffer + EB_BATCH_HEADER
+        cdef const uint8_t *end = batch.buffer + batch.used
+        cdef dict targets = {}
+        cdef list moved = []
+        cdef PendingBatch target
+        cdef eb_record record
+        cdef int32_t partition
+        cdef Sent sent
+        while p < end:
+            if eb_read_record(p, end, &record):
+                raise ValueError("a batch holds something that is not a record")
+            partition = batch.partition % partitions
+            if record.key_length >= 0:
+                partition = <int32_t>((eb_murmur2(record.key, <size_t>record.key_length) & 0x7FFFFFFF) % partitions)
+            target = <PendingBatch>targets.get(partition)
+            if target is None:
+                target = PendingBatch.__new__(PendingBatch, batch.owner, batch.topic, partition, False, batch.used)
+                target.created = batch.created
+                targets[partition] = target
+            target.put(&record, <size_t>(record.end - record.headers), batch.base_timestamp + record.timestamp_delta)
+            sent = Sent.__new__(Sent)
+            sent.batch, sent.index = target, target.count - 1
+            moved.append(sent)
+            p = record.end
+        batch.moved = moved
+        callbacks, batch.callbacks = batch.callbacks, None
+        for callback, waiting in callbacks or ():
+            waiting.add_done_callback(callback)
+        return list(targets.values())
 
     def acknowledged(self, PendingBatch batch, int64_t base_offset, error):
         """A batch is over: its futures are done (callbacks are the owner's business)."""

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from edgebroker.version import __version__
 
 if TYPE_CHECKING:
-    from edgebroker.client.accumulator import Sent
     from edgebroker.client.consumer import Consumer
     from edgebroker.client.producer import Producer
+    from edgebroker.client.publish.accumulator import Sent
     from edgebroker.client.refresh import Refresh, Staging
     from edgebroker.common.errors import (
         AnswerError,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _ERRORS = "edgebroker.common.errors"
 _HOMES = {
     "Producer": "edgebroker.client.producer",
-    "Sent": "edgebroker.client.accumulator",
+    "Sent": "edgebroker.client.publish.accumulator",
     "Consumer": "edgebroker.client.consumer",
     "Record": "edgebroker.common.records",
     "Position": "edgebroker.common.types",

@@ -13,7 +13,7 @@ EXTENSIONS = (
     "edgebroker.common.answers",
     "edgebroker.common.crc32c",
     "edgebroker.common.records",
-    "edgebroker.client.accumulator",
+    "edgebroker.client.publish.accumulator",
     "edgebroker.network.wire.framing",
     "edgebroker.network.io.sendpath",
     "edgebroker.storage.commit.groupcommit",

@@ -53,14 +53,14 @@ class Broker:
         self.loop = loop = Loop(clock)
         self.engine = engine = make_engine(config, loop, clock)
         self.core = core = build_core(engine, loop, clock, publish_limits(config), lease_limits(config))
-        self.sessions = Sessions(core, loop, session_limits(config), config.limits)
+        self.sessions = sessions = Sessions(core, loop, session_limits(config), config.limits)
         self.downstream = self._make_downstream()
-        self.topic_deletion = TopicDeletion(core, self.downstream)
+        self.topic_deletion = TopicDeletion(core, self.downstream, sessions)
         self.mirroring = Mirroring(
             core, loop, clock, config, self.downstream, self.topic_deletion.follow, self._directed
         )
-        self.holders = Holders(core, self.downstream, config.storage)
-        self.events = EngineEvents(core, loop, self.downstream, self.mirroring, self.holders, supervisor.starting)
+        self.holders = holders = Holders(core, self.downstream, config.storage)
+        self.events = EngineEvents(core, loop, sessions, self.downstream, self.mirroring, holders, supervisor.starting)
         self.listeners = Listeners(loop, core.metrics, config.listen, self._socket_path())
         self.tree = Tree(
             core,

@@ -8,6 +8,7 @@ from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.holders import Holders
 from edgebroker.broker.mirror.mirroring import Mirroring
+from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Log
@@ -21,13 +22,14 @@ class EngineEvents:
         self,
         core: Core,
         scheduler: Scheduler,
+        sessions: Sessions,
         downstream: Downstream,
         mirroring: Mirroring,
         holders: Holders,
         opening: Callable[[int, int], None],
     ) -> None:
-        self._core, self._scheduler, self._downstream, self._mirroring = core, scheduler, downstream, mirroring
-        self._holders, self._opening = holders, opening
+        self._core, self._scheduler, self._sessions, self._downstream = core, scheduler, sessions, downstream
+        self._mirroring, self._holders, self._opening = mirroring, holders, opening
 
     def on_opening(self, done: int, topics: int) -> None:
         self._opening(done, topics)
@@ -52,6 +54,7 @@ class EngineEvents:
         self._downstream.on_topic(name)
         for log in self._core.engine.partitions(name):
             self._core.push.settings_changed(log)
+        self._sessions.on_topic(name)
 
     def on_rewritten(self, log: Log) -> None:
         self._downstream.on_rewritten(log)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
+from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.storage.engine import Log
 from edgebroker.storage.types import DeletedTopic, Tombstone
@@ -14,8 +15,8 @@ from edgebroker.storage.types import DeletedTopic, Tombstone
 class TopicDeletion:
     """Owned by the loop thread."""
 
-    def __init__(self, core: Core, downstream: Downstream) -> None:
-        self._core, self._downstream = core, downstream
+    def __init__(self, core: Core, downstream: Downstream, sessions: Sessions) -> None:
+        self._core, self._downstream, self._sessions = core, downstream, sessions
 
     def delete(self, topic: str, done: Done) -> None:
         """Delete a topic: done when its name is free again. Where this node is its origin, every replica follows, in
@@ -96,3 +97,4 @@ class TopicDeletion:
         for group in {*core.groups.all(), *core.membership.groups()}:
             core.membership.forget_topic(group, topic)
         core.groups.forget_topic(topic)
+        self._sessions.on_topic_deleted(topic)

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from edgebroker.client import decoding
-from edgebroker.client.handed_out import HandedOut, key_of
+from edgebroker.client.consume import decoding
+from edgebroker.client.consume.handed_out import HandedOut, key_of
+from edgebroker.client.consume.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
+from edgebroker.client.consume.positions import PositionFile
+from edgebroker.client.consume.refresh_loader import RefreshLoader
+from edgebroker.client.consume.subscriber import Subscriber
 from edgebroker.client.link import default_client_id, parse_server
-from edgebroker.client.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
-from edgebroker.client.positions import PositionFile
 from edgebroker.client.refresh import Staging
-from edgebroker.client.refresh_loader import RefreshLoader
-from edgebroker.client.subscriber import Subscriber
 from edgebroker.common.errors import ArgumentError, DamagedBatchError, EdgeBrokerError, GapError, UnreachableError
 from edgebroker.common.messages import NO_LOG_ID, Holding, Wanted
 from edgebroker.common.names import check_group_name

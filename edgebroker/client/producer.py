@@ -10,9 +10,9 @@ import logging
 from collections.abc import Iterable
 from types import TracebackType
 
-from edgebroker.client.accumulator import Sent
 from edgebroker.client.link import default_client_id, parse_server
-from edgebroker.client.sender import Sender
+from edgebroker.client.publish.accumulator import Sent
+from edgebroker.client.publish.sender import Sender
 from edgebroker.common import codecs
 from edgebroker.common.errors import ArgumentError
 from edgebroker.common.runtime.threads import start_thread

@@ -75,8 +75,8 @@ def test_a_dead_letter_waits_for_space(
     small: Small, known: bool, crash: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """With and without a dead-letter topic from before; with and without a kill -9 of the broker while it waits."""
-    caplog.set_level(logging.WARNING, "edgebroker.client.subscriber")
-    logging.getLogger("edgebroker.client.subscriber").setLevel(logging.WARNING)
+    caplog.set_level(logging.WARNING, "edgebroker.client.consume.subscriber")
+    logging.getLogger("edgebroker.client.consume.subscriber").setLevel(logging.WARNING)
     broker, history = small.broker, History()
     broker.start()
     call(broker.admin, "POST", "/v1/topics", {"name": TOPIC, "partitions": 2})

@@ -33,7 +33,7 @@ SETTINGS = {
 }
 PARTITIONS = 4
 
-for _name in ("edgebroker.client.producer", "edgebroker.client.sender", "edgebroker.client.link"):
+for _name in ("edgebroker.client.producer", "edgebroker.client.publish.sender", "edgebroker.client.link"):
     logging.getLogger(_name).setLevel(logging.ERROR)
 
 

@@ -62,7 +62,7 @@ def test_the_rest_comes_to_the_next_loop(
     broker: RunningBroker, leave: Callable[[Consumer, int], list[Record]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Wherever it was left: within a piece, at its end, at the end of the delivery."""
-    monkeypatch.setattr("edgebroker.client.handed_out.MOST_RECORDS", 4)
+    monkeypatch.setattr("edgebroker.client.consume.handed_out.MOST_RECORDS", 4)
     with broker.consumer(["t"], "g") as consumer:
         for count in (3, 1, 4, 2, 5):
             seen = places(leave(consumer, count))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgebroker import Consumer, Record
-from edgebroker.client.positions import PositionFile
+from edgebroker.client.consume.positions import PositionFile
 from edgebroker.client.refresh import Refresh
 from edgebroker.common import batch
 from edgebroker.common.types import Position, TopicPartition

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from edgebroker.client.consume.decoding import check_dense
 from edgebroker.client.consumer import Consumer
-from edgebroker.client.decoding import check_dense
 from edgebroker.common import records
 from edgebroker.common.errors import DamagedBatchError
 from edgebroker.storage.types import CorruptRange

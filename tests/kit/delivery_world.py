@@ -179,7 +179,8 @@ class Member(Session):
         self._host, self._core = cast("Any", world), world.core
         self._deferred, self._holds, self._in_turn, self._drain_first = None, 0, False, False
         self.client_id, self.group, self.opened_at = client_id, None, 0.0
-        self.cursors, self.waits_for = {}, []
+        self.cursors, self.waits_for, self.producer_id = {}, [], -1
+        self.expects_topics = False
         self._core.producers.arrived(client_id)
         self.wire = Wire(self)
         self.transport = cast("Any", self.wire)

@@ -82,8 +82,10 @@ class Session:
         "_in_turn",
         "client_id",
         "cursors",
+        "expects_topics",
         "group",
         "opened_at",
+        "producer_id",
         "transport",
         "waits_for",
     )
@@ -98,6 +100,8 @@ class Session:
         self.group: Group | None = None
         self.opened_at = host.loop.now()
         self.cursors: dict[Key, Cursor] = {}
+        # A producer was told how many partitions a topic would have that is not there.
+        self.producer_id, self.expects_topics = -1, False
         # Topics that a consumer asked about and this node does not have.
         self.waits_for: list[str] = []
         self.transport = Transport(host.loop, channel, host.receive_buffer, self, peer)
@@ -318,10 +322,12 @@ class Session:
                 )
                 return
             producer = producers.grant(connect.client_id, own, new_epoch=bool(connect.flags & frames.NEW_EPOCH))
+        self.producer_id = producer.id
         limits = self._host.limits
         metadata = {topic: self._metadata(topic) for topic in dict.fromkeys(connect.topics)}
         unknown = [name for name, found in metadata.items() if found.code is not Code.OK]
         self.waits_for = unknown[:MOST_WAITED] if not connect.flags & frames.WANT_PRODUCER else []
+        self.expects_topics = bool(unknown) and limits.auto_create and producer.id >= 0
         grants = Grants(
             version=frames.PROTOCOL_VERSION,
             node_uid=bytes.fromhex(self._core.engine.node_uid),

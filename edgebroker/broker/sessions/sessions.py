@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.sessions.limits import SessionLimits
@@ -81,6 +81,22 @@ class Sessions:
         """Topics that this node does not have, and how many clients wait for each; the ones that most wait for."""
         counts = Counter(name for session in self._sessions for name in session.waits_for)
         return dict(counts.most_common(MOST_AWAITED))
+
+    def on_topic(self, name: str) -> None:
+        """A topic is there: were producers told that it would have another number of partitions?"""
+        if len(self.core.engine.partitions(name)) not in (0, self.limits.new_topics.partitions):
+            self._ask_again(f"topic {name} was created", lambda session: session.expects_topics)
+
+    def on_topic_deleted(self, name: str) -> None:
+        """What producers know of a topic is wrong."""
+        self._ask_again(f"topic {name} was deleted", lambda session: session.producer_id >= 0)
+
+    def _ask_again(self, why: str, which: Callable[[Session], bool]) -> None:
+        """Have producers connect again, and ask. What they have sent and this node has not read counts for nothing: it
+        may be meant for partitions that do not exist."""
+        for session in self:
+            if which(session):
+                session.transport.close(f"{why}: connect again")
 
     def problems(self) -> dict[str, str]:
         """Which limit was reached within the last minute."""

@@ -13,8 +13,8 @@ from edgebroker.cli.csv_file import read_rows
 from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
 from edgebroker.cli.render import counted
-from edgebroker.client.accumulator import Sent
 from edgebroker.client.producer import Producer
+from edgebroker.client.publish.accumulator import Sent
 from edgebroker.common.errors import ConfigError
 
 

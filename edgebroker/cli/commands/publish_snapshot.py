@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.render import counted
-from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
+from edgebroker.client.publish.accumulator import Sent
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.records import Record
 from edgebroker.common.types import TopicPartition

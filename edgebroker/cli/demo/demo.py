@@ -28,9 +28,9 @@ from edgebroker.cli.demo.tree_demo import LEVELS, DemoTree
 from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
 from edgebroker.cli.totals import record_count
-from edgebroker.client.accumulator import Sent
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
+from edgebroker.client.publish.accumulator import Sent
 from edgebroker.common.batch import partition_for
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.records import Record

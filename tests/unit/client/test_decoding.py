@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from edgebroker.client.decoding import TTL_HEADER, within_ttl
+from edgebroker.client.consume.decoding import TTL_HEADER, within_ttl
 from edgebroker.common import batch
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from edgebroker.client.positions import PositionFile
+from edgebroker.client.consume.positions import PositionFile
 from edgebroker.common.types import Position
 from tests.kit.brokers import SECONDS, RunningBroker, config_for, numbered, running
 

@@ -55,7 +55,9 @@ def test_every_error_says_what_to_do() -> None:
             assert "\n    Do: " in (kind.__doc__ or "") or "    Do: " in (kind.__doc__ or ""), name
 
 
-@pytest.mark.parametrize(("kind", "interface"), [(Record, "common/records.pyi"), (Sent, "client/accumulator.pyi")])
+@pytest.mark.parametrize(
+    ("kind", "interface"), [(Record, "common/records.pyi"), (Sent, "client/publish/accumulator.pyi")]
+)
 def test_the_interface_of_an_extension_has_its_docstrings(kind: type, interface: str) -> None:
     tree = ast.parse((ROOT / "edgebroker" / interface).read_text())
     node = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == kind.__name__)

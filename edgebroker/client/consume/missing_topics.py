@@ -33,19 +33,29 @@ class MissingTopics:
         self._loop, self._link, self._found, self._failed = loop, link, found, failed
         self._names: list[str] = []
         self._timer: TimerHandle | None = None
+        # All topics were there when a subscription was refused: it was sent once more.
+        self._retrying = False
 
     def refused(self, topics: Sequence[str], error: AnswerError) -> None:
         """A subscription to these topics was refused with UNKNOWN_TOPIC, as a whole: find out which of them the broker
-        lacks, and wait for those. When it has all of them, something else is missing: the error counts."""
+        lacks, and wait for those. When it has all of them, after another try too, something else is missing: the error
+        counts."""
 
         def answered(there: list[str], missing: list[str]) -> None:
             if missing:
                 self._wait_for(missing)
                 self._go_on(there)
-            else:
+            elif self._retrying:
                 self._failed(error)
+            else:
+                self._retrying = True  # they may have come meanwhile
+                self._found(there)
 
         self._ask(list(topics), answered)
+
+    def accepted(self) -> None:
+        """A subscription was accepted."""
+        self._retrying = False
 
     def deleted(self, topics: Sequence[str], error: AnswerError) -> None:
         """Some of these topics, which were subscribed to, are gone; the others are still subscribed to. The caller is
@@ -60,7 +70,7 @@ class MissingTopics:
 
     def forget(self) -> None:
         """The connection is over; the next one begins with all topics."""
-        self._names = []
+        self._names, self._retrying = [], False
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -1,5 +1,5 @@
 from collections.abc import Callable, Iterable
-from typing import Protocol
+from typing import Any, Protocol
 
 class PendingBatch:
     """Records for one partition until they are acknowledged; what the futures of those records look at."""
@@ -12,8 +12,13 @@ class PendingBatch:
     error: Exception | None
     done: bool
     callbacks: list[tuple[Callable[[Sent], object], Sent]] | None
-    sequence: int
+    sequence: int  # -1: it has none yet
     correlation: int
+    ordinal: int
+    sendings: int
+    answer: Any  # what the owner keeps of the last answer
+    chosen: bool  # the caller chose the partition
+    moved: list[Sent] | None  # where its records are now
     @property
     def size(self) -> int: ...
     def records(self) -> bytes: ...
@@ -27,7 +32,7 @@ class PendingBatch:
         codec: int = 0,
         packed: bytes | None = None,
     ) -> bytes:
-        """A whole PUBLISH frame; remembers correlation and sequence."""
+        """A whole PUBLISH frame; remembers its correlation."""
 
 class Sent:
     """The future of one record, as Producer.send() returns it.
@@ -42,7 +47,8 @@ class Sent:
 
     @property
     def partition(self) -> int:
-        """The partition that the record was put into."""
+        """The partition that the record was put into. While it is not done, a topic that is created again with another
+        number of partitions may move it."""
 
     def done(self) -> bool:
         """Tell whether the record is acknowledged or has failed. Never blocks."""
@@ -170,6 +176,13 @@ class Accumulator:
     def take(self, older_than: float) -> tuple[list[PendingBatch], float]:
         """The full batches and those begun before a monotonic time, in order; when the oldest that stays was begun
         (0: none stays)."""
+
+    def repartition(self, name: str, partitions: int) -> None:
+        """From now on a topic has so many partitions (0: ask again with its next record). Its open batches are full."""
+
+    def move(self, batch: PendingBatch, partitions: int) -> list[PendingBatch]:
+        """Put the records of a batch into batches for as many partitions, in the order that they have; their futures
+        follow. Not for a batch whose partition the caller chose."""
 
     def acknowledged(self, batch: PendingBatch, base_offset: int, error: Exception | None) -> None:
         """A batch is over: its futures are done (callbacks are the owner's business)."""

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
 from collections.abc import Callable, Iterable
 
-from edgebroker.client.accumulator import Accumulator, PendingBatch, TopicBatches
 from edgebroker.client.link import Link
+from edgebroker.client.publish.accumulator import Accumulator, PendingBatch, TopicBatches
+from edgebroker.client.publish.lane import Lane
 from edgebroker.common import codecs, records
 from edgebroker.common.errors import AnswerError, ArgumentError, Code, EdgeBrokerError, UnreachableError
 from edgebroker.common.runtime.clock import SystemClock
@@ -25,23 +25,8 @@ from edgebroker.network.wire.frames import Answer, Connect, Grants
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.1
-MAX_SEQUENCE = 0x7FFFFFFF
 # What a record may have until the broker has said what it allows.
 FIRST_MAX_RECORD = 1 << 20
-
-
-class PartitionQueue:
-    """The batches of one partition in the order in which they are to be stored."""
-
-    __slots__ = ("attempts", "in_flight", "next_sequence", "prefix", "queue", "rewinding")
-
-    def __init__(self, prefix: bytes) -> None:
-        self.prefix = prefix
-        self.queue: deque[PendingBatch] = deque()
-        self.in_flight: deque[PendingBatch] = deque()
-        self.next_sequence = 0
-        self.rewinding = False
-        self.attempts = 0
 
 
 class Sender:
@@ -75,14 +60,19 @@ class Sender:
         self.loop = Loop(SystemClock())
         self.link = Link(self.loop, server, client_id, self, token=token, connect_body=self._connect_body)
         self._producer_id, self._producer_epoch = -1, -1
-        self._new_epoch = False
-        self._queues: dict[tuple[str, int], PartitionQueue] = {}
-        self._waiting_for: dict[int, tuple[PartitionQueue, PendingBatch]] = {}
+        # A new producer epoch is needed: nothing new is sent before it is known what of the old one is stored.
+        self._renewing = self._reconnecting = False
+        self._lanes: dict[tuple[str, int], Lane] = {}
+        self._waiting_for: dict[int, tuple[Lane, PendingBatch]] = {}
         self._pumping = self._lingering = False
         self._changed = threading.Condition()
         self._waiters = 0
         self._metadata: dict[str, frames.TopicMetadata] = {}
         self._asked_topics: list[str] = []
+        self._partitions: dict[str, int] = {}
+        # Topics whose partition count has to be looked up again, and those that have another one now.
+        self._doubted: set[str] = set()
+        self._moving: dict[str, int] = {}
         self._last_error: EdgeBrokerError | None = None
         self.loop.call_soon_threadsafe(self.link.open)
         self.loop.call_later(1.0, self._expire)
@@ -115,6 +105,7 @@ class Sender:
     def open_topic(self, name: str) -> TopicBatches:
         """Ask the broker how many partitions a topic has. Raises AnswerError or UnreachableError."""
         self._check_open()
+        self._metadata.pop(name, None)
 
         def ask() -> None:
             if name not in self._asked_topics:
@@ -127,9 +118,10 @@ class Sender:
         except TimeoutError:
             raise self._last_error or UnreachableError(f"no broker at {self.link.server} answered in time") from None
         self._check_open()
-        found = self._metadata[name]
+        found = self._metadata.get(name)
+        if found is None:  # another thread asks as well
+            return self.open_topic(name)
         if found.partitions == 0:
-            del self._metadata[name]
             raise AnswerError(
                 found.code, f"topic {name!r} does not exist and the broker does not create it; create it first"
             )
@@ -168,8 +160,8 @@ class Sender:
     def wait_for(self, batch: PendingBatch, timeout: float | None) -> None:
         """Wait for one batch, sending it now."""
         self.loop.call_soon_threadsafe(lambda: self._pump(everything=True))
-        self._wait(lambda: batch.done, timeout)
-        if not batch.done:
+        self._wait(lambda: batch.done or batch.moved is not None, timeout)
+        if not batch.done and batch.moved is None:
             raise _closed_error()
 
     def run_callbacks(self, batch: PendingBatch) -> None:
@@ -217,55 +209,61 @@ class Sender:
             self._lingering = True
             self.loop.call_later(max(0.0, oldest + self._linger - now), self._pump)
         if self.link.up:
-            for waiting in self._queues.values():
-                if waiting.queue:
-                    self._send_queue(waiting)
+            for lane in self._lanes.values():
+                if lane.queue:
+                    self._send(lane)
 
     def _enqueue(self, batch: PendingBatch) -> None:
         key = (batch.topic, batch.partition)
-        found = self._queues.get(key)
-        if found is None:
-            prefix = frames.publish_prefix(self._level, batch.topic, batch.partition)
-            found = self._queues[key] = PartitionQueue(prefix)
-        found.queue.append(batch)
+        lane = self._lanes.get(key)
+        if lane is None:
+            lane = self._lanes[key] = Lane(
+                batch.topic, frames.publish_prefix(self._level, batch.topic, batch.partition)
+            )
+        lane.queue.append(batch)
 
-    def _send_queue(self, waiting: PartitionQueue) -> None:
-        if waiting.rewinding or self._new_epoch or not self.link.up:
+    def _send(self, lane: Lane) -> None:
+        """Send what may be sent of a lane."""
+        if not self.link.up:
+            return
+        if self._level is AckLevel.NONE:
+            self._send_unanswered(lane)
             return
         assert self.link.grants is not None
-        window = self.link.grants.window_batches
         out: list[bytes] = []
-        while waiting.queue and len(waiting.in_flight) < window:
-            batch = waiting.queue.popleft()
-            correlation = self.link.next_correlation()
-            packed = codecs.deflate(self._codec, batch.records()) if self._codec else None
-            out.append(
-                batch.frame(
-                    correlation, waiting.prefix, self._producer_id, self._producer_epoch, waiting.next_sequence,
-                    self._codec, packed,
-                )
-            )  # fmt: skip
-            waiting.next_sequence = (waiting.next_sequence + batch.count) & MAX_SEQUENCE
-            if self._level == AckLevel.NONE:
-                self._finish(batch, -1, None)
-                continue
-            waiting.in_flight.append(batch)
-            self._waiting_for[correlation] = (waiting, batch)
+        new = not self._renewing and lane.topic not in self._moving
+        for batch in lane.take(self.link.grants.window_batches, new=new):
+            out.append(self._frame(lane, batch, self._producer_id, self._producer_epoch, batch.sequence))
+            self._waiting_for[batch.correlation] = (lane, batch)
         if out:
             self.link.send(out[0] if len(out) == 1 else b"".join(out))
+
+    def _send_unanswered(self, lane: Lane) -> None:
+        """Nothing is sent again, so that nothing needs a sequence: one that is lost would stop all that follow."""
+        batches = list(lane.queue)
+        lane.queue.clear()
+        self.link.send(b"".join(self._frame(lane, batch, -1, -1, -1) for batch in batches))
+        for batch in batches:
+            self._finish(batch, -1, None)
+
+    def _frame(self, lane: Lane, batch: PendingBatch, producer_id: int, epoch: int, sequence: int) -> bytes:
+        packed = codecs.deflate(self._codec, batch.records()) if self._codec else None
+        return batch.frame(self.link.next_correlation(), lane.prefix, producer_id, epoch, sequence, self._codec, packed)
 
     # The link's owner:
 
     def connected(self, grants: Grants) -> None:
         self._last_error = None
         self.accumulator.limit_to(grants.max_record, grants.max_batch)
-        changed = (grants.producer_id, grants.producer_epoch) != (self._producer_id, self._producer_epoch)
+        epoch_before = (self._producer_id, self._producer_epoch)
         self._producer_id, self._producer_epoch = grants.producer_id, grants.producer_epoch
-        self._new_epoch = False
-        self._learn(grants)
-        for each in self._queues.values():
-            self._rewind(each, restart=changed)
+        if (grants.producer_id, grants.producer_epoch) != epoch_before:
+            self._renewing = False
+            for lane in self._lanes.values():
+                lane.begin_epoch()
+        self._learn(grants, fresh=True)
         self._pump()
+        self._try_renew()
 
     def on_answer(self, correlation: int, answer: Answer) -> None:
         found = self._waiting_for.pop(correlation, None)
@@ -277,6 +275,12 @@ class Sender:
             log.warning("the broker sent a frame of %d bytes; it was skipped", event.size)
 
     def disconnected(self, reason: str) -> None:
+        self._waiting_for.clear()
+        self._doubted.clear()
+        self._reconnecting = False
+        for lane in self._lanes.values():
+            lane.settle(connected=False)
+            self._renewing = self._renewing or lane.needs_epoch
         log.info("connection lost: %s", reason)
 
     def connect_failed(self, error: EdgeBrokerError) -> None:
@@ -287,11 +291,31 @@ class Sender:
             # The broker does not accept this producer: waiting does not help.
             self._fail_all(error)
 
-    def _learn(self, grants: Grants) -> None:
+    # Topics and their partition counts:
+
+    def _learn(self, grants: Grants, *, fresh: bool = False) -> None:
+        """What the broker says about topics. `fresh`: nothing was sent over this connection yet. What was sent before
+        is then stored in partitions that are no more, if at all: a broker ends connections when a topic is deleted."""
         for topic in grants.topics:
-            self._metadata[topic.name] = topic
-            if topic.name in self._asked_topics:
-                self._asked_topics.remove(topic.name)
+            name, known = topic.name, self._partitions.get(topic.name)
+            self._metadata[name] = topic
+            if name in self._asked_topics:
+                self._asked_topics.remove(name)
+            self._moving.pop(name, None)
+            if known is None and topic.partitions:
+                self._partitions[name] = topic.partitions
+            elif known is not None and not topic.partitions:
+                # Its next record asks again.
+                self.accumulator.repartition(name, 0)
+            elif known is not None and known != topic.partitions:
+                self._moving[name] = topic.partitions
+                for lane in self._lanes_of(name) if fresh else ():
+                    lane.begin_epoch()
+            if name in self._doubted:
+                self._doubted.remove(name)
+                self._no_longer_doubted(name)
+        for name in sorted(self._moving):
+            self._try_move(name)
         if grants.topics:
             self._notify()
         if self._asked_topics:
@@ -306,69 +330,130 @@ class Sender:
             if answer.code is Code.OK:
                 self._learn(frames.read_grants(body, answer.extra_start))
 
-        self.link.request(correlation, frames.write_connect(correlation, self._connect_body()), answered)
+        connect = self._connect(0, self._asked_topics)
+        self.link.request(correlation, frames.write_connect(correlation, connect), answered)
 
     def _connect_body(self) -> Connect:
-        flags = frames.WANT_PRODUCER | (frames.NEW_EPOCH if self._new_epoch else 0)
+        """What a connection begins with. A topic may have been made anew meanwhile, with other partitions."""
+        in_use = [name for name in self._partitions if name not in self._asked_topics]
+        return self._connect(frames.NEW_EPOCH if self._renewing and self._resolved else 0, self._asked_topics + in_use)
+
+    def _connect(self, flags: int, topics: list[str]) -> Connect:
         return Connect(
-            frames.PROTOCOL_VERSION, flags, self.link.client_id, self.link.token, self._producer_id,
-            self._producer_epoch, list(self._asked_topics),
+            frames.PROTOCOL_VERSION, frames.WANT_PRODUCER | flags, self.link.client_id, self.link.token,
+            self._producer_id, self._producer_epoch, topics[: frames.MOST_TOPICS],
         )  # fmt: skip
 
-    def _answered(self, sent: PartitionQueue, batch: PendingBatch, answer: Answer) -> None:
-        if answer.code is Code.OK:
-            sent.attempts = 0
-            sent.in_flight.remove(batch)
-            self._finish(batch, answer.offset, None)
-            if sent.queue:
-                self._send_queue(sent)
-            return
-        head = sent.in_flight[0] is batch
-        if answer.code.retryable and not (answer.code is Code.OUT_OF_ORDER and head and sent.attempts):
-            self._retry_later(sent, answer)
-        elif answer.code is Code.OUT_OF_ORDER:
-            # The broker no longer knows this sequence: start a new one.
-            self._start_epoch(f"{batch.topic}/{batch.partition}: {answer.code.name}")
-        else:
-            sent.in_flight.remove(batch)
-            self._finish(batch, -1, AnswerError(answer.code, answer.message or _advice(answer.code)))
-            if answer.code is not Code.FENCED:
-                self._start_epoch("a batch was refused")
+    def _doubt(self, topic: str) -> None:
+        """The broker does not know a partition: is the topic gone, or has it other partitions now?"""
+        if topic not in self._doubted:
+            self._doubted.add(topic)
+            self._asked_topics.append(topic)
+            self._ask_metadata()
 
-    def _retry_later(self, sent: PartitionQueue, answer: Answer) -> None:
-        """Send everything of this partition again, in order, once what is in flight was answered."""
-        if sent.rewinding:
+    def _no_longer_doubted(self, topic: str) -> None:
+        for lane in self._lanes_of(topic):
+            for batch in list(lane.in_flight):
+                if batch.answer is not None and batch.answer.code is Code.UNKNOWN_TOPIC and topic not in self._moving:
+                    lane.dropped(batch)
+                    self._finish(batch, -1, AnswerError(batch.answer.code, batch.answer.message))
+            self._settle(lane)
+
+    def _lanes_of(self, topic: str) -> list[Lane]:
+        return [self._lanes[key] for key in sorted(self._lanes) if key[0] == topic]
+
+    def _try_move(self, topic: str) -> None:
+        """Put what is not stored into the partitions that a topic has now, once it is known what is not."""
+        if not all(lane.resolved for lane in self._lanes_of(topic)):
             return
-        sent.rewinding = True
-        sent.attempts += 1
-        pause = min(2.0, RETRY_SECONDS * 2 ** min(sent.attempts, 5))
-        if answer.code is not Code.OUT_OF_ORDER:
-            log.warning("%s: %s; trying again in %.1f s", answer.code.name, answer.message, pause)
-        self._last_error = AnswerError(answer.code, answer.message)
+        partitions = self._partitions[topic] = self._moving.pop(topic)
+        log.warning("topic %s has another number of partitions now: %d", topic, partitions)
+        self.accumulator.repartition(topic, partitions)
+        for batch in self.accumulator.take(0.0)[0]:
+            self._enqueue(batch)
+        batches: list[PendingBatch] = []
+        for lane in self._lanes_of(topic):
+            batches += lane.queue
+            lane.queue.clear()
+        self._lanes = {key: lane for key, lane in self._lanes.items() if key[0] != topic}
+        for batch in batches:
+            if not batch.chosen:
+                for moved in self.accumulator.move(batch, partitions):
+                    self._enqueue(moved)
+            elif batch.partition < partitions:
+                batch.sequence, batch.sendings = -1, 0
+                self._enqueue(batch)
+            else:
+                message = f"topic {topic} has no partition {batch.partition} any more; it has {partitions} now"
+                self._finish(batch, -1, AnswerError(Code.UNKNOWN_TOPIC, message))
+        self._notify()
+        self._renew("a topic has other partitions")
+
+    # Answers:
+
+    def _answered(self, lane: Lane, batch: PendingBatch, answer: Answer) -> None:
+        if answer.code is Code.OK:
+            lane.stored(batch)
+            self._finish(batch, answer.offset, None)
+        elif answer.code.retryable:
+            lane.returned(batch, answer)
+        elif answer.code is Code.UNKNOWN_TOPIC:
+            lane.returned(batch, answer)
+            self._doubt(batch.topic)
+        else:
+            if answer.code is Code.FENCED:
+                lane.fenced(batch)
+            else:
+                lane.dropped(batch)
+            self._finish(batch, -1, AnswerError(answer.code, answer.message or _advice(answer.code)))
+        self._settle(lane)
+
+    def _settle(self, lane: Lane) -> None:
+        """Go on with a lane, if it can."""
+        if lane.unsettled:
+            if lane.unanswered or any(batch.topic in self._doubted for batch in lane.in_flight):
+                return
+            refusals = [batch.answer for batch in lane.in_flight if batch.answer is not None]
+            if lane.settle(connected=self.link.up):
+                self._pause(lane, refusals[0])
+            if lane.needs_epoch:
+                self._renew("whether a batch is stored is unknown")
+        self._send(lane)
+        if self._moving:
+            for topic in sorted(self._moving):
+                self._try_move(topic)
+        if self._renewing:
+            self._try_renew()
+
+    def _pause(self, lane: Lane, refusal: Answer) -> None:
+        """The broker asked to try again."""
+        lane.paused = True
+        seconds = min(2.0, RETRY_SECONDS * 2 ** min(lane.attempts, 5))
+        if refusal.code is not Code.OUT_OF_ORDER:
+            log.warning("%s: %s; trying again in %.1f s", refusal.code.name, refusal.message, seconds)
+        self._last_error = AnswerError(refusal.code, refusal.message)
 
         def again() -> None:
-            self._rewind(sent, restart=False)
-            self._send_queue(sent)
+            lane.paused = False
+            self._send(lane)
 
-        self.loop.call_later(pause, again)
+        self.loop.call_later(seconds, again)
 
-    def _start_epoch(self, why: str) -> None:
-        if not self._new_epoch:
-            self._new_epoch = True
+    @property
+    def _resolved(self) -> bool:
+        return all(lane.resolved for lane in self._lanes.values())
+
+    def _renew(self, why: str) -> None:
+        """Begin a new producer epoch as soon as nothing is in doubt: what is in flight would be stored twice."""
+        if not self._renewing:
+            self._renewing = True
             log.info("a new producer epoch is needed: %s", why)
-            self.loop.call_later(0.0, lambda: self.link.reconnect("a new producer epoch is needed"))
+        self._try_renew()
 
-    def _rewind(self, sent: PartitionQueue, *, restart: bool) -> None:
-        """Put what is in flight back to the head of the queue; with `restart` the sequence starts at 0."""
-        sent.rewinding = False
-        for batch in reversed(sent.in_flight):
-            self._waiting_for.pop(batch.correlation, None)
-            sent.queue.appendleft(batch)
-        if restart:
-            sent.next_sequence = 0
-        elif sent.in_flight:
-            sent.next_sequence = sent.in_flight[0].sequence
-        sent.in_flight.clear()
+    def _try_renew(self) -> None:
+        if self._renewing and self.link.up and not self._reconnecting and self._resolved:
+            self._reconnecting = True
+            self.loop.call_later(0.0, lambda: self.link.reconnect("a new producer epoch is needed"))
 
     def _finish(self, batch: PendingBatch, offset: int, error: Exception | None) -> None:
         self.accumulator.acknowledged(batch, offset, error)
@@ -382,28 +467,28 @@ class Sender:
         if self._timeout is None:
             return
         before = self.loop.clock_now() - self._timeout
-        failed = False
-        for each in self._queues.values():
-            for batches in (each.in_flight, each.queue):
-                while batches and batches[0].created < before:
-                    batch = batches.popleft()
-                    self._waiting_for.pop(batch.correlation, None)
-                    failed = failed or batch.correlation >= 0
-                    why = f": {self._last_error}" if self._last_error else ""
-                    message = f"no acknowledgement within {self._timeout:g} s, the outcome is unknown{why}"
-                    self._finish(batch, -1, UnreachableError(message))
-        if failed:
-            self._start_epoch("a batch timed out")
+        for lane in list(self._lanes.values()):
+            for batch in [*lane.in_flight, *lane.queue]:
+                if batch.created >= before:
+                    break
+                self._waiting_for.pop(batch.correlation, None)
+                lane.dropped(batch, unknown=True)
+                self._finish(batch, -1, UnreachableError(self._why_late(batch)))
+        for lane in list(self._lanes.values()):
+            self._settle(lane)
+
+    def _why_late(self, batch: PendingBatch) -> str:
+        why = f": {self._last_error}" if self._last_error else ""
+        if batch.sendings:
+            return f"no acknowledgement within {self._timeout:g} s, the outcome is unknown{why}"
+        return f"it could not be sent within {self._timeout:g} s{why}"
 
     def _fail_all(self, error: EdgeBrokerError) -> None:
         taken, _ = self.accumulator.take(self.loop.clock_now())
-        for batch in taken:
+        lanes, self._lanes = self._lanes, {}
+        self._waiting_for.clear()
+        for batch in [*taken, *(batch for lane in lanes.values() for batch in (*lane.in_flight, *lane.queue))]:
             self._finish(batch, -1, error)
-        for each in self._queues.values():
-            for batch in [*each.in_flight, *each.queue]:
-                self._finish(batch, -1, error)
-            each.in_flight.clear()
-            each.queue.clear()
 
 
 def _closed_error() -> UnreachableError:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from edgebroker.client.consume.subscriber import Subscriber
 from edgebroker.client.refresh import Refresh, Staging
-from edgebroker.client.subscriber import Subscriber
 from edgebroker.common.errors import AnswerError, Code, ResetRequiredError, UnreachableError
 from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.common.records import Record

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgebroker.client.partition_state import ReceivedDelivery
+from edgebroker.client.consume.partition_state import ReceivedDelivery
 from edgebroker.common import batch
 from edgebroker.common.errors import DamagedBatchError
 from edgebroker.common.records import Record

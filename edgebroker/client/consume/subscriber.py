@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from threading import Condition
 
+from edgebroker.client.consume.missing_topics import MissingTopics
+from edgebroker.client.consume.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.client.link import Link
-from edgebroker.client.missing_topics import MissingTopics
-from edgebroker.client.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError
 from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
 from edgebroker.common.runtime.clock import SystemClock
@@ -313,6 +313,8 @@ class Subscriber:
         if answer.code is Code.OK:
             self._joined.update(topics)
             self._accepted.add(correlation)
+            if self._missing is not None:
+                self._missing.accepted()
             with self.changed:
                 for state in self.partitions.values():
                     if state.awaiting == correlation:

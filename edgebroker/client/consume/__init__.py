@@ -1,0 +1,1 @@
+"""Consuming: what a Consumer does on its I/O thread, and what it keeps."""

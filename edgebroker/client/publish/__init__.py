@@ -1,0 +1,1 @@
+"""Publishing: records become batches, and batches are sent until they are answered."""
