@@ -134,7 +134,7 @@ def server_flag(parser: Parser) -> None:
         "--server",
         default=environment.variable("SERVER", SERVER),
         metavar="HOST:PORT",
-        help=f"address of the broker (default $EDGEBROKER_SERVER or {SERVER})",
+        help=f"address of the broker, or several with commas between (default $EDGEBROKER_SERVER or {SERVER})",
     )
 
 

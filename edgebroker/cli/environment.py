@@ -14,8 +14,8 @@ def current() -> Mapping[str, str]:
 
 
 def variable(name: str, default: str) -> str:
-    """The value of EDGEBROKER_<name>, or the default where it is not set."""
-    return os.environ.get(PREFIX + name, default)
+    """The value of EDGEBROKER_<name>, or the default where it is not set, or empty."""
+    return os.environ.get(PREFIX + name) or default
 
 
 def for_another_node(settings: Mapping[str, str]) -> dict[str, str]:

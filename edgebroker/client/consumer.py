@@ -17,8 +17,9 @@ from edgebroker.client.consume.partition_state import AssignmentChange, Incoming
 from edgebroker.client.consume.positions import PositionFile
 from edgebroker.client.consume.refresh_loader import RefreshLoader
 from edgebroker.client.consume.subscriber import Subscriber
-from edgebroker.client.link import default_client_id, parse_server
+from edgebroker.client.link import default_client_id
 from edgebroker.client.refresh import Staging
+from edgebroker.client.servers import Servers
 from edgebroker.common.errors import ArgumentError, DamagedBatchError, EdgeBrokerError, GapError, UnreachableError
 from edgebroker.common.messages import NO_LOG_ID, Holding, Wanted
 from edgebroker.common.names import check_group_name
@@ -53,7 +54,9 @@ class Consumer:
     close().
 
     Args:
-        server: HOST:PORT of the broker.
+        server: HOST:PORT of the broker. Several, with commas between: the first one that answers is used, another when
+            that one does not any more or has been behind this consumer for 30 seconds, and one that is named earlier as
+            soon as it is there again (it is looked for every 5 minutes). Reading goes on at the same position.
         topics: the names of the topics.
         group: the name of the consumer group: the broker assigns each partition to one member. Empty: a reader without
             a group, which gets every partition and of which the broker stores nothing.
@@ -124,7 +127,6 @@ class Consumer:
         if missing_topic not in ("wait", "raise"):
             raise ArgumentError(f"missing_topic={missing_topic!r}: use wait or raise")
         begin = parse_from(start)
-        parse_server(server)
         self._group, self._timeout = group, timeout
         self._on_gap, self._on_assigned, self._on_revoked = on_gap, on_assigned, on_revoked
         self._position_file = PositionFile(position_file) if position_file is not None else None
@@ -133,7 +135,7 @@ class Consumer:
         self._handling: list[Record] = []  # what run() has given to the handler
         self._expired = 0
         self._subscriber = Subscriber(
-            server,
+            Servers(server),
             client_id=client_id or default_client_id("consumer"),
             token=token,
             group=group,

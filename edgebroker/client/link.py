@@ -13,9 +13,9 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
+from edgebroker.client.servers import PORT, Servers
 from edgebroker.common.errors import (
     AnswerError,
-    ArgumentError,
     Code,
     EdgeBrokerError,
     ProtocolError,
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
+# Of several brokers a client prefers those that are named first: how often it looks for them, and how long.
+RETURN_SECONDS, TRY_SECONDS = 300.0, 1.0
 # DELIVER frames carry up to 1 MiB, or one batch of any size that a broker allows.
 MAX_FRAME = (16 << 20) + 65536
 
@@ -51,16 +53,8 @@ class LinkOwner(Protocol):
     def disconnected(self, reason: str) -> None:
         """The connection ended after connected(); requests are void. Another attempt follows."""
 
-    def connect_failed(self, error: EdgeBrokerError) -> None:
-        """An attempt failed; another follows."""
-
-
-def parse_server(server: str) -> tuple[str, int]:
-    """(host, port) of HOST:PORT. Raises ArgumentError."""
-    host, _, port = server.rpartition(":")
-    if not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
-        raise ArgumentError(f"server {server!r} is not a HOST:PORT address; use one such as 127.0.0.1:7420")
-    return host.strip("[]") or "127.0.0.1", int(port)
+    def connect_failed(self, error: EdgeBrokerError, permanent: bool) -> None:
+        """An attempt failed; another follows. `permanent`: waiting does not help."""
 
 
 def default_client_id(kind: str) -> str:
@@ -69,30 +63,28 @@ def default_client_id(kind: str) -> str:
 
 
 class Link:
-    """One connection at a time to `server` (HOST:PORT). `connect_body` gives what goes into CONNECT, at every attempt.
-
-    Raises ArgumentError for a server that is not an address.
-    """
+    """One connection at a time to one of `servers`, which are tried in turn. `connect_body` gives what goes into
+    CONNECT, at every attempt."""
 
     def __init__(
         self,
         loop: Loop,
-        server: str,
+        servers: Servers,
         client_id: str,
         owner: LinkOwner,
         *,
         token: bytes = b"",
         connect_body: Callable[[], Connect] | None = None,
     ) -> None:
-        self._address = parse_server(server)
-        self._loop, self.server, self.client_id, self._owner, self.token = loop, server, client_id, owner, token
+        self._loop, self._servers, self.client_id, self._owner, self.token = loop, servers, client_id, owner, token
         self._buffer = ReceiveBuffer()
         self._transport: Transport | None = None
         self._connection = Connection(Role.CLIENT, MAX_FRAME)
         self._pause = FIRST_PAUSE
         self._retry: TimerHandle | None = None
         self._heartbeat: TimerHandle | None = None
-        self._closed = False
+        self._return: TimerHandle | None = None
+        self._closed = self._was_up = False
         self._connect_body = connect_body or self._plain_connect
         self._correlation = 0
         self._connect_correlation = 0
@@ -105,6 +97,11 @@ class Link:
         """Connected, and accepted by the broker."""
         return self.grants is not None and self._transport is not None
 
+    @property
+    def server(self) -> str:
+        """HOST:PORT of the broker that is used, or tried, now."""
+        return str(self._servers.current)
+
     def next_correlation(self) -> int:
         """A number for a request, never used before on this link."""
         self._correlation += 1
@@ -116,9 +113,15 @@ class Link:
         if self._closed:
             return
         try:
-            sock = socket.create_connection(self._address, CONNECT_SECONDS)
+            current = self._servers.current
+            sock = socket.create_connection((current.host, current.port), CONNECT_SECONDS)
         except OSError as error:
-            self._failed(UnreachableError(f"no broker at {self.server}: {error}"))
+            # A name that worked before is one of a network that is away.
+            unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
+            problem = "there is no host of this name" if unknown else error.strerror or error
+            self._failed(
+                UnreachableError(f"no broker at {self.server}: {problem}"), permanent=unknown and not self._was_up
+            )
             return
         self._connection = Connection(Role.CLIENT, MAX_FRAME)
         self._transport = Transport(self._loop, tuned(sock), self._buffer, self, self.server)
@@ -150,10 +153,17 @@ class Link:
         elif self._retry is None:
             self.open()
 
+    def elsewhere(self, reason: str) -> None:
+        """Use another broker, if there is one: what this one has does not do."""
+        if self._servers.several:
+            log.warning("%s: %s; trying another broker", self.server, reason)
+            self._servers.go_on()
+            self.reconnect(reason)
+
     def close(self) -> None:
         """Send what is queued and end for good."""
         self._closed = True
-        for timer in (self._retry, self._heartbeat):
+        for timer in (self._retry, self._heartbeat, self._return):
             if timer is not None:
                 timer.cancel()
         if self._transport is not None:
@@ -162,6 +172,9 @@ class Link:
     # ---- the transport's owner ----
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
+        if self.grants is None and bytes(buffer.room[:5]) == b"HTTP/":
+            self._wrong_port()
+            return
         try:
             for event in self._connection.receive(buffer, received):
                 self._on_event(event)
@@ -176,17 +189,21 @@ class Link:
         was_up, self.grants, self._transport = self.grants is not None, None, None
         self._requests.clear()
         self._once.clear()
-        if self._heartbeat is not None:
-            self._heartbeat.cancel()
+        for timer in (self._heartbeat, self._return):
+            if timer is not None:
+                timer.cancel()
         if was_up:
             self._owner.disconnected(reason)
         if not self._closed:
             self._failed(UnreachableError(f"the connection to {self.server} ended: {reason}"), reported=was_up)
 
-    def _failed(self, error: EdgeBrokerError, reported: bool = False) -> None:
+    def _failed(self, error: EdgeBrokerError, *, reported: bool = False, permanent: bool = False) -> None:
         if not reported:
-            self._owner.connect_failed(error)
+            self._owner.connect_failed(error, permanent and not self._servers.several)
         if self._closed or self._retry is not None:
+            return
+        if not reported and not self._servers.go_on():
+            self._retry = self._loop.call_later(0.0, self.open)
             return
         self._retry = self._loop.call_later(self._pause * random.uniform(0.5, 1.0), self.open)
         self._pause = min(LONGEST_PAUSE, max(FIRST_PAUSE, self._pause * 2))
@@ -204,10 +221,13 @@ class Link:
     def _on_answer(self, event: Frame, answer: Answer) -> None:
         if self.grants is None and event.correlation == self._connect_correlation:
             if answer.code is not Code.OK:
-                self._owner.connect_failed(AnswerError(answer.code, answer.message))
+                self._owner.connect_failed(AnswerError(answer.code, answer.message), not answer.code.retryable)
                 return
             self.grants = frames.read_grants(event.body, answer.extra_start)
-            self._pause = FIRST_PAUSE
+            self._pause, self._was_up = FIRST_PAUSE, True
+            self._servers.reached()
+            if self._servers.better:
+                self._return = self._loop.call_later(RETURN_SECONDS, self._try_better)
             if self._heartbeat is not None:
                 self._heartbeat.cancel()
             self._beat()
@@ -222,10 +242,33 @@ class Link:
         else:
             done(answer, event.body)
 
+    def _wrong_port(self) -> None:
+        """What answers is a web server, perhaps the broker's own."""
+        error = UnreachableError(
+            f"{self.server} is an HTTP port; clients use the address in listen.tcp, port {PORT} by default (the admin "
+            "interface is another one)"
+        )
+        self._owner.connect_failed(error, not self._servers.several)
+        assert self._transport is not None
+        self._transport.close(str(error))
+
     def _unanswered(self) -> None:
         """The peer accepted the connection and does not answer: it is not a broker, or one that hangs."""
         if self._transport is not None and self.grants is None:
             self._transport.close("CONNECT was not answered")
+
+    def _try_better(self) -> None:
+        """Go back to a broker that is preferred to this one, if it is there again."""
+        for server in self._servers.better:
+            try:
+                socket.create_connection((server.host, server.port), TRY_SECONDS).close()
+            except OSError:
+                continue
+            log.info("going back from %s to %s", self.server, server)
+            self._servers.use(server)
+            self.reconnect(f"{server} is there again")
+            return
+        self._return = self._loop.call_later(RETURN_SECONDS, self._try_better)
 
     def _beat(self) -> None:
         """Send a heartbeat, and end the connection when the broker has sent nothing for too long."""

@@ -10,9 +10,10 @@ import logging
 from collections.abc import Iterable
 from types import TracebackType
 
-from edgebroker.client.link import default_client_id, parse_server
+from edgebroker.client.link import default_client_id
 from edgebroker.client.publish.accumulator import Sent
 from edgebroker.client.publish.sender import Sender
+from edgebroker.client.servers import Servers
 from edgebroker.common import codecs
 from edgebroker.common.errors import ArgumentError
 from edgebroker.common.runtime.threads import start_thread
@@ -30,7 +31,9 @@ class Producer:
     whenever it is lost. Use it as a context manager, or call close().
 
     Args:
-        server: HOST:PORT of the broker.
+        server: HOST:PORT of the broker. Several, with commas between: the first one that answers is used, another when
+            that one does not any more, and one that is named earlier as soon as it is there again (it is looked for
+            every 5 minutes). Batches that were not answered by then are sent to the other one, and may be in both.
         ack: when a record counts as acknowledged: "durable" (the broker has synced it to disk: it survives a power
             cut), "replicated" (nodes below have synced it as well, as many as the topic's `replicas`: it survives the
             loss of the broker), "written" (it survives a crash of the broker) or "none" (nothing is promised or
@@ -75,9 +78,8 @@ class Producer:
             raise ArgumentError(f"ack {ack!r} is unknown; use one of {', '.join(ACK_LEVELS)}")
         if compression not in codecs.CODEC_BITS:
             raise ArgumentError(f"compression {compression!r} is unknown; use one of {', '.join(codecs.CODEC_BITS)}")
-        parse_server(server)
         self._sender = Sender(
-            server,
+            Servers(server),
             client_id=client_id or default_client_id("producer"),
             token=token,
             level=ACK_LEVELS[ack],

@@ -176,9 +176,9 @@ def test_arguments_that_make_no_sense(broker: RunningBroker, topic: str) -> None
         assert producer.send(topic, b"fine").result(SECONDS) == 0
     with pytest.raises(ArgumentError, match=r"group names are .* 'bad group!' is not"):
         Consumer(broker.server, [topic], "bad group!")
-    for server in ("nowhere", "localhost:http", "localhost:0", ""):
+    for server in ("no where", "localhost:http", "localhost:0", ""):
         for client in (lambda server=server: Consumer(server, [topic]), lambda server=server: Producer(server)):
-            with pytest.raises(ArgumentError, match=f"server '{server}' is not a HOST:PORT address"):
+            with pytest.raises(ArgumentError, match=f"server '{server}' is not an address"):
                 client()
 
 

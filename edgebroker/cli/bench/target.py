@@ -23,7 +23,7 @@ from edgebroker.cli.bench import native_client
 from edgebroker.cli.bench.disk import CLOCK, append_and_sync, percentile, sequential
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.progress import progress
-from edgebroker.client.link import parse_server
+from edgebroker.client.servers import Servers
 from edgebroker.common.errors import ConfigError
 from edgebroker.version import __version__
 
@@ -109,8 +109,8 @@ def _measure(directory: Path) -> list[BenchmarkResult]:
         )
 
     def client() -> tuple[bytes, int]:
-        host, port = parse_server(node.server)
-        return host.encode(), port
+        server = Servers(node.server).current
+        return server.host.encode(), server.port
 
     def singles() -> None:
         for level, name, floor, against in (

@@ -16,8 +16,8 @@ from edgebroker.cli.bench import disk as limits
 from edgebroker.cli.bench import native_client
 from edgebroker.cli.bench.disk import CLOCK, percentile
 from edgebroker.client.consumer import Consumer
-from edgebroker.client.link import parse_server
 from edgebroker.client.producer import ACK_LEVELS, Producer
+from edgebroker.client.servers import Servers
 from edgebroker.common.errors import ConfigError, UnreachableError
 
 Measured = TypeVar("Measured")
@@ -163,9 +163,9 @@ def python_consume(server: str, topic: str, count: int) -> float:
 
 def _run_native(options: argparse.Namespace, measure: Callable[[bytes, int, bytes], Measured]) -> Measured:
     """Run `measure` with host, port and a client name for the C client; its errors become ours."""
-    host, port = parse_server(options.server)
+    server = Servers(options.server).current
     try:
-        return measure(host.encode(), port, f"bench-{secrets.token_hex(4)}".encode())
+        return measure(server.host.encode(), server.port, f"bench-{secrets.token_hex(4)}".encode())
     except OSError as error:
         raise UnreachableError(
             f"{options.server}: {error.strerror}; is the broker running, and does topic {options.topic} exist?"

@@ -14,6 +14,7 @@ from threading import Condition
 from edgebroker.client.consume.missing_topics import MissingTopics
 from edgebroker.client.consume.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.client.link import Link
+from edgebroker.client.servers import Servers
 from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError
 from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
 from edgebroker.common.runtime.clock import SystemClock
@@ -29,6 +30,8 @@ RETRY_SECONDS = 0.02
 # After a damaged delivery: the broker may have to repair it first.
 DAMAGED_SECONDS = 1.0
 LEAVE_SECONDS = 1.0
+# A broker may be so long behind a position before another one is tried.
+BEHIND_SECONDS = 30.0
 UNKNOWN_LOG_ID = b"\xff" * 16
 
 
@@ -37,7 +40,7 @@ class Subscriber:
 
     def __init__(
         self,
-        server: str,
+        servers: Servers,
         *,
         client_id: str,
         token: bytes,
@@ -59,7 +62,7 @@ class Subscriber:
         self.changed = Condition()
         self.durable_ends: dict[TopicPartition, int] = {}
         self.loop = Loop(SystemClock())
-        self.link = Link(self.loop, server, client_id, self, token=token)
+        self.link = Link(self.loop, servers, client_id, self, token=token)
         self.down_since: float | None = self.loop.clock_now()
         self.last_error: EdgeBrokerError | None = None
         self.closed = False
@@ -321,6 +324,8 @@ class Subscriber:
                         state.awaiting = 0
         elif answer.code.retryable:
             log.warning("cannot subscribe yet: %s: %s", answer.code.name, answer.message)
+            if answer.code is Code.BEHIND:
+                self._behind(answer)
         elif answer.code is Code.UNKNOWN_TOPIC and self._missing is not None:
             error = AnswerError(answer.code, answer.message)
             (self._missing.deleted if accepted else self._missing.refused)(topics, error)
@@ -369,6 +374,19 @@ class Subscriber:
                 ", ".join(f"{key.topic}/{key.partition}" for key in stuck[:10]),
                 count,
             )
+
+    def _behind(self, answer: Answer) -> None:
+        """The broker has not yet got what comes next in a partition. Another one may have it."""
+        waiting = [key for key, state in self.partitions.items() if state.held and state.expected == answer.offset]
+
+        def look() -> None:
+            for key in waiting:
+                state = self.partitions[key]
+                if state.held and state.expected == answer.offset:
+                    self.link.elsewhere(answer.message)
+                    return
+
+        self.loop.call_later(BEHIND_SECONDS, look)
 
     def _on_assigned(self, assigned: Assigned) -> None:
         for line in assigned.lines:
@@ -451,8 +469,10 @@ class Subscriber:
             self.changed.notify()
         log.info("connection lost: %s", reason)
 
-    def connect_failed(self, error: EdgeBrokerError) -> None:
+    def connect_failed(self, error: EdgeBrokerError, permanent: bool) -> None:
         self.last_error = error
+        if permanent:
+            self._put(error)
 
     def _put(self, item: Incoming) -> None:
         with self.changed:

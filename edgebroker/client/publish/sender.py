@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from edgebroker.client.link import Link
 from edgebroker.client.publish.accumulator import Accumulator, PendingBatch, TopicBatches
 from edgebroker.client.publish.lane import Lane
+from edgebroker.client.servers import Servers
 from edgebroker.common import codecs, records
 from edgebroker.common.errors import AnswerError, ArgumentError, Code, EdgeBrokerError, UnreachableError
 from edgebroker.common.runtime.clock import SystemClock
@@ -34,7 +35,7 @@ class Sender:
 
     def __init__(
         self,
-        server: str,
+        servers: Servers,
         *,
         client_id: str,
         token: bytes,
@@ -58,7 +59,7 @@ class Sender:
         self._level, self._codec = level, codec
         self._linger, self._timeout = linger_seconds, timeout
         self.loop = Loop(SystemClock())
-        self.link = Link(self.loop, server, client_id, self, token=token, connect_body=self._connect_body)
+        self.link = Link(self.loop, servers, client_id, self, token=token, connect_body=self._connect_body)
         self._producer_id, self._producer_epoch = -1, -1
         # A new producer epoch is needed: nothing new is sent before it is known what of the old one is stored.
         self._renewing = self._reconnecting = False
@@ -73,7 +74,9 @@ class Sender:
         # Topics whose partition count has to be looked up again, and those that have another one now.
         self._doubted: set[str] = set()
         self._moving: dict[str, int] = {}
+        # The last failure; one that waiting does not mend.
         self._last_error: EdgeBrokerError | None = None
+        self._refusal: EdgeBrokerError | None = None
         self.loop.call_soon_threadsafe(self.link.open)
         self.loop.call_later(1.0, self._expire)
 
@@ -114,10 +117,12 @@ class Sender:
 
         self.loop.call_soon_threadsafe(ask)
         try:
-            self._wait(lambda: name in self._metadata, self._timeout)
+            self._wait(lambda: name in self._metadata or self._refusal is not None, self._timeout)
         except TimeoutError:
             raise self._last_error or UnreachableError(f"no broker at {self.link.server} answered in time") from None
         self._check_open()
+        if self._refusal is not None:
+            raise self._refusal
         found = self._metadata.get(name)
         if found is None:  # another thread asks as well
             return self.open_topic(name)
@@ -253,7 +258,7 @@ class Sender:
     # The link's owner:
 
     def connected(self, grants: Grants) -> None:
-        self._last_error = None
+        self._last_error = self._refusal = None
         self.accumulator.limit_to(grants.max_record, grants.max_batch)
         epoch_before = (self._producer_id, self._producer_epoch)
         self._producer_id, self._producer_epoch = grants.producer_id, grants.producer_epoch
@@ -283,13 +288,14 @@ class Sender:
             self._renewing = self._renewing or lane.needs_epoch
         log.info("connection lost: %s", reason)
 
-    def connect_failed(self, error: EdgeBrokerError) -> None:
-        if self._last_error is None:
+    def connect_failed(self, error: EdgeBrokerError, permanent: bool) -> None:
+        if self._last_error is None and not permanent:
             log.warning("%s; retrying until the broker answers", error)
         self._last_error = error
-        if isinstance(error, AnswerError) and not error.code.retryable:
-            # The broker does not accept this producer: waiting does not help.
+        if permanent:
+            self._refusal = error
             self._fail_all(error)
+            self._notify()
 
     # Topics and their partition counts:
 

@@ -203,8 +203,8 @@ class World:
         self.sent: list[tuple[str, bytes | None, int, Sent]] = []
         with patch.object(module, "Loop", lambda clock: self.loop), patch.object(module, "Link", Link):
             self.sender = Sender(
-                "broker:1", client_id="p", token=b"", level=level, codec=0, linger_seconds=0.0, timeout=None,
-                batch_records=3, batch_bytes=MAX, max_unacked=1 << 20, max_unacked_bytes=1 << 30,
+                cast("Any", "broker:1"), client_id="p", token=b"", level=level, codec=0, linger_seconds=0.0,
+                timeout=None, batch_records=3, batch_bytes=MAX, max_unacked=1 << 20, max_unacked_bytes=1 << 30,
             )  # fmt: skip
         self.link = cast("Link", self.sender.link)
         self.link.broker, self.broker.link = self.broker, self.link
