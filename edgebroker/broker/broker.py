@@ -193,7 +193,6 @@ class Broker:
     def _close(self) -> bool:
         self.sessions.close()
         self._http.close()
-        self.listeners.socket_path.unlink(missing_ok=True)
         self.core.publishing.stop()
         self.exposition.stop()
         self.downstream.store()

@@ -35,6 +35,7 @@ class Listeners:
 
     def __init__(self, loop: Loop, metrics: Metrics, config: ListenConfig, socket_path: Path) -> None:
         self._loop, self._metrics, self._config, self.socket_path = loop, metrics, config, socket_path
+        self.has_socket = False
         self._listeners: list[Listener] = []
         self.tcp_address = self.http_address = ("", 0)
 
@@ -59,8 +60,15 @@ class Listeners:
         try:
             unix = listen_unix(self.socket_path)
         except OSError as error:
-            what = f"the admin socket {self.socket_path} cannot be created"
-            raise EdgeBrokerError(f"{what}: {error}; set listen.socket") from error
+            log.warning(
+                "the admin socket %s cannot be created: %s; going on without it, with http://%s:%d only; "
+                "set listen.socket to another path",
+                self.socket_path,
+                error.strerror or error,
+                *self.http_address,
+            )
+            return
+        self.has_socket = True
         self._listeners.append(Listener(self._loop, unix, http.accept, self._rested, kept=KEPT_FROM_SOCKET))
 
     def _listen_tcp(
@@ -80,6 +88,8 @@ class Listeners:
         """Accept nothing more."""
         for listener in self._listeners:
             listener.close()
+        if self.has_socket:
+            self.socket_path.unlink(missing_ok=True)
 
     def _rested(self) -> None:
         self._metrics.accept_rests += 1

@@ -7,6 +7,7 @@ of the parsed flags that returns the exit code.
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -61,19 +62,48 @@ def run(handler: Handler, options: argparse.Namespace) -> int:
     if hasattr(options, "server"):
         _print_warnings()
     try:
-        return handler(options)
+        code = handler(options)
+        sys.stdout.flush()
+        return code
     except EdgeBrokerError as error:
-        print(f"edgebroker: {error}", file=sys.stderr)
-        return error.exit_code
+        return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # an OSError as well
-        # The reader of our output has gone. That is not an error, but the flush at exit must not fail either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return OK
+        return OK  # the reader of our output has gone
     except OSError as error:
-        print(f"edgebroker: {system_error(error)}", file=sys.stderr)
-        return FAILED
+        return _fail(system_error(error), FAILED)
+    finally:
+        _end_output()
+
+
+def _fail(problem: str, code: int) -> int:
+    try:
+        print(f"edgebroker: {problem}", file=sys.stderr)
+    except OSError:
+        pass  # nobody can be told
+    return code
+
+
+def open_standard_streams() -> None:
+    """Standard input, output and error that are closed lead to the null device. Otherwise the next files and sockets
+    would take their places, and what is printed would be written into them."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+def _end_output() -> None:
+    """What cannot be written is given up: the flush at exit would end the process with a code of its own."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _print_warnings() -> None:
@@ -92,6 +122,8 @@ def _print_warnings() -> None:
 def system_error(error: OSError) -> str:
     """What the operating system refused, for people."""
     what = error.strerror or str(error)
+    if error.errno == errno.ENOSPC and not error.filename:
+        return f"{what}; what was printed is not complete"
     return f"{error.filename}: {what}" if error.filename else what
 
 

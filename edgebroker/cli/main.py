@@ -66,6 +66,7 @@ VERBS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
+    command.open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
     called = next((word for word in words if not word.startswith("-")), "")
     verb = next((verb for verb in VERBS if verb.name == called), None)

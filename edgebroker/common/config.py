@@ -187,6 +187,8 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 SECTIONS: dict[str, type[Struct]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
 ENV_PREFIX = "EDGEBROKER_"
+# What Kubernetes and Docker set for a service or container whose name begins with ours.
+_SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|NAME)\Z")
 
 
 def load_config(
@@ -240,15 +242,9 @@ def is_loopback(address: str) -> bool:
 
 def _merge_environment(tree: dict[str, Any], environment: Mapping[str, str], problems: list[str]) -> None:
     for variable, raw in environment.items():
-        if not variable.startswith(ENV_PREFIX):
-            continue
-        section, _, key = variable[len(ENV_PREFIX) :].lower().partition("_")
-        if section not in SECTIONS:
-            continue  # EDGEBROKER_ variables of clients and tools are not the node's
-        fields = {field.name: field for field in msgspec.structs.fields(SECTIONS[section])}
-        if key not in fields:
-            problems.append(f"{variable}: [{section}] has no key {key}{_hint(key, list(fields))}")
-            continue
+        section, key, fields = _variable(variable)
+        if key not in fields or not raw:
+            continue  # other programs have such variables as well, and an empty one is not set
         value: object = raw
         kind = _plain_type(fields[key].type)
         if kind is int:
@@ -265,6 +261,26 @@ def _merge_environment(tree: dict[str, Any], environment: Mapping[str, str], pro
         if not isinstance(tree.setdefault(section, {}), dict):
             continue
         tree[section][key] = value
+
+
+def _variable(name: str) -> tuple[str, str, dict[str, msgspec.structs.FieldInfo]]:
+    """Which section and key an environment variable is about, and the fields of that section; "" for one that is not
+    about the node."""
+    section, _, key = name.removeprefix(ENV_PREFIX).lower().partition("_")
+    if not name.startswith(ENV_PREFIX) or section not in SECTIONS:
+        return "", "", {}
+    return section, key, {field.name: field for field in msgspec.structs.fields(SECTIONS[section])}
+
+
+def warnings(environment: Mapping[str, str] | None = None) -> list[str]:
+    """Environment variables that look like settings of the node and are none."""
+    found = []
+    for variable in os.environ if environment is None else environment:
+        section, key, fields = _variable(variable)
+        if section and key not in fields and not _SERVICE_LINK.search(variable):
+            known = _hint(key, list(fields))
+            found.append(f"environment variable {variable} is ignored: [{section}] has no key {key}{known}")
+    return found
 
 
 def _follow_parent(tree: dict[str, Any]) -> None:

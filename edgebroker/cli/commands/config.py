@@ -11,7 +11,7 @@ import msgspec
 
 from edgebroker.cli.command import Parser, json_flag, subcommand, subcommands
 from edgebroker.cli.config_file import commented_file, to_toml
-from edgebroker.common.config import load_config
+from edgebroker.common.config import load_config, warnings
 from edgebroker.common.errors import ConfigError
 
 
@@ -28,17 +28,24 @@ def arguments(parser: Parser) -> None:
 
 def check(options: argparse.Namespace) -> int:
     load_config(Path(options.file))
+    _print_warnings()
     print(f"{options.file}: ok", file=sys.stderr)
     return 0
 
 
 def show(options: argparse.Namespace) -> int:
     config = load_config(Path(options.config) if options.config else None)
+    _print_warnings()
     if options.json:
         print(json.dumps(msgspec.to_builtins(config)))
     else:
         print(to_toml(config), end="")
     return 0
+
+
+def _print_warnings() -> None:
+    for warning in warnings():
+        print(f"edgebroker: {warning}", file=sys.stderr)
 
 
 def init(options: argparse.Namespace) -> int:

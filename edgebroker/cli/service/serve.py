@@ -13,7 +13,7 @@ from edgebroker.broker.broker import Broker
 from edgebroker.cli import environment
 from edgebroker.cli.service import journal
 from edgebroker.cli.service.supervisor import Systemd
-from edgebroker.common.config import Config, load_config
+from edgebroker.common.config import Config, load_config, warnings
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.runtime.clock import Clock, SystemClock
 from edgebroker.version import __version__
@@ -24,9 +24,15 @@ log = logging.getLogger("edgebroker")
 def serve(options: argparse.Namespace) -> int:
     config, clock = _load(options), SystemClock()
     journal.set_up(config.log.level, config.log.format, config.node.name, clock, environment.current())
+    for warning in warnings():
+        log.warning("%s", warning)
     systemd = Systemd(environment.current())
     broker = Broker(config, clock, systemd)
     broker.start()
+    # What starts a node may have blocked signals, or rotate logs with some that would end it.
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: broker.loop.call_soon_threadsafe(lambda: _stop(broker, systemd)))
     signal.signal(
@@ -61,7 +67,7 @@ def _announce(broker: Broker, ports_file: str | None) -> None:
     node, listeners = broker.config.node, broker.listeners
     (host, port), (http_host, http_port) = listeners.tcp_address, listeners.http_address
     log.info(
-        "edgebroker %s: node %s (%s), data in %s, listening on %s:%d, admin on http://%s:%d and unix:%s",
+        "edgebroker %s: node %s (%s), data in %s, listening on %s:%d, admin on http://%s:%d%s",
         __version__,
         node.name,
         node.level,
@@ -70,7 +76,7 @@ def _announce(broker: Broker, ports_file: str | None) -> None:
         port,
         http_host,
         http_port,
-        listeners.socket_path,
+        f" and unix:{listeners.socket_path}" if listeners.has_socket else "",
     )
     if ports_file:
         addresses = {"tcp": f"{host}:{port}", "http": f"{http_host}:{http_port}"}
