@@ -45,7 +45,8 @@ typedef struct {
     uint32_t crc;
     int16_t producer_epoch;
     uint16_t attributes;
-    size_t size; /* whole batch in bytes: length + 12 */
+    int corrected; /* maximum timestamp and CRC are not the ones in the bytes: eb_correct() */
+    size_t size;   /* whole batch in bytes: length + 12 */
 } eb_batch;
 
 static inline void eb_read_header(const uint8_t *p, eb_batch *batch)
@@ -54,6 +55,7 @@ static inline void eb_read_header(const uint8_t *p, eb_batch *batch)
     batch->length = (int32_t)eb_get32(p + EB_BATCH_LENGTH);
     batch->epoch = (int32_t)eb_get32(p + EB_BATCH_EPOCH);
     batch->crc = eb_get32(p + EB_BATCH_CRC);
+    batch->corrected = 0;
     batch->attributes = eb_get16(p + EB_BATCH_ATTRIBUTES);
     batch->last_delta = (int32_t)eb_get32(p + EB_BATCH_LAST_DELTA);
     batch->base_timestamp = (int64_t)eb_get64(p + EB_BATCH_BASE_TIMESTAMP);
@@ -249,11 +251,12 @@ static inline int eb_read_record(const uint8_t *p, const uint8_t *end, eb_record
     return EB_OK;
 }
 
-/* Walk the (uncompressed) records of a client's batch: count, dense offset deltas, sizes, maximum timestamp. */
-static inline int eb_check_records(const uint8_t *p, size_t n, const eb_batch *batch, size_t max_record)
+/* Walk the (uncompressed) records of a client's batch: count, dense offset deltas, sizes. *latest: the maximum timestamp. */
+static inline int eb_check_records(const uint8_t *p, size_t n, const eb_batch *batch, size_t max_record,
+                                   int64_t *latest)
 {
     const uint8_t *end = p + n;
-    int64_t latest = INT64_MIN;
+    *latest = INT64_MIN;
     for (int32_t i = 0; i < batch->count; i++) {
         eb_record record;
         int64_t timestamp;
@@ -266,13 +269,34 @@ static inline int eb_check_records(const uint8_t *p, size_t n, const eb_batch *b
             return EB_TOO_LARGE;
         if (__builtin_add_overflow(batch->base_timestamp, record.timestamp_delta, &timestamp))
             return EB_BAD_TIMESTAMP;
-        if (timestamp > latest)
-            latest = timestamp;
+        if (timestamp > *latest)
+            *latest = timestamp;
         p = record.end;
     }
-    if (p != end)
-        return EB_BAD_RECORD;
-    return latest == batch->max_timestamp ? EB_OK : EB_BAD_TIMESTAMP;
+    return p == end ? EB_OK : EB_BAD_RECORD;
+}
+
+/* Some clients write another maximum timestamp than the latest record's. As Kafka's broker does, this one sets it right:
+ * the fields of *batch, whose bytes at p stay as they are. */
+static inline void eb_correct(const uint8_t *p, eb_batch *batch, int64_t latest)
+{
+    uint8_t right[8];
+    size_t after = EB_BATCH_MAX_TIMESTAMP + sizeof right;
+    if (latest == batch->max_timestamp)
+        return;
+    eb_put64(right, (uint64_t)latest);
+    uint32_t crc = eb_crc32c(0, p + EB_BATCH_ATTRIBUTES, EB_BATCH_MAX_TIMESTAMP - EB_BATCH_ATTRIBUTES);
+    crc = eb_crc32c(crc, right, sizeof right);
+    batch->crc = eb_crc32c(crc, p + after, batch->size - after);
+    batch->max_timestamp = latest;
+    batch->corrected = 1;
+}
+
+/* Write what eb_correct() found into the batch at p. */
+static inline void eb_write_correction(uint8_t *p, const eb_batch *batch)
+{
+    eb_put64(p + EB_BATCH_MAX_TIMESTAMP, (uint64_t)batch->max_timestamp);
+    eb_put32(p + EB_BATCH_CRC, batch->crc);
 }
 
 /* A client's batch at p: everything but the records of a compressed one. Fills *batch when the outer shape holds. */
@@ -292,14 +316,18 @@ static inline int eb_check_client_batch(const uint8_t *p, size_t n, size_t max_b
     /* The smallest record takes seven bytes: this bounds the count before anything is sized by it. */
     if (codec == EB_CODEC_NONE && (size_t)batch->count > (batch->size - EB_BATCH_HEADER) / 7)
         return EB_BAD_COUNT;
-    int anonymous = batch->producer_id == -1 && batch->producer_epoch == -1 && batch->base_sequence == -1;
-    if (!anonymous && (batch->producer_id < 0 || batch->producer_epoch < 0 || batch->base_sequence < 0))
+    /* Without a producer id, what epoch and sequence say means nothing (aiokafka and KafkaJS leave zeroes there). */
+    if (batch->producer_id >= 0 && (batch->producer_epoch < 0 || batch->base_sequence < 0))
         return EB_BAD_PRODUCER;
     if (!eb_crc_matches(p, batch))
         return EB_BAD_CRC;
-    if (codec == EB_CODEC_NONE)
-        return eb_check_records(p + EB_BATCH_HEADER, batch->size - EB_BATCH_HEADER, batch, max_record);
-    return EB_OK;
+    if (codec == EB_CODEC_NONE) {
+        int64_t latest;
+        reason = eb_check_records(p + EB_BATCH_HEADER, batch->size - EB_BATCH_HEADER, batch, max_record, &latest);
+        if (reason == EB_OK)
+            eb_correct(p, batch, latest);
+    }
+    return reason;
 }
 
 /* A stored batch at p: shape, offset continuity, epoch order, CRC. expected < 0 accepts any base offset. */

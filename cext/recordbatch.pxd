@@ -26,6 +26,7 @@ cdef extern from "recordbatch.h" nogil:
         uint32_t crc
         int16_t producer_epoch
         uint16_t attributes
+        int corrected
         size_t size
     ctypedef struct eb_record:
         const uint8_t *key
@@ -47,7 +48,9 @@ cdef extern from "recordbatch.h" nogil:
     uint32_t eb_chain(uint32_t chain, const uint8_t *p)
     size_t eb_varint(const uint8_t *p, const uint8_t *end, int32_t *value)
     int eb_read_record(const uint8_t *p, const uint8_t *end, eb_record *record)
-    int eb_check_records(const uint8_t *p, size_t n, const eb_batch *batch, size_t max_record)
+    int eb_check_records(const uint8_t *p, size_t n, const eb_batch *batch, size_t max_record, int64_t *latest)
+    void eb_correct(const uint8_t *p, eb_batch *batch, int64_t latest)
+    void eb_write_correction(uint8_t *p, const eb_batch *batch)
     int eb_check_client_batch(const uint8_t *p, size_t n, size_t max_batch, size_t max_record, eb_batch *batch)
     int eb_check_stored_batch(const uint8_t *p, size_t n, size_t max_batch, int64_t expected, int32_t min_epoch,
                               int verify, eb_batch *batch)

@@ -1,6 +1,6 @@
 """Records to batch bytes and back, one call per batch (format: cext/recordbatch.h)."""
 cimport cython
-from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from cpython.mem cimport PyMem_Free, PyMem_Malloc, PyMem_Realloc
 from libc.stdint cimport INT64_MAX, INT64_MIN, int16_t, int32_t, int64_t, uint8_t, uint16_t, uint32_t
@@ -158,11 +158,12 @@ def chain(data, uint32_t value):
 
 
 def check_inflated(batch_bytes, plain, size_t max_record):
-    """Check the inflated records of a compressed client batch. Returns a reason."""
+    """Check the inflated records of a compressed client batch, and set its maximum timestamp right. Returns a reason."""
     cdef Py_buffer outer, inner
     cdef eb_batch batch
+    cdef int64_t latest
     cdef int reason
-    PyObject_GetBuffer(batch_bytes, &outer, PyBUF_SIMPLE)
+    PyObject_GetBuffer(batch_bytes, &outer, PyBUF_WRITABLE)
     try:
         reason = eb_frame_batch(<const uint8_t *>outer.buf, <size_t>outer.len, 1 << 31, &batch)
         if reason:
@@ -170,7 +171,11 @@ def check_inflated(batch_bytes, plain, size_t max_record):
         PyObject_GetBuffer(plain, &inner, PyBUF_SIMPLE)
         try:
             with nogil:
-                reason = eb_check_records(<const uint8_t *>inner.buf, <size_t>inner.len, &batch, max_record)
+                reason = eb_check_records(<const uint8_t *>inner.buf, <size_t>inner.len, &batch, max_record, &latest)
+                if reason == EB_OK:
+                    eb_correct(<const uint8_t *>outer.buf, &batch, latest)
+                    if batch.corrected:
+                        eb_write_correction(<uint8_t *>outer.buf, &batch)
         finally:
             PyBuffer_Release(&inner)
     finally:

@@ -232,13 +232,15 @@ cdef class Stage:
         self.capacity = capacity
         return 0
 
-    cdef int place(self, const uint8_t *p, size_t size, int32_t count) except -1:
-        self.reserve(size)
-        memcpy(self.buffer + self.pending_bytes, p, size)
+    cdef int place(self, const uint8_t *p, const eb_batch *batch) except -1:
+        self.reserve(batch.size)
+        memcpy(self.buffer + self.pending_bytes, p, batch.size)
+        if batch.corrected:
+            eb_write_correction(self.buffer + self.pending_bytes, batch)
         eb_put64(self.buffer + self.pending_bytes, <uint64_t>self.next_offset)
         eb_put32(self.buffer + self.pending_bytes + EB_BATCH_EPOCH, <uint32_t>self.epoch)
-        self.pending_bytes += size
-        self.next_offset += count
+        self.pending_bytes += batch.size
+        self.next_offset += batch.count
         return 0
 
     cdef Window window_of(self, int64_t producer_id):
@@ -304,6 +306,7 @@ cdef class Stage:
         cdef dict undo
         cdef const uint8_t *base
         cdef int reason, code
+        cdef bint corrected
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             base = <const uint8_t *>view.buf
@@ -313,11 +316,13 @@ cdef class Stage:
                     raise ValueError("a span lies outside of the buffer")
                 reason = EB_TRUNCATED if position == end else EB_OK
                 batches = 0
+                corrected = False
                 while position < end and reason == EB_OK:
                     reason = eb_check_client_batch(base + position, end - position, self.max_batch, self.max_record,
                                                    &batch)
                     if reason == EB_OK and batch.attributes & EB_CODEC_MASK and not inflated:
                         return answers[:i * sizeof(Placed)], i, wait, records
+                    corrected = corrected or batch.corrected
                     position += batch.size
                     batches += 1
                 placed[i].offset = -1
@@ -331,7 +336,10 @@ cdef class Stage:
                 before, bytes_before, frame_wait = self.next_offset, self.pending_bytes, 0
                 undo = {} if batches > 1 else None
                 while position < end:
-                    eb_frame_batch(base + position, end - position, self.max_batch, &batch)
+                    if corrected:
+                        eb_check_client_batch(base + position, end - position, self.max_batch, self.max_record, &batch)
+                    else:
+                        eb_frame_batch(base + position, end - position, self.max_batch, &batch)
                     duplicate_of = -1
                     if batch.producer_id >= 0:
                         code = self.admit(&batch, now, &duplicate_of)
@@ -353,7 +361,7 @@ cdef class Stage:
                         frame_wait = max(frame_wait, duplicate_of + batch.count)
                     else:
                         offset = self.next_offset
-                        self.place(base + position, batch.size, batch.count)
+                        self.place(base + position, &batch)
                         if batch.producer_id >= 0:
                             if undo is not None and batch.producer_id not in undo:
                                 window = self.window_of(batch.producer_id)

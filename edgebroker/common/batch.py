@@ -60,9 +60,9 @@ EXPLANATION = {
     Reason.BAD_ATTRIBUTES: "attributes other than a codec are not allowed from a client",
     Reason.BAD_CODEC: "the codec is not supported; use none, gzip, lz4 or zstd",
     Reason.BAD_COUNT: "the record count and the last offset delta do not fit each other or the size",
-    Reason.BAD_PRODUCER: "producer id, epoch and sequence are all -1 or all at least 0",
+    Reason.BAD_PRODUCER: "a batch with a producer id needs an epoch and a sequence",
     Reason.BAD_RECORD: "a record's lengths, offset delta or header do not fit",
-    Reason.BAD_TIMESTAMP: "the maximum timestamp is not the latest record's",
+    Reason.BAD_TIMESTAMP: "a record's timestamp is too large",
     Reason.TOO_LARGE: "a record or the batch is larger than this broker allows",
     Reason.ZEROES: "zero bytes where a batch should begin",
 }

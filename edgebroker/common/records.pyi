@@ -51,8 +51,9 @@ def header(data: Buffer, position: int = 0) -> tuple[int, tuple[int, ...] | None
 def chain(data: Buffer, value: int) -> int:
     """The chain checksum behind whole, checked batches that follow a place where it is `value`."""
 
-def check_inflated(batch_bytes: Buffer, plain: Buffer, max_record: int) -> int:
-    """Check the inflated records of a compressed client batch; the reason, 0 when they are good."""
+def check_inflated(batch_bytes: bytearray | memoryview, plain: Buffer, max_record: int) -> int:
+    """Check the inflated records of a compressed client batch, and set its maximum timestamp right; the reason, 0 when
+    they are good."""
 
 def murmur2(key: Buffer) -> int:
     """Kafka's murmur2 of a key, as an unsigned 32-bit number."""

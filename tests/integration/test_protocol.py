@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from edgebroker.broker.sessions import native
-from edgebroker.common import codecs
+from edgebroker.common import batch, codecs
 from edgebroker.common.batch import Reason
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
@@ -51,7 +51,7 @@ BAD: dict[Reason, bytes] = {
     Reason.BAD_COUNT: resealed(GOOD, 57, ">i", 4),
     Reason.BAD_PRODUCER: resealed(GOOD, 43, ">q", 5),
     Reason.BAD_RECORD: resealed(GOOD, 61, ">B", 126),
-    Reason.BAD_TIMESTAMP: resealed(GOOD, 35, ">q", 999_999),
+    Reason.BAD_TIMESTAMP: resealed(batch.encode([(None, b"a", 0), (None, b"b", 5)]), 27, ">q", (1 << 63) - 1),
     Reason.TOO_LARGE: batch_of(b"x" * (1 << 20)),
     Reason.ZEROES: bytes(100),
 }

@@ -175,8 +175,6 @@ def check_records(body: bytes, header: Header, max_record: int) -> None:
         position += record.size
     if position != len(body):
         raise Bad(Reason.BAD_RECORD)
-    if max(times) != header.max_timestamp:
-        raise Bad(Reason.BAD_TIMESTAMP)
 
 
 def check_client_batch(data: bytes, max_batch: int, max_record: int) -> Header:
@@ -190,8 +188,7 @@ def check_client_batch(data: bytes, max_batch: int, max_record: int) -> Header:
         raise Bad(Reason.BAD_COUNT)
     if codec == 0 and header.count * 7 > header.size - 61:
         raise Bad(Reason.BAD_COUNT)
-    producer = (header.producer_id, header.producer_epoch, header.base_sequence)
-    if producer != (-1, -1, -1) and min(producer) < 0:
+    if header.producer_id >= 0 and min(header.producer_epoch, header.base_sequence) < 0:
         raise Bad(Reason.BAD_PRODUCER)
     if crc32c(data[21 : header.size]) != header.crc:
         raise Bad(Reason.BAD_CRC)

@@ -151,7 +151,7 @@ class Publishing:
         if handled:
             self._await(publisher, log, run._replace(spans=handled), appended.answers, appended.wait, level)
         if rest:
-            self._inflate(publisher, run._replace(data=memoryview(bytes(run.data)), spans=rest))
+            self._inflate(publisher, run._replace(data=memoryview(bytearray(run.data)), spans=rest))
 
     def _inflate(self, publisher: Publisher, run: PublishRun) -> None:
         """Check the compressed batches of a run on the checker thread, then append it."""
@@ -367,7 +367,7 @@ class Publishing:
                 publisher, run, Outcome.NOT_FOUND, problem or f"{run.topic} has no partition {run.partition}"
             )
             return
-        copy = run._replace(data=memoryview(bytes(run.data)))
+        copy = run._replace(data=memoryview(bytearray(run.data)))
         publisher.hold()
 
         def created(outcome: Outcome, message: str) -> None:
