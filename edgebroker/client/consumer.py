@@ -6,6 +6,7 @@ The broker pushes; one I/O thread (subscriber.py) receives what it pushes, the c
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -148,6 +149,8 @@ class Consumer:
         self._handed_out = HandedOut(auto_ack, self._lease_of, self._acknowledge, self._subscriber.loop.clock_now)
         self._loader = RefreshLoader(self._subscriber, staging)
         self._thread = start_thread("edgebroker-consumer", self._subscriber.loop.run)
+        # One that is dropped without close() leaves its group.
+        weakref.finalize(self, self._subscriber.close).atexit = False
 
     # ---- receiving ----
 
@@ -543,7 +546,9 @@ class Consumer:
                         return None
                     waits.append(deadline - now)
                 subscriber.changed.wait(min(waits) if waits else None)
-            return None
+        if subscriber.orphaned:
+            raise ValueError("the consumer was made before the process forked; make another one in this process")
+        return None
 
     @staticmethod
     def _hand_out(item: ReceivedDelivery, state: PartitionState) -> None:

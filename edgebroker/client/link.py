@@ -169,6 +169,13 @@ class Link:
         if self._transport is not None:
             self._transport.close("closed by the client")
 
+    def forked(self) -> None:
+        """This is a child of the process that made it."""
+        self._closed = True
+        if self._transport is not None:
+            self._transport.forked()
+        self._loop.close()
+
     # ---- the transport's owner ----
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:

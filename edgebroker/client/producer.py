@@ -57,6 +57,8 @@ class Producer:
     Durability:
         A record is stored when its future is done without an error. Batches that are sent again after a lost connection
         are not stored twice.
+        A process that ends without close() waits up to 10 seconds for acknowledgements, and logs how many are missing.
+        After a fork, only the process that made the producer can use it.
     """
 
     def __init__(

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from threading import Condition
 
+from edgebroker.client import lifetime
 from edgebroker.client.consume.missing_topics import MissingTopics
 from edgebroker.client.consume.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
 from edgebroker.client.link import Link
@@ -66,6 +67,8 @@ class Subscriber:
         self.down_since: float | None = self.loop.clock_now()
         self.last_error: EdgeBrokerError | None = None
         self.closed = False
+        # It belongs to the process that this one was forked from.
+        self.orphaned = False
         # Topics that were subscribed to; the subscriptions that this connection accepted; topics that are not there.
         self._joined: set[str] = set()
         self._accepted: set[int] = set()
@@ -75,6 +78,7 @@ class Subscriber:
         self._waiting: set[TopicPartition] = set()
         self._asked: dict[int, PartitionState] = {}
         self._paused_timer: TimerHandle | None = None
+        lifetime.begin(self)
         self.loop.call_soon_threadsafe(self.link.open)
 
     # ---- the caller's side ----
@@ -205,10 +209,14 @@ class Subscriber:
         self.loop.call_soon_threadsafe(send)
 
     def close(self) -> None:
-        """Leave the group and end the I/O thread; what was acknowledged before is sent first."""
+        """Leave the group and end the I/O thread; what was acknowledged before is sent first. A second call does
+        nothing."""
+        if self.closed:
+            return
         with self.changed:
             self.closed = True
             self.changed.notify_all()
+        lifetime.end(self)
 
         def end() -> None:
             self.link.close()
@@ -223,6 +231,14 @@ class Subscriber:
                 end()
 
         self.loop.call_soon_threadsafe(leave)
+
+    def forked(self) -> None:
+        self.closed = self.orphaned = True
+        self.changed = Condition()
+        self.link.forked()
+
+    def ended(self) -> None:
+        """What is not acknowledged is delivered again; the end of the connection leaves the group."""
 
     def _post(self, data: bytes) -> None:
         def send() -> None:

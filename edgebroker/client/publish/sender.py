@@ -10,6 +10,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterable
 
+from edgebroker.client import lifetime
 from edgebroker.client.link import Link
 from edgebroker.client.publish.accumulator import Accumulator, PendingBatch, TopicBatches
 from edgebroker.client.publish.lane import Lane
@@ -26,6 +27,8 @@ from edgebroker.network.wire.frames import Answer, Connect, Grants
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.1
+# How long a process that ends waits for acknowledgements.
+EXIT_SECONDS = 10.0
 # What a record may have until the broker has said what it allows.
 FIRST_MAX_RECORD = 1 << 20
 
@@ -77,6 +80,8 @@ class Sender:
         # The last failure; one that waiting does not mend.
         self._last_error: EdgeBrokerError | None = None
         self._refusal: EdgeBrokerError | None = None
+        self._why_closed = "the producer is closed"
+        lifetime.begin(self)
         self.loop.call_soon_threadsafe(self.link.open)
         self.loop.call_later(1.0, self._expire)
 
@@ -84,12 +89,15 @@ class Sender:
 
     def flush(self, timeout: float | None) -> None:
         """Send open batches now and wait until none is unacknowledged. Raises TimeoutError."""
+        if self.accumulator.unacked:
+            self._check_open()
         self.loop.call_soon_threadsafe(lambda: self._pump(everything=True))
         self._wait(lambda: self.accumulator.unacked == 0, timeout)
 
     def close(self) -> None:
         """Fail what is not acknowledged yet, and end the loop."""
         self.accumulator.closed = True
+        lifetime.end(self)
 
         def end() -> None:
             self._fail_all(_closed_error())
@@ -102,6 +110,18 @@ class Sender:
         """The I/O thread has ended: wake up what still waits for it."""
         self.loop.close()
         self._notify()
+
+    def forked(self) -> None:
+        self._why_closed = "the producer was made before the process forked; make another one in this process"
+        self.accumulator.closed = True
+        self._changed = threading.Condition()
+        self.link.forked()
+
+    def ended(self) -> None:
+        try:
+            self.flush(EXIT_SECONDS)
+        except TimeoutError:
+            log.error("%d records were not acknowledged when the process ended", self.accumulator.unacked)
 
     # The accumulator's owner:
 
@@ -179,7 +199,7 @@ class Sender:
 
     def _check_open(self) -> None:
         if self.accumulator.closed:
-            raise ValueError("the producer is closed")
+            raise ValueError(self._why_closed)
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None) -> None:
         with self._changed:

@@ -270,6 +270,12 @@ class Transport:
         owner, self._owner = self._owner, NO_OWNER  # they refer to each other: the collector would find them late
         owner.on_closed(reason)
 
+    def forked(self) -> None:
+        """This is a child of the process that opened it: let go of the descriptor, and of nothing else. The selector,
+        which is the parent's too, is not asked to forget it."""
+        self.closed = True
+        self._channel.close()
+
     def close_when_drained(self, reason: str) -> None:
         """Send what is queued, then close; nothing more is read."""
         self.closing = reason
