@@ -148,7 +148,7 @@ class Consumer:
         )
         self._handed_out = HandedOut(auto_ack, self._lease_of, self._acknowledge, self._subscriber.loop.clock_now)
         self._loader = RefreshLoader(self._subscriber, staging)
-        self._thread = start_thread("edgebroker-consumer", self._subscriber.loop.run)
+        self._thread = start_thread("edgebroker-consumer", self._subscriber.run)
         # One that is dropped without close() leaves its group.
         weakref.finalize(self, self._subscriber.close).atexit = False
 
@@ -506,7 +506,6 @@ class Consumer:
         self._subscriber.close()
         if threading.current_thread() is not self._thread:
             self._thread.join(5.0)
-            self._subscriber.loop.close()
         self._write_positions()
 
     def __enter__(self) -> Consumer:

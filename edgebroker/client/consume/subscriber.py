@@ -248,6 +248,11 @@ class Subscriber:
 
     # ---- the I/O thread: sending ----
 
+    def run(self) -> None:
+        """The I/O thread, until close()."""
+        self.loop.run()
+        self.loop.close()
+
     def _acknowledge(self, key: TopicPartition, state: PartitionState) -> None:
         if state.lease:
             ack = ConsumerAck(AckKind.CUMULATIVE, *key, state.generation, state.lease, state.acked)
