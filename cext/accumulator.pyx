@@ -252,8 +252,8 @@ cdef class Accumulator:
     """What happens in the caller's thread for each record.
 
     The owner provides open_topic(name) -> TopicBatches, batch_full(), batch_begun(), wait_for_room(), which raises
-    when `closed`, invalid(message) -> an exception, encode_headers(), and what Sent needs: wait_for() and
-    run_callbacks(). It calls acknowledged() for each batch that take() gave it.
+    when `closed`, invalid(message) and too_large(message) -> an exception, encode_headers(), and what Sent needs:
+    wait_for() and run_callbacks(). It calls acknowledged() for each batch that take() gave it.
     """
     cdef readonly object owner
     cdef dict topics
@@ -280,7 +280,7 @@ cdef class Accumulator:
             topic = self.topics.setdefault(name, self.owner.open_topic(name))
         return <TopicBatches>topic
 
-    def send(self, str topic not None, bytes value, bytes key=None, *, headers=None, int32_t partition=-1,
+    def send(self, str topic not None, bytes value, bytes key=None, *, headers=None, int64_t partition=-1,
              int64_t timestamp=-1):
         """Producer.send(), which documents it."""
         cdef PendingBatch batch
@@ -289,7 +289,7 @@ cdef class Accumulator:
         cdef size_t size = 32
         cdef TopicBatches found
         cdef Sent sent
-        cdef bint chosen = partition >= 0
+        cdef bint chosen = partition != -1
         if self.closed or self.unacked >= self.max_unacked or self.unacked_bytes >= self.max_unacked_bytes:
             self.owner.wait_for_room()
         if value is not None:
@@ -300,7 +300,9 @@ cdef class Accumulator:
             header_count, raw = self.owner.encode_headers(headers)
             size += <size_t>PyBytes_GET_SIZE(raw)
         if size > self.max_record:
-            raise self.owner.invalid(f"a record of {size} bytes is too large: the broker allows {self.max_record}")
+            raise self.owner.too_large(f"a record of {size} bytes is too large: the broker allows {self.max_record}")
+        if timestamp < -1:
+            raise self.owner.invalid(f"a timestamp is milliseconds since 1970, from 0 on, not {timestamp}")
         while True:
             # What calls into Python may let the I/O thread exchange the topic meanwhile: look again after it.
             found = self.topic_of(topic)
@@ -309,9 +311,9 @@ cdef class Accumulator:
                                                   <size_t>PyBytes_GET_SIZE(key)) & 0x7FFFFFFF) % found.partitions)
             elif not chosen:
                 partition = found.sticky
-            elif partition >= found.partitions:
-                raise self.owner.invalid(f"topic {topic} has {found.partitions} partitions and {partition} is not one "
-                                         f"of them; use 0 to {found.partitions - 1}")
+            elif not 0 <= partition < found.partitions:
+                raise self.owner.invalid(f"topic {topic} has no partition {partition}; it has {found.partitions}, "
+                                         "numbered from 0")
             batch = <PendingBatch>found.open[partition]
             if batch is None:
                 batch = PendingBatch.__new__(PendingBatch, self.owner, topic, partition, chosen, self.batch_bytes)
@@ -340,7 +342,7 @@ cdef class Accumulator:
             self.owner.batch_begun()
         return sent
 
-    def send_many(self, str topic not None, values, bytes key=None, *, int32_t partition=-1):
+    def send_many(self, str topic not None, values, bytes key=None, *, int64_t partition=-1):
         """Producer.send_many(), which documents it."""
         cdef object sent = None
         for value in values:

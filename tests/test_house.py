@@ -33,7 +33,7 @@ LINES = {
         "types", "files", "copies", "quarantine", "directory", "checksummed", "identity", "log", "metadata", "commit",
         "opening", "settings", "engine", "upkeep", "rewrite", "memory", "store",
     ],
-    "client": ["lifetime", "servers", "link", "refresh", "consume", "publish", "consumer", "producer"],
+    "client": ["arguments", "lifetime", "servers", "link", "refresh", "consume", "publish", "consumer", "producer"],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",
         "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",

@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgebroker.cli import environment
@@ -73,8 +74,17 @@ def run(handler: Handler, options: argparse.Namespace) -> int:
         return OK  # the reader of our output has gone
     except OSError as error:
         return _fail(system_error(error), FAILED)
+    except Exception as error:  # ours to mend; people get a line that says where
+        return _fail(f"this is a defect, please report it: {error!r} {_place(error)}", FAILED)
     finally:
         _end_output()
+
+
+def _place(error: BaseException) -> str:
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        place, trace = f"({Path(trace.tb_frame.f_code.co_filename).name}:{trace.tb_lineno})", trace.tb_next
+    return place
 
 
 def _fail(problem: str, code: int) -> int:
@@ -85,16 +95,19 @@ def _fail(problem: str, code: int) -> int:
     return code
 
 
-def open_standard_streams() -> None:
+def open_standard_streams() -> set[str]:
     """Standard input, output and error that are closed lead to the null device. Otherwise the next files and sockets
-    would take their places, and what is printed would be written into them."""
+    would take their places, and what is printed would be written into them. Which they are."""
+    closed = set()
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
         if getattr(sys, name) is None:
+            closed.add(name)
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
+    return closed
 
 
 def _end_output() -> None:

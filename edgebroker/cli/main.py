@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from edgebroker.cli import command
 from edgebroker.cli.command import Parser
+from edgebroker.common.names import printable
 from edgebroker.version import __version__
 
 
@@ -66,8 +67,12 @@ VERBS = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    command.open_standard_streams()
+    closed = command.open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    for word in words:
+        if not word.isascii() and word.encode(errors="replace").decode() != word:
+            print(f"edgebroker: {printable(word)!r} is not UTF-8; call it in a UTF-8 locale", file=sys.stderr)
+            return command.USAGE
     called = next((word for word in words if not word.startswith("-")), "")
     verb = next((verb for verb in VERBS if verb.name == called), None)
     if called and verb is None:
@@ -82,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(options, "run"):
         options.parser.print_help(sys.stderr)
         return usage_exit
+    options.closed_streams = closed
     return command.run(options.run, options)
 
 

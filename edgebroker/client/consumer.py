@@ -12,6 +12,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
+from edgebroker.client.arguments import (
+    MOST_PARTITION,
+    MOST_WINDOW,
+    StartFrom,
+    check_identity,
+    check_time,
+    check_topics,
+    check_whole,
+    parse_from,
+)
 from edgebroker.client.consume import decoding
 from edgebroker.client.consume.handed_out import HandedOut, key_of
 from edgebroker.client.consume.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
@@ -26,25 +36,10 @@ from edgebroker.common.messages import NO_LOG_ID, Holding, Wanted
 from edgebroker.common.names import check_group_name
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.threads import start_thread
-from edgebroker.common.types import Position, Start, TopicPartition
+from edgebroker.common.types import Position, TopicPartition
 from edgebroker.network.wire.frames import Gap, Reset
 
-StartFrom = int | str
-_NAMED = {"committed": Start.COMMITTED, "earliest": Start.EARLIEST, "latest": Start.LATEST}
 POSITIONS_SECONDS = 1.0
-
-
-def parse_from(value: StartFrom) -> tuple[Start, int]:
-    """earliest, latest, committed, an offset, or @TIME in milliseconds since 1970. Raises ArgumentError."""
-    if isinstance(value, int):
-        return Start.OFFSET, value
-    if value in _NAMED:
-        return _NAMED[value], 0
-    if value.startswith("@") and value[1:].lstrip("-").isdigit():
-        return Start.TIME, int(value[1:])
-    if value.isdigit():
-        return Start.OFFSET, int(value)
-    raise ArgumentError(f"{value!r}: use earliest, latest, committed, an offset, or @TIME in ms since 1970")
 
 
 class Consumer:
@@ -119,14 +114,15 @@ class Consumer:
         client_id: str = "",
         token: bytes = b"",
     ) -> None:
-        if isinstance(topics, str):
-            raise TypeError("topics is a sequence of names, not one name")
-        if not topics:
-            raise ArgumentError("topics is empty; name at least one topic to consume")
+        topics = check_topics(topics)
         if problem := check_group_name(group):
             raise ArgumentError(problem)
         if missing_topic not in ("wait", "raise"):
             raise ArgumentError(f"missing_topic={missing_topic!r}: use wait or raise")
+        check_identity(client_id, token)
+        check_whole("window_records", window_records, 0, MOST_WINDOW)
+        check_whole("window_bytes", window_bytes, 0, MOST_WINDOW)
+        check_time("timeout", timeout)
         begin = parse_from(start)
         self._group, self._timeout = group, timeout
         self._on_gap, self._on_assigned, self._on_revoked = on_gap, on_assigned, on_revoked
@@ -402,6 +398,7 @@ class Consumer:
             The thread of the consumer.
         """
         kind, value = parse_from(start)
+        check_whole("partition", partition, 0, MOST_PARTITION)
         self._subscriber.seek(Wanted(topic, partition, kind, NO_LOG_ID, -1, value))
         self._take_back(TopicPartition(topic, partition))
 
@@ -595,4 +592,4 @@ class Consumer:
         self._handed_out.take_back(key)
 
 
-__all__ = ["Consumer", "parse_from"]
+__all__ = ["Consumer"]

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 from types import TracebackType
 
+from edgebroker.client.arguments import MOST_OFFSET, check_identity, check_time, check_whole
 from edgebroker.client.link import default_client_id
 from edgebroker.client.publish.accumulator import Sent
 from edgebroker.client.publish.sender import Sender
@@ -80,6 +81,13 @@ class Producer:
             raise ArgumentError(f"ack {ack!r} is unknown; use one of {', '.join(ACK_LEVELS)}")
         if compression not in codecs.CODEC_BITS:
             raise ArgumentError(f"compression {compression!r} is unknown; use one of {', '.join(codecs.CODEC_BITS)}")
+        check_identity(client_id, token)
+        check_whole("batch_records", batch_records, 1, 1_000_000)
+        check_whole("batch_bytes", batch_bytes, 1, 1 << 30)
+        check_whole("max_unacked", max_unacked, 1, MOST_OFFSET)
+        check_whole("max_unacked_bytes", max_unacked_bytes, 1, MOST_OFFSET)
+        check_time("linger_ms", linger_ms, "milliseconds")
+        check_time("timeout", timeout)
         self._sender = Sender(
             Servers(server),
             client_id=client_id or default_client_id("producer"),

@@ -74,6 +74,10 @@ class ArgumentError(ConfigError, ValueError):
     """
 
 
+class RecordTooLargeError(ArgumentError):
+    """A record is larger than the broker allows."""
+
+
 class UnreachableError(EdgeBrokerError):
     """No broker answered in time: at connecting, to a request, or with the acknowledgement of a record.
 

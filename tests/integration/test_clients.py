@@ -144,7 +144,7 @@ def test_keys_choose_partitions(broker: RunningBroker, topic: str) -> None:
         for key in keys:
             assert producer.send(topic, b"v", key).partition == partition_for(key, 5)
         assert producer.send(topic, b"v", partition=3).partition == 3
-        with pytest.raises(ValueError, match="5 partitions"):
+        with pytest.raises(ValueError, match="has no partition 5; it has 5, numbered from 0"):
             producer.send(topic, b"v", partition=5)
         producer.flush(SECONDS)
     with broker.consumer([topic]) as consumer:
@@ -171,7 +171,7 @@ def test_arguments_that_make_no_sense(broker: RunningBroker, topic: str) -> None
         with pytest.raises(TypeError):
             producer.send(topic, "text")  # type: ignore[arg-type]
         with pytest.raises(AnswerError) as refused:
-            producer.send("a b", b"v").result(SECONDS)
+            producer.send("a.dlq", b"v").result(SECONDS)
         assert refused.value.code is Code.UNKNOWN_TOPIC
         assert producer.send(topic, b"fine").result(SECONDS) == 0
     with pytest.raises(ArgumentError, match=r"group names are .* 'bad group!' is not"):

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from edgebroker.cli.command import Parser, at_least, duration, server_flag
 from edgebroker.cli.render import json_line
-from edgebroker.client.consumer import Consumer, parse_from
+from edgebroker.client.arguments import parse_from
+from edgebroker.client.consumer import Consumer
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.errors import ConfigError, GapError
 from edgebroker.common.names import printable
@@ -49,6 +50,8 @@ def arguments(parser: Parser) -> None:
 
 
 def consume(options: argparse.Namespace) -> int:
+    if "stdout" in options.closed_streams:
+        raise ConfigError("standard output is closed; there is nowhere to print records to")
     try:
         parse_from(options.start)
     except ValueError as error:

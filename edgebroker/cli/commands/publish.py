@@ -13,9 +13,10 @@ from edgebroker.cli.csv_file import read_rows
 from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
 from edgebroker.cli.render import counted
+from edgebroker.client.arguments import MOST_PARTITION, check_whole
 from edgebroker.client.producer import Producer
 from edgebroker.client.publish.accumulator import Sent
-from edgebroker.common.errors import ConfigError
+from edgebroker.common.errors import ConfigError, EdgeBrokerError, RecordTooLargeError
 
 
 class InputRecord(NamedTuple):
@@ -39,7 +40,11 @@ def arguments(parser: Parser) -> None:
         "--rate", type=rate, default=0.0, metavar="N", help="publish N records a second (default 0: no limit)"
     )
     parser.add_argument(
-        "--partition", type=int, default=-1, metavar="N", help="partition (default -1: by key, or in turn without keys)"
+        "--partition",
+        type=at_least(-1),
+        default=-1,
+        metavar="N",
+        help="partition (default -1: by key, or in turn without keys)",
     )
     parser.add_argument(
         "--ack",
@@ -67,6 +72,11 @@ def arguments(parser: Parser) -> None:
         metavar="N",
         help="with --snapshot: delete up to N keys (default: 10, or the share that the topic allows)",
     )
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="leave out lines and rows that cannot be a record, because they are too large, and say how many they were",
+    )
     parser.add_argument("--client-id", default="", metavar="NAME", help="name of this producer")
     admin_flag(parser)
     json_flag(parser)
@@ -74,6 +84,9 @@ def arguments(parser: Parser) -> None:
 
 
 def publish(options: argparse.Namespace) -> int:
+    if not options.csv and "stdin" in options.closed_streams:
+        raise ConfigError("standard input is closed; there are no lines to publish")
+    check_whole("--partition", options.partition, -1, MOST_PARTITION)
     if options.key_column and not options.csv:
         raise ConfigError("--key-column needs --csv FILE")
     if options.key is not None and options.csv:
@@ -86,30 +99,63 @@ def publish(options: argparse.Namespace) -> int:
 
         return write_snapshot(options, rows)
     acknowledged = Acknowledgements(options.json)
-    with Producer(
-        options.server,
-        ack=options.ack,
-        compression=options.compression,
-        timeout=None,
-        linger_ms=1.0,
-        client_id=options.client_id,
-    ) as producer:
-        bar = progress(None, "rec", quiet=options.quiet)
-        pace = Pace(options.rate)
-        for number, record in enumerate(_lines(options.key) if rows is None else rows, 1):
-            pace.wait(number)
-            headers = [(options.line_header, str(number).encode())] if options.line_header else None
-            sent = producer.send(options.topic, record.value, record.key, headers=headers, partition=options.partition)
-            sent.add_done_callback(acknowledged.on_done)
-            bar.update(1)
-        producer.flush()
-        bar.close()
-    acknowledged.finish()
+    skipped = Skipped("line" if rows is None else "row", options.skip_bad)
+    try:
+        with Producer(
+            options.server,
+            ack=options.ack,
+            compression=options.compression,
+            timeout=None,
+            linger_ms=1.0,
+            client_id=options.client_id,
+        ) as producer:
+            bar = progress(None, "rec", quiet=options.quiet)
+            pace = Pace(options.rate)
+            for number, record in enumerate(_lines(options.key) if rows is None else rows, 1):
+                pace.wait(number)
+                headers = [(options.line_header, str(number).encode())] if options.line_header else None
+                try:
+                    sent = producer.send(
+                        options.topic, record.value, record.key, headers=headers, partition=options.partition
+                    )
+                except RecordTooLargeError as error:
+                    skipped.add(number, error)
+                    continue
+                sent.add_done_callback(acknowledged.on_done)
+                bar.update(1)
+            producer.flush()
+            bar.close()
+    finally:
+        acknowledged.finish()
+    skipped.tell()
+    if acknowledged.unprinted is not None:
+        raise acknowledged.unprinted
     if acknowledged.failed:
         refused = counted(acknowledged.failed, "record")
         print(f"edgebroker: the broker refused {refused}: {acknowledged.error}", file=sys.stderr)
         return 1
     return 0
+
+
+class Skipped:
+    """Lines and rows that cannot be a record."""
+
+    def __init__(self, what: str, allowed: bool) -> None:
+        self._what, self._allowed = what, allowed
+        self._count, self._first = 0, ""
+
+    def add(self, number: int, error: RecordTooLargeError) -> None:
+        """Raises EdgeBrokerError unless it may be left out."""
+        why = f"{self._what} {number}: {error}"
+        if not self._allowed:
+            raise EdgeBrokerError(f"{why}; what is before it is published, --skip-bad goes on behind it")
+        self._count, self._first = self._count + 1, self._first or why
+
+    def tell(self) -> None:
+        if self._count:
+            print(
+                f"edgebroker: left out {counted(self._count, self._what)}; the first is {self._first}", file=sys.stderr
+            )
 
 
 class Acknowledgements:
@@ -120,6 +166,8 @@ class Acknowledgements:
         self._open: dict[str, object] | None = None
         self.failed = 0
         self.error: Exception | None = None
+        # Why nothing is printed any more.
+        self.unprinted: OSError | None = None
 
     def on_done(self, sent: Sent) -> None:
         """Called on the I/O thread, for the records of a batch in order."""
@@ -141,9 +189,12 @@ class Acknowledgements:
         self._open = {"topic": sent.topic, "partition": sent.partition, "first_offset": offset, "count": 1}
 
     def finish(self) -> None:
-        if self._open is not None:
-            print(json.dumps(self._open), flush=True)
-            self._open = None
+        if self._open is not None and self.unprinted is None:
+            try:
+                print(json.dumps(self._open), flush=True)
+            except OSError as error:
+                self.unprinted = error
+        self._open = None
 
 
 def _lines(key: str | None) -> Iterator[InputRecord]:

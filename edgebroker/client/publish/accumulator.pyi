@@ -121,6 +121,9 @@ class AccumulatorOwner(Protocol):
     def invalid(self, message: str) -> Exception:
         """The error to raise for an argument that is not allowed."""
 
+    def too_large(self, message: str) -> Exception:
+        """The one to raise for a record that is larger than the broker allows."""
+
     def wait_for(self, batch: PendingBatch, timeout: float | None) -> None:
         """Block until a batch is done."""
 
@@ -131,8 +134,8 @@ class Accumulator:
     """What happens in the caller's thread for each record.
 
     The owner provides open_topic(name) -> TopicBatches, batch_full(), batch_begun(), wait_for_room(), which raises
-    when `closed`, invalid(message) -> an exception, encode_headers(), and what Sent needs: wait_for() and
-    run_callbacks(). It calls acknowledged() for each batch that take() gave it.
+    when `closed`, invalid(message) and too_large(message) -> an exception, encode_headers(), and what Sent needs:
+    wait_for() and run_callbacks(). It calls acknowledged() for each batch that take() gave it.
     """
 
     unacked: int

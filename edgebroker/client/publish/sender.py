@@ -11,12 +11,20 @@ import threading
 from collections.abc import Callable, Iterable
 
 from edgebroker.client import lifetime
+from edgebroker.client.arguments import check_topic
 from edgebroker.client.link import Link
 from edgebroker.client.publish.accumulator import Accumulator, PendingBatch, TopicBatches
 from edgebroker.client.publish.lane import Lane
 from edgebroker.client.servers import Servers
 from edgebroker.common import codecs, records
-from edgebroker.common.errors import AnswerError, ArgumentError, Code, EdgeBrokerError, UnreachableError
+from edgebroker.common.errors import (
+    AnswerError,
+    ArgumentError,
+    Code,
+    EdgeBrokerError,
+    RecordTooLargeError,
+    UnreachableError,
+)
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.types import AckLevel
 from edgebroker.network.io.loop import Loop
@@ -128,6 +136,7 @@ class Sender:
     def open_topic(self, name: str) -> TopicBatches:
         """Ask the broker how many partitions a topic has. Raises AnswerError or UnreachableError."""
         self._check_open()
+        check_topic(name)
         self._metadata.pop(name, None)
 
         def ask() -> None:
@@ -176,11 +185,12 @@ class Sender:
 
     @staticmethod
     def encode_headers(headers: Iterable[tuple[str, bytes | None]]) -> tuple[int, bytes]:
-        return records.encode_headers(headers)
+        try:
+            return records.encode_headers(headers)
+        except UnicodeEncodeError as error:
+            raise ArgumentError(f"the name of a header, {error.object!r}, is not text that UTF-8 can hold") from error
 
-    @staticmethod
-    def invalid(message: str) -> Exception:
-        return ArgumentError(message)
+    invalid, too_large = ArgumentError, RecordTooLargeError
 
     def wait_for(self, batch: PendingBatch, timeout: float | None) -> None:
         """Wait for one batch, sending it now."""
