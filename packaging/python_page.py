@@ -162,7 +162,7 @@ from edgebroker import AnswerError, UnreachableError
 
 try:
     with Producer("127.0.0.1:7420", timeout=30) as producer:
-        producer.send("not a name", b"value").result()
+        producer.send("sales.dlq", b"value").result()
 except UnreachableError as error:
     print("may be stored or not:", error)
 except AnswerError as error:
