@@ -271,7 +271,7 @@ def test_settings_moves_letters_and_snapshots() -> None:
 
 def test_every_counter() -> None:
     assert sorted(ticked(json_table("Counters"))) == sorted(
-        [*(field.name for field in counters_of()), "refused_by_code"]
+        [*(field.name for field in counters_of()), "limits_reached", "refused_by_code"]
     )
 
 

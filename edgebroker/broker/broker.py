@@ -220,7 +220,7 @@ class Broker:
 
     def problems(self) -> dict[str, str]:
         """What is wrong now, by name, for an operator."""
-        found = {**self.engine.problems(), **self.sessions.problems()}
+        found = {**self.engine.problems(), **self.core.limits.problems()}
         if "disk_full" in found:
             held = [one for one in self.holders.everybody(self.loop.now()) if one.bytes]
             found["disk_full"] += "; held: " + "; ".join(one.sentence() for one in held[:3]) if held else ""

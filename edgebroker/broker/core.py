@@ -13,6 +13,7 @@ from edgebroker.broker.delivery.rebase import CursorRebase
 from edgebroker.broker.delivery.refresh import Refreshes
 from edgebroker.broker.delivery.snapshot_writer import SnapshotWriter
 from edgebroker.broker.delivery.table_snapshots import TableSnapshots
+from edgebroker.broker.observe.limits import ReachedLimits
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.publish.producers import Producers
 from edgebroker.broker.publish.publishing import Publishing, PublishLimits
@@ -28,6 +29,7 @@ class Core(msgspec.Struct, frozen=True, kw_only=True):
 
     engine: Engine
     metrics: Metrics
+    limits: ReachedLimits
     publishing: Publishing
     producers: Producers
     groups: Groups
@@ -45,8 +47,9 @@ def build_core(
 ) -> Core:
     """The core over an engine that is not opened yet."""
     metrics = Metrics()
+    limits = ReachedLimits(scheduler, metrics)
     groups = Groups(engine)
-    publishing = Publishing(engine, scheduler, metrics, publish_limits)
+    publishing = Publishing(engine, scheduler, metrics, limits, publish_limits)
     producers = Producers(engine)
     push = Push(engine, scheduler, metrics, lease_limits.timeout)
     refreshes = Refreshes(engine, groups, push, metrics)
@@ -56,6 +59,7 @@ def build_core(
     return Core(
         engine=engine,
         metrics=metrics,
+        limits=limits,
         publishing=publishing,
         producers=producers,
         groups=groups,
@@ -77,6 +81,7 @@ def publish_limits(config: Config) -> PublishLimits:
         limits.staged_high_bytes // 2,
         limits.max_record_bytes,
         limits.max_inflated_bytes,
+        limits.max_partitions,
         topics.auto_create,
         bool(config.pipe.parents or config.pipe.registry),
         limits.replicated_timeout_ms / 1000,

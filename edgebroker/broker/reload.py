@@ -24,6 +24,7 @@ RELOADABLE = frozenset(
         "storage.commit_interval_ms",
         "storage.verify_bytes_per_second",
         "limits.max_connections",
+        "limits.per_address_connections",
         "limits.receive_bytes",
         "limits.connect_timeout_ms",
         "limits.stuck_timeout_ms",

@@ -100,6 +100,12 @@ class TopicsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     max_connections: Annotated[int, about("client connections at a time", ge=1)] = 12_000
+    per_address_connections: Annotated[int, about(
+        "client connections at a time from one address of another machine", ge=1)] = 1_000
+    max_partitions: Annotated[int, about(
+        "partitions of all topics, above which clients can create none; what comes from the parent does not count as "
+        "created", ge=1)] = 10_000
+    max_groups: Annotated[int, about("consumer groups, above which clients can begin none", ge=1)] = 10_000
     max_record_bytes: Annotated[int, about("largest record", ge=1024, le=16 * MIB)] = MIB
     max_batch_bytes: Annotated[int, about("largest record batch, as sent", ge=4096, le=16 * MIB)] = 4 * MIB
     max_inflated_bytes: Annotated[int, about(

@@ -70,6 +70,10 @@ log = logging.getLogger(__name__)
 UNCLEAN = {"read_only", "metadata", "disk_stalled", "unserved_topics"}
 
 
+# Client ids whose producer id is remembered; the one that was granted first goes.
+MOST_PRODUCERS = 100_000
+
+
 class SegmentStore:
     """Implements edgebroker.storage.engine.Engine."""
 
@@ -415,7 +419,14 @@ class SegmentStore:
         return self._producers.get(client_id)
 
     def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
-        self._producers[client_id] = self._metadata.changes.producers[client_id] = (producer_id, epoch)
+        producers, changes = self._producers, self._metadata.changes.producers
+        producers.pop(client_id, None)
+        producers[client_id] = changes[client_id] = (producer_id, epoch)
+        if len(producers) > MOST_PRODUCERS:
+            # One that comes back keeps the id that it has; a client id is granted anew at each start of most clients.
+            oldest = next(iter(producers))
+            del producers[oldest]
+            changes[oldest] = None
         self._metadata.touch()
 
     def store_topology(self, addresses: list[str]) -> None:

@@ -281,7 +281,7 @@ class World(CoreListener):
         self.clock = ManualClock()
         self.loop = ManualScheduler(self.clock)
         self.engine = FaultyEngine(self.loop, self.clock)
-        self.limits = SimpleNamespace(consume_records=50, consume_bytes=1 << 20)
+        self.limits = SimpleNamespace(consume_records=50, consume_bytes=1 << 20, max_groups=1000)
         self.receiving = Receiving(self.loop, 1 << 20)
         self.members: list[Member] = []
         self.letters: list[Record] = []
@@ -293,7 +293,7 @@ class World(CoreListener):
         self.loop.reset()
         self.engine.killed()
         self.members.clear()
-        limits = PublishLimits(1 << 30, 1 << 29, MAX, MAX, True, False, 5.0, TopicSettings())
+        limits = PublishLimits(1 << 30, 1 << 29, MAX, MAX, 1000, True, False, 5.0, TopicSettings())
         watched = {"Groups": _Groups, "Membership": _Membership, "DeadLetters": _DeadLetters}
         with patch.multiple("edgebroker.broker.core", Publishing=_Publishing, Push=_Push, **watched):
             self.core = build_core(self.engine, self.loop, self.clock, limits, LIMITS)

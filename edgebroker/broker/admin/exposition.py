@@ -70,6 +70,9 @@ _FAMILIES = (
         "edgebroker_loop_lag_seconds", "histogram", "how late a timer of the event loop fires, looked at each second"
     ),
     Family("edgebroker_requests_refused_total", "counter", "answers other than OK", ("code",)),
+    Family(
+        "edgebroker_limit_reached_total", "counter", "times that a limit of the configuration was reached", ("limit",)
+    ),
     Family("edgebroker_append_latency_seconds", "histogram", "from the first batch of a commit group to its sync"),
     Family("edgebroker_sync_duration_seconds", "histogram", "syncs of log files"),
     Family(
@@ -237,6 +240,8 @@ class Exposition:
             _add(noted, f"edgebroker_{one.name}_total", Sample((), getattr(metrics, one.name)))
         for code, count in metrics.refused_by_code.items():
             _add(noted, "edgebroker_requests_refused_total", Sample((code,), count))
+        for name, count in metrics.limits_reached.items():
+            _add(noted, "edgebroker_limit_reached_total", Sample((name,), count))
         node, problems = context.node, context.health.problems()
         for name, labels in (
             ("edgebroker_build_info", (__version__, platform.python_version())),

@@ -149,6 +149,10 @@ class TopicAdmin:
         if problem:
             call.refuse(Outcome.INVALID, problem)
             return
+        problem = self._core.publishing.no_room(new.name, settings.partitions)
+        if problem:
+            call.refuse(Outcome.OVERLOADED, problem)
+            return
 
         def created(outcome: Outcome, message: str) -> None:
             if outcome is Outcome.OK:

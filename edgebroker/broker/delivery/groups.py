@@ -25,6 +25,9 @@ class Groups:
         # Leases of an earlier run of this node must not be taken for one of this run.
         self._leases = int.from_bytes(os.urandom(6), "big")
 
+    def __len__(self) -> int:
+        return len(self._groups)
+
     def group(self, name: str, now: float) -> Group:
         """The group of this name, made when it is new; without a name a new one each time."""
         group = self._groups.get(name)

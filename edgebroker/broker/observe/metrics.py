@@ -25,7 +25,7 @@ class Metrics:
     cold_deliveries: int = _count("reads from the disk that deliveries waited for")
     connections_closed: int = _count("connections of the binary protocol that ended")
     connections_opened: int = _count("connections of the binary protocol that were accepted")
-    connections_refused: int = _count("connections refused at limits.max_connections")
+    connections_refused: int = _count("connections refused at limits.max_connections or limits.per_address_connections")
     dead_letter_failures: int = _count("attempts to write a dead letter that failed")
     dead_letters: int = _count("dead letters written")
     deliveries: int = _count("DELIVER frames sent")
@@ -71,6 +71,7 @@ class Metrics:
     snapshots_completed: int = _count("snapshots of tables completed")
     stale_acks: int = _count("acknowledgements that came too late")
     refused_by_code: dict[str, int] = field(default_factory=dict)
+    limits_reached: dict[str, int] = field(default_factory=dict)
     push_latency: Histogram = field(default_factory=Histogram)
     loop_lag: Histogram = field(default_factory=Histogram)
 
@@ -81,7 +82,11 @@ class Metrics:
     def snapshot(self) -> dict[str, int | dict[str, int]]:
         """For /v1/node."""
         counters: dict[str, int] = {one.name: getattr(self, one.name) for one in counters_of()}
-        return {**counters, "refused_by_code": dict(self.refused_by_code)}
+        return {
+            **counters,
+            "refused_by_code": dict(self.refused_by_code),
+            "limits_reached": dict(self.limits_reached),
+        }
 
 
 def counters_of() -> list[Field[int]]:

@@ -14,8 +14,8 @@ ADVICE = {
     "fleet_full": "remove nodes that are gone: edgebroker node remove NAME",
     "history_lost": "fetch the records from a child: edgebroker repair --from NODE; or give them up: "
     "edgebroker topic accept TOPIC",
-    "limits": "it ends a minute after the last time; who is connected: GET /v1/clients; raise the limit that is named "
-    "if they are meant to send so much",
+    "limits": "it ends a minute after the last time; who is connected: GET /v1/clients; delete topics and groups that "
+    "have no use, or raise the limit that is named if it is meant to be so much",
     "metadata": "check space and rights of the data directory; it is tried again every second",
     "name_clash": "only this node's is served; to keep its records under another name and take the parent's topic: "
     "edgebroker topic rename TOPIC NEW-NAME --yes here",

@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
+from edgebroker.broker.observe.limits import ReachedLimits
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import Publisher
 from edgebroker.broker.publish.compressed import check_compressed
@@ -69,6 +70,7 @@ class PublishLimits(NamedTuple):
     low_bytes: int
     max_record: int
     max_inflated: int
+    max_partitions: int
     auto_create: bool
     follows: bool
     """The node has a parent, from which its topics come."""
@@ -80,8 +82,11 @@ class PublishLimits(NamedTuple):
 class Publishing:
     """Owned by the loop thread."""
 
-    def __init__(self, engine: Engine, scheduler: Scheduler, metrics: Metrics, limits: PublishLimits) -> None:
+    def __init__(
+        self, engine: Engine, scheduler: Scheduler, metrics: Metrics, reached: ReachedLimits, limits: PublishLimits
+    ) -> None:
         self._engine, self._scheduler, self._metrics, self._limits = engine, scheduler, metrics, limits
+        self._reached = reached
         self._checker: Worker | None = None
         self._durable: dict[Log, deque[Waiting]] = {}
         self._written: dict[Log, deque[Waiting]] = {}
@@ -197,6 +202,17 @@ class Publishing:
         if self._scheduler.now() >= self.compared_at:
             self.compared_at = 0.0
         return self.compared_at > 0 and log.identity.copied(log.durable_end) is not log.identity
+
+    def no_room(self, topic: str, partitions: int) -> str:
+        """Why clients cannot create this topic; "" when they can. What comes from the parent is not limited."""
+        most = self._limits.max_partitions
+        if sum(1 for _ in self._engine.logs()) + partitions <= most:
+            return ""
+        self._reached.reached("max_partitions", f"topic {topic} was not created")
+        return (
+            f"topic {topic} cannot be created: this node may have {most} partitions; delete topics that have no use, "
+            "or raise limits.max_partitions"
+        )
 
     def reserve(self, log: Log, client_id: str) -> None:
         """Only this client may publish to a log, until free()."""
@@ -366,6 +382,10 @@ class Publishing:
             self._refuse_all(
                 publisher, run, Outcome.NOT_FOUND, problem or f"{run.topic} has no partition {run.partition}"
             )
+            return
+        problem = self.no_room(run.topic, self._limits.new_topics.partitions)
+        if problem:
+            self._refuse_all(publisher, run, Outcome.OVERLOADED, problem)
             return
         copy = run._replace(data=memoryview(bytearray(run.data)))
         publisher.hold()

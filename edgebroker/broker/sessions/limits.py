@@ -21,6 +21,7 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     delivery_ms: int
     consume_records: int
     consume_bytes: int
+    max_groups: int
     auto_create: bool
     new_topics: TopicSettings
 
@@ -39,6 +40,7 @@ def session_limits(config: Config) -> SessionLimits:
         delivery_ms=config.delivery.timeout_ms,
         consume_records=limits.consume_window_records,
         consume_bytes=limits.consume_window_bytes,
+        max_groups=limits.max_groups,
         auto_create=topics.auto_create,
         new_topics=TopicSettings(kind=topics.kind, partitions=topics.partitions),
     )

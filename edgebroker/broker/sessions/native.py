@@ -386,6 +386,15 @@ class Session:
                 what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if known else "")
                 self._answer(correlation, Code.UNKNOWN_TOPIC, f"{what} does not exist on this node")
                 return
+        if subscribe.group and core.groups.find(subscribe.group) is None and len(core.groups) >= limits.max_groups:
+            core.limits.reached("max_groups", f"group {subscribe.group} was not begun")
+            self._answer(
+                correlation,
+                Code.OVERLOADED,
+                f"group {subscribe.group} cannot begin: this node may have {limits.max_groups} groups; delete some "
+                "that have no use (edgebroker group delete), or raise limits.max_groups",
+            )
+            return
         if self.group is None or subscribe.group:
             # Looked up again: when this connection has left its group, an operator may have deleted it.
             self.group = core.groups.group(subscribe.group, self._host.loop.now())

@@ -9,13 +9,12 @@ from collections.abc import Callable, Iterator
 from edgebroker.broker.core import Core
 from edgebroker.broker.sessions.limits import SessionLimits
 from edgebroker.broker.sessions.native import Session
-from edgebroker.common.config import LimitsConfig
+from edgebroker.common.config import LimitsConfig, is_loopback
 from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.wire.connection import RECEIVE_BYTES
 
-PROBLEM_SECONDS = 60.0
 MOST_AWAITED = 20
 
 log = logging.getLogger(__name__)
@@ -29,7 +28,9 @@ class Sessions:
         self.receiving = Receiving(loop, config.receive_bytes)
         self.receive_buffer = self.receiving.buffer(RECEIVE_BYTES)
         self._sessions: dict[Session, None] = {}
+        self._per_host: Counter[str] = Counter()
         self._heartbeat_due = 0.0
+        self._closed_for_room = 0
 
     def __len__(self) -> int:
         return len(self._sessions)
@@ -38,17 +39,27 @@ class Sessions:
         return iter(list(self._sessions))
 
     def accept(self, channel: Channel, peer: str) -> bool:
-        """Take a connection; False, and it is closed, when there are as many as limits.max_connections allows."""
-        if len(self._sessions) >= self.config.max_connections:
+        """Take a connection, unless there are as many as the limits allow. False: there is no place for anybody."""
+        host = peer.rpartition(":")[0]
+        full = len(self._sessions) >= self.config.max_connections
+        if full or (self._per_host[host] >= self.config.per_address_connections and not is_loopback(peer)):
+            name = "max_connections" if full else "per_address_connections"
+            self.core.limits.reached(name, f"a connection from {host} was refused")
             self.core.metrics.connections_refused += 1
             channel.close()
-            return False
+            return not full
         self.core.metrics.connections_opened += 1
         self._sessions[Session(self, channel, peer)] = None
+        self._per_host[host] += 1
         return True
 
     def closed(self, session: Session, reason: str) -> None:
-        self._sessions.pop(session, None)
+        if session in self._sessions:
+            del self._sessions[session]
+            host = session.transport.peer.rpartition(":")[0]
+            self._per_host[host] -= 1
+            if not self._per_host[host]:
+                del self._per_host[host]
         self.core.metrics.connections_closed += 1
         log.debug("%s (%s): %s", session.transport.peer, session.client_id, reason)
 
@@ -57,6 +68,11 @@ class Sessions:
         now, limits = self.loop.now(), self.config
         self.receiving.limit = limits.receive_bytes
         self.receiving.sweep()
+        if self.receiving.closed > self._closed_for_room:
+            more, self._closed_for_room = self.receiving.closed - self._closed_for_room, self.receiving.closed
+            self.core.limits.reached(
+                "receive_bytes", "connections were closed that did not complete what they began", more
+            )
         beat = now >= self._heartbeat_due
         if beat:
             self._heartbeat_due = now + limits.heartbeat_ms / 1000 - interval
@@ -97,16 +113,6 @@ class Sessions:
         for session in self:
             if which(session):
                 session.transport.close(f"{why}: connect again")
-
-    def problems(self) -> dict[str, str]:
-        """Which limit was reached within the last minute."""
-        receiving = self.receiving
-        if self.loop.now() - receiving.reached_at > PROBLEM_SECONDS:
-            return {}
-        return {
-            "limits": f"{receiving.closed} connections were closed since the start because more than "
-            f"limits.receive_bytes ({receiving.limit:,}) were not complete"
-        }
 
     def say_farewell(self) -> None:
         """The node is stopping."""

@@ -28,8 +28,7 @@ class _Kept(NamedTuple):
 
 
 class Receiving:
-    """Owned by the loop thread. `limit` in bytes may change; `closed` counts the connections that were closed for it,
-    `reached_at` says when that was last."""
+    """Owned by the loop thread. `limit` in bytes may change; `closed`: connections that were closed for it."""
 
     def __init__(self, scheduler: Scheduler, limit: int) -> None:
         self._scheduler, self.limit = scheduler, limit
@@ -38,7 +37,6 @@ class Receiving:
         self._buffers: list[ReceiveBuffer] = []
         self._room = WHOLE_BYTES
         self.bytes = self.closed = 0
-        self.reached_at = -inf
 
     def buffer(self, size: int) -> ReceiveBuffer:
         """A buffer of so many bytes, of which less is used as the limit comes near."""
@@ -83,7 +81,6 @@ class Receiving:
         while self.bytes > self.limit and self._unfinished and size > 0:
             oldest = next(iter(self._unfinished))
             self.closed += 1
-            self.reached_at = self._scheduler.now()
             oldest.close("others need the room for what is not complete (limits.receive_bytes)")
             self.handled(oldest)
         share = self.bytes * 4 // self.limit

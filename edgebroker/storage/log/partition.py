@@ -32,6 +32,8 @@ from edgebroker.storage.types import (
 
 # Reserved ahead of the end: little for a small segment, more for one that is filling.
 PREALLOCATE_BYTES, MAX_PREALLOCATE_BYTES = 512 << 10, 8 << 20
+# A log that never grows takes no space ahead: there may be thousands of them.
+PREALLOCATE_FROM_BYTES = 64 << 10
 MAX_CHUNK_BYTES = 8 << 20
 
 
@@ -150,6 +152,8 @@ class PartitionLog(Lookup):
         active = self.active
         end = active.size + length
         if end <= active.allocated_end:
+            return 0, 0
+        if end < PREALLOCATE_FROM_BYTES:
             return 0, 0
         ahead = max(PREALLOCATE_BYTES, min(MAX_PREALLOCATE_BYTES, end // 8))
         return active.allocated_end, end + ahead - active.allocated_end

@@ -107,7 +107,7 @@ class MetaChanges:
         self.segments: dict[tuple[str, int, int], SegmentRow | None] = {}
         self.corrupt_ranges: dict[PartitionKey, list[CorruptRange]] = {}
         self.group_offsets: dict[GroupKey, GroupOffset | None] = {}
-        self.producers: dict[str, tuple[int, int]] = {}
+        self.producers: dict[str, tuple[int, int] | None] = {}
         self.windows: dict[PartitionKey, Windows] = {}
         self.topology: list[str] | None = None
         # Topics of which every row goes, before anything else is written.
@@ -216,9 +216,11 @@ class MetaDatabase:
                     "REPLACE INTO group_offsets VALUES (?,?,?,?,?,?,?,?,?,?,?,?,?)",
                     (*group_key, *msgspec.structs.astuple(offset)),
                 )
-        cursor.executemany(
-            "REPLACE INTO producers VALUES (?,?,?)", [(client, *row) for client, row in changes.producers.items()]
-        )
+        for client, row in changes.producers.items():
+            if row is None:
+                cursor.execute("DELETE FROM producers WHERE client_id=?", (client,))
+            else:
+                cursor.execute("REPLACE INTO producers VALUES (?,?,?)", (client, *row))
         for key, windows in changes.windows.items():
             cursor.execute("DELETE FROM windows WHERE topic=? AND partition=?", key)
             cursor.executemany("INSERT INTO windows VALUES (?,?,?,?,?,?)", [(*key, *row) for row in windows.producers])

@@ -117,7 +117,7 @@ class World(CoreListener):
         self.clock = ManualClock()
         self.scheduler = ManualScheduler(self.clock)
         engine = MemoryEngine(self.scheduler, self.clock, max_batch=1 << 20, max_record=1 << 20, window=20)
-        publish = PublishLimits(1 << 20, 1 << 19, 1 << 20, 1 << 22, True, False, 5.0, TopicSettings())
+        publish = PublishLimits(1 << 20, 1 << 19, 1 << 20, 1 << 22, 1000, True, False, 5.0, TopicSettings())
         leases = LeaseLimits(timeout=30.0, backoff=0.0, max_backoff=0.0, max_attempts=2)
         self.core = build_core(engine, self.scheduler, self.clock, publish, leases)
         engine.open(self)

@@ -92,7 +92,7 @@ class World(StoreHarness):
 
     def make_engine(self) -> Engine:
         engine = super().make_engine()
-        publish = PublishLimits(1 << 30, 1 << 29, 1 << 20, 1 << 22, True, False, 5.0, TopicSettings())
+        publish = PublishLimits(1 << 30, 1 << 29, 1 << 20, 1 << 22, 1000, True, False, 5.0, TopicSettings())
         leases = LeaseLimits(timeout=30.0, backoff=0.0, max_backoff=0.0, max_attempts=2)
         self.core = build_core(engine, self.loop, self.clock, publish, leases)
         floor = getattr(self.listener, "floor", None)

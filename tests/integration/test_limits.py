@@ -1,0 +1,117 @@
+"""What clients can make of a node: as many topics, groups and connections as its limits say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edgebroker.broker.sessions import sessions
+from edgebroker.cli.main import main
+from edgebroker.common.errors import Code
+from edgebroker.common.types import Start
+from edgebroker.network.wire import frames
+from edgebroker.storage import store
+from tests.kit.brokers import RunningBroker, batch_of, running
+from tests.kit.raw_client import RawClient
+from tests.kit.trees import Tree, follows
+
+LIMITS = {"limits.max_partitions": 3, "limits.max_groups": 2}
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[RunningBroker]:
+    with running(tmp_path / "data", LIMITS) as found:
+        yield found
+
+
+def problem(broker: RunningBroker) -> str:
+    found: str = broker.http("GET", "/v1/node")[1]["problems"].get("limits", "")
+    return found
+
+
+def test_partitions(broker: RunningBroker, capsys: pytest.CaptureFixture[str]) -> None:
+    client = broker.raw()
+    broker.create("two", partitions=2)
+    assert client.publish("one", batch_of(b"a")).code is Code.OK
+    said = "this node may have 3 partitions; delete topics that have no use, or raise limits.max_partitions"
+    answer = client.publish("more", batch_of(b"a"))
+    assert (answer.code, answer.message) == (Code.OVERLOADED, f"topic more cannot be created: {said}")
+    status, body = broker.http("POST", "/v1/topics", {"name": "more"})
+    assert (status, body["error"]) == (503, f"topic more cannot be created: {said}")
+    assert client.publish("one", batch_of(b"b")).code is Code.OK, "what is there goes on"
+    assert problem(broker) == "limits.max_partitions: topic more was not created (2 since the start)"
+    assert broker.counters()["limits_reached"] == {"max_partitions": 2}
+    assert main(["status", "--admin", "{}:{}".format(*broker.broker.listeners.http_address)]) == 0
+    assert "limits.max_partitions" in capsys.readouterr().out
+    assert broker.http("DELETE", "/v1/topics/one?confirm=one")[0] == 200
+    assert broker.raw("other").publish("more", batch_of(b"a")).code is Code.OK
+    broker.advance(61.0)
+    assert problem(broker) == ""
+
+
+def test_groups(broker: RunningBroker) -> None:
+    broker.create("t")
+    for name in ("a", "b"):
+        assert broker.raw(name).subscribe("t", name, start=Start.COMMITTED).code is Code.OK
+    refused = broker.raw("c").subscribe("t", "c", start=Start.COMMITTED)
+    assert refused.code is Code.OVERLOADED
+    assert refused.message == (
+        "group c cannot begin: this node may have 2 groups; delete some that have no use (edgebroker group delete), "
+        "or raise limits.max_groups"
+    )
+    assert broker.raw("reader").subscribe("t", "", start=Start.EARLIEST).code is Code.OK, "a reader begins no group"
+    assert broker.raw("second").subscribe("t", "a", start=Start.COMMITTED).code is Code.OK
+    assert problem(broker) == "limits.max_groups: group c was not begun (1 since the start)"
+
+
+def test_connections_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine's are counted; those of this machine share limits.max_connections only."""
+    with running(tmp_path / "data", {"limits.per_address_connections": 2}) as broker:
+        for number in range(4):
+            broker.raw(f"local-{number}")
+        monkeypatch.setattr(sessions, "is_loopback", lambda peer: False)
+        with pytest.raises(OSError):
+            broker.raw("strange")
+        assert problem(broker).startswith("limits.per_address_connections: a connection from 127.0.0.1 was refused")
+        assert broker.counters()["connections_refused"] == 1
+
+
+def test_what_comes_from_the_parent_is_not_limited(tree: Tree) -> None:
+    root = tree.start("root")
+    for name in ("a", "b", "c"):
+        root.raw(name).publish(name, batch_of(b"v"))
+    hub = tree.start("l2", "root", limits__max_partitions=1)
+    for name in ("a", "b", "c"):
+        follows(root, hub, name)
+
+
+def producer(broker: RunningBroker, client_id: str) -> RawClient:
+    client = broker.raw(client_id, granted=False)
+    client.connect(client_id, flags=frames.WANT_PRODUCER)
+    return client
+
+
+def test_producer_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oldest is forgotten; a client that holds one keeps it."""
+    monkeypatch.setattr(store, "MOST_PRODUCERS", 3)
+    with running(tmp_path / "data") as broker:
+        first = producer(broker, "first")
+        own = (first.grants.producer_id, first.grants.producer_epoch)
+        assert first.publish("t", batch_of(b"a", producer_id=own[0], producer_epoch=own[1], base_sequence=0))[1] == 0
+        for number in range(5):
+            producer(broker, f"other-{number}")
+    with running(tmp_path / "data") as broker:
+        assert broker.call(lambda: broker.broker.engine.producer("first")) is None
+        assert broker.call(lambda: broker.broker.engine.producer("other-4")) is not None
+        granted = broker.raw("first", granted=False).connect(
+            "first", flags=frames.WANT_PRODUCER, producer_id=own[0], producer_epoch=own[1]
+        )
+        assert (granted.producer_id, granted.producer_epoch) == own
+
+
+def test_a_log_that_never_grows_takes_no_space_ahead(broker: RunningBroker) -> None:
+    assert broker.raw().publish("t", batch_of(b"v")).code is Code.OK
+    (segment,) = (Path(broker.config.node.data_dir) / "topics" / "t" / "0").glob("*.log")
+    assert segment.stat().st_blocks * 512 <= 8192
