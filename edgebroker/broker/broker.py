@@ -7,7 +7,6 @@ connections, publishes answered SHUTTING_DOWN, what is staged is synced, group o
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
@@ -61,7 +60,7 @@ class Broker:
         )
         self.holders = holders = Holders(core, self.downstream, config.storage)
         self.events = EngineEvents(core, loop, sessions, self.downstream, self.mirroring, holders, supervisor.starting)
-        self.listeners = Listeners(loop, core.metrics, config.listen, self._socket_path())
+        self.listeners = Listeners(loop, core.metrics, config)
         self.tree = Tree(
             core,
             loop,
@@ -70,7 +69,7 @@ class Broker:
             self.downstream,
             self.mirroring,
             problems=self.problems,
-            listening=lambda: self.listeners.http_address,
+            listening=lambda: self.listeners.pipe_address,
         )
         self.lags = Lags(engine)
         self.digests = Digests(engine)
@@ -122,9 +121,14 @@ class Broker:
         )
         self.exposition = Exposition(context)
         # Until nodes and people have identities, every client that reaches the interface has every right.
-        router = Router(routes(context, self.exposition), lambda request, right: True, names_of(self.config))
+        table, names = routes(context, self.exposition), names_of(self.config)
+        self._http = self._make_server(Router(table, lambda request, right: True, names))
+        for_children = [route for route in table if route.right == "child"]
+        self._pipe = self._make_server(Router(for_children, lambda request, right: True, names))
+
+    def _make_server(self, router: Router) -> HttpServer:
         receiving = self.sessions.receiving
-        self._http = HttpServer(self.loop, receiving, router.handle, self._count_request, router.body_limit)
+        return HttpServer(self.loop, receiving, router.handle, self._count_request, router.body_limit)
 
     # ---- life ----
 
@@ -139,7 +143,7 @@ class Broker:
         self.loop.at_end_of_iteration(self.core.membership.rebalance)
         self.loop.at_end_of_iteration(self.core.push.end_iteration)
         self.loop.at_end_of_iteration(self.downstream.end_iteration)
-        self.listeners.open(self.sessions, self._http)
+        self.listeners.open(self.sessions, self._http, self._pipe)
         self.ready = True
         self._sweep()
         self.core.snapshot_writer.start(makes_room=self.config.storage.on_full != "refuse")
@@ -193,6 +197,7 @@ class Broker:
     def _close(self) -> bool:
         self.sessions.close()
         self._http.close()
+        self._pipe.close()
         self.core.publishing.stop()
         self.exposition.stop()
         self.downstream.store()
@@ -242,7 +247,3 @@ class Broker:
 
     def _count_request(self) -> None:
         self.core.metrics.http_requests += 1
-
-    def _socket_path(self) -> Path:
-        """The unix socket of the admin interface: data directory or, under systemd, the runtime directory."""
-        return Path(self.config.listen.socket or Path(self.config.node.data_dir) / "ctl.sock")

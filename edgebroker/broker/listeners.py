@@ -9,7 +9,7 @@ from pathlib import Path
 
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.sessions.sessions import Sessions
-from edgebroker.common.config import Config, ListenConfig, is_loopback, split_list
+from edgebroker.common.config import Config, is_loopback, split_list
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.network.http.server import HttpServer
 from edgebroker.network.io.channel import Channel, PlainChannel, tuned
@@ -31,18 +31,21 @@ def names_of(config: Config) -> frozenset[str]:
 
 
 class Listeners:
-    """Owned by the loop thread. `socket_path` is the unix socket of the admin interface."""
+    """Owned by the loop thread. `socket_path` is the unix socket of the admin interface: in the data directory, under
+    systemd in the runtime directory. Children use `pipe_address`."""
 
-    def __init__(self, loop: Loop, metrics: Metrics, config: ListenConfig, socket_path: Path) -> None:
-        self._loop, self._metrics, self._config, self.socket_path = loop, metrics, config, socket_path
+    def __init__(self, loop: Loop, metrics: Metrics, config: Config) -> None:
+        self._loop, self._metrics, self._config = loop, metrics, config.listen
+        self.socket_path = Path(config.listen.socket or Path(config.node.data_dir) / "ctl.sock")
         self.has_socket = False
         self._listeners: list[Listener] = []
-        self.tcp_address = self.http_address = ("", 0)
+        self.tcp_address = self.http_address = self.pipe_address = ("", 0)
 
-    def open(self, sessions: Sessions, http: HttpServer) -> None:
-        """Listen. Raises EdgeBrokerError when an address cannot be had."""
-        for key, address in (("tcp", self._config.tcp), ("http", self._config.http)):
-            if not is_loopback(address):
+    def open(self, sessions: Sessions, http: HttpServer, pipe: HttpServer) -> None:
+        """Listen; `pipe` serves children only. Raises EdgeBrokerError when an address cannot be had."""
+        config = self._config
+        for key, address in (("tcp", config.tcp), ("http", config.http), ("pipe", config.pipe)):
+            if address and not is_loopback(address):
                 log.warning(
                     "listen.%s = %s is reachable from other machines without TLS or authentication "
                     "(allow_insecure = true)",
@@ -54,9 +57,11 @@ class Listeners:
             if not sessions.accept(channel, peer):
                 native.rest()
 
-        native = self._listen_tcp("listen.tcp", self._config.tcp, accept, tuned)
-        web = self._listen_tcp("listen.http", self._config.http, http.accept, PlainChannel)
-        self.tcp_address, self.http_address = native.address, web.address
+        native = self._listen_tcp("listen.tcp", config.tcp, accept, tuned)
+        web = self._listen_tcp("listen.http", config.http, http.accept, PlainChannel)
+        self.tcp_address, self.http_address, self.pipe_address = native.address, web.address, web.address
+        if config.pipe:
+            self.pipe_address = self._listen_tcp("listen.pipe", config.pipe, pipe.accept, PlainChannel).address
         try:
             unix = listen_unix(self.socket_path)
         except OSError as error:

@@ -52,6 +52,9 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 class ListenConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tcp: Annotated[str, about("HOST:PORT of the binary protocol; port 0 takes a free one")] = "127.0.0.1:7420"
     http: Annotated[str, about("HOST:PORT of the admin and health interface")] = "127.0.0.1:7421"
+    pipe: Annotated[str, about(
+        "HOST:PORT for the nodes below, and for nothing else: there is no administration; empty: they use listen.http",
+        )] = ""
     socket: Annotated[str, about(
         "unix socket of the admin interface; empty: ctl.sock in $RUNTIME_DIRECTORY or data_dir")] = ""
     names: Annotated[str, about(
@@ -150,8 +153,8 @@ class PipeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         "HOST:PORT of nodes through which the registry can be asked for a parent; several with commas; empty: only "
         "pipe.parents counts")] = ""
     address: Annotated[str, about(
-        "HOST:PORT at which children reach this node; empty: listen.http, with the host name where that listens on "
-        "all addresses")] = ""
+        "HOST:PORT at which children reach this node; empty: listen.pipe or listen.http, with the host name where that "
+        "listens on all addresses")] = ""
     topics: Annotated[str, about("topics to replicate: names or patterns (*, ?, [...]), separated by commas")] = "*"
     bytes_per_second: Annotated[_Bytes, about("take at most this much from the parent; 0: no limit")] = 0
     hours: Annotated[str, about(
@@ -321,9 +324,11 @@ def _check_tree(tree: dict[str, Any]) -> list[str]:
 
 def _check_meaning(config: Config) -> list[str]:
     problems = []
-    for key in ("tcp", "http"):
+    for key in ("tcp", "http", "pipe"):
         address = getattr(config.listen, key)
         host, colon, port = address.rpartition(":")
+        if key == "pipe" and not address:
+            continue
         if not colon or not host or not port.isdigit() or int(port) > 65535:
             problems.append(f"listen.{key} = {address!r}: HOST:PORT is expected, for example 127.0.0.1:7420")
         elif not is_loopback(address) and not config.listen.allow_insecure:

@@ -39,7 +39,7 @@ WRAPPER = f"""#!/bin/sh
 TMPDIR=${{TMPDIR:-/var/tmp}} exec /{releases.CURRENT}/edgebroker "$@"
 """
 FIRST_PORT, FURTHER_PORT, PORT_STEP = 7420, 7430, 10
-DEFAULT_PARENT_PORT = 7421
+DEFAULT_PARENT_PORT = 7422
 LIMITS = {"local": "local", "pos": "pos", "l3": "hub", "l2": "hub", "root": "hub"}
 # For small, worn disks: many records share a sync, and segments are sealed early.
 TERMINAL = {"storage.commit_interval_ms": 10, "storage.segment_bytes": 16 << 20}
@@ -173,11 +173,12 @@ def _values(machine: Machine, paths: InstallPaths, known: Values, options: argpa
         if value:
             given[key] = value
     host, port = _host(options.bind or "127.0.0.1"), _port(machine, paths, known)
-    listen: Values = {"listen.tcp": f"{host}:{port}", "listen.http": f"{host}:{port + 1}"}
+    listen: Values = {"listen.tcp": f"{host}:{port}", "listen.http": f"127.0.0.1:{port + 1}"}
     if options.bind:
         given.update(listen)
         if not is_loopback(f"{host}:0"):
-            given["listen.allow_insecure"] = True
+            # Clients and the nodes below come from other machines; administration does not.
+            given.update({"listen.pipe": f"{host}:{port + 2}", "listen.allow_insecure": True})
     fitting: Values = {"node.data_dir": paths.data, **listen}
     if paths.instance:
         fitting["node.name"] = f"%H-{paths.instance}"  # valid in clones of an image, too
@@ -197,7 +198,7 @@ def _parent_on_this_machine(machine: Machine, role: str) -> Values:
     first = InstallPaths("")
     if first not in nodes(machine) or LEVELS.index(_level(machine, first)) >= LEVELS.index(role):
         return {}
-    http = _configured(machine, first).get("listen.http", f"127.0.0.1:{DEFAULT_PARENT_PORT}")
+    http = _configured(machine, first).get("listen.http", f"127.0.0.1:{FIRST_PORT + 1}")
     return {"pipe.parents": _reached(str(http))}
 
 
@@ -221,7 +222,7 @@ def _port(machine: Machine, paths: InstallPaths, known: Values) -> int:
 
 
 def _free_port(machine: Machine, paths: InstallPaths) -> int:
-    """The first of two consecutive ports that no other node of this machine uses."""
+    """The first of three consecutive ports that no other node of this machine uses."""
     others = [path.stem for path in machine.path("etc/edgebroker").glob("*.toml") if path.stem != paths.instance]
     taken = [
         str(_configured(machine, InstallPaths("" if name == "edgebroker" else name)).get("listen.tcp"))
@@ -378,6 +379,8 @@ def _print_next_steps(paths: InstallPaths, values: Values) -> None:
     print(f"start it:   systemctl start {name}")
     print(f"status:     edgebroker status{'' if admin == '127.0.0.1:7421' else f' --admin {admin}'}")
     print(f"log:        journalctl -u {name}")
+    if pipe := values.get("listen.pipe"):
+        print(f"children:   edgebroker install --parent http://THIS-MACHINE:{str(pipe).rpartition(':')[2]} ...")
     if values["node.level"] != "root" and not values.get("pipe.parents") and not values.get("pipe.registry"):
         print("It has no parent and replicates nothing; add one with --parent URL or --registry URL.")
 

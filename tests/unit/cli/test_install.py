@@ -45,7 +45,7 @@ def test_everything_is_where_systemd_looks(frozen: Path, image: Path) -> None:
     config = load_config(image / CONFIG, environment={})
     assert (config.node.name, config.node.level, config.node.region) == ("store-3", "pos", "north")
     assert config.node.data_dir == "/var/lib/edgebroker"
-    assert config.pipe.parents == "hub:7421"
+    assert config.pipe.parents == "hub:7422"
     assert (config.listen.tcp, config.listen.http) == ("127.0.0.1:7420", "127.0.0.1:7421")
     assert (image / "opt/edgebroker/current/edgebroker").read_bytes() == frozen.read_bytes()
     command = image / "usr/local/bin/edgebroker"
@@ -168,7 +168,8 @@ def test_from_source_it_says_what_to_do(image: Path, capsys: pytest.CaptureFixtu
 def test_a_machine_for_others_is_told_that_it_is_open(frozen: Path, image: Path) -> None:
     install(image, "--role", "pos", "--bind", "192.0.2.7")
     config = load_config(image / CONFIG, environment={})
-    assert (config.listen.http, config.listen.allow_insecure) == ("192.0.2.7:7421", True)
+    assert (config.listen.tcp, config.listen.pipe) == ("192.0.2.7:7420", "192.0.2.7:7422")
+    assert (config.listen.http, config.listen.allow_insecure) == ("127.0.0.1:7421", True), "administration stays here"
 
 
 def test_uninstall_takes_away_what_was_written_and_keeps_the_data(frozen: Path, image: Path) -> None:
@@ -237,7 +238,7 @@ def test_what_is_not_given_stays(frozen: Path, image: Path) -> None:
     install(image, "--role", "pos", "--region", "north")
     config = load_config(image / CONFIG, environment={})
     assert (config.node.name, config.node.region, config.node.labels) == ("store-3", "north", "a=b")
-    assert (config.pipe.parents, config.listen.http) == ("store-3:7421", "0.0.0.0:7421")
+    assert (config.pipe.parents, config.listen.pipe) == ("store-3:7421", "0.0.0.0:7422")
 
 
 def test_every_node_has_ports_of_its_own(frozen: Path, image: Path) -> None:
