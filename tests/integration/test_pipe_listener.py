@@ -70,5 +70,5 @@ def test_there_is_no_administration(root: RunningBroker, method: str, path: str)
 
 
 def test_what_is_there_is_for_nodes(root: RunningBroker) -> None:
-    assert status(root, "GET", "/v1/pipe/topics") == 200
+    assert status(root, "POST", "/v1/pipe/topics") == 200
     assert status(root, "POST", "/v1/pipe") in (400, 415)

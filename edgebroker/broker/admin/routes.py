@@ -86,7 +86,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/holders", node.holders, HolderList, "view"),
         Route("DELETE", "/v1/children/{name}", node.forget_child, Nothing, "operate"),
         Route("GET", "/v1/pipe", node.pipe, PipeStatus, "view"),
-        Route("GET", "/v1/pipe/topics", topics.list, TopicList, "child"),
+        Route("POST", "/v1/pipe/topics", topics.list, TopicList, "child"),
         Route("POST", "/v1/pipe", downstream.answer, None, "child", body_limit=MAX_POLL_BYTES),
         Route("POST", "/v1/pipe/durable", downstream.receipt, Nothing, "child", Receipt),
         Route("POST", "/v1/pipe/range", ranges.answer, None, "child", RangeRequest),

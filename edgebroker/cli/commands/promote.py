@@ -69,7 +69,7 @@ def _ends(node: str) -> dict[tuple[str, str, int], int]:
     """Up to where a node has each log."""
     return {
         (topic["name"], log["log_id"], log["partition"]): log["durable_end"]
-        for topic in call(node, "GET", "/v1/pipe/topics")["topics"]
+        for topic in call(node, "POST", "/v1/pipe/topics")["topics"]
         for log in topic["partitions"]
     }
 

@@ -148,7 +148,7 @@ def _ask(nodes: list[str], ends: dict[tuple[str, str], int]) -> dict[str, int | 
 def _more_than(address: str, ends: dict[tuple[str, str], int]) -> int | None:
     """How many records a node has beyond these ends; None when it does not answer."""
     try:
-        topics = call(address, "GET", "/v1/pipe/topics")["topics"]
+        topics = call(address, "POST", "/v1/pipe/topics")["topics"]
     except EdgeBrokerError:
         return None
     more = 0

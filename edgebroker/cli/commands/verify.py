@@ -169,7 +169,7 @@ def _same(mine: Any, other: Any) -> bool:
 def _logs(node: str, topic: str) -> dict[str, dict[str, Any]]:
     return {
         f"{found['name']}/{log['partition']}": {**log, "topic": found["name"]}
-        for found in call(node, "GET", "/v1/pipe/topics")["topics"]
+        for found in call(node, "POST", "/v1/pipe/topics")["topics"]
         if topic in ("", found["name"])
         for log in found["partitions"]
     }
