@@ -342,6 +342,11 @@ cdef class Accumulator:
             self.owner.batch_begun()
         return sent
 
+    def ready(self, str topic not None):
+        """Would send() not wait?"""
+        return (topic in self.topics and not self.closed and self.unacked < self.max_unacked
+                and self.unacked_bytes < self.max_unacked_bytes)
+
     def send_many(self, str topic not None, values, bytes key=None, *, int64_t partition=-1):
         """Producer.send_many(), which documents it."""
         cdef object sent = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from edgebroker.version import __version__
 
 if TYPE_CHECKING:
+    from edgebroker.client.asynchronous import AsyncConsumer, AsyncProducer
     from edgebroker.client.consumer import Consumer
     from edgebroker.client.producer import Producer
     from edgebroker.client.publish.accumulator import Sent
@@ -33,6 +34,8 @@ _HOMES = {
     "Producer": "edgebroker.client.producer",
     "Sent": "edgebroker.client.publish.accumulator",
     "Consumer": "edgebroker.client.consumer",
+    "AsyncProducer": "edgebroker.client.asynchronous",
+    "AsyncConsumer": "edgebroker.client.asynchronous",
     "Record": "edgebroker.common.records",
     "Position": "edgebroker.common.types",
     "TopicPartition": "edgebroker.common.types",
@@ -53,6 +56,8 @@ __all__ = [
     "Producer",
     "Sent",
     "Consumer",
+    "AsyncProducer",
+    "AsyncConsumer",
     "Record",
     "Position",
     "TopicPartition",

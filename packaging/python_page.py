@@ -24,7 +24,8 @@ SECTIONS = (*ITEMS, "Returns", "Threads", "Durability")
 
 HEAD = """# Python client
 
-`pip install edgebroker` brings the client with the broker. It blocks, needs no asyncio, and works in any thread; it is
+`pip install edgebroker` brings the client, `edgebroker[node]` the broker as well. The client blocks and works in any
+thread; for asyncio there are AsyncProducer and AsyncConsumer. It is
 typed (`py.typed`), and `help(edgebroker.Producer)` shows what this page is made from. Everything an application needs
 is imported from `edgebroker`. [glossary.md](glossary.md) explains the words, [protocol.md](protocol.md) the wire.
 
@@ -83,6 +84,29 @@ def work():  # in a thread or a process of its own, as often as you like
 
 A handler that takes longer than the broker's delivery timeout calls `consumer.in_progress()` meanwhile, from any
 thread.
+"""
+ASYNC = """## asyncio
+
+The same clients, none of whose calls blocks the event loop:
+
+```python
+import asyncio
+
+from edgebroker import AsyncConsumer, AsyncProducer
+
+
+async def main():
+    async with AsyncProducer(Producer("127.0.0.1:7420")) as producer:
+        sent = [await producer.send("receipts", b"%d" % number) for number in range(100)]
+        print("stored up to offset", max(await asyncio.gather(*sent)))
+    async with AsyncConsumer(Consumer("127.0.0.1:7420", ["receipts"], group="kitchen")) as consumer:
+        async for record in consumer:
+            print(record.value)
+            break
+
+
+asyncio.run(main())
+```
 """
 POSITIONS = """## Positions
 
@@ -186,6 +210,7 @@ def page() -> str:
     parts = [
         HEAD, PRODUCER, reference("Producer"), reference("Sent"),
         CONSUMER, reference("Consumer"), reference("Record"), reference("TopicPartition"),
+        ASYNC, reference("AsyncProducer"), reference("AsyncConsumer"),
         POSITIONS, reference("Position"),
         REFRESH, reference("Staging"), reference("Refresh"),
         ERRORS + errors() + "\n" + codes(), *map(attributes_of, ("AnswerError", "GapError", "ResetRequiredError")),

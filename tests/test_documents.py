@@ -503,7 +503,7 @@ def test_the_python_of_the_python_page(tmp_path: Path, monkeypatch: pytest.Monke
             if "work" in names and not booked:
                 with pytest.raises(Enough):
                     names["work"]()
-    assert len(programs) == 7
+    assert len(programs) == 8
     assert names["sent"].result() == 0 and not names["failures"]
     assert sorted(int(record.value or b"") for record in booked) == list(range(1000))
     with closing(sqlite3.connect("shelf.db")) as database:

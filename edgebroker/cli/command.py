@@ -74,10 +74,17 @@ def run(handler: Handler, options: argparse.Namespace) -> int:
         return OK  # the reader of our output has gone
     except OSError as error:
         return _fail(system_error(error), FAILED)
+    except ModuleNotFoundError as error:
+        return incomplete(error)
     except Exception as error:  # ours to mend; people get a line that says where
         return _fail(f"this is a defect, please report it: {error!r} {_place(error)}", FAILED)
     finally:
         _end_output()
+
+
+def incomplete(error: ModuleNotFoundError) -> int:
+    """The package was installed for its client only."""
+    return _fail(f"{error.name} is not installed; a node needs it: pip install 'edgebroker[node]'", FAILED)
 
 
 def _place(error: BaseException) -> str:

@@ -84,6 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.code == command.USAGE:
             return usage_exit
         raise
+    except ModuleNotFoundError as error:
+        return command.incomplete(error)
     if not hasattr(options, "run"):
         options.parser.print_help(sys.stderr)
         return usage_exit

@@ -12,16 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from edgebroker.client.arguments import (
-    MOST_PARTITION,
-    MOST_WINDOW,
-    StartFrom,
-    check_identity,
-    check_time,
-    check_topics,
-    check_whole,
-    parse_from,
-)
+from edgebroker.client import arguments
+from edgebroker.client.arguments import StartFrom
 from edgebroker.client.consume import decoding
 from edgebroker.client.consume.handed_out import HandedOut, key_of
 from edgebroker.client.consume.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
@@ -114,16 +106,16 @@ class Consumer:
         client_id: str = "",
         token: bytes = b"",
     ) -> None:
-        topics = check_topics(topics)
+        topics = arguments.check_topics(topics)
         if problem := check_group_name(group):
             raise ArgumentError(problem)
         if missing_topic not in ("wait", "raise"):
             raise ArgumentError(f"missing_topic={missing_topic!r}: use wait or raise")
-        check_identity(client_id, token)
-        check_whole("window_records", window_records, 0, MOST_WINDOW)
-        check_whole("window_bytes", window_bytes, 0, MOST_WINDOW)
-        check_time("timeout", timeout)
-        begin = parse_from(start)
+        arguments.check_identity(client_id, token)
+        arguments.check_whole("window_records", window_records, 0, arguments.MOST_WINDOW)
+        arguments.check_whole("window_bytes", window_bytes, 0, arguments.MOST_WINDOW)
+        arguments.check_time("timeout", timeout)
+        begin = arguments.parse_from(start)
         self._group, self._timeout = group, timeout
         self._on_gap, self._on_assigned, self._on_revoked = on_gap, on_assigned, on_revoked
         self._position_file = PositionFile(position_file) if position_file is not None else None
@@ -172,6 +164,11 @@ class Consumer:
             return {key for key, state in self._subscriber.partitions.items() if state.held}
 
     @property
+    def closed(self) -> bool:
+        """True after close(). Any thread."""
+        return self._subscriber.closed
+
+    @property
     def expired(self) -> int:
         """How many records were left out because they had outlived the time to live in their header."""
         return self._expired
@@ -185,7 +182,7 @@ class Consumer:
         loop, poll(), commit(), or the end of the `with` block.
         """
         try:
-            while (record := self._handed_out.next(lambda: self._receive(None))) is not None:
+            while (record := self._next_record(None)) is not None:
                 yield record
         finally:
             self._handed_out.left()
@@ -215,6 +212,10 @@ class Consumer:
         """
         self._handed_out.handled()
         return self._handed_out.all(lambda: self._receive(timeout))
+
+    def _next_record(self, timeout: float | None) -> Record | None:
+        """One step of an iteration; None when no record came within `timeout` seconds, or the consumer was closed."""
+        return self._handed_out.next(lambda: self._receive(timeout))
 
     def _lease_of(self, key: TopicPartition) -> int:
         state = self._subscriber.partitions.get(key)
@@ -397,8 +398,8 @@ class Consumer:
         Threads:
             The thread of the consumer.
         """
-        kind, value = parse_from(start)
-        check_whole("partition", partition, 0, MOST_PARTITION)
+        kind, value = arguments.parse_from(start)
+        arguments.check_whole("partition", partition, 0, arguments.MOST_PARTITION)
         self._subscriber.seek(Wanted(topic, partition, kind, NO_LOG_ID, -1, value))
         self._take_back(TopicPartition(topic, partition))
 

@@ -239,6 +239,10 @@ class Producer:
         self._thread.join(5.0)
         self._sender.closed()
 
+    def _can_send(self, topic: str) -> bool:
+        """Would send() return at once? The topic is known, and there is room. Any thread."""
+        return self._accumulator.ready(topic)
+
     @property
     def client_id(self) -> str:
         """The name under which the broker knows this producer."""

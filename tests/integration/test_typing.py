@@ -14,7 +14,7 @@ import pytest
 import edgebroker
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("edgebroker", "cext", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("edgebroker", "cext", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "CHANGELOG.md", "LICENSE")
 PROGRAM = '''\
 """What a user may write, with every public name."""
 
@@ -24,6 +24,8 @@ import edgebroker
 from edgebroker import (
     AnswerError,
     ArgumentError,
+    AsyncConsumer,
+    AsyncProducer,
     Code,
     Consumer,
     CorruptBatchError,
@@ -41,6 +43,18 @@ from edgebroker import (
     TopicPartition,
     UnreachableError,
 )
+
+
+async def receipts() -> int:
+    async with AsyncProducer(Producer()) as producer:
+        offset: int = await producer.send_and_wait("receipts", b"v", b"k", headers=[("a", None)])
+        later: int = await (await producer.send("receipts", b"v"))
+    async with AsyncConsumer(Consumer(topics=["receipts"])) as consumer:
+        async for record in consumer:
+            values: list[Record] = await consumer.poll(1.0)
+            await consumer.ack(record)
+            print(len(values))
+    return offset + later
 
 
 class Shelf:

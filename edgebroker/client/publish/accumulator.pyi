@@ -173,6 +173,9 @@ class Accumulator:
     ) -> Sent | None:
         """Producer.send_many(), which documents it."""
 
+    def ready(self, topic: str) -> bool:
+        """Would send() not wait?"""
+
     def limit_to(self, max_record: int, max_batch: int) -> None:
         """What the broker allows, in bytes."""
 
