@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kit import watchdog
 from tests.kit.trees import Tree
 
 EXTENSIONS = (
@@ -31,6 +32,14 @@ def pytest_configure(config: pytest.Config) -> None:
         path = importlib.import_module(name).__file__ or ""
         if not path.endswith(".so"):
             raise pytest.UsageError(f"{name} is {path}, not a built extension; run make build")
+    watchdog.install()
+
+
+@pytest.fixture(autouse=True)
+def no_callback_keeps_a_loop() -> Iterator[None]:
+    watchdog.found.clear()
+    yield
+    assert not watchdog.found
 
 
 @pytest.fixture

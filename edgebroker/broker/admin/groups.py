@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+
 import msgspec
 
 from edgebroker.broker.admin.context import AdminContext
@@ -79,6 +81,9 @@ class GroupStatus(msgspec.Struct):
     partitions: list[GroupPartition]
 
 
+Groups = list[GroupStatus]
+
+
 class GroupList(msgspec.Struct):
     """All groups of the node, by name."""
 
@@ -133,16 +138,22 @@ class GroupAdmin:
 
     def list(self, call: Call) -> None:
         groups = sorted(self._core.groups.all(), key=lambda group: group.name)
-        list_in_slices(self._context.loop, groups, self._group, lambda found: call.answer(GroupList(found)))
+        self._show(groups, lambda found: call.answer(GroupList(found)))
 
     def describe(self, call: Call) -> None:
         group = self._find(call)
         if group is not None:
-            call.answer(self._group(group))
+            self._show([group], lambda found: call.answer(found[0]))
 
     def clients(self, call: Call) -> None:
         sessions = list(self._context.sessions)
-        list_in_slices(self._context.loop, sessions, self._client, lambda found: call.answer(ClientList(found)))
+
+        def rendered() -> Iterator[object]:
+            for session in sessions:
+                yield self._client(session)
+                yield from map(self._cursor, list(session.cursors.values()))
+
+        list_in_slices(self._context.loop, rendered(), ClientStatus, lambda found: call.answer(ClientList(found)))
 
     def _find(self, call: Call) -> Group | None:
         name = call.parameters["name"]
@@ -151,18 +162,20 @@ class GroupAdmin:
             call.refuse(Outcome.NOT_FOUND, f"there is no group {name} on this node")
         return group
 
-    def _group(self, group: Group) -> GroupStatus:
-        wanted_by = self._core.membership.wanted_by(group)
-        keys = sorted(group.committed_offsets.keys() | group.holders.keys() | wanted_by.keys())
-        return GroupStatus(
-            group.name,
-            group.generation,
-            [
-                MemberStatus(member.client_id, len(member.cursors), entry.unresponsive)
-                for member, entry in group.members.items()
-            ],
-            [self._partition(group, key, len(wanted_by.get(key, ()))) for key in keys],
-        )
+    def _show(self, groups: Sequence[Group], done: Callable[[Groups], None]) -> None:
+        def rendered() -> Iterator[object]:
+            for group in groups:
+                wanted_by = self._core.membership.wanted_by(group)
+                keys = sorted(group.committed_offsets.keys() | group.holders.keys() | wanted_by.keys())
+                members = [
+                    MemberStatus(member.client_id, len(member.cursors), entry.unresponsive)
+                    for member, entry in group.members.items()
+                ]
+                yield GroupStatus(group.name, group.generation, members, [])
+                for key in keys:
+                    yield self._partition(group, key, len(wanted_by.get(key, ())))
+
+        list_in_slices(self._context.loop, rendered(), GroupStatus, done)
 
     def _partition(self, group: Group, key: Key, wanted_by: int) -> GroupPartition:
         log = self._core.engine.log(*key)
@@ -216,7 +229,7 @@ class GroupAdmin:
             paused=transport.paused,
             idle_seconds=round(self._context.loop.now() - transport.last_received, 3),
             waits_for=session.waits_for,
-            partitions=[self._cursor(cursor) for cursor in session.cursors.values()],
+            partitions=[],
         )
 
     # ---- changing ----
@@ -257,7 +270,7 @@ class GroupAdmin:
 
         def begun(outcome: Outcome, message: str) -> None:
             if outcome is Outcome.OK:
-                call.answer(self._group(group))
+                self._show([group], lambda found: call.answer(found[0]))
             else:
                 call.refuse(outcome, message)
 

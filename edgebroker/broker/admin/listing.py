@@ -1,27 +1,35 @@
-"""Lists that may be long."""
+"""Lists that may be long: thousands of partitions must not hold up the pushes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
-from edgebroker.common.runtime.scheduler import Scheduler, in_slices
+from edgebroker.common.runtime.scheduler import Scheduler
 
-T = TypeVar("T")
-R = TypeVar("R")
-SLICE = 50
+SLICE_SECONDS = 0.002
+W = TypeVar("W")
 
 
 def list_in_slices(
-    scheduler: Scheduler, items: Sequence[T], render: Callable[[T], R | None], done: Callable[[list[R]], None]
+    scheduler: Scheduler, rendered: Iterator[object], kind: type[W], done: Callable[[list[W]], None]
 ) -> None:
-    """Render a list, a slice in each loop iteration: thousands of groups must not hold up the pushes.
+    """Take what an iterator renders, for 2 ms in each loop iteration, then done().
 
-    render() gives None for what has gone meanwhile.
+    rendered: objects of `kind`, which has a list `partitions`, each followed by what belongs into that list.
     """
-    found: list[R] = []
+    found: list[W] = []
 
-    def some(part: Sequence[T]) -> None:
-        found.extend(one for item in part if (one := render(item)) is not None)
+    def some() -> None:
+        until = scheduler.clock_now() + SLICE_SECONDS
+        for one in rendered:
+            if isinstance(one, kind):
+                found.append(one)
+            else:
+                found[-1].partitions.append(one)  # type: ignore[attr-defined]
+            if scheduler.clock_now() >= until:
+                scheduler.call_later(0.0, some)
+                return
+        done(found)
 
-    in_slices(scheduler, items, SLICE, some, lambda: done(found))
+    some()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -80,6 +81,9 @@ class TopicStatus(msgspec.Struct, kw_only=True):
     partitions: list[PartitionStatus]
 
 
+Topics = list[TopicStatus]
+
+
 class TopicList(msgspec.Struct):
     """All topics of the node, by name."""
 
@@ -110,9 +114,7 @@ class TopicAdmin:
     # ---- showing ----
 
     def list(self, call: Call) -> None:
-        list_in_slices(
-            self._context.loop, sorted(self._engine.topics()), self._topic, lambda f: call.answer(TopicList(f))
-        )
+        self._show(sorted(self._engine.topics()), lambda found: call.answer(TopicList(found)))
 
     def describe(self, call: Call) -> None:
         self._tell(call, call.parameters["name"])
@@ -126,18 +128,22 @@ class TopicAdmin:
     def _tell(self, call: Call, name: str, status: int = 200) -> None:
         """Answer with a topic, as it is now."""
         if self._exists(name, call):
-            call.answer(self._topic(name), status)
+            self._show([name], lambda found: call.answer(found[0], status))
 
-    def _topic(self, name: str) -> TopicStatus | None:
-        logs = self._engine.partitions(name)
-        if not logs:
-            return None
-        return TopicStatus(
-            name=name,
-            settings=logs[0].settings,
-            snapshot_in_progress=self._core.table_snapshots.describe(name),
-            partitions=[_partition(log) for log in logs],
-        )
+    def _show(self, names: Sequence[str], done: Callable[[Topics], None]) -> None:
+        def rendered() -> Iterator[object]:
+            for name in names:
+                logs = self._engine.partitions(name)
+                if logs:  # it may be gone meanwhile
+                    yield TopicStatus(
+                        name=name,
+                        settings=logs[0].settings,
+                        snapshot_in_progress=self._core.table_snapshots.describe(name),
+                        partitions=[],
+                    )
+                yield from map(_partition, logs)
+
+        list_in_slices(self._context.loop, rendered(), TopicStatus, done)
 
     # ---- changing ----
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from threading import Condition
 
 from edgebroker.client import lifetime
@@ -277,6 +278,17 @@ class Subscriber:
             self.loop.call_later(RETRY_SECONDS, lambda: self._confirm(targets, done))
 
     def _subscribe(self, wanted: list[Wanted]) -> None:
+        """One request, or several when one cannot name it all: what is about one topic stays together."""
+        part: list[Wanted] = []
+        for _, lines in groupby(sorted(wanted, key=lambda line: line.topic), lambda line: line.topic):
+            more = list(lines)
+            if part and len(part) + len(more) > frames.MOST_LINES:
+                self._request_lines(part)
+                part = []
+            part += more
+        self._request_lines(part)
+
+    def _request_lines(self, wanted: list[Wanted]) -> None:
         correlation = self.link.next_correlation()
         data = frames.write_subscribe(correlation, Subscribe(Intent.JOIN, self._group, *self._window, wanted))
         for line in wanted:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Protocol
 
 from edgebroker.common.errors import ProtocolError
@@ -18,6 +19,8 @@ from edgebroker.network.wire.connection import ReceiveBuffer
 
 HIGH_BYTES = 1 << 20
 LOW_BYTES = 256 << 10
+# Of one connection in a turn: calls of the system, and pieces in one of them.
+MOST_SENDS, MOST_PARTS = 32, 64
 
 
 class Owner(Protocol):
@@ -338,10 +341,12 @@ class Transport:
 
     def _flush(self) -> None:
         out = self._out
-        while out and not self.closed:
+        for _ in range(MOST_SENDS):  # what is left goes out in the next turn
+            if not out or self.closed:
+                break
             item = out[0]
             try:
-                sent, done = self._send_file(item) if isinstance(item, FileRange) else self._send_bytes(item)
+                sent, done = self._send_file(item) if isinstance(item, FileRange) else self._send_bytes()
             except BlockingIOError:
                 break
             except OSError as error:
@@ -362,14 +367,23 @@ class Transport:
             else:
                 self._owner.on_drained()
 
-    def _send_bytes(self, item: bytes | memoryview) -> tuple[int, bool]:
-        assert self._out is not None
-        sent = self._channel.send((item,))
-        if sent == len(item):
-            self._out.popleft()
-            return sent, True
-        self._out[0] = memoryview(item)[sent:]
-        return sent, False
+    def _send_bytes(self) -> tuple[int, bool]:
+        """Send what is queued before the next file, many small pieces at once."""
+        out = self._out
+        assert out is not None
+        parts: list[bytes | memoryview] = []
+        for item in islice(out, MOST_PARTS):
+            if isinstance(item, FileRange):
+                break
+            parts.append(item)
+        left = sent = self._channel.send(parts)
+        for part in parts:
+            if left < len(part):
+                out[0] = memoryview(part)[left:]
+                return sent, False
+            left -= len(part)
+            out.popleft()
+        return sent, True
 
     def _send_file(self, item: FileRange) -> tuple[int, bool]:
         assert self._out is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -140,9 +141,27 @@ def test_done_without_a_failure_is_an_empty_object() -> None:
     assert (answer.status, said(answer)) == (200, {})
 
 
-def test_a_list_leaves_out_what_has_gone_meanwhile() -> None:
-    scheduler, found = ManualScheduler(ManualClock()), list[list[int]]()
-    list_in_slices(scheduler, range(120), lambda item: item if item % 2 else None, found.append)
+class Listed:
+    def __init__(self) -> None:
+        self.partitions: list[int] = []
+
+
+def test_a_long_list_is_made_in_slices() -> None:
+    """Here the time of a slice is over with the first object and with every hundredth."""
+    clock = ManualClock()
+    scheduler, found = ManualScheduler(clock), list[list[Listed]]()
+
+    def rendered() -> Iterator[object]:
+        for topic in range(3):
+            yield Listed()
+            for number in range(100):
+                clock.advance(1.0 if number == 99 else 0.0)
+                yield topic * 1000 + number
+
+    list_in_slices(scheduler, rendered(), Listed, found.append)
+    assert not found, "the time of the first slice is over"
     while not found:
         scheduler.turn()
-    assert found == [list(range(1, 120, 2))]
+    assert [one.partitions for one in found[0]] == [
+        [topic * 1000 + number for number in range(100)] for topic in range(3)
+    ]
