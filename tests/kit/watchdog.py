@@ -1,7 +1,7 @@
-"""Fails a test in which one callback kept a loop for more than 20 ms of processor time.
+"""Fails a test in which one callback kept a loop for more than 50 ms of processor time.
 
 Processor time, and without what the collector took, which finds a test run's objects: another program on the machine
-changes nothing. Callbacks that other threads posted are counted together, 20 ms for each.
+changes nothing. Callbacks that other threads posted are counted together, 50 ms for each.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ import gc
 import time
 from typing import Any
 
-from edgebroker.network.io.loop import SLOW_SECONDS, Loop
+from edgebroker.network.io.loop import Loop
 
+# More than the loop warns of (20 ms): a slower machine runs the tests, too.
+ALLOWED_SECONDS = 0.05
 found: list[str] = []
 _collecting = _collected = 0.0
 
@@ -24,7 +26,7 @@ def install() -> None:
         global _collected
         now = time.thread_time()
         before, self.cpu_before = getattr(self, "cpu_before", None), now
-        if before is not None and now - before - _collected > SLOW_SECONDS * max(1, count):
+        if before is not None and now - before - _collected > ALLOWED_SECONDS * max(1, count):
             found.append(f"{name} took {(now - before - _collected) * 1000:.0f} ms")
         _collected = 0.0
         return watch(self, began, name, count)
