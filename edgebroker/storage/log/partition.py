@@ -33,7 +33,7 @@ from edgebroker.storage.types import (
 # Reserved ahead of the end: little for a small segment, more for one that is filling.
 PREALLOCATE_BYTES, MAX_PREALLOCATE_BYTES = 512 << 10, 8 << 20
 # A log that never grows takes no space ahead: there may be thousands of them.
-PREALLOCATE_FROM_BYTES = 64 << 10
+PREALLOCATE_FROM_BYTES, BLOCK_BYTES = 64 << 10, 4 << 10
 MAX_CHUNK_BYTES = 8 << 20
 
 
@@ -154,8 +154,9 @@ class PartitionLog(Lookup):
         if end <= active.allocated_end:
             return 0, 0
         if end < PREALLOCATE_FROM_BYTES:
-            return 0, 0
-        ahead = max(PREALLOCATE_BYTES, min(MAX_PREALLOCATE_BYTES, end // 8))
+            ahead = -end % BLOCK_BYTES  # what is written, so that a full disk takes all of it or nothing
+        else:
+            ahead = max(PREALLOCATE_BYTES, min(MAX_PREALLOCATE_BYTES, end // 8))
         return active.allocated_end, end + ahead - active.allocated_end
 
     def written(self, layout: Layout, allocated: int) -> None:
