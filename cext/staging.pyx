@@ -106,6 +106,12 @@ cdef class Chunk:
         return <size_t>self.buffer
 
 
+# Producers that are remembered, in one partition and in all: anybody can invent ids. The one heard of longest ago goes.
+MOST_PRODUCERS, MOST_PRODUCERS_OF_ALL, LEAST_PRODUCERS = 10_000, 100_000, 100
+cdef Py_ssize_t most_producers = MOST_PRODUCERS, most_of_all = MOST_PRODUCERS_OF_ALL, least_producers = LEAST_PRODUCERS
+cdef Py_ssize_t windows_alive = 0
+
+
 @cython.final
 cdef class Window:
     """The last batches of one producer in this partition, oldest first, in a ring."""
@@ -116,7 +122,13 @@ cdef class Window:
     cdef double last_seen
     cdef Window previous    # what an epoch that is not settled yet replaced
 
+    def __cinit__(self):
+        global windows_alive
+        windows_alive += 1
+
     def __dealloc__(self):
+        global windows_alive
+        windows_alive -= 1
         free(self.entries)
 
     cdef Entry *at(self, size_t rank) noexcept:
@@ -269,6 +281,16 @@ cdef class Stage:
             return CODE_OK
         return CODE_OUT_OF_ORDER
 
+    cdef int make_room(self) except -1:
+        """For a producer that is new here."""
+        cdef Py_ssize_t count = len(self.producers)
+        if count >= most_producers or (windows_alive > most_of_all and count > least_producers):
+            oldest = next(iter(self.producers))
+            if oldest == self.cached_id:
+                self.cached, self.cached_id = None, -1
+            del self.producers[oldest]
+        return 0
+
     cdef int remember(self, eb_batch *batch, int64_t offset, double now) except -1:
         cdef Window window = self.window_of(batch.producer_id), replaced
         cdef Entry entry
@@ -278,8 +300,12 @@ cdef class Stage:
             window = Window.__new__(Window)
             window.epoch = batch.producer_epoch
             window.previous = replaced
+            if replaced is None:
+                self.make_room()
             self.producers[batch.producer_id] = window
             self.cached, self.cached_id = window, batch.producer_id
+        elif len(self.producers) > least_producers:  # behind those that were heard of before
+            self.producers[batch.producer_id] = self.producers.pop(batch.producer_id)
         window.last_seen = now
         entry.offset, entry.sequence, entry.count, entry.crc = offset, batch.base_sequence, batch.count, batch.crc
         entry.zero = 0
@@ -350,7 +376,7 @@ cdef class Stage:
                                 self.next_offset, self.pending_bytes = before, bytes_before
                                 for producer_id, window in undo.items():
                                     if window is None:
-                                        del self.producers[producer_id]
+                                        self.producers.pop(producer_id, None)
                                     else:
                                         self.producers[producer_id] = window
                                 self.cached, self.cached_id = None, -1

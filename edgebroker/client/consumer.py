@@ -211,6 +211,7 @@ class Consumer:
             The thread of the consumer, which runs the callbacks inside.
         """
         self._handed_out.handled()
+        arguments.check_time("timeout", timeout)
         return self._handed_out.all(lambda: self._receive(timeout))
 
     def _next_record(self, timeout: float | None) -> Record | None:

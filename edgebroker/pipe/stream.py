@@ -42,6 +42,9 @@ MAX_LINES = 1 << 16
 # Polls up to this size are remembered, so that they need not be sent again; a SamePoll takes no more than that.
 MAX_SAME_BYTES, MAX_SAME_POLL_BYTES = 64 << 10, 120
 MAX_PARTITIONS = 1024
+WILD = frozenset("*?[")
+# Of the patterns with wildcards in a poll, together: they become one expression, which takes time to build.
+MAX_WILD_CHARACTERS = 4096
 # A batch that a child shows to a parent that is behind, and all that one poll shows, but for the first.
 MAX_BEYOND_BYTES, MOST_SHOWN_BYTES = 5 << 20, 1 << 20
 # Logs in one Receipt.
@@ -180,10 +183,17 @@ class Patterns:
     """The topics that a node wants: shell wildcards. What belongs to one node alone is matched by none."""
 
     def __init__(self, patterns: list[str]) -> None:
-        self._match = re.compile("|".join(translate(pattern) for pattern in patterns) or r"(?!)").match
+        wild = wildcards(patterns)
+        self._names = {*patterns}.difference(wild)
+        self._match = re.compile("|".join(translate(pattern) for pattern in wild) or r"(?!)").match
 
     def __contains__(self, topic: str) -> bool:
-        return is_shared(topic) and self._match(topic) is not None
+        return is_shared(topic) and (topic in self._names or self._match(topic) is not None)
+
+
+def wildcards(patterns: list[str]) -> list[str]:
+    """Those that are no names."""
+    return [pattern for pattern in patterns if not WILD.isdisjoint(pattern)]
 
 
 def is_shared(topic: str) -> bool:

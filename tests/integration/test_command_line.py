@@ -92,6 +92,8 @@ def run(
         ("edgebroker status --admin unix:/nowhere", b"", 3, "no broker answers"),
         ("edgebroker config check /", b"", 2, "Is a directory"),
         ("edgebroker config check /dev/stdin", b"\xff\xfe", 2, "UTF-8"),
+        ("edgebroker log verify /bin/ls", b"", 2, "/bin/ls: not a segment file"),
+        ("edgebroker log verify /dev/null", b"", 2, "/dev/null: not a file or directory"),
         ("edgebroker log verify /nowhere", b"", 2, "/nowhere"),
         ("edgebroker backup /proc/nowhere", b"", 1, "/proc/nowhere"),
         ("edgebroker restore /nowhere --data-dir x", b"", 2, "/nowhere"),

@@ -100,6 +100,25 @@ def test_a_record(broker: RunningBroker, arguments: tuple[Any, ...], said: str) 
         assert after.result(SECONDS) == before.result(SECONDS) + 1
 
 
+def test_times_to_wait(broker: RunningBroker) -> None:
+    with broker.consumer(["t"]) as consumer, broker.producer() as producer:
+        for wrong in (float("nan"), -1, "x"):
+            for call in (lambda t=wrong: consumer.poll(t), lambda t=wrong: producer.flush(t)):
+                refused(call, "timeout is a number of seconds")  # type: ignore[arg-type]
+
+
+def test_a_callback_that_would_end_the_program(broker: RunningBroker) -> None:
+    """It is called on the I/O thread, which others need."""
+
+    def leave(sent: object) -> None:
+        raise SystemExit
+
+    with broker.producer() as producer:
+        producer.send("t", b"v").add_done_callback(leave)
+        producer.flush(SECONDS)
+        assert producer.send("t", b"v").result(SECONDS) >= 0
+
+
 def refused(call: Callable[[], object], said: str) -> None:
     with pytest.raises((ValueError, TypeError)) as error:
         call()

@@ -57,6 +57,8 @@ MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 PIN_SECONDS = 3600.0
 STORE_SECONDS = 60.0
+# What is remembered of children in all logs together: how far they are, and what is kept for their copies.
+MOST_PLACES, MOST_PINS = 250_000, 50_000
 
 
 class Downstream:
@@ -93,6 +95,8 @@ class Downstream:
         self._asked: dict[Log, dict[str, ChildPosition]] = {}
         self._pins: dict[Log, dict[str, tuple[int, float]]] = {}
         self._asked_more = False
+        # How many of both there are, at least; they are counted when that reaches its limit.
+        self._place_count = self._pin_count = 0
         # Logs that a promoted node writes now: they are not served from here.
         self.fenced: Mapping[Log, str] = {}
         # Whether a publisher waits until children have a log, and who is told what they have durably.
@@ -108,6 +112,7 @@ class Downstream:
             partition = self.engine.log(*key)
             if partition is not None:
                 self._asked[partition] = dict(places)
+                self._place_count += len(places)
 
     def store(self) -> None:
         """Remember what the children have, for the next run."""
@@ -179,6 +184,10 @@ class Downstream:
             parse_hours(poll.hours)
         except ValueError as error:
             call.refuse(Outcome.INVALID, f"hours: {error}")
+            return True
+        if sum(map(len, stream.wildcards(poll.topics))) > stream.MAX_WILD_CHARACTERS:
+            why = f"topics: the patterns with wildcards have more than {stream.MAX_WILD_CHARACTERS} characters together"
+            call.refuse(Outcome.INVALID, why)
             return True
         if poll.level not in LEVELS or LEVELS.index(poll.level) <= LEVELS.index(mine):
             why = f"this is a {mine} node; a {poll.level} node cannot be its child"
@@ -404,17 +413,45 @@ class Downstream:
         kept for it."""
         uid = poll.uid
         if poll.pin:  # the copy of a child, which will not come again
-            self._pins.setdefault(partition, {})[uid] = (position.offset, self.scheduler.now())
+            self._pin(uid, partition, position.offset)
             return
         children = self._asked.setdefault(partition, {})
         before = children.get(uid)
-        if before is None and len(children) >= self._max_children:
-            del children[min(children, key=lambda known: children[known].seen)]  # the one that was away for longest
+        if before is None and not self._has_room(children, partition):
+            return
         place = children[uid] = ChildPosition(
             position.log_id, position.epoch, position.offset, self.scheduler.now(), poll.name
         )
         if before is None or (before.log_id, before.offset) != (place.log_id, place.offset):
             self._asked_more = True
+
+    def _pin(self, uid: str, partition: Log, offset: int) -> None:
+        pins, now = self._pins.setdefault(partition, {}), self.scheduler.now()
+        if uid not in pins and self._pin_count >= MOST_PINS:
+            for known in self._pins.values():
+                _lowest(known, now - PIN_SECONDS)
+            self._pin_count = sum(map(len, self._pins.values()))
+            if self._pin_count >= MOST_PINS:
+                return  # it is told GAP if retention is faster
+        self._pin_count += uid not in pins
+        pins[uid] = (offset, now)
+
+    def _has_room(self, children: dict[str, ChildPosition], partition: Log) -> bool:
+        """May what one more child has of a log be remembered? One that has all of it, and is away for longest, gives
+        way; what nothing was heard of is not given up for a newcomer, which anybody can invent."""
+        if self._place_count >= MOST_PLACES:
+            self._place_count = sum(map(len, self._asked.values()))
+            if self._place_count >= MOST_PLACES:
+                return False
+        if len(children) >= self._max_children:
+            through = [uid for uid, place in children.items() if place.offset >= partition.durable_end]
+            through = [uid for uid in through if uid not in self._uids]
+            if not through:
+                return False
+            del children[min(through, key=lambda uid: children[uid].seen)]
+            return True
+        self._place_count += 1
+        return True
 
     def idle(self, child: ChildStream, cursor: LogCursor, partition: Log) -> None:
         self._idle.setdefault(partition, {})[cursor] = child

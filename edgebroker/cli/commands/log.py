@@ -96,9 +96,11 @@ def verify(options: argparse.Namespace) -> int:
 def segments(path: Path) -> list[tuple[Path, int]]:
     """Segment files below a path, each with the base offset of its successor (-1: none)."""
     if path.is_file():
+        if not (path.stem.isascii() and path.stem.isdigit()):
+            raise ConfigError(f"{path}: not a segment file; the name of one is the offset that it begins with")
         return [(path, -1)]
     if not path.is_dir():
-        raise ConfigError(f"{path}: no such file or directory")
+        raise ConfigError(f"{path}: {'not a file or directory' if path.exists() else 'no such file or directory'}")
     found = sorted(
         file for file in path.rglob("*.log") if file.stem.isdigit() and "deleted" not in file.relative_to(path).parts
     )

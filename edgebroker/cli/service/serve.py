@@ -80,6 +80,8 @@ def _announce(broker: Broker, ports_file: str | None) -> None:
     )
     if ports_file:
         addresses = {"tcp": f"{host}:{port}", "http": f"{http_host}:{http_port}"}
+        if broker.config.listen.pipe:
+            addresses["pipe"] = "{}:{}".format(*listeners.pipe_address)
         Path(ports_file).write_text(json.dumps(addresses) + "\n")
 
 

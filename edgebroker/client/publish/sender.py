@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 
 from edgebroker.client import lifetime
-from edgebroker.client.arguments import check_topic
+from edgebroker.client.arguments import check_time, check_topic
 from edgebroker.client.link import Link
 from edgebroker.client.publish.accumulator import Accumulator, PendingBatch, TopicBatches
 from edgebroker.client.publish.lane import Lane
@@ -97,6 +97,7 @@ class Sender:
 
     def flush(self, timeout: float | None) -> None:
         """Send open batches now and wait until none is unacknowledged. Raises TimeoutError."""
+        check_time("timeout", timeout)
         if self.accumulator.unacked:
             self._check_open()
         self.loop.call_soon_threadsafe(lambda: self._pump(everything=True))
@@ -204,7 +205,7 @@ class Sender:
         for callback, sent in callbacks or ():
             try:
                 callback(sent)
-            except Exception:
+            except BaseException:  # SystemExit as well: this is not the thread to end
                 log.exception("a callback of a sent record failed")
 
     def _check_open(self) -> None:

@@ -22,7 +22,7 @@ NO_RESET = bytes(16)
 
 WANT_PRODUCER, NEW_EPOCH = 1, 2
 # What one frame may name: topics of a CONNECT, lines of a SUBSCRIBE, partitions of a HEARTBEAT.
-MOST_TOPICS, MOST_LINES, MOST_ENDS = 1000, 5_000, 1000
+MOST_TOPICS, MOST_LINES, MOST_ENDS = 1000, 2000, 1000
 
 
 class FrameType(IntEnum):

@@ -1,5 +1,7 @@
 from typing_extensions import Buffer
 
+MOST_PRODUCERS: int
+
 def trim() -> int:
     """Give recycled buffers back to the system; call when nothing was staged for a while. Returns the bytes freed."""
 

@@ -27,7 +27,7 @@ from edgebroker.pipe.follower import (
     StateChanged,
     TruncateLog,
 )
-from edgebroker.pipe.stream import Hello, Kind, LogPosition, Point, Poll, Refusal, write_frame
+from edgebroker.pipe.stream import Hello, Kind, LogPosition, Patterns, Point, Poll, Refusal, wildcards, write_frame
 
 LOG_ID = "ab" * 16
 UP, ME = "aa" * 16, "bb" * 16
@@ -443,6 +443,13 @@ def test_patterns() -> None:
     assert [follower.wants(name) for name in ("prices", "store-7", "sales", "prices.dlq", "__own")] == [
         True, True, False, False, False,
     ]  # fmt: skip
+
+
+def test_names_need_no_expression() -> None:
+    wanted = Patterns(["prices", "a.b", "store-*"])
+    assert [name in wanted for name in ("prices", "a.b", "axb", "store-7", "price")] == [True, True, False, True, False]
+    assert wildcards(["prices", "store-*", "[ab]", "a?"]) == ["store-*", "[ab]", "a?"]
+    assert "x" not in Patterns([])
 
 
 @pytest.mark.parametrize("seed", range(30))

@@ -394,3 +394,16 @@ def test_a_view_keeps_the_chunk_alive() -> None:
         send(stage, one(count=3))
         stage.take(1 << 20)
     assert bytes(view) == copy
+
+
+def test_producers_that_are_invented_are_forgotten_in_turn() -> None:
+    """The one heard of longest ago goes first; who goes on publishing is known."""
+    stage, most = Stage(0, 3, MAX, MAX, 5), staging.MOST_PRODUCERS
+    assert codes(stage, one(0, producer=1), one(0, producer=2)) == [Code.OK, Code.OK]
+    for producer in range(3, most + 50):
+        assert codes(stage, one(0, producer=producer)) == [Code.OK]
+        if producer % 50 == 0:
+            assert codes(stage, one(producer // 50, producer=1)) == [Code.OK], producer
+    assert stage.producer_count == most
+    assert codes(stage, one(1, producer=2)) == [Code.OUT_OF_ORDER], "it was not heard of"
+    assert codes(stage, one((most + 49) // 50, producer=1)) == [Code.OK]
