@@ -22,6 +22,8 @@ from edgebroker.pipe.report import Report, ResyncReport, TopicReport
 SLICE = 200
 PAGE = 500
 WORST = 20
+# Levels, regions and values of labels that are counted: nodes call themselves what they like.
+MOST_COUNTED = 1000
 MOST_MISSING = 100
 BEHIND_SECONDS = 60.0
 WRONG_CLOCK_SECONDS = 60
@@ -176,6 +178,8 @@ class FleetView:
             for key in keys:
                 counts = counted.get(key)
                 if counts is None:
+                    if len(counted) >= MOST_COUNTED:
+                        continue
                     counts = counted[key] = Counts()
                 counts.nodes += 1
                 for state in facts.states:
