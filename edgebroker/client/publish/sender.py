@@ -260,7 +260,7 @@ class Sender:
 
     def _send(self, lane: Lane) -> None:
         """Send what may be sent of a lane."""
-        if not self.link.up:
+        if not self.link.up or not lane.queue:
             return
         if self._level is AckLevel.NONE:
             self._send_unanswered(lane)
