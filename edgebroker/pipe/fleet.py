@@ -18,7 +18,7 @@ import msgspec
 from edgebroker.common import json
 from edgebroker.pipe.report import MAX_REPORT_BYTES, NodeState, Report
 
-MAX_NODES = 65_536
+MAX_NODES, KEPT_FOR_CHILDREN = 65_536, 4096
 # Two machines with the same identity speak in turns, each with the name of its own run.
 TWIN_CHANGES, TWIN_SECONDS = 3, 600.0
 
@@ -105,8 +105,10 @@ class Fleet:
         self.taken: list[str] = []
         self.refused = 0
 
-    def take(self, state: NodeState, route: str, now: float) -> FleetMember | None:
-        """Hear of a node; the member when that was news. Raises msgspec.DecodeError for what is not a report."""
+    def take(self, state: NodeState, route: str, now: float, *, connected: bool = False) -> FleetMember | None:
+        """Hear of a node; the member when that was news. `connected`: the child that says it is connected now, and what
+        it says of itself finds a place although others have passed on too much. Raises msgspec.DecodeError for what is
+        not a report."""
         raw = bytes(state.report)
         if len(raw) > MAX_REPORT_BYTES * 2:
             raise msgspec.ValidationError(f"a report of {len(raw)} bytes")
@@ -116,7 +118,8 @@ class Fleet:
             return None
         member = self.members.get(report.uid)
         if member is None:
-            if len(self.members) >= MAX_NODES:
+            itself = connected and report.uid == route
+            if len(self.members) >= (MAX_NODES if itself else MAX_NODES - KEPT_FOR_CHILDREN):
                 self.refused += 1
                 return None
             member = self.members[report.uid] = FleetMember(report.uid)

@@ -125,7 +125,7 @@ def disk_full(tree: Tree, mp: pytest.MonkeyPatch) -> Scene:
 
 def fleet_full(tree: Tree, mp: pytest.MonkeyPatch) -> Scene:
     root = root_of(tree)
-    mp.setattr(fleet, "MAX_NODES", 2)
+    mp.setattr(fleet, "MAX_NODES", 2 + fleet.KEPT_FOR_CHILDREN)
     reports = [
         {
             "report": {

@@ -66,9 +66,10 @@ class Inbox:
             return
         elsewhere: list[str] = []
         silent = False
+        connected = self._downstream.child(batch.sender) is not None
         for state in batch.nodes:
             try:
-                member = self.fleet.take(state, batch.sender, now)
+                member = self.fleet.take(state, batch.sender, now, connected=connected)
             except msgspec.DecodeError as error:
                 self._metrics.reports_refused += 1  # what is wrong with one says nothing about the others
                 log.warning("a report that %s passed on is not understood: %s", batch.sender, error)

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgebroker.pipe.fleet import MAX_NODES, Fleet, matches
+from edgebroker.pipe.fleet import KEPT_FOR_CHILDREN, MAX_NODES, Fleet, matches
 from edgebroker.pipe.report import (
     MAX_CANDIDATES,
     MAX_REPORT_BYTES,
@@ -141,9 +141,14 @@ def test_what_was_removed_stays_away_until_it_is_started_again() -> None:
 
 def test_a_fleet_has_a_limit() -> None:
     fleet = Fleet(TOP)
-    fleet.members = dict.fromkeys(map(str, range(MAX_NODES)))  # type: ignore[assignment]
-    assert fleet.take(state(report(1)), uid(1), 0.0) is None
-    assert fleet.refused == 1
+    others = MAX_NODES - KEPT_FOR_CHILDREN
+    fleet.members = dict.fromkeys(map(str, range(others)))  # type: ignore[assignment]
+    assert fleet.take(state(report(1)), uid(1), 0.0) is None, "anybody can say so"
+    assert fleet.take(state(report(1)), uid(2), 0.0, connected=True) is None, "of another node, too"
+    assert fleet.take(state(report(1)), uid(1), 0.0, connected=True) is not None
+    assert fleet.refused == 2
+    fleet.members |= dict.fromkeys(map(str, range(MAX_NODES)))  # type: ignore[arg-type]
+    assert fleet.take(state(report(3)), uid(3), 0.0, connected=True) is None
 
 
 def test_what_is_no_report_is_refused() -> None:
