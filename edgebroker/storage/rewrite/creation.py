@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from edgebroker.common.outcome import Done, Outcome
@@ -22,6 +21,9 @@ from edgebroker.storage.opening import Opener
 from edgebroker.storage.rewrite.removal import Removal
 from edgebroker.storage.rewrite.truncate import create_log
 from edgebroker.storage.types import Identity
+
+# Partitions that are made between two groups of batches: the records of others wait meanwhile.
+SLICE = 16
 
 log = logging.getLogger(__name__)
 
@@ -53,18 +55,32 @@ class TopicCreation:
             return
         self._waiting[name] = [done]
 
+        made: list[tuple[Identity, Segment]] = []
+        logs: list[PartitionLog] = []
+
         def work() -> list[tuple[Identity, Segment]]:
-            made: list[tuple[Identity, Segment]] = []
             try:
-                for number, identity in enumerate(identities):
-                    made.append((identity, create_log(self._path / name / str(number), identity)))
+                for identity in identities[len(made) : len(made) + SLICE]:
+                    made.append((identity, create_log(self._path / name / str(len(made)), identity)))
             except BaseException:
                 for _, segment in made:
                     segment.close()
                 raise
             return made
 
-        self._committer.call(work, partial(self._created, name))
+        def go_on(result: object) -> None:
+            if not isinstance(result, list):
+                self._created(name, result)
+                return
+            for identity, segment in made[len(logs) :]:
+                start = RecoveredLog([segment], identity.log_start, identity.chain, identity.epoch, [], 0)
+                logs.append(self._opener.make_log(name, len(logs), identity, start))
+            if len(logs) < len(identities):
+                self._committer.call(work, go_on)
+            else:
+                self._created(name, logs)
+
+        self._committer.call(work, go_on)
 
     def _refusal(self, name: str) -> tuple[Outcome, str] | None:
         if refusal := self._committer.refusal():
@@ -80,15 +96,7 @@ class TopicCreation:
     def _created(self, name: str, result: object) -> None:
         waiting = self._waiting.pop(name)
         if isinstance(result, list):
-            self._topics[name] = [
-                self._opener.make_log(
-                    name,
-                    number,
-                    identity,
-                    RecoveredLog([segment], identity.log_start, identity.chain, identity.epoch, [], 0),
-                )
-                for number, (identity, segment) in enumerate(result)
-            ]
+            self._topics[name] = result
             answer = (Outcome.OK, "")
             self._listener.on_topic(name)
         else:

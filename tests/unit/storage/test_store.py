@@ -324,25 +324,41 @@ def test_a_producer_is_forgotten_after_a_week_of_running(start: Start) -> None:
     assert harness.store.append(harness.log(), data, spans, AckLevel.DURABLE, False).records == 1
 
 
-def test_a_creation_that_fails_gives_its_descriptors_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_of_others_do_not_wait_for_many_partitions(tmp_path: Path) -> None:
+    harness = StoreHarness(tmp_path / "data")
+    harness.create(TOPIC)
+    made: list[Outcome] = []
+    harness.store.create_topic("wide", TopicSettings(partitions=100), lambda outcome, _: made.append(outcome))
+    harness.stage(encode(b"v"))
+    harness.until(lambda: harness.log().durable_end == 1)
+    assert not made, "it is under way"
+    harness.until(lambda: bool(made))
+    assert (made, len(harness.store.partitions("wide"))) == ([Outcome.OK], 100)
+    harness.close()
+
+
+@pytest.mark.parametrize(("left", "partitions"), [(3, 5), (20, 40)])
+def test_a_creation_that_fails_gives_its_descriptors_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, partitions: int
+) -> None:
     harness = StoreHarness(tmp_path / "data")
     harness.create("first")
     create_log, made = files.create_log, list[int]()
 
     def fail(path: Path) -> int:
-        if len(made) == 3:
+        if len(made) == left:
             raise OSError(errno.EMFILE, "too many open files")
         made.append(create_log(path))
         return made[-1]
 
     monkeypatch.setattr(files, "create_log", fail)
     before = len(os.listdir("/proc/self/fd"))
-    assert harness.create("wide", partitions=5) is Outcome.OVERLOADED
+    assert harness.create("wide", partitions=partitions) is Outcome.OVERLOADED
     assert "too many open files" in harness.store.problems()["descriptors"]
-    assert len(made) == 3
+    assert len(made) == left
     assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.undo()
-    assert harness.create("wide", partitions=5) is Outcome.OK
+    assert harness.create("wide", partitions=partitions) is Outcome.OK
     harness.close()
 
 
