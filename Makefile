@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-groups test-power test-root-loss test-tables test-fuzz chaos soak packages wheels freeze freeze-nuitka deb image test-appliance
+.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-groups test-power test-root-loss test-tables test-fuzz test-watchdog chaos soak packages wheels freeze freeze-nuitka deb image test-appliance
 
 run: build
 	$(BIN)/edgebroker demo
@@ -97,6 +97,10 @@ image:
 test-appliance: build freeze
 	@./packaging/packages.sh appliance
 	EB_APPLIANCE=1 $(BIN)/python -m pytest tests/appliance
+
+# Does a callback take 20 ms of a loop? On a machine with nothing else to do.
+test-watchdog: build
+	EB_LOOP_MS=20 $(BIN)/python -m pytest tests/integration tests/unit/network
 
 # For pip: the source distribution, and wheels for three Pythons, each tried in clean environments.
 wheels:

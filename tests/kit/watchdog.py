@@ -1,21 +1,25 @@
-"""Fails a test in which one callback kept a loop for more than 50 ms of processor time.
+"""Fails a test in which one callback kept a loop for too long: 200 ms of processor time, or $EB_LOOP_MS.
 
-Processor time, and without what the collector took, which finds a test run's objects: another program on the machine
-changes nothing. Callbacks that other threads posted are counted together, 50 ms for each.
+The aim is 20 ms (`make test-watchdog`); a slow machine has to pass the tests, too. Processor time, and without what the
+collector took, which finds a test run's objects: another program on the machine changes nothing. Callbacks that other
+threads posted are counted together, as much for each.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import time
+from threading import get_ident
 from typing import Any
 
 from edgebroker.network.io.loop import Loop
 
-# More than the loop warns of (20 ms): a slower machine runs the tests, too.
-ALLOWED_SECONDS = 0.05
+ALLOWED_SECONDS = float(os.environ.get("EB_LOOP_MS", "200")) / 1000
 found: list[str] = []
-_collecting = _collected = 0.0
+# By thread: when a collection began, and what collections took since the loop of the thread was looked at.
+_began: dict[int, float] = {}
+_collected: dict[int, float] = {}
 
 
 def install() -> None:
@@ -23,12 +27,12 @@ def install() -> None:
     watch = Loop._watch
 
     def watched(self: Any, began: float, name: str, count: int) -> float:
-        global _collected
-        now = time.thread_time()
-        before, self.cpu_before = getattr(self, "cpu_before", None), now
-        if before is not None and now - before - _collected > ALLOWED_SECONDS * max(1, count):
-            found.append(f"{name} took {(now - before - _collected) * 1000:.0f} ms")
-        _collected = 0.0
+        now, collected = time.thread_time(), _collected.pop(get_ident(), 0.0)
+        before, self.watched = getattr(self, "watched", None), (get_ident(), now)
+        if before is not None and before[0] == get_ident():
+            taken = now - before[1] - collected
+            if taken > ALLOWED_SECONDS * max(1, count):
+                found.append(f"{name} took {taken * 1000:.0f} ms")
         return watch(self, began, name, count)
 
     Loop._watch = watched  # type: ignore[method-assign]
@@ -36,8 +40,8 @@ def install() -> None:
 
 
 def _collector(phase: str, _: dict[str, int]) -> None:
-    global _collecting, _collected
+    thread = get_ident()
     if phase == "start":
-        _collecting = time.thread_time()
+        _began[thread] = time.thread_time()
     else:
-        _collected += time.thread_time() - _collecting
+        _collected[thread] = _collected.get(thread, 0.0) + time.thread_time() - _began.pop(thread, time.thread_time())
