@@ -27,6 +27,7 @@ from edgebroker.common.errors import ArgumentError, DamagedBatchError, EdgeBroke
 from edgebroker.common.messages import NO_LOG_ID, Holding, Wanted
 from edgebroker.common.names import check_group_name
 from edgebroker.common.records import Record
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.runtime.threads import start_thread
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.network.wire.frames import Gap, Reset
@@ -134,7 +135,7 @@ class Consumer:
             window=(window_records, window_bytes),
             wait_for_topics=missing_topic == "wait",
         )
-        self._handed_out = HandedOut(auto_ack, self._lease_of, self._acknowledge, self._subscriber.loop.clock_now)
+        self._handed_out = HandedOut(auto_ack, self._state_of, self._acknowledge, SystemClock().monotonic)
         self._loader = RefreshLoader(self._subscriber, staging)
         self._thread = start_thread("edgebroker-consumer", self._subscriber.run)
         # One that is dropped without close() leaves its group.
@@ -182,8 +183,7 @@ class Consumer:
         loop, poll(), commit(), or the end of the `with` block.
         """
         try:
-            while (record := self._next_record(None)) is not None:
-                yield record
+            yield from self._handed_out.each(lambda: self._receive(None))
         finally:
             self._handed_out.left()
 
@@ -218,9 +218,8 @@ class Consumer:
         """One step of an iteration; None when no record came within `timeout` seconds, or the consumer was closed."""
         return self._handed_out.next(lambda: self._receive(timeout))
 
-    def _lease_of(self, key: TopicPartition) -> int:
-        state = self._subscriber.partitions.get(key)
-        return state.lease if state is not None else 0
+    def _state_of(self, key: TopicPartition) -> PartitionState:
+        return self._subscriber.partitions.get(key) or PartitionState()
 
     def _receive(self, timeout: float | None) -> list[Record]:
         deadline = None if timeout is None else self._subscriber.loop.clock_now() + timeout

@@ -6,8 +6,9 @@ With `auto_ack`, asking for more says that what was given is handled.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
+from edgebroker.client.consume.partition_state import PartitionState
 from edgebroker.common.records import Record
 from edgebroker.common.types import TopicPartition
 
@@ -19,19 +20,21 @@ def key_of(record: Record) -> TopicPartition:
 
 
 class HandedOut:
-    """Belongs to the thread of the consumer. `lease_of` tells the lease under which a partition is held now,
-    `acknowledge` takes the offset before which everything of a partition is handled."""
+    """Belongs to the thread of the consumer. `state_of` tells how a partition is held now, `acknowledge` takes the
+    offset before which everything of a partition is handled."""
 
     def __init__(
         self,
         auto_ack: bool,
-        lease_of: Callable[[TopicPartition], int],
+        state_of: Callable[[TopicPartition], PartitionState],
         acknowledge: Callable[[TopicPartition, int], None],
         clock: Callable[[], float],
     ) -> None:
-        self._auto_ack, self._lease_of, self._acknowledge, self._clock = auto_ack, lease_of, acknowledge, clock
+        self._auto_ack, self._state_of, self._acknowledge, self._clock = auto_ack, state_of, acknowledge, clock
         self._rest: deque[Record] = deque()
         self._last: Record | None = None
+        # Of the partition that the last delivery was from, and the lease under which it came.
+        self._state = PartitionState()
         self._lease = self._unacked = 0
         self._ack_due = 0.0
 
@@ -39,7 +42,7 @@ class HandedOut:
         """One record, of a new delivery when nothing is left; None when there is none. Those before it are
         acknowledged, a delivery, 1,000 records or a second's worth at a time: a slow handler keeps its lease."""
         rest, now = self._rest, self._clock()
-        if rest and self._lease_of(key_of(rest[0])) != self._lease:
+        if self._state.lease != self._lease:
             rest.clear()  # the partition was lost, or moved: it comes again
         if not rest or self._unacked >= MOST_RECORDS or now >= self._ack_due:
             self._ack_due = now + MOST_SECONDS
@@ -48,7 +51,7 @@ class HandedOut:
             rest.extend(receive())
             if not rest:
                 return None
-            self._lease = self._lease_of(key_of(rest[0]))
+            self._came(rest[0])
         self._last = rest.popleft()
         self._unacked += 1
         return self._last
@@ -56,21 +59,42 @@ class HandedOut:
     def all(self, receive: Callable[[], list[Record]]) -> list[Record]:
         """What is left, or a new delivery."""
         rest, self._rest = self._rest, deque()
-        records = list(rest) if rest and self._lease_of(key_of(rest[0])) == self._lease else receive()
+        records = list(rest) if rest and self._state.lease == self._lease else receive()
         if records:
-            self._last, self._lease = records[-1], self._lease_of(key_of(records[-1]))
+            self._last = records[-1]
+            self._came(self._last)
         return records
+
+    def each(self, receive: Callable[[], Iterable[Record]]) -> Iterator[Record]:
+        """next(), again and again: an iteration, whose steps are to be cheap."""
+        clock = self._clock
+        while (record := self.next(receive)) is not None:
+            yield record
+            while (
+                self._rest
+                and self._unacked < MOST_RECORDS
+                and self._state.lease == self._lease
+                and clock() < self._ack_due
+            ):
+                self._last = record = self._rest.popleft()
+                self._unacked += 1
+                yield record
+
+    def _came(self, record: Record) -> None:
+        """A delivery, of which this is a record."""
+        self._state = self._state_of(key_of(record))
+        self._lease = self._state.lease
 
     def handled(self) -> None:
         """Everything that was given is handled."""
         last, self._last, self._unacked = self._last, None, 0
-        if last is not None and self._auto_ack and self._lease_of(key_of(last)) == self._lease:
+        if last is not None and self._auto_ack and self._state.lease == self._lease:
             self._acknowledge(key_of(last), last.offset + 1)
 
     def left(self) -> None:
         """A loop was left: what was before the last record is handled. Whether that one is cannot be seen here."""
         last = self._last
-        if last is not None and self._auto_ack and self._lease_of(key_of(last)) == self._lease:
+        if last is not None and self._auto_ack and self._state.lease == self._lease:
             self._acknowledge(key_of(last), last.offset)
 
     def decided(self, key: TopicPartition) -> None:
