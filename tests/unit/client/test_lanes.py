@@ -303,22 +303,12 @@ class World:
 
 
 @pytest.mark.parametrize("seed", range(SCHEDULES))
-def test_whatever_is_refused_lost_or_late(seed: int) -> None:
+@pytest.mark.parametrize("recreate", [False, True], ids=["same topics", "topics that are created again"])
+def test_whatever_is_refused_lost_or_late(seed: int, recreate: bool) -> None:
     world = World(seed)
     world.broker.create("sales", 2)
     world.broker.create("stock", 1)
     for _ in range(600):
-        world.step(recreate=False)
-    world.finish()
-    world.check()
-
-
-@pytest.mark.parametrize("seed", range(SCHEDULES))
-def test_whatever_topics_are_created_again(seed: int) -> None:
-    world = World(seed)
-    world.broker.create("sales", 2)
-    world.broker.create("stock", 1)
-    for _ in range(600):
-        world.step(recreate=True)
+        world.step(recreate)
     world.finish()
     world.check()
