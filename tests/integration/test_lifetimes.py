@@ -70,6 +70,8 @@ def test_what_cannot_be_stored_any_more_is_said(broker: RunningBroker) -> None:
 
 def test_an_interrupted_process_stores_what_was_sent(broker: RunningBroker) -> None:
     program = (
+        # Who starts the tests may ignore it.
+        "import signal\nsignal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with Producer(SERVER, linger_ms=60000) as p:\n    p.send('t', b'v')\n    print('sent', flush=True)\n"
         "    time.sleep(30)\n"
     )

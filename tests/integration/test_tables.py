@@ -105,7 +105,9 @@ def test_no_budget_takes_keys(broker: RunningBroker, prices: Path) -> None:
         broker.advance(1.1)
     assert log(broker).log_start <= max(log(broker).identity.snapshot[0], 0)
     live, gaps = keys(broker)
-    assert (len(live), gaps) == (KEYS, [])
+    assert len(live) == KEYS
+    # It may go while it is read: then only what the snapshot replaces.
+    assert all(last < log(broker).identity.snapshot[0] for _, last in gaps)
 
 
 def test_no_retention_takes_keys(broker: RunningBroker, prices: Path) -> None:
