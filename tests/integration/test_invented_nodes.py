@@ -29,7 +29,7 @@ def ask(root: RunningBroker, name: str, offset: int, **more: Any) -> None:
     log = root.broker.engine.log("t", 0)
     assert log is not None
     line = LogPosition("t", 0, log.identity.log_id, log.epoch, offset, 0)
-    poll = Poll(uid=f"{hash(name) & 0xFFFF:032x}", name=name, level="l2", topics=["*"], logs=[line], **more)
+    poll = Poll(uid=name.encode().hex().ljust(32, "0")[:32], name=name, level="l2", topics=["*"], logs=[line], **more)
     root.call(lambda: root.broker.downstream.asked(poll, log, line))
 
 
@@ -70,5 +70,5 @@ def test_patterns_that_take_long_are_refused(root: RunningBroker) -> None:
     with polled(root, topics=["a*" * 100] * 30) as answer:
         assert answer.status == 400
         assert b"the patterns with wildcards have more than 4096 characters together" in answer.read()
-    with polled(root, topics=["a*"] * 1000 + ["t"] * 0) as answer:
+    with polled(root, topics=["a*"] * 1000) as answer:
         assert answer.status == 200

@@ -438,7 +438,7 @@ class Downstream:
 
     def _has_room(self, children: dict[str, ChildPosition], partition: Log) -> bool:
         """May what one more child has of a log be remembered? One that has all of it, and is away for longest, gives
-        way; what nothing was heard of is not given up for a newcomer, which anybody can invent."""
+        way. One that has something to fetch does not give way to a newcomer, which anybody can invent."""
         if self._place_count >= MOST_PLACES:
             self._place_count = sum(map(len, self._asked.values()))
             if self._place_count >= MOST_PLACES:
