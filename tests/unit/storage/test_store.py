@@ -337,6 +337,22 @@ def test_records_of_others_do_not_wait_for_many_partitions(tmp_path: Path) -> No
     harness.close()
 
 
+def test_a_crash_between_the_steps_of_a_creation(tmp_path: Path) -> None:
+    """What is there of the topic was never acknowledged: the next start ignores it, and it can be created."""
+    harness = StoreHarness(tmp_path / "data")
+    made: list[Outcome] = []
+    harness.store.create_topic("wide", TopicSettings(partitions=100), lambda outcome, _: made.append(outcome))
+    directory = harness.path / "topics" / "wide"
+    harness.until(lambda: directory.exists() and len(list(directory.iterdir())) > 1)
+    assert not made
+    harness.crash()
+    harness.open()
+    assert (list(harness.store.topics()), harness.store.problems()) == ([], {})
+    assert harness.create("wide", partitions=100) is Outcome.OK
+    assert len(harness.store.partitions("wide")) == 100
+    harness.close()
+
+
 @pytest.mark.parametrize(("left", "partitions"), [(3, 5), (20, 40)])
 def test_a_creation_that_fails_gives_its_descriptors_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: int, partitions: int
