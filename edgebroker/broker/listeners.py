@@ -15,10 +15,11 @@ from edgebroker.network.http.server import HttpServer
 from edgebroker.network.io.channel import Channel, PlainChannel, tuned
 from edgebroker.network.io.listener import Listener, MakeChannel, listen, listen_unix
 from edgebroker.network.io.loop import Loop
+from edgebroker.storage.commit.open_files import most_open
 
-# Descriptors that connections do not take: they are for segments, the metadata and what is read. The unix socket may go
-# further, so that an operator gets in when topics have taken those.
-KEPT, KEPT_FROM_SOCKET = 160, 16
+# Descriptors that connections do not take, beside those of segments: they are for the metadata and what is read. The
+# unix socket may go further, so that an operator gets in when others have taken those.
+KEPT, KEPT_FROM_SOCKET = 96, 16
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +86,7 @@ class Listeners:
         except OSError as error:
             why = error.strerror
             raise EdgeBrokerError(f"{key} = {address} cannot be used: {why}; choose another address") from error
-        listener = Listener(self._loop, sock, accept, self._rested, channel, KEPT)
+        listener = Listener(self._loop, sock, accept, self._rested, channel, KEPT + most_open())
         self._listeners.append(listener)
         return listener
 

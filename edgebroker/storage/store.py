@@ -23,6 +23,7 @@ from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
+from edgebroker.storage.commit.open_files import OpenFiles, most_open
 from edgebroker.storage.directory import DataDirectory
 from edgebroker.storage.engine import EngineListener, Log
 from edgebroker.storage.identity import change_identity
@@ -60,7 +61,6 @@ from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.cold_reads import ColdReads
 from edgebroker.storage.upkeep.deleted_topics import DeletedTopics
 from edgebroker.storage.upkeep.housekeeping import Housekeeping
-from edgebroker.storage.upkeep.open_files import OpenFiles
 from edgebroker.storage.upkeep.scrub import Scrub
 
 log = logging.getLogger(__name__)
@@ -119,7 +119,10 @@ class SegmentStore:
         self._listener = listener
         self._metadata = Metadata(self._path, self._scheduler, self._clock)
         self._reader = ColdReader(self._scheduler, self._settings.read_timeout)
-        self._committer = Committer(self._scheduler, self._clock, self, interval_seconds=self._settings.commit_interval)
+        self._open_files = OpenFiles(most_open())
+        self._committer = Committer(
+            self._scheduler, self._clock, self, self._open_files, interval_seconds=self._settings.commit_interval
+        )
         if not self._directory.was_clean:
             log.info("no clean stop before this start: the logs are checked from their last checkpoints on")
         state = self._metadata.load()
@@ -150,7 +153,7 @@ class SegmentStore:
         if self._directory.restored:
             begin_histories(self.logs(), self.node_uid, accepted=self._directory.loss_accepted)
             self._directory.restore_finished()
-        self._checkpoints, self._open_files = Checkpoints(self._scheduler, self._metadata), OpenFiles()
+        self._checkpoints = Checkpoints(self._scheduler, self._metadata)
         self._scrub = Scrub(
             self._scheduler, self._reader, self._quarantine, self._checkpoints,
             self._settings.housekeeping.scrub_bytes_per_second,

@@ -23,6 +23,7 @@ from edgebroker.common.runtime.scheduler import Scheduler, Timer
 from edgebroker.common.runtime.threads import start_thread
 from edgebroker.storage import files
 from edgebroker.storage.commit.groupcommit import GroupCommit
+from edgebroker.storage.commit.open_files import OpenFiles
 from edgebroker.storage.log.index import SealedIndex, write_index
 from edgebroker.storage.log.partition import Layout, PartitionLog
 from edgebroker.storage.log.segment import Segment, segment_path
@@ -53,9 +54,16 @@ class Committer:
     writing is refused, "" when it is not; `scarce`: what lacked a descriptor or memory since the disk was measured."""
 
     def __init__(
-        self, scheduler: Scheduler, clock: Clock, listener: CommitListener, *, interval_seconds: float
+        self,
+        scheduler: Scheduler,
+        clock: Clock,
+        listener: CommitListener,
+        open_files: OpenFiles,
+        *,
+        interval_seconds: float,
     ) -> None:
         self._scheduler, self._clock, self._listener = scheduler, clock, listener
+        self._open_files = open_files
         self.interval = interval_seconds
         self._group = GroupCommit()
         self._dirty: dict[PartitionLog, None] = {}
@@ -67,7 +75,7 @@ class Committer:
         self._timer_due = 0.0
         self._calling = 0  # closures whose result is not known on the loop yet
         self._calls: deque[tuple[Callable[[], object], Callable[[object], None]]] = deque()
-        self._flushing = self._ending = False
+        self._flushing = self._ending = self._opening = False
         self.read_only = ""
         self.disk_full = self.scarce = ""
         self.groups = self.group_bytes = self.write_ns = self.sync_ns = self.rolls = self.slowest_sync_ns = 0
@@ -157,6 +165,7 @@ class Committer:
         in_flight: list[tuple[PartitionLog, Layout | None, int]] = []
         written = False
         taken = list(self._dirty) if ready else []
+        closed: list[PartitionLog] = []
         wall_ms, monotonic_ms = self._clock.wall_ms(), int(now * 1000)
         for partition in taken:
             if partition.rolling:
@@ -167,6 +176,10 @@ class Committer:
                 else:
                     self._roll(partition)
                 continue
+            if partition.active.fd < 0:
+                closed.append(partition)
+                continue
+            self._open_files.used(partition.active)
             chunk = partition.take_chunk()
             layout = partition.lay_out(chunk, wall_ms, monotonic_ms) if chunk is not None else None
             sync = sync or partition.wants_sync
@@ -179,6 +192,11 @@ class Committer:
                 active = partition.active
                 jobs.append((active.fd, active.size, layout.chunk.address, layout.size, start, amount, layout.chunk))
                 in_flight.append((partition, layout, start + amount))
+        if closed and not self._opening:
+            room = self._open_files.room(len(closed))
+            sync = sync or room < len(closed)  # what is durable gives its descriptor to others
+            if room:
+                self._open(closed[:room])
         if not self._dirty:
             self._flush_due = 0.0
         if sync:
@@ -192,6 +210,37 @@ class Committer:
         self._in_flight, self._syncing = in_flight, sync
         self.staged_at, self._staged_since = self._staged_since, now
         self._group.submit(jobs, sync, written)
+
+    def _open(self, partitions: list[PartitionLog]) -> None:
+        """Open files of logs that were idle, on the commit thread; what is staged is written after it."""
+        self._opening = True
+        active = [partition.active for partition in partitions]
+        for partition in partitions:
+            partition.rolling = True
+
+        def work() -> list[int | OSError]:
+            return [_open_or_error(segment) for segment in active]
+
+        def opened(result: object) -> None:
+            assert isinstance(result, list), result
+            self._opening = False
+            for partition, segment, fd in zip(partitions, active, result, strict=True):
+                partition.rolling = False
+                if isinstance(fd, int) and segment.fd >= 0:
+                    files.close(fd)  # a reader was faster, and its bytes may be on their way
+                elif isinstance(fd, int):
+                    segment.fd = fd
+                    self._open_files.opened(segment, partition)
+                elif fd.errno in files.TRANSIENT:
+                    self._lacks_descriptor(partition, f"{partition.name} cannot be opened: {fd}")
+                else:
+                    self._file_failed(partition, fd.errno or 0, None)
+
+        self.call(work, opened)
+
+    def _lacks_descriptor(self, partition: PartitionLog, why: str) -> None:
+        self.scarce = why
+        self._drop_unwritten(partition, Outcome.OVERLOADED, f"{why}; retry")
 
     def _run(self) -> None:
         """The commit thread: groups inside the extension, closures here."""
@@ -258,6 +307,9 @@ class Committer:
         partition.wants_sync = partition.wants_announcement = False
         partition.drop_unwritten()
         fd, size = partition.active.fd, partition.active.size
+        if fd < 0:  # then nothing was written to it
+            self._listener.on_failed(partition, outcome, why)
+            return
 
         def done(result: object) -> None:
             partition.rolling = False
@@ -292,7 +344,7 @@ class Committer:
 
         def work() -> Segment:
             if rescue is None:
-                files.truncate(old.fd, size)
+                _truncate(old, size)
                 if index is not None:
                     _write_index_if_possible(old, index)
             path = segment_path(partition.directory, base)
@@ -307,9 +359,8 @@ class Committer:
                     segment.size += len(chunk)
                 if rescue:
                     files.sync_file(segment.fd)
-            except OSError:
+            finally:
                 segment.close()
-                raise
             return segment
 
         self.call(work, lambda result: self._rolled(partition, result, rescue, wall_ms))
@@ -323,8 +374,7 @@ class Committer:
                 self._disk_is_full(partition, why)
             elif rescue is None and number in files.TRANSIENT:
                 partition.must_roll = True
-                self.scarce = why
-                self._drop_unwritten(partition, Outcome.OVERLOADED, f"{why}; retry")
+                self._lacks_descriptor(partition, why)
             else:
                 self._turn_read_only(partition, result)
             return
@@ -387,6 +437,25 @@ class Committer:
             return False
         self._group.close()
         return True
+
+
+def _open_or_error(segment: Segment) -> int | OSError:
+    try:
+        return files.open_log(segment.path, writable=True)
+    except OSError as error:
+        return error
+
+
+def _truncate(segment: Segment, size: int) -> None:
+    """Free what is behind the end of a segment, open or not."""
+    if segment.fd >= 0:
+        files.truncate(segment.fd, size)
+        return
+    fd = files.open_log(segment.path, writable=True)
+    try:
+        files.truncate(fd, size)
+    finally:
+        files.close(fd)
 
 
 def _write_index_if_possible(segment: Segment, index: SealedIndex) -> None:

@@ -56,7 +56,7 @@ class SegmentRead(ColdRead):
 
 def read_cold(view: SegmentView, offset: int, max_bytes: int, quarantine: Quarantine) -> SegmentRead:
     """Read and verify batches of one segment; on the reader thread. Raises OSError when the device refuses."""
-    fd = files.open_log(view.path)
+    fd = _open(view)
     try:
         answer = _read_cold(view, fd, offset, max_bytes, quarantine)
     except BaseException:
@@ -64,6 +64,17 @@ def read_cold(view: SegmentView, offset: int, max_bytes: int, quarantine: Quaran
         raise
     answer.fd = fd
     return answer
+
+
+def _open(view: SegmentView) -> int:
+    """The descriptor of an active segment is used for writing afterwards, if the file system allows that."""
+    if not view.sealed:
+        try:
+            return files.open_log(view.path, writable=True)
+        except OSError as error:
+            if error.errno not in (errno.EROFS, errno.EACCES):
+                raise
+    return files.open_log(view.path)
 
 
 def _read_cold(view: SegmentView, fd: int, offset: int, max_bytes: int, quarantine: Quarantine) -> SegmentRead:

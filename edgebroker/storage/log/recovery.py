@@ -97,6 +97,7 @@ class Recovery:
         active.end_chain, active.max_timestamp = self._chain(state), state.max_timestamp
         files.sync_file(active.fd)
         files.sync_directory(self._directory)
+        active.close()  # it is opened again when it is written to or read
         self._take_index(active)
         epoch = max(state.epoch, self._identity.epoch)
         return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._corrupt_ranges, self._torn)
@@ -289,6 +290,7 @@ class Recovery:
             self._note_corrupt(state.next_offset, base, "every segment is missing")
             state = self._after_damaged_tail(base, checkpoint, state)
         active = self._create(base, self._chain(state))
+        active.close()
         return RecoveredLog([active], base, self._chain(state), self._identity.epoch, self._corrupt_ranges, 0)
 
     def _create(self, base: int, chain: int) -> Segment:

@@ -59,13 +59,8 @@ class TopicCreation:
         logs: list[PartitionLog] = []
 
         def work() -> list[tuple[Identity, Segment]]:
-            try:
-                for identity in identities[len(made) : len(made) + SLICE]:
-                    made.append((identity, create_log(self._path / name / str(len(made)), identity)))
-            except BaseException:
-                for _, segment in made:
-                    segment.close()
-                raise
+            for identity in identities[len(made) : len(made) + SLICE]:
+                made.append((identity, create_log(self._path / name / str(len(made)), identity)))
             return made
 
         def go_on(result: object) -> None:

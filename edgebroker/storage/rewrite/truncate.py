@@ -31,13 +31,10 @@ def create_log(directory: Path, identity: Identity) -> Segment:
     """Make the files of a log that begins where its identity says; its first segment. Durable when this returns."""
     files.make_directory(directory)
     path = segment_path(directory, identity.log_start)
-    segment = Segment(path, identity.log_start, base_chain=identity.chain, fd=files.create_log(path))
+    files.close(files.create_log(path))
+    segment = Segment(path, identity.log_start, base_chain=identity.chain)
     segment.end_chain = identity.chain
-    try:
-        write_identity(directory, identity)
-    except BaseException:
-        segment.close()
-        raise
+    write_identity(directory, identity)
     return segment
 
 

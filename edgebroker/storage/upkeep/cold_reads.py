@@ -12,6 +12,7 @@ from msgspec import structs
 
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage import files
+from edgebroker.storage.commit.open_files import OpenFiles
 from edgebroker.storage.log.chains import DamagedLogError, find_chains
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.reader import ColdReader, SegmentRead, read_cold
@@ -20,7 +21,6 @@ from edgebroker.storage.log.timestamps import find_time
 from edgebroker.storage.quarantine import Quarantine
 from edgebroker.storage.types import ChainPoint, ColdRead, StoredFile
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
-from edgebroker.storage.upkeep.open_files import OpenFiles
 
 # So often, and for so long, a read has to fail before what was to be read counts as damaged.
 TRIES, TRY_SECONDS = 3, 2.0
@@ -100,7 +100,7 @@ class ColdReads:
         if result.fd >= 0:
             if segment.fd < 0 and not segment.retired:
                 segment.fd = result.fd
-                self._open_files.opened(segment)
+                self._open_files.opened(segment, log)
             else:
                 files.close(result.fd)
 

@@ -18,6 +18,7 @@ from edgebroker.common.runtime.clock import Clock, is_plausible
 from edgebroker.common.runtime.scheduler import Scheduler, Timer
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
+from edgebroker.storage.commit.open_files import OpenFiles
 from edgebroker.storage.engine import EngineListener
 from edgebroker.storage.identity import change_identity
 from edgebroker.storage.log import staging
@@ -31,7 +32,6 @@ from edgebroker.storage.upkeep.budget import Budget
 from edgebroker.storage.upkeep.checkpoints import Checkpoints
 from edgebroker.storage.upkeep.clock_guard import ClockGuard
 from edgebroker.storage.upkeep.deleted_topics import DeletedTopics
-from edgebroker.storage.upkeep.open_files import OpenFiles
 from edgebroker.storage.upkeep.retention import RetentionFacts, plan, takes_keys
 from edgebroker.storage.upkeep.scrub import Scrub
 
@@ -183,7 +183,7 @@ class Housekeeping:
             if self._open_files.knows(segment) or segment.points is None:
                 break
             self._open_files.index_loaded(segment)
-            self._open_files.opened(segment)
+            self._open_files.opened(segment, partition)
             if segment.base_chain != UNKNOWN_CHAIN:
                 self._checkpoints.note_segment(partition, segment)
 

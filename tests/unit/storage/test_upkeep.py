@@ -10,10 +10,7 @@ from pathlib import Path
 import pytest
 
 from edgebroker.common.runtime.clock import EARLIEST_WALL_MS
-from edgebroker.storage import files
-from edgebroker.storage.log.segment import Segment
 from edgebroker.storage.upkeep.clock_guard import JUMP_MS, SETTLE_SECONDS, ClockGuard
-from edgebroker.storage.upkeep.open_files import CACHED_INDEXES, OPEN_SEALED, OpenFiles
 from tests.kit.clock import START_WALL_MS, ManualClock
 from tests.kit.storage import StoreHarness, store_settings
 
@@ -56,27 +53,6 @@ def test_which_clock_is_believed(wall_ms: int, seconds: float, sealed: int, why:
     clock.wall = start + int(seconds * 1000) + sealed
     guard.check(start + sealed if sealed else 0)
     assert (guard.implausible, guard.wall_ms(), guard.seen_ms()) == ("", clock.wall, clock.wall)
-
-
-def test_files_and_indexes_used_least_recently_go(tmp_path: Path) -> None:
-    open_files, segments = OpenFiles(), []
-    for number in range(OPEN_SEALED + 3):
-        path = tmp_path / f"{number}.log"
-        segments.append(Segment(path, number, fd=files.create_log(path)))
-        segments[-1].points = b""
-    segments[0].hold()
-    for segment in segments:
-        open_files.index_loaded(segment)
-        open_files.opened(segment)
-        open_files.opened(segments[2])
-    # The first is being sent: it counts, and stays.
-    assert [number for number, segment in enumerate(segments) if segment.fd < 0] == [1, 3]
-    indexed = [segment for segment in segments if segment.points is not None]
-    assert indexed == segments[-CACHED_INDEXES:] == [one for one in segments if open_files.knows(one)]
-    open_files.forget(segments[-1])
-    assert not open_files.knows(segments[-1])
-    for segment in segments:
-        segment.close()
 
 
 def test_a_sealed_segment_is_noted_without_another_append(harness: StoreHarness) -> None:
