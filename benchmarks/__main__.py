@@ -33,6 +33,7 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "start": rows.start_after_kill,
     "memory": resources.memory,
     "topics": resources.many_topics,
+    "partitions": resources.many_partitions,
     "wear": resources.wear,
     "lookups": resources.lookups,
     "scraped": appliance.scraped,

@@ -36,14 +36,17 @@ class Node:
 
 
 @contextmanager
-def running(*, pinned: bool = False, settings: dict[str, str] | None = None) -> Iterator[Node]:
-    """A fresh broker; `pinned`: the broker on core 0, this process on core 1."""
+def running(*, pinned: bool = False, settings: dict[str, str] | None = None, descriptors: int = 0) -> Iterator[Node]:
+    """A fresh broker; `pinned`: the broker on core 0, this process on core 1. `descriptors`: its limit."""
     directory = Path(tempfile.mkdtemp(prefix="edgebroker-bench-", dir=DIRECTORY))
     free = {"EDGEBROKER_STORAGE_HARD_FREE_BYTES": "0", "EDGEBROKER_STORAGE_SOFT_FREE_BYTES": "0"}
     process = BrokerProcess(
         directory / "node",
         settings={**free, **(settings or {})},
-        command=["taskset", "-c", "0"] if pinned else [],
+        command=[
+            *(["prlimit", f"--nofile={descriptors}"] if descriptors else []),
+            *(["taskset", "-c", "0"] if pinned else []),
+        ],
     )
     before = os.sched_getaffinity(0)
     try:

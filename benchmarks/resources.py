@@ -91,6 +91,56 @@ def many_topics(pinned: bool) -> list[Row]:
     ]  # fmt: skip
 
 
+def many_partitions(pinned: bool) -> list[Row]:
+    """10,000 partitions with 1,024 descriptors: made, written to, left alone, and started again."""
+    topics, each = 10, scaled(1000)
+    with running(pinned=pinned, descriptors=1024) as node:
+        process = node.process
+        for number in range(topics):
+            call(process.admin, "POST", "/v1/topics", {"name": f"many-{number}", "partitions": each})
+        made, _ = node.memory()
+        with Producer(node.server) as producer:
+            _one_each(producer, topics, each)
+            seconds = min(_one_each(producer, topics, each) for _ in range(3))
+            one_topic = min(_one_each(producer, 1, each, records=topics * each) for _ in range(3))
+        most = max(_descriptors(process.pid) for _ in range(3))
+        resident, _ = node.memory()
+        time.sleep(3.0)
+        idle = psutil.Process(process.pid)
+        began = sum(idle.cpu_times()[:2])
+        time.sleep(10.0)
+        used = (sum(idle.cpu_times()[:2]) - began) * 10
+        process.stop()
+        before = time.monotonic()
+        process.start()
+        started = time.monotonic() - before
+        fresh, _ = node.memory()
+    count = topics * each
+    return [
+        Row(f"{count:,} partitions: memory once made", f"{made:.0f} MiB", "", made, "reported", True),
+        Row("  and written to by one producer", f"{resident:.0f} MiB", "", resident, "reported", True),
+        Row("  and after a start", f"{fresh:.0f} MiB", "", fresh, "reported", True),
+        Row("  descriptors of 1,024", f"{most}", "", most, "below 256", most < 256),
+        Row("  a record for each", f"{count / seconds:,.0f}/s", f"to a tenth of them {count / one_topic:,.0f}/s",
+            one_topic / seconds, "reported", True),
+        Row("  idle", f"{used:.1f} % of a core", "", used, "reported", True),
+        Row("  start", f"{started:.1f} s", "", started, "reported", True),
+    ]  # fmt: skip
+
+
+def _one_each(producer: Producer, topics: int, each: int, records: int = 0) -> float:
+    """Seconds until a record is stored in every partition, or so many in all of them in turn."""
+    began = time.monotonic()
+    for number in range(records or topics * each):
+        producer.send(f"many-{number // each % topics}", b"x" * 50, partition=number % each)
+    producer.flush()
+    return time.monotonic() - began
+
+
+def _descriptors(pid: int) -> int:
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
 def _publish_to_many(server: str, ended: threading.Event) -> None:
     value = b"x" * 128
     with Producer(server) as producer:

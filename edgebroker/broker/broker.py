@@ -71,7 +71,7 @@ class Broker:
             problems=self.problems,
             listening=lambda: self.listeners.pipe_address,
         )
-        self.lags = Lags(engine)
+        self.lags = Lags(engine, loop)
         self.digests = Digests(engine)
         self.health = Health(lambda: self.ready, self.problems, lambda: self.mirroring.missing_parent, supervisor)
         self._make_admin()

@@ -24,6 +24,7 @@ from edgebroker.broker.observe.problems import ADVICE, BLOCKING
 from edgebroker.common.histogram import BOUNDS, Histogram
 from edgebroker.network.http.router import Call
 from edgebroker.network.http.server import Reply, Request, Response
+from edgebroker.network.io.loop import Loop
 from tests.kit.brokers import RunningBroker, numbered, running
 from tests.kit.clock import ManualClock
 
@@ -187,10 +188,17 @@ class Engine:
         return self.age
 
 
-def test_lag_in_seconds_against_the_whole_history() -> None:
+@pytest.fixture
+def loop() -> Iterator[Loop]:
+    made = Loop(ManualClock())
+    yield made
+    made.close()
+
+
+def test_lag_in_seconds_against_the_whole_history(loop: Loop) -> None:
     """A record every third second, for an hour; the oracle remembers everything."""
     engine, clock, born = Engine(), ManualClock(), []
-    lags = Lags(engine)  # type: ignore[arg-type]
+    lags = Lags(engine, loop)  # type: ignore[arg-type]
     lags.sample(clock.monotonic())
     for second in range(3600):
         clock.advance(1.0)
@@ -209,9 +217,9 @@ def test_lag_in_seconds_against_the_whole_history() -> None:
     assert len(lags._samples["a"]) <= MOST
 
 
-def test_the_lag_of_what_was_there_before_this_run() -> None:
+def test_the_lag_of_what_was_there_before_this_run(loop: Loop) -> None:
     engine = Engine()
-    lags = Lags(engine)  # type: ignore[arg-type]
+    lags = Lags(engine, loop)  # type: ignore[arg-type]
     engine.log.durable_end, engine.age = 10, 86_400_000
     lags.sample(1000.0)
     assert lags.seconds(engine.log, 3, 1010.0) == 86_400.0  # type: ignore[arg-type]
@@ -219,9 +227,9 @@ def test_the_lag_of_what_was_there_before_this_run() -> None:
     assert lags.seconds(engine.log, 3, 1010.0) == 10.0  # type: ignore[arg-type]
 
 
-def test_a_log_that_was_cut_begins_again() -> None:
+def test_a_log_that_was_cut_begins_again(loop: Loop) -> None:
     engine = Engine()
-    lags = Lags(engine)  # type: ignore[arg-type]
+    lags = Lags(engine, loop)  # type: ignore[arg-type]
     for end in (0, 100, 50):
         engine.log.durable_end = end
         lags.sample(float(end))

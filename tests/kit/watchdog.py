@@ -26,14 +26,14 @@ def install() -> None:
     """Watch every loop of this process."""
     watch = Loop._watch
 
-    def watched(self: Any, began: float, name: str, count: int) -> float:
+    def watched(self: Any, began: float, what: str, count: int, callback: object = None) -> float:
         now, collected = time.thread_time(), _collected.pop(get_ident(), 0.0)
         before, self.watched = getattr(self, "watched", None), (get_ident(), now)
         if before is not None and before[0] == get_ident():
             taken = now - before[1] - collected
             if taken > ALLOWED_SECONDS * max(1, count):
-                found.append(f"{name} took {taken * 1000:.0f} ms")
-        return watch(self, began, name, count)
+                found.append(f"{getattr(callback, '__qualname__', what)} took {taken * 1000:.0f} ms")
+        return watch(self, began, what, count, callback)
 
     Loop._watch = watched  # type: ignore[method-assign]
     gc.callbacks.append(_collector)

@@ -8,11 +8,14 @@ its age, whatever the traffic. What was stored before this run is judged by the 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Iterator
 
+from edgebroker.common.runtime.scheduler import Scheduler, in_turns
 from edgebroker.storage.engine import Engine, Log
 
 MOST = 192
 FINENESS = 8
+SLICE = 64
 
 Sample = tuple[int, float]
 """Where a log ended, and when that was seen first."""
@@ -21,22 +24,37 @@ Sample = tuple[int, float]
 class Lags:
     """Owned by the loop thread."""
 
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+    def __init__(self, engine: Engine, scheduler: Scheduler) -> None:
+        self._engine, self._scheduler = engine, scheduler
         self._samples: dict[str, list[Sample]] = {}
+        self._looking = False
 
     def sample(self, now: float) -> None:
-        """Look where the logs end now."""
-        before, self._samples = self._samples, {}
-        for log in self._engine.logs():
-            samples = before.get(log.identity.log_id)
-            if samples is None or samples[-1][0] > log.durable_end:
-                samples = [(log.durable_end, now)]  # new here, or cut
-            elif samples[-1][0] < log.durable_end:
-                samples.append((log.durable_end, now))
-                if len(samples) > MOST:
-                    samples = _thinned(samples, now)
-            self._samples[log.identity.log_id] = samples
+        """Look where the logs end now, a few at a time, unless that is under way already."""
+        if self._looking:
+            return
+        self._looking, samples = True, dict[str, list[Sample]]()
+
+        def look() -> Iterator[None]:
+            for rank, log in enumerate(self._engine.logs()):
+                samples[log.identity.log_id] = self._sampled(log, now)
+                if rank % SLICE == 0:
+                    yield
+
+        def done() -> None:
+            self._looking, self._samples = False, samples
+
+        in_turns(self._scheduler, look(), done)
+
+    def _sampled(self, log: Log, now: float) -> list[Sample]:
+        samples = self._samples.get(log.identity.log_id)
+        if samples is None or samples[-1][0] > log.durable_end:
+            return [(log.durable_end, now)]  # new here, or cut
+        if samples[-1][0] < log.durable_end:
+            samples.append((log.durable_end, now))
+            if len(samples) > MOST:
+                return _thinned(samples, now)
+        return samples
 
     def seconds(self, log: Log, next_offset: int, now: float) -> float:
         """For how long at least the record at next_offset has been there; 0 for who is at the end."""

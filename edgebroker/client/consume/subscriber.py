@@ -63,7 +63,7 @@ class Subscriber:
         self.incoming: deque[Incoming] = deque()
         self.changed = Condition()
         self.durable_ends: dict[TopicPartition, int] = {}
-        self.loop = Loop(SystemClock())
+        self.loop = Loop(SystemClock(), slow_level=logging.DEBUG)
         self.link = Link(self.loop, servers, client_id, self, token=token)
         self.down_since: float | None = self.loop.clock_now()
         self.last_error: EdgeBrokerError | None = None

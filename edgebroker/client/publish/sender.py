@@ -35,6 +35,8 @@ from edgebroker.network.wire.frames import Answer, Connect, Grants
 log = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.1
+# What the broker refuses for the moment is said so often, whatever the number of partitions.
+SAY_SECONDS = 10.0
 # How long a process that ends waits for acknowledgements.
 EXIT_SECONDS = 10.0
 # What a record may have until the broker has said what it allows.
@@ -69,7 +71,7 @@ class Sender:
         )
         self._level, self._codec = level, codec
         self._linger, self._timeout = linger_seconds, timeout
-        self.loop = Loop(SystemClock())
+        self.loop = Loop(SystemClock(), slow_level=logging.DEBUG)
         self.link = Link(self.loop, servers, client_id, self, token=token, connect_body=self._connect_body)
         self._producer_id, self._producer_epoch = -1, -1
         # A new producer epoch is needed: nothing new is sent before it is known what of the old one is stored.
@@ -85,6 +87,8 @@ class Sender:
         # Topics whose partition count has to be looked up again, and those that have another one now.
         self._doubted: set[str] = set()
         self._moving: dict[str, int] = {}
+        # When a refusal may be said again.
+        self._said: dict[Code, float] = {}
         # The last failure; one that waiting does not mend.
         self._last_error: EdgeBrokerError | None = None
         self._refusal: EdgeBrokerError | None = None
@@ -466,8 +470,11 @@ class Sender:
         """The broker asked to try again."""
         lane.paused = True
         seconds = min(2.0, RETRY_SECONDS * 2 ** min(lane.attempts, 5))
-        if refusal.code is not Code.OUT_OF_ORDER:
-            log.warning("%s: %s; trying again in %.1f s", refusal.code.name, refusal.message, seconds)
+        now = self.loop.now()
+        if refusal.code is not Code.OUT_OF_ORDER and now >= self._said.get(refusal.code, 0.0):
+            self._said[refusal.code] = now + SAY_SECONDS
+            why = refusal.message or _advice(refusal.code)
+            log.warning("topic %s: %s; its records are kept, and sent until they are stored", lane.topic, why)
         self._last_error = AnswerError(refusal.code, refusal.message)
 
         def again() -> None:
@@ -535,4 +542,8 @@ def _closed_error() -> UnreachableError:
 def _advice(code: Code) -> str:
     if code is Code.FENCED:
         return "another producer with the same client_id started after this one; give each its own client_id"
-    return ""
+    if code is Code.DISK_FULL:
+        return "the broker has no space on its disk"
+    if code is Code.OVERLOADED:
+        return "the broker takes no more at the moment"
+    return f"the broker answered {code.name}"

@@ -1,9 +1,10 @@
 """What the loop offers to those who live on it. Storage knows only this, not edgebroker.network.io.loop."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+SLICE_SECONDS = 0.002
 
 
 class Timer(Protocol):
@@ -56,3 +57,17 @@ def in_slices(
             scheduler.call_later(0.0, lambda: some(first + size))
 
     some(0)
+
+
+def in_turns(scheduler: Scheduler, steps: Iterator[object], done: Callable[[], None]) -> None:
+    """Take the steps of a long walk for 2 ms in a loop iteration, then done(). The first are taken at once."""
+
+    def some() -> None:
+        until = scheduler.clock_now() + SLICE_SECONDS
+        for _ in steps:
+            if scheduler.clock_now() >= until:
+                scheduler.call_later(0.0, some)
+                return
+        done()
+
+    some()

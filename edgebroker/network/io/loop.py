@@ -47,9 +47,11 @@ class TimerHandle:
 
 
 class Loop:
-    """The Scheduler of common/runtime/scheduler.py. Only call_soon_threadsafe may be called by other threads."""
+    """The Scheduler of common/runtime/scheduler.py. Only call_soon_threadsafe may be called by other threads.
 
-    def __init__(self, clock: Clock) -> None:
+    slow_level: how it is logged that a callback took more than 20 ms."""
+
+    def __init__(self, clock: Clock, *, slow_level: int = logging.WARNING) -> None:
         self._clock = clock
         self._selector = selectors.DefaultSelector()
         self._timers: list[TimerHandle] = []
@@ -64,7 +66,7 @@ class Loop:
         self._wake_pending = False
         self._stopping = False
         self._now = clock.monotonic()
-        self._slow_logged = 0.0
+        self._slow_logged, self._slow_level = 0.0, slow_level
         self.slow_callbacks = self.failed_callbacks = 0
         self.iterations = 0
 
@@ -152,7 +154,7 @@ class Loop:
             callback = heapq.heappop(timers).callback
             if callback is not None:
                 self._guarded(callback)
-                began = self._watch(began, getattr(callback, "__qualname__", str(callback)), 1)
+                began = self._watch(began, "a timer", 1, callback)
         if self._turns:
             began = self._run_turns(began)
         for callback in self._end_of_turn:
@@ -191,13 +193,14 @@ class Loop:
         self.failed_callbacks += 1
         log.exception("%s failed", getattr(callback, "__qualname__", callback))
 
-    def _watch(self, began: float, name: str, count: int) -> float:
+    def _watch(self, began: float, what: str, count: int, callback: object = None) -> float:
         now = self._clock.monotonic()
         if now - began > SLOW_SECONDS * max(1, count):
             self.slow_callbacks += 1
             if now - self._slow_logged > LOG_SLOW_EVERY_SECONDS:
                 self._slow_logged = now
-                log.warning("%s kept the loop for %.0f ms", name, (now - began) * 1000)
+                log.log(self._slow_level, "%s kept the loop for %.0f ms", what, (now - began) * 1000)
+                log.debug("it was %s", getattr(callback, "__qualname__", what))
         return now
 
     def _drain_wakeups(self, mask: int) -> None:

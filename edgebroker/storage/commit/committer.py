@@ -240,6 +240,7 @@ class Committer:
 
     def _lacks_descriptor(self, partition: PartitionLog, why: str) -> None:
         self.scarce = why
+        self._open_files.shrink()
         self._drop_unwritten(partition, Outcome.OVERLOADED, f"{why}; retry")
 
     def _run(self) -> None:

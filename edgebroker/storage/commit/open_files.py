@@ -23,7 +23,7 @@ def most_open() -> int:
 
 
 class OpenFiles:
-    """Owned by the loop thread. At most `most` descriptors are open."""
+    """Owned by the loop thread. At most `most` descriptors are open, fewer when the process turns out to lack some."""
 
     def __init__(self, most: int) -> None:
         self._most = most
@@ -57,6 +57,11 @@ class OpenFiles:
             del self._open[segment]
             segment.close()
         return min(wanted, max(self._most - len(self._open), LEAST_OPEN - busy, 0))
+
+    def shrink(self) -> None:
+        """There are fewer descriptors than was believed: others hold them."""
+        self._most = max(LEAST_OPEN, len(self._open) // 2)
+        self.room(0)
 
     def index_loaded(self, segment: Segment) -> None:
         """A sealed segment has its index in memory."""

@@ -10,12 +10,13 @@ the next start removes. The disk is measured between two ticks as well, when mor
 from __future__ import annotations
 
 import logging
+from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol
 
 from edgebroker.common.runtime.clock import Clock, is_plausible
-from edgebroker.common.runtime.scheduler import Scheduler, Timer
+from edgebroker.common.runtime.scheduler import Scheduler, Timer, in_turns
 from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.commit.open_files import OpenFiles
@@ -47,8 +48,14 @@ LEAST_SEALED_BYTES = 64 << 10
 EARLY_SECONDS = 3600.0
 
 
+# Logs that are looked at, and directories of which what is aside is dropped, in one step.
+SLICE = 64
+
+
 class Logs(Protocol):
     def logs(self) -> list[PartitionLog]: ...
+
+    def log(self, topic: str, partition: int) -> PartitionLog | None: ...
 
 
 class Housekeeping:
@@ -79,7 +86,11 @@ class Housekeeping:
             hard_free=settings.hard_free_bytes,
         )
         self._timer: Timer | None = None
-        self._removing = self._measuring = False
+        self._walking = self._measuring = self._dropping = False
+        self._removing = 0
+        self._steps: Generator[None, None, None] | None = None
+        # Bytes of all logs, as of the last walk, and what was stored since it began.
+        self._used = self._stored_since = 0
         self._aside_due = self._redate_due = 0.0
         self._groups_seen = 0
         self._early: dict[PartitionLog, float] = {}
@@ -105,6 +116,8 @@ class Housekeeping:
 
     def stop(self) -> None:
         """Note the last checkpoints and producer windows, for Metadata.stop() to write."""
+        if self._steps is not None:
+            self._steps.close()
         if self._timer is not None:
             self._timer.cancel()
         self._scrub.stop()
@@ -136,34 +149,59 @@ class Housekeeping:
 
     def _tick(self) -> None:
         self._timer = self._scheduler.call_later(TICK_SECONDS, self._tick)
+        if not self._walking:
+            self._walking, self._steps = True, self._walk()
+            in_turns(self._scheduler, self._steps, self._walked)
+
+    def _walked(self) -> None:
+        self._walking = False
+
+    def _walk(self) -> Generator[None, None, None]:
+        """Everything that is due, a few logs at a time: there may be thousands."""
         now = self._scheduler.now()
-        self._clock_guard.check(self._newest_sealed())
+        logs = self._store.logs()
+        newest = used = self._stored_since = 0
+        for rank, partition in enumerate(logs):
+            if self._serves(partition):
+                self._tend(partition, now)
+            for segment in partition.segments:
+                newest = max(newest, segment.sealed_ms)
+                used += segment.size
+            if rank % SLICE == 0:
+                yield
+        self._used = used + self._stored_since
+        self._clock_guard.check(newest)
         if now >= self._redate_due:
             self._redate_due = now + REDATE_SECONDS
-            self._redate()
-        for partition in self._store.logs():
-            segment_ms = partition.settings.segment_ms or self._settings.segment_ms
-            if segment_ms and partition.active.size and (now - partition.active.born) * 1000 >= segment_ms:
-                self._committer.seal(partition)
-            self._note_sealed(partition)
-            partition.stage.expire(now - PRODUCER_EXPIRY_SECONDS)
+            yield from self._redate(logs)
         self._measure()
         wanted = self._deleted.remove(
             self._clock_guard.wall_ms(), self._settings.deleted_retention_ms, self._budget.wants_space
         )
-        self._retain(wanted)
-        self._drop_aside(now)
+        yield from self._retain(logs, wanted)
+        self._drop_aside(logs, now)
         idle = self._groups_seen == self._committer.groups
         self._groups_seen = self._committer.groups
         if idle:
             staging.trim()
 
-    def _redate(self) -> None:
+    def _tend(self, partition: PartitionLog, now: float) -> None:
+        segment_ms = partition.settings.segment_ms or self._settings.segment_ms
+        if segment_ms and partition.active.size and (now - partition.active.born) * 1000 >= segment_ms:
+            self._committer.seal(partition)
+        self._note_sealed(partition)
+        partition.stage.expire(now - PRODUCER_EXPIRY_SECONDS)
+
+    def _serves(self, partition: PartitionLog) -> bool:
+        """A topic may be deleted in the middle of a walk."""
+        return self._store.log(partition.topic, partition.partition) is partition
+
+    def _redate(self, logs: list[PartitionLog]) -> Iterator[None]:
         """A segment that was sealed under a wrong clock is as old as a plausible clock has known it."""
         now_ms = self._clock_guard.seen_ms()
         if not now_ms:
             return
-        for partition in self._store.logs():
+        for rank, partition in enumerate(logs):
             before = 0
             for segment in partition.segments[:-1]:
                 late = segment.sealed_ms > now_ms
@@ -173,9 +211,8 @@ class Housekeeping:
                         self._checkpoints.note_segment(partition, segment)
                 if segment.sealed_ms <= now_ms:
                     before = segment.sealed_ms
-
-    def _newest_sealed(self) -> int:
-        return max((one.sealed_ms for partition in self._store.logs() for one in partition.segments[:-1]), default=0)
+            if rank % SLICE == 0:
+                yield
 
     def _note_sealed(self, partition: PartitionLog) -> None:
         """Count the files and indexes of freshly sealed segments, and note what they are."""
@@ -189,6 +226,8 @@ class Housekeeping:
 
     def stored(self, size: int) -> None:
         """A fast disk takes more between two ticks than a small one has left: measure as soon as that may be gone."""
+        self._used += size
+        self._stored_since += size
         if self._budget.spend(size):
             self._measure()
 
@@ -196,7 +235,7 @@ class Housekeeping:
         if self._measuring:
             return
         self._measuring = True
-        used = sum(partition.size_bytes for partition in self._store.logs()) + self._deleted.size_bytes
+        used = self._used + self._deleted.size_bytes
 
         def done(result: object) -> None:
             self._measuring = False
@@ -213,41 +252,59 @@ class Housekeeping:
 
         self._committer.call(lambda: files.free_space(self._path), done)
 
-    def _drop_aside(self, now: float) -> None:
+    def _drop_aside(self, logs: list[PartitionLog], now: float) -> None:
         """What is retained aside goes after a day, or when space is wanted."""
         wanted = self._budget.wants_space > 0
-        if now < self._aside_due and not wanted:
+        if self._dropping or (now < self._aside_due and not wanted):
             return
+        self._dropping = True
         self._aside_due = now + ASIDE_CHECK_SECONDS
         wall_ms = self._clock_guard.wall_ms()
-        directories = [partition.directory for partition in self._store.logs()]
+        directories = [partition.directory for partition in logs]
 
         def work() -> None:
-            for directory in directories:
+            for directory in directories[:SLICE]:
                 drop_aside(directory, wall_ms, everything=wanted)
 
-        self._committer.call(work, lambda result: None)
+        def go_on(result: object) -> None:
+            del directories[:SLICE]
+            if directories:
+                self._committer.call(work, go_on)
+            else:
+                self._dropping = False
+
+        self._committer.call(work, go_on)
 
     # ---- retention ----
 
-    def _retain(self, wanted: int) -> None:
+    def _retain(self, logs: list[PartitionLog], wanted: int) -> Iterator[None]:
         """`wanted`: bytes to remove early."""
         if self._removing:
             return
-        partitions = [partition for partition in self._store.logs() if not partition.rewriting]
         wanted = wanted if self._settings.drop_consumed else 0
-        found = self._plan(partitions, wanted)
-        if found is not None:
-            rank, gone = found
-            in_time = self._plan([partitions[rank]], 0) if wanted > 0 else found
-            early = gone[len(in_time[1]) if in_time is not None else 0 :]
-            if early:
-                self._early[partitions[rank]] = self._scheduler.now()
-            self._remove(partitions[rank], gone)
-        elif wanted > 0 and not self._seal_passed(partitions, wanted) and self._budget.full:
-            self._listener.on_full()
+        several = [one for one in logs if len(one.segments) > 1]
+        for first in range(0, len(several), SLICE):
+            partitions = [one for one in several[first : first + SLICE] if self._serves(one) and not one.rewriting]
+            found = self._plan(partitions, wanted)
+            if found is not None:
+                rank, gone = found
+                in_time = self._plan([partitions[rank]], 0) if wanted > 0 else found
+                early = gone[len(in_time[1]) if in_time is not None else 0 :]
+                wanted -= sum(segment.size for segment in early)
+                if early:
+                    self._early[partitions[rank]] = self._scheduler.now()
+                self._remove(partitions[rank], gone)
+            yield
+        if wanted > 0 and not self._removing:
+            passed: list[PartitionLog] = []
+            for first in range(0, len(logs), SLICE):
+                passed += filter(self._passed, logs[first : first + SLICE])
+                yield
+            self._seal_largest(passed, wanted)
+            if not passed and self._budget.full:
+                self._listener.on_full()
 
-    def _plan(self, partitions: list[PartitionLog], wanted: int) -> tuple[int, list[Segment]] | None:
+    def _plan(self, partitions: Sequence[PartitionLog], wanted: int) -> tuple[int, list[Segment]] | None:
         facts = (
             RetentionFacts(
                 partition.segments,
@@ -266,26 +323,26 @@ class Housekeeping:
         self._early = {log: when for log, when in self._early.items() if now - when < EARLY_SECONDS}
         return sorted(log.name for log in self._early)
 
-    def _seal_passed(self, partitions: list[PartitionLog], wanted: int) -> bool:
-        """The active segment of a log that everybody has read to its end is sealed, so that it can go: the largest
-        first, until so many bytes are found. True when there was one."""
-        passed = [
-            one
-            for one in partitions
-            if one.active.size >= LEAST_SEALED_BYTES
+    def _passed(self, one: PartitionLog) -> bool:
+        """Has everybody read this log to its end, so that its active segment can go once it is sealed?"""
+        return (
+            one.active.size >= LEAST_SEALED_BYTES
+            and self._serves(one)
             and self._listener.retention_floor(one) == one.durable_end == one.staged_end
             and not takes_keys(one.settings, one.identity.snapshot[0], one.durable_end)
-        ]
+        )
+
+    def _seal_largest(self, passed: list[PartitionLog], wanted: int) -> None:
+        """Until so many bytes are found."""
         for one in sorted(passed, key=lambda one: -one.active.size):
             if wanted <= 0:
                 break
             wanted -= one.active.size
             self._committer.seal(one)
-        return bool(passed)
 
     def _remove(self, partition: PartitionLog, gone: list[Segment]) -> None:
         first = partition.segments[len(gone)]
-        self._removing = True
+        self._removing += 1
 
         def work() -> Identity:
             identity = change_identity(partition.directory, lambda old: begin_at(old, first.base, first.base_chain))
@@ -296,7 +353,7 @@ class Housekeeping:
             return identity
 
         def done(result: object) -> None:
-            self._removing = False
+            self._removing -= 1
             if not isinstance(result, Identity):
                 log.error("%s: old segments could not be removed: %s", partition.name, result)
                 return

@@ -201,7 +201,7 @@ class World:
         self.loop = Loop(self.clock)
         self.broker = Broker(self.rng)
         self.sent: list[tuple[str, bytes | None, int, Sent]] = []
-        with patch.object(module, "Loop", lambda clock: self.loop), patch.object(module, "Link", Link):
+        with patch.object(module, "Loop", lambda clock, slow_level: self.loop), patch.object(module, "Link", Link):
             self.sender = Sender(
                 cast("Any", "broker:1"), client_id="p", token=b"", level=level, codec=0, linger_seconds=0.0,
                 timeout=None, batch_records=3, batch_bytes=MAX, max_unacked=1 << 20, max_unacked_bytes=1 << 30,
