@@ -312,8 +312,10 @@ cdef class Stage:
         window.push(entry, self.window, self.settled)
         return 0
 
-    def append(self, data, bytes spans, double now, bint inflated=False):
+    def append(self, data, bytes spans, double now, bint inflated=False, granted=None):
         """Stage the frames of `spans`. Returns (answers, frames, wait, records).
+
+        granted: the only producer id that these frames may carry; None: any.
 
         answers: packed Placed for the frames handled; frames: how many, fewer than given when the next one holds
         compressed records that are not inflated yet (`inflated` says they are); wait: the durable end that makes
@@ -332,7 +334,8 @@ cdef class Stage:
         cdef dict undo
         cdef const uint8_t *base
         cdef int reason, code
-        cdef bint corrected
+        cdef bint corrected, anybody = granted is None
+        cdef int64_t owner = -1 if anybody else granted
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             base = <const uint8_t *>view.buf
@@ -368,7 +371,9 @@ cdef class Stage:
                         eb_frame_batch(base + position, end - position, self.max_batch, &batch)
                     duplicate_of = -1
                     if batch.producer_id >= 0:
-                        code = self.admit(&batch, now, &duplicate_of)
+                        code = CODE_FENCED
+                        if anybody or batch.producer_id == owner:
+                            code = self.admit(&batch, now, &duplicate_of)
                         if code:
                             placed[i].code = code
                             placed[i].offset = -1

@@ -29,9 +29,10 @@ class NodeInfo(NamedTuple):
 
 
 class Publisher(Protocol):
-    """One that publishes: a session, or the broker itself."""
+    """One that publishes: a session, or the broker itself. `producer_id` is the one that it was granted, or -1."""
 
     client_id: str
+    producer_id: int
 
     def answered(self, spans: bytes, answers: bytes) -> None:
         """What became of publishes, each with its answer (common/spans.py); they are true now."""

@@ -185,9 +185,12 @@ class LogWriter(Protocol):
         """Why publishing is refused now; None when it is not. `spare`: with what is kept for snapshots of tables, which
         make room (DiskState.spare)."""
 
-    def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
+    def append(
+        self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool, producer_id: int
+    ) -> Appended:
         """Number and stage the batches of a run of PUBLISH frames (common/spans.py). Fewer frames than given are
-        handled when the next one is compressed and `inflated` does not say that it was checked."""
+        handled when the next one is compressed and `inflated` does not say that it was checked. `producer_id` is the
+        one that the sender was granted (-1: none): batches with another one are FENCED."""
 
     def append_numbered(self, log: Log, data: memoryview) -> tuple[int, int]:
         """Stage batches that carry their offsets (a replica): (bytes taken, the Reason why not more)."""
@@ -249,6 +252,9 @@ class GroupStore(Protocol):
 
     def producer(self, client_id: str) -> tuple[int, int] | None:
         """The producer id and epoch bound to a client id; None for a client that is not known."""
+
+    def producer_owner(self, producer_id: int) -> str | None:
+        """The client id that a producer id is bound to; None when that is not known."""
 
     def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
         """Bind them; durable as commit_offset()."""

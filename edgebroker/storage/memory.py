@@ -19,6 +19,7 @@ from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage.engine import EngineListener, Log
 from edgebroker.storage.log import segscan
 from edgebroker.storage.log.staging import Chunk, Stage
+from edgebroker.storage.metadata.granted import GrantedProducers
 from edgebroker.storage.settings import StoreSettings
 from edgebroker.storage.types import (
     Appended,
@@ -143,7 +144,7 @@ class MemoryEngine:
         self._topics: dict[str, list[MemoryLog]] = {}
         self._dirty: dict[MemoryLog, None] = {}
         self._offsets: dict[GroupKey, GroupOffset] = {}
-        self._producers: dict[str, tuple[int, int]] = {}
+        self._producers = GrantedProducers({})
         self.node_uid = "00" * 16
         self.tombstones: dict[str, Tombstone] = {}
 
@@ -217,9 +218,11 @@ class MemoryEngine:
     def refusal(self, *, spare: bool = False) -> tuple[Outcome, str] | None:
         return None
 
-    def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
+    def append(
+        self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool, producer_id: int
+    ) -> Appended:
         assert isinstance(log, MemoryLog)
-        appended = Appended(*log.stage.append(data, spans, self._scheduler.now(), inflated))
+        appended = Appended(*log.stage.append(data, spans, self._scheduler.now(), inflated, producer_id))
         log.records_in += appended.records
         self._dirty[log] = None
         return appended
@@ -294,10 +297,13 @@ class MemoryEngine:
         pass
 
     def producer(self, client_id: str) -> tuple[int, int] | None:
-        return self._producers.get(client_id)
+        return self._producers.of(client_id)
+
+    def producer_owner(self, producer_id: int) -> str | None:
+        return self._producers.owner(producer_id)
 
     def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
-        self._producers[client_id] = (producer_id, epoch)
+        self._producers.grant(client_id, producer_id, epoch)
 
     @property
     def staged_at(self) -> float:

@@ -31,6 +31,7 @@ from edgebroker.storage.log.ages import Ages
 from edgebroker.storage.log.partition import PartitionLog
 from edgebroker.storage.log.reader import ColdReader
 from edgebroker.storage.log.staging import Chunk
+from edgebroker.storage.metadata.granted import GrantedProducers
 from edgebroker.storage.metadata.meta_db import MetaDatabase
 from edgebroker.storage.metadata.metadata import Metadata
 from edgebroker.storage.opening import Opener, begin_histories, raise_epochs
@@ -70,10 +71,6 @@ log = logging.getLogger(__name__)
 UNCLEAN = {"read_only", "metadata", "disk_stalled", "unserved_topics"}
 
 
-# Client ids whose producer id is remembered; the one that was granted first goes.
-MOST_PRODUCERS = 100_000
-
-
 class SegmentStore:
     """Implements edgebroker.storage.engine.Engine."""
 
@@ -94,7 +91,7 @@ class SegmentStore:
             limits=(settings.max_batch, settings.max_record, settings.window),
             segment_bytes=settings.segment_bytes,
         )
-        self._producers: dict[str, tuple[int, int]] = {}
+        self._producers = GrantedProducers({})
         self.topology: list[str] = []
         self.tombstones: dict[str, Tombstone] = {}
         self._path = path
@@ -143,13 +140,14 @@ class SegmentStore:
         )  # fmt: skip
         for name in left:
             self.removal.left_over(name)
-        self._producers, self.topology = state.producers, state.topology
+        self.topology = state.topology
         paths = [path for path in sorted(self._directory.topics.iterdir()) if path.is_dir() and path.name not in left]
         for number, topic_path in enumerate(paths):
             logs = self._opener.open_topic(topic_path, state, partial(listener.on_opening, number, len(paths)))
             if logs:
                 self._topics[topic_path.name] = logs
-        raise_epochs(self.logs(), self._producers)
+        raise_epochs(self.logs(), state.producers)
+        self._producers = GrantedProducers(state.producers)
         if self._directory.restored:
             begin_histories(self.logs(), self.node_uid, accepted=self._directory.loss_accepted)
             self._directory.restore_finished()
@@ -318,9 +316,11 @@ class SegmentStore:
     def refusal(self, *, spare: bool = False) -> tuple[Outcome, str] | None:
         return self._committer.refusal(spare=spare and self._housekeeping.spare > 0)
 
-    def append(self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool) -> Appended:
+    def append(
+        self, log: Log, data: memoryview, spans: bytes, level: AckLevel, inflated: bool, producer_id: int
+    ) -> Appended:
         assert isinstance(log, PartitionLog)
-        appended = Appended(*log.stage.append(data, spans, self._scheduler.now(), inflated))
+        appended = Appended(*log.stage.append(data, spans, self._scheduler.now(), inflated, producer_id))
         log.records_in += appended.records
         if log.stage.pending_bytes:
             self._committer.mark(
@@ -419,17 +419,17 @@ class SegmentStore:
         self._metadata.store_children(children)
 
     def producer(self, client_id: str) -> tuple[int, int] | None:
-        return self._producers.get(client_id)
+        return self._producers.of(client_id)
+
+    def producer_owner(self, producer_id: int) -> str | None:
+        return self._producers.owner(producer_id)
 
     def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
-        producers, changes = self._producers, self._metadata.changes.producers
-        producers.pop(client_id, None)
-        producers[client_id] = changes[client_id] = (producer_id, epoch)
-        if len(producers) > MOST_PRODUCERS:
-            # One that comes back keeps the id that it has; a client id is granted anew at each start of most clients.
-            oldest = next(iter(producers))
-            del producers[oldest]
-            changes[oldest] = None
+        changes = self._metadata.changes.producers
+        forgotten = self._producers.grant(client_id, producer_id, epoch)
+        changes[client_id] = (producer_id, epoch)
+        if forgotten is not None:
+            changes[forgotten] = None
         self._metadata.touch()
 
     def store_topology(self, addresses: list[str]) -> None:

@@ -12,7 +12,7 @@ from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
 from edgebroker.network.wire import frames
-from edgebroker.storage import store
+from edgebroker.storage.metadata import granted as granted_ids
 from tests.kit.brokers import RunningBroker, batch_of, running
 from tests.kit.raw_client import RawClient
 from tests.kit.trees import Tree, follows
@@ -95,7 +95,7 @@ def producer(broker: RunningBroker, client_id: str) -> RawClient:
 
 def test_producer_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The oldest is forgotten; a client that holds one keeps it."""
-    monkeypatch.setattr(store, "MOST_PRODUCERS", 3)
+    monkeypatch.setattr(granted_ids, "MOST_PRODUCERS", 3)
     with running(tmp_path / "data") as broker:
         first = producer(broker, "first")
         own = (first.grants.producer_id, first.grants.producer_epoch)

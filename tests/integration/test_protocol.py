@@ -210,6 +210,31 @@ def idempotent(client: RawClient, client_id: str) -> tuple[int, int]:
     return grants.producer_id, grants.producer_epoch
 
 
+def test_a_producer_id_is_usable_only_by_whom_it_was_granted(broker: RunningBroker) -> None:
+    """Ids are no secret: they stand in every batch that is delivered."""
+    owner, stranger = broker.raw(), broker.raw()
+    producer_id, epoch = idempotent(owner, "till-7")
+
+    def one(sequence: int) -> bytes:
+        return batch_of(b"v", producer_id=producer_id, producer_epoch=epoch, base_sequence=sequence)
+
+    assert owner.publish("t", one(0)).code is Code.OK
+    for codec in ("none", "gzip"):
+        forged = batch_of(b"forged", producer_id=producer_id, producer_epoch=epoch, base_sequence=1, codec=codec)
+        assert stranger.publish("t", forged).code is Code.FENCED
+    for known in ("", "till-8"):  # a name that is new, and one that has an id of its own
+        name = known or "new"
+        own = idempotent(stranger, known) if known else (-1, -1)
+        claimed = stranger.connect(name, flags=frames.WANT_PRODUCER, producer_id=producer_id, producer_epoch=epoch)
+        assert claimed.producer_id != producer_id and own[0] in (-1, claimed.producer_id)
+        assert stranger.publish("t", forged).code is Code.FENCED
+    assert stranger.publish("t", batch_of(b"anonymous")).code is Code.OK
+    assert owner.publish("t", one(1)).code is Code.OK
+    # One that asks for no id any more has none.
+    owner.connect("till-7")
+    assert owner.publish("t", one(2)).code is Code.FENCED
+
+
 def test_out_of_order_and_fenced(broker: RunningBroker) -> None:
     first, second = broker.raw(), broker.raw()
     producer_id, epoch = idempotent(first, "till-7")

@@ -241,7 +241,7 @@ def test_behind_the_tombstone_the_topic_is_gone(harness: StoreHarness, monkeypat
 def test_what_was_staged_before_is_answered(harness: StoreHarness) -> None:
     """The files go when nobody writes to them any more; meanwhile the name is taken."""
     data, spans = pack([encode(b"late")])
-    harness.engine.append(harness.log(), data, spans, AckLevel.DURABLE, False)
+    harness.engine.append(harness.log(), data, spans, AckLevel.DURABLE, False, -1)
     late = harness.log()
     gone, done = removal(harness)
     harness.until(lambda: gone)

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,6 +136,11 @@ def pack(frames: Iterable[bytes]) -> tuple[memoryview, bytes]:
     return memoryview(data), spans
 
 
+def producer_of(frames: Sequence[bytes]) -> int:
+    """The producer id of the first of these batches."""
+    return int.from_bytes(frames[0][43:51], "big", signed=True) if len(frames[0]) >= 51 else -1
+
+
 def turn_until(loop: Loop, condition: Callable[[], object]) -> None:
     """Turn until the condition holds; a test that waits in vain fails here."""
     for number in range(TURNS):
@@ -181,7 +186,7 @@ class Harness:
     ) -> list[Placed]:
         """Append without turning the loop."""
         data, spans = pack(frames)
-        appended = self.engine.append(self.log(topic, partition), data, spans, level, False)
+        appended = self.engine.append(self.log(topic, partition), data, spans, level, False, producer_of(frames))
         assert appended.frames == len(frames)
         return [Placed._make(row) for row in struct.iter_unpack("=qii", appended.answers)]
 
@@ -196,7 +201,7 @@ class Harness:
     def append_inflated(self, frame: bytes) -> int:
         """Append one batch, compressed or not, as the checker passes it on; its offset, once it is durable."""
         data, spans = pack([frame])
-        appended = self.engine.append(self.log(), data, spans, AckLevel.DURABLE, True)
+        appended = self.engine.append(self.log(), data, spans, AckLevel.DURABLE, True, producer_of([frame]))
         (answer,) = (Placed._make(row) for row in struct.iter_unpack("=qii", appended.answers))
         assert answer.code == Code.OK, answer
         self.durable()

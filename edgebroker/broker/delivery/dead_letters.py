@@ -41,6 +41,7 @@ class _DeadLetter:
     """The publisher of one dead letter."""
 
     client_id = "dead letters"
+    producer_id = -1
 
     def __init__(self, done: Done) -> None:
         self._done = done

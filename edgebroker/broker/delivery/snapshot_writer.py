@@ -117,7 +117,7 @@ class Writing:
     def __init__(self, writer: SnapshotWriter, topic: str) -> None:
         self._writer, self.topic = writer, topic
         self._logs = writer.engine.partitions(topic)
-        self.client_id = f"{SNAPSHOT_CLIENTS}{secrets.token_hex(8)}"
+        self.client_id, self.producer_id = f"{SNAPSHOT_CLIENTS}{secrets.token_hex(8)}", -1
         most = MAX_KEY_BYTES // len(self._logs)
         self._keys = {partition: LiveKeys(most, secrets.token_bytes(16)) for partition in self._logs}
         # Where a reader of everything begins, and where reading goes on.

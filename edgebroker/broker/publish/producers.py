@@ -46,9 +46,11 @@ class Producers:
 
     def grant(self, client_id: str, own: ProducerId, *, new_epoch: bool) -> ProducerId:
         """The id bound to this client id. A client that was here before keeps its epoch, unless it wants a new one;
-        another client of the name gets the next epoch, which fences the one before."""
+        another client of the name gets the next epoch, which fences the one before. An id that was granted to another
+        client id is nobody else's."""
         known = self._store.producer(client_id)
-        mine = min(own) >= 0 and (known is None or known[0] == own.id)
+        mine = min(own) >= 0 and self._store.producer_owner(own.id) in (None, client_id)
+        mine = mine and (known is None or known[0] == own.id)
         if mine and not new_epoch and (known is None or known[1] <= own.epoch):
             granted = own
         else:

@@ -149,7 +149,7 @@ class Publishing:
             self._refuse_all(publisher, run, *refusal)
             return
         level = AckLevel(run.level)
-        appended = self._engine.append(log, run.data, run.spans, level, inflated)
+        appended = self._engine.append(log, run.data, run.spans, level, inflated, publisher.producer_id)
         self._metrics.publish_frames += appended.frames
         self._metrics.records_published += appended.records
         handled, rest = run.spans[: appended.frames * SPAN.size], run.spans[appended.frames * SPAN.size :]

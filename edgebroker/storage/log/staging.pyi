@@ -26,8 +26,12 @@ class Stage:
     epoch: int
     pending_bytes: int
     def __init__(self, next_offset: int, epoch: int, max_batch: int, max_record: int, window: int) -> None: ...
-    def append(self, data: Buffer, spans: bytes, now: float, inflated: bool = False) -> tuple[bytes, int, int, int]:
+    def append(
+        self, data: Buffer, spans: bytes, now: float, inflated: bool = False, granted: int | None = None
+    ) -> tuple[bytes, int, int, int]:
         """Stage the PUBLISH frames of `spans`. Returns (answers, frames, wait, records).
+
+        granted: the only producer id that these frames may carry (others are FENCED); None: any.
 
         answers: packed native (i64 offset, i32 code, i32 reason) for the frames handled; frames: how many, fewer than
         given when the next one holds compressed records that are not inflated yet (`inflated` says they are);

@@ -98,7 +98,7 @@ def test_a_member_that_is_found_gone_while_it_is_served(partitions: int) -> None
     for partition in range(partitions):
         for rank in range(10):
             data, spans = pack([batch_of(b"." * (TURN_BYTES // 3), b"%d" % rank)])
-            world.engine.append(world.log(("t", partition)), data, spans, AckLevel.DURABLE, False)
+            world.engine.append(world.log(("t", partition)), data, spans, AckLevel.DURABLE, False, -1)
             world.settle()
     member = world.connect("client")
     line = Wanted("t", -1, Start.EARLIEST, NO_LOG_ID, -1, 0)

@@ -190,7 +190,7 @@ class DeliveryMachine(RuleBasedStateMachine):
             batches.append(batch.encode([(None, value, first + number) for number, value in enumerate(values)]))
             records += values
         data, spans = pack(batches)
-        self.world.engine.append(self.world.log(key), data, spans, AckLevel.DURABLE, False)
+        self.world.engine.append(self.world.log(key), data, spans, AckLevel.DURABLE, False, -1)
         # What is not durable is not there; the turn makes it so.
         self.together = 0
         self.over()

@@ -35,7 +35,7 @@ class MemorySession:
     """A publisher and a member in one, which keeps what it is told."""
 
     def __init__(self, core: Core, client_id: str) -> None:
-        self._core, self.client_id = core, client_id
+        self._core, self.client_id, self.producer_id = core, client_id, -1
         self.cursors: dict[Key, Cursor] = {}
         self.writable = True
         self.answers: dict[int, tuple[Code, int]] = {}

@@ -63,7 +63,7 @@ class Client:
     """A publisher that notes its answers."""
 
     def __init__(self, client_id: str) -> None:
-        self.client_id = client_id
+        self.client_id, self.producer_id = client_id, -1
         self.codes: list[Code] = []
 
     def answered(self, spans: bytes, answers: bytes) -> None:

@@ -321,7 +321,7 @@ def test_a_producer_is_forgotten_after_a_week_of_running(start: Start) -> None:
     harness.tick()
     assert harness.log().stage.producer_count == 0
     data, spans = pack([frame])
-    assert harness.store.append(harness.log(), data, spans, AckLevel.DURABLE, False).records == 1
+    assert harness.store.append(harness.log(), data, spans, AckLevel.DURABLE, False, 7).records == 1
 
 
 def test_records_of_others_do_not_wait_for_many_partitions(tmp_path: Path) -> None:
