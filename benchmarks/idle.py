@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks.node import DIRECTORY
+from benchmarks.node import DIRECTORY, connected_child
 from benchmarks.rows import Row
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
@@ -90,7 +90,8 @@ def _change_seen(parent: BrokerProcess, child: str) -> float:
     hub = {"uid": "1" * 32, "name": "hub", "level": "l2", "version": "1", "boot": "1" * 16, "number": 1}
     batch = {"sender": "1" * 32, "session": "s", "number": 0, "nodes": [{"report": {**hub, "address": "hub:7421"}}]}
     begun = time.monotonic()
-    call(parent.admin, "POST", "/v1/tree/reports", batch)
+    with connected_child(parent.admin, str(hub["uid"])):
+        call(parent.admin, "POST", "/v1/tree/reports", batch)
     while "hub:7421" not in call(child, "GET", "/v1/pipe")["parent"]["candidates"]:
         time.sleep(0.1)
     return time.monotonic() - begun

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import http.client
+import json
 import os
 import shutil
 import tempfile
@@ -59,3 +61,16 @@ def running(*, pinned: bool = False, settings: dict[str, str] | None = None, des
         os.sched_setaffinity(0, before)
         process.kill()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def connected_child(admin: str, uid: str) -> Iterator[None]:
+    """A node that is connected as a child, without logs: what it reports is taken."""
+    host, _, port = admin.rpartition(":")
+    poll = {"version": 1, "uid": uid, "name": "bench", "level": "local", "topics": [], "logs": []}
+    connection = http.client.HTTPConnection(host, int(port))
+    connection.request("POST", "/v1/pipe", json.dumps(poll), {"content-type": "application/json"})
+    with connection.getresponse() as answer:
+        assert answer.status == 200, answer.read()
+        yield
+    connection.close()

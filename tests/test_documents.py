@@ -39,6 +39,7 @@ from edgebroker.storage.metadata import meta_db as meta
 from tests.kit import tiny_client, tiny_reader, vocabulary
 from tests.kit.brokers import RunningBroker, batch_of, numbered, running
 from tests.kit.tiny_client import Record, TinyClient
+from tests.kit.trees import reported
 
 TESTS = Path(__file__).parent
 ROOT = TESTS.parent
@@ -326,7 +327,7 @@ def objects_of(broker: RunningBroker) -> dict[str, dict]:
 def node_of_the_tree(broker: RunningBroker) -> dict:
     report = {"uid": "1" * 32, "name": "till", "level": "local", "version": "1", "boot": "0" * 16, "number": 1}
     batch = {"sender": "1" * 32, "session": "s", "number": 0, "nodes": [{"report": report}]}
-    assert broker.http("POST", "/v1/tree/reports", batch)[0] == 200
+    assert reported(broker, batch)[0] == 200
     found = broker.http("GET", "/v1/tree/nodes")[1]["nodes"][0]
     return {**found, "pins": [], "draining": False}  # where the registry is kept
 

@@ -5,7 +5,8 @@ connected: a node says which of its children it lost, and what it had said befor
 still true. So a node at the end of a line that is cut is as silent as the line. No socket, no file, no clock.
 
 Which of two reports about a node is the newer one: the higher number of the same run of it; of two runs the one that
-arrived last, but word of a lost node never wins over that of a connected one.
+arrived last, but word of a lost node never wins over that of a connected one. Who is connected here is not connected
+elsewhere as another run: what another child says of it waits until the node is lost here (decision 60).
 """
 
 from __future__ import annotations
@@ -19,8 +20,15 @@ from edgebroker.common import json
 from edgebroker.pipe.report import MAX_REPORT_BYTES, NodeState, Report
 
 MAX_NODES, KEPT_FOR_CHILDREN = 65_536, 4096
+# Nodes that were never heard of: so many at once, and so many a second. A child tells the others again.
+NEW_AT_ONCE, NEW_A_SECOND = 5000, 500
+MAX_CLAIMS, CLAIM_SECONDS = 1000, 60.0
 # Two machines with the same identity speak in turns, each with the name of its own run.
 TWIN_CHANGES, TWIN_SECONDS = 3, 600.0
+
+
+class TooManyNewError(Exception):
+    """More new nodes than are taken at a time."""
 
 
 class FleetMember:
@@ -81,6 +89,10 @@ class FleetMember:
             self.run_changes = (*self.run_changes[1 - TWIN_CHANGES :], now)
         self.runs = (*self.runs[-3:], self.boot)
 
+    def contested(self, now: float) -> None:
+        """Another run of it has been connected elsewhere for long: as good as three changes."""
+        self.run_changes = (now,) * TWIN_CHANGES
+
     def twins(self, now: float) -> bool:
         """Do two machines use this identity?"""
         return len(self.run_changes) == TWIN_CHANGES and now - self.run_changes[0] < TWIN_SECONDS
@@ -104,29 +116,38 @@ class Fleet:
         self._below: dict[str, set[str]] = {}
         self.taken: list[str] = []
         self.refused = 0
+        self._new, self._new_at = float(NEW_AT_ONCE), 0.0
+        # What children say of nodes that are connected elsewhere as another run: by whom, and since when.
+        self._claims: dict[str, tuple[NodeState, str, float]] = {}
 
     def take(self, state: NodeState, route: str, now: float, *, connected: bool = False) -> FleetMember | None:
         """Hear of a node; the member when that was news. `connected`: the child that says it is connected now, and what
         it says of itself finds a place although others have passed on too much. Raises msgspec.DecodeError for what is
-        not a report."""
+        not a report, TooManyNewError when the node has to be told of later."""
         raw = bytes(state.report)
         if len(raw) > MAX_REPORT_BYTES * 2:
             raise msgspec.ValidationError(f"a report of {len(raw)} bytes")
         report = json.decode(raw, Report)
-        silent = state.silent >= 0
+        silent, itself = state.silent >= 0, connected and report.uid == route
+        if silent and route == self._claims.get(report.uid, (None, None))[1]:
+            del self._claims[report.uid]
         if report.uid == self._top or (silent and self.removed.get(report.uid) == report.boot):
             return None
         member = self.members.get(report.uid)
         if member is None:
-            itself = connected and report.uid == route
             if len(self.members) >= (MAX_NODES if itself else MAX_NODES - KEPT_FOR_CHILDREN):
                 self.refused += 1
                 return None
+            if route and not (itself or self._admits(now)):
+                raise TooManyNewError
             member = self.members[report.uid] = FleetMember(report.uid)
         elif report.boot == member.boot:
             if report.number < member.number:
                 return None
         elif silent and (member.silent_since is None or member.silent_since > now - state.silent):
+            return None
+        elif not (silent or itself) and route != member.route != "" and self.silent_for(member, now) < 0:
+            self._claim(report.uid, state, route, now)
             return None
         else:
             self._restarted(member, report, now)
@@ -140,6 +161,36 @@ class Fleet:
             member.told_behind, member.told_at = state.behind, now
         self._changed[member.uid] = None
         return member
+
+    def _admits(self, now: float) -> bool:
+        """Is there room for another node that was never heard of?"""
+        self._new = min(NEW_AT_ONCE, self._new + (now - self._new_at) * NEW_A_SECOND)
+        self._new_at = now
+        if self._new < 1:
+            return False
+        self._new -= 1
+        return True
+
+    def _claim(self, uid: str, state: NodeState, route: str, now: float) -> None:
+        since = self._claims.pop(uid, (None, None, now))[2]
+        self._claims[uid] = (state, route, since)
+        if len(self._claims) > MAX_CLAIMS:
+            del self._claims[next(iter(self._claims))]
+
+    def settle(self, now: float) -> list[FleetMember]:
+        """Believe what was said of nodes that are not connected any more where they were."""
+        found = []
+        for uid, (state, route, since) in list(self._claims.items()):
+            member = self.members.get(uid)
+            if member is not None and self.silent_for(member, now) < 0:
+                if now - since > CLAIM_SECONDS:
+                    member.contested(now)
+                continue
+            del self._claims[uid]
+            member = self.take(state, route, now)
+            if member is not None:
+                found.append(member)
+        return found
 
     def _restarted(self, member: FleetMember, report: Report, now: float) -> None:
         """Another run of a node has not heard of those below it: they are lost until it has."""

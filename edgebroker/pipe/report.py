@@ -18,8 +18,9 @@ MAX_REPORT_BYTES = 2048
 # The node above takes a batch in one turn of its loop.
 MAX_BATCH_BYTES = 128 << 10
 MAX_CANDIDATES = 8
-# The code of the answer to a batch that does not follow the one before: everything has to be sent again.
-NEW_SESSION = "NEW_SESSION"
+# The codes of answers to a batch. It does not follow the one before: everything has to be sent again. Its sender is not
+# connected, or from another address.
+NEW_SESSION, NOT_A_CHILD = "NEW_SESSION", "NOT_A_CHILD"
 
 Id = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 _Name = Annotated[str, Meta(max_length=255, pattern=r"\A[^\x00-\x1f\x7f-\x9f\ud800-\udfff]+\Z")]

@@ -28,7 +28,7 @@ from tests.integration.test_repair import flip, logs_of
 from tests.integration.test_topic_delete import told_by_another_hub
 from tests.integration.test_topic_undelete import problems, promoted_by_mistake
 from tests.kit.brokers import RunningBroker, numbered
-from tests.kit.trees import Tree, end, follows, grown, publish
+from tests.kit.trees import Tree, end, follows, grown, publish, reported
 from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -136,7 +136,7 @@ def fleet_full(tree: Tree, mp: pytest.MonkeyPatch) -> Scene:
         }
         for number in range(3)
     ]  # fmt: skip
-    assert root.http("POST", "/v1/tree/reports", batch_of_reports(*reports))[0] == 200
+    assert reported(root, batch_of_reports(*reports))[0] == 200
     has(tree, "root", "fleet_full")
     return Scene("root", {"NAME": "till-1"})
 

@@ -27,7 +27,7 @@ from edgebroker.storage.types import DiskState
 from tests.integration.test_registry import RAW, batch, joins, nodes, parent, pass_time, root_of, until
 from tests.integration.test_registry import told as told_of
 from tests.kit.brokers import JSON
-from tests.kit.trees import Tree, follows, pipe, publish, run
+from tests.kit.trees import Tree, follows, pipe, publish, reported, run
 from tests.kit.waiting import wait_for
 from tests.unit.pipe.test_fleet import BOOTS, TOP, report, state, uid
 
@@ -75,7 +75,7 @@ def test_candidates_are_not_all_of_one_place() -> None:
 @pytest.mark.parametrize("name", ["\ud800", "a\x1b[2Jb"])
 def test_a_name_that_is_no_text(tree: Tree, name: str) -> None:
     root = root_of(tree)
-    root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "name": name}}))
+    reported(root, batch({"report": {**RAW, "name": name}}))
     assert root.http("GET", "/v1/tree/nodes")[0] == 200
     assert "\x1b" not in str(nodes(root).keys()).encode().decode("unicode_escape")
 
@@ -109,7 +109,7 @@ def test_a_report_that_is_too_big_does_not_stop_those_of_others(tree: Tree) -> N
     first = connection.getresponse().status
     connection.close()
     other = {**RAW, "uid": "3" * 32, "name": "other"}
-    assert hub.http("POST", "/v1/tree/reports", batch({"report": other}, sender="3" * 32))[0] == 200
+    assert reported(hub, batch({"report": other}, sender="3" * 32))[0] == 200
     sent = []
     for _ in range(20):
         pass_time(tree, 10.0, 2.0)
@@ -235,9 +235,7 @@ def test_a_line_that_drops_now_and_then(tree: Tree, monkeypatch: pytest.MonkeyPa
     ]  # fmt: skip
     monkeypatch.setattr(reporting, "HttpCall", dropping)
     for first in range(0, 2000, 250):
-        assert (
-            hub.http("POST", "/v1/tree/reports", batch(*reports[first : first + 250], sender=f"{first:032x}"))[0] == 200
-        )
+        assert reported(hub, batch(*reports[first : first + 250], sender=f"{first:032x}"))[0] == 200
     known = 0
     for _ in range(60):
         pass_time(tree, 10.0, 2.0)
@@ -324,7 +322,7 @@ def test_a_fleet_that_is_full_is_not_complete(tree: Tree, capsys: pytest.Capture
     root = root_of(tree)
     publish(root, "prices", 0, 5)
     topics = [["prices", [5], [["g", [5], False]], 0]]
-    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
+    assert reported(root, batch({"report": {**RAW, "topics": topics}}))[0] == 200
     root.call(lambda: setattr(root.broker.tree.fleet, "refused", 7))
     assert run(root, capsys, "wait", "--topic", "prices", "--timeout", "0s")[0] == 1
 
@@ -334,7 +332,7 @@ def test_the_view_says_what_a_report_left_out(tree: Tree) -> None:
     big = [["big", [10**9] * 100, [[f"g{n}", [5] * 100, False] for n in range(9)], 3]]
     one = msgspec.convert({**RAW, "topics": big}, type=Report)
     raw = msgspec.to_builtins(within_limit(one))
-    assert root.http("POST", "/v1/tree/reports", batch({"report": raw}, sender="2" * 32))[0] == 200
+    assert reported(root, batch({"report": raw}, sender="2" * 32))[0] == 200
     assert root.http("GET", "/v1/tree")[1]["worst"], raw
 
 

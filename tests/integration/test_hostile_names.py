@@ -14,7 +14,7 @@ import pytest
 from edgebroker.cli.main import main
 from tests.integration.test_registry import RAW, batch, root_of
 from tests.kit.brokers import RunningBroker, batch_of
-from tests.kit.trees import Tree
+from tests.kit.trees import Tree, reported
 
 pytestmark = pytest.mark.slow
 
@@ -26,7 +26,7 @@ def root(tree: Tree) -> Iterator[RunningBroker]:
     """With a report, a client and a dead letter of somebody hostile."""
     root = root_of(tree)
     report = {**RAW, "version": EVIL, "labels": {EVIL: EVIL}, "problems": [EVIL], "address": EVIL}
-    root.http("POST", "/v1/tree/reports", batch({"report": report}))
+    reported(root, batch({"report": report}))
     client = root.raw(EVIL)
     client.publish("t", batch_of(EVIL.encode(), b"two"))
     client.subscribe("t", "g")

@@ -42,6 +42,7 @@ def test_a_tree_below_it(root: RunningBroker, tmp_path: Path, capsys: pytest.Cap
     settings = {"node.name": "hub", "node.level": "l2", "listen.pipe": "127.0.0.1:0", "pipe.registry": pipe(root)}
     with running(tmp_path / "hub", settings) as hub:
         follows(root, hub, "t")
+        wait_for(lambda: root.http("GET", "/v1/tree/nodes")[1]["nodes"], "the hub reports")
         below = {"node.name": "till", "node.level": "local", "pipe.registry": pipe(hub)}
         with running(tmp_path / "till", below) as till:
             follows(root, till, "t")

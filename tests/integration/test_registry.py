@@ -13,7 +13,7 @@ from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from edgebroker.storage.metadata.registry import NodeRow
 from tests.kit.brokers import RunningBroker
-from tests.kit.trees import Tree, follows, pipe, publish, run
+from tests.kit.trees import RAW, Tree, batch, follows, pipe, publish, reported, run
 from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -278,11 +278,11 @@ def test_a_registry_without_a_way(tree: Tree) -> None:
     assert root.http("POST", "/v1/registry", {"report": 5})[0] == 400
     assert root.http("POST", "/v1/tree/reports", {"sender": "x"})[0] == 400
     batch = {"sender": "1" * 32, "session": "s", "number": 4, "nodes": []}
-    status, answer = root.http("POST", "/v1/tree/reports", batch)
+    status, answer = reported(root, batch)
     assert (status, answer["code"]) == (409, "NEW_SESSION")
     odd = {"report": {**report, "level": "moon"}}
     batch = {"sender": "1" * 32, "session": "s", "number": 0, "nodes": [odd, {"report": {**report, "uid": "2" * 32}}]}
-    assert root.http("POST", "/v1/tree/reports", batch) == (200, {"elsewhere": []})
+    assert reported(root, batch) == (200, {"elsewhere": []})
     assert "2" * 32 in root.broker.tree.fleet.members
     assert root.counters()["reports_refused"] == 1
     assert root.http("DELETE", "/v1/tree")[0] == 405
@@ -334,7 +334,7 @@ def test_much_is_reported_in_pieces_and_again_to_a_parent_that_forgot(tree: Tree
     ]  # fmt: skip
     for first in range(0, 2000, 250):
         batch = {"sender": f"{first:032x}", "session": "s", "number": 0, "nodes": reports[first : first + 250]}
-        assert hub.http("POST", "/v1/tree/reports", batch) == (200, {"elsewhere": []})
+        assert reported(hub, batch) == (200, {"elsewhere": []})
     until(tree, lambda: len(root.broker.tree.fleet.members) == 2001, "the root knows all of them")
     tree.stop("root")
     root = tree.start("root")
@@ -350,12 +350,6 @@ def test_much_is_reported_in_pieces_and_again_to_a_parent_that_forgot(tree: Tree
 
 
 # ---- what is malformed ----
-
-RAW = {"uid": "1" * 32, "name": "x", "level": "local", "version": "1", "boot": "0" * 16, "number": 1}
-
-
-def batch(*states: dict[str, Any], sender: str = "1" * 32, **more: Any) -> dict[str, Any]:
-    return {"sender": sender, "session": "s", "number": 0, "nodes": list(states), **more}
 
 
 def test_a_write_that_fails_leaves_no_transaction_open(tree: Tree) -> None:
@@ -381,19 +375,19 @@ def test_a_write_that_fails_leaves_no_transaction_open(tree: Tree) -> None:
 def test_a_number_beyond_reason(tree: Tree, what: dict[str, float]) -> None:
     root = root_of(tree)
     body = batch({"report": RAW, **what}, sender="2" * 32)
-    assert root.http("POST", "/v1/tree/reports", body)[0] == 400
+    assert reported(root, body)[0] == 400
 
 
 def test_a_clock_beyond_reason(tree: Tree) -> None:
     root = root_of(tree)
     body = batch({"report": RAW})
     body["wall_ms"] = 10**400
-    assert root.http("POST", "/v1/tree/reports", body)[0] == 400
+    assert reported(root, body)[0] == 400
 
 
 def test_pinned_to_a_node_of_no_level(tree: Tree) -> None:
     root = root_of(tree)
-    root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "level": "moon", "address": "x:1"}}))
+    reported(root, batch({"report": {**RAW, "level": "moon", "address": "x:1"}}))
     assert root.http("PUT", "/v1/registry/root/pins", {"parents": ["x"]})[0] == 404, "it was not taken at all"
 
 
@@ -401,9 +395,9 @@ def test_pinned_to_more_than_an_order_carries(tree: Tree) -> None:
     root = root_of(tree)
     for number in range(9):
         hub = {**RAW, "uid": f"{number + 16:032x}", "name": f"h{number}", "level": "l3", "address": f"hub-{number}:1"}
-        assert root.http("POST", "/v1/tree/reports", batch({"report": hub}, sender=str(hub["uid"])))[0] == 200
+        assert reported(root, batch({"report": hub}, sender=str(hub["uid"])))[0] == 200
     pos = {**RAW, "level": "pos", "managed": True}
-    assert root.http("POST", "/v1/tree/reports", batch({"report": pos}))[0] == 200
+    assert reported(root, batch({"report": pos}))[0] == 200
     names = [f"h{number}" for number in range(9)]
     assert root.http("PUT", "/v1/registry/x/pins", {"parents": names})[0] == 409
     assert root.http("PUT", "/v1/registry/x/pins", {"parents": names[:8]})[0] == 200
@@ -414,7 +408,7 @@ def test_what_was_removed_and_is_back_can_be_lost_again(tree: Tree) -> None:
     root = root_of(tree)
 
     def say(**more: float) -> None:
-        assert root.http("POST", "/v1/tree/reports", batch({"report": RAW, **more}, sender="2" * 32))[0] == 200
+        assert reported(root, batch({"report": RAW, **more}, sender="2" * 32))[0] == 200
 
     say(silent=60.0)
     assert root.http("DELETE", "/v1/registry/x")[0] == 200
@@ -432,7 +426,7 @@ def test_wait_for_a_partition_that_is_not_there(tree: Tree, capsys: pytest.Captu
     root = root_of(tree)
     publish(root, "prices", 0, 5)
     topics = [["prices", [0], [["g", [0], False]], 0]]
-    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
+    assert reported(root, batch({"report": {**RAW, "topics": topics}}))[0] == 200
     wanted = ["wait", "--topic", "prices", "--partition", "9", "--timeout", "0s"]
     assert main([*wanted, "--admin", tree.address("root")]) != 0
     assert "--partition 9" in capsys.readouterr().err
@@ -441,7 +435,7 @@ def test_wait_for_a_partition_that_is_not_there(tree: Tree, capsys: pytest.Captu
 def test_applied_of_fewer_partitions_than_the_topic_has(tree: Tree) -> None:
     root = root_of(tree)
     topics = [["t", [5, 5], [["g", [5], False]], 0]]
-    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] in (200, 400)
+    assert reported(root, batch({"report": {**RAW, "topics": topics}}))[0] in (200, 400)
     status, answer = root.http("GET", "/v1/tree/applied?topic=t&end=0:5&end=1:5")
     assert (status, answer.get("done", 0)) == (200, 0)
 
@@ -449,5 +443,5 @@ def test_applied_of_fewer_partitions_than_the_topic_has(tree: Tree) -> None:
 def test_a_negative_partition(tree: Tree) -> None:
     root = root_of(tree)
     topics = [["t", [5], [["g", [5], False]], 0]]
-    assert root.http("POST", "/v1/tree/reports", batch({"report": {**RAW, "topics": topics}}))[0] == 200
+    assert reported(root, batch({"report": {**RAW, "topics": topics}}))[0] == 200
     assert root.http("GET", "/v1/tree/applied?topic=t&end=-5:5")[0] == 400

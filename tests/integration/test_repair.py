@@ -115,9 +115,12 @@ def test_an_origin_repairs_from_its_child(tree: Tree) -> None:
     log = root.broker.engine.log("t", 0)
     assert log is not None
     wait_for(lambda: log.corrupt_ranges, "the damage is found")
+    wait_for(lambda: root.broker.downstream.peers(), "its child is there, from this address")
     assert root.http("POST", "/v1/repair", {"from": "nowhere"})[0] == 400
     status, answer = root.http("POST", "/v1/repair", {"from": "127.0.0.1:1"})
     assert (status, "refused" in answer["error"]) == (409, True)
+    status, answer = root.http("POST", "/v1/repair", {"from": "203.0.113.9:7421"})
+    assert (status, "a node of this tree" in answer["error"]) == (400, True)
     lost = log.corrupt_ranges[0]
     status, answer = root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"})
     assert (status, answer) == (200, {"repaired": {"t/0": lost.next - lost.first}, "error": ""})

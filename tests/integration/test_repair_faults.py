@@ -19,7 +19,7 @@ from edgebroker.storage.types import UNKNOWN_CHAIN, CorruptRange
 from tests.integration.test_repair import cut_short, flip, logs_of, lose, repair
 from tests.kit.brokers import RunningBroker, numbered
 from tests.kit.storage import StoreHarness, encode, store_settings
-from tests.kit.trees import Tree, digest, end, follows, grown, line, publish
+from tests.kit.trees import RAW, Tree, batch, digest, end, follows, grown, line, publish, reported
 from tests.kit.waiting import wait_for
 from tests.unit.storage.test_mirror_store import batches, bytes_of, identity_of, mirror, take
 
@@ -300,8 +300,11 @@ def test_neighbours_that_are_no_help_do_not_end_repair(tree: Tree) -> None:
                 b"content-length: %d\r\n\r\n%b" % (len(body), body)
             )
             assert b" 400 " in connection.recv(10_000), source
-    status, answer = root.http("POST", "/v1/repair", {"from": "255.255.255.255:80"})
+    hub = {**RAW, "name": "far", "level": "l3", "address": "255.255.255.255:80"}
+    assert reported(root, batch({"report": hub}))[0] == 200
+    status, answer = root.http("POST", "/v1/repair", {"from": "far"})
     assert (status, "unreachable" in answer["error"] or "denied" in answer["error"]) == (409, True)
+    wait_for(lambda: root.broker.downstream.peers(), "its child is there, from this address")
     with socket.create_server(("127.0.0.1", 0)) as server:
         answers: list[object] = []
         source = f"127.0.0.1:{server.getsockname()[1]}"

@@ -9,7 +9,6 @@ import shutil
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -22,8 +21,8 @@ from edgebroker.common.types import TopicSettings
 from edgebroker.network.http.client import KEEPALIVE_SECONDS
 from edgebroker.network.io.transport import Transport
 from edgebroker.pipe.stream import HEADER_BYTES, Kind, LogPosition
-from tests.kit.brokers import JSON, SECONDS, RunningBroker
-from tests.kit.trees import Tree, chain, digest, end, follows, line, pipe, publish
+from tests.kit.brokers import SECONDS, RunningBroker
+from tests.kit.trees import Tree, chain, digest, end, follows, line, pipe, polled, publish
 from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
@@ -52,19 +51,6 @@ def with_another_past(tree: Tree, *children: str, count: int = 14) -> None:
     for number in range(count):
         publish(root, "t", 1000 + number, 1)
     tree.stop("root")
-
-
-@contextmanager
-def polled(node: RunningBroker, **changes: object) -> Iterator[http.client.HTTPResponse]:
-    """The answer to a poll of somebody who is no node."""
-    body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["*"], "logs": [], **changes}
-    connection = http.client.HTTPConnection(*node.broker.listeners.http_address, timeout=SECONDS)
-    try:
-        connection.request("POST", "/v1/pipe", json.dumps(body), JSON)
-        with connection.getresponse() as answer:
-            yield answer
-    finally:
-        connection.close()
 
 
 def place(node: RunningBroker, group: str) -> int:

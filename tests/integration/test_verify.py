@@ -116,6 +116,7 @@ def test_damage_is_found_and_named(tree: Tree, capsys: pytest.CaptureFixture[str
     assert (code, found["same"]) == (1, False)
     assert found["differing"] == {"t/0": [[first, following]]}
     assert found["damaged"] == [[f"t/0 at {tree.address('root')}", first, following]]
+    wait_for(lambda: root.broker.downstream.peers(), "its child is there, from this address")
     assert root.http("POST", "/v1/repair", {"from": tree.address("l2")})[0] == 200
     wait_for(lambda: verify(tree, "l2", "root", capsys)[1]["same"], "it is the same again")
 

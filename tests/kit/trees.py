@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import json
 import shutil
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,8 @@ import pytest
 
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
-from tests.kit.brokers import RunningBroker, numbered, running
-from tests.kit.waiting import wait_for
+from tests.kit.brokers import JSON, RunningBroker, numbered, running
+from tests.kit.waiting import SECONDS, wait_for
 
 LEVELS = ["root", "l2", "l3", "pos", "local"]
 
@@ -66,6 +68,34 @@ class Tree:
     def close(self) -> None:
         for name in list(self._stacks):
             self.stop(name)
+
+
+@contextmanager
+def polled(node: RunningBroker, **changes: object) -> Iterator[http.client.HTTPResponse]:
+    """The answer to a poll of somebody who is no node."""
+    body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["*"], "logs": [], **changes}
+    connection = http.client.HTTPConnection(*node.broker.listeners.http_address, timeout=SECONDS)
+    try:
+        connection.request("POST", "/v1/pipe", json.dumps(body), JSON)
+        with connection.getresponse() as answer:
+            yield answer
+    finally:
+        connection.close()
+
+
+# What a node says of itself.
+RAW = {"uid": "1" * 32, "name": "x", "level": "local", "version": "1", "boot": "0" * 16, "number": 1}
+
+
+def batch(*states: dict[str, Any], sender: str = "1" * 32, **more: Any) -> dict[str, Any]:
+    """The body of POST /v1/tree/reports."""
+    return {"sender": sender, "session": "s", "number": 0, "nodes": list(states), **more}
+
+
+def reported(node: RunningBroker, body: dict[str, Any]) -> tuple[int, Any]:
+    """The answer to a batch whose sender is connected meanwhile."""
+    with polled(node, uid=body["sender"], topics=[]):
+        return node.http("POST", "/v1/tree/reports", body)
 
 
 def end(node: RunningBroker, topic: str, partition: int = 0) -> int:

@@ -10,6 +10,7 @@ from msgspec import Meta
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.fleet.pending_directives import PendingDirective
 from edgebroker.broker.fleet.standby import Promoted
+from edgebroker.broker.fleet.view import labels_of
 from edgebroker.broker.mirror.resync import ResyncStatus
 from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
@@ -19,6 +20,9 @@ from edgebroker.pipe.report import Question, ResyncDirective
 
 if TYPE_CHECKING:
     from edgebroker.broker.fleet.registrar import Registrar
+
+
+LONGEST_SECONDS = 1e9
 
 
 class ResyncRequest(ResyncDirective, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="resync"):
@@ -38,6 +42,12 @@ class PinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """The body of PUT /v1/registry/NODE/pins: the parents of a node, by name or uid, the best first; none: no pins."""
 
     parents: list[str]
+
+
+class Removed(msgspec.Struct):
+    """How many nodes were forgotten."""
+
+    removed: int
 
 
 class FleetAdmin:
@@ -130,6 +140,27 @@ class FleetAdmin:
         registrar = self._registrar(call)
         if registrar is not None:
             registrar.remove(call.parameters["node"], call.done)
+
+    def remove_silent(self, call: Call) -> None:
+        """DELETE /v1/registry?silent=SECONDS: forget many nodes at once."""
+        registrar = self._registrar(call)
+        if registrar is None:
+            return
+        try:
+            seconds = float(call.query["silent"][0])
+        except (KeyError, ValueError):
+            seconds = -1.0
+
+        def done(removed: int, outcome: Outcome, why: str) -> None:
+            if outcome is Outcome.OK:
+                call.answer(Removed(removed))
+            else:
+                call.refuse(outcome, why)
+
+        if 0 <= seconds < LONGEST_SECONDS:
+            registrar.remove_silent(seconds, labels_of(call.query), done)
+        else:
+            call.refuse(Outcome.INVALID, "silent: seconds for which the nodes were silent that are to be removed")
 
     def _registrar(self, call: Call) -> Registrar | None:
         if self._tree.registrar is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import msgspec
+from msgspec.structs import replace
 
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.feed.child_stream import ChildStatus
@@ -12,7 +13,6 @@ from edgebroker.broker.holders import Holder
 from edgebroker.broker.mirror.fencing import Fenced, FenceRequest
 from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.mirror.upstream import ParentStatus
-from edgebroker.common.config import is_address
 from edgebroker.common.outcome import Outcome
 from edgebroker.network.http.router import Call
 from edgebroker.storage.types import EngineStatus, GroupOffset, LogInventory
@@ -166,10 +166,13 @@ class NodeAdmin:
         assert isinstance(wanted, RepairRequest)
         if repairs is None:
             call.refuse(Outcome.UNSUPPORTED, "the memory engine cannot be damaged; there is nothing to repair")
-        elif not is_address(wanted.source):
-            why = f"from: HOST:PORT of a node's HTTP interface, not {wanted.source!r}"
+            return
+        source = self._context.tree.address_of(wanted.source)
+        if not source:
+            why = f"from: the name of a node of this tree, or its HOST:PORT, not {wanted.source!r}; see edgebroker tree"
             call.refuse(Outcome.INVALID, why)
-        else:
-            repairs.repair(
-                wanted, lambda repaired, error: call.answer(Repaired(repaired, error), 409 if error else 200)
-            )
+            return
+        repairs.repair(
+            replace(wanted, source=source),
+            lambda repaired, error: call.answer(Repaired(repaired, error), 409 if error else 200),
+        )

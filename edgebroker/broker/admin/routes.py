@@ -6,7 +6,7 @@ from typing import Any
 
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
-from edgebroker.broker.admin.fleet import FleetAdmin, PinRequest, ResyncList, ResyncRequest
+from edgebroker.broker.admin.fleet import FleetAdmin, PinRequest, Removed, ResyncList, ResyncRequest
 from edgebroker.broker.admin.groups import ClientList, GroupAdmin, GroupList, GroupStatus, OffsetChanges
 from edgebroker.broker.admin.node import (
     Alive,
@@ -105,5 +105,6 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("PUT", "/v1/registry/{node}/pins", fleet.pin, Nothing, "operate", PinRequest),
         Route("PUT", "/v1/registry/{node}/drain", fleet.drain, Nothing, "operate"),
         Route("DELETE", "/v1/registry/{node}/drain", fleet.undrain, Nothing, "operate"),
+        Route("DELETE", "/v1/registry", fleet.remove_silent, Removed, "operate"),
         Route("DELETE", "/v1/registry/{node}", fleet.remove, Nothing, "operate"),
     ]

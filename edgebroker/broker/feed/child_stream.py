@@ -98,8 +98,8 @@ class FeedHost(Protocol):
 class ChildStream:
     """One answer to one child; what Feed asks for (Reading) and what HTTP asks for (Streamed)."""
 
-    def __init__(self, host: FeedHost, poll: Poll) -> None:
-        self._host, self._poll = host, poll
+    def __init__(self, host: FeedHost, poll: Poll, peer: str) -> None:
+        self._host, self._poll, self.peer = host, poll, peer
         self.feed: Feed[Log, Source] = Feed(self)
         self._rate = host.rate_of(poll.uid)
         self._busy_since = 0.0

@@ -53,6 +53,8 @@ LEAST_SHARE_BYTES = 64 << 10
 TURN_CHILDREN = 200
 # A child says every ALIVE_SECONDS (mirror/upstream.py) that it is there.
 SILENT_SECONDS = 18.5
+# Between two answers to its poll, and while it comes back from a lost connection, a child is not lost.
+GRACE_SECONDS = 15.0
 MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 PIN_SECONDS = 3600.0
@@ -89,6 +91,8 @@ class Downstream:
         self._rates: OrderedDict[str, Rate] = OrderedDict()
         # Children that said in an answer before that they are there.
         self._says_alive: OrderedDict[str, None] = OrderedDict()
+        # From where, and until when, those that are not connected now were.
+        self._left: OrderedDict[str, tuple[str, float]] = OrderedDict()
         # The last poll of each child, as it came.
         self._polls: OrderedDict[str, bytes] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
@@ -154,7 +158,7 @@ class Downstream:
             return
         self.metrics.pipe_polls += 1
         self._remember(poll.uid, body)
-        call.stream(ChildStream(self, poll))
+        call.stream(ChildStream(self, poll, call.peer))
 
     def _same_as(self, body: bytes) -> bytes | None:
         """The body that counts: this one, or the last one of the child when it says that it is still true."""
@@ -195,6 +199,14 @@ class Downstream:
             return True
         if poll.uid == self._node.uid or poll.uid in self._path():
             call.refuse(Outcome.CONFLICT, "cycle: this node is already an ancestor", PollRefusal.LEVEL)
+            return True
+        there = self._uids.get(poll.uid)
+        if there is not None and there.peer != call.peer and self.hears(poll.uid, self.scheduler.now()):
+            why = (
+                f"a node with this identity is connected from {there.peer}; if that is another machine, give this one "
+                "a data directory of its own"
+            )
+            call.refuse(Outcome.OVERLOADED, why, headers=(("retry-after", str(RETRY_AFTER_SECONDS)),))
             return True
         if len(self.children) >= self._max_children:
             why = f"this node has {len(self.children)} children already; try again in a moment, or at another node"
@@ -331,6 +343,18 @@ class Downstream:
         """The child of this uid, while it is connected."""
         return self._uids.get(uid)
 
+    def peers(self) -> set[str]:
+        """The addresses from which children are connected."""
+        return {child.peer for child in self._uids.values()}
+
+    def peer_of(self, uid: str, now: float) -> str:
+        """The address from which a child is connected, or was a moment ago; "" when it is no child."""
+        child = self._uids.get(uid)
+        if child is not None:
+            return child.peer
+        peer, left_at = self._left.get(uid, ("", 0.0))
+        return peer if now - left_at < GRACE_SECONDS else ""
+
     def behind(self, uid: str) -> float:
         """Seconds since the oldest record that a child lacks became durable here (at least so many, where only the disk
         knows)."""
@@ -385,6 +409,10 @@ class Downstream:
         self.children.pop(child, None)
         if self._uids.get(child.uid) is child:
             del self._uids[child.uid]
+            self._left.pop(child.uid, None)
+            self._left[child.uid] = (child.peer, self.scheduler.now())
+            if len(self._left) > self._max_children:
+                self._left.popitem(last=False)
         self._waiting.pop(child, None)
         for cursor in cursors:
             self._idle.get(cursor.log, {}).pop(cursor, None)

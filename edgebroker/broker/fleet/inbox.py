@@ -7,21 +7,19 @@ from collections.abc import Callable
 
 import msgspec
 
-from edgebroker.broker.feed.downstream import Downstream
+from edgebroker.broker.feed.downstream import GRACE_SECONDS, Downstream
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.common import json
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.router import Call
-from edgebroker.pipe.fleet import Fleet, FleetMember
-from edgebroker.pipe.report import NEW_SESSION, Batch, Directive, Heard, NodeState, Report
+from edgebroker.pipe.fleet import Fleet, FleetMember, TooManyNewError
+from edgebroker.pipe.report import NEW_SESSION, NOT_A_CHILD, Batch, Directive, Heard, NodeState, Report
 
 log = logging.getLogger(__name__)
 
 WATCH_SECONDS, MEASURE_SECONDS, ASLEEP_SECONDS = 1.0, 10.0, 5.0
-# Between two answers to its poll, and while it comes back from a lost connection, a child is not lost.
-GRACE_SECONDS = 15.0
 FORGET_SECONDS = 7 * 24 * 3600.0
 SLICE = 50
 LEAST_SKEW_SECONDS = 2
@@ -64,12 +62,20 @@ class Inbox:
             why = "this node does not know the previous batch; start a new session with number 0"
             call.refuse(Outcome.CONFLICT, why, NEW_SESSION)
             return
+        if call.peer != self._downstream.peer_of(batch.sender, now):
+            self._metrics.refused(NOT_A_CHILD)
+            why = f"node {batch.sender} is not connected from {call.peer}; a report comes from a child, with its poll"
+            call.refuse(Outcome.CONFLICT, why, NOT_A_CHILD)
+            return
         elsewhere: list[str] = []
         silent = False
-        connected = self._downstream.child(batch.sender) is not None
         for state in batch.nodes:
             try:
-                member = self.fleet.take(state, batch.sender, now, connected=connected)
+                member = self.fleet.take(state, batch.sender, now, connected=True)
+            except TooManyNewError:
+                why = "more new nodes than are taken at a time; tell the rest in ten seconds, in a new session"
+                call.refuse(Outcome.OVERLOADED, why)
+                return
             except msgspec.DecodeError as error:
                 self._metrics.reports_refused += 1  # what is wrong with one says nothing about the others
                 log.warning("a report that %s passed on is not understood: %s", batch.sender, error)
@@ -110,6 +116,8 @@ class Inbox:
         self._watched_at = now
         if now - before > ASLEEP_SECONDS:
             return  # this node itself was frozen: what was sent to it meanwhile is read first
+        for member in self.fleet.settle(now):
+            self._heard(member)
         measure = now >= self._measure_due
         if measure:
             self._measure_due = now + MEASURE_SECONDS

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
@@ -22,8 +22,8 @@ from edgebroker.broker.fleet.standby import RegistryCopy, make_copy
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
-from edgebroker.common.runtime.scheduler import Scheduler
-from edgebroker.pipe.fleet import Fleet, FleetMember, find
+from edgebroker.common.runtime.scheduler import Scheduler, in_turns
+from edgebroker.pipe.fleet import MAX_NODES, Fleet, FleetMember, find, matches
 from edgebroker.pipe.report import MAX_CANDIDATES, NodeState, ParentAssignment, Report, StandbyDirective, digest
 from edgebroker.pipe.topology import Topology
 from edgebroker.storage.metadata.registry import NodeRow, RegistryState, RegistryStore
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 TICK_SECONDS = 1.0
 SWEEP_SECONDS = 30.0
-SLICE = 500
+SLICE, LOOK = 500, 50
 # A hub that was not heard of for so long comes behind the others.
 LOST_SECONDS = 3600.0
 TELL_AGAIN_SECONDS, LONGEST_TELL_AGAIN_SECONDS = 60.0, 3600.0
@@ -171,11 +171,8 @@ class Registrar:
             self._store.changes.nodes[member.uid] = NodeRow(member.raw, connected, seen_ms)
 
     def assign(self, report: Report) -> ParentAssignment:
-        """The parents of a node that has none, and asks."""
-        state = NodeState(report=msgspec.Raw(msgspec.json.encode(report)), silent=0.0)
-        member = self._fleet.take(state, "", self._scheduler.now())
-        if member is not None:
-            self.heard(member)
+        """The parents of a node that has none, and asks. That it is there is known once it reports: who asks can say
+        what it likes."""
         wanted = self.topology.candidates(report.uid, report.level, report.region)
         return ParentAssignment(uid=report.uid, candidates=wanted)
 
@@ -339,6 +336,28 @@ class Registrar:
         if not isinstance(node, FleetMember) or self._fleet.silent_for(node, self._scheduler.now()) < 0:
             done(Outcome.CONFLICT, f"{node.name} is connected; stop it first")
             return
+        self._forget(node)
+        self._decided(done)
+
+    def remove_silent(self, seconds: float, labels: dict[str, str], done: Callable[[int, Outcome, str], None]) -> None:
+        """Forget all nodes with these labels that were silent for so long, a few at a time; how many is told once that
+        is stored."""
+        removed = 0
+
+        def look() -> Iterator[None]:
+            nonlocal removed
+            for rank, member in enumerate(list(self._fleet.members.values())):
+                silent = self._fleet.silent_for(member, self._scheduler.now())
+                if silent >= seconds and matches(member, labels) and self._fleet.members.get(member.uid) is member:
+                    self._forget(member)
+                    removed += 1
+                if rank % LOOK == 0:
+                    yield
+
+        in_turns(self._scheduler, look(), lambda: self._decided(lambda outcome, why: done(removed, outcome, why)))
+
+    def _forget(self, node: FleetMember) -> None:
+        """With what was decided about it."""
         self._fleet.remove(node.uid)
         self.topology.remove(node.uid)
         self.topology.pins.pop(node.uid, None)
@@ -350,7 +369,10 @@ class Registrar:
         changes = self._store.changes
         changes.nodes[node.uid], changes.removed[node.uid] = None, node.boot
         changes.pins[node.uid], changes.draining[node.uid] = [], False
-        self._decided(done)
+        if len(self._fleet.removed) > MAX_NODES:
+            oldest = next(iter(self._fleet.removed))
+            del self._fleet.removed[oldest]
+            changes.removed[oldest] = None
 
     def _one(self, name: str, done: Done) -> FleetMember | Report | None:
         own = self._itself()

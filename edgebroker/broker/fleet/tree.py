@@ -22,12 +22,13 @@ from edgebroker.broker.fleet.standby import Standby, Succession
 from edgebroker.broker.fleet.view import Decisions, FleetView
 from edgebroker.broker.mirror.discovery import Discovery
 from edgebroker.broker.mirror.mirroring import Mirroring
-from edgebroker.common.config import Config, parse_labels, split_list
+from edgebroker.common.config import Config, is_address, parse_labels, split_list
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.http.call import HttpCall, OnResponse
+from edgebroker.network.http.server import host_of
 from edgebroker.network.io.loop import Loop
-from edgebroker.pipe.fleet import Fleet, FleetMember
+from edgebroker.pipe.fleet import Fleet, FleetMember, find
 from edgebroker.pipe.report import Directive, Report, ResyncDirective, StandbyDirective, digest_of_logs
 
 if TYPE_CHECKING:
@@ -207,6 +208,18 @@ class Tree:
         if self.fleet.refused:
             found["fleet_full"] = f"{self.fleet.refused} reports of nodes beyond the limit were not taken"
         return found
+
+    def address_of(self, node: str) -> str:
+        """Where a node of the tree is reached that an operator calls by its name, uid or address: one that reported it,
+        a parent that this node may have, or a child that is connected from there. "" when it is none of these."""
+        named = [member.address for member in find(self.fleet.members.values(), node)]
+        if len(named) == 1 and is_address(named[0]):
+            return named[0]
+        upstream = self._mirroring.upstream
+        above = upstream.candidates.addresses if upstream is not None else []
+        known = {*above, *split_list(self._config.pipe.parents), *(one.address for one in self.fleet.members.values())}
+        there = node in known or host_of(node) in self._downstream.peers()
+        return node if there and is_address(node) else ""
 
     def ask_above(self, path: str, body: bytes, done: OnResponse) -> bool:
         """Pass a question on to the parent; False when there is none."""

@@ -159,7 +159,7 @@ class FleetView:
 
     def summary(self, call: Call) -> None:
         """GET /v1/tree: counts by level and label, and the worst nodes."""
-        wanted = _labels(call.query)
+        wanted = labels_of(call.query)
         counted: dict[tuple[str, str], Counts] = {}
         names = self._names()
         worst: list[tuple[Badness, FleetMember]] = []
@@ -208,7 +208,7 @@ class FleetView:
 
     def nodes(self, call: Call) -> None:
         """GET /v1/tree/nodes: a page of all of them, in the order of their uids, behind `after`."""
-        wanted, after = _labels(call.query), call.query.get("after", [""])[0]
+        wanted, after = labels_of(call.query), call.query.get("after", [""])[0]
         names = self._names()
         found: list[NodeView] = []
         last = [""]
@@ -237,7 +237,7 @@ class FleetView:
             call.refuse(Outcome.INVALID, "topic=NAME and end=PARTITION:OFFSET (as often as need be) are expected")
             return
         group, mirrored = query.get("group", [""])[0], "mirrored" in query
-        wanted = _labels(query)
+        wanted = labels_of(query)
         members = self._fleet.members.values()
         lowest = max((LEVELS.index(one.level) for one in members if matches(one, wanted)), default=-1)
         wanted = {"level": LEVELS[lowest], **wanted}
@@ -380,7 +380,8 @@ def _lacks(report: Report, topic: str, ends: dict[int, int], group: str, mirrore
     return ""
 
 
-def _labels(query: Query) -> dict[str, str]:
+def labels_of(query: Query) -> dict[str, str]:
+    """What `label=NAME=VALUE` asks for, as often as it is there."""
     return dict(text.partition("=")[::2] for text in query.get("label", []))
 
 

@@ -36,7 +36,7 @@ SILENCE_SECONDS, FETCH_SECONDS = 60.0, 3600.0
 
 
 class RepairRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, rename={"source": "from"}):
-    """The body of POST /v1/repair: the neighbour's HTTP address, and which topic (all without one)."""
+    """The body of POST /v1/repair: a node of the tree (name, uid or address), and which topic (all without one)."""
 
     source: str
     topic: str = ""

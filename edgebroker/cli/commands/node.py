@@ -7,7 +7,10 @@ import json
 from urllib.parse import quote
 
 from edgebroker.cli.admin_client import call
-from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
+from edgebroker.cli.command import Parser, admin_flag, duration, json_flag, label_flag, subcommand, subcommands
+from edgebroker.cli.commands.tree import label_query
+from edgebroker.cli.render import counted
+from edgebroker.common.errors import ConfigError
 
 
 def arguments(parser: Parser) -> None:
@@ -20,8 +23,12 @@ def arguments(parser: Parser) -> None:
     remove_parser = subcommand(commands, "remove", "remove a node that no longer reports", remove)
     every = (pin_parser, unpin_parser, drain_parser, undrain_parser, remove_parser)
     for each in every:
-        each.add_argument("name", help="name or uid of the node")
+        each.add_argument("name", nargs="?" if each is remove_parser else None, help="name or uid of the node")
     pin_parser.add_argument("parent", nargs="+", help="names or uids of its parents, the preferred one first")
+    remove_parser.add_argument(
+        "--silent", type=duration, metavar="TIME", help="all nodes that were silent for so long: 90s, 30m, 12h or 2d"
+    )
+    label_flag(remove_parser)
     for each in every:
         admin_flag(each)
         json_flag(each)
@@ -44,7 +51,14 @@ def undrain(options: argparse.Namespace) -> int:
 
 
 def remove(options: argparse.Namespace) -> int:
-    return _change(options, "DELETE", "")
+    if (options.name is None) == (options.silent is None):
+        raise ConfigError("name a node, or say with --silent 30d which nodes are to be removed")
+    if options.name is not None:
+        return _change(options, "DELETE", "")
+    query = f"silent={options.silent:g}&{label_query(options.label)}"
+    answer = call(options.admin, "DELETE", f"/v1/registry?{query}")
+    print(json.dumps(answer) if options.json else f"{counted(answer['removed'], 'node')} removed")
+    return 0
 
 
 def _change(options: argparse.Namespace, method: str, path: str, body: object = None) -> int:

@@ -17,7 +17,7 @@ def arguments(parser: Parser) -> None:
         "replica repairs from its parent by itself; use this at an origin, or to name another source."
     )
     parser.add_argument(
-        "--from", dest="source", required=True, metavar="HOST:PORT", help="admin address of the parent or of a child"
+        "--from", dest="source", required=True, metavar="NODE", help="a node of the tree: its name, uid or HOST:PORT"
     )
     parser.add_argument("--topic", default="", help="only this topic (default: all)")
     admin_flag(parser)

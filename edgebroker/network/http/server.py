@@ -42,7 +42,7 @@ MAX_EVENTS = 500
 
 class Request(NamedTuple):
     """`target` is the path with the query. Of the headers those that matter, "" when they were not sent: `fetch_site`
-    is Sec-Fetch-Site."""
+    is Sec-Fetch-Site. `peer` is the address from which it came, without the port; "unix" for the unix socket."""
 
     method: str
     target: str
@@ -51,6 +51,7 @@ class Request(NamedTuple):
     host: str = ""
     origin: str = ""
     fetch_site: str = ""
+    peer: str = ""
 
 
 class Failed(msgspec.Struct, omit_defaults=True):
@@ -177,7 +178,7 @@ class HttpServer:
         loop.call_later(SWEEP_SECONDS, self._sweep)
 
     def accept(self, channel: Channel, peer: str) -> None:
-        if len(self.connections) >= MAX_OF_AN_ADDRESS and self._is_full(_host_of(peer)):
+        if len(self.connections) >= MAX_OF_AN_ADDRESS and self._is_full(host_of(peer)):
             channel.close()
             return
         if self.buffer is None:
@@ -186,7 +187,7 @@ class HttpServer:
 
     def _is_full(self, host: str) -> bool:
         """Have others taken what this one may have? The unix socket has places of its own."""
-        hosts = [_host_of(one.transport.peer) for one in self.connections if one.stream is None]
+        hosts = [host_of(one.transport.peer) for one in self.connections if one.stream is None]
         of_socket = hosts.count(SOCKET)
         if host == SOCKET:
             return of_socket >= MAX_SOCKET_CONNECTIONS
@@ -347,7 +348,11 @@ class HttpConnection:
             self._request.method.decode(),
             self._request.target.decode("latin-1"),
             bytes(self._body),
-            *(headers.get(name, "") for name in (b"content-type", b"host", b"origin", b"sec-fetch-site")),
+            headers.get(b"content-type", ""),
+            headers.get(b"host", ""),
+            headers.get(b"origin", ""),
+            headers.get(b"sec-fetch-site", ""),
+            host_of(self.transport.peer),
         )
         self._body = bytearray()
         self._server.on_request()
@@ -419,6 +424,6 @@ class HttpConnection:
             self._server.loop.call_in_turn(self._read_on)
 
 
-def _host_of(peer: str) -> str:
+def host_of(peer: str) -> str:
     """The host of HOST:PORT; SOCKET as it is."""
     return peer.rpartition(":")[0] or peer

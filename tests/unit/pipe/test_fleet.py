@@ -8,7 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgebroker.pipe.fleet import KEPT_FOR_CHILDREN, MAX_NODES, Fleet, matches
+from edgebroker.pipe.fleet import (
+    KEPT_FOR_CHILDREN,
+    MAX_CLAIMS,
+    MAX_NODES,
+    NEW_A_SECOND,
+    NEW_AT_ONCE,
+    Fleet,
+    TooManyNewError,
+    matches,
+)
 from edgebroker.pipe.report import (
     MAX_CANDIDATES,
     MAX_REPORT_BYTES,
@@ -117,6 +126,61 @@ def test_the_lag_of_each_hop_is_added_up_and_grows_while_nothing_is_heard() -> N
     assert not fleet.changed, "that was to be expected"
     fleet.measured(uid(1), 0.0, 20.0)
     assert told(fleet, 20.0)["node-1"].behind == 0.0
+
+
+def test_another_run_of_a_connected_node_is_believed_once_the_node_is_lost() -> None:
+    """Who is connected below one child is not connected below another: a thief, a twin, or a moment too early."""
+    fleet = Fleet(TOP)
+    for hub in (8, 9):
+        fleet.take(state(report(hub, parent=TOP)), uid(hub), 0.0, connected=True)
+    fleet.take(state(report(1, parent=uid(8))), uid(8), 0.0)
+    stolen = state(report(1, boot=BOOTS[1], parent=uid(9), region="stolen", said=1 << 60))
+    assert fleet.take(stolen, uid(9), 1.0) is None
+    assert (fleet.members[uid(1)].route, fleet.members[uid(1)].region) == (uid(8), "")
+    assert fleet.settle(30.0) == [] and not fleet.members[uid(1)].twins(30.0)
+    assert fleet.settle(62.0) == [] and fleet.members[uid(1)].twins(62.0), "an operator is told"
+    fleet.take(state(report(1, parent=uid(8)), silent=0.5), uid(8), 63.0)
+    (found,) = fleet.settle(64.0)
+    assert (found.route, found.region, fleet.silent_for(found, 64.0)) == (uid(9), "stolen", -1.0)
+    assert fleet.settle(65.0) == []
+
+
+def test_a_claim_goes_with_who_made_it() -> None:
+    fleet = Fleet(TOP)
+    fleet.take(state(report(1, parent=uid(8))), uid(8), 0.0)
+    other = report(1, boot=BOOTS[1], parent=uid(9))
+    assert fleet.take(state(other), uid(9), 1.0) is None
+    assert fleet.take(state(other, silent=1.0), uid(9), 2.0) is None
+    fleet.lost(uid(1), 3.0)
+    assert fleet.settle(4.0) == []
+    assert fleet.members[uid(1)].boot == BOOTS[0]
+
+
+def test_claims_are_bounded() -> None:
+    fleet = Fleet(TOP)
+    for number in range(MAX_CLAIMS + 5):
+        now = number / 100
+        fleet.take(state(report(number, parent=uid(8))), uid(8), now)
+        fleet.take(state(report(number, boot=BOOTS[1], parent=uid(9))), uid(9), now)
+    for number in range(MAX_CLAIMS + 5):
+        fleet.lost(uid(number), 100.0)
+    assert len(fleet.settle(101.0)) == MAX_CLAIMS
+
+
+def test_new_nodes_come_at_a_bounded_rate_and_known_ones_at_any() -> None:
+    fleet = Fleet(TOP)
+    for number in range(NEW_AT_ONCE):
+        fleet.take(state(report(number)), uid(9), 0.0)
+    with pytest.raises(TooManyNewError):
+        fleet.take(state(report(NEW_AT_ONCE)), uid(9), 0.0)
+    for number in range(NEW_AT_ONCE):
+        assert fleet.take(state(report(number, said=2)), uid(9), 0.0) is not None
+    own = 1 << 20
+    assert fleet.take(state(report(own)), uid(own), 0.0, connected=True) is not None, "a child of its own"
+    for number in range(NEW_A_SECOND):
+        assert fleet.take(state(report(NEW_AT_ONCE + number)), uid(9), 1.0) is not None
+    with pytest.raises(TooManyNewError):
+        fleet.take(state(report(1 << 21)), uid(9), 1.0)
 
 
 def test_twins_are_found() -> None:

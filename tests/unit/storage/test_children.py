@@ -103,6 +103,7 @@ def test_a_lost_end_is_no_torn_tail(tree: Tree) -> None:
     root = tree.start("root")
     log = root.broker.engine.log("t", 0)
     assert log is not None and log.corrupt_ranges and end(root, "t") == 200
+    wait_for(lambda: root.broker.downstream.peers(), "its child is there, from this address")
     status, answer = root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"})
     assert (status, answer["error"]) == (200, "")
     tree.stop("root")
