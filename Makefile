@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-groups test-power test-root-loss test-tables test-fuzz test-watchdog chaos soak packages wheels freeze freeze-nuitka deb image test-appliance
+.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-groups test-power test-root-loss test-tables test-attack test-fuzz test-watchdog chaos soak packages wheels freeze freeze-nuitka deb image test-appliance
 
 run: build
 	$(BIN)/edgebroker demo
@@ -105,6 +105,10 @@ test-watchdog: build
 # For pip: the source distribution, and wheels for three Pythons, each tried in clean environments.
 wheels:
 	packaging/wheels.sh dist/wheels
+
+# Strangers in processes of their own against real nodes, with what honest users feel: on a quiet machine, 8 minutes.
+test-attack: build
+	$(BIN)/python -m tests.attack
 
 test-fuzz: build
 	tests/fuzz/run.sh 60

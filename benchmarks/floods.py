@@ -39,10 +39,10 @@ def floods(pinned: bool) -> list[Row]:
     for kind, name in KINDS.items():
         with running(pinned=pinned) as node:
             call(node.process.admin, "POST", "/v1/topics", {"name": "prices"})
-            quiet = _publish(node, seconds)
+            quiet = publish_one_by_one(node.server, seconds)
             before = node.memory()[0]
             with _flood(node, kind):
-                flooded = _publish(node, seconds)
+                flooded = publish_one_by_one(node.server, seconds)
                 grown = node.memory()[0] - before
         p99, most = percentile(flooded, 0.99), max(flooded)
         bound = max(2 * percentile(quiet, 0.99), MOST_P99)
@@ -71,9 +71,9 @@ def _flood(node: Node, kind: str) -> Iterator[None]:
         flooder.communicate()
 
 
-def _publish(node: Node, seconds: float) -> list[float]:
+def publish_one_by_one(server: str, seconds: float) -> list[float]:
     """Latencies of durable publishes one after the other, of 200 bytes."""
-    host, _, port = node.server.rpartition(":")
+    host, _, port = server.rpartition(":")
     found: list[float] = []
     with socket.create_connection((host, int(port)), 60.0) as sock:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

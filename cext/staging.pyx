@@ -15,6 +15,9 @@ from recordbatch cimport *
 
 cdef extern from "<malloc.h>" nogil:
     int malloc_trim(size_t pad)
+    int mallopt(int parameter, int value)
+    enum:
+        M_MMAP_THRESHOLD
 
 eb_crc32c_init()
 
@@ -72,6 +75,11 @@ cdef void _give_buffer(uint8_t *buffer, size_t capacity) noexcept:
     _pool[_pooled].capacity = capacity
     _pooled += 1
     _pooled_bytes += capacity
+
+def give_back_large():
+    """From now on a block of 128 KiB or more is the system's again once it is freed. Without this glibc raises its threshold
+    with each such block, up to 32 MiB, and what is freed between others stays with the process."""
+    mallopt(M_MMAP_THRESHOLD, 128 << 10)
 
 def trim():
     """Give recycled buffers back to the system; call when nothing was staged for a while. Returns the bytes freed."""

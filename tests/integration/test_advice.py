@@ -98,8 +98,9 @@ def damaged(tree: Tree, mp: pytest.MonkeyPatch) -> Scene:
     follows(root, tree.start("l2", "root"), "t")
     tree.stop("root")
     flip(logs_of(tree, "root")[1])
-    tree.start("root", storage__verify_bytes_per_second=0)
+    root = tree.start("root", storage__verify_bytes_per_second=0)
     has(tree, "root", "damaged")
+    wait_for(lambda: root.broker.downstream.peers(), "its child is there, from this address")
     return Scene("root", {"NODE": tree.address("l2"), "TOPIC": "t"}, ("root", "t", 400))
 
 
@@ -132,13 +133,13 @@ def fleet_full(tree: Tree, mp: pytest.MonkeyPatch) -> Scene:
                 "uid": f"{number:032x}", "name": f"till-{number}", "level": "local", "version": "1", "boot": "0" * 16,
                 "number": 1, "parent": "f" * 32,
             },
-            "silent": 5.0,
+            "silent": 8 * 86_400.0,
         }
         for number in range(3)
     ]  # fmt: skip
     assert reported(root, batch_of_reports(*reports))[0] == 200
     has(tree, "root", "fleet_full")
-    return Scene("root", {"NAME": "till-1"})
+    return Scene("root", {"TIME": "7d"})
 
 
 def history_lost(tree: Tree, mp: pytest.MonkeyPatch) -> Scene:

@@ -10,6 +10,7 @@ import pytest
 
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
+from edgebroker.network.wire.frames import WANT_PRODUCER
 from tests.kit.brokers import RunningBroker, running, take
 
 SAMPLES: dict[str, list[bytes]] = defaultdict(list)
@@ -41,6 +42,9 @@ def test_a_batch_is_taken(broker: RunningBroker, name: str) -> None:
     client, end = broker.raw(name), 0
     for data in SAMPLES[name]:
         header = batch.read_header(data)
+        if header.producer_id >= 0:  # its client was granted it
+            own = {"producer_id": header.producer_id, "producer_epoch": header.producer_epoch}
+            assert client.connect(f"owner-{header.producer_id}", flags=WANT_PRODUCER, **own).producer_id >= 0
         answer = client.publish(name, data)
         assert (answer.code, answer.offset) == (Code.OK, end), answer.message
         if header.producer_id >= 0:

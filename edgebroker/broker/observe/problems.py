@@ -11,7 +11,7 @@ ADVICE = {
     "disk_full": "free space or raise storage.max_bytes; who is gone for good: edgebroker child forget NAME, "
     "edgebroker group delete GROUP; writing resumes by itself",
     "disk_stalled": "check the disk (dmesg); nothing is lost, what is in memory is still delivered",
-    "fleet_full": "remove nodes that are gone: edgebroker node remove --silent 7d",
+    "fleet_full": "remove nodes that are gone: edgebroker node remove --silent TIME",
     "history_lost": "fetch the records from a child: edgebroker repair --from NODE; or give them up: "
     "edgebroker topic accept TOPIC",
     "limits": "it ends a minute after the last time; who is connected: GET /v1/clients; delete topics and groups that "

@@ -16,6 +16,7 @@ from edgebroker.cli.service.supervisor import Systemd
 from edgebroker.common.config import Config, load_config, warnings
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.runtime.clock import Clock, SystemClock
+from edgebroker.storage.log.staging import give_back_large
 from edgebroker.version import __version__
 
 log = logging.getLogger("edgebroker")
@@ -40,6 +41,7 @@ def serve(options: argparse.Namespace) -> int:
     )
     _announce(broker, options.ports_file)
     # What exists now lives as long as the process: the collector need not visit it while records pass.
+    give_back_large()
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

@@ -2,6 +2,9 @@ from typing_extensions import Buffer
 
 MOST_PRODUCERS: int
 
+def give_back_large() -> None:
+    """From now on a block of 128 KiB or more is the system's again once it is freed: for a process as a whole."""
+
 def trim() -> int:
     """Give recycled buffers back to the system; call when nothing was staged for a while. Returns the bytes freed."""
 
