@@ -58,7 +58,7 @@ class Broker:
         self.mirroring = Mirroring(
             core, loop, clock, config, self.downstream, self.topic_deletion.follow, self._directed
         )
-        self.holders = holders = Holders(core, self.downstream, config.storage)
+        self.holders = holders = Holders(core, self.downstream, config.storage, loop)
         self.events = EngineEvents(core, loop, sessions, self.downstream, self.mirroring, holders, supervisor.starting)
         self.listeners = Listeners(loop, core.metrics, config)
         self.tree = Tree(
@@ -227,7 +227,7 @@ class Broker:
         """What is wrong now, by name, for an operator."""
         found = {**self.engine.problems(), **self.core.limits.problems()}
         if "disk_full" in found:
-            held = [one for one in self.holders.everybody(self.loop.now()) if one.bytes]
+            held = [one for one in self.holders.known(self.loop.now()) if one.bytes]
             found["disk_full"] += "; held: " + "; ".join(one.sentence() for one in held[:3]) if held else ""
         lost = self.core.publishing.lost
         if lost:

@@ -8,7 +8,7 @@ given up, nor who was heard a moment ago: a terminal that is started again must 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 import msgspec
@@ -16,6 +16,7 @@ import msgspec
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.common.config import StorageConfig
+from edgebroker.common.runtime.scheduler import Scheduler, in_turns
 from edgebroker.storage.engine import Log
 
 _logger = logging.getLogger(__name__)
@@ -23,6 +24,7 @@ _logger = logging.getLogger(__name__)
 # Nobody who was heard so short a time ago is given up.
 GIVE_UP_SECONDS = 600.0
 LIST_SECONDS = 1.0
+SLICE = 64
 
 Kind = Literal["group", "child"]
 
@@ -57,11 +59,13 @@ class _Place(NamedTuple):
 class Holders:
     """Owned by the loop thread."""
 
-    def __init__(self, core: Core, downstream: Downstream, config: StorageConfig) -> None:
-        self._core, self._downstream, self.config = core, downstream, config
+    def __init__(self, core: Core, downstream: Downstream, config: StorageConfig, scheduler: Scheduler) -> None:
+        self._core, self._downstream, self.config, self._scheduler = core, downstream, config, scheduler
         self._given_up: set[tuple[Kind, str]] = set()
-        self._listed: list[Holder] = []
-        self._listed_at = -LIST_SECONDS
+        self._known: list[Holder] = []
+        self._known_at = -LIST_SECONDS
+        # Who waits for the list that is being made.
+        self._waiting: list[Callable[[list[Holder]], None]] = []
 
     def floor(self, log: Log, now: float) -> int | None:
         """The offset that everybody has passed who holds something; None when nobody has read the log."""
@@ -73,49 +77,63 @@ class Holders:
 
     def forget(self, child: str) -> bool:
         """Forget a child that is not connected, by name or uid. False: there is none."""
-        self._listed_at = -LIST_SECONDS
         return self._downstream.forget(child)
 
     def give_up(self, now: float) -> bool:
         """Let the one go that has been silent longest, of those that hold bytes back; False when there is none."""
-        silent = [
-            one for one in self._look(now) if one.bytes and not one.given_up and one.silent_seconds >= GIVE_UP_SECONDS
-        ]
+        known = self.known(now)
+        silent = [one for one in known if one.bytes and not one.given_up and one.silent_seconds >= GIVE_UP_SECONDS]
         if not silent:
             return False
         longest = max(silent, key=lambda one: one.silent_seconds)
         self._given_up.add((longest.kind, longest.uid or longest.name))
+        longest.given_up = True
         self._core.metrics.holders_given_up += 1
         _logger.warning("given up because the disk is full: %s", longest.sentence())
         return True
 
-    def everybody(self, now: float) -> list[Holder]:
-        """Everybody that is known, who holds most first; as of a moment ago, for a hub has many."""
-        if now - self._listed_at >= LIST_SECONDS:
-            self._listed, self._listed_at = self._look(now), now
-        return self._listed
+    def known(self, now: float) -> list[Holder]:
+        """Everybody, who holds most first, as of a moment ago; what is older is looked at again meanwhile."""
+        if now - self._known_at >= LIST_SECONDS and not self._waiting:
+            self.look(lambda found: None)
+        return self._known
 
-    def _look(self, now: float) -> list[Holder]:
+    def look(self, done: Callable[[list[Holder]], None]) -> None:
+        """Look at everybody, a few at a time: a hub has many."""
+        self._waiting.append(done)
+        if len(self._waiting) > 1:
+            return
         found: dict[tuple[Kind, str], Holder] = {}
-        for log in self._core.engine.logs():
-            for place in self._places(log, now):
-                held = log.held_bytes(place.offset)
-                key = (place.kind, place.key)
-                holder = found.get(key)
-                if holder is None:
-                    holder = found[key] = Holder(
-                        kind=place.kind,
-                        name=place.name,
-                        uid=place.key if place.kind == "child" else "",
-                        bytes=0,
-                        logs=0,
-                        silent_seconds=round(place.silent, 1),
-                    )
-                holder.bytes += held
-                holder.logs += held > 0
-                holder.silent_seconds = min(holder.silent_seconds, round(place.silent, 1))
-                holder.given_up = holder.given_up or (held > 0 and not self._holds(log, place))
-        return sorted(found.values(), key=lambda one: -one.bytes)
+
+        def looked() -> None:
+            waiting, self._waiting = self._waiting, []
+            self._known = sorted(found.values(), key=lambda one: -one.bytes)
+            self._known_at = self._scheduler.now()
+            for callback in waiting:
+                callback(self._known)
+
+        in_turns(self._scheduler, self._steps(found), looked)
+
+    def _steps(self, found: dict[tuple[Kind, str], Holder]) -> Iterator[None]:
+        for log in list(self._core.engine.logs()):
+            for rank, place in enumerate(list(self._places(log, self._scheduler.now()))):
+                self._add(found, log, place)
+                if rank % SLICE == 0:
+                    yield
+            yield
+
+    def _add(self, found: dict[tuple[Kind, str], Holder], log: Log, place: _Place) -> None:
+        held, key = log.held_bytes(place.offset), (place.kind, place.key)
+        holder = found.get(key)
+        if holder is None:
+            uid, silent = place.key if place.kind == "child" else "", round(place.silent, 1)
+            holder = found[key] = Holder(
+                kind=place.kind, name=place.name, uid=uid, bytes=0, logs=0, silent_seconds=silent
+            )
+        holder.bytes += held
+        holder.logs += held > 0
+        holder.silent_seconds = min(holder.silent_seconds, round(place.silent, 1))
+        holder.given_up = holder.given_up or (held > 0 and not self._holds(log, place))
 
     def _holds(self, log: Log, place: _Place) -> bool:
         key = (place.kind, place.key)

@@ -210,7 +210,7 @@ class Exposition:
             yield True
             for group, key in committed_offsets[first : first + SLICE]:
                 self._note_group(noted, group, key)
-        for holder in islice(self._node.holders.everybody(self._loop.now()), MOST_HOLDERS):
+        for holder in islice(self._node.holders.known(self._loop.now()), MOST_HOLDERS):
             if holder.bytes:
                 labels = (holder.kind, holder.name)
                 _add(noted, "edgebroker_held_bytes", Sample(labels, holder.bytes))

@@ -126,7 +126,7 @@ class NodeAdmin:
         call.answer(PipeStatus(parent, self._context.downstream.describe()))
 
     def holders(self, call: Call) -> None:
-        call.answer(HolderList(self._context.holders.everybody(self._context.loop.now())))
+        self._context.holders.look(lambda found: call.answer(HolderList(found)))
 
     def forget_child(self, call: Call) -> None:
         name = call.parameters["name"]
