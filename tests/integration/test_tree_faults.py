@@ -20,6 +20,7 @@ from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.http.client import KEEPALIVE_SECONDS
 from edgebroker.network.io.transport import Transport
+from edgebroker.pipe.candidates import LONGEST_PAUSE
 from edgebroker.pipe.stream import HEADER_BYTES, Kind, LogPosition
 from tests.kit.brokers import SECONDS, RunningBroker
 from tests.kit.trees import Tree, chain, digest, end, follows, line, pipe, polled, publish
@@ -261,8 +262,9 @@ def test_an_idle_line_costs_little(tree: Tree, monkeypatch: pytest.MonkeyPatch) 
 MUTE = b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
-def test_a_parent_that_says_nothing(tree: Tree) -> None:
-    """Not even HELLO: given up after a minute."""
+@contextmanager
+def saying(tree: Tree, name: str, answer: bytes) -> Iterator[list[socket.socket]]:
+    """A parent that answers every request alike, and keeps the connections."""
     listener, kept = socket.create_server(("127.0.0.1", 0)), list[socket.socket]()
 
     def serve() -> None:
@@ -271,21 +273,36 @@ def test_a_parent_that_says_nothing(tree: Tree) -> None:
                 peer, _ = listener.accept()
                 kept.append(peer)
                 peer.recv(1 << 16)
-                peer.sendall(MUTE)
+                peer.sendall(answer)
             except OSError:
                 return
 
     threading.Thread(target=serve, daemon=True).start()
-    tree._ports["mute"] = listener.getsockname()[1]
-    child = tree.start("l2", "mute")
-    wait_for(lambda: child.broker.mirroring.upstream._status == 200, "it answers")  # type: ignore[union-attr]
-    child.advance(58.0)
-    wait_for(lambda: len(kept) > 1, "another attempt")
-    assert "silent" in pipe(child)["parent"]["error"]
+    tree._ports[name] = listener.getsockname()[1]
+    yield kept
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
     for peer in kept:
         peer.close()
+
+
+def test_a_parent_that_says_nothing(tree: Tree) -> None:
+    """Not even HELLO: given up after a minute."""
+    with saying(tree, "mute", MUTE) as kept:
+        child = tree.start("l2", "mute")
+        wait_for(lambda: child.broker.mirroring.upstream._status == 200, "it answers")  # type: ignore[union-attr]
+        child.advance(58.0)
+        wait_for(lambda: len(kept) > 1, "another attempt")
+        assert "silent" in pipe(child)["parent"]["error"]
+
+
+def test_a_parent_that_puts_its_child_off_for_good(tree: Tree) -> None:
+    """It is asked again all the same: what said so may be a proxy that is misconfigured."""
+    with saying(tree, "later", b"HTTP/1.1 503 x\r\nretry-after: 99999999999\r\ncontent-length: 0\r\n\r\n") as kept:
+        child = tree.start("l2", "later")
+        wait_for(lambda: "503" in pipe(child)["parent"]["error"], "it answers")
+        child.advance(LONGEST_PAUSE + 1.0)
+        wait_for(lambda: len(kept) > 1, "another attempt")
 
 
 def test_a_line_stands_at_the_end_of_what_is_stored(tree: Tree) -> None:

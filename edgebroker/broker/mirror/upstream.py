@@ -28,7 +28,7 @@ from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import RECEIVE_BYTES, HttpClient
 from edgebroker.network.http.server import STREAM_TYPE
 from edgebroker.network.io.loop import Loop, TimerHandle
-from edgebroker.pipe.candidates import Candidates
+from edgebroker.pipe.candidates import LONGEST_PAUSE, Candidates
 from edgebroker.pipe.follower import (
     AppendResult,
     ConfirmWanted,
@@ -263,7 +263,7 @@ class Upstream:
             self.last_error = f"{self.candidates.current}: {reason}"
             self._metrics.pipe_lost += 1
             (log.warning if was else log.info)("no connection to the parent %s", self.last_error)
-            wait = max(self.candidates.failed(), self._retry_after)
+            wait = max(self.candidates.failed(), min(self._retry_after, LONGEST_PAUSE))
         self._retry_after = 0.0
         if self._timer is None:
             self._timer = self._loop.call_later(wait, self._open)
