@@ -374,6 +374,10 @@ class Follower:
                 if line.log_start <= refusal.offset < line.offset:
                     yield CompareChain(line, refusal.offset, refusal.chain)
             case "GONE":
+                if refusal.offset <= line.offset:
+                    raise RemoteProtocolError(
+                        f"{_name(line)}: the parent goes on at {refusal.offset}, which it had sent"
+                    )
                 line.state = "moving"
                 yield SkipRecords(line, refusal.offset, refusal.chain)
             case "OK":

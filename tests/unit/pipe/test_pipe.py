@@ -428,6 +428,8 @@ def test_frames_that_cannot_be() -> None:
         write_frame(Kind.HELLO, b"{}"),
         write_frame(Kind.STATE, msgspec.json.encode(Refusal(code="GONE", message="")), line=3),
         write_frame(Kind.STATE, msgspec.json.encode(Refusal(code="NONSENSE", message=""))),
+        write_frame(Kind.STATE, msgspec.json.encode(Refusal(code="GONE", message=""))),
+        write_frame(Kind.STATE, msgspec.json.encode(Refusal(code="GONE", message="", offset=0))),
         downstream.HEADER.pack(1 << 31, Kind.STATE, 0, 0, 0, 0, 0, 0),
         downstream.HEADER.pack(4, Kind.DATA, 0, 0, 0, 5, 0, 9) + b"data",
         downstream.HEADER.pack(4, Kind.DATA, downstream.Flags.CHAINED, 0, 1, 0, 0, 9) + b"data",
