@@ -382,6 +382,21 @@ def test_many_cold_logs_cost_little_memory(tree: Tree) -> None:
         assert len(root.call(held)) <= 2
 
 
+def test_a_topic_that_has_more_partitions_at_the_parent(tree: Tree) -> None:
+    """What it says of their snapshots is not about those that are here."""
+    root, child = tree.start("root"), tree.start("l2", "root")
+    publish(root, "t", 0, 5)
+    follows(root, child, "t")
+    info = root.call(lambda: root.broker.downstream.info("t"))
+    part = replace(info.partitions[0], snapshot=(0, 5))
+    other = replace(info, settings=replace(info.settings, partitions=2), partitions=[part, part])
+    child.call(lambda: child.broker.mirroring.upstream._mirrors.offered(other))  # type: ignore[union-attr]
+    publish(root, "t", 5, 1)
+    follows(root, child, "t")
+    assert not child.broker.loop.failed_callbacks
+    assert "name_clash" in child.http("GET", "/v1/node")[1]["problems"]
+
+
 def test_retention_overtakes_a_child(tree: Tree) -> None:
     """It is told that what it wants is gone, and goes on behind that, however slow it is."""
     root = tree.start("root", storage__retention_bytes=200_000)

@@ -119,7 +119,9 @@ class Mirrors:
     def on_durable(self, partition: Log) -> None:
         """The snapshot that was described may be complete here now."""
         offered = self._offered.get(partition.topic)
-        if offered is not None and offered.name not in self._changing and partition.partition < len(offered.partitions):
+        if offered is None or offered.name in self._changing:
+            return
+        if len(offered.partitions) == len(self._engine.partitions(offered.name)):
             first, following = offered.partitions[partition.partition].snapshot
             if partition.identity.snapshot[0] < first and partition.durable_end >= following:
                 self._change(offered)
