@@ -270,7 +270,8 @@ class SegmentStore:
                 elif partition.epoch > identity.epoch:
                     # A history that began here, and was given up before anything was written to it.
                     partition.epoch = identity.epoch_at(partition.staged_end)
-                    partition.stage.resume(partition.staged_end, partition.epoch)
+                    if not partition.stage.pending_bytes:  # what is staged is of a history that goes on
+                        partition.stage.resume(partition.staged_end, partition.epoch)
             done(Outcome.OK, "")
             self._listener.on_topic(name)
 

@@ -121,6 +121,31 @@ def test_a_newer_history_is_taken_once_it_is_known(harness: StoreHarness) -> Non
     assert harness.log().epoch == 4
 
 
+def test_a_history_is_given_up_while_records_come(harness: StoreHarness) -> None:
+    """A parent says so, and sends in the same breath what follows in the history before."""
+
+    def tell(*epochs: tuple[int, int]) -> list[Outcome]:
+        answers: list[Outcome] = []
+        changes = [lambda old: replace(old, epochs=list(epochs))]
+        harness.store.change_identities(TOPIC, changes, lambda outcome, message: answers.append(outcome))
+        return answers
+
+    take(harness, *batches(0, 2))
+    told = tell((1, 0), (2, 3))
+    harness.until(lambda: told)
+    take(harness, *batches(2, 1))
+    assert harness.log().epoch == 2
+    told = tell((1, 0))
+    for offset in range(3, 300):
+        (data,) = batches(offset, 1)
+        assert harness.engine.append_numbered(harness.log(), memoryview(data)) == (len(data), 0)
+        harness.loop.turn(0.005)
+        if told:
+            break
+    harness.durable()
+    assert (told, harness.log().epoch, harness.log().durable_end) == ([Outcome.OK], 1, offset + 1)
+
+
 def test_a_log_may_begin_where_its_parent_begins(tmp_path: Path) -> None:
     harness = StoreHarness(tmp_path / "data")
     mirror(harness, identity_of(log_start=40, chain=77))
