@@ -56,7 +56,7 @@ class ResyncReport(msgspec.Struct, frozen=True, array_like=True):
     """How far a node is with a resync: waiting, loading, held (until its hours), shrunk, no_space, switching, done,
     failed, refreshing (a group)."""
 
-    id: str
+    id: Id
     topic: str
     state: str
 

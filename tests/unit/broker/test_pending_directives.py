@@ -101,6 +101,19 @@ def test_two_thousand_nodes_of_which_some_are_lost_and_some_refuse(tmp_path: Pat
     world.pending.stop()
 
 
+def test_an_answer_to_what_can_be_no_directive(tmp_path: Path) -> None:
+    """A report that tells of one is not taken, and holds no other up."""
+    world = World(tmp_path, 2)
+    world.lost = {uid(0)}
+    given = [world.give(1, uid(0)), world.give(2, uid(1))]
+    with pytest.raises(msgspec.DecodeError):
+        world.say(uid(0), ResyncReport("prices", "prices", "done"))
+    world.settle(lambda: all(given))
+    world.pass_time(6)
+    assert [one.uid for one in world.pending.describe()] == [uid(0)]
+    world.pending.stop()
+
+
 def test_directives_outlive_a_restart(tmp_path: Path) -> None:
     world = World(tmp_path, 2)
     world.lost = {uid(0), uid(1)}
