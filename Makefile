@@ -110,8 +110,10 @@ wheels:
 test-attack: build
 	$(BIN)/python -m tests.attack
 
+# The C parsers, then a whole node at every door, a minute each.
 test-fuzz: build
 	tests/fuzz/run.sh 60
+	$(BIN)/python -m tests.fuzz.live 60
 
 cover: export EDGEBROKER_TRACE = 1
 cover: build

@@ -45,3 +45,9 @@ def _collector(phase: str, _: dict[str, int]) -> None:
         _began[thread] = time.thread_time()
     else:
         _collected[thread] = _collected.get(thread, 0.0) + time.thread_time() - _began.pop(thread, time.thread_time())
+
+
+def resume(loop: Loop) -> None:
+    """Begin anew with a loop that is turned by hand: what its thread did since the last turn is not a callback's."""
+    loop.watched = (get_ident(), time.thread_time())  # type: ignore[attr-defined]
+    _collected.pop(get_ident(), None)
