@@ -257,7 +257,12 @@ class Mirrors:
             self._follower.known[info.name] = info.digest
             if outcome is not Outcome.OK:
                 log.error("%s; trying again", message)
-                self._loop.call_later(TOPIC_RETRY_SECONDS, lambda: self._topic(self._offered[info.name]))
+                self._loop.call_later(TOPIC_RETRY_SECONDS, again)
+
+        def again() -> None:
+            offered = self._offered.get(info.name)  # it may have been deleted meanwhile
+            if offered is not None:
+                self._topic(offered)
 
         self._engine.change_identities(info.name, changes, done)
 
