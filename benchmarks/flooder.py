@@ -1,4 +1,4 @@
-"""`python -m benchmarks.flooder SERVER ADMIN KIND COUNT`: COUNT connections that send as much of one kind as the node
+"""`python -m benchmarks.flooder KIND SERVER ADMIN COUNT`: COUNT connections that send as much of one kind as the node
 takes, and read what it answers, until standard input ends. Prints a line when all of them are at it."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _names = count()
 
 
 def main() -> None:
-    server, admin, kind, number = sys.argv[1:]
+    kind, server, admin, number = sys.argv[1:]
     selector = selectors.DefaultSelector()
     for _ in range(int(number)):
         sock = socket.create_connection(_split(admin if kind == "get" else server))

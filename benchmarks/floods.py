@@ -61,7 +61,7 @@ def floods(pinned: bool) -> list[Row]:
 
 @contextmanager
 def _flood(node: Node, kind: str) -> Iterator[None]:
-    command = [sys.executable, "-m", "benchmarks.flooder", node.server, node.process.admin, kind, str(CONNECTIONS)]
+    command = [sys.executable, "-m", "benchmarks.flooder", kind, node.server, node.process.admin, str(CONNECTIONS)]
     flooder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert flooder.stdout is not None
     try:

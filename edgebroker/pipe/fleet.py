@@ -291,8 +291,14 @@ class Fleet:
             member = found
 
     def silent_for(self, member: FleetMember, now: float) -> float:
-        """Seconds since this node, or one above it, was lost; -1 when it is connected."""
+        """Seconds since this node, or one above it, was lost; -1 when it is connected. The child that told of it is one
+        above it, whatever its report says of its parent; one that is not known counts as lost since it told last."""
         lost = [now - one.silent_since for one in self.path(member) if one.silent_since is not None]
+        through = self.members.get(member.route)
+        if through is None and member.route and not lost:
+            return now - member.behind_at
+        if through is not None and through.silent_since is not None:
+            lost.append(now - through.silent_since)
         return max(lost, default=-1.0)
 
     def lag(self, member: FleetMember, now: float) -> float:

@@ -94,7 +94,7 @@ class Stand:
         found: dict[str, object] = {}
         assert attacker.stdout is not None
         try:
-            attacker.stdout.readline()
+            assert attacker.stdout.readline(), "the attacker failed"
             yield found
         finally:
             said, _ = attacker.communicate(timeout=120.0)

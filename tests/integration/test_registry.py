@@ -408,7 +408,8 @@ def test_what_was_removed_and_is_back_can_be_lost_again(tree: Tree) -> None:
     root = root_of(tree)
 
     def say(**more: float) -> None:
-        assert reported(root, batch({"report": RAW, **more}, sender="2" * 32))[0] == 200
+        hub = {"report": {**RAW, "uid": "2" * 32, "name": "hub", "level": "l3"}}
+        assert reported(root, batch(hub, {"report": RAW, **more}, sender="2" * 32))[0] == 200
 
     say(silent=60.0)
     assert root.http("DELETE", "/v1/registry/x")[0] == 200

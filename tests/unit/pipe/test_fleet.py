@@ -48,6 +48,14 @@ def state(one: Report, silent: float = -1.0, behind: float = 0.0) -> NodeState:
     return NodeState(report=msgspec.Raw(msgspec.json.encode(one)), silent=silent, behind=behind)
 
 
+def fleet_of(*hubs: int) -> Fleet:
+    """A fleet with these children, connected."""
+    fleet = Fleet(TOP)
+    for number in hubs:
+        fleet.take(state(report(number, parent=TOP)), uid(number), 0.0, connected=True)
+    return fleet
+
+
 def told(fleet: Fleet, now: float = 0.0) -> dict[str, NodeState]:
     """What the node above hears next."""
     found = {}
@@ -92,7 +100,7 @@ def test_the_newer_report_of_a_run_wins() -> None:
 
 def test_word_of_a_lost_node_does_not_win_over_a_connected_one() -> None:
     """A node has gone over to another parent; the old one, back after a day, says that it is lost."""
-    fleet = Fleet(TOP)
+    fleet = fleet_of(8, 9)
     fleet.take(state(report(1, boot=BOOTS[1], parent=uid(8))), uid(8), 0.0)
     assert fleet.take(state(report(1, boot=BOOTS[0], parent=uid(9)), silent=86400.0), uid(9), 1.0) is None
     assert fleet.silent_for(fleet.members[uid(1)], 1.0) < 0
@@ -104,8 +112,8 @@ def test_word_of_a_lost_node_does_not_win_over_a_connected_one() -> None:
 
 def test_who_is_behind_a_lost_node_is_silent_too() -> None:
     fleet = Fleet(TOP)
-    for number, parent in ((1, TOP), (2, uid(1)), (3, uid(2)), (4, TOP)):
-        fleet.take(state(report(number, parent=parent)), uid(1), 0.0)
+    for number, parent, route in ((1, TOP, 1), (2, uid(1), 1), (3, uid(2), 1), (4, TOP, 4)):
+        fleet.take(state(report(number, parent=parent)), uid(route), 0.0)
     fleet.take(state(report(3, parent=uid(2)), silent=500.0), uid(1), 1000.0)
     fleet.lost(uid(1), 900.0)
     silent = [fleet.silent_for(fleet.members[uid(number)], 1000.0) for number in (1, 2, 3, 4)]
@@ -130,9 +138,7 @@ def test_the_lag_of_each_hop_is_added_up_and_grows_while_nothing_is_heard() -> N
 
 def test_another_run_of_a_connected_node_is_believed_once_the_node_is_lost() -> None:
     """Who is connected below one child is not connected below another: a thief, a twin, or a moment too early."""
-    fleet = Fleet(TOP)
-    for hub in (8, 9):
-        fleet.take(state(report(hub, parent=TOP)), uid(hub), 0.0, connected=True)
+    fleet = fleet_of(8, 9)
     fleet.take(state(report(1, parent=uid(8))), uid(8), 0.0)
     stolen = state(report(1, boot=BOOTS[1], parent=uid(9), region="stolen", said=1 << 60))
     assert fleet.take(stolen, uid(9), 1.0) is None
@@ -146,7 +152,7 @@ def test_another_run_of_a_connected_node_is_believed_once_the_node_is_lost() -> 
 
 
 def test_a_claim_goes_with_who_made_it() -> None:
-    fleet = Fleet(TOP)
+    fleet = fleet_of(8, 9)
     fleet.take(state(report(1, parent=uid(8))), uid(8), 0.0)
     other = report(1, boot=BOOTS[1], parent=uid(9))
     assert fleet.take(state(other), uid(9), 1.0) is None
@@ -157,11 +163,11 @@ def test_a_claim_goes_with_who_made_it() -> None:
 
 
 def test_claims_are_bounded() -> None:
-    fleet = Fleet(TOP)
+    fleet = fleet_of(MAX_CLAIMS + 8, MAX_CLAIMS + 9)
     for number in range(MAX_CLAIMS + 5):
         now = number / 100
-        fleet.take(state(report(number, parent=uid(8))), uid(8), now)
-        fleet.take(state(report(number, boot=BOOTS[1], parent=uid(9))), uid(9), now)
+        fleet.take(state(report(number, parent=uid(MAX_CLAIMS + 8))), uid(MAX_CLAIMS + 8), now)
+        fleet.take(state(report(number, boot=BOOTS[1], parent=uid(MAX_CLAIMS + 9))), uid(MAX_CLAIMS + 9), now)
     for number in range(MAX_CLAIMS + 5):
         fleet.lost(uid(number), 100.0)
     assert len(fleet.settle(101.0)) == MAX_CLAIMS
@@ -181,6 +187,22 @@ def test_new_nodes_come_at_a_bounded_rate_and_known_ones_at_any() -> None:
         assert fleet.take(state(report(NEW_AT_ONCE + number)), uid(9), 1.0) is not None
     with pytest.raises(TooManyNewError):
         fleet.take(state(report(1 << 21)), uid(9), 1.0)
+
+
+def test_who_was_told_of_by_a_child_that_is_gone_is_silent() -> None:
+    """Also nodes that say that their parent is another one, as invented ones may."""
+    fleet = Fleet(TOP)
+    for number, parent in ((8, TOP), (1, ""), (2, TOP)):
+        fleet.take(state(report(number, parent=parent)), uid(8), 10.0)
+    told_of = [fleet.members[uid(number)] for number in (1, 2)]
+    assert [fleet.silent_for(one, 20.0) for one in told_of] == [-1.0, -1.0]
+    fleet.lost(uid(8), 25.0)
+    assert [fleet.silent_for(one, 30.0) for one in told_of] == [5.0, 5.0]
+    fleet.forget(uid(8))
+    assert [fleet.silent_for(one, 40.0) for one in told_of] == [30.0, 30.0]
+    fleet.take(state(report(1, said=2)), uid(9), 50.0)
+    fleet.take(state(report(9, parent=TOP)), uid(9), 50.0)
+    assert fleet.silent_for(told_of[0], 51.0) == -1.0
 
 
 def test_twins_are_found() -> None:
