@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from edgebroker.broker.sessions import sessions
+from edgebroker.broker.sessions.native import CONNECTS_A_SECOND, CONNECTS_AT_ONCE
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
@@ -115,3 +116,17 @@ def test_a_log_that_never_grows_takes_no_space_ahead(broker: RunningBroker) -> N
     assert broker.raw().publish("t", batch_of(b"v")).code is Code.OK
     (segment,) = (Path(broker.config.node.data_dir) / "topics" / "t" / "0").glob("*.log")
     assert segment.stat().st_blocks * 512 <= 8192
+
+
+def test_connecting_again_and_again(broker: RunningBroker) -> None:
+    """Each may ask about a thousand topics: beyond a hundred, one waits for the next."""
+    client, count = broker.raw("again"), 300
+    for correlation in range(100, 100 + count):
+        client.send(frames.write_connect(correlation, frames.Connect(1, 0, "again", b"", -1, -1, [])))
+    client.answer(100 + CONNECTS_AT_ONCE - 2)
+    assert broker.raw("honest").publish("one", batch_of(b"v")).code is Code.OK
+    (session,) = [one for one in broker.broker.sessions if one.client_id == "again"]
+    assert broker.call(lambda: session._holds) == 1, "it waits"
+    for _ in range(count):
+        broker.advance(1 / CONNECTS_A_SECOND)
+    client.answer(100 + count - 1)

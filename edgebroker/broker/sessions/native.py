@@ -52,6 +52,8 @@ SHARE_SECONDS = 0.0005
 FRAME_SECONDS, MIB = 10.0, 1 << 20
 # Topics that are remembered for the operator when a client waits for them.
 MOST_WAITED = 3
+# CONNECTs on a connection that are answered at once, and how many a second beyond that.
+CONNECTS_AT_ONCE, CONNECTS_A_SECOND = 100, 20
 _EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
 
 
@@ -72,7 +74,9 @@ class Session:
     """Owner of a transport; a Publisher and a Member. Everything here runs on the loop thread."""
 
     __slots__ = (
+        "_connected_at",
         "_connection",
+        "_connects",
         "_copied",
         "_core",
         "_deferred",
@@ -95,6 +99,8 @@ class Session:
         self._connection = Connection(Role.BROKER, host.limits.max_frame)
         self._deferred: deque[Event] | None = None
         self._holds = self._copied = 0
+        # CONNECTs of late, and when the last one was.
+        self._connects = self._connected_at = 0.0
         self._in_turn = self._drain_first = False
         self.client_id = ""
         self.group: Group | None = None
@@ -345,6 +351,17 @@ class Session:
         )
         self._connection.granted = True
         self.transport.send(frames.write_grants(event.correlation, grants))
+        self._rest_after_many()
+
+    def _rest_after_many(self) -> None:
+        """Who connects again and again waits between two of them: each may ask about a thousand topics."""
+        now = self._host.loop.now()
+        self._connects = max(0.0, self._connects - (now - self._connected_at) * CONNECTS_A_SECOND) + 1
+        self._connected_at = now
+        if self._connects > CONNECTS_AT_ONCE:
+            self.hold()
+            loop = self._host.loop
+            loop.call_later(1 / CONNECTS_A_SECOND, lambda: loop.call_in_turn(self.release))
 
     def _metadata(self, topic: str) -> TopicMetadata:
         logs, limits = self._core.engine.partitions(topic), self._host.limits

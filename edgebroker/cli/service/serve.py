@@ -7,6 +7,7 @@ import gc
 import json
 import logging
 import signal
+import sys
 from pathlib import Path
 
 from edgebroker.broker.broker import Broker
@@ -20,6 +21,8 @@ from edgebroker.storage.log.staging import give_back_large
 from edgebroker.version import __version__
 
 log = logging.getLogger("edgebroker")
+
+SWITCH_SECONDS = 0.0005
 
 
 def serve(options: argparse.Namespace) -> int:
@@ -42,6 +45,9 @@ def serve(options: argparse.Namespace) -> int:
     _announce(broker, options.ports_file)
     # What exists now lives as long as the process: the collector need not visit it while records pass.
     give_back_large()
+    # The commit thread needs the interpreter for a moment each second, several times over: with the usual 5 ms each it
+    # kept records waiting for up to 190 ms while the loop was busy.
+    sys.setswitchinterval(SWITCH_SECONDS)
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
