@@ -106,7 +106,7 @@ test-watchdog: build
 wheels:
 	packaging/wheels.sh dist/wheels
 
-# Strangers in processes of their own against real nodes, with what honest users feel: on a quiet machine, 8 minutes.
+# Strangers in processes of their own against real nodes, with what honest users feel: on a quiet machine, 6 minutes.
 test-attack: build
 	$(BIN)/python -m tests.attack
 

@@ -360,6 +360,7 @@ ATTACKS = [
     Attack("6", "1,000 unfinished frames within the limit", many("begun-frames", 1000)),
     Attack("7", "1,000 connections with half a head", many("half-heads", 1000)),
     Attack("7", "1,000 connections with half a body of 4 MiB", many("half-bodies", 1000)),
+    Attack("7", "10,000 connections with half a head", many("half-heads", 10_000, most_kept=25)),
     Attack("7", "10,000 connections with one byte", many("one-byte", 10_000, most_kept=25)),
     Attack("8", "descriptors: clients and topics", few_descriptors, descriptors=512),
     Attack("9", "66,000 invented nodes", invented),

@@ -58,6 +58,7 @@ GRACE_SECONDS = 15.0
 MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 PIN_SECONDS = 3600.0
+LOOK_SECONDS = 0.1
 STORE_SECONDS = 60.0
 # What is remembered of children in all logs together: how far they are, and what is kept for their copies.
 MOST_PLACES, MOST_PINS = 250_000, 50_000
@@ -101,6 +102,7 @@ class Downstream:
         self._asked_more = False
         # How many of both there are, at least; they are counted when that reaches its limit.
         self._place_count = self._pin_count = 0
+        self._look_due = 0.0
         # Logs that a promoted node writes now: they are not served from here.
         self.fenced: Mapping[Log, str] = {}
         # Whether a publisher waits until children have a log, and who is told what they have durably.
@@ -456,6 +458,8 @@ class Downstream:
     def _pin(self, uid: str, partition: Log, offset: int) -> None:
         pins, now = self._pins.setdefault(partition, {}), self.scheduler.now()
         if uid not in pins and self._pin_count >= MOST_PINS:
+            if not self._may_look(now):
+                return
             for known in self._pins.values():
                 _lowest(known, now - PIN_SECONDS)
             self._pin_count = sum(map(len, self._pins.values()))
@@ -467,6 +471,9 @@ class Downstream:
     def _has_room(self, children: dict[str, ChildPosition], partition: Log) -> bool:
         """May what one more child has of a log be remembered? One that has all of it, and is away for longest, gives
         way. One that has something to fetch does not give way to a newcomer, which anybody can invent."""
+        full = self._place_count >= MOST_PLACES or len(children) >= self._max_children
+        if full and not self._may_look(self.scheduler.now()):
+            return False
         if self._place_count >= MOST_PLACES:
             self._place_count = sum(map(len, self._asked.values()))
             if self._place_count >= MOST_PLACES:
@@ -479,6 +486,14 @@ class Downstream:
             del children[min(through, key=lambda uid: children[uid].seen)]
             return True
         self._place_count += 1
+        return True
+
+    def _may_look(self, now: float) -> bool:
+        """To look at all that is remembered takes milliseconds, and a poll has thousands of lines: now and then only. A
+        newcomer polls again."""
+        if now < self._look_due:
+            return False
+        self._look_due = now + LOOK_SECONDS
         return True
 
     def idle(self, child: ChildStream, cursor: LogCursor, partition: Log) -> None:
