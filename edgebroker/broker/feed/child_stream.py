@@ -6,7 +6,7 @@ judge each line -> cursors -> frames, by sendfile, as far as the socket takes th
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -16,7 +16,7 @@ from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.reading import next_piece
 from edgebroker.broker.sending import file_range
 from edgebroker.common.runtime.hours import parse_hours
-from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import Scheduler, in_turns
 from edgebroker.network.http.server import BodyWriter
 from edgebroker.pipe import stream
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Outgoing, Piece, Rate, Stopped, judge, same_chain
@@ -43,6 +43,8 @@ IDLE_SECONDS = 45.0
 LEAST_SAMPLE_SECONDS = 0.5
 SHARED_BYTES = 64 << 10
 MOST_COLD = 2
+# Lines of a poll that are judged in one step.
+SLICE = 16
 RETRY_SECONDS = 1.0
 # After these the child has something to do, and then polls again.
 _ASKS = ("GONE", "DIVERGED", "DELETED")
@@ -158,11 +160,8 @@ class ChildStream:
         self._host.joined(self)
         fresh = [topic for topic in sorted(self._host.engine.topics()) if self._wants(topic)]
         out.send(self._host.hello(self._news(fresh)))
-        for line, position in enumerate(self._poll.logs):
-            if out.closed:
-                return  # it hung up
-            self._judge(line, position)
-        self._judged()
+        self._pending += 1
+        in_turns(self._host.scheduler, self._judge_all(out), self._all_judged)
 
     def on_alive(self) -> None:
         self.alive_at = self._host.scheduler.now()
@@ -190,6 +189,20 @@ class ChildStream:
                 found.append(info)
                 self._ending = self._ending or topic not in followed
         return found
+
+    def _judge_all(self, out: BodyWriter) -> Iterator[None]:
+        """A few lines at a time: there may be thousands."""
+        for line, position in enumerate(self._poll.logs):
+            if self._out is None or out.closed:
+                return  # it hung up, or asks again
+            self._judge(line, position)
+            if line % SLICE == 0:
+                yield
+
+    def _all_judged(self) -> None:
+        self._pending -= 1
+        if self._out is not None and not self._out.closed:
+            self._judged()
 
     def _judge(self, line: int, position: LogPosition) -> None:
         partition = None
