@@ -137,6 +137,11 @@ def grow(found: Twelve, replicas: int) -> None:
     with Producer(root.server) as producer:
         producer.send(TOPIC, b"first", partition=0).result(10.0)
     wait_for(lambda: all(found.end(name) == 1 for name, *_ in NODES), "everybody has the topic", JOIN_SECONDS)
+    wait_for(
+        lambda: len(call(root.admin, "GET", "/v1/tree/nodes")["nodes"]) == len(NODES) - 1,
+        "everybody reports",
+        JOIN_SECONDS,
+    )
     call(root.admin, "PUT", "/v1/registry/till-4/pins", {"parents": ["store-3"]})
     uid = {name: call(found[name].admin, "GET", "/v1/node")["uid"] for name in ("store-3", "till-4")}
 

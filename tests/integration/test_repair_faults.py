@@ -317,6 +317,7 @@ def test_neighbours_that_are_no_help_do_not_end_repair(tree: Tree) -> None:
             wait_for(lambda: not root.advance(61.0) and answers, "it is given up")
         asked.join()
     assert answers[0][0] == 409 and "does not go on" in answers[0][1]["error"]  # type: ignore[index]
+    wait_for(lambda: root.broker.downstream.peers(), "its child is back")
     assert root.http("POST", "/v1/repair", {"from": tree.address("l2"), "topic": "t"})[0] == 200
 
 
