@@ -138,7 +138,7 @@ def grow(found: Twelve, replicas: int) -> None:
         producer.send(TOPIC, b"first", partition=0).result(10.0)
     wait_for(lambda: all(found.end(name) == 1 for name, *_ in NODES), "everybody has the topic", JOIN_SECONDS)
     wait_for(
-        lambda: len(call(root.admin, "GET", "/v1/tree/nodes")["nodes"]) == len(NODES) - 1,
+        lambda: len(call(root.admin, "GET", "/v1/tree/nodes")["nodes"]) == len(NODES),
         "everybody reports",
         JOIN_SECONDS,
     )
