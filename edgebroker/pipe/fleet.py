@@ -134,6 +134,11 @@ class Fleet:
         if report.uid == self._top or (silent and self.removed.get(report.uid) == report.boot):
             return None
         member = self.members.get(report.uid)
+        if member is not None and route != member.route == member.uid and self.silent_for(member, now) < 0:
+            # A child of its own, while it is connected: what others say of it waits, whichever run they speak of.
+            if not silent:
+                self._claim(report.uid, state, route, now)
+            return None
         if member is None:
             if len(self.members) >= (MAX_NODES if itself else MAX_NODES - KEPT_FOR_CHILDREN):
                 self.refused += 1

@@ -256,8 +256,11 @@ class GroupStore(Protocol):
     def producer_owner(self, producer_id: int) -> str | None:
         """The client id that a producer id is bound to; None when that is not known."""
 
-    def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
-        """Bind them; durable as commit_offset()."""
+    def grant_producer(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> None:
+        """Bind them; durable as commit_offset(). Of too many, one that is not `connected` is forgotten."""
+
+    def producer_seen(self, client_id: str) -> None:
+        """A client is connected, or was until now."""
 
     def children(self) -> Children:
         """What the children of this node had in an earlier run."""

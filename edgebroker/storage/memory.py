@@ -302,8 +302,11 @@ class MemoryEngine:
     def producer_owner(self, producer_id: int) -> str | None:
         return self._producers.owner(producer_id)
 
-    def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
-        self._producers.grant(client_id, producer_id, epoch)
+    def producer_seen(self, client_id: str) -> None:
+        self._producers.seen(client_id)
+
+    def grant_producer(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> None:
+        self._producers.grant(client_id, producer_id, epoch, connected)
 
     @property
     def staged_at(self) -> float:

@@ -425,9 +425,12 @@ class SegmentStore:
     def producer_owner(self, producer_id: int) -> str | None:
         return self._producers.owner(producer_id)
 
-    def grant_producer(self, client_id: str, producer_id: int, epoch: int) -> None:
+    def producer_seen(self, client_id: str) -> None:
+        self._producers.seen(client_id)
+
+    def grant_producer(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> None:
         changes = self._metadata.changes.producers
-        forgotten = self._producers.grant(client_id, producer_id, epoch)
+        forgotten = self._producers.grant(client_id, producer_id, epoch, connected)
         changes[client_id] = (producer_id, epoch)
         if forgotten is not None:
             changes[forgotten] = None

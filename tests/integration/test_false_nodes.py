@@ -66,8 +66,46 @@ def test_a_connected_node_is_not_replaced_from_another_address(tree: Tree) -> No
     follows(root, hub, "prices")
     assert pipe(hub)["parent"]["connected"]
     tree.stop("l2")
+    root.advance(16.0)
     with asked_from_elsewhere(root, "/v1/pipe", stolen) as found:
         assert found.status == 200, "it has moved"
+
+
+def gone(root: RunningBroker, seconds: float) -> None:
+    """No child is connected, for so long."""
+    wait_for(lambda: not root.broker.downstream.peers(), "its connection is over")
+    root.advance(seconds)
+
+
+def test_between_two_polls_its_place_is_kept_and_at_home_it_comes_first(tree: Tree) -> None:
+    root = root_of(tree)
+    uid = "7" * 32
+    with polled(root, uid=uid, topics=[]):
+        pass
+    with asked_from_elsewhere(root, "/v1/pipe", poll(uid)) as found:
+        assert found.status == 503, "a moment ago it was connected"
+    gone(root, 16.0)
+    with asked_from_elsewhere(root, "/v1/pipe", poll(uid)) as thief:
+        assert thief.status == 200, "it was away"
+        with polled(root, uid=uid, topics=[]) as home:
+            assert home.status == 200, "this is where it comes from"
+            with pytest.raises(http.client.IncompleteRead):  # the other one has to go
+                thief.read()
+            with asked_from_elsewhere(root, "/v1/pipe", poll(uid)) as again:
+                assert again.status == 503
+    gone(root, 16.0)
+    for _ in range(50):  # it has moved for good
+        with asked_from_elsewhere(root, "/v1/pipe", poll(uid)) as found:
+            assert found.status == 200
+        gone(root, 14.0)
+    with polled(root, uid=uid, topics=[]) as home:
+        assert home.status == 503
+
+
+def test_a_poll_that_would_take_long_to_decode(tree: Tree) -> None:
+    root = root_of(tree)
+    with polled(root, known={f"t{number}": 1 for number in range(260_000)}) as answer:
+        assert answer.status == 400 and b"more than 250000 values" in answer.read()
 
 
 def test_who_asks_the_registry_is_not_a_hub(tree: Tree) -> None:

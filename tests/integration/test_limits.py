@@ -17,6 +17,7 @@ from edgebroker.storage.metadata import granted as granted_ids
 from tests.kit.brokers import RunningBroker, batch_of, running
 from tests.kit.raw_client import RawClient
 from tests.kit.trees import Tree, follows
+from tests.kit.waiting import wait_for
 
 LIMITS = {"limits.max_partitions": 3, "limits.max_groups": 2}
 
@@ -95,17 +96,24 @@ def producer(broker: RunningBroker, client_id: str) -> RawClient:
 
 
 def test_producer_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oldest is forgotten; a client that holds one keeps it."""
+    """Who was connected longest ago is forgotten, and keeps the id that it holds; who is connected stays."""
     monkeypatch.setattr(granted_ids, "MOST_PRODUCERS", 3)
     with running(tmp_path / "data") as broker:
-        first = producer(broker, "first")
+        there, first = producer(broker, "there"), producer(broker, "first")
         own = (first.grants.producer_id, first.grants.producer_epoch)
         assert first.publish("t", batch_of(b"a", producer_id=own[0], producer_epoch=own[1], base_sequence=0))[1] == 0
+        first.close()
+        wait_for(lambda: not broker.call(lambda: broker.broker.core.producers.connected("first")), "it has gone")
         for number in range(5):
-            producer(broker, f"other-{number}")
+            producer(broker, f"other-{number}").close()
+            name = f"other-{number}"
+            wait_for(lambda: not broker.call(lambda: broker.broker.core.producers.connected(name)), "it has gone")  # noqa: B023
+        thief = broker.raw("thief", granted=False)
+        claimed = {"producer_id": there.grants.producer_id, "producer_epoch": 30_000}
+        assert thief.connect("thief", flags=frames.WANT_PRODUCER, **claimed).producer_id != there.grants.producer_id
     with running(tmp_path / "data") as broker:
         assert broker.call(lambda: broker.broker.engine.producer("first")) is None
-        assert broker.call(lambda: broker.broker.engine.producer("other-4")) is not None
+        assert broker.call(lambda: broker.broker.engine.producer("there")) is not None
         granted = broker.raw("first", granted=False).connect(
             "first", flags=frames.WANT_PRODUCER, producer_id=own[0], producer_epoch=own[1]
         )

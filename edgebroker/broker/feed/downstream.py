@@ -59,6 +59,10 @@ MEASURE_SECONDS = 1.0
 RETRY_AFTER_SECONDS = 5
 PIN_SECONDS = 3600.0
 LOOK_SECONDS = 0.1
+# In a poll: a line of it has ten. To decode more would hold up the loop.
+MOST_VALUES = 250_000
+# The address from which a child was connected first is its home for so long after it was seen there last.
+HOME_SECONDS = 600.0
 STORE_SECONDS = 60.0
 # What is remembered of children in all logs together: how far they are, and what is kept for their copies.
 MOST_PLACES, MOST_PINS = 250_000, 50_000
@@ -94,6 +98,8 @@ class Downstream:
         self._says_alive: OrderedDict[str, None] = OrderedDict()
         # From where, and until when, those that are not connected now were.
         self._left: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        # Where each child usually comes from, and when it was seen there last.
+        self._homes: OrderedDict[str, tuple[str, float]] = OrderedDict()
         # The last poll of each child, as it came.
         self._polls: OrderedDict[str, bytes] = OrderedDict()
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
@@ -150,6 +156,9 @@ class Downstream:
             why = "this node does not know the previous poll; send all of it"
             call.refuse(Outcome.CONFLICT, why, PollRefusal.POLL_AGAIN)
             return
+        if body.count(b",") > MOST_VALUES:
+            call.refuse(Outcome.INVALID, f"the poll has more than {MOST_VALUES} values; follow fewer logs")
+            return
         try:
             poll = json.decode(body, Poll)
         except msgspec.DecodeError as error:
@@ -202,10 +211,10 @@ class Downstream:
         if poll.uid == self._node.uid or poll.uid in self._path():
             call.refuse(Outcome.CONFLICT, "cycle: this node is already an ancestor", PollRefusal.LEVEL)
             return True
-        there = self._uids.get(poll.uid)
-        if there is not None and there.peer != call.peer and self.hears(poll.uid, self.scheduler.now()):
+        there = self._occupied(poll.uid, call.peer)
+        if there:
             why = (
-                f"a node with this identity is connected from {there.peer}; if that is another machine, give this one "
+                f"a node with this identity is connected from {there}; if that is another machine, give this one "
                 "a data directory of its own"
             )
             call.refuse(Outcome.OVERLOADED, why, headers=(("retry-after", str(RETRY_AFTER_SECONDS)),))
@@ -215,6 +224,16 @@ class Downstream:
             call.refuse(Outcome.OVERLOADED, why, headers=(("retry-after", str(RETRY_AFTER_SECONDS)),))
             return True
         return False
+
+    def _occupied(self, uid: str, peer: str) -> str:
+        """The other address from which a child is connected, or was a moment ago; "" when it may be a child from here.
+        Where it usually comes from it may always: who took its place while it was away has to go."""
+        now = self.scheduler.now()
+        home, _ = self._homes.get(uid, (peer, now))
+        if peer == home or (uid in self._uids and not self.hears(uid, now)):
+            return ""
+        there = self.peer_of(uid, now)
+        return there if there != peer else ""
 
     def hello(self, topics: list[TopicInfo]) -> bytes:
         hello = Hello(**self._node._asdict(), path=self._path(), topics=topics)
@@ -399,7 +418,17 @@ class Downstream:
 
     def joined(self, child: ChildStream) -> None:
         self.children[child] = None
+        before = self._uids.get(child.uid)
+        if before is not None and before.peer != child.peer:
+            before.cut("a node with this identity is connected from where it usually comes from")
         self._uids[child.uid] = child
+        home, seen = self._homes.pop(child.uid, (child.peer, 0.0))
+        now = self.scheduler.now()
+        if home != child.peer and now - seen > HOME_SECONDS:
+            home = child.peer
+        self._homes[child.uid] = (home, now if home == child.peer else seen)
+        if len(self._homes) > self._max_children:
+            self._homes.popitem(last=False)
 
     def left(self, child: ChildStream, cursors: list[LogCursor]) -> None:
         if child.alive_at:

@@ -68,8 +68,9 @@ class Inbox:
             call.refuse(Outcome.CONFLICT, why, NOT_A_CHILD)
             return
         elsewhere: list[str] = []
-        silent = False
+        urgent = False
         for state in batch.nodes:
+            known = len(self.fleet.members)
             try:
                 member = self.fleet.take(state, batch.sender, now, connected=True)
             except TooManyNewError:
@@ -84,7 +85,8 @@ class Inbox:
                 elsewhere += self._elsewhere(state, batch.sender)
                 continue
             self._metrics.reports_received += 1
-            silent = silent or state.silent >= 0
+            # Others may look for a parent now: one that is lost, or a hub that is new.
+            urgent = urgent or state.silent >= 0 or (len(self.fleet.members) > known and bool(member.address))
             if member.uid == batch.sender:
                 member.skew = self._skew(batch.wall_ms)
             self._heard(member)
@@ -95,7 +97,7 @@ class Inbox:
         else:
             self._connected[batch.sender] = now
             self.fleet.found(batch.sender)
-        if silent:
+        if urgent:
             self._urgent()
         call.answer(Heard(elsewhere))
 

@@ -38,6 +38,7 @@ LOST_SECONDS = 3600.0
 TELL_AGAIN_SECONDS, LONGEST_TELL_AGAIN_SECONDS = 60.0, 3600.0
 COPY_SECONDS = 5.0
 MOST_STANDBYS = 8
+NO_BOOT = "0" * 16
 
 
 class Registrar:
@@ -225,7 +226,7 @@ class Registrar:
                 name=one.name,
                 level=one.level,
                 version="",
-                boot=one.boot,
+                boot=NO_BOOT,  # the name of a run is for those on the way to the node only
                 number=0,
                 region=one.region,
                 labels=one.labels,

@@ -89,6 +89,9 @@ class Tree:
         )
         self.discovery = self._discovery()
         mirroring.on_promoted(self.let_go, self._take_over)
+        if mirroring.upstream is not None:
+            # At once: the nodes below may ask for a parent as soon as this one passes their question on.
+            mirroring.upstream.on_parent = self._reporter.look_soon
 
     def _make_registrar(self) -> Registrar:
         # One node of a tree keeps it: the others need not load it.

@@ -120,8 +120,9 @@ class Upstream:
         self._pause_seconds = POLL_GAP_SECONDS
         self._taken_before = -1
         self.connected = False
-        # Grows with every connection that a parent answered.
+        # Grows with every connection that a parent answered; who is told then.
         self.connections = 0
+        self.on_parent: Callable[[], None] = lambda: None
         self.path: list[str] = []
         self.parent_name = ""
         self.last_error = ""
@@ -395,6 +396,7 @@ class Upstream:
         if not self.connected:
             self.connections += 1
             log.info("the parent is %s (%s) at %s", hello.name, hello.level, self.candidates.current)
+            self._loop.call_later(0.0, self.on_parent)
         self.connected, self.last_error = True, ""
         if self.path and self.path[0] != hello.uid:
             self._mirrors.forget_offers()

@@ -35,6 +35,7 @@ class Producers:
 
     def gone(self, client_id: str) -> None:
         """A connection of this client is over."""
+        self._store.producer_seen(client_id)
         self._connected[client_id] -= 1
         if not self._connected[client_id]:
             del self._connected[client_id]
@@ -60,5 +61,5 @@ class Producers:
                 producer_id, epoch = int.from_bytes(os.urandom(8), "big") >> 1, 0
             granted = ProducerId(producer_id, epoch)
         if granted != known:
-            self._store.grant_producer(client_id, *granted)
+            self._store.grant_producer(client_id, *granted, self.connected)
         return granted

@@ -58,6 +58,11 @@ class OpenFiles:
             segment.close()
         return min(wanted, max(self._most - len(self._open), LEAST_OPEN - busy, 0))
 
+    def fits(self) -> bool:
+        """Is there room for a segment that is only read? What was read is in memory then, too."""
+        self.room(1)
+        return len(self._open) < self._most
+
     def shrink(self) -> None:
         """There are fewer descriptors than was believed: others hold them."""
         self._most = max(LEAST_OPEN, len(self._open) // 2)

@@ -1,14 +1,17 @@
 """Which producer id belongs to which client id: what was granted, bounded.
 
-Those that were granted first go when there are too many: a client that comes back with its id keeps it, and most
-clients take a client id of their own at each start.
+When there are too many, the one goes that was connected longest ago: a client that comes back with its id keeps it, and
+most clients take a client id of their own at each start. One that is connected stays.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from itertools import islice
 
 MOST_PRODUCERS = 100_000
+# So many are looked at for one that can go.
+LOOK = 50
 
 
 class GrantedProducers:
@@ -26,16 +29,25 @@ class GrantedProducers:
         """The client id that a producer id was granted to; None when that is not known (any more)."""
         return self._owners.get(producer_id)
 
-    def grant(self, client_id: str, producer_id: int, epoch: int) -> str | None:
+    def seen(self, client_id: str) -> None:
+        """It is connected, or was until now: others go before."""
+        known = self._producers.pop(client_id, None)
+        if known is not None:
+            self._producers[client_id] = known
+
+    def grant(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> str | None:
         """Bind them; the client id that is forgotten for it, if one is."""
         self._forget(client_id)
         self._producers[client_id] = (producer_id, epoch)
         self._owners[producer_id] = client_id
         if len(self._producers) <= MOST_PRODUCERS:
             return None
-        oldest = next(iter(self._producers))
-        self._forget(oldest)
-        return oldest
+        for oldest in list(islice(self._producers, LOOK)):
+            if not connected(oldest):
+                self._forget(oldest)
+                return oldest
+            self.seen(oldest)
+        return None
 
     def _forget(self, client_id: str) -> None:
         before = self._producers.pop(client_id, None)

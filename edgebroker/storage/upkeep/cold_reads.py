@@ -98,7 +98,7 @@ class ColdReads:
             log.add_corrupt_range(result.corrupt)
             self._checkpoints.corrupt_ranges_changed(log)
         if result.fd >= 0:
-            if segment.fd < 0 and not segment.retired:
+            if segment.fd < 0 and not segment.retired and self._open_files.fits():
                 segment.fd = result.fd
                 self._open_files.opened(segment, log)
             else:

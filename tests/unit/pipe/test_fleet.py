@@ -90,8 +90,8 @@ def test_much_goes_up_in_pieces() -> None:
 
 
 def test_the_newer_report_of_a_run_wins() -> None:
-    fleet = Fleet(TOP)
-    fleet.take(state(report(1, said=5, region="north")), uid(1), 0.0)
+    fleet = fleet_of(2, 8)
+    fleet.take(state(report(1, said=5, region="north")), uid(8), 0.0)
     assert fleet.take(state(report(1, said=4, region="south")), uid(2), 1.0) is None
     assert fleet.members[uid(1)].region == "north"
     fleet.take(state(report(1, said=6, region="west")), uid(2), 2.0)
@@ -149,6 +149,15 @@ def test_another_run_of_a_connected_node_is_believed_once_the_node_is_lost() -> 
     (found,) = fleet.settle(64.0)
     assert (found.route, found.region, fleet.silent_for(found, 64.0)) == (uid(9), "stolen", -1.0)
     assert fleet.settle(65.0) == []
+
+
+def test_what_others_say_of_a_child_of_ones_own_waits_whichever_run_they_speak_of() -> None:
+    fleet = fleet_of(8, 9)
+    stolen = state(report(8, parent=uid(9), address="203.0.113.9:7421", said=1 << 60))
+    assert fleet.take(stolen, uid(9), 1.0) is None
+    assert fleet.take(state(report(8, parent=uid(9)), silent=3.0), uid(9), 1.0) is None
+    assert (fleet.members[uid(8)].route, fleet.members[uid(8)].address) == (uid(8), "")
+    assert fleet.silent_for(fleet.members[uid(8)], 2.0) < 0
 
 
 def test_a_claim_goes_with_who_made_it() -> None:

@@ -366,8 +366,8 @@ def test_committed_offsets(subject: Subject) -> None:
 
 def test_producers(subject: Subject) -> None:
     assert subject.engine.producer("till") is None
-    subject.engine.grant_producer("till", 7, 0)
-    subject.engine.grant_producer("till", 7, 1)
+    subject.engine.grant_producer("till", 7, 0, lambda client: False)
+    subject.engine.grant_producer("till", 7, 1, lambda client: False)
     assert subject.engine.producer("till") == (7, 1)
     subject.stored()
     assert subject.engine.producer("other") is None

@@ -130,7 +130,7 @@ def test_a_producer_is_recognised(harness: Harness) -> None:
     assert (gap.code, fenced.code) == (Code.OUT_OF_ORDER, Code.FENCED)
     assert harness.values() == [b"0", b"1", b"2", b"new"]
     assert harness.engine.producer("app") is None
-    harness.engine.grant_producer("app", 7, 2)
+    harness.engine.grant_producer("app", 7, 2, lambda client: False)
     assert harness.engine.producer("app") == (7, 2)
 
 
