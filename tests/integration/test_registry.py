@@ -172,8 +172,8 @@ def test_a_lost_node_stays_listed_until_it_is_removed(tree: Tree, capsys: pytest
     assert "connected; stop it first" in capsys.readouterr().err
     tree.stop("till")
     publish(root, "prices", 20, 20)
-    until(tree, lambda: nodes(root)["till"]["silent_seconds"] > 100, "the till is missed", 5.0)
-    until(tree, lambda: nodes(root)["till"]["lag_seconds"] > 30, "it is known how far it is behind", 5.0)
+    until(tree, lambda: nodes(root)["till"]["silent_seconds"] > 100, "the till is missed", 4.0)
+    until(tree, lambda: nodes(root)["till"]["lag_seconds"] > 30, "it is known how far it is behind", 4.0)
     assert "silent" in nodes(root)["till"]["states"]
     tree.stop("root")
     root = root_of(tree)

@@ -47,6 +47,8 @@ class Inbox:
         # The last batch of each child: its session and number; and when the child was last connected.
         self._batches: dict[str, tuple[str, int]] = {}
         self._connected: dict[str, float] = {}
+        # Those that said goodbye, until they report again: how far they are behind is measured on.
+        self._leaving: set[str] = set()
         self._measure_due = 0.0
         self._watched_at = scheduler.now()
 
@@ -91,11 +93,12 @@ class Inbox:
                 member.skew = self._skew(batch.wall_ms)
             self._heard(member)
         self._batches[batch.sender] = (batch.session, batch.number)
+        self._connected[batch.sender] = now
         if batch.leaving:
-            self._connected.pop(batch.sender, None)
+            self._leaving.add(batch.sender)
             self._lost(batch.sender, now)
         else:
-            self._connected[batch.sender] = now
+            self._leaving.discard(batch.sender)
             self.fleet.found(batch.sender)
         if urgent:
             self._urgent()
@@ -134,10 +137,11 @@ class Inbox:
             member = self.fleet.members.get(uid)
             if member is None or member.route != uid:
                 self._connected.pop(uid, None)  # it is reached through another child now
+                self._leaving.discard(uid)
                 self._batches.pop(uid, None)
                 continue
             stream = self._downstream.child(uid)
-            if stream is not None and self._downstream.hears(uid, now):
+            if stream is not None and self._downstream.hears(uid, now) and uid not in self._leaving:
                 self._connected[uid] = now
                 self.fleet.found(uid)
             elif now - seen > FORGET_SECONDS and self.forgets:
