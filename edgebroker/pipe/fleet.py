@@ -151,7 +151,7 @@ class Fleet:
                 return None
         elif silent and (member.silent_since is None or member.silent_since > now - state.silent):
             return None
-        elif not (silent or itself) and route != member.route != "" and self.silent_for(member, now) < 0:
+        elif not (silent or itself) and self._is_elsewhere(member, route) and self.silent_for(member, now) < 0:
             self._claim(report.uid, state, route, now)
             return None
         else:
@@ -175,6 +175,13 @@ class Fleet:
             return False
         self._new -= 1
         return True
+
+    def _is_elsewhere(self, member: FleetMember, route: str) -> bool:
+        """Is a node reached through another child? Those below a hub move with it, and its new parent tells of them."""
+        top = member
+        for one in self.path(member):
+            top = one
+        return member.route != "" and route not in (member.route, top.uid if top.parent == self._top else "")
 
     def _claim(self, uid: str, state: NodeState, route: str, now: float) -> None:
         since = self._claims.pop(uid, (None, None, now))[2]

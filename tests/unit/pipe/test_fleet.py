@@ -160,6 +160,17 @@ def test_what_others_say_of_a_child_of_ones_own_waits_whichever_run_they_speak_o
     assert fleet.silent_for(fleet.members[uid(8)], 2.0) < 0
 
 
+def test_a_node_that_was_started_again_below_a_hub_that_moved_is_believed() -> None:
+    """The hub goes from one child to another, and the first is started again: nothing is lost for long enough to tell."""
+    fleet = fleet_of(8, 9)
+    for number, parent in ((5, uid(8)), (1, uid(5))):
+        fleet.take(state(report(number, parent=parent)), uid(8), 1.0)
+    fleet.take(state(report(5, parent=uid(9), said=2)), uid(9), 5.0)
+    fleet.take(state(report(8, parent=TOP, boot=BOOTS[2])), uid(8), 6.0, connected=True)
+    again = fleet.take(state(report(1, parent=uid(5), boot=BOOTS[1])), uid(9), 7.0)
+    assert again is not None and (again.route, fleet.silent_for(again, 8.0)) == (uid(9), -1.0)
+
+
 def test_a_claim_goes_with_who_made_it() -> None:
     fleet = fleet_of(8, 9)
     fleet.take(state(report(1, parent=uid(8))), uid(8), 0.0)
