@@ -161,7 +161,7 @@ def test_what_others_say_of_a_child_of_ones_own_waits_whichever_run_they_speak_o
 
 
 def test_a_node_that_was_started_again_below_a_hub_that_moved_is_believed() -> None:
-    """The hub goes from one child to another, and the first is started again: nothing is lost for long enough to tell."""
+    """The hub goes to another child, and its old parent is started again: nothing is lost for long enough to tell."""
     fleet = fleet_of(8, 9)
     for number, parent in ((5, uid(8)), (1, uid(5))):
         fleet.take(state(report(number, parent=parent)), uid(8), 1.0)
