@@ -344,6 +344,7 @@ def test_a_region_in_waves(tree: Tree, capsys: pytest.CaptureFixture[str]) -> No
         tree.start(name, "l2", level="pos", **{"node.region": "eu/north"})
         follows(root, tree.nodes[name], "t")
     tree.start("other", "l2", level="pos", **{"node.region": "eu/south"})
+    follows(root, tree.nodes["other"], "t")
     wait_for(lambda: _turn(tree, 1.0) or len(root.http("GET", "/v1/tree/nodes")[1]["nodes"]) == 5, "all are known")
     before = {name: logs(tree, name) for name in [*names, "other"]}
     status, found = run(
