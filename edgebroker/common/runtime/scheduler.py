@@ -60,14 +60,19 @@ def in_slices(
 
 
 def in_turns(scheduler: Scheduler, steps: Iterator[object], done: Callable[[], None]) -> None:
-    """Take the steps of a long walk for 2 ms in a loop iteration, then done(). The first are taken at once."""
+    """Take the steps of a long walk for 2 ms in a loop iteration, then done(). The first are taken at once. When a step
+    fails, done() is called as well, before the failure goes on: who waits for the end does not wait for ever."""
 
     def some() -> None:
         until = scheduler.clock_now() + SLICE_SECONDS
-        for _ in steps:
-            if scheduler.clock_now() >= until:
-                scheduler.call_later(0.0, some)
-                return
+        try:
+            for _ in steps:
+                if scheduler.clock_now() >= until:
+                    scheduler.call_later(0.0, some)
+                    return
+        except BaseException:
+            done()
+            raise
         done()
 
     some()

@@ -46,8 +46,6 @@ REDATE_SECONDS = 60.0
 LEAST_SEALED_BYTES = 64 << 10
 # So long it is told that something was removed early.
 EARLY_SECONDS = 3600.0
-
-
 # Logs that are looked at, and directories of which what is aside is dropped, in one step.
 SLICE = 64
 
@@ -86,8 +84,9 @@ class Housekeeping:
             hard_free=settings.hard_free_bytes,
         )
         self._timer: Timer | None = None
-        self._walking = self._measuring = self._dropping = False
+        self._measuring = self._dropping = False
         self._removing = 0
+        # The walk that is under way.
         self._steps: Generator[None, None, None] | None = None
         # Bytes of all logs, as of the last walk, and what was stored since it began.
         self._used = self._stored_since = 0
@@ -149,12 +148,12 @@ class Housekeeping:
 
     def _tick(self) -> None:
         self._timer = self._scheduler.call_later(TICK_SECONDS, self._tick)
-        if not self._walking:
-            self._walking, self._steps = True, self._walk()
+        if self._steps is None:
+            self._steps = self._walk()
             in_turns(self._scheduler, self._steps, self._walked)
 
     def _walked(self) -> None:
-        self._walking = False
+        self._steps = None
 
     def _walk(self) -> Generator[None, None, None]:
         """Everything that is due, a few logs at a time: there may be thousands."""
@@ -215,12 +214,11 @@ class Housekeeping:
                 yield
 
     def _note_sealed(self, partition: PartitionLog) -> None:
-        """Count the files and indexes of freshly sealed segments, and note what they are."""
+        """Count the indexes of freshly sealed segments, and note what they are."""
         for segment in partition.segments[-2::-1]:
             if self._open_files.knows(segment) or segment.points is None:
                 break
             self._open_files.index_loaded(segment)
-            self._open_files.opened(segment, partition)
             if segment.base_chain != UNKNOWN_CHAIN:
                 self._checkpoints.note_segment(partition, segment)
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from edgebroker.common.errors import Code
 from edgebroker.common.outcome import Outcome, outcome_of
 from edgebroker.common.runtime.gather import gather
-from edgebroker.common.runtime.scheduler import in_slices
+from edgebroker.common.runtime.scheduler import in_slices, in_turns
 from tests.kit.clock import ManualClock, ManualScheduler
 
 
@@ -83,4 +85,28 @@ def test_slices_end_when_enough_was_taken() -> None:
     for _ in range(5):
         scheduler.turn()
     assert taken == [10, 10]
+    assert ended == [True]
+
+
+@pytest.mark.parametrize("fails", [0, 3])
+def test_a_walk_that_fails_is_over(fails: int) -> None:
+    """At once, or in a later iteration: who waits for its end does not wait for ever."""
+    clock = ManualClock()
+    scheduler = ManualScheduler(clock)
+    taken: list[int] = []
+    ended: list[bool] = []
+
+    def steps() -> Iterator[None]:
+        for step in range(5):
+            if step == fails:
+                raise RuntimeError("a defect")
+            clock.advance(0.001)
+            taken.append(step)
+            yield
+
+    with pytest.raises(RuntimeError):
+        in_turns(scheduler, steps(), lambda: ended.append(True))
+        for _ in range(5):
+            scheduler.turn()
+    assert taken == list(range(fails))
     assert ended == [True]
