@@ -43,11 +43,11 @@ def serve(options: argparse.Namespace) -> int:
         signal.SIGHUP, lambda *_: broker.loop.call_soon_threadsafe(lambda: _reload(broker, systemd, clock, options))
     )
     _announce(broker, options.ports_file)
-    # What exists now lives as long as the process: the collector need not visit it while records pass.
     give_back_large()
     # The commit thread needs the interpreter for a moment each second, several times over: with the usual 5 ms each it
     # kept records waiting for up to 190 ms while the loop was busy.
     sys.setswitchinterval(SWITCH_SECONDS)
+    # What exists now lives as long as the process: the collector need not visit it while records pass.
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)

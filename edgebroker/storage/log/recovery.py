@@ -97,7 +97,8 @@ class Recovery:
         active.end_chain, active.max_timestamp = self._chain(state), state.max_timestamp
         files.sync_file(active.fd)
         files.sync_directory(self._directory)
-        active.close()  # it is opened again when it is written to or read
+        for segment in segments:
+            segment.close()  # it is opened again when it is written to or read
         self._take_index(active)
         epoch = max(state.epoch, self._identity.epoch)
         return RecoveredLog(segments, state.next_offset, self._chain(state), epoch, self._corrupt_ranges, self._torn)
