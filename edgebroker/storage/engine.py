@@ -17,6 +17,7 @@ from typing import Protocol
 from edgebroker.common.histogram import Histogram
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.types import AckLevel, TopicSettings
+from edgebroker.storage.metadata.granted import GrantedProducers
 from edgebroker.storage.settings import StoreSettings
 from edgebroker.storage.types import (
     Appended,
@@ -239,7 +240,11 @@ class TopicStore(Protocol):
 
 
 class GroupStore(Protocol):
-    """Small things that outlive a restart: committed offsets, producers, children."""
+    """Small things that outlive a restart: committed offsets, producers, children. What is granted to a producer is
+    durable as commit_offset()."""
+
+    @property
+    def producers(self) -> GrantedProducers: ...
 
     def group_offsets(self) -> dict[GroupKey, GroupOffset]:
         """Every committed offset, as stored last."""
@@ -249,18 +254,6 @@ class GroupStore(Protocol):
 
     def when_stored(self, callback: Callable[[], None]) -> None:
         """Call back once everything committed so far is durable; perhaps from within."""
-
-    def producer(self, client_id: str) -> tuple[int, int] | None:
-        """The producer id and epoch bound to a client id; None for a client that is not known."""
-
-    def producer_owner(self, producer_id: int) -> str | None:
-        """The client id that a producer id is bound to; None when that is not known."""
-
-    def grant_producer(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> None:
-        """Bind them; durable as commit_offset(). Of too many, one that is not `connected` is forgotten."""
-
-    def producer_seen(self, client_id: str) -> None:
-        """A client is connected, or was until now."""
 
     def children(self) -> Children:
         """What the children of this node had in an earlier run."""

@@ -144,7 +144,7 @@ class MemoryEngine:
         self._topics: dict[str, list[MemoryLog]] = {}
         self._dirty: dict[MemoryLog, None] = {}
         self._offsets: dict[GroupKey, GroupOffset] = {}
-        self._producers = GrantedProducers({})
+        self.producers = GrantedProducers({}, lambda client_id, granted: None)
         self.node_uid = "00" * 16
         self.tombstones: dict[str, Tombstone] = {}
 
@@ -295,18 +295,6 @@ class MemoryEngine:
 
     def store_children(self, children: Children) -> None:
         pass
-
-    def producer(self, client_id: str) -> tuple[int, int] | None:
-        return self._producers.of(client_id)
-
-    def producer_owner(self, producer_id: int) -> str | None:
-        return self._producers.owner(producer_id)
-
-    def producer_seen(self, client_id: str) -> None:
-        self._producers.seen(client_id)
-
-    def grant_producer(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> None:
-        self._producers.grant(client_id, producer_id, epoch, connected)
 
     @property
     def staged_at(self) -> float:

@@ -91,7 +91,7 @@ class SegmentStore:
             limits=(settings.max_batch, settings.max_record, settings.window),
             segment_bytes=settings.segment_bytes,
         )
-        self._producers = GrantedProducers({})
+        self.producers = GrantedProducers({}, self._note_producer)
         self.topology: list[str] = []
         self.tombstones: dict[str, Tombstone] = {}
         self._path = path
@@ -147,7 +147,7 @@ class SegmentStore:
             if logs:
                 self._topics[topic_path.name] = logs
         raise_epochs(self.logs(), state.producers)
-        self._producers = GrantedProducers(state.producers)
+        self.producers = GrantedProducers(state.producers, self._note_producer)
         if self._directory.restored:
             begin_histories(self.logs(), self.node_uid, accepted=self._directory.loss_accepted)
             self._directory.restore_finished()
@@ -419,21 +419,8 @@ class SegmentStore:
     def store_children(self, children: Children) -> None:
         self._metadata.store_children(children)
 
-    def producer(self, client_id: str) -> tuple[int, int] | None:
-        return self._producers.of(client_id)
-
-    def producer_owner(self, producer_id: int) -> str | None:
-        return self._producers.owner(producer_id)
-
-    def producer_seen(self, client_id: str) -> None:
-        self._producers.seen(client_id)
-
-    def grant_producer(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> None:
-        changes = self._metadata.changes.producers
-        forgotten = self._producers.grant(client_id, producer_id, epoch, connected)
-        changes[client_id] = (producer_id, epoch)
-        if forgotten is not None:
-            changes[forgotten] = None
+    def _note_producer(self, client_id: str, granted: tuple[int, int] | None) -> None:
+        self._metadata.changes.producers[client_id] = granted
         self._metadata.touch()
 
     def store_topology(self, addresses: list[str]) -> None:

@@ -112,8 +112,8 @@ def test_producer_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         claimed = {"producer_id": there.grants.producer_id, "producer_epoch": 30_000}
         assert thief.connect("thief", flags=frames.WANT_PRODUCER, **claimed).producer_id != there.grants.producer_id
     with running(tmp_path / "data") as broker:
-        assert broker.call(lambda: broker.broker.engine.producer("first")) is None
-        assert broker.call(lambda: broker.broker.engine.producer("there")) is not None
+        assert broker.call(lambda: broker.broker.engine.producers.of("first")) is None
+        assert broker.call(lambda: broker.broker.engine.producers.of("there")) is not None
         granted = broker.raw("first", granted=False).connect(
             "first", flags=frames.WANT_PRODUCER, producer_id=own[0], producer_epoch=own[1]
         )

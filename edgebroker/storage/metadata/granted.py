@@ -15,14 +15,18 @@ LOOK = 50
 
 
 class GrantedProducers:
-    """Owned by the loop thread. `stored`: (producer id, epoch) by client id, the oldest grant first."""
+    """Owned by the loop thread. `stored`: (producer id, epoch) by client id, the oldest grant first. `note` is told
+    what is to be stored of a client id; None: nothing any more."""
 
-    def __init__(self, stored: Mapping[str, tuple[int, int]]) -> None:
+    def __init__(
+        self, stored: Mapping[str, tuple[int, int]], note: Callable[[str, tuple[int, int] | None], None]
+    ) -> None:
+        self._note = note
         self._producers = dict(stored)
         self._owners = {producer_id: client_id for client_id, (producer_id, _) in self._producers.items()}
 
     def of(self, client_id: str) -> tuple[int, int] | None:
-        """What was granted to a client id."""
+        """The producer id and epoch bound to a client id; None for a client that is not known."""
         return self._producers.get(client_id)
 
     def owner(self, producer_id: int) -> str | None:
@@ -35,19 +39,20 @@ class GrantedProducers:
         if known is not None:
             self._producers[client_id] = known
 
-    def grant(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> str | None:
-        """Bind them; the client id that is forgotten for it, if one is."""
+    def grant(self, client_id: str, producer_id: int, epoch: int, connected: Callable[[str], bool]) -> None:
+        """Bind them. Of too many, one that is not `connected` is forgotten."""
         self._forget(client_id)
         self._producers[client_id] = (producer_id, epoch)
         self._owners[producer_id] = client_id
+        self._note(client_id, (producer_id, epoch))
         if len(self._producers) <= MOST_PRODUCERS:
-            return None
+            return
         for oldest in list(islice(self._producers, LOOK)):
             if not connected(oldest):
                 self._forget(oldest)
-                return oldest
+                self._note(oldest, None)
+                return
             self.seen(oldest)
-        return None
 
     def _forget(self, client_id: str) -> None:
         before = self._producers.pop(client_id, None)

@@ -365,12 +365,12 @@ def test_committed_offsets(subject: Subject) -> None:
 
 
 def test_producers(subject: Subject) -> None:
-    assert subject.engine.producer("till") is None
-    subject.engine.grant_producer("till", 7, 0, lambda client: False)
-    subject.engine.grant_producer("till", 7, 1, lambda client: False)
-    assert subject.engine.producer("till") == (7, 1)
+    assert subject.engine.producers.of("till") is None
+    subject.engine.producers.grant("till", 7, 0, lambda client: False)
+    subject.engine.producers.grant("till", 7, 1, lambda client: False)
+    assert subject.engine.producers.of("till") == (7, 1)
     subject.stored()
-    assert subject.engine.producer("other") is None
+    assert subject.engine.producers.of("other") is None
     assert subject.engine.children() == {}
 
 

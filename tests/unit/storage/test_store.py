@@ -129,9 +129,9 @@ def test_a_producer_is_recognised(harness: Harness) -> None:
     (fenced,) = [harness.append(encode(b"new", sequence=0, epoch=1)), harness.stage(frames[2])][1]
     assert (gap.code, fenced.code) == (Code.OUT_OF_ORDER, Code.FENCED)
     assert harness.values() == [b"0", b"1", b"2", b"new"]
-    assert harness.engine.producer("app") is None
-    harness.engine.grant_producer("app", 7, 2, lambda client: False)
-    assert harness.engine.producer("app") == (7, 2)
+    assert harness.engine.producers.of("app") is None
+    harness.engine.producers.grant("app", 7, 2, lambda client: False)
+    assert harness.engine.producers.of("app") == (7, 2)
 
 
 def test_groups_have_places(harness: Harness) -> None:
