@@ -23,19 +23,22 @@ _collected: dict[int, float] = {}
 
 
 def install() -> None:
-    """Watch every loop of this process."""
-    watch = Loop._watch
+    """Watch every loop of this process. What a test does between two turns of its loop is not a callback's."""
+    watch, turn = Loop._watch, Loop.turn
+
+    def turned(self: Any, timeout: float | None = None) -> None:
+        self.watched = time.thread_time()
+        _collected.pop(get_ident(), None)
+        turn(self, timeout)
 
     def watched(self: Any, began: float, what: str, count: int, callback: object = None) -> float:
         now, collected = time.thread_time(), _collected.pop(get_ident(), 0.0)
-        before, self.watched = getattr(self, "watched", None), (get_ident(), now)
-        if before is not None and before[0] == get_ident():
-            taken = now - before[1] - collected
-            if taken > ALLOWED_SECONDS * max(1, count):
-                found.append(f"{getattr(callback, '__qualname__', what)} took {taken * 1000:.0f} ms")
+        taken, self.watched = now - self.watched - collected, now
+        if taken > ALLOWED_SECONDS * max(1, count):
+            found.append(f"{getattr(callback, '__qualname__', what)} took {taken * 1000:.0f} ms")
         return watch(self, began, what, count, callback)
 
-    Loop._watch = watched  # type: ignore[method-assign]
+    Loop._watch, Loop.turn = watched, turned  # type: ignore[method-assign]
     gc.callbacks.append(_collector)
 
 
@@ -45,9 +48,3 @@ def _collector(phase: str, _: dict[str, int]) -> None:
         _began[thread] = time.thread_time()
     else:
         _collected[thread] = _collected.get(thread, 0.0) + time.thread_time() - _began.pop(thread, time.thread_time())
-
-
-def resume(loop: Loop) -> None:
-    """Begin anew with a loop that is turned by hand: what its thread did since the last turn is not a callback's."""
-    loop.watched = (get_ident(), time.thread_time())  # type: ignore[attr-defined]
-    _collected.pop(get_ident(), None)

@@ -150,7 +150,6 @@ class Node:
 
     def turn(self, wait: float = 0.0) -> None:
         """One turn of the loop; a Finding when something is wrong after it."""
-        watchdog.resume(self.loop)
         self.loop.turn(wait)
         found = [*self._watch.failures, *watchdog.found]
         if found or self.loop.failed_callbacks:
