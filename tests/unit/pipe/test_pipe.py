@@ -14,6 +14,7 @@ from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.types import TopicPartition
 from edgebroker.pipe import feed as downstream
+from edgebroker.pipe import follower
 from edgebroker.pipe.divergence import Search, last_common
 from edgebroker.pipe.feed import Feed, FeedCursor, LogFacts, Piece, Stopped, judge, same_chain
 from edgebroker.pipe.follower import (
@@ -318,6 +319,18 @@ def test_a_parent_with_another_past(common: int, more: int) -> None:
     if common < 100:
         cuts = [event.offset for event in child.events if isinstance(event, TruncateLog)]
         assert cuts == [common]
+
+
+def test_a_thousand_logs_at_a_time_look_for_where_they_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A parent takes no more values in a poll; all find it in the end."""
+    monkeypatch.setattr(follower, "MOST_SEARCHED", 3)
+    keys = [TopicPartition("t", number) for number in range(10)]
+    child = Child({key: ModelLog().publish(*[1] * 20, salt="old") for key in keys})
+    parent = Parent({key: ModelLog().publish(*[1] * 30, salt="new") for key in keys})
+    for _ in range(20):
+        child.receive(parent.answer(child.follower))
+        assert sum(bool(position.points) for position in child.follower.poll().logs) <= 3
+    assert all(child.logs[key].data == parent.logs[key].data for key in keys)
 
 
 @pytest.mark.parametrize("before", [[5], [1, 1], [20, 30], [1] * 60])
