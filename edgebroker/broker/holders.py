@@ -75,10 +75,6 @@ class Holders:
             return min(holding, default=None)
         return log.durable_end
 
-    def forget(self, child: str) -> bool:
-        """Forget a child that is not connected, by name or uid. False: there is none."""
-        return self._downstream.forget(child)
-
     def give_up(self, now: float) -> bool:
         """Let the one go that has been silent longest, of those that hold bytes back; False when there is none."""
         known = self.known(now)

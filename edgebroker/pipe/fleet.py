@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import msgspec
 
 from edgebroker.common import json
+from edgebroker.common.runtime.newest import Newest
 from edgebroker.pipe.report import MAX_REPORT_BYTES, NodeState, Report
 
 MAX_NODES, KEPT_FOR_CHILDREN = 65_536, 4096
@@ -118,7 +119,7 @@ class Fleet:
         self.refused = 0
         self._new, self._new_at = float(NEW_AT_ONCE), 0.0
         # What children say of nodes that are connected elsewhere as another run: by whom, and since when.
-        self._claims: dict[str, tuple[NodeState, str, float]] = {}
+        self._claims = Newest[str, tuple[NodeState, str, float]](MAX_CLAIMS)
 
     def take(self, state: NodeState, route: str, now: float, *, connected: bool = False) -> FleetMember | None:
         """Hear of a node; the member when that was news. `connected`: the child that says it is connected now, and what
@@ -184,10 +185,8 @@ class Fleet:
         return member.route != "" and route not in (member.route, top.uid if top.parent == self._top else "")
 
     def _claim(self, uid: str, state: NodeState, route: str, now: float) -> None:
-        since = self._claims.pop(uid, (None, None, now))[2]
-        self._claims[uid] = (state, route, since)
-        if len(self._claims) > MAX_CLAIMS:
-            del self._claims[next(iter(self._claims))]
+        since = self._claims[uid][2] if uid in self._claims else now
+        self._claims.put(uid, (state, route, since))
 
     def settle(self, now: float) -> list[FleetMember]:
         """Believe what was said of nodes that are not connected any more where they were."""
@@ -198,8 +197,11 @@ class Fleet:
                 if now - since > CLAIM_SECONDS:
                     member.contested(now)
                 continue
-            del self._claims[uid]
-            member = self.take(state, route, now)
+            try:
+                member = self.take(state, route, now)
+            except TooManyNewError:
+                continue  # it was removed meanwhile, and there will be room
+            self._claims.pop(uid, None)
             if member is not None:
                 found.append(member)
         return found

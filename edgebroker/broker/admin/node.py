@@ -130,7 +130,7 @@ class NodeAdmin:
 
     def forget_child(self, call: Call) -> None:
         name = call.parameters["name"]
-        if self._context.holders.forget(name):
+        if self._context.downstream.forget(name):
             call.done(Outcome.OK, "")
         else:
             call.refuse(Outcome.NOT_FOUND, f"no child {name} is known here that is not connected")

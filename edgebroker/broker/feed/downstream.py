@@ -11,7 +11,6 @@ when the child has to do something first (GONE, DIVERGED, topics that are new to
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 
 import msgspec
@@ -26,6 +25,7 @@ from edgebroker.common.levels import LEVELS
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import Clock, second_of_day
 from edgebroker.common.runtime.hours import parse_hours
+from edgebroker.common.runtime.newest import Newest
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.router import Call
 from edgebroker.pipe import stream
@@ -93,15 +93,15 @@ class Downstream:
         self._waiting: dict[ChildStream, None] = {}
         # What lies behind an offset up to the end of a log, read once in a turn for many children.
         self.news: dict[Log, tuple[int, StoredPiece]] = {}
-        self._rates: OrderedDict[str, Rate] = OrderedDict()
+        self._rates = Newest[str, Rate](max_children)
         # Children that said in an answer before that they are there.
-        self._says_alive: OrderedDict[str, None] = OrderedDict()
+        self._says_alive = Newest[str, None](max_children)
         # From where, and until when, those that are not connected now were.
-        self._left: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._left = Newest[str, tuple[str, float]](max_children)
         # Where each child usually comes from, and when it was seen there last.
-        self._homes: OrderedDict[str, tuple[str, float]] = OrderedDict()
+        self._homes = Newest[str, tuple[str, float]](max_children)
         # The last poll of each child, as it came.
-        self._polls: OrderedDict[str, bytes] = OrderedDict()
+        self._polls = Newest[str, bytes](max_children)
         self._infos: dict[str, tuple[list[Identity], TopicInfo]] = {}
         self._asked: dict[Log, dict[str, ChildPosition]] = {}
         self._pins: dict[Log, dict[str, tuple[int, float]]] = {}
@@ -185,9 +185,7 @@ class Downstream:
     def _remember(self, uid: str, body: bytes) -> None:
         self._polls.pop(uid, None)
         if len(body) <= MAX_SAME_BYTES:
-            self._polls[uid] = body
-            if len(self._polls) > self._max_children:
-                self._polls.popitem(last=False)
+            self._polls.put(uid, body)
 
     def _refuses(self, poll: Poll, call: Call) -> bool:
         """True when the node that polls cannot be a child here; then it was told."""
@@ -420,30 +418,23 @@ class Downstream:
         self.children[child] = None
         before = self._uids.get(child.uid)
         if before is not None and before.peer != child.peer:
-            before.cut("a node with this identity is connected from where it usually comes from")
+            before.cut("a node with this identity connected from its usual address")
         self._uids[child.uid] = child
-        home, seen = self._homes.pop(child.uid, (child.peer, 0.0))
+        home, seen = self._homes.get(child.uid, (child.peer, 0.0))
         now = self.scheduler.now()
         if home != child.peer and now - seen > HOME_SECONDS:
             home = child.peer
-        self._homes[child.uid] = (home, now if home == child.peer else seen)
-        if len(self._homes) > self._max_children:
-            self._homes.popitem(last=False)
+        self._homes.put(child.uid, (home, now if home == child.peer else seen))
 
     def left(self, child: ChildStream, cursors: list[LogCursor]) -> None:
         if child.alive_at:
-            self._says_alive[child.uid] = None
-            if len(self._says_alive) > self._max_children:
-                self._says_alive.popitem(last=False)
+            self._says_alive.put(child.uid, None)
         elif self.scheduler.now() - child.heard_at >= SILENT_SECONDS:
             self._says_alive.pop(child.uid, None)  # it comes through a proxy now
         self.children.pop(child, None)
         if self._uids.get(child.uid) is child:
             del self._uids[child.uid]
-            self._left.pop(child.uid, None)
-            self._left[child.uid] = (child.peer, self.scheduler.now())
-            if len(self._left) > self._max_children:
-                self._left.popitem(last=False)
+            self._left.put(child.uid, (child.peer, self.scheduler.now()))
         self._waiting.pop(child, None)
         for cursor in cursors:
             self._idle.get(cursor.log, {}).pop(cursor, None)
@@ -458,10 +449,8 @@ class Downstream:
 
     def rate_of(self, uid: str) -> Rate:
         """How fast this child's link was; it outlives the connection."""
-        rate = self._rates.setdefault(uid, Rate())
-        self._rates.move_to_end(uid)
-        if len(self._rates) > self._max_children:
-            self._rates.popitem(last=False)
+        rate = self._rates.get(uid) or Rate()
+        self._rates.put(uid, rate)
         return rate
 
     def ahead(self, child: ChildStream, partition: Log, position: LogPosition) -> None:

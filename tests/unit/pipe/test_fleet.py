@@ -193,6 +193,21 @@ def test_claims_are_bounded() -> None:
     assert len(fleet.settle(101.0)) == MAX_CLAIMS
 
 
+def test_a_claim_waits_while_too_many_new_nodes_come() -> None:
+    """Its node was removed meanwhile, so it is a new one."""
+    fleet = fleet_of(8, 9)
+    fleet.take(state(report(1, parent=uid(8))), uid(8), 0.0)
+    fleet.take(state(report(1, boot=BOOTS[1], parent=uid(9))), uid(9), 0.0)
+    fleet.remove(uid(1))
+    with pytest.raises(TooManyNewError):
+        for number in range(10, NEW_AT_ONCE + 11):
+            fleet.take(state(report(number)), uid(9), 0.0)
+    assert fleet.settle(0.0) == []
+    (found,) = fleet.settle(1.0)
+    assert (found.uid, found.boot, found.route) == (uid(1), BOOTS[1], uid(9))
+    assert fleet.settle(2.0) == []
+
+
 def test_new_nodes_come_at_a_bounded_rate_and_known_ones_at_any() -> None:
     fleet = Fleet(TOP)
     for number in range(NEW_AT_ONCE):
