@@ -65,7 +65,7 @@ def _flood(node: Node, kind: str) -> Iterator[None]:
     flooder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert flooder.stdout is not None
     try:
-        flooder.stdout.readline()
+        assert flooder.stdout.readline(), "the flood did not begin"
         yield
     finally:
         flooder.communicate()

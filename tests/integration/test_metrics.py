@@ -22,6 +22,7 @@ from edgebroker.broker.observe.host import device_of, read_machine
 from edgebroker.broker.observe.lags import MOST, Lags
 from edgebroker.broker.observe.problems import ADVICE, BLOCKING
 from edgebroker.common.histogram import BOUNDS, Histogram
+from edgebroker.common.runtime import scheduler
 from edgebroker.network.http.router import Call
 from edgebroker.network.http.server import Reply, Request, Response
 from edgebroker.network.io.loop import Loop
@@ -123,6 +124,18 @@ def test_pieces_are_one_text(broker: RunningBroker, monkeypatch: pytest.MonkeyPa
     few = values(scrape(broker))
     assert sum(key[0] == "edgebroker_log_end_offset" for key in few) == 50
     assert few["edgebroker_series_left_out",] == 150
+
+
+def test_the_first_scrape_names_who_holds_bytes(broker: RunningBroker, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who holds what is looked up in steps, here one in each turn of the loop."""
+    monkeypatch.setattr(scheduler, "SLICE_SECONDS", 0.0)
+    broker.create("t", segment_bytes=1 << 16)
+    client = broker.raw()
+    for first in range(0, 200, 10):
+        client.publish("t", numbered(first, 10, 1000))
+    client.subscribe("t", "g")
+    client.deliver()
+    assert values(scrape(broker))["edgebroker_held_bytes", "group", "g"] > 60_000
 
 
 def test_scrapes_at_the_same_time_share_an_answer(broker: RunningBroker) -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.gauges import GAUGES
 from edgebroker.broker.delivery.state import Group
+from edgebroker.broker.holders import Holder
 from edgebroker.broker.observe.host import MACHINE, read_machine
 from edgebroker.broker.observe.metrics import counters_of
 from edgebroker.broker.observe.problems import ADVICE
@@ -210,7 +211,11 @@ class Exposition:
             yield True
             for group, key in committed_offsets[first : first + SLICE]:
                 self._note_group(noted, group, key)
-        for holder in islice(self._node.holders.known(self._loop.now()), MOST_HOLDERS):
+        holders: list[list[Holder]] = []
+        self._node.holders.look(holders.append)
+        while not holders:
+            yield True
+        for holder in holders[0][:MOST_HOLDERS]:
             if holder.bytes:
                 labels = (holder.kind, holder.name)
                 _add(noted, "edgebroker_held_bytes", Sample(labels, holder.bytes))
