@@ -6,6 +6,7 @@ what the nodes on its way know about the line below it. A Batch carries what cha
 
 from __future__ import annotations
 
+from operator import itemgetter
 from typing import Annotated
 
 import msgspec
@@ -15,6 +16,7 @@ from edgebroker.common.config import MAX_LABEL_LENGTH, MAX_LABELS
 from edgebroker.common.crc32c import crc32c
 
 MAX_REPORT_BYTES = 2048
+MOST_TOPICS = 200
 # The node above takes a batch in one turn of its loop.
 MAX_BATCH_BYTES = 128 << 10
 MAX_CANDIDATES = 8
@@ -176,18 +178,42 @@ def within_limit(report: Report) -> Report:
     """The report with as many topics as fit into MAX_REPORT_BYTES: those where something is waiting go first."""
     if len(msgspec.json.encode(report)) <= MAX_REPORT_BYTES:
         return report
-    bare = msgspec.structs.replace(report, topics=[], left_out=len(report.topics))
+    bare = msgspec.structs.replace(report, topics=[], left_out=report.left_out + len(report.topics))
     left = MAX_REPORT_BYTES - len(msgspec.json.encode(bare)) - len('"topics":[],')
     kept = []
-    for topic in sorted(report.topics, key=_matters):
+    for topic in sorted(report.topics, key=rank):
         size = len(msgspec.json.encode(topic)) + 1
         if size > left:
             continue  # one that is too big hides no other
         left -= size
         kept.append(topic)
-    return msgspec.structs.replace(report, topics=kept, left_out=len(report.topics) - len(kept))
+    return msgspec.structs.replace(bare, topics=kept, left_out=bare.left_out - len(kept))
 
 
-def _matters(topic: TopicReport) -> tuple[bool, bool, str]:
+class RankedTopics:
+    """The MOST_TOPICS of many that matter most; no more have room in a report."""
+
+    def __init__(self) -> None:
+        self._found: list[tuple[tuple[bool, bool, str], TopicReport]] = []
+        self._count = 0
+
+    def add(self, topic: TopicReport) -> None:
+        self._count += 1
+        self._found.append((rank(topic), topic))
+        if len(self._found) >= 2 * MOST_TOPICS:
+            self._found = sorted(self._found, key=itemgetter(0))[:MOST_TOPICS]
+
+    def best(self) -> list[TopicReport]:
+        """By name."""
+        best = [topic for _, topic in sorted(self._found, key=itemgetter(0))[:MOST_TOPICS]]
+        return sorted(best, key=lambda topic: topic.name)
+
+    @property
+    def left_out(self) -> int:
+        return max(0, self._count - MOST_TOPICS)
+
+
+def rank(topic: TopicReport) -> tuple[bool, bool, str]:
+    """Topics with dead letters go first, then those where something is waiting."""
     waiting = any(one < end for group in topic.groups for one, end in zip(group.applied, topic.ends, strict=True))
     return not topic.dead_letters, not waiting, topic.name

@@ -1,6 +1,7 @@
 """What this node tells the node above it: about itself, and what has changed below.
 
-    a tick -> the report of this node, made again -> a batch of what changed -> POST /v1/tree/reports to the parent
+    a tick -> a look at all topics, in steps -> the report of this node -> a batch of what changed
+           -> POST /v1/tree/reports to the parent
 
 Nothing is sent while nothing changes. What changes after a quiet time goes at once, then every ten seconds, and slower
 where there is much of it. A parent that does not know what went before says so (409): then everything is sent again.
@@ -9,15 +10,17 @@ where there is much of it. A parent that does not know what went before says so 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import msgspec
 from msgspec.structs import replace
 
 from edgebroker.broker.core import Core
+from edgebroker.broker.ports import Key
 from edgebroker.common import json
 from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import in_turns
 from edgebroker.common.types import DEAD_LETTERS
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.io.loop import Loop
@@ -28,6 +31,7 @@ from edgebroker.pipe.report import (
     GroupReport,
     Heard,
     NodeState,
+    RankedTopics,
     Report,
     ResyncReport,
     TopicReport,
@@ -35,7 +39,7 @@ from edgebroker.pipe.report import (
     within_limit,
 )
 from edgebroker.pipe.stream import is_shared
-from edgebroker.storage.types import DiskState
+from edgebroker.storage.types import DiskState, GroupOffset
 from edgebroker.version import __version__
 
 TICK_SECONDS = 2.0
@@ -109,6 +113,7 @@ class Reporter:
             managed=identity.managed,
         )
         self._growth = Growth()
+        self._looking = False
         self._told: Report | None = None
         self._to: ParentLink | None = None
         self._session, self._number = "", 0
@@ -127,7 +132,11 @@ class Reporter:
     # ---- the report ----
 
     def report(self) -> Report:
-        """This node as it is now; with another number when something is not as it was."""
+        """This node as it is now, with its topics as they were told last; with another number when something is not as
+        it was."""
+        return self._made(self._report.topics, self._report.left_out)
+
+    def _made(self, topics: list[TopicReport], left_out: int) -> Report:
         moment, above = self._status(), self._parent()
         free, days = self._growth.disk(self._engine.disk(), self._loop.now())
         made = within_limit(
@@ -138,46 +147,55 @@ class Reporter:
                 parent=above.uid if above is not None else "",
                 candidates=moment.candidates,
                 standby=moment.standby,
-                topics=self._topics(),
+                topics=topics,
                 problems=moment.problems,
                 resyncs=moment.resyncs,
                 disk_free_percent=free,
                 disk_days=days,
                 truncated_records=self._metrics.records_truncated,
-                left_out=0,
+                left_out=left_out,
             )
         )
         if made != self._report:
             self._report = replace(made, number=self._report.number + 1)
         return self._report
 
-    def _topics(self) -> list[TopicReport]:
+    def _look_at_topics(self, found: RankedTopics) -> Iterator[None]:
+        """Find the topics to tell of, in steps: there may be thousands, and groups in all of them."""
         groups: dict[str, dict[str, GroupReport]] = {}
         for group in self._groups.all():
             if group.name.startswith(INTERNAL_GROUPS):
                 continue
-            for (topic, partition), committed in group.committed_offsets.items():
-                log = self._engine.log(topic, partition)
-                if log is None:
-                    continue
-                of_topic = groups.setdefault(topic, {})
-                found = of_topic.get(group.name)
-                if found is None:
-                    found = GroupReport(group.name, [-1] * len(self._engine.partitions(topic)))
-                if committed.log_id == log.identity.log_id:
-                    found.applied[partition] = committed.next_offset
-                of_topic[group.name] = replace(found, refreshing=found.refreshing or committed.refreshing)
-        return [
-            TopicReport(
-                topic,
-                [one.durable_end for one in self._engine.partitions(topic)],
-                list(groups.get(topic, {}).values()),
-                self._dead_letters(topic),
-                digest_of_logs([one.identity.log_id for one in self._engine.partitions(topic)]),
+            for key, committed in list(group.committed_offsets.items()):
+                self._note(groups.setdefault(key[0], {}), group.name, key, committed)
+                yield
+        for topic in sorted(self._engine.topics()):
+            logs = self._engine.partitions(topic)
+            if not is_shared(topic) or not logs:
+                continue
+            found.add(
+                TopicReport(
+                    topic,
+                    [one.durable_end for one in logs],
+                    [one for one in groups.get(topic, {}).values() if len(one.applied) == len(logs)],
+                    self._dead_letters(topic),
+                    digest_of_logs([one.identity.log_id for one in logs]),
+                )
             )
-            for topic in sorted(self._engine.topics())
-            if is_shared(topic)
-        ]
+            yield
+
+    def _note(self, groups: dict[str, GroupReport], group: str, key: Key, committed: GroupOffset) -> None:
+        """What a group has applied of a partition."""
+        logs = self._engine.partitions(key[0])
+        if key[1] >= len(logs):
+            return
+        found = groups.get(group)
+        if found is None or len(found.applied) != len(logs):
+            found = groups[group] = GroupReport(group, [-1] * len(logs))
+        if committed.log_id == logs[key[1]].identity.log_id:
+            found.applied[key[1]] = committed.next_offset
+        if committed.refreshing and not found.refreshing:
+            groups[group] = replace(found, refreshing=True)
 
     def _dead_letters(self, topic: str) -> int:
         """Dead letters that are neither replayed nor dropped."""
@@ -230,15 +248,25 @@ class Reporter:
         self._look()
 
     def _look(self) -> None:
+        above = self._parent()
+        if above is None or self._asking is not None or (above == self._to and self._loop.now() < self._due):
+            return
+        if not self._looking:
+            self._looking = True
+            topics = RankedTopics()
+            in_turns(self._loop, self._look_at_topics(topics), lambda: self._tell(topics))
+
+    def _tell(self, topics: RankedTopics) -> None:
+        self._looking = False
         now, above = self._loop.now(), self._parent()
-        if above is None or self._asking is not None or (above == self._to and now < self._due):
+        if above is None or self._asking is not None:
             return
         greet = above != self._to
         if self._to is None or above.uid != self._to.uid:
             self._new_session()
             self._again_at = now + FIRST_AGAIN_SECONDS
         self._to = above
-        report = self.report()
+        report = self._made(topics.best(), topics.left_out)
         if now >= self._again_at:
             self._again_at = now + AGAIN_SECONDS
             report = self._report = replace(report, number=report.number + 1)

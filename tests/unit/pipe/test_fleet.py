@@ -24,9 +24,11 @@ from edgebroker.pipe.report import (
     GroupReport,
     NodeState,
     ParentAssignment,
+    RankedTopics,
     Report,
     TopicReport,
     digest,
+    rank,
     within_limit,
 )
 from edgebroker.pipe.topology import FIRST_PLACE, Topology
@@ -301,6 +303,19 @@ def test_what_is_waiting_has_room_first() -> None:
     busy = TopicReport("zz", [5], [GroupReport("g", [3])])
     dead = TopicReport("yy", [5], [], dead_letters=2)
     assert [one.name for one in within_limit(report(1, topics=[*quiet, busy, dead])).topics][:2] == ["yy", "zz"]
+
+
+@given(st.permutations(range(12)), st.integers(1, 12))
+def test_of_many_topics_those_are_told_that_matter_most(order: list[int], most: int) -> None:
+    topics = [TopicReport(f"{n:02}", [5], [GroupReport("g", [5 - n % 2])], dead_letters=n % 3) for n in order]
+    found = RankedTopics()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("edgebroker.pipe.report.MOST_TOPICS", most)
+        for topic in topics:
+            found.add(topic)
+        assert found.best() == sorted(sorted(topics, key=rank)[:most], key=lambda topic: topic.name)
+        told = within_limit(report(1, topics=found.best(), left_out=found.left_out))
+    assert (len(told.topics), told.left_out) == (most, 12 - most)
 
 
 def test_labels() -> None:
