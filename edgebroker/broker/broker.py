@@ -30,6 +30,7 @@ from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.broker.topic_deletion import TopicDeletion
 from edgebroker.common.config import Config
 from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import in_turns
 from edgebroker.network.http.router import Router
 from edgebroker.network.http.server import HttpServer
 from edgebroker.network.io.loop import Loop
@@ -164,8 +165,8 @@ class Broker:
         self._stop_deadline = self.loop.now() + STOP_SECONDS
         self.listeners.close()
         core = self.core
-        core.membership.rebalance()  # a member that was answered OK in this iteration begins where it said
-        core.publishing.draining = core.membership.frozen = True
+        core.membership.freeze()
+        core.publishing.draining = True
         self.tree.leave(self._left)
         self.mirroring.stop()
         self.loop.call_later(0.0, self._drain)
@@ -214,9 +215,7 @@ class Broker:
         self._sweep_due = self.clock.monotonic() + interval
         self.loop.call_later(interval, self._sweep)
         now = self.loop.now()
-        self.sessions.sweep(interval)
-        for cursor in core.push.overdue(now):
-            core.membership.timed_out(cursor)
+        in_turns(self.loop, self.sessions.sweep(interval), lambda: None)
         core.table_snapshots.sweep()
         self.lags.sample(now)
         self.health.check()

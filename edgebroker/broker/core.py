@@ -66,7 +66,7 @@ def build_core(
         push=push,
         refreshes=refreshes,
         leases=leases,
-        membership=Membership(engine, leases, metrics),
+        membership=Membership(engine, leases, scheduler, metrics),
         table_snapshots=table_snapshots,
         snapshot_writer=SnapshotWriter(engine, publishing, table_snapshots, scheduler),
         rebase=CursorRebase(engine, groups, leases, push, refreshes),

@@ -109,6 +109,12 @@ class LimitsConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         "partitions of all topics, above which clients can create none; what comes from the parent does not count as "
         "created", ge=1)] = 10_000
     max_groups: Annotated[int, about("consumer groups, above which clients can begin none", ge=1)] = 10_000
+    max_committed_offsets: Annotated[int, about(
+        "committed offsets of all groups, one for each partition of each, above which no group begins in further "
+        "partitions", ge=1)] = 100_000
+    max_subscribed_partitions: Annotated[int, about(
+        "partitions that all consumers together subscribe to, each counted once for each consumer; from one address of "
+        "another machine a quarter of them", ge=4)] = 50_000
     max_record_bytes: Annotated[int, about("largest record", ge=1024, le=16 * MIB)] = MIB
     max_batch_bytes: Annotated[int, about("largest record batch, as sent", ge=4096, le=16 * MIB)] = 4 * MIB
     max_inflated_bytes: Annotated[int, about(

@@ -68,6 +68,64 @@ def test_groups(broker: RunningBroker) -> None:
     assert problem(broker) == "limits.max_groups: group c was not begun (1 since the start)"
 
 
+def test_subscribed_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each counts once for each consumer; what a consumer gives back is free again."""
+    with running(tmp_path / "data", {"limits.max_subscribed_partitions": 40}) as broker:
+        for topic in ("prices", "items"):
+            broker.create(topic, partitions=10)
+        first = broker.raw("first")
+        assert first.subscribe("prices").code is Code.OK
+        assert first.subscribe("prices").code is Code.OK, "said again, it is no more"
+        assert first.subscribe("prices", partition=3).code is Code.OK
+        assert first.subscribe("items").code is Code.OK
+        assert broker.raw("second").subscribe("prices").code is Code.OK
+        refused = broker.raw("third").subscribe("prices")
+        assert (refused.code, refused.message) == (
+            Code.OVERLOADED,
+            "10 partitions more are too many: all consumers together may subscribe to 40, those of one address of "
+            "another machine to a quarter of that; subscribe to fewer topics, or raise "
+            "limits.max_subscribed_partitions",
+        )
+        assert problem(broker) == (
+            "limits.max_subscribed_partitions: third did not get 10 partitions more (1 since the start)"
+        )
+        first.leave("items")
+        assert broker.raw("fourth").subscribe("items", "").code is Code.OK
+        broker.drop(first)
+        wait_for(lambda: broker.call(lambda: broker.broker.core.membership.wanted) == 20, "what it had is free")
+        assert broker.http("DELETE", "/v1/topics/items?confirm=items")[0] == 200
+        assert broker.call(lambda: broker.broker.core.membership.wanted) == 10
+
+
+def test_subscribed_partitions_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine has a quarter of them, so that it cannot take all."""
+    with running(tmp_path / "data", {"limits.max_subscribed_partitions": 80}) as broker:
+        broker.create("prices", partitions=10)
+        for number in range(4):
+            assert broker.raw(f"local-{number}").subscribe("prices").code is Code.OK
+        monkeypatch.setattr(sessions, "is_loopback", lambda peer: False)
+        assert broker.raw("strange").subscribe("prices").code is Code.OVERLOADED
+        assert broker.raw("strange").subscribe("prices", partition=0).code is Code.OVERLOADED, "those count as its own"
+
+
+def test_committed_offsets(tmp_path: Path) -> None:
+    with running(tmp_path / "data", {"limits.max_committed_offsets": 15}) as broker:
+        broker.create("prices", partitions=10)
+        broker.create("items", partitions=5)
+        assert broker.raw("a").subscribe("prices", "tills").code is Code.OK
+        wait_for(lambda: broker.call(lambda: broker.broker.core.groups.offsets) == 10, "the group has begun")
+        refused = broker.raw("b").subscribe("prices", "labels")
+        assert (refused.code, refused.message) == (
+            Code.OVERLOADED,
+            "group labels cannot begin in 10 partitions: this node may have 15 committed offsets; delete groups that "
+            "have no use (edgebroker group delete), or raise limits.max_committed_offsets",
+        )
+        assert broker.raw("c").subscribe("prices", "tills").code is Code.OK, "it has begun there"
+        assert broker.raw("d").subscribe("items", "tills").code is Code.OK
+        assert broker.raw("e").subscribe("prices", "").code is Code.OK, "a reader has none"
+        assert "group labels did not begin in 10 partitions" in problem(broker)
+
+
 def test_connections_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another machine's are counted; those of this machine share limits.max_connections only."""
     with running(tmp_path / "data", {"limits.per_address_connections": 2}) as broker:

@@ -123,13 +123,13 @@ class Spot:
 
 @dataclass(eq=False)
 class Entry:
-    """What a member said it wants; `fresh`: in this turn."""
+    """What a member said it wants; `fresh`: in this turn, and where the log ended then."""
 
     topics: dict[str, Wanted] = field(default_factory=dict)
     pins: dict[Key, Wanted] = field(default_factory=dict)
     left: set[Key] = field(default_factory=set)
     said: dict[Key, Wanted] = field(default_factory=dict)
-    fresh: set[Key] = field(default_factory=set)
+    fresh: dict[Key, int] = field(default_factory=dict)
     window: tuple[int, int] = (0, 0)
     correlation: int = 0
     unresponsive: bool = False
@@ -218,7 +218,8 @@ class Model:
             for key in keys:
                 entry.said[key] = line
             named.update(dict.fromkeys(keys))
-        entry.fresh.update(key for key in named if self.spot(self.group(group), key).holder is None)
+        free = [key for key in named if self.spot(self.group(group), key).holder is None]
+        entry.fresh.update((key, self.world.log(key).durable_end) for key in free)
         for key in named:
             spot = self.spot(self.group(group), key)
             if spot.holder is member:
@@ -299,7 +300,7 @@ class Model:
         spot.window, spot.correlation = entry.window, entry.correlation
         line = entry.said.pop(spot.key, None)
         spot.stand(0)  # what the holder before had acknowledged is nothing to this one
-        self.begin(spot, line, fresh=fresh)
+        self.begin(spot, line, fresh=fresh, latest=entry.fresh.get(spot.key, -1))
         spot.last_client = member.client_id
 
     def freed(self, cursor: Cursor) -> None:
@@ -314,8 +315,9 @@ class Model:
 
     # ---- leases ----
 
-    def begin(self, spot: Spot, line: Wanted | None, *, fresh: bool) -> None:
-        """A holder begins, where its line says if that counts."""
+    def begin(self, spot: Spot, line: Wanted | None, *, fresh: bool, latest: int = -1) -> None:
+        """A holder begins, where its line says if that counts; `latest`: where the log ended when it was said, if that
+        was not now."""
         assert spot.holder is not None
         own = spot.last_client == spot.holder.client_id
         start = line.start if line is not None else Start.COMMITTED
@@ -343,7 +345,10 @@ class Model:
                 same = line.log_id == spot.log.identity.log_id_bytes and 0 < line.epoch <= spot.log.epoch
                 offset = max(offset, line.value) if same and line.value <= end else offset
             elif start is not Start.COMMITTED:
-                offset = {Start.OFFSET: line.value, Start.TIME: min(line.value, end), Start.LATEST: end}.get(start, 0)
+                latest = end if latest < 0 else min(latest, end)
+                offset = {Start.OFFSET: line.value, Start.TIME: min(line.value, end), Start.LATEST: latest}.get(
+                    start, 0
+                )
         self.resume(spot, offset)
 
     def resume(self, spot: Spot, offset: int) -> None:

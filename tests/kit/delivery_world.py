@@ -8,7 +8,7 @@ is told what happens, in the order in which it happens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, Protocol, cast
 from unittest.mock import patch
@@ -18,7 +18,7 @@ from edgebroker.broker.core import build_core
 from edgebroker.broker.delivery.dead_letters import DeadLetters, Failure
 from edgebroker.broker.delivery.groups import Groups
 from edgebroker.broker.delivery.leases import LeaseLimits
-from edgebroker.broker.delivery.membership import Membership
+from edgebroker.broker.delivery.membership import Fresh, Membership
 from edgebroker.broker.delivery.push import Push
 from edgebroker.broker.delivery.state import TRANSITIONS, Cursor, CursorState, Group
 from edgebroker.broker.ports import Key
@@ -42,6 +42,7 @@ from tests.kit.clock import ManualClock, ManualScheduler
 from tests.kit.core_listener import CoreListener
 from tests.kit.storage import MAX
 
+MOST = {"max_committed_offsets": 100_000, "max_subscribed_partitions": 50_000}
 LIMITS = LeaseLimits(timeout=6.0, backoff=0.5, max_backoff=2.0, max_attempts=3)
 SWEEP_SECONDS = 1.0
 TURN_BYTES = 600
@@ -235,11 +236,12 @@ class _Membership(Membership):
 
     def rebalance(self) -> None:
         super().rebalance()
-        self.watcher.rebalanced()
+        if not self._steps:
+            self.watcher.rebalanced()
 
-    def _rebalance_group(self, group: Group, fresh: set[tuple[Any, Key]]) -> None:
+    def _rebalance_group(self, group: Group, fresh: Fresh) -> Iterator[None]:
         self.watcher.rebalancing(group)
-        super()._rebalance_group(group, fresh)
+        yield from super()._rebalance_group(group, fresh)
 
 
 class _Push(Push):
@@ -281,7 +283,7 @@ class World(CoreListener):
         self.clock = ManualClock()
         self.loop = ManualScheduler(self.clock)
         self.engine = FaultyEngine(self.loop, self.clock)
-        self.limits = SimpleNamespace(consume_records=50, consume_bytes=1 << 20, max_groups=1000)
+        self.limits = SimpleNamespace(consume_records=50, consume_bytes=1 << 20, max_groups=1000, **MOST)
         self.receiving = Receiving(self.loop, 1 << 20)
         self.members: list[Member] = []
         self.letters: list[Record] = []

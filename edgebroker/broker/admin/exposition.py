@@ -200,9 +200,10 @@ class Exposition:
         """Note everything, yielding whenever the loop should turn."""
         self._note_node(noted)
         logs = list(self._node.core.engine.logs())
-        committed_offsets = [(group, key) for group in self._node.core.groups.all() for key in group.committed_offsets]
-        left_out = max(0, len(logs) - MOST_SERIES) + max(0, len(committed_offsets) - MOST_SERIES)
-        logs, committed_offsets = logs[:MOST_SERIES], committed_offsets[:MOST_SERIES]
+        groups = self._node.core.groups
+        left_out = max(0, len(logs) - MOST_SERIES) + max(0, groups.offsets - MOST_SERIES)
+        every_offset = ((group, key) for group in groups.all() for key in group.committed_offsets)
+        logs, committed_offsets = logs[:MOST_SERIES], list(islice(every_offset, MOST_SERIES))
         for first in range(0, len(logs), SLICE):
             yield True
             for log in logs[first : first + SLICE]:

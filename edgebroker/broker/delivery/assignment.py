@@ -1,22 +1,28 @@
 """Assigning partitions to the members of a group: balanced, sticky, with as few moves as balance needs.
 
-Pure functions; members and partitions are whatever can be hashed. A partition stays with its holder unless another
-member that wants it holds at least two fewer; a free partition goes to the member that holds least. The order of
-members (who came first) breaks ties, so that the same facts give the same assignment.
+Pure; members and partitions are whatever can be hashed. A partition stays with its holder unless another member that
+wants it holds at least two fewer; a free partition goes to the member that holds least. The order of members (who came
+first) breaks ties, so that the same facts give the same assignment. A group may have thousands of partitions that are
+wanted by different members: this is a generator, so that the caller can pause.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from typing import TypeVar
 
 M = TypeVar("M")
 P = TypeVar("P")
+# What is compared between two pauses: half a millisecond.
+STEP = 1000
 
 
-def assign(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: Collection[P] = ()) -> dict[P, M]:
-    """Who should hold what. `wanted_by`: for each partition the members that want it, those who came first in front;
-    `holders`: who holds it now; `pinned`: partitions that do not move while their holder wants them."""
+def assign(
+    wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: Collection[P] = ()
+) -> Generator[None, None, dict[P, M]]:
+    """Who should hold what: the value of the generator. `wanted_by`: for each partition the members that want it, those
+    who came first in front; `holders`: who holds it now; `pinned`: partitions that do not move while their holder wants
+    them."""
     load: dict[M, int] = {}
     order: dict[M, int] = {}
     result: dict[P, M] = {}
@@ -24,29 +30,39 @@ def assign(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: C
         for member in members:
             load.setdefault(member, 0)
             order.setdefault(member, len(order))
+    yield
     # The partitions of a topic mostly share one list: a group may have a thousand members.
-    wishes = {id(members): frozenset(members) for members in wanted_by.values()}
+    sets = {id(members): frozenset(members) for members in wanted_by.values()}
     for partition, members in wanted_by.items():
         holder = holders.get(partition)
-        if holder is not None and holder in wishes[id(members)]:
+        if holder is not None and holder in sets[id(members)]:
             result[partition] = holder
             load[holder] += 1
-    if load and len(set(wishes.values())) == 1 and not pinned:
+    yield
+    if load and len(set(sets.values())) == 1 and not pinned:
         _even_out(wanted_by, result, load, order)
         return result
+    compared = 0
     for partition, members in wanted_by.items():
         if partition not in result and members:
             chosen = min(members, key=lambda member: (load[member], order[member]))
             result[partition] = chosen
             load[chosen] += 1
-    held: dict[M, list[P]] = {member: [] for member in load}
+            compared += len(members)
+            if compared >= STEP:
+                compared = 0
+                yield
+    # What may move, by who holds it and who wants it: one is as good as another.
+    held: dict[M, dict[frozenset[M], list[P]]] = {member: {} for member in load}
     for partition, holder in result.items():
         if partition not in pinned:
-            held[holder].append(partition)
-    while (move := _best_move(wanted_by, held, load, order)) is not None:
-        holder, partition, chosen = move
-        held[holder].remove(partition)
-        held[chosen].append(partition)
+            held[holder].setdefault(sets[id(wanted_by[partition])], []).append(partition)
+    while (move := (yield from _best_move(held, load, order))) is not None:
+        holder, wanting, chosen = move
+        partition = held[holder][wanting].pop()
+        if not held[holder][wanting]:
+            del held[holder][wanting]
+        held[chosen].setdefault(wanting, []).append(partition)
         load[holder] -= 1
         load[chosen] += 1
         result[partition] = chosen
@@ -72,23 +88,25 @@ def _even_out(
 
 
 def _best_move(
-    wanted_by: Mapping[P, Sequence[M]],
-    held: Mapping[M, Sequence[P]],
-    load: Mapping[M, int],
-    order: Mapping[M, int],
-) -> tuple[M, P, M] | None:
-    """The move that evens out most, from the most loaded member that can give; None when moves only swap sides."""
-    least = min(load.values(), default=0)
+    held: Mapping[M, Mapping[frozenset[M], Sequence[P]]], load: Mapping[M, int], order: Mapping[M, int]
+) -> Generator[None, None, tuple[M, frozenset[M], M] | None]:
+    """The move that evens out most, from the most loaded member that can give: from whom, of what these members want,
+    to whom; None when moves only swap sides."""
+    least, compared = min(load.values(), default=0), len(load)
     for holder in sorted(load, key=lambda member: (-load[member], -order[member])):
         if load[holder] - least < 2:
             return None
-        best: tuple[int, P, M] | None = None
-        for partition in reversed(held[holder]):
-            chosen = min(wanted_by[partition], key=lambda member: (load[member], order[member]))
+        best: tuple[int, frozenset[M], M] | None = None
+        for wanting in held[holder]:
+            chosen = min(wanting, key=lambda member: (load[member], order[member]))
             if load[holder] - load[chosen] >= 2 and (best is None or load[chosen] < best[0]):
-                best = (load[chosen], partition, chosen)
+                best = (load[chosen], wanting, chosen)
                 if load[chosen] == least:
                     break
+            compared += len(wanting)
+            if compared >= STEP:
+                compared = 0
+                yield
         if best is not None:
             return holder, best[1], best[2]
     return None

@@ -22,6 +22,8 @@ class Groups:
         self._engine = engine
         self._groups: dict[str, Group] = {}
         self._holders: dict[Log, dict[Cursor, None]] = {}
+        # Committed offsets of all groups that have a name.
+        self.offsets = 0
         # Leases of an earlier run of this node must not be taken for one of this run.
         self._leases = int.from_bytes(os.urandom(6), "big")
 
@@ -52,6 +54,7 @@ class Groups:
         """Delete a group with its committed offsets."""
         for topic, partition in group.committed_offsets:
             self._engine.commit_offset((group.name, topic, partition), None)
+        self.offsets -= len(group.committed_offsets)
         group.committed_offsets.clear()  # what was under way for it (a dead letter) finds no offset to move
         self._groups.pop(group.name, None)
 
@@ -60,6 +63,7 @@ class Groups:
         for group in self._groups.values():
             for key in [key for key in group.committed_offsets if key[0] == topic]:
                 del group.committed_offsets[key]
+                self.offsets -= 1
                 self._engine.commit_offset((group.name, *key), None)
             for known in (group.pauses, group.reasons, group.last_clients):
                 for key in [key for key in known if key[0] == topic]:
@@ -68,6 +72,7 @@ class Groups:
     def restore(self, group: str, topic: str, partition: int, offset: GroupOffset, now: float) -> None:
         """A committed offset stored by an earlier run."""
         self.group(group, now).committed_offsets[topic, partition] = offset
+        self.offsets += 1
 
     def commit(self, group: Group, log: Log, offset: int, *, attempts: int = 0, isolated: bool = False) -> None:
         """Move a group's committed offset; what is known about its refreshes and moves stays."""
@@ -94,6 +99,7 @@ class Groups:
     def put(self, group: Group, log: Log, committed: GroupOffset) -> None:
         """Replace a group's committed offset; stored within 50 ms (Engine.when_stored tells when)."""
         key = (log.topic, log.partition)
+        self.offsets += bool(group.name) and key not in group.committed_offsets
         group.committed_offsets[key] = committed
         if group.name:
             self._engine.commit_offset((group.name, *key), committed)

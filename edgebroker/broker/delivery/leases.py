@@ -69,9 +69,13 @@ class Leases:
         self._groups.grant(cursor)
         self.committed(cursor, wanted)
 
+    def suspend(self, cursor: Cursor) -> None:
+        """Where a holder begins is another place by now: nothing is delivered until committed()."""
+        self._push.pause(cursor, CursorState.STARTING)
+
     def committed(self, cursor: Cursor, wanted: Wanted | None) -> None:
         """Find out where a holder begins, then resume()."""
-        self._push.pause(cursor, CursorState.STARTING)
+        self.suspend(cursor)
         cursor.begin(cursor.acked)
         cursor.lease = self._groups.next_lease()
         partition, stored = cursor.log, cursor.group.committed(cursor.log)

@@ -10,14 +10,15 @@ leases.py.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from edgebroker.broker.delivery.state import Cursor, CursorState
 from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.ports import Member
 from edgebroker.broker.reading import next_piece, size_of
 from edgebroker.common.messages import GapReason
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.runtime.scheduler import SLICE_SECONDS, Scheduler
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.types import ColdRead, CorruptRange, DurableChunk, FileSlice, Inline, LogGap, NeedsDisk
 
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 DELIVER_BYTES = 1 << 20
 # What those who catch up are sent in one turn of the loop, all of them together: the others wait no longer than that.
 TURN_BYTES = 4 << 20
+TURN_SECONDS = 0.005
 LEAST_DELIVER_BYTES = 256 << 10
 RETRY_SECONDS = 1.0
 
@@ -74,14 +76,21 @@ class Push:
         """The member left or lost the partition."""
         self.pause(cursor, CursorState.GONE)
 
-    def overdue(self, now: float) -> list[Cursor]:
+    def overdue(self, now: float) -> Iterator[Cursor]:
         """Cursors whose records in flight should have been acknowledged by now."""
-        return [
-            cursor
-            for cursors in self._cursors.values()
-            for cursor in cursors
-            if cursor.deadline and now >= cursor.deadline
-        ]
+        for cursors in list(self._cursors.values()):
+            for cursor in list(cursors):
+                if cursor.deadline and now >= cursor.deadline:
+                    yield cursor
+
+    def pump_all(self, member: Member[Cursor]) -> None:
+        """A member takes more: some of its partitions go on at once, the others wait for their turn."""
+        until = self._scheduler.clock_now() + SLICE_SECONDS
+        for cursor in list(member.cursors.values()):
+            if self._scheduler.clock_now() < until:
+                self.pump(cursor)
+            elif cursor.next_offset < cursor.log.durable_end:
+                self._waiting[cursor] = None
 
     def wake_others(self, cursor: Cursor) -> None:
         """What the member's other partitions waited for, a record that comes alone, is over: they go on next turn."""
@@ -146,12 +155,15 @@ class Push:
             self._scheduler.call_later(0.0, self._serve_waiting)
 
     def _serve_waiting(self) -> None:
+        until = self._scheduler.clock_now() + TURN_SECONDS
         for _ in range(len(self._waiting)):
             if self._turn_bytes <= 0 or not self._waiting:  # a member that is found gone waits no more
                 return
             cursor = next(iter(self._waiting))
             del self._waiting[cursor]
             self._pump(cursor)
+            if self._scheduler.clock_now() >= until:
+                return
 
     def _pump(self, cursor: Cursor) -> None:
         partition = cursor.log

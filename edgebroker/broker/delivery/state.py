@@ -167,8 +167,8 @@ class Cursor:
 @dataclass(slots=True, eq=False)
 class Subscription:
     """What one member wants. `topics` and `pins` hold the last line about a topic or a single partition; `left` are
-    partitions that it gave back although it wants their topic; `begun` those whose line has been followed;
-    `unresponsive`: it let a delivery time out and was not heard since."""
+    partitions that it gave back although it wants their topic; `begun` those whose line has been followed; `size` is
+    how many partitions it names; `unresponsive`: it let a delivery time out and was not heard since."""
 
     correlation: int
     window_records: int
@@ -177,6 +177,7 @@ class Subscription:
     pins: dict[Key, Wanted] = field(default_factory=dict)
     left: set[Key] = field(default_factory=set)
     begun: set[Key] = field(default_factory=set)
+    size: int = 0
     unresponsive: bool = False
 
     def wants(self, key: Key) -> bool:

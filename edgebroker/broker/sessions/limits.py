@@ -22,6 +22,8 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     consume_records: int
     consume_bytes: int
     max_groups: int
+    max_committed_offsets: int
+    max_subscribed_partitions: int
     auto_create: bool
     new_topics: TopicSettings
 
@@ -41,6 +43,8 @@ def session_limits(config: Config) -> SessionLimits:
         consume_records=limits.consume_window_records,
         consume_bytes=limits.consume_window_bytes,
         max_groups=limits.max_groups,
+        max_committed_offsets=limits.max_committed_offsets,
+        max_subscribed_partitions=limits.max_subscribed_partitions,
         auto_create=topics.auto_create,
         new_topics=TopicSettings(kind=topics.kind, partitions=topics.partitions),
     )

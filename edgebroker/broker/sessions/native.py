@@ -11,6 +11,7 @@ The core knows a session as a Publisher and a Member (broker/ports.py): this is 
 from __future__ import annotations
 
 from collections import deque
+from itertools import islice
 from typing import Protocol
 
 from edgebroker.broker.core import Core
@@ -21,7 +22,7 @@ from edgebroker.broker.sending import file_range
 from edgebroker.broker.sessions.limits import SessionLimits
 from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.common.errors import Code, RemoteProtocolError
-from edgebroker.common.messages import GapReason, Holding, PublishRun
+from edgebroker.common.messages import GapReason, Holding, PublishRun, Wanted
 from edgebroker.common.names import check_group_name
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.spans import SPAN
@@ -68,6 +69,9 @@ class SessionHost(Protocol):
 
     def closed(self, session: Session, reason: str) -> None:
         """The connection is over."""
+
+    def wanted_from(self, peer: str, more: int) -> int:
+        """How many partitions the consumers of this address would subscribe to; 0 for those of this machine."""
 
 
 class Session:
@@ -141,8 +145,7 @@ class Session:
         if self._drain_first:
             self._drain_first = False
             self._host.loop.call_in_turn(self._my_turn)
-        for cursor in list(self.cursors.values()):
-            self._core.push.pump(cursor)
+        self._core.push.pump_all(self)
 
     def on_closed(self, reason: str) -> None:
         if self.group is not None:
@@ -403,14 +406,11 @@ class Session:
                 what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if known else "")
                 self._answer(correlation, Code.UNKNOWN_TOPIC, f"{what} does not exist on this node")
                 return
-        if subscribe.group and core.groups.find(subscribe.group) is None and len(core.groups) >= limits.max_groups:
-            core.limits.reached("max_groups", f"group {subscribe.group} was not begun")
-            self._answer(
-                correlation,
-                Code.OVERLOADED,
-                f"group {subscribe.group} cannot begin: this node may have {limits.max_groups} groups; delete some "
-                "that have no use (edgebroker group delete), or raise limits.max_groups",
-            )
+        reached = self._reached_limit(subscribe)
+        if reached is not None:
+            name, what, why = reached
+            core.limits.reached(name, what)
+            self._answer(correlation, Code.OVERLOADED, why)
             return
         if self.group is None or subscribe.group:
             # Looked up again: when this connection has left its group, an operator may have deleted it.
@@ -421,6 +421,50 @@ class Session:
         if self.transport.closed:
             return
         core.membership.subscribe(self, self.group, subscribe.wanted, correlation, (records, size))
+
+    def _reached_limit(self, subscribe: Subscribe) -> tuple[str, str, str] | None:
+        """The limit that a JOIN would exceed: its name, what happens because of it, and what the client is told."""
+        core, limits, name = self._core, self._host.limits, subscribe.group
+        if name and core.groups.find(name) is None and len(core.groups) >= limits.max_groups:
+            return (
+                "max_groups",
+                f"group {name} was not begun",
+                f"group {name} cannot begin: this node may have {limits.max_groups} groups; delete some that have no "
+                "use (edgebroker group delete), or raise limits.max_groups",
+            )
+        more, most = core.membership.more_wanted(self, subscribe.wanted), limits.max_subscribed_partitions
+        share = most // 4
+        crowded = core.membership.wanted + more > share
+        if crowded and (
+            core.membership.wanted + more > most or self._host.wanted_from(self.transport.peer, more) > share
+        ):
+            return (
+                "max_subscribed_partitions",
+                f"{self.client_id} did not get {more} partitions more",
+                f"{more} partitions more are too many: all consumers together may subscribe to {most}, those of one "
+                "address of another machine to a quarter of that; subscribe to fewer topics, or raise "
+                "limits.max_subscribed_partitions",
+            )
+        most = limits.max_committed_offsets
+        if name and core.groups.offsets + more > most:
+            new = self._more_offsets(name, subscribe.wanted)
+            if core.groups.offsets + new > most:
+                return (
+                    "max_committed_offsets",
+                    f"group {name} did not begin in {new} partitions",
+                    f"group {name} cannot begin in {new} partitions: this node may have {most} committed offsets; "
+                    "delete groups that have no use (edgebroker group delete), or raise limits.max_committed_offsets",
+                )
+        return None
+
+    def _more_offsets(self, name: str, wanted: list[Wanted]) -> int:
+        """In how many partitions of these a group has no committed offset yet."""
+        group = self._core.groups.find(name)
+        known = group.committed_offsets if group is not None else {}
+        keys = {(line.topic, line.partition) for line in wanted if line.partition != -1}
+        for topic in {line.topic for line in wanted if line.partition == -1}:
+            keys.update((topic, log.partition) for log in self._core.engine.partitions(topic))
+        return len(keys.difference(known))
 
     def _on_ack(self, event: Frame) -> None:
         ack = frames.read_ack(event.body)
@@ -482,8 +526,8 @@ class Session:
 
     def heartbeat(self) -> None:
         """Keep the connection alive, with the durable ends of what the client reads."""
-        ends = [(*key, cursor.log.durable_end) for key, cursor in self.cursors.items()]
-        self.transport.send(frames.write_heartbeat(ends[: frames.MOST_ENDS]))
+        cursors = islice(self.cursors.values(), frames.MOST_ENDS)
+        self.transport.send(frames.write_heartbeat([(*cursor.key, cursor.log.durable_end) for cursor in cursors]))
 
     def farewell(self) -> None:
         """The node is stopping: say so, then close."""

@@ -53,6 +53,14 @@ class Sessions:
         self._per_host[host] += 1
         return True
 
+    def wanted_from(self, peer: str, more: int) -> int:
+        """How many partitions the consumers of this address would subscribe to; 0 for those of this machine."""
+        if is_loopback(peer):
+            return 0
+        host = peer.rpartition(":")[0]
+        there = (session for session in self._sessions if session.transport.peer.rpartition(":")[0] == host)
+        return more + sum(map(self.core.membership.wanted_of, there))
+
     def closed(self, session: Session, reason: str) -> None:
         if session in self._sessions:
             del self._sessions[session]
@@ -63,8 +71,9 @@ class Sessions:
         self.core.metrics.connections_closed += 1
         log.debug("%s (%s): %s", session.transport.peer, session.client_id, reason)
 
-    def sweep(self, interval: float) -> None:
-        """Every `interval` seconds: cut peers that are silent, stuck or never said CONNECT; send heartbeats."""
+    def sweep(self, interval: float) -> Iterator[None]:
+        """Every `interval` seconds, in steps: cut peers that are silent, stuck or never said CONNECT; send heartbeats;
+        take back what was not acknowledged in time."""
         now, limits = self.loop.now(), self.config
         self.receiving.limit = limits.receive_bytes
         self.receiving.sweep()
@@ -77,7 +86,10 @@ class Sessions:
         if beat:
             self._heartbeat_due = now + limits.heartbeat_ms / 1000 - interval
         for session in self:
+            yield
             transport = session.transport
+            if transport.closed:
+                continue
             if not session.granted and now - session.opened_at > limits.connect_timeout_ms / 1000:
                 transport.close("no CONNECT in time")
             elif transport.backlog and now - transport.last_progress > limits.stuck_timeout_ms / 1000:
@@ -92,6 +104,9 @@ class Sessions:
                 transport.close("idle for too long")
             elif session.granted and beat:
                 session.heartbeat()
+        for cursor in self.core.push.overdue(now):
+            self.core.membership.timed_out(cursor)
+            yield
 
     def awaited(self) -> dict[str, int]:
         """Topics that this node does not have, and how many clients wait for each; the ones that most wait for."""

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from typing import TypeVar
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edgebroker.broker.delivery.assignment import assign
+from edgebroker.broker.delivery import assignment as steps
 
 MEMBERS = "abcd"
 quick = settings(derandomize=True, deadline=None, max_examples=150, database=None)
@@ -20,8 +21,20 @@ some_members = st.lists(st.sampled_from(MEMBERS), min_size=1, unique=True)
 some_holders = st.dictionaries(st.integers(0, 5), st.sampled_from(MEMBERS + "xy"))
 some_wishes = st.dictionaries(st.integers(0, 5), st.lists(st.sampled_from(MEMBERS), unique=True))
 
+M = TypeVar("M")
+P = TypeVar("P")
 Wishes = Mapping[int, Sequence[str]]
 Holders = Mapping[int, str]
+
+
+def assign(wanted_by: Mapping[P, Sequence[M]], holders: Mapping[P, M], pinned: Collection[P] = ()) -> dict[P, M]:
+    """All steps at once."""
+    work = steps.assign(wanted_by, holders, pinned)
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value  # type: ignore[no-any-return]
 
 
 def loads(assignment: Holders, members: Collection[str]) -> list[int]:
@@ -122,3 +135,15 @@ def test_a_large_group() -> None:
     after = assign(dict.fromkeys(wanted_by, more), assignment)
     assert sum(1 for key in after if after[key] != assignment[key]) == 1
     assert set(Counter(after.values()).values()) == {1, 2}
+
+
+def test_many_partitions_that_different_members_want(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends soon, and pauses often enough: between two pauses no more than STEP members are compared, and a list."""
+    everything, most = ["a", "b"], ["a"]
+    wanted_by = {number: everything if number < 9000 else most for number in range(10_000)}
+    after = assign(wanted_by, dict.fromkeys(wanted_by, "a"))
+    assert Counter(after.values()) == {"a": 5000, "b": 5000}
+    assert all(after[number] == "a" for number in range(9000, 10_000))
+    monkeypatch.setattr(steps, "STEP", 10)
+    pauses = sum(1 for _ in steps.assign({number: [*"abc"[number % 3 :]] for number in range(300)}, {}))
+    assert pauses >= 300 * 2 // (10 + 3)

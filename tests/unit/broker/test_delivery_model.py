@@ -14,12 +14,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from edgebroker.broker.admin.offsets import Move, MoveRequest
-from edgebroker.broker.delivery.push import RETRY_SECONDS
+from edgebroker.broker.delivery import membership, push
+from edgebroker.broker.delivery.push import RETRY_SECONDS, TURN_SECONDS
 from edgebroker.broker.ports import Key
 from edgebroker.common import batch
 from edgebroker.common.errors import Code
 from edgebroker.common.messages import NO_LOG_ID, AckKind, ConsumerAck, Holding, Wanted
 from edgebroker.common.outcome import Outcome
+from edgebroker.common.runtime.scheduler import SLICE_SECONDS
 from edgebroker.common.types import AckLevel, Start, TopicSettings
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import FrameType, Intent, Ready, Reset, Subscribe
@@ -578,9 +580,23 @@ class DeliveryMachine(RuleBasedStateMachine):
         return spot.committed == len(self.model.records[spot.key]) and not spot.refreshing and not spot.revoking
 
 
+class SteppedMachine(DeliveryMachine):
+    """Turns are short: one partition is handed out in each, and one cursor that waits is served."""
+
+    def start(self) -> None:
+        membership.SLICE_SECONDS = push.SLICE_SECONDS = push.TURN_SECONDS = -1.0
+        super().start()
+
+    def teardown(self) -> None:
+        membership.SLICE_SECONDS = push.SLICE_SECONDS = SLICE_SECONDS
+        push.TURN_SECONDS = TURN_SECONDS
+        super().teardown()
+
+
 EXAMPLES = int(os.environ.get("EB_MODEL_EXAMPLES", "0"))
 TestDelivery = DeliveryMachine.TestCase
-TestDelivery.settings = settings(
+TestDeliveryInSteps = SteppedMachine.TestCase
+TestDelivery.settings = TestDeliveryInSteps.settings = settings(
     derandomize=not EXAMPLES,
     deadline=None,
     max_examples=EXAMPLES or 100,
