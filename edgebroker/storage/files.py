@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgebroker.common.errors import DataDirectoryError, DataDirectoryInUseError
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.durable import sync_directory as sync_directory
 from edgebroker.common.runtime.durable import write_durable as write_durable
 from edgebroker.common.runtime.durable import write_hint as write_hint
@@ -22,6 +23,28 @@ COPY_BYTES = 1 << 20
 BLOCK_BYTES = 4096
 # Not the disk's fault, and over when resources are released.
 TRANSIENT = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EINTR})
+
+
+def reason(error: object) -> str:
+    """What went wrong, in words; the path where it says something."""
+    if not isinstance(error, OSError):
+        return str(error)
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "this node has too few file descriptors at the moment"
+    if error.errno == errno.ENOMEM:
+        return "this node has too little memory at the moment"
+    why = (error.strerror or "the file cannot be used").lower()
+    return f"{why} ({error.filename})" if error.filename else why
+
+
+def refusal(what: str, error: object) -> tuple[Outcome, str]:
+    """How to refuse what an error kept from being stored: because the disk is full, for a moment, or for good."""
+    number, outcome = getattr(error, "errno", None), Outcome.READ_ONLY
+    if number in FULL:
+        outcome = Outcome.DISK_FULL
+    elif number in TRANSIENT:
+        outcome = Outcome.OVERLOADED
+    return outcome, f"{what}: {reason(error)}"
 
 
 def sync_file(fd: int) -> None:

@@ -73,7 +73,7 @@ class Opener:
                     recovered = self._open_partition(path.name, number, directory, state)
                 except OSError as error:
                     log.error("%s/%d cannot be read or written: %s", path.name, number, error)
-                    self.unserved[path.name] = str(error)
+                    self.unserved[path.name] = files.reason(error)
                     continue
                 opened()
                 if recovered is not None:

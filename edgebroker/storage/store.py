@@ -259,7 +259,7 @@ class SegmentStore:
 
         def finished(result: object) -> None:
             if not isinstance(result, list):
-                done(Outcome.READ_ONLY, f"the identity of {name} cannot be stored: {result}")
+                done(*files.refusal(f"the identity of {name} cannot be stored", result))
                 return
             for partition, identity in zip(logs, result, strict=True):
                 partition.identity = identity
@@ -305,7 +305,7 @@ class SegmentStore:
 
         def finished(result: object) -> None:
             if result is not None:
-                done(Outcome.READ_ONLY, f"the level cannot be stored: {result}")
+                done(*files.refusal("the level cannot be stored", result))
                 return
             self.level, self.promoted = level, promoted
             done(Outcome.OK, "")
@@ -387,7 +387,7 @@ class SegmentStore:
 
         def finished(result: object) -> None:
             if not isinstance(result, Identity):
-                done(Outcome.READ_ONLY, f"the end of the snapshot cannot be stored: {result}")
+                done(*files.refusal("the end of the snapshot cannot be stored", result))
                 return
             partition.identity = result
             done(Outcome.OK, "")

@@ -11,6 +11,7 @@ from msgspec import Meta
 from msgspec.structs import replace
 
 from edgebroker.common.crc32c import crc32c
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import TopicSettings
 
 GroupKey = tuple[str, str, int]
@@ -90,8 +91,8 @@ Found = FileSlice | Inline | NeedsDisk | CorruptRange | LogGap | None
 class ColdRead(msgspec.Struct):
     """The answer of read_cold(): whole verified batches, from the one that holds the wanted offset on.
 
-    `corrupt` is set when the wanted offset is in a corrupt range; `error` when the disk refused, or when the timeout
-    came first (`timed_out`). Then nothing else is set.
+    `corrupt` is set when the wanted offset is in a corrupt range; `error` when nothing could be read: the device
+    refused (`unreadable`), the timeout came first (`timed_out`), or it works in a moment.
     """
 
     data: bytes = b""
@@ -100,6 +101,14 @@ class ColdRead(msgspec.Struct):
     corrupt: CorruptRange | None = None
     error: str = ""
     timed_out: bool = False
+    unreadable: bool = False
+
+    @property
+    def refusal(self) -> Outcome:
+        """How to tell the error."""
+        if self.timed_out:
+            return Outcome.STORAGE_TIMEOUT
+        return Outcome.DAMAGED if self.unreadable or self.corrupt is not None else Outcome.OVERLOADED
 
 
 class DurableChunk(Protocol):

@@ -240,7 +240,7 @@ def test_a_copy_that_cannot_be_opened(harness: StoreHarness, tmp_path: Path, mon
         done: list[Outcome] = []
         harness.store.replacement.replace(TOPIC, staged, lambda *told: done.append(told[0]))
         turn(harness, lambda: done)
-    assert done == [Outcome.READ_ONLY]
+    assert done == [Outcome.OVERLOADED]
     harness.fill(5)
     assert len(harness.values()) == 37
     harness.restart()

@@ -80,8 +80,7 @@ class DeadLetters:
                 done(Outcome.OK, "it is damaged, and on_damage is skip")
                 return
             if result.error or result.corrupt is not None:
-                outcome = Outcome.STORAGE_TIMEOUT if result.timed_out else Outcome.DAMAGED
-                done(outcome, result.error or "the record is damaged")
+                done(result.refusal, result.error or "the record is damaged")
                 return
             found: list[bytes | str] = []
 

@@ -308,9 +308,8 @@ class Push:
             if cursor.state is not CursorState.READING or cursor.lease != lease:
                 return
             if result.error:
-                outcome = Outcome.STORAGE_TIMEOUT if result.timed_out else Outcome.DAMAGED
                 cursor.why = f"{cursor.log.name}: {result.error}; trying again"
-                self.tell(cursor, outcome, cursor.why)
+                self.tell(cursor, result.refusal, cursor.why)
                 self._scheduler.call_later(RETRY_SECONDS, again)
                 return
             self._set(cursor, _LIVE)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 from collections import deque
 from collections.abc import Callable
 from functools import partial
@@ -232,7 +233,7 @@ class Committer:
                     segment.fd = fd
                     self._open_files.opened(segment, partition)
                 elif fd.errno in files.TRANSIENT:
-                    self._lacks_descriptor(partition, f"{partition.name} cannot be opened: {fd}")
+                    self._lacks_descriptor(partition, f"{partition.name} cannot be opened: {files.reason(fd)}")
                 else:
                     self._file_failed(partition, fd.errno or 0, None)
 
@@ -276,7 +277,7 @@ class Committer:
             self.append_latency.observe(self._clock.monotonic() - self.staged_at)
         for (partition, layout, _), (write_error, sync_error) in zip(in_flight, errors, strict=True):
             if write_error in files.FULL:
-                self._disk_is_full(partition, f"writing {partition.name} failed: {errno.errorcode[write_error]}")
+                self._disk_is_full(partition, f"writing {partition.name} failed: {os.strerror(write_error).lower()}")
             elif write_error or sync_error:
                 self._file_failed(partition, write_error or sync_error, layout)
             elif self._syncing:
@@ -369,7 +370,8 @@ class Committer:
     def _rolled(self, partition: PartitionLog, result: object, rescue: list[Chunk] | None, wall_ms: int) -> None:
         partition.rolling = False
         if not isinstance(result, Segment):
-            number, why = getattr(result, "errno", 0), f"a new segment of {partition.name} cannot be made: {result}"
+            number = getattr(result, "errno", 0)
+            why = f"a new segment of {partition.name} cannot be made: {files.reason(result)}"
             if rescue is None and number in files.FULL:
                 partition.must_roll = True
                 self._disk_is_full(partition, why)
@@ -385,7 +387,7 @@ class Committer:
         self._rescued(partition, result, rescue, wall_ms)
 
     def _turn_read_only(self, partition: PartitionLog, why: object) -> None:
-        self.read_only = f"{partition.name}: {why}"
+        self.read_only = f"{partition.name}: {files.reason(why)}"
         log.critical("storing failed twice (%s); this node is read-only until it is restarted", why)
         self._dirty.pop(partition, None)
         self._unsynced.pop(partition, None)

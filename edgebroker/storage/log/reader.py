@@ -45,12 +45,11 @@ class SegmentView(msgspec.Struct, frozen=True):
 
 class SegmentRead(ColdRead):
     """A cold read with what only the store needs: `fd`, an open descriptor of the segment for the receiver of the
-    answer, and `index`, when it was loaded or rebuilt on the way. With an error, `unreadable` says that the device
-    refused, and `missing` that there is no such file (any more)."""
+    answer, and `index`, when it was loaded or rebuilt on the way. With an error, `missing` says that there is no such
+    file (any more)."""
 
     fd: int = -1
     index: SealedIndex | None = None
-    unreadable: bool = False
     missing: bool = False
 
 
@@ -242,7 +241,7 @@ class ColdReader:
                 result = SegmentRead() if answered else job()
             except OSError as error:
                 result = SegmentRead(
-                    error=f"{error.strerror or error} ({error.filename or 'segment'})",
+                    error=files.reason(error),
                     unreadable=error.errno not in files.TRANSIENT,
                     missing=error.errno == errno.ENOENT,
                 )

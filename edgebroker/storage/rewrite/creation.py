@@ -95,14 +95,9 @@ class TopicCreation:
             answer = (Outcome.OK, "")
             self._listener.on_topic(name)
         else:
-            number = getattr(result, "errno", 0)
-            outcome = Outcome.READ_ONLY
-            if number in files.FULL:
-                outcome = Outcome.DISK_FULL
-            elif number in files.TRANSIENT:
-                outcome = Outcome.OVERLOADED
-                self._committer.scarce = f"topic {name} cannot be created: {result}"
-            answer = (outcome, f"topic {name} cannot be created: {result}")
+            answer = files.refusal(f"topic {name} cannot be created", result)
+            if answer[0] is Outcome.OVERLOADED:
+                self._committer.scarce = answer[1]
             log.error("%s", answer[1])
         for done in waiting:
             done(*answer)

@@ -78,7 +78,7 @@ class Removal:
         def decided(result: object) -> None:
             if result is not None:
                 self.busy.discard(name)
-                done(Outcome.READ_ONLY, f"the tombstone of {name} cannot be stored: {result}")
+                done(*files.refusal(f"the tombstone of {name} cannot be stored", result))
                 return
             del self._topics[name]
             log.warning("topic %s is deleted%s", name, "" if tombstones else " at this node")
@@ -98,7 +98,7 @@ class Removal:
 
         def lifted(result: object) -> None:
             if result is not None:
-                done(Outcome.READ_ONLY, f"the tombstone of {topic} cannot be lifted: {result}")
+                done(*files.refusal(f"the tombstone of {topic} cannot be lifted", result))
             else:
                 log.warning("topic %s may come back: its tombstone is lifted", topic)
                 done(Outcome.OK, "")
@@ -168,7 +168,7 @@ class Removal:
         def moved(result: object) -> None:
             if not isinstance(result, Path):
                 log.error("topic %s is deleted, but its files cannot be moved away: %s; trying again", name, result)
-                done(Outcome.READ_ONLY, f"{name} is deleted, but its files are still there: {result}")
+                done(*files.refusal(f"{name} is deleted, but its files are still there", result))
                 again = lambda: self._move_away(name, lambda code, message: None)  # noqa: E731
                 self._scheduler.call_later(RETRY_SECONDS, again)
                 return

@@ -74,7 +74,7 @@ class TopicReplacement:
             try:
                 store = self._copy_of(directory)
             except (OSError, EdgeBrokerError) as error:
-                why = str(error)
+                why = files.reason(error)
                 self._scheduler.call_soon_threadsafe(lambda: done(None, why))
             else:
                 self._scheduler.call_soon_threadsafe(lambda: done(store, ""))
@@ -89,7 +89,7 @@ class TopicReplacement:
         """Store which resyncs there are: done("") once that is durable, done(why) when it is not."""
         self.rows = rows
         self._committer.call(
-            lambda: write_resyncs(self._path, rows), lambda result: done("" if result is None else str(result))
+            lambda: write_resyncs(self._path, rows), lambda result: done("" if result is None else files.reason(result))
         )
 
     def replace(self, name: str, staged: Path, done: Done) -> None:
@@ -117,7 +117,7 @@ class TopicReplacement:
             if not isinstance(result, list):
                 for partition in logs:
                     self._checkpoints.checkpoint(partition)
-                done(Outcome.READ_ONLY, f"{name} cannot be replaced by the fresh copy: {result}")
+                done(*files.refusal(f"{name} cannot be replaced by the fresh copy", result))
                 return
             for partition, (identity, recovered) in zip(logs, result, strict=True):
                 self._take(partition, identity, recovered)

@@ -13,6 +13,7 @@ from collections.abc import Callable
 
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
+from edgebroker.storage import files
 from edgebroker.storage.commit.committer import Committer
 from edgebroker.storage.engine import EngineListener
 from edgebroker.storage.identity import read_identity
@@ -81,7 +82,7 @@ class Rewriter:
         def finished(result: object) -> None:
             partition.rewriting = partition.rolling = False
             if not isinstance(result, tuple):
-                done(Outcome.READ_ONLY, f"{partition.name} cannot be rewritten: {result}")
+                done(*files.refusal(f"{partition.name} cannot be rewritten", result))
                 return
             for segment in partition.rewritten(*result):
                 segment.retire()
@@ -117,7 +118,7 @@ class Rewriter:
             self._checkpoints.checkpoint(partition)
             if not isinstance(result, RepairResult):
                 self._listener.on_rewritten(partition)
-                done(-1, str(result))
+                done(-1, files.reason(result))
                 return
             for segment in take_repaired(partition, target, result, self._clock.wall_ms()):
                 segment.retire()

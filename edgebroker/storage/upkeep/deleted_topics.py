@@ -137,7 +137,7 @@ class DeletedTopics:
 
     def _recovered(self, found: _Kept, name: str, logs: object, done: Done) -> None:
         if not isinstance(logs, list):
-            self._failed(found, f"{found.topic.topic} cannot be read: {logs}", done)
+            self._failed(found, f"{found.topic.topic} cannot be read: {files.reason(logs)}", done)
             return
         target = self._path / "topics" / name
 
@@ -152,7 +152,8 @@ class DeletedTopics:
                 for _, recovered in logs:
                     for segment in recovered.segments:
                         segment.close()
-                self._failed(found, f"the files of {found.topic.topic} cannot be moved back: {result}", done)
+                why = f"the files of {found.topic.topic} cannot be moved back: {files.reason(result)}"
+                self._failed(found, why, done)
                 return
             self._busy.discard(found.path)
             self._kept.remove(found)

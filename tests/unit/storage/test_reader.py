@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from edgebroker.common.outcome import Outcome
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage import files
 from edgebroker.storage.log.reader import ColdReader
@@ -130,16 +132,26 @@ def cold(tmp_path: Path) -> Iterator[StoreHarness]:
     harness.close()
 
 
-def test_a_device_error_is_told_and_nothing_is_noted(cold: StoreHarness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """EIO is not damage: no hole, the same read works when the device does."""
+@pytest.mark.parametrize(
+    ("number", "outcome", "why"),
+    [
+        (errno.EIO, Outcome.DAMAGED, "input/output error"),
+        (errno.EMFILE, Outcome.OVERLOADED, "this node has too few file descriptors at the moment"),
+        (errno.ENOMEM, Outcome.OVERLOADED, "this node has too little memory at the moment"),
+    ],
+)
+def test_a_device_error_is_told_and_nothing_is_noted(
+    cold: StoreHarness, monkeypatch: pytest.MonkeyPatch, number: int, outcome: Outcome, why: str
+) -> None:
+    """EIO is no hole yet, and a shortage is none at all: the same read works when it is over."""
     with monkeypatch.context() as patch:
 
         def refuse(fd: int, length: int, position: int) -> bytes:
-            raise OSError(errno.EIO, "Input/output error")
+            raise OSError(number, os.strerror(number))
 
         patch.setattr(files, "read_at", refuse)
         answer = cold.read_cold(2)
-        assert "Input/output error" in answer.error and answer.corrupt is None and not answer.data
+        assert (answer.error, answer.refusal) == (why, outcome) and answer.corrupt is None and not answer.data
     assert cold.log().corrupt_ranges == [] and cold.store.problems() == {}
     assert len(cold.values()) == 20
 

@@ -370,7 +370,7 @@ def test_a_creation_that_fails_gives_its_descriptors_back(
     monkeypatch.setattr(files, "create_log", fail)
     before = len(os.listdir("/proc/self/fd"))
     assert harness.create("wide", partitions=partitions) is Outcome.OVERLOADED
-    assert "too many open files" in harness.store.problems()["descriptors"]
+    assert "too few file descriptors" in harness.store.problems()["descriptors"]
     assert len(made) == left
     assert len(os.listdir("/proc/self/fd")) == before
     monkeypatch.undo()
@@ -393,7 +393,7 @@ def test_a_segment_for_which_no_descriptor_is_left(tmp_path: Path, monkeypatch: 
         while failed not in harness.listener.events:
             harness.stage(encode(bytes(100)))
             harness.until(lambda: failed in harness.listener.events or harness.store._committer.stored)
-        assert "Too many open files" in harness.store.problems()["descriptors"]
+        assert "too few file descriptors" in harness.store.problems()["descriptors"]
         assert "disk_full" not in harness.store.problems()
         assert harness.store.refusal() is None
     values = harness.values()
