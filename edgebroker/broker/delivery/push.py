@@ -28,6 +28,8 @@ DELIVER_BYTES = 1 << 20
 # What those who catch up are sent in one turn of the loop, all of them together: the others wait no longer than that.
 TURN_BYTES = 4 << 20
 TURN_SECONDS = 0.005
+# So long a log that grew is sent on at once, from memory: to a thousand consumers.
+FAN_OUT_SECONDS = 0.01
 LEAST_DELIVER_BYTES = 256 << 10
 RETRY_SECONDS = 1.0
 
@@ -120,12 +122,15 @@ class Push:
         if not cursors:
             return
         chunk = chunks[0] if len(chunks) == 1 else None
+        until = self._scheduler.clock_now() + FAN_OUT_SECONDS
         for cursor in list(cursors):
             if cursor.state is CursorState.BEHIND and not self._is_behind(cursor):
                 self._set(cursor, _LIVE)
             elif cursor.state is CursorState.DAMAGED and cursor.next_offset < partition.log_start:
                 self._set(cursor, _LIVE)  # retention has removed the damage
-            if chunk is not None and self._fits(cursor, chunk):
+            if self._scheduler.clock_now() > until:
+                self._waiting[cursor] = None
+            elif chunk is not None and self._fits(cursor, chunk):
                 self._send(cursor, memoryview(chunk), chunk.next_offset)
                 cursor.hint = partition.end_hint()
             else:
