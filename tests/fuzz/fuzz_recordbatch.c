@@ -169,7 +169,7 @@ static void check_rest(const uint8_t *p, size_t n)
 {
     check_varints(p, n);
     check_records(p, n);
-    sink = (uint8_t)(sink + eb_is_utf8(p, n) + (int)eb_murmur2(p, n));
+    sink = (uint8_t)(sink + (unsigned)eb_is_utf8(p, n) + (uint32_t)eb_murmur2(p, n));
     REQUIRE(eb_crc32c(0, p, n) == eb_crc32c_portable(0, p, n));
 }
 
