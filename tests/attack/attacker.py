@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count as count_from
 
-from edgebroker.common.types import AckLevel
+from edgebroker.common.messages import NO_LOG_ID, Wanted
+from edgebroker.common.types import AckLevel, Start
 from edgebroker.network.wire import frames
-from edgebroker.network.wire.frames import Connect
+from edgebroker.network.wire.frames import Connect, Intent, Subscribe
 
 Address = tuple[str, int]
 TOPIC = "prices"
@@ -179,6 +180,14 @@ def producers(server: Address, admin: Address, count: int) -> dict[str, object]:
     return {"names": rank + 1}
 
 
+def subscriptions(server: Address, admin: Address, count: int) -> dict[str, object]:
+    """Readers that want all partitions of all topics; they take what they get, and say that they are there."""
+    topics = [one["name"] for one in json.loads(asked(admin, request("GET", "/v1/topics"))[1])["topics"]]
+    lines = [Wanted(topic, -1, Start.EARLIEST, NO_LOG_ID, -1, 0) for topic in topics]
+    joining = frames.write_subscribe(2, Subscribe(Intent.JOIN, "", 0, 0, lines))
+    return trickle(server, count, lambda rank: joining, frames.write_heartbeat([]), connect=True)
+
+
 def invented_nodes(server: Address, admin: Address, count: int) -> dict[str, object]:
     """A child that has heard of very many nodes below it."""
     sender = "ab" * 16
@@ -221,6 +230,7 @@ KINDS: dict[str, Callable[[Address, Address, int], dict[str, object]]] = {
     "half-bodies": half_bodies,
     "unread-answers": unread_answers,
     "producers": producers,
+    "subscriptions": subscriptions,
     "invented-nodes": invented_nodes,
 }
 

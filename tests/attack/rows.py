@@ -245,6 +245,16 @@ def names(stand: Stand) -> Outcome:
     return Outcome(f"{got['names']} names; {stand.figures()}", grown < 20 and stand.felt.most < 1.0)
 
 
+def everything(stand: Stand) -> Outcome:
+    """19: readers of 10,000 partitions; only a few can be given what they want."""
+    for rank in range(10):
+        call(stand.socket, "POST", "/v1/topics", {"name": f"wide-{rank}", "partitions": 999})
+    stand.quiet = stand.feel(1.0)
+    stand.under("subscriptions", 1000)
+    grown, kept = (one.memory - stand.quiet.memory for one in (stand.felt, stand.after))
+    return Outcome(stand.figures(), stand.unmoved and stand.child_follows and grown < 100 and kept < 40)
+
+
 # ---- what cannot be read ----
 
 
@@ -368,5 +378,6 @@ ATTACKS = [
     Attack("13", "the producer id of another one", borrowed_producer),
     Attack("15", "20,000 producer names", names),
     Attack("16, 18", "records that other readers stumble over", strange_records),
+    Attack("19", "1,000 readers of 10,000 partitions each", everything),
     Attack("17, 18", "requests that cannot be meant", strange_requests),
 ]  # fmt: skip

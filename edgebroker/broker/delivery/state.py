@@ -58,6 +58,9 @@ TRANSITIONS: dict[CursorState, set[CursorState]] = {
 }  # fmt: skip
 
 
+_NOTHING: deque[tuple[int, int]] = deque(maxlen=0)
+
+
 class Cursor:
     """Delivery state of one member in one partition. A slow reader costs this, not a queue.
 
@@ -79,6 +82,7 @@ class Cursor:
         "group",
         "hint",
         "in_flight_bytes",
+        "key",
         "last_ack",
         "lease",
         "log",
@@ -96,10 +100,11 @@ class Cursor:
 
     def __init__(self, group: Group, log: Log, member: Member[Cursor], window_records: int, window_bytes: int) -> None:
         self.group, self.log, self.member = group, log, member
+        self.key: Key = log.topic, log.partition
         self.window_records, self.window_bytes = window_records, window_bytes
         self.next_offset = self.acked = 0
         self.in_flight_bytes = 0
-        self.pieces: deque[tuple[int, int]] = deque()
+        self.pieces = _NOTHING
         self.hint: tuple[int, int] | None = None
         self.fresh = True
         self.state, self.why = CursorState.STARTING, ""
@@ -110,10 +115,6 @@ class Cursor:
         self.correlation = 0
         self.position_epoch = -1
         self.prefix: tuple[Identity, int, bytes] | None = None
-
-    @property
-    def key(self) -> Key:
-        return self.log.topic, self.log.partition
 
     @property
     def in_flight(self) -> int:
@@ -144,7 +145,7 @@ class Cursor:
         self.next_offset = self.acked = offset
         self.in_flight_bytes = 0
         self.deadline = 0.0
-        self.pieces.clear()
+        self.pieces = _NOTHING
         self.hint = None
         self.fresh = True
 
@@ -152,6 +153,8 @@ class Cursor:
         """Records up to next_offset were sent, in `size` bytes."""
         self.next_offset = next_offset
         self.in_flight_bytes += size
+        if self.pieces is _NOTHING:  # a deque takes half a kilobyte, and most cursors wait
+            self.pieces = deque()
         self.pieces.append((next_offset, size))
 
     def acknowledge(self, offset: int) -> bool:
