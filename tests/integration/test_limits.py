@@ -10,6 +10,7 @@ import pytest
 from edgebroker.broker.sessions import sessions
 from edgebroker.broker.sessions.native import CONNECTS_A_SECOND, CONNECTS_AT_ONCE
 from edgebroker.cli.main import main
+from edgebroker.client.consume import subscriber
 from edgebroker.common.errors import Code
 from edgebroker.common.types import Start
 from edgebroker.network.wire import frames
@@ -66,6 +67,23 @@ def test_groups(broker: RunningBroker) -> None:
     assert broker.raw("reader").subscribe("t", "", start=Start.EARLIEST).code is Code.OK, "a reader begins no group"
     assert broker.raw("second").subscribe("t", "a", start=Start.COMMITTED).code is Code.OK
     assert problem(broker) == "limits.max_groups: group c was not begun (1 since the start)"
+
+
+def test_a_consumer_that_was_refused_tries_again(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(subscriber, "REFUSED_SECONDS", 0.05)
+    broker.create("t")
+    for name in ("b", "a"):
+        other = broker.raw(name)
+        assert other.subscribe("t", name, start=Start.COMMITTED).code is Code.OK
+    with broker.producer() as producer, broker.consumer(["t"], "c", start="earliest") as consumer:
+        producer.send("t", b"there").result(10.0)
+        wait_for(lambda: "cannot subscribe yet: OVERLOADED: group c cannot begin" in caplog.text, "it was refused")
+        assert consumer.poll(0.0) == []
+        broker.drop(other)
+        wait_for(lambda: broker.http("DELETE", "/v1/groups/a")[0] == 200, "the group has no members")
+        assert [record.value for record in consumer.poll(10.0)] == [b"there"]
 
 
 def test_subscribed_partitions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,7 @@ RETRY_SECONDS = 0.02
 # After a damaged delivery: the broker may have to repair it first.
 DAMAGED_SECONDS = 1.0
 LEAVE_SECONDS = 1.0
+REFUSED_SECONDS = 5.0
 # A broker may be so long behind a position before another one is tried.
 BEHIND_SECONDS = 30.0
 UNKNOWN_LOG_ID = b"\xff" * 16
@@ -70,9 +71,11 @@ class Subscriber:
         self.closed = False
         # It belongs to the process that this one was forked from.
         self.orphaned = False
-        # Topics that were subscribed to; the subscriptions that this connection accepted; topics that are not there.
+        # Topics that were subscribed to; the subscriptions that this connection accepted, and those that it refused for
+        # a moment; topics that are not there.
         self._joined: set[str] = set()
         self._accepted: set[int] = set()
+        self._refused: set[int] = set()
         self._missing = MissingTopics(self.loop, self.link, self._found, self._put) if wait_for_topics else None
         # Nothing was ever acknowledged; partitions that were waiting for it at the last heartbeat.
         self._never_acked = True
@@ -355,8 +358,12 @@ class Subscriber:
                 for state in self.partitions.values():
                     if state.awaiting == correlation:
                         state.awaiting = 0
+        elif answer.code.retryable and not accepted:
+            log.warning("cannot subscribe yet: %s: %s; trying again", answer.code.name, answer.message)
+            self._refused.add(correlation)
+            self.loop.call_later(REFUSED_SECONDS, lambda: self._again(correlation, topics))
         elif answer.code.retryable:
-            log.warning("cannot subscribe yet: %s: %s", answer.code.name, answer.message)
+            log.warning("nothing comes for now: %s: %s", answer.code.name, answer.message)
             if answer.code is Code.BEHIND:
                 self._behind(answer)
         elif answer.code is Code.UNKNOWN_TOPIC and self._missing is not None:
@@ -364,6 +371,12 @@ class Subscriber:
             (self._missing.deleted if accepted else self._missing.refused)(topics, error)
         else:
             self._put(AnswerError(answer.code, answer.message))
+
+    def _again(self, correlation: int, topics: list[str]) -> None:
+        """A subscription was refused for a moment. Another connection has subscribed by itself."""
+        if correlation in self._refused:
+            self._refused.discard(correlation)
+            self._found(topics)
 
     def on_answer(self, correlation: int, answer: Answer) -> None:
         state = self._asked.pop(correlation, None)
@@ -487,6 +500,7 @@ class Subscriber:
 
     def disconnected(self, reason: str) -> None:
         self._accepted.clear()
+        self._refused.clear()
         if self._missing is not None:
             self._missing.forget()
         with self.changed:
