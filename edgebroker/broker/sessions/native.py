@@ -264,7 +264,12 @@ class Session:
 
     def assigned(self, cursor: Cursor, holding: Holding) -> None:
         line = Assignment(*cursor.key, holding, cursor.lease, cursor.next_offset)
-        self.transport.send(frames.write_assigned(Assigned(cursor.group.name, cursor.generation, [line])))
+        told = frames.write_assigned(Assigned(cursor.group.name, cursor.generation, [line]))
+        if holding is not Holding.ASSIGNED:
+            self.transport.send(told)
+            return
+        # Where there is nothing to read, that is known at once.
+        self.transport.send_pair(told, memoryview(frames.write_heartbeat([(*cursor.key, cursor.log.durable_end)])))
 
     def state(self, cursor: Cursor, outcome: Outcome, why: str) -> None:
         self.transport.send(frames.write_answer(cursor.correlation, outcome.code, why, cursor.next_offset))
