@@ -147,7 +147,7 @@ def worked_example() -> list[bytes]:
 
 def test_the_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
     """The client sends the frames that the document shows, when it is answered with those that it shows."""
-    connect, granted, publish, stored, subscribe, subscribed, assigned, deliver, *rest = worked_example()
+    connect, granted, publish, stored, subscribe, subscribed, assigned, ends, deliver, *rest = worked_example()
     refuse, refused, assigned_again, ack, acknowledged, *refresh = rest
     ask, announced, asked, accept, assigned_anew, accepted, ready, done = refresh
 
@@ -167,11 +167,10 @@ def test_the_worked_example(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Record] = []
     with far:
         far.settimeout(SILENCE)
-        far.sendall(granted + stored + subscribed + assigned + deliver)
-        far.sendall(refused + assigned_again + under(assigned_again) + acknowledged)
-        far.sendall(
-            announced + asked + assigned_anew + under(assigned_anew) + accepted + numbered(acknowledged, 8) + done
-        )
+        far.sendall(granted + stored + subscribed + assigned + ends + deliver)
+        far.sendall(refused + assigned_again + ends + under(assigned_again) + acknowledged)
+        far.sendall(announced + asked + assigned_anew + ends + under(assigned_anew) + accepted)
+        far.sendall(numbered(acknowledged, 8) + done)
         with closing(TinyClient("nowhere:7420", "till-7")) as client:
             assert client.publish("sales", 0, [record]) == 0
             client.subscribe("sales", "billing")

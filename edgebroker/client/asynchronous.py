@@ -299,6 +299,17 @@ class AsyncConsumer:
         """Consumer.positions(): the positions after the last acknowledged records, by (topic, partition)."""
         return await self._thread.call(self._consumer.positions)
 
+    async def position_after(self, record: Record) -> Position:
+        """Consumer.position_after(): the position after a record, to be stored with its effect.
+
+        Args:
+            record: one that was returned.
+
+        Raises:
+            ArgumentError: nothing of this partition was returned.
+        """
+        return await self._thread.call(lambda: self._consumer.position_after(record))
+
     async def next_offsets(self) -> dict[TopicPartition, int]:
         """Consumer.next_offsets(): where reading stands."""
         return await self._thread.call(self._consumer.next_offsets)

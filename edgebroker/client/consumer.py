@@ -14,23 +14,22 @@ from typing import Literal
 
 from edgebroker.client import arguments
 from edgebroker.client.arguments import StartFrom
-from edgebroker.client.consume import decoding
 from edgebroker.client.consume.handed_out import HandedOut, key_of
-from edgebroker.client.consume.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
+from edgebroker.client.consume.partition_state import PartitionState
 from edgebroker.client.consume.positions import PositionFile
+from edgebroker.client.consume.receiver import Callbacks, Receiver
 from edgebroker.client.consume.refresh_loader import RefreshLoader
 from edgebroker.client.consume.subscriber import Subscriber
 from edgebroker.client.link import default_client_id
 from edgebroker.client.refresh import Staging
 from edgebroker.client.servers import Servers
-from edgebroker.common.errors import ArgumentError, DamagedBatchError, EdgeBrokerError, GapError, UnreachableError
-from edgebroker.common.messages import NO_LOG_ID, Holding, Wanted
+from edgebroker.common.errors import ArgumentError, GapError
+from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.common.names import check_group_name
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.runtime.threads import start_thread
 from edgebroker.common.types import Position, TopicPartition
-from edgebroker.network.wire.frames import Gap, Reset
 
 POSITIONS_SECONDS = 1.0
 
@@ -117,13 +116,11 @@ class Consumer:
         arguments.check_whole("window_bytes", window_bytes, 0, arguments.MOST_WINDOW)
         arguments.check_time("timeout", timeout)
         begin = arguments.parse_from(start)
-        self._group, self._timeout = group, timeout
-        self._on_gap, self._on_assigned, self._on_revoked = on_gap, on_assigned, on_revoked
+        self._group = group
         self._position_file = PositionFile(position_file) if position_file is not None else None
         stored = self._position_file.read() if self._position_file is not None else {}
         self._positions_due = 0.0
         self._handling: list[Record] = []  # what run() has given to the handler
-        self._expired = 0
         self._subscriber = Subscriber(
             Servers(server),
             client_id=client_id or default_client_id("consumer"),
@@ -137,6 +134,14 @@ class Consumer:
         )
         self._handed_out = HandedOut(auto_ack, self._state_of, self._acknowledge, SystemClock().monotonic)
         self._loader = RefreshLoader(self._subscriber, staging)
+        self._receiver = Receiver(
+            self._subscriber,
+            self._loader,
+            Callbacks(on_gap, on_assigned, on_revoked),
+            timeout,
+            self._keep_positions,
+            self._take_back,
+        )
         self._thread = start_thread("edgebroker-consumer", self._subscriber.run)
         # One that is dropped without close() leaves its group.
         weakref.finalize(self, self._subscriber.close).atexit = False
@@ -172,7 +177,7 @@ class Consumer:
     @property
     def expired(self) -> int:
         """How many records were left out because they had outlived the time to live in their header."""
-        return self._expired
+        return self._receiver.expired
 
     def __iter__(self) -> Iterator[Record]:
         """Iterate over records; blocks while there are none, and ends after close().
@@ -183,7 +188,7 @@ class Consumer:
         loop, poll(), commit(), or the end of the `with` block.
         """
         try:
-            yield from self._handed_out.each(lambda: self._receive(None))
+            yield from self._handed_out.each(lambda: self._receiver.receive(None))
         finally:
             self._handed_out.left()
 
@@ -212,42 +217,14 @@ class Consumer:
         """
         self._handed_out.handled()
         arguments.check_time("timeout", timeout)
-        return self._handed_out.all(lambda: self._receive(timeout))
+        return self._handed_out.all(lambda: self._receiver.receive(timeout))
 
     def _next_record(self, timeout: float | None) -> Record | None:
         """One step of an iteration; None when no record came within `timeout` seconds, or the consumer was closed."""
-        return self._handed_out.next(lambda: self._receive(timeout))
+        return self._handed_out.next(lambda: self._receiver.receive(timeout))
 
     def _state_of(self, key: TopicPartition) -> PartitionState:
         return self._subscriber.partitions.get(key) or PartitionState()
-
-    def _receive(self, timeout: float | None) -> list[Record]:
-        deadline = None if timeout is None else self._subscriber.loop.clock_now() + timeout
-        while True:
-            item = self._next(deadline)
-            if item is None:
-                return []
-            if isinstance(item, EdgeBrokerError):
-                raise item
-            if isinstance(item, AssignmentChange):
-                self._change_assignment(item)
-            elif isinstance(item, Reset):
-                self._take_back(TopicPartition(item.topic, item.partition))
-                self._loader.begin(item)
-            else:
-                try:
-                    records = self._decode(item)
-                except DamagedBatchError as error:
-                    self._subscriber.deliver_again(item.partition, item.deliver.first, str(error))
-                    continue
-                refreshing = self._loader.loading(item.partition)
-                if refreshing:
-                    self._loader.load(item.partition, records, item.deliver.last + 1)
-                    self._keep_positions()
-                for gap in item.deliver.gaps:
-                    self._gap(item.partition, gap)
-                if records and not refreshing:
-                    return records
 
     def run(self, handler: Callable[[list[Record]], object], batch_size: int = 10, *, retry: bool = False) -> None:
         """Call a handler with records, and acknowledge them when it returns. Returns after close().
@@ -455,6 +432,26 @@ class Consumer:
                 if state.acked >= 0 and any(state.log_id) and not state.refreshing
             }
 
+    def position_after(self, record: Record) -> Position:
+        """The position after a record that was handed out.
+
+        Stored with what the record led to, in one transaction and before ack(), and given back as `positions`, it makes
+        the effect of each record happen exactly once.
+
+        Args:
+            record: one that this consumer has handed out.
+
+        Raises:
+            ArgumentError: it has handed out nothing of this partition.
+
+        Threads:
+            The thread of the consumer.
+        """
+        log_id, epoch = self._state_of(key_of(record)).handed_out_of
+        if epoch < 0:
+            raise ArgumentError(f"this consumer has handed out nothing of {record.topic}/{record.partition}")
+        return Position(log_id, epoch, record.offset + 1)
+
     def _keep_positions(self) -> None:
         """Write the position file when it is due."""
         if self._position_file is not None and self._subscriber.loop.clock_now() >= self._positions_due:
@@ -517,74 +514,6 @@ class Consumer:
         self.close()
 
     # ---- inside ----
-
-    def _next(self, deadline: float | None) -> Incoming | None:
-        """What was received next; records count as handed out from here on."""
-        subscriber = self._subscriber
-        with subscriber.changed:
-            while not subscriber.closed:
-                while subscriber.incoming:
-                    item = subscriber.incoming.popleft()
-                    if not isinstance(item, ReceivedDelivery):
-                        return item
-                    state = subscriber.partitions[item.partition]
-                    if state.paused:
-                        state.parked.append(item)
-                    elif item.deliver.lease == state.lease:
-                        self._hand_out(item, state)
-                        return item
-                now = subscriber.loop.clock_now()
-                waits = [1.0] if self._timeout is not None else []
-                down = subscriber.down_since
-                if self._timeout is not None and down is not None and now - down >= self._timeout:
-                    return subscriber.last_error or UnreachableError(f"no broker at {subscriber.link.server}")
-                if deadline is not None:
-                    if now >= deadline:
-                        return None
-                    waits.append(deadline - now)
-                subscriber.changed.wait(min(waits) if waits else None)
-        if subscriber.orphaned:
-            raise ValueError("the consumer was made before the process forked; make another one in this process")
-        return None
-
-    @staticmethod
-    def _hand_out(item: ReceivedDelivery, state: PartitionState) -> None:
-        state.handed_out = item.deliver.last + 1
-
-    def _decode(self, item: ReceivedDelivery) -> list[Record]:
-        records = decoding.decode(item)
-        deliver = item.deliver
-        age_ms = deliver.age_ms + (self._subscriber.loop.clock_now() - item.received_at) * 1000
-        if age_ms >= 1.0:
-            kept = decoding.within_ttl(records, age_ms)
-            self._expired += len(records) - len(kept)
-            records = kept
-        seen = records[-1].offset + 1 if records else deliver.first
-        if seen <= deliver.last:
-            # No record for the handler after here (control batches, gaps, expired): done when all before it is.
-            self._subscriber.skip(item.partition, seen, deliver.last + 1)
-        return records
-
-    def _gap(self, key: TopicPartition, gap: Gap) -> None:
-        error = GapError(*key, gap.first, gap.last, gap.reason.name)
-        if self._on_gap is None:
-            raise error
-        self._on_gap(error)
-
-    def _change_assignment(self, change: AssignmentChange) -> None:
-        if change.holding is Holding.ASSIGNED:
-            if self._on_assigned is not None:
-                self._on_assigned([change.partition])
-            return
-        self._loader.forget(change.partition)
-        try:
-            if self._on_revoked is not None and not change.late:
-                self._on_revoked([change.partition])
-        finally:
-            if change.holding is Holding.REVOKING:
-                self._subscriber.release_revoked(change.partition)
-            else:
-                self._subscriber.report_presence(change.partition)
 
     def _take_back(self, key: TopicPartition) -> None:
         """Nothing more of a partition is handed out of what was received."""

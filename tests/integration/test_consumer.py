@@ -10,7 +10,7 @@ import pytest
 
 from edgebroker import Record
 from edgebroker.client.refresh import Refresh
-from edgebroker.common.errors import GapError, ResetRequiredError
+from edgebroker.common.errors import ArgumentError, GapError, ResetRequiredError
 from edgebroker.common.types import Position
 from tests.kit.brokers import SECONDS, RunningBroker, batch_of, config_for, numbered, running, take
 from tests.kit.waiting import wait_for
@@ -192,6 +192,26 @@ def test_positions_kept_by_the_client_win(broker: RunningBroker) -> None:
     # The partition that is not among the positions begins where the group (or start) says.
     with broker.consumer(["t"], "third", positions={("t", 0): kept["t", 0]}) as consumer:
         assert sorted(offsets(take(consumer, 16))) == sorted([*range(4, 10), *range(10)])
+
+
+def test_a_position_is_known_before_it_is_acknowledged(broker: RunningBroker) -> None:
+    """A program that dies between its transaction and the acknowledgement goes on where its transaction ended."""
+    fill(broker, 10)
+    with broker.consumer(["t"], "g", auto_ack=False) as consumer:
+        records = take(consumer, 10)
+        kept = {("t", 0): consumer.position_after(records[6])}
+        assert consumer.positions() == {("t", 0): kept["t", 0]._replace(next_offset=0)}
+    with broker.consumer(["t"]) as other, pytest.raises(ArgumentError, match="has handed out nothing of t/0"):
+        other.position_after(records[6])
+    with broker.consumer(["t"], "g", positions=kept) as consumer:
+        assert offsets(take(consumer, 3)) == [7, 8, 9]
+
+
+def test_where_a_log_ends_is_known_at_once(broker: RunningBroker) -> None:
+    """Also when there is nothing to read; time stands still here, so no heartbeat is due."""
+    broker.create("t")
+    with broker.consumer(["t"], "g") as consumer:
+        wait_for(lambda: consumer.poll(0.0) == [] and consumer.durable_ends == {("t", 0): 0}, "it is told")
 
 
 def test_a_position_in_another_log(broker: RunningBroker) -> None:

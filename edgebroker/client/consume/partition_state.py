@@ -17,20 +17,22 @@ class PartitionState:
     acked <= handed_out <= expected: acknowledged, handed to the caller, received. `awaiting` is the SUBSCRIBE whose
     answer must come before anything of the partition counts again (-1: not sent yet). `leaving`: the broker is revoking
     the partition, `revoking`: and still waits for what was handed out. `kept`: the position is the caller's own and
-    wins over the committed offset of the group. `skipped` are ranges without a record for the handler; they are
-    acknowledged together with the last record before them.
+    wins over the committed offset of the group. `handed_out_of`: log id and epoch of what was handed out last.
+    `skipped` are ranges without a record for the handler; they are acknowledged together with the last record before
+    them.
     """
 
     __slots__ = (
-        "acked", "asked", "awaiting", "epoch", "expected", "generation", "handed_out", "held", "kept", "lease",
-        "leaving", "log_id", "old_lease", "parked", "paused", "refreshing", "resuming", "revoking", "skipped", "stored",
-        "wanted",
+        "acked", "asked", "awaiting", "epoch", "expected", "generation", "handed_out", "handed_out_of", "held", "kept",
+        "lease", "leaving", "log_id", "old_lease", "parked", "paused", "refreshing", "resuming", "revoking", "skipped",
+        "stored", "wanted",
     )  # fmt: skip
 
     def __init__(self, wanted: Wanted | None = None) -> None:
         self.wanted = wanted
         self.kept = wanted is not None and wanted.start is Start.POSITION
         self.log_id, self.epoch = (wanted.log_id, wanted.epoch) if wanted is not None else (NO_LOG_ID, -1)
+        self.handed_out_of = (NO_LOG_ID, -1)
         self.generation = self.lease = 0
         self.old_lease = (0, 0)
         self.refreshing = False
