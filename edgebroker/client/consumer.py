@@ -483,6 +483,19 @@ class Consumer:
         """
         self._loader.request(TopicPartition(topic, partition), timeout)
 
+    def switch(self) -> None:
+        """Ask the staging store again about refreshes that it did not switch yet.
+
+        Nothing is asked of it about one that is not complete. What poll() loads asks as well.
+
+        Raises:
+            Exception: what Staging.switch() raises; the broker then announces the refresh again.
+
+        Threads:
+            The thread of the consumer.
+        """
+        self._loader.switch()
+
     # ---- ending ----
 
     def close(self) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from edgebroker.common.records import Record
+from edgebroker.common.types import Position
 
 
 class Refresh:
@@ -19,16 +20,22 @@ class Refresh:
         from_offset: where loading begins.
         target: the offset up to which records have to be loaded before the switch.
         next_offset: the offset up to which they are loaded.
+        epoch: the epoch of the log at the last of them; -1 before the first.
     """
 
-    __slots__ = ("from_offset", "log_id", "next_offset", "partition", "reset_id", "target", "topic")
+    __slots__ = ("epoch", "from_offset", "log_id", "next_offset", "partition", "reset_id", "target", "topic")
 
     def __init__(
         self, *, reset_id: str, log_id: bytes, topic: str, partition: int, from_offset: int, target: int
     ) -> None:
         self.reset_id, self.log_id, self.topic, self.partition = reset_id, log_id, topic, partition
         self.from_offset, self.target = from_offset, target
-        self.next_offset = from_offset
+        self.next_offset, self.epoch = from_offset, -1
+
+    @property
+    def position(self) -> Position:
+        """The position behind what is loaded: for a store that gives it back as one of the consumer's `positions`."""
+        return Position(self.log_id, self.epoch, self.next_offset)
 
     @property
     def progress(self) -> float:
@@ -79,11 +86,19 @@ class Staging(Protocol):
             stored.
         """
 
-    def switch(self, refresh: Refresh) -> None:
-        """Make the staging store the visible one, in one atomic step.
+    def switch(self, refresh: Refresh) -> bool | None:
+        """Make the staging store the visible one, in one atomic step; or say that it is too early.
+
+        A store that switches several partitions or topics together answers False until the last of them is complete,
+        then switches all in one step; one that waits for an hour, until it has come. What is published meanwhile is
+        loaded into the staging store, and acknowledged. It is asked again when more was loaded, when another refresh
+        of this consumer was switched, and by Consumer.switch().
 
         Args:
-            refresh: the refresh, complete.
+            refresh: the refresh; at least up to its `target` it is loaded.
+
+        Returns:
+            False: not yet. Anything else: readers see the new data.
 
         Durability:
             The step stores `reset_id` and `next_offset` together with the data, so that begin() finds them.

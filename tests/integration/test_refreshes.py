@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,6 +15,7 @@ from edgebroker.client.refresh import Refresh
 from edgebroker.common import batch
 from edgebroker.common.types import Position, TopicPartition
 from tests.kit.brokers import SECONDS, RunningBroker, numbered, running
+from tests.kit.waiting import wait_for
 
 KEY = TopicPartition("t", 0)
 SETTINGS = {
@@ -257,3 +259,119 @@ def test_a_store_that_failed_and_then_the_connection(broker: RunningBroker) -> N
         disconnect(broker, consumer)
         assert until(lambda: store.switched, consumer) == []
     assert store.visible == [0, 1, 2, 3, 4]
+
+
+class Together:
+    """A staging store that switches so many partitions in one step, once it is allowed to."""
+
+    def __init__(self, partitions: int, *, allowed: bool = True) -> None:
+        self.allowed, self._partitions = allowed, partitions
+        self.staged: dict[tuple[str, int], list[int]] = {}
+        self.complete: set[str] = set()
+        self.visible: dict[tuple[str, int], list[int]] = {}
+        self.position: dict[tuple[str, int], Position] = {}
+        self.asked = self.steps = 0
+
+    def begin(self, refresh: Refresh) -> int:
+        staged = self.staged.setdefault((refresh.topic, refresh.partition), [])
+        return staged[-1] + 1 if staged else refresh.from_offset
+
+    def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
+        self.staged[refresh.topic, refresh.partition] += [record.offset for record in records]
+        self.position[refresh.topic, refresh.partition] = refresh.position
+
+    def switch(self, refresh: Refresh) -> bool:
+        self.asked += 1
+        if self.visible:
+            return True
+        self.complete.add(refresh.reset_id)
+        if not self.allowed or len(self.complete) < self._partitions:
+            return False
+        self.visible = {key: list(staged) for key, staged in self.staged.items()}
+        self.steps += 1
+        return True
+
+
+def partitions_of(broker: RunningBroker, group: str) -> list[dict[str, Any]]:
+    groups = broker.http("GET", "/v1/groups")[1]["groups"]
+    return next((one["partitions"] for one in groups if one["name"] == group), [])
+
+
+def lag(broker: RunningBroker, group: str) -> int:
+    """Records that it has not acknowledged; -1 before it has begun."""
+    return sum(one["lag"] for one in partitions_of(broker, group)) if partitions_of(broker, group) else -1
+
+
+def refreshing(broker: RunningBroker, group: str) -> list[bool]:
+    return [
+        one["refresh"] is not None and one["refresh"]["state"] == "refreshing" for one in partitions_of(broker, group)
+    ]
+
+
+@pytest.fixture
+def shelves(broker: RunningBroker) -> RunningBroker:
+    """With two tables of five partitions in all, each with a record."""
+    broker.create("u", kind="table", partitions=3)
+    broker.create("w", kind="table", partitions=2)
+    for topic, partitions in (("u", 3), ("w", 2)):
+        for partition in range(partitions):
+            fill(broker, topic, partition)
+    return broker
+
+
+def fill(broker: RunningBroker, topic: str, partition: int) -> None:
+    broker.raw("writer").publish(topic, batch.encode([(b"k", b"v", 1)]), partition=partition)
+
+
+def test_partitions_and_topics_are_switched_in_one_step(shelves: RunningBroker) -> None:
+    store = Together(5)
+    with shelves.consumer(["u", "w"], "g", staging=store) as consumer:
+        assert len(until(lambda: len(consumer.next_offsets()) == 5 and lag(shelves, "g") == 0, consumer)) == 5
+        for topic, partition in list(consumer.next_offsets()):
+            consumer.refresh(topic, partition)
+        assert until(lambda: store.visible, consumer) == []
+        assert store.steps == 1 and sorted(store.visible) == [("u", 0), ("u", 1), ("u", 2), ("w", 0), ("w", 1)]
+        wait_for(lambda: not any(refreshing(shelves, "g")), "the broker knows of all")
+
+
+def test_what_is_published_while_it_is_too_early_is_loaded_too(shelves: RunningBroker) -> None:
+    store = Together(5, allowed=False)
+    with shelves.consumer(["u", "w"], "g", staging=store) as consumer:
+        until(lambda: len(consumer.next_offsets()) == 5 and lag(shelves, "g") == 0, consumer)
+        for topic, partition in list(consumer.next_offsets()):
+            consumer.refresh(topic, partition)
+        assert until(lambda: len(store.complete) == 5, consumer) == []
+        fill(shelves, "u", 2)
+        assert until(lambda: store.staged["u", 2] == [0, 1] and lag(shelves, "g") == 0, consumer) == []
+        assert not store.visible and all(refreshing(shelves, "g"))
+        store.allowed = True
+        consumer.switch()
+        assert store.steps == 1 and store.visible["u", 2] == [0, 1]
+        wait_for(lambda: not any(refreshing(shelves, "g")), "the broker knows of all")
+        fill(shelves, "u", 2)
+        (record,) = until(lambda: lag(shelves, "g") == 0, consumer)
+        assert record.offset == 2
+    with shelves.consumer(["u", "w"], "h", positions=store.position) as consumer:
+        (record,) = until(lambda: lag(shelves, "h") == 0, consumer)
+        assert record.offset == 2
+
+
+def test_a_store_that_waits_survives_a_broker_that_was_restarted(tmp_path: Path) -> None:
+    store = Together(1, allowed=False)
+    kept = {**SETTINGS, "storage.engine": "segment"}
+    with running(tmp_path / "kept", kept) as broker:
+        settings = {**kept, "listen.tcp": broker.server}
+        broker.create("u", kind="table")
+        fill(broker, "u", 0)
+        consumer = broker.consumer(["u"], "g", staging=store)
+        until(lambda: lag(broker, "g") == 0, consumer)
+        consumer.refresh("u", 0)
+        until(lambda: store.complete, consumer)
+    with running(tmp_path / "kept", settings) as again:
+        asked = store.asked
+        until(lambda: store.asked > asked, consumer)
+        assert not store.visible and refreshing(again, "g") == [True]
+        store.allowed = True
+        consumer.switch()
+        wait_for(lambda: refreshing(again, "g") == [False], "the broker knows")
+        consumer.close()

@@ -68,7 +68,7 @@ class Receiver:
                     continue
                 refreshing = self._loader.loading(item.partition)
                 if refreshing:
-                    self._loader.load(item.partition, records, item.deliver.last + 1)
+                    self._loader.load(item.partition, records, item.deliver.last + 1, item.deliver.epoch)
                     self._loaded()
                 for gap in item.deliver.gaps:
                     self._gap(item.partition, gap)

@@ -1,5 +1,7 @@
 """The consumer's part of a snapshot refresh: RESET accepted, records loaded, switched once, READY sent.
 
+    RESET -> begin() -> load(), again and again, also behind the target -> switch(), until it is not too early -> READY
+
 Runs in the thread that polls. A staging store that raises ends the attempt: the broker then announces the refresh
 again, and begin() says how far the store has come.
 """
@@ -70,11 +72,11 @@ class RefreshLoader:
         if refresh.complete:
             self._finish(key, refresh)
 
-    def load(self, key: TopicPartition, records: list[Record], next_offset: int) -> None:
-        """Put the records of one delivery into the staging store; switch when they were the last."""
+    def load(self, key: TopicPartition, records: list[Record], next_offset: int, epoch: int) -> None:
+        """Put the records of one delivery into the staging store; switch when enough is there."""
         assert self._staging is not None
         refresh = self._refreshes[key]
-        refresh.next_offset = next_offset
+        refresh.next_offset, refresh.epoch = next_offset, epoch
         try:
             self._staging.load(refresh, records)
         except BaseException:
@@ -84,12 +86,27 @@ class RefreshLoader:
         if refresh.complete:
             self._finish(key, refresh)
 
+    def switch(self) -> None:
+        """Ask the staging store again about all refreshes for which it was too early."""
+        before = -1
+        while before != len(self._refreshes):  # one that is switched may be what others waited for
+            before = len(self._refreshes)
+            for key, refresh in list(self._refreshes.items()):
+                if refresh.complete:
+                    self._switch(key, refresh)
+
     def _finish(self, key: TopicPartition, refresh: Refresh) -> None:
+        self._switch(key, refresh)
+        if key not in self._refreshes:
+            self.switch()
+
+    def _switch(self, key: TopicPartition, refresh: Refresh) -> None:
         """Switch, once for a refresh, and send READY; unanswered, the broker announces it again after a reconnect."""
         assert self._staging is not None
         if refresh.reset_id not in self._switched:
             try:
-                self._staging.switch(refresh)
+                if self._staging.switch(refresh) is False:
+                    return
             except BaseException:
                 self._restart(key)
                 raise
