@@ -267,6 +267,15 @@ class AsyncConsumer:
         """
         await self._thread.call(lambda: self._consumer.nack(record, reason))
 
+    async def reject(self, record: Record, reason: str = "") -> None:
+        """Consumer.reject(): the record can never be handled; it becomes a dead letter at once.
+
+        Args:
+            record: one that was returned.
+            reason: why, for the dead letter.
+        """
+        await self._thread.call(lambda: self._consumer.reject(record, reason))
+
     async def in_progress(self) -> None:
         """Consumer.in_progress(): more time for what was handed out."""
         await self._thread.call(self._consumer.in_progress)

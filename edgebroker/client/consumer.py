@@ -24,7 +24,7 @@ from edgebroker.client.link import default_client_id
 from edgebroker.client.refresh import Staging
 from edgebroker.client.servers import Servers
 from edgebroker.common.errors import ArgumentError, GapError
-from edgebroker.common.messages import NO_LOG_ID, Wanted
+from edgebroker.common.messages import NO_LOG_ID, AckKind, Wanted
 from edgebroker.common.names import check_group_name
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock
@@ -321,9 +321,29 @@ class Consumer:
         Durability:
             Returns at once.
         """
-        key = TopicPartition(record.topic, record.partition)
-        self._subscriber.nack(key, record.offset, reason)
-        self._take_back(key)
+        self._nack(record, reason, AckKind.NEGATIVE)
+
+    def reject(self, record: Record, reason: str = "") -> None:
+        """Report that this record can never be handled, and acknowledge everything before it in its partition.
+
+        The broker makes it a dead letter at once, however many attempts are left, then delivers what follows. A node
+        that is started again before the dead letter is stored delivers the record once more.
+
+        Args:
+            record: the record; what was handed out after it does not count any more.
+            reason: stored with the dead letter.
+
+        Threads:
+            The thread of the consumer.
+
+        Durability:
+            Returns at once. The group goes past the record when the dead letter is stored.
+        """
+        self._nack(record, reason, AckKind.REJECT)
+
+    def _nack(self, record: Record, reason: str, kind: AckKind) -> None:
+        self._subscriber.nack(key_of(record), record.offset, reason, kind)
+        self._take_back(key_of(record))
 
     def in_progress(self) -> None:
         """Report that what was handed out is still being handled: the broker's delivery timeout starts again.

@@ -17,6 +17,7 @@ class AckKind(IntEnum):
     CUMULATIVE = 1
     NEGATIVE = 2
     IN_PROGRESS = 3
+    REJECT = 4
 
 
 class Holding(IntEnum):
@@ -47,7 +48,8 @@ class Wanted(NamedTuple):
 
 
 class ConsumerAck(NamedTuple):
-    """`offset` is the next offset wanted: everything before it is acknowledged. `reason` belongs to a NEGATIVE one."""
+    """`offset` is the next offset wanted: everything before it is acknowledged. `reason` is that of NEGATIVE and
+    REJECT."""
 
     kind: AckKind
     topic: str

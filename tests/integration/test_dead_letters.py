@@ -16,7 +16,7 @@ from edgebroker.broker.delivery.dead_letters import HEADERS
 from edgebroker.common import batch, codecs
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
-from edgebroker.common.messages import GapReason
+from edgebroker.common.messages import AckKind, GapReason
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record, restamp
 from edgebroker.common.types import AckLevel, Start
@@ -182,6 +182,38 @@ def test_the_largest_record_that_there_can_be(tmp_path: Path, codec: codecs.Code
         [letter] = letters(broker)
         assert letter.value == b"x" * size
         assert said(letter)["reason"] == "ü" * 100
+
+
+@pytest.mark.parametrize("attempts", [0, 5])
+def test_a_record_that_is_rejected(tmp_path: Path, attempts: int) -> None:
+    """At once, whatever the attempts are that others get; what follows is delivered without a pause."""
+    settings = {**SETTINGS, "delivery.max_attempts": attempts, "delivery.backoff_ms": 5000}
+    with running(tmp_path / "data", settings) as broker:
+        broker.create("t")
+        broker.raw("writer").publish("t", numbered(0, 4))
+        with broker.consumer(["t"], "g", auto_ack=False) as consumer:
+            records = consumer.poll(SECONDS)
+            consumer.reject(records[1], "no number")
+            rest: list[Record] = []
+            while not rest or rest[-1].offset < 3:
+                rest += (more := consumer.poll(SECONDS))
+                consumer.ack(more[-1])
+            assert [record.offset for record in rest] == [2, 3]
+        (letter,) = letters(broker)
+        assert letter.value == records[1].value
+        assert (said(letter)["attempts"], said(letter)["reason"]) == ("1", "no number")
+        assert line_of(broker)["committed"] == 4
+
+
+def test_what_is_rejected_is_a_letter_also_when_its_consumer_has_gone(broker: RunningBroker) -> None:
+    broker.create("t")
+    broker.raw("writer").publish("t", numbered(0, 3))
+    client = member(broker)
+    head = client.deliver().head
+    assert client.acked(head, 0, kind=AckKind.REJECT, reason="no") is Code.OK
+    broker.drop(client)
+    wait_for(lambda: line_of(broker)["committed"] == 1, "the letter is stored")
+    assert member(broker).deliver().head.first == 1
 
 
 def test_max_attempts_zero_never_gives_up(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ class Spot:
     reason: str = "it failed in an earlier run"
     silent: bool = True
     pause: tuple[int, float] = (-1, 0.0)
+    rejected: int = -1
     dead_lettering: int | None = None
     retry_at: float = 0.0
     refresh: Refresh | None = None
@@ -359,12 +360,12 @@ class Model:
             spot.suspect = False
             if not spot.behind:
                 spot.commit(offset)
-                spot.pause = (-1, 0.0)
+                spot.pause, spot.rejected = (-1, 0.0), -1
             return
         spot.suspect = spot.isolated and spot.silent
         if spot.isolated:
             spot.failed_at = offset
-        if spot.dead_lettering is not None or spot.attempts >= LIMITS.max_attempts:
+        if spot.dead_lettering is not None or spot.attempts >= LIMITS.max_attempts or spot.rejected == offset:
             spot.waits, spot.retry_at = "letter", self.now
         elif spot.pause[0] == offset and spot.pause[1] > self.now:
             spot.waits = "backoff"
@@ -392,7 +393,7 @@ class Model:
         if ack.kind is AckKind.IN_PROGRESS:
             spot.deadline = self.now + LIMITS.timeout if spot.in_flight else 0.0
             return Code.OK
-        negative = ack.kind is AckKind.NEGATIVE
+        negative = ack.kind in (AckKind.NEGATIVE, AckKind.REJECT)
         if not spot.acked <= ack.offset <= spot.next - negative:
             return Code.STALE
         came_late = not spot.behind and spot.committed is not None and spot.committed < spot.acked
@@ -405,13 +406,14 @@ class Model:
         spot.deadline = self.now + LIMITS.timeout if spot.in_flight else 0.0
         if negative:
             self.fail(spot, ack.reason or "the handler failed", counts=True, silent=False)
+            spot.rejected = spot.acked if ack.kind is AckKind.REJECT else spot.rejected
             if not spot.revoking:
                 self.resume(spot, spot.acked)
         return Code.OK
 
     def moved(self, spot: Spot, offset: int) -> None:
         spot.commit(offset)
-        spot.pause, spot.last_client, spot.moved_end = (-1, 0.0), "", spot.log.durable_end
+        spot.pause, spot.last_client, spot.moved_end, spot.rejected = (-1, 0.0), "", spot.log.durable_end, -1
         if spot.holder is not None:
             spot.epoch = -1
             self.resume(spot, offset)
@@ -472,7 +474,7 @@ class Model:
             if any(corrupt.next > start for corrupt in spot.log.corrupt_ranges):
                 return Code.NO_SNAPSHOT
         spot.commit(start)
-        spot.pause, spot.moved_end = (-1, 0.0), -1
+        spot.pause, spot.moved_end, spot.rejected = (-1, 0.0), -1, -1
         spot.refresh = Refresh(start, spot.log.durable_end)
         if spot.holder is not None:
             spot.stand(start, "refresh")

@@ -179,8 +179,8 @@ class GroupOperations:
             if dry_run:
                 continue
             key = (log.topic, log.partition)
-            group.pauses.pop(key, None)
-            group.reasons.pop(key, None)
+            for known in (group.pauses, group.reasons, group.rejected):
+                known.pop(key, None)
             group.last_clients[key] = ""  # no client resumes behind what it acknowledged before
             self._groups.move(group, log, offset)
             holder = group.holders.get(key)

@@ -65,7 +65,7 @@ class Groups:
                 del group.committed_offsets[key]
                 self.offsets -= 1
                 self._engine.commit_offset((group.name, *key), None)
-            for known in (group.pauses, group.reasons, group.last_clients):
+            for known in (group.pauses, group.reasons, group.rejected, group.last_clients):
                 for key in [key for key in known if key[0] == topic]:
                     del known[key]
 

@@ -4,10 +4,10 @@
           -> acknowledged | negative | timed out | disconnected | revoked
 
 Order wins: a failure at record n ends the lease, nothing behind n is delivered until n is done. After a failure n is
-delivered alone; behind it the window opens bit by bit. A negative acknowledgement names n and counts as an attempt. A
-timeout or a disconnect names no record: it counts only when n was alone, and after one, n is alone for its member, in
-all its partitions. With max_attempts used up, n goes to the dead-letter topic, durably, before the committed offset
-passes it.
+delivered alone; behind it the window opens bit by bit. A negative acknowledgement names n and counts as an attempt; one
+that rejects n is its last. A timeout or a disconnect names no record: it counts only when n was alone, and after one, n
+is alone for its member, in all its partitions. With max_attempts used up, n goes to the dead-letter topic, durably,
+before the committed offset passes it.
 """
 
 from __future__ import annotations
@@ -148,7 +148,8 @@ class Leases:
                 group.suspects[cursor] = None
             else:
                 group.suspects.pop(cursor, None)
-            if key in group.dead_lettering or 0 < self._limits.max_attempts <= committed.attempts:
+            used_up = 0 < self._limits.max_attempts <= committed.attempts or group.rejected.get(key) == offset
+            if key in group.dead_lettering or used_up:
                 self._write_dead_letter(cursor, committed.attempts)
                 return
             wait = group.pauses.get(key, 0.0) - self._scheduler.now()
@@ -204,7 +205,7 @@ class Leases:
                 cursor.deadline = now + self._limits.timeout
             self._metrics.in_progress_acks += 1
             return True
-        negative = ack.kind is AckKind.NEGATIVE
+        negative = ack.kind is not AckKind.CUMULATIVE
         before = cursor.acked
         if (negative and ack.offset >= cursor.next_offset) or not cursor.acknowledge(ack.offset):
             self._metrics.stale_acks += 1
@@ -219,6 +220,8 @@ class Leases:
         if negative:
             self._metrics.negative_acks += 1
             self.failed(cursor, ack.reason or "the handler failed", counts=True)
+            if ack.kind is AckKind.REJECT:
+                cursor.group.rejected[cursor.key] = cursor.acked
             if not cursor.revoking:
                 self.resume(cursor, cursor.acked)
             return True
@@ -262,8 +265,8 @@ class Leases:
     @staticmethod
     def _forget_failure(group: Group, key: Key) -> None:
         """Another record stands first now."""
-        group.reasons.pop(key, None)
-        group.pauses.pop(key, None)
+        for known in (group.reasons, group.pauses, group.rejected):
+            known.pop(key, None)
 
     def timed_out(self, cursor: Cursor) -> None:
         """The deadline of what is in flight has passed."""

@@ -115,7 +115,8 @@ class Refreshes:
             target=partition.durable_end,
         )
         self._groups.put(group, partition, committed)
-        group.pauses.pop((partition.topic, partition.partition), None)
+        for known in (group.pauses, group.rejected):
+            known.pop((partition.topic, partition.partition), None)
 
     def _announce_when_stored(self, group: Group, partition: Log, then: Callable[[], None]) -> None:
         key = (partition.topic, partition.partition)

@@ -198,13 +198,14 @@ class Group:
     """A consumer group. One without a name belongs to one connection, and nothing of it is stored.
 
     `last_clients` are the client ids that held each partition last. `pauses` says until when a partition waits after a
-    failure, `reasons` why it failed; `dead_lettering` are partitions whose next record is on its way into the
-    dead-letter topic, `suspects` the cursors that are before a record at which a member fell silent.
+    failure, `reasons` why it failed, `rejected` which record a member wants to be a dead letter; `dead_lettering` are
+    partitions whose next record is on its way into the dead-letter topic, `suspects` the cursors that are before a
+    record at which a member fell silent.
     """
 
     __slots__ = (
         "committed_offsets", "dead_lettering", "generation", "holders", "last_clients", "last_seen", "members", "name",
-        "pauses", "reasons", "suspects",
+        "pauses", "reasons", "rejected", "suspects",
     )  # fmt: skip
 
     def __init__(self, name: str, now: float) -> None:
@@ -215,6 +216,7 @@ class Group:
         self.last_clients: dict[Key, str] = {}
         self.pauses: dict[Key, float] = {}
         self.reasons: dict[Key, str] = {}
+        self.rejected: dict[Key, int] = {}
         self.dead_lettering: set[Key] = set()
         self.suspects: dict[Cursor, None] = {}
         self.generation = 0

@@ -110,14 +110,15 @@ class Subscriber:
             done = state.acked
         self.acknowledge(key, done)
 
-    def nack(self, key: TopicPartition, offset: int, reason: str) -> None:
-        """The record at this offset could not be handled: it is delivered again, after a pause, and isolated."""
+    def nack(self, key: TopicPartition, offset: int, reason: str, kind: AckKind = AckKind.NEGATIVE) -> None:
+        """The record at this offset could not be handled: it is delivered again, after a pause, and isolated. REJECT:
+        it is made a dead letter."""
         with self.changed:
             state = self.partitions.get(key)
             if state is None or not state.lease or not state.acked <= offset < state.handed_out:
                 return
             state.acked = offset
-            ack = ConsumerAck(AckKind.NEGATIVE, *key, state.generation, state.lease, offset, reason)
+            ack = ConsumerAck(kind, *key, state.generation, state.lease, offset, reason)
             state.handed_out = offset
             state.end_lease()
             self._drop(key)

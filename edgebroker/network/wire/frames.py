@@ -400,6 +400,9 @@ def write_answer(correlation: int, code: Code, message: str = "", offset: int = 
     return frame(FrameType.ACK, correlation, _ANSWER.pack(AckKind.ANSWER, 0, code, offset, len(raw)), raw)
 
 
+_WITH_REASON = (AckKind.NEGATIVE, AckKind.REJECT)
+
+
 def write_consumer_ack(correlation: int, ack: ConsumerAck) -> bytes:
     return frame(
         FrameType.ACK,
@@ -407,7 +410,7 @@ def write_consumer_ack(correlation: int, ack: ConsumerAck) -> bytes:
         _U8.pack(ack.kind),
         _text(ack.topic),
         _CONSUMER_ACK.pack(ack.partition, ack.generation, ack.lease, ack.offset),
-        _text(_cut(ack.reason)) if ack.kind is AckKind.NEGATIVE else b"",
+        _text(_cut(ack.reason)) if ack.kind in _WITH_REASON else b"",
     )
 
 
@@ -433,12 +436,12 @@ def read_ack(body: memoryview) -> Answer | ConsumerAck:
         _, _, code, offset, length = reader.take(_ANSWER)
         message = printable(reader.raw(length).decode(errors="replace"))
         return Answer(_known(Code, code), offset, message, reader.position)
-    if kind > AckKind.IN_PROGRESS:
+    if kind > AckKind.REJECT:
         raise RemoteProtocolError(f"ACK kind {kind} is unknown")
     reader = BodyReader(body, 1)
     topic = reader.text()
     partition, generation, lease, offset = reader.take(_CONSUMER_ACK)
-    reason = reader.text() if kind == AckKind.NEGATIVE else ""
+    reason = reader.text() if kind in _WITH_REASON else ""
     reader.end()
     return ConsumerAck(AckKind(kind), topic, partition, generation, lease, offset, reason)
 

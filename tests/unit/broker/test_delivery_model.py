@@ -316,7 +316,8 @@ class DeliveryMachine(RuleBasedStateMachine):
         if view is None:
             return
         offset = min(view.acked + part, max(view.next - 1, view.acked))
-        ack = ConsumerAck(AckKind.NEGATIVE, *key, view.generation, view.lease, offset, ("", "no", "never")[part])
+        kind = AckKind.REJECT if choice % 5 == 4 else AckKind.NEGATIVE
+        ack = ConsumerAck(kind, *key, view.generation, view.lease, offset, ("", "no", "never")[part])
         self.acknowledge(member, ack)
         self.over()
 
