@@ -482,6 +482,22 @@ class Consumer:
             self._position_file.update(self.positions())
             self._positions_due = self._subscriber.loop.clock_now() + POSITIONS_SECONDS
 
+    def applied(self, topic: str, partition: int, next_offset: int) -> None:
+        """Tell the broker what the readers of your own store see.
+
+        For who acknowledges what is stored and shows it later: `edgebroker tree`, `wait` and `group describe` tell
+        what is applied from what is only stored. Without it, what is acknowledged counts as applied.
+
+        Args:
+            topic: the topic.
+            partition: the partition.
+            next_offset: the offset after the last record that readers see.
+
+        Threads:
+            Any thread. Returns at once; the broker is told within half a second, and again after each reconnect.
+        """
+        self._subscriber.report_applied(TopicPartition(topic, partition), next_offset)
+
     def refresh(self, topic: str, partition: int, timeout: float | None = 30.0) -> None:
         """Ask the broker for a snapshot refresh of a partition that this consumer holds.
 

@@ -36,11 +36,13 @@ _WallMs = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 
 class GroupReport(msgspec.Struct, frozen=True, array_like=True):
-    """What a group has applied: its committed offset in each partition of a topic (-1: nothing yet)."""
+    """What a group has applied of each partition of a topic: what its member says that readers see, else its committed
+    offset (-1: nothing yet). `stored` are its committed offsets, where they are other ones."""
 
     name: str
     applied: list[int]
     refreshing: bool = False
+    stored: list[int] = []
 
 
 class TopicReport(msgspec.Struct, frozen=True, array_like=True):

@@ -275,7 +275,8 @@ def test_a_group_as_an_operator_sees_it(broker: RunningBroker) -> None:
         holder = line.pop("member")
         assert line.pop("lag_seconds") >= 0.0
         assert line == {
-            "topic": "t", "partition": number, "committed": 1 - number, "log_id": log_ids[number], "durable_end": 10,
+            "topic": "t", "partition": number, "committed": 1 - number, "applied": -1,
+            "log_id": log_ids[number], "durable_end": 10,
             "lag": 9 + number, "attempts": 0, "reason": "", "refresh": None, "standbys": number,
         }  # fmt: skip
         assert (holder["client_id"], holder["topic"], holder["partition"]) == ("first", "t", number)

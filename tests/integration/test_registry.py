@@ -106,6 +106,43 @@ def test_a_tree_grows_from_seeds_alone(tree: Tree, capsys: pytest.CaptureFixture
     )
 
 
+def test_what_is_applied_is_told_from_what_is_stored(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
+    """An application has acknowledged a new catalogue, and shows the one before until the store closes."""
+    root = root_of(tree)
+    publish(root, "prices", 0, 10)
+    till = joins(tree, "till", "root", level="local")
+    follows(root, till, "prices")
+
+    def partition() -> dict[str, Any]:
+        found: dict[str, Any] = till.http("GET", "/v1/groups/labels")[1]["partitions"][0]
+        return found
+
+    with till.consumer(["prices"], "labels", start="earliest") as consumer:
+        while sum(consumer.next_offsets().values()) < 10:
+            consumer.poll(0.1)
+        consumer.applied("prices", 0, 4)
+        consumer.commit(10.0)
+        until(tree, lambda: partition()["applied"] == 4, "the node knows what is applied")
+        assert (partition()["committed"], partition()["lag"]) == (10, 0)
+        wait = ("wait", "--topic", "prices", "--timeout", "0s")
+        until(
+            tree,
+            lambda: "labels has stored partition 0, and applied it up to 4" in str(run(root, capsys, *wait)[1]),
+            "the root knows",
+        )
+        assert nodes(root)["till"]["waiting"] == {"prices labels": 6}
+        capsys.readouterr()
+        assert main(["group", "describe", "labels", "--admin", tree.address("till")]) == 0
+        assert "prices/0: stored up to 10, applied up to 4\n" in capsys.readouterr().out
+        consumer.applied("prices", 0, 10)
+        until(tree, lambda: run(root, capsys, *wait)[0] == 0, "it is applied")
+        till.call(
+            lambda: [one.transport.close("test") for one in till.broker.sessions if one.client_id == consumer.client_id]
+        )
+        till.call(till.broker.core.groups.find("labels").applied.clear)  # type: ignore[union-attr]
+        until(tree, lambda: consumer.poll(0.05) == [] and partition()["applied"] == 10, "it says it again")
+
+
 def test_a_node_starts_with_its_topology_and_its_data(tree: Tree) -> None:
     """No line, no registry, no parent: it serves what it has, and goes on by itself when they are back."""
     root = root_of(tree)

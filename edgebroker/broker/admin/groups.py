@@ -48,11 +48,13 @@ class RefreshStatus(msgspec.Struct, rename={"from_offset": "from"}):
 
 
 class GroupPartition(msgspec.Struct, kw_only=True):
-    """A group in one partition. -1 where there is no committed offset, or no such log here."""
+    """A group in one partition. -1 where there is no committed offset, or no such log here; `applied` is -1 unless
+    its member says what its readers see."""
 
     topic: str
     partition: int
     committed: int
+    applied: int
     log_id: str
     durable_end: int
     lag: int
@@ -185,6 +187,7 @@ class GroupAdmin:
             topic=key[0],
             partition=key[1],
             committed=offset,
+            applied=group.applied_in(log) if log is not None else -1,
             log_id=committed.log_id if committed is not None else "",
             durable_end=log.durable_end if log is not None else -1,
             lag=log.durable_end - max(offset, 0) if log is not None else -1,

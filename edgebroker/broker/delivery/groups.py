@@ -65,7 +65,7 @@ class Groups:
                 del group.committed_offsets[key]
                 self.offsets -= 1
                 self._engine.commit_offset((group.name, *key), None)
-            for known in (group.pauses, group.reasons, group.rejected, group.last_clients):
+            for known in (group.pauses, group.reasons, group.rejected, group.applied, group.last_clients):
                 for key in [key for key in known if key[0] == topic]:
                     del known[key]
 
@@ -103,6 +103,14 @@ class Groups:
         group.committed_offsets[key] = committed
         if group.name:
             self._engine.commit_offset((group.name, *key), committed)
+
+    def apply(self, cursor: Cursor, offset: int) -> None:
+        """A member says up to where its readers see a partition that it holds; -1: it says so no more. Not stored: it
+        says it again to every run of a node."""
+        if offset < 0:
+            cursor.group.applied.pop(cursor.key, None)
+        else:
+            cursor.group.applied[cursor.key] = (cursor.log.identity.log_id, min(offset, cursor.log.durable_end))
 
     def grant(self, cursor: Cursor) -> None:
         """Make a cursor the holder of its partition."""

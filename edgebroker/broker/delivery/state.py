@@ -200,12 +200,12 @@ class Group:
     `last_clients` are the client ids that held each partition last. `pauses` says until when a partition waits after a
     failure, `reasons` why it failed, `rejected` which record a member wants to be a dead letter; `dead_lettering` are
     partitions whose next record is on its way into the dead-letter topic, `suspects` the cursors that are before a
-    record at which a member fell silent.
+    record at which a member fell silent. `applied` is what members say that their readers see, by log id.
     """
 
     __slots__ = (
-        "committed_offsets", "dead_lettering", "generation", "holders", "last_clients", "last_seen", "members", "name",
-        "pauses", "reasons", "rejected", "suspects",
+        "applied", "committed_offsets", "dead_lettering", "generation", "holders", "last_clients", "last_seen",
+        "members", "name", "pauses", "reasons", "rejected", "suspects",
     )  # fmt: skip
 
     def __init__(self, name: str, now: float) -> None:
@@ -217,10 +217,16 @@ class Group:
         self.pauses: dict[Key, float] = {}
         self.reasons: dict[Key, str] = {}
         self.rejected: dict[Key, int] = {}
+        self.applied: dict[Key, tuple[str, int]] = {}
         self.dead_lettering: set[Key] = set()
         self.suspects: dict[Cursor, None] = {}
         self.generation = 0
         self.last_seen = now
+
+    def applied_in(self, log: Log) -> int:
+        """Up to where readers see this very log; -1 when no member said."""
+        log_id, offset = self.applied.get((log.topic, log.partition), ("", -1))
+        return offset if log_id == log.identity.log_id else -1
 
     def committed(self, log: Log) -> GroupOffset | None:
         """The group's committed offset in this very log."""

@@ -17,6 +17,7 @@ import msgspec
 from msgspec.structs import replace
 
 from edgebroker.broker.core import Core
+from edgebroker.broker.delivery.state import Group
 from edgebroker.broker.ports import Key
 from edgebroker.common import json
 from edgebroker.common.runtime.clock import Clock
@@ -167,7 +168,7 @@ class Reporter:
             if group.name.startswith(INTERNAL_GROUPS):
                 continue
             for key, committed in list(group.committed_offsets.items()):
-                self._note(groups.setdefault(key[0], {}), group.name, key, committed)
+                self._note(groups.setdefault(key[0], {}), group, key, committed)
                 yield
         for topic in sorted(self._engine.topics()):
             logs = self._engine.partitions(topic)
@@ -177,25 +178,27 @@ class Reporter:
                 TopicReport(
                     topic,
                     [one.durable_end for one in logs],
-                    [one for one in groups.get(topic, {}).values() if len(one.applied) == len(logs)],
+                    [_brief(one) for one in groups.get(topic, {}).values() if len(one.applied) == len(logs)],
                     self._dead_letters(topic),
                     digest_of_logs([one.identity.log_id for one in logs]),
                 )
             )
             yield
 
-    def _note(self, groups: dict[str, GroupReport], group: str, key: Key, committed: GroupOffset) -> None:
-        """What a group has applied of a partition."""
+    def _note(self, groups: dict[str, GroupReport], group: Group, key: Key, committed: GroupOffset) -> None:
+        """What a group has of a partition."""
         logs = self._engine.partitions(key[0])
         if key[1] >= len(logs):
             return
-        found = groups.get(group)
+        found = groups.get(group.name)
         if found is None or len(found.applied) != len(logs):
-            found = groups[group] = GroupReport(group, [-1] * len(logs))
+            found = groups[group.name] = GroupReport(group.name, [-1] * len(logs), stored=[-1] * len(logs))
         if committed.log_id == logs[key[1]].identity.log_id:
-            found.applied[key[1]] = committed.next_offset
+            applied = group.applied_in(logs[key[1]])
+            found.stored[key[1]] = committed.next_offset
+            found.applied[key[1]] = committed.next_offset if applied < 0 else min(applied, committed.next_offset)
         if committed.refreshing and not found.refreshing:
-            groups[group] = replace(found, refreshing=True)
+            groups[group.name] = replace(found, refreshing=True)
 
     def _dead_letters(self, topic: str) -> int:
         """Dead letters that are neither replayed nor dropped."""
@@ -352,3 +355,8 @@ class Growth:
         if abs(percent - self._percent) >= 2:
             self._percent = percent
         return self._percent, self._days
+
+
+def _brief(report: GroupReport) -> GroupReport:
+    """Most groups have applied what they have stored."""
+    return replace(report, stored=[]) if report.stored == report.applied else report

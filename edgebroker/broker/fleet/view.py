@@ -375,6 +375,9 @@ def _lacks(report: Report, topic: str, ends: dict[int, int], group: str, mirrore
             return f"group {one.name} is refreshing"
         for partition, end in ends.items():
             applied = one.applied[partition] if partition < len(one.applied) else -1
+            stored = one.stored[partition] if partition < len(one.stored) else -1
+            if applied < end <= stored:
+                return f"group {one.name} has stored partition {partition}, and applied it up to {max(0, applied)}"
             if applied < end:
                 return f"group {one.name} is at {max(0, applied)} of partition {partition}"
     return ""

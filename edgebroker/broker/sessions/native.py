@@ -293,7 +293,10 @@ class Session:
         elif event.type == FrameType.ACK:
             self._on_ack(event)
         elif event.type == FrameType.HEARTBEAT:
-            frames.read_heartbeat(event.body)
+            for topic, partition, offset in frames.read_heartbeat(event.body):
+                cursor = self.cursors.get((topic, partition))
+                if cursor is not None:
+                    self._core.groups.apply(cursor, offset)
         elif event.type == FrameType.SUBSCRIBE:
             self._on_subscribe(event.correlation, frames.read_subscribe(event.body))
         elif event.type == FrameType.CONNECT:

@@ -87,6 +87,8 @@ def describe(options: argparse.Namespace) -> int:
         where = f"{part['topic']}/{part['partition']}"
         if part["member"] and part["member"]["why"]:
             print(f"{where}: {part['member']['why']}")
+        if 0 <= part["applied"] < part["committed"]:
+            print(f"{where}: stored up to {part['committed']}, applied up to {part['applied']}")
         if part["refresh"] and part["refresh"]["state"] == "refreshing":
             refresh = part["refresh"]
             print(f"{where}: refresh {refresh['reset_id']} from {refresh['from']} to {refresh['target']}")

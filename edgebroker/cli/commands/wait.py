@@ -21,8 +21,8 @@ def arguments(parser: Parser) -> None:
     parser.set_defaults(run=wait)
     parser.description = (
         "Wait until every node of the lowest level below (terminals, where there are any) has applied a topic: its "
-        "consumer groups have acknowledged all records up to an offset. --label level=pos chooses another level. When "
-        "the time is over, list the nodes that have not, and exit with 1."
+        "consumer groups have acknowledged all records up to an offset, and show them where they say what they show. "
+        "--label level=pos chooses another level. When the time is over, list the nodes that have not, and exit with 1."
     )
     parser.add_argument("--topic", required=True)
     parser.add_argument(

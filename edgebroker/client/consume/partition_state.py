@@ -18,14 +18,14 @@ class PartitionState:
     answer must come before anything of the partition counts again (-1: not sent yet). `leaving`: the broker is revoking
     the partition, `revoking`: and still waits for what was handed out. `kept`: the position is the caller's own and
     wins over the committed offset of the group. `handed_out_of`: log id and epoch of what was handed out last.
-    `skipped` are ranges without a record for the handler; they are acknowledged together with the last record before
-    them.
+    `applied` is what the caller says that readers see, `applied_sent` what the broker was told of it. `skipped` are
+    ranges without a record for the handler; they are acknowledged together with the last record before them.
     """
 
     __slots__ = (
-        "acked", "asked", "awaiting", "epoch", "expected", "generation", "handed_out", "handed_out_of", "held", "kept",
-        "lease", "leaving", "log_id", "old_lease", "parked", "paused", "refreshing", "resuming", "revoking", "skipped",
-        "stored", "wanted",
+        "acked", "applied", "applied_sent", "asked", "awaiting", "epoch", "expected", "generation", "handed_out",
+        "handed_out_of", "held", "kept", "lease", "leaving", "log_id", "old_lease", "parked", "paused", "refreshing",
+        "resuming", "revoking", "skipped", "stored", "wanted",
     )  # fmt: skip
 
     def __init__(self, wanted: Wanted | None = None) -> None:
@@ -37,6 +37,7 @@ class PartitionState:
         self.old_lease = (0, 0)
         self.refreshing = False
         self.acked = self.handed_out = self.expected = self.stored = -1
+        self.applied = self.applied_sent = -1
         self.awaiting = self.asked = 0
         self.held = self.leaving = self.resuming = self.revoking = self.paused = False
         self.skipped: deque[tuple[int, int]] = deque()

@@ -33,6 +33,8 @@ RETRY_SECONDS = 0.02
 DAMAGED_SECONDS = 1.0
 LEAVE_SECONDS = 1.0
 REFUSED_SECONDS = 5.0
+# The broker is told so often what is applied.
+APPLIED_SECONDS = 0.2
 # A broker may be so long behind a position before another one is tried.
 BEHIND_SECONDS = 30.0
 UNKNOWN_LOG_ID = b"\xff" * 16
@@ -80,6 +82,8 @@ class Subscriber:
         # Nothing was ever acknowledged; partitions that were waiting for it at the last heartbeat.
         self._never_acked = True
         self._waiting: set[TopicPartition] = set()
+        # The broker is about to be told what is applied.
+        self._telling = False
         self._asked: dict[int, PartitionState] = {}
         self._paused_timer: TimerHandle | None = None
         lifetime.begin(self)
@@ -183,6 +187,14 @@ class Subscriber:
         """The refresh of a partition is over."""
         with self.changed:
             self.partitions[key].refreshing = False
+
+    def report_applied(self, key: TopicPartition, next_offset: int) -> None:
+        """Readers of what the caller has stored see everything before next_offset."""
+        with self.changed:
+            self.partitions.setdefault(key, PartitionState()).applied = next_offset
+            told, self._telling = self._telling, True
+        if not told:
+            self.loop.call_soon_threadsafe(self._tell_applied_later)
 
     def set_paused(self, key: TopicPartition, paused: bool) -> None:
         with self.changed:
@@ -309,6 +321,24 @@ class Subscriber:
         correlation = self.link.next_correlation()
         data = frames.write_subscribe(correlation, Subscribe(intent, self._group, 0, 0, lines))
         self.link.request(correlation, data, lambda answer, body: answered())
+
+    def _tell_applied_later(self) -> None:
+        self.loop.call_later(APPLIED_SECONDS, self._tell_applied)
+
+    def _tell_applied(self) -> None:
+        """Tell the broker what is applied now, of partitions where it does not know."""
+        with self.changed:
+            self._telling = False
+            states = [
+                (key, state)
+                for key, state in self.partitions.items()
+                if state.held and state.applied >= 0 and state.applied != state.applied_sent
+            ]
+            for first in range(0, len(states), frames.MOST_ENDS):
+                lines = [(*key, state.applied) for key, state in states[first : first + frames.MOST_ENDS]]
+                self.link.send(frames.write_heartbeat(lines))
+            for _, state in states:
+                state.applied_sent = state.applied
 
     def _keep_paused(self, seconds: float) -> None:
         """What waits in paused partitions is not overdue."""
@@ -450,7 +480,10 @@ class Subscriber:
                     state.held, state.leaving, state.revoking, state.resuming = True, False, False, False
                     state.lease, state.generation = line.lease, assigned.generation
                     state.acked = state.handed_out = state.expected = line.offset
-                    state.stored = -1
+                    state.stored = state.applied_sent = -1
+                    if state.applied >= 0 and not self._telling:
+                        self._telling = True
+                        self._tell_applied_later()
                 elif line.holding is Holding.REVOKING:
                     state.leaving = state.revoking = True
                     state.parked.clear()

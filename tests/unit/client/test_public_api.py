@@ -17,8 +17,8 @@ ROOT = Path(__file__).parents[3]
 CLASSES = [name for name in edgebroker.__all__ if name != "__version__"]
 PRODUCER = {"client_id", "close", "closed", "flush", "open_topic", "send", "send_many", "unacked"}
 CONSUMER = {
-    "ack", "ack_to", "assignment", "client_id", "close", "closed", "commit", "durable_ends", "expired", "group",
-    "in_progress", "nack", "next_offsets", "pause", "poll", "position_after", "positions", "refresh", "reject",
+    "ack", "ack_to", "applied", "assignment", "client_id", "close", "closed", "commit", "durable_ends", "expired",
+    "group", "in_progress", "nack", "next_offsets", "pause", "poll", "position_after", "positions", "refresh", "reject",
     "resume", "run", "seek", "switch",
 }  # fmt: skip
 
