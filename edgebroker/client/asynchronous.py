@@ -319,6 +319,24 @@ class AsyncConsumer:
         """
         return await self._thread.call(lambda: self._consumer.position_after(record))
 
+    async def applied(self, topic: str, partition: int, next_offset: int) -> None:
+        """Consumer.applied(): what the readers of your own store see.
+
+        Args:
+            topic: the topic.
+            partition: the partition.
+            next_offset: the offset after the last record that readers see.
+        """
+        await self._thread.call(lambda: self._consumer.applied(topic, partition, next_offset))
+
+    async def switch(self) -> None:
+        """Consumer.switch(): ask the staging store again about refreshes that it did not switch yet.
+
+        Raises:
+            Exception: what Staging.switch() raises.
+        """
+        await self._thread.call(self._consumer.switch)
+
     async def next_offsets(self) -> dict[TopicPartition, int]:
         """Consumer.next_offsets(): where reading stands."""
         return await self._thread.call(self._consumer.next_offsets)

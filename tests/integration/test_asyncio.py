@@ -160,3 +160,20 @@ def test_leaving_the_block_acknowledges(broker: RunningBroker) -> None:
 def committed(broker: RunningBroker) -> int:
     found: int = broker.http("GET", "/v1/groups/g")[1]["partitions"][0]["committed"]
     return found
+
+
+def test_a_position_a_dead_letter_and_what_is_applied(broker: RunningBroker) -> None:
+    broker.raw().publish("t", numbered(0, 4))
+
+    async def main() -> None:
+        async with consumer(broker, auto_ack=False) as reader:
+            records = await reader.poll(SECONDS)
+            assert (await reader.position_after(records[1])).next_offset == 2
+            await reader.applied("t", 0, 1)
+            await reader.reject(records[2], "no")
+            await reader.switch()
+            (last,) = await reader.poll(SECONDS)
+            assert last.offset == 3
+
+    run(main())
+    assert broker.counters()["dead_letters"] == 1
