@@ -72,7 +72,7 @@ HOMES = {
     "time": {"common/runtime/clock.py"},
     "psutil": {"broker/observe/host.py", "cli/bench/target.py"},
     "prometheus_client": {"broker/admin/exposition.py"},
-    "h11": {"network/http/server.py", "network/http/client.py"},
+    "httptools": {"network/http/request_reader.py", "network/http/client.py"},
 }
 SOCKETS = {
     "network/io/loop.py", "network/io/channel.py", "network/io/listener.py",

@@ -1,7 +1,7 @@
 """An HTTP/1.1 client on the loop, for talking to another node: one connection, one request at a time.
 
-h11 reads and writes the heads. A chunked body is taken apart here and handed on piece by piece as it arrives, without
-a copy: it may be gigabytes of a log. Names are looked up by a thread of their own, for a resolver may take its time.
+httptools reads the heads. A body is handed on piece by piece as it arrives, without a copy, and a chunked one is taken
+apart here: it may be gigabytes of a log. Names are looked up by a thread of their own: a resolver may take its time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import socket
 from collections.abc import Callable
 from typing import Protocol
 
-import h11
+import httptools
 
 from edgebroker.common.config import is_address
 from edgebroker.common.errors import RemoteProtocolError
@@ -28,7 +28,7 @@ ANSWER_SECONDS = 30.0
 # Longer than a parent with nothing to say is silent: a healthy line costs no probes.
 KEEPALIVE_SECONDS = 50
 RECEIVE_BYTES = 1 << 20
-MAX_LINE_BYTES = 200
+MAX_LINE_BYTES, MAX_HEAD_BYTES = 200, 16 << 10
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;.*)?\Z")
 
 
@@ -47,6 +47,40 @@ class HttpOwner(Protocol):
 
     def on_lost(self, reason: str) -> None:
         """There is no connection (any more); called once for every open()."""
+
+
+class ResponseHead:
+    """The head of an answer, with the empty line at its end. Raises RemoteProtocolError."""
+
+    def __init__(self, data: bytes) -> None:
+        self.headers: dict[bytes, bytes] = {}
+        parser = httptools.HttpResponseParser(self)
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            raise RemoteProtocolError("it changes the protocol, which it was not asked to") from None
+        except httptools.HttpParserError as error:
+            raise RemoteProtocolError(str(error)) from None
+        self.status: int = parser.get_status_code()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.headers[name.lower()] = value
+
+    @property
+    def chunked(self) -> bool:
+        return self.headers.get(b"transfer-encoding", b"").lower() == b"chunked"
+
+    @property
+    def length(self) -> int:
+        """Of the body; -1: as long as the connection stands."""
+        if self.status in (204, 304):
+            return 0
+        return int(self.headers.get(b"content-length", b"-1"))
+
+    @property
+    def retry_after(self) -> float:
+        value = self.headers.get(b"retry-after", b"")
+        return float(value) if value.isdigit() else 0.0
 
 
 class ChunkReader:
@@ -99,7 +133,7 @@ class HttpClient:
         self._resolver: Worker | None = None
         self._connecting: socket.socket | None = None
         self._transport: Transport | None = None
-        self._protocol = h11.Connection(h11.CLIENT)
+        self._head, self._left = bytearray(), 0
         self._chunks: ChunkReader | None = None
         self._timer: TimerHandle | None = None
         self._address = ""
@@ -218,16 +252,11 @@ class HttpClient:
     def request(self, method: str, path: str, body: bytes) -> None:
         """Send a request; on_response(), on_body() and on_complete() follow, or on_lost()."""
         assert self._transport is not None
-        self._protocol = h11.Connection(h11.CLIENT)
-        self._chunks = None
-        headers = [("host", self._address), ("content-length", str(len(body)))]
-        if body:
-            headers.append(("content-type", "application/json"))
-        data = self._protocol.send(h11.Request(method=method, target=path, headers=headers)) or b""
-        data += self._protocol.send(h11.Data(data=body)) or b""
-        data += self._protocol.send(h11.EndOfMessage()) or b""
+        self._head, self._chunks, self._left = bytearray(), None, 0
+        kind = "content-type: application/json\r\n" if body else ""
+        head = f"{method} {path} HTTP/1.1\r\nhost: {self._address}\r\ncontent-length: {len(body)}\r\n{kind}\r\n"
         self._timer = self._loop.call_later(ANSWER_SECONDS, lambda: self._unanswered(0))
-        self._transport.send(data)
+        self._transport.send(head.encode("latin-1") + body)
 
     def say_alive(self) -> None:
         """Send an empty line, of which HTTP makes nothing: a peer that streams its answer learns that we are there."""
@@ -260,10 +289,12 @@ class HttpClient:
         try:
             if self._chunks is not None:
                 self._take_chunks(data)
+            elif self._left:
+                self._take_rest(data)
             else:
-                self._protocol.receive_data(bytes(data))
-                self._advance()
-        except h11.RemoteProtocolError as error:
+                self._head += data
+                self._take_head()
+        except RemoteProtocolError as error:
             raise RemoteProtocolError(f"{self._address} does not speak HTTP as expected: {error}") from error
 
     def on_drained(self) -> None:
@@ -276,28 +307,41 @@ class HttpClient:
             reason = f"{reason} without an answer; is this the HTTP interface of a node?"
         self._lost(reason)
 
-    def _advance(self) -> None:
-        while self._transport is not None:
-            event = self._protocol.next_event()
-            if event is h11.NEED_DATA or event is h11.PAUSED:
-                return
-            if isinstance(event, h11.Response):
-                self._cancel()
-                self.content_type = dict(event.headers).get(b"content-type", b"").decode("latin-1")
-                self._answered = True
-                self._owner.on_response(event.status_code, _retry_after(event))
-                if (b"transfer-encoding", b"chunked") in [(name, value.lower()) for name, value in event.headers]:
-                    self._chunks = ChunkReader()
-                    self._take_chunks(memoryview(self._protocol.trailing_data[0]))
-                    return
-            elif isinstance(event, h11.Data):
-                self._owner.on_body(memoryview(bytes(event.data)))
-            elif isinstance(event, h11.EndOfMessage):
-                self._owner.on_complete()
-                return
-            elif isinstance(event, h11.ConnectionClosed):
-                self._end("the peer closed the connection")
-                return
+    def _take_head(self) -> None:
+        end = self._head.find(b"\r\n\r\n") + 4
+        if len(self._head) > MAX_HEAD_BYTES and not 4 <= end <= MAX_HEAD_BYTES:
+            raise RemoteProtocolError(f"a head of more than {MAX_HEAD_BYTES} bytes")
+        if end < 4:
+            return
+        head, rest = ResponseHead(bytes(self._head[:end])), bytes(self._head[end:])
+        self._head = bytearray()
+        if head.status < 200:  # there is more to come
+            self._head += rest
+            self._take_head()
+            return
+        self._cancel()
+        self.content_type = head.headers.get(b"content-type", b"").decode("latin-1")
+        self._answered = True
+        self._owner.on_response(head.status, head.retry_after)
+        if self._transport is None:
+            return  # the owner has had enough
+        if head.chunked:
+            self._chunks = ChunkReader()
+            self._take_chunks(memoryview(rest))
+        elif head.length:
+            self._left = head.length
+            self._take_rest(memoryview(rest))
+        else:
+            self._owner.on_complete()
+
+    def _take_rest(self, data: memoryview) -> None:
+        """A body of a known length, or one that ends with the connection."""
+        piece = data[: self._left] if self._left > 0 else data
+        if len(piece):
+            self._left -= len(piece) if self._left > 0 else 0
+            self._take(piece)
+        if not self._left and self._transport is not None:
+            self._owner.on_complete()
 
     def _take_chunks(self, data: memoryview) -> None:
         chunks = self._chunks
@@ -329,10 +373,3 @@ class HttpClient:
         if self._opened:
             self._opened = False
             self._owner.on_lost(reason)
-
-
-def _retry_after(response: h11.Response) -> float:
-    for name, value in response.headers:
-        if name == b"retry-after" and value.isdigit():
-            return float(value)
-    return 0.0

@@ -1,7 +1,7 @@
-"""HTTP/1.1 on the loop, by h11: small requests, small JSON answers, on a TCP port and on a unix socket.
+"""HTTP/1.1 on the loop: small requests, small JSON answers, on a TCP port and on a unix socket.
 
-h11 is imported with the first connection. Limits: head 16 KiB (h11's own), body 64 KiB (or as said for a path); 10 s
-for a head, 30 s and a second for each 64 KiB for a body, 75 s idle; 256 connections besides those that are being
+The reader of requests is imported with the first connection. Limits: head 16 KiB, body 64 KiB (or as said for a path);
+10 s for a head, 30 s and a second for each 64 KiB for a body, 75 s idle; 256 connections besides those that are being
 streamed to, 64 of them from one address off the machine, and 64 more by the unix socket. The requests of a connection
 are handled one after the other, each in its turn; what a peer sends before it has taken their answers waits: up to
 80 KiB here, the rest with the peer. A streamed answer goes on for as long as its source has something to say; each
@@ -11,7 +11,8 @@ piece is a chunk, and may be stored bytes.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from http import HTTPStatus
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import msgspec
@@ -23,7 +24,7 @@ from edgebroker.network.io.transport import FileRange, Transport
 from edgebroker.network.wire.connection import ReceiveBuffer
 
 if TYPE_CHECKING:
-    import h11
+    from edgebroker.network.http.request_reader import ParsedRequest
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,7 @@ HEAD_SECONDS, BODY_SECONDS = 10.0, 30.0
 IDLE_SECONDS = 75.0
 SWEEP_SECONDS = 5.0
 STUCK_SECONDS = 60.0
-# Pieces of requests that a connection may bring in one loop iteration: a body may come in chunks of a byte.
-MAX_EVENTS = 500
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Request(NamedTuple):
@@ -209,22 +209,21 @@ class HttpServer:
 
 
 class HttpConnection:
-    """One connection: parses by h11, answers, closes when either side wants to."""
+    """One connection: reads requests, answers them, closes when either side wants to."""
 
     def __init__(self, server: HttpServer, channel: Channel, peer: str) -> None:
-        import h11
+        from edgebroker.network.http.request_reader import BadRequestError, RequestReader
 
         assert server.buffer is not None
-        self._server, self._h11 = server, h11
-        self._protocol = h11.Connection(h11.SERVER, max_incomplete_event_size=16 << 10)
-        self._request: h11.Request | None = None
-        self._body, self._limit = bytearray(), MAX_BODY_BYTES
+        self._server, self._bad = server, BadRequestError
+        self._reader = RequestReader(server.body_limit)
+        self._request: ParsedRequest | None = None
         # A request is answered before what follows it is read; that waits here.
         self._reading, self._answering = True, False
         self._early = bytearray()
         self.stream: Streamed | None = None
-        # What of a request is under way: the state of the parser in which bytes were last counted.
-        self._stage: object = None
+        # In what of a request bytes were last counted: in its body, or in its head.
+        self._stage: bool | None = None
         self.transport = Transport(server.loop, channel, server.buffer, self, peer)
 
     def on_data(self, buffer: ReceiveBuffer, received: int) -> None:
@@ -233,7 +232,7 @@ class HttpConnection:
             self.stream.on_alive()
             return
         if self._reading:
-            self._receive(data)
+            self._reader.feed(data)
             self._advance()
             self._count_bytes()
             return
@@ -249,27 +248,18 @@ class HttpConnection:
         """Say how many bytes wait here, and for whom."""
         if self.transport.closed:
             return
-        receiving, state = self._server.receiving, self._protocol.their_state
-        size = len(self._early) + len(self._body) + len(self._protocol.trailing_data[0])
+        receiving, reader = self._server.receiving, self._reader
+        size = len(self._early) + reader.size
         if not self._reading and size:
             receiving.waits(self.transport, size)
-        elif size or state is self._h11.SEND_BODY:
-            seconds = HEAD_SECONDS
-            if state is self._h11.SEND_BODY:
-                seconds = BODY_SECONDS + self._limit / MAX_BODY_BYTES
-            receiving.unfinished(self.transport, size, seconds, begun=state is not self._stage)
-            self._stage = state
+        elif size or reader.in_body:
+            seconds = BODY_SECONDS + reader.limit / MAX_BODY_BYTES if reader.in_body else HEAD_SECONDS
+            receiving.unfinished(self.transport, size, seconds, begun=reader.in_body is not self._stage)
+            self._stage = reader.in_body
             return
         else:
             receiving.handled(self.transport)
         self._stage = None
-
-    def _receive(self, data: bytes) -> None:
-        """Bytes of a request; empty lines before it are none of it (RFC 9112, 2.2)."""
-        if data[0] in b"\r\n" and self._protocol.their_state is self._h11.IDLE and not self._protocol.trailing_data[0]:
-            data = data.lstrip(b"\r\n")
-        if data:
-            self._protocol.receive_data(data)
 
     def on_drained(self) -> None:
         if self.stream is not None:
@@ -280,7 +270,8 @@ class HttpConnection:
     def on_closed(self, reason: str) -> None:
         self._server.connections.pop(self, None)
         self._server.receiving.handled(self.transport)
-        self._body, self._early = bytearray(), bytearray()  # the collector finds this circle late
+        self._reader.end()
+        self._early = bytearray()
         stream, self.stream = self.stream, None
         if stream is not None:
             stream.on_closed(reason)
@@ -288,7 +279,7 @@ class HttpConnection:
     def end_stream(self) -> None:
         self.stream = None
         if not self.transport.closed:
-            self.transport.send(self._protocol.send(self._h11.EndOfMessage()) or b"")
+            self.transport.send(b"0\r\n\r\n")
             self._answered()
 
     def _read_on(self) -> None:
@@ -297,70 +288,35 @@ class HttpConnection:
         if self._reading or self._answering or transport.backlog or transport.closed:
             return
         self._reading = True
+        if self._early:
+            early, self._early = bytes(self._early), bytearray()
+            self._reader.feed(early)
+            transport.resume()
         self._advance()
         self._count_bytes()
 
     def _advance(self) -> None:
-        """Read up to the end of one request."""
-        h11 = self._h11
-        for _ in range(MAX_EVENTS):
-            if self.transport.closed:
-                return
-            try:
-                event = self._protocol.next_event()
-            except h11.RemoteProtocolError as error:
-                self._reply(Response(error.error_status_hint, Failed(str(error))), close=True)
-                return
-            if event is h11.NEED_DATA and self._early:
-                early, self._early = bytes(self._early), bytearray()
-                self._receive(early)
-                self.transport.resume()
-                continue
-            if event is h11.NEED_DATA or event is h11.PAUSED:
-                return
-            if isinstance(event, h11.Request):
-                self._request, self._body = event, bytearray()
-                if {b"content-length", b"transfer-encoding"} <= {name for name, _ in event.headers}:
-                    # A proxy may read another body than this node: RFC 9112, 6.1.
-                    why = "a request has either content-length or transfer-encoding"
-                    self._reply(Response(400, Failed(why)), close=True)
-                    return
-                self._limit = self._server.body_limit(event.method.decode(), event.target.decode("latin-1"))
-            elif isinstance(event, h11.Data):
-                self._body += event.data
-                if len(self._body) > self._limit:
-                    self._reply(Response(413, Failed(f"a body may take {self._limit} bytes")), close=True)
-                    return
-            elif isinstance(event, h11.EndOfMessage):
-                self._reading, self._answering = False, True
-                self._dispatch()
-                return
-            elif isinstance(event, h11.ConnectionClosed):
-                self.transport.close("the peer closed the connection")
-                return
-        self._reading = False
-        self._server.loop.call_in_turn(self._read_on)
+        """Read up to the end of one request, if it is there."""
+        try:
+            request = self._reader.next()
+        except self._bad as error:
+            self._reading = False
+            self._reply(Response(error.status, Failed(str(error))), close=True)
+            return
+        if request is not None:
+            self._reading, self._answering, self._request = False, True, request
+            self._dispatch(request)
 
-    def _dispatch(self) -> None:
-        assert self._request is not None
-        headers = {name: value.decode("latin-1") for name, value in self._request.headers}
-        request = Request(
-            self._request.method.decode(),
-            self._request.target.decode("latin-1"),
-            bytes(self._body),
-            headers.get(b"content-type", ""),
-            headers.get(b"host", ""),
-            headers.get(b"origin", ""),
-            headers.get(b"sec-fetch-site", ""),
-            host_of(self.transport.peer),
-        )
-        self._body = bytearray()
+    def _dispatch(self, parsed: ParsedRequest) -> None:
+        kind, host, origin, site = (parsed.headers.get(name, b"").decode("latin-1") for name in _OF_INTEREST)
+        peer = host_of(self.transport.peer)
+        request = Request(parsed.method, parsed.target, parsed.body, kind, host, origin, site, peer)
         self._server.on_request()
         try:
             self._server.handler(request, self._reply)
         except Exception:
             log.exception("%s %s failed", request.method, request.target)
-            if self._protocol.our_state is not self._h11.SEND_RESPONSE:
+            if not self._answering or self.stream is not None:
                 self.transport.close("failed after it was answered")
                 return
             self._reply(Response(500, Failed("an internal error; see the log of the node")))
@@ -368,7 +324,6 @@ class HttpConnection:
     def _reply(self, response: Response, close: bool = False) -> None:
         if self.transport.closed:
             return
-        h11 = self._h11
         if hasattr(response.body, "begin"):
             self._stream(response)
             return
@@ -376,52 +331,47 @@ class HttpConnection:
             body, kind = response.body.encode(), response.content_type
         else:
             body, kind = msgspec.json.encode(response.body) + b"\n", "application/json"
-        headers = [("content-type", kind), ("content-length", str(len(body))), *response.headers]
-        if close:
-            headers.append(("connection", "close"))
-        try:
-            data = self._protocol.send(h11.Response(status_code=response.status, headers=headers)) or b""
-            head_only = self._request is not None and self._request.method == b"HEAD"
-            if not head_only:
-                data += self._protocol.send(h11.Data(data=body)) or b""
-            data += self._protocol.send(h11.EndOfMessage()) or b""
-        except h11.LocalProtocolError as error:
-            self.transport.close(str(error))
-            return
-        self.transport.send(data)
+        request = self._request
+        close = close or request is None or not request.keeps
+        more = (("connection", "close"),) if close else ()
+        headers = (("content-type", kind), ("content-length", str(len(body))), *response.headers, *more)
+        data = _head(response.status, headers)
+        self.transport.send(data if request is not None and request.method == "HEAD" else data + body)
         self._answered(close)
 
     def _stream(self, response: Response) -> None:
-        h11 = self._h11
-        if self._protocol.their_http_version != b"1.1":
+        request = self._request
+        assert request is not None
+        if request.version != "1.1":
             self._reply(Response(505, Failed("a streamed answer needs HTTP/1.1")), close=True)
             return
-        headers = [
+        headers = (
             ("content-type", STREAM_TYPE),
             ("transfer-encoding", "chunked"),
             ("x-accel-buffering", "no"),  # nginx would keep the end of a burst back
             *response.headers,
-        ]
-        try:
-            head = self._protocol.send(h11.Response(status_code=response.status, headers=headers)) or b""
-        except h11.LocalProtocolError as error:
-            self.transport.close(str(error))
-            return
+            *((("connection", "close"),) if not request.keeps else ()),
+        )
         stream: Streamed = response.body  # type: ignore[assignment]
         self.stream = stream
-        out = BodyWriter(self, head)
+        out = BodyWriter(self, _head(response.status, headers))
         stream.begin(out)
         out.begun()
 
     def _answered(self, close: bool = False) -> None:
-        h11 = self._h11
-        if self._protocol.our_state is h11.MUST_CLOSE or close:
+        request, self._request, self._answering = self._request, None, False
+        if close or request is None or not request.keeps:
             self.transport.close_when_drained("answered")
-            return
-        if self._protocol.our_state is h11.DONE and self._protocol.their_state is h11.DONE:
-            self._protocol.start_next_cycle()
-            self._request, self._answering = None, False
+        else:
             self._server.loop.call_in_turn(self._read_on)
+
+
+_OF_INTEREST = (b"content-type", b"host", b"origin", b"sec-fetch-site")
+
+
+def _head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
+    return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\n{lines}\r\n".encode("latin-1")
 
 
 def host_of(peer: str) -> str:
