@@ -23,7 +23,8 @@ MAY_IMPORT = {
     "client": {"common", "network"},
     "pipe": {"common"},
     "broker": {"common", "storage", "network", "pipe", "version"},
-    "cli": {"common", "storage", "network", "client", "pipe", "broker", "version"},
+    "consumer": {"common", "storage", "client"},
+    "cli": {"common", "storage", "network", "client", "pipe", "broker", "consumer", "version"},
 }
 TOP = ("__init__.py", "__main__.py", "version.py")
 # Within a floor a package imports only what stands before it.
@@ -37,6 +38,7 @@ LINES = {
         "arguments", "lifetime", "servers", "link", "refresh", "consume", "publish", "consumer", "producer",
         "asynchronous",
     ],
+    "consumer": ["config", "columns", "signatures", "declarations", "application", "database", "effect", "instance"],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",
         "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
@@ -57,6 +59,7 @@ HOMES = {
         "storage/metadata/metadata.py",
         "storage/metadata/registry.py",
         "storage/metadata/database.py",
+        "consumer/database.py",
         "cli/commands/selftest.py",
     },
     "mmap": {"storage/log/walk.py"},

@@ -34,6 +34,7 @@ VERBS = (
     Verb("serve", "run a broker in the foreground"),
     Verb("publish", "publish records from stdin or a CSV file"),
     Verb("consume", "print the records of topics as they arrive"),
+    Verb("app", "run an application on its own copy of topics"),
     Verb("topic", "create, list, describe, alter, rename and delete topics"),
     Verb("group", "list, describe, reset, refresh and delete consumer groups"),
     Verb("dlq", "list, show, replay and drop dead letters"),

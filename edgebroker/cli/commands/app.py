@@ -1,0 +1,150 @@
+"""`edgebroker app run|config|schema`: applications that keep their own copy of topics (docs/consumer.md)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+from edgebroker.cli import environment
+from edgebroker.cli.command import FAILED, OK, Parser, json_flag, subcommand, subcommands
+from edgebroker.cli.render import print_table
+from edgebroker.cli.service import journal
+from edgebroker.common.config import parse_labels
+from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.runtime.clock import SystemClock
+from edgebroker.consumer.application import Application, load_module, read_application
+from edgebroker.consumer.config import LoadedConfig, load_app_config
+from edgebroker.consumer.database import NAME, AppDatabase, DatabaseError, view_name
+from edgebroker.consumer.declarations import DeclarationError
+from edgebroker.consumer.instance import Instance, Settings, StoppedError
+
+log = logging.getLogger(__name__)
+
+FLAGS = ("name", "node", "labels", "server", "data_dir")
+
+
+def arguments(parser: Parser) -> None:
+    commands = subcommands(parser)
+    run_parser = subcommand(commands, "run", "run an application until SIGTERM or SIGINT", run)
+    config_parser = subcommand(commands, "config", "show the configuration, and where each value is from", config)
+    schema_parser = subcommand(commands, "schema", "show the local database, and how to read it", schema)
+    for each in (run_parser, config_parser, schema_parser):
+        each.add_argument("source", metavar="FILE", help="the application: a Python file, or the name of a module")
+        each.add_argument("-c", "--config", metavar="FILE", help="configuration file (TOML)")
+        each.add_argument("--name", metavar="NAME", help="name of the application (default: that of the file)")
+        each.add_argument("--node", metavar="NAME", help="name of the node (default: the host name)")
+        each.add_argument("--labels", metavar="LABELS", help="labels of the node: NAME=VALUE, with commas between")
+        each.add_argument("--server", metavar="HOST:PORT", help="the broker (default 127.0.0.1:7420)")
+        each.add_argument("--data-dir", metavar="DIR", help="where the local database is (default edgebroker-NAME)")
+    config_parser.add_argument("--check", action="store_true", help="print nothing when all is well")
+    for each in (config_parser, schema_parser):
+        json_flag(each)
+
+
+def run(options: argparse.Namespace) -> int:
+    """0 after a signal, 1 when a handler's policy ended it."""
+    loaded = _load(options)
+    settings, clock = loaded.config, SystemClock()
+    journal.set_up(settings.log_level, settings.log_format, settings.node, clock, environment.current())
+    application = _read(options.source, loaded)
+    database = AppDatabase(Path(settings.data_dir))
+    instance = Instance(application, database, Settings(settings.name, settings.node, settings.server))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: instance.stop())
+    topics = ", ".join(application.topics)
+    log.info(
+        "application %s of node %s reads %s; its database is %s", settings.name, settings.node, topics, database.path
+    )
+    _end(_until_stopped(instance))
+
+
+def _until_stopped(instance: Instance) -> int:
+    try:
+        instance.run()
+    except StoppedError:
+        return FAILED
+    except EdgeBrokerError as error:
+        log.error("%s", error)
+        return error.exit_code
+    except (DatabaseError, OSError) as error:
+        log.error("the local database cannot be used: %s", error)
+        return FAILED
+    log.info("stopped")
+    return OK
+
+
+def _end(code: int) -> NoReturn:
+    """End without closing the database: SQLite would remove the files that readers need."""
+    logging.shutdown()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def config(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    if options.check:
+        _read(options.source, loaded)
+        return OK
+    rows = [(name, getattr(loaded.config, name), source) for name, source in loaded.sources.items()]
+    if options.json:
+        print(json.dumps({name: {"value": value, "source": source} for name, value, source in rows}))
+    else:
+        print_table(("key", "value", "from"), [(name, value or "-", source) for name, value, source in rows])
+    return OK
+
+
+def schema(options: argparse.Namespace) -> int:
+    loaded = _load(options)
+    views = {
+        view_name(topic.name): ["key", *(f"{column.name} {column.sql}" for column in topic.view.columns)]
+        for topic in _read(options.source, loaded).topics.values()
+        if topic.view is not None
+    }
+    path = Path(loaded.config.data_dir).absolute() / NAME
+    if options.json:
+        print(json.dumps({"path": str(path), "views": views}))
+        return OK
+    for name, columns in views.items():
+        print(f"{name}: {', '.join(columns)}")
+    print(f"\nopen {path} read-only:")
+    for language, how in (
+        ("SQLite shell", f"sqlite3 'file:{path}?mode=ro'"),
+        ("Python", f"sqlite3.connect('file:{path}?mode=ro', uri=True)"),
+        ("Java", f'DriverManager.getConnection("jdbc:sqlite:file:{path}?mode=ro")'),
+        ("C#", f'new SqliteConnection("Data Source={path};Mode=ReadOnly")'),
+        ("C", f'sqlite3_open_v2("{path}", &db, SQLITE_OPEN_READONLY, 0)'),
+    ):
+        print(f"  {language:13}{how}")
+    return OK
+
+
+def _load(options: argparse.Namespace) -> LoadedConfig:
+    flags = {name: getattr(options, name) for name in FLAGS}
+    path = Path(options.config) if options.config else None
+    return load_app_config(options.source, path, flags, environment.current())
+
+
+def _read(source: str, loaded: LoadedConfig) -> Application:
+    labels = parse_labels(loaded.config.labels)
+    return read_application(_import(source), loaded.config.node, labels)
+
+
+def _import(source: str) -> ModuleType:
+    try:
+        return load_module(source)
+    except EdgeBrokerError:
+        raise
+    except Exception as error:
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{last.filename}:{last.lineno}"
+        if isinstance(error, SyntaxError):
+            place = f"{error.filename}:{error.lineno}"
+        raise DeclarationError(f"{place}: {source} cannot be imported: {type(error).__name__}: {error}") from None

@@ -1,0 +1,39 @@
+"""The application kit: an application keeps its own copy of what it needs, and answers from it.
+
+    from edgebroker.consumer import consumer
+
+    class Price(msgspec.Struct):
+        code: str
+        cents: int
+
+    @consumer("prices", view=Price)
+    class Prices: ...
+
+`edgebroker app run FILE` reads the topic from the nearest broker into a local database; docs/consumer.md shows how.
+"""
+
+from edgebroker.consumer.declarations import (
+    Context,
+    Database,
+    DeclarationError,
+    consumer,
+    every,
+    message_handler,
+    on_ready,
+    on_start,
+    on_stop,
+    retry_policy,
+)
+
+__all__ = [
+    "Context",
+    "Database",
+    "DeclarationError",
+    "consumer",
+    "every",
+    "message_handler",
+    "on_ready",
+    "on_start",
+    "on_stop",
+    "retry_policy",
+]

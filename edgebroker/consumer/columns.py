@@ -1,0 +1,100 @@
+"""Which fields of a value become which columns of a view.
+
+A view has the columns of its type, a msgspec struct or a dataclass: numbers, texts and bytes as SQLite stores them,
+dates, decimals and UUIDs as their text, everything else as JSON. Programs in any language read them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import msgspec
+from msgspec import inspect
+
+# What the views say of each row themselves.
+RESERVED = ("key", "_partition", "_offset", "_timestamp")
+_NATIVE: dict[type[inspect.Type], str] = {
+    inspect.IntType: "INTEGER",
+    inspect.BoolType: "INTEGER",
+    inspect.FloatType: "REAL",
+    inspect.StrType: "TEXT",
+    inspect.BytesType: "BLOB",
+}
+_AS_TEXT = (
+    inspect.DecimalType, inspect.UUIDType, inspect.DateTimeType, inspect.DateType, inspect.TimeType, inspect.EnumType,
+    inspect.LiteralType,
+)  # fmt: skip
+
+
+class Column(NamedTuple):
+    """`sql` is the type that SQLite is told; `convert` makes of a field what it stores, None: the field as it is."""
+
+    name: str
+    sql: str
+    convert: Callable[[Any], object] | None
+
+
+class Columns:
+    """Of one type. Raises TypeError, with what to do, for one that has no fields or a name that is taken."""
+
+    def __init__(self, kind: type) -> None:
+        try:
+            info = inspect.type_info(kind)
+        except TypeError as error:
+            raise TypeError(f"{kind.__name__} cannot be decoded from JSON: {error}") from None
+        if not isinstance(info, inspect.StructType | inspect.DataclassType):
+            name = getattr(kind, "__name__", kind)
+            raise TypeError(f"{name} has no fields to become columns; use a msgspec.Struct or a dataclass")
+        taken = [field.name for field in info.fields if field.name.lower() in RESERVED]
+        if taken:
+            raise TypeError(f"{kind.__name__}.{taken[0]}: every view has a column of this name; rename the field")
+        names = [field.name.lower() for field in info.fields]
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise TypeError(f"{kind.__name__}: SQL cannot tell {twice[0]} from its other spelling; rename one of them")
+        self.kind = kind
+        self.columns = [_column(field.name, field.type) for field in info.fields]
+        names = [column.name for column in self.columns]
+        self._fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*names) if len(names) > 1 else _single(names)
+        self._converted = [(place, column.convert) for place, column in enumerate(self.columns) if column.convert]
+
+    def row(self, value: object) -> tuple[Any, ...]:
+        """The columns of a value."""
+        fields = self._fields(value)
+        if not self._converted:
+            return fields
+        changed = list(fields)
+        for place, convert in self._converted:
+            if changed[place] is not None:
+                changed[place] = convert(changed[place])
+        return tuple(changed)
+
+
+def _single(names: list[str]) -> Callable[[Any], tuple[Any, ...]]:
+    if not names:
+        return lambda value: ()
+    get = attrgetter(names[0])
+    return lambda value: (get(value),)
+
+
+def _column(name: str, kind: inspect.Type) -> Column:
+    if isinstance(kind, inspect.UnionType):
+        others = [one for one in kind.types if not isinstance(one, inspect.NoneType)]
+        if len(others) == 1:
+            return _column(name, others[0])
+    if isinstance(kind, inspect.Metadata):
+        return _column(name, kind.type)
+    if isinstance(kind, inspect.CustomType):
+        raise TypeError(f"field {name}: {kind.cls.__name__} cannot be decoded from JSON; use a type that can")
+    sql = _NATIVE.get(type(kind))
+    if sql is not None:
+        return Column(name, sql, None)
+    if isinstance(kind, _AS_TEXT):
+        return Column(name, "TEXT", msgspec.to_builtins)
+    return Column(name, "TEXT", _as_json)
+
+
+def _as_json(value: object) -> str:
+    return msgspec.json.encode(value).decode()

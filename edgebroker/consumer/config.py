@@ -1,0 +1,111 @@
+"""The configuration of an application: defaults < a TOML file < EDGEBROKER_APP_* < flags, all problems at once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+import tomli
+from msgspec import Struct
+
+from edgebroker.common.config import about, parse_labels
+from edgebroker.common.errors import ConfigError
+from edgebroker.common.names import check_group_name
+from edgebroker.common.runtime.text_file import read_text
+
+ENV_PREFIX = "EDGEBROKER_APP_"
+DEFAULT, FILE, ENVIRONMENT, FLAG = "default", "file", "environment", "flag"
+
+
+# fmt: off
+class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    name: Annotated[str, about("name of the application; empty: that of its file")] = ""
+    node: Annotated[str, about(
+        "name of the node that this instance belongs to, for its groups and for {node} in topics; empty: the host name")
+        ] = ""
+    labels: Annotated[str, about(
+        "labels of the node, for {label.NAME} in topics: NAME=VALUE, with commas between them")] = ""
+    server: Annotated[str, about(
+        "HOST:PORT of the broker; several with commas, the best first")] = "127.0.0.1:7420"
+    data_dir: Annotated[str, about("where the local database is; empty: edgebroker-NAME in the current directory")] = ""
+    log_level: Annotated[Literal["debug", "info", "warning", "error"], about("lowest severity that is logged")] = "info"
+    log_format: Annotated[Literal["auto", "text", "json"], about(
+        "auto: fields to systemd's journal if standard error is connected to it, else text; json: one object per line")
+        ] = "auto"
+# fmt: on
+
+
+class LoadedConfig(NamedTuple):
+    """`sources` says where each value is from: default, file, environment or flag."""
+
+    config: AppConfig
+    sources: dict[str, str]
+
+
+def load_app_config(
+    source: str,
+    path: Path | None = None,
+    flags: Mapping[str, object] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> LoadedConfig:
+    """Read file, environment and flags for the application in a file or module. Raises ConfigError with every problem
+    found."""
+    fields = {field.name: field for field in msgspec.structs.fields(AppConfig)}
+    values: dict[str, Any] = {}
+    sources = dict.fromkeys(fields, DEFAULT)
+    problems: list[str] = []
+    for name, value in (_read(path) if path is not None else {}).items():
+        if name not in fields:
+            problems.append(f"{path}: there is no key {name}; keys are {', '.join(fields)}")
+            continue
+        values[name], sources[name] = value, FILE
+    for name in fields:
+        found = (environment or {}).get(ENV_PREFIX + name.upper())
+        if found:
+            values[name], sources[name] = found, ENVIRONMENT
+        given = (flags or {}).get(name)
+        if given is not None:
+            values[name], sources[name] = given, FLAG
+    for name, value in values.items():
+        try:
+            msgspec.convert(value, fields[name].type)
+        except msgspec.ValidationError as error:
+            problems.append(f"{_spelled(name, sources[name])} = {value!r}: {error}")
+    if not problems:
+        config = _filled(msgspec.convert(values, AppConfig), source)
+        problems = [f"{_spelled(name, sources[name])}: {why}" for name, why in _wrong(config)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return LoadedConfig(config, sources)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomli.loads(read_text(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except tomli.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+
+
+def _filled(config: AppConfig, source: str) -> AppConfig:
+    name = config.name or Path(source).stem.rpartition(".")[2]
+    node = config.node or os.uname().nodename.partition(".")[0]
+    return msgspec.structs.replace(config, name=name, node=node, data_dir=config.data_dir or f"edgebroker-{name}")
+
+
+def _wrong(config: AppConfig) -> list[tuple[str, str]]:
+    found = [(name, check_group_name(getattr(config, name))) for name in ("name", "node")]
+    try:
+        parse_labels(config.labels)
+    except ValueError as error:
+        found.append(("labels", str(error)))
+    return [(name, why.replace("group names are", "it is")) for name, why in found if why]
+
+
+def _spelled(name: str, source: str) -> str:
+    """A key as it was given."""
+    return {ENVIRONMENT: ENV_PREFIX + name.upper(), FLAG: f"--{name.replace('_', '-')}"}.get(source, name)

@@ -1,0 +1,260 @@
+"""app.db: the local database of an application, made to be read by programs in any language.
+
+    one SQLite transaction = rows of views + SQL of handlers + positions + dead letters
+
+For each topic with a view there is a table `_TOPIC_gN` (a generation) and an SQL view of the topic's name over it.
+Readers open the file with mode=ro: directory 0750, app.db and its -wal 0640, -shm 0660, for the group of readers.
+SQLite removes -wal and -shm with the last connection, and readers fail without them: an application never closes this
+one, its process ends.
+"""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from edgebroker.common.errors import ConfigError, FormatTooNewError
+from edgebroker.common.types import Position
+from edgebroker.consumer.columns import Columns
+from edgebroker.storage import files
+
+FORMAT = 1
+NAME, LOCK = "app.db", "LOCK"
+CACHE_KIB = 16 << 10
+# Pages of the log that are copied into the database at a time.
+CHECKPOINT_PAGES = 2000
+_SCHEMA = """
+CREATE TABLE _positions (topic TEXT, partition INTEGER, log_id BLOB, epoch INTEGER, next_offset INTEGER,
+    PRIMARY KEY (topic, partition)) WITHOUT ROWID;
+CREATE TABLE _generations (topic TEXT PRIMARY KEY, name TEXT UNIQUE, generation INTEGER, columns TEXT) WITHOUT ROWID;
+CREATE TABLE _dead (topic TEXT, partition INTEGER, "offset" INTEGER, key BLOB, value BLOB, attempts INTEGER,
+    reason TEXT, at_ms INTEGER, PRIMARY KEY (topic, partition, "offset")) WITHOUT ROWID;
+CREATE VIEW _position AS SELECT topic, partition, next_offset FROM _positions;
+"""
+# What is said here and what a handler says are two texts: SQLite is asked about the second when it is prepared.
+_BEGIN, _COMMIT, _ROLLBACK = "BEGIN IMMEDIATE -- kit", "COMMIT -- kit", "ROLLBACK -- kit"
+_DENIED = {
+    sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH,
+    sqlite3.SQLITE_PRAGMA,
+}  # fmt: skip
+_CHANGES = {
+    sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE, sqlite3.SQLITE_DROP_TABLE,
+    sqlite3.SQLITE_CREATE_TABLE, sqlite3.SQLITE_DROP_VIEW, sqlite3.SQLITE_CREATE_VIEW,
+}  # fmt: skip
+# Which of two names is that of the table.
+_ON_SECOND = {
+    sqlite3.SQLITE_CREATE_TRIGGER, sqlite3.SQLITE_CREATE_INDEX, sqlite3.SQLITE_DROP_INDEX, sqlite3.SQLITE_DROP_TRIGGER,
+    sqlite3.SQLITE_ALTER_TABLE,
+}  # fmt: skip
+_CHANGES |= _ON_SECOND
+Row = tuple[Any, ...]
+
+
+DatabaseError = sqlite3.Error
+"""What nothing can be done about but to look at the disk."""
+
+
+class NotStorableError(Exception):
+    """A value is none that SQLite stores."""
+
+
+class DeadRecord(NamedTuple):
+    """A record that was given up, and why."""
+
+    topic: str
+    partition: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    attempts: int
+    reason: str
+    at_ms: int
+
+
+class View(NamedTuple):
+    """A view and the statements that change it. `columns` are its own; a row is the key, these, partition, offset and
+    timestamp of the record."""
+
+    name: str
+    columns: Columns
+    put: str
+    delete: str
+
+
+class AppDatabase:
+    """Belongs to one thread. Raises sqlite3.Error where nothing else is said."""
+
+    def __init__(self, directory: Path) -> None:
+        """Open or make the database, and see to it that readers find all of its files. Raises DataDirectoryError,
+        DataDirectoryInUseError and FormatTooNewError."""
+        files.make_directory(directory)
+        directory.chmod(0o750)
+        self._lock = files.lock(directory / LOCK)
+        self.path = directory / NAME
+        files.make_private(self.path)
+        self._connection = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.execute("PRAGMA mmap_size=0")
+        connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
+        connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        self._make_schema()
+        self._wal = files.open_log(self.path.with_name(NAME + "-wal"))
+        for suffix, mode in (("", 0o640), ("-wal", 0o640), ("-shm", 0o660)):
+            self.path.with_name(NAME + suffix).chmod(mode)
+        files.sync_directory(directory)
+        self.sync()
+        self._by_handler = False
+        connection.set_authorizer(self._authorize)
+
+    def _make_schema(self) -> None:
+        connection = self._connection
+        version = connection.execute("PRAGMA user_version").fetchone()[0]
+        if version > FORMAT:
+            raise FormatTooNewError(f"{self.path} was made by a newer release; nothing in it was changed")
+        with self.transaction():
+            if version == 0:
+                for statement in _SCHEMA.split(";\n"):
+                    if statement.strip():
+                        connection.execute(statement)
+            # Also when nothing is new: so -wal and -shm are there for readers.
+            connection.execute(f"PRAGMA user_version={FORMAT}")
+
+    # ---- transactions ----
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of it or nothing; durable with the next sync()."""
+        self._connection.execute(_BEGIN)
+        try:
+            yield
+            self._connection.execute(_COMMIT)
+        except BaseException:
+            if self._connection.in_transaction:
+                self._connection.execute(_ROLLBACK)
+            raise
+
+    def sync(self) -> None:
+        """Make everything that was committed durable. Raises OSError."""
+        files.sync_file(self._wal)
+
+    def _authorize(self, action: int, first: str | None, second: str | None, *others: object) -> int:
+        if not self._by_handler:
+            return sqlite3.SQLITE_OK
+        name = second if action in _ON_SECOND else first
+        if action in _DENIED or (action in _CHANGES and name is not None and name.startswith("_")):
+            return sqlite3.SQLITE_DENY
+        return sqlite3.SQLITE_OK
+
+    def by_handler(self, call: Callable[..., sqlite3.Cursor], *arguments: object) -> sqlite3.Cursor:
+        """Run a statement of a handler. It can neither end the transaction nor change what belongs to the kit."""
+        self._by_handler = True
+        try:
+            return call(*arguments)
+        except sqlite3.DatabaseError as error:
+            if "not authorized" in str(error) or "prohibited" in str(error):
+                raise sqlite3.DatabaseError(
+                    "a handler can neither begin nor end a transaction, nor change names that begin with an underscore"
+                ) from None
+            raise
+        finally:
+            self._by_handler = False
+
+    def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
+        return self.by_handler(self._connection.execute, sql, parameters)
+
+    def execute_many(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
+        return self.by_handler(self._connection.executemany, sql, rows)
+
+    # ---- views ----
+
+    def view(self, topic: str, columns: Columns) -> View:
+        """The view of a topic, made when it is new. Raises ConfigError when it is there with other columns."""
+        name = view_name(topic)
+        wanted = ", ".join(f"{column.name} {column.sql}" for column in columns.columns)
+        found = self._connection.execute(
+            "SELECT generation, columns FROM _generations WHERE topic=?", (topic,)
+        ).fetchone()
+        if found is None:
+            with self.transaction():
+                clash = self._connection.execute("SELECT topic FROM _generations WHERE name=?", (name,)).fetchone()
+                if clash is not None:
+                    raise ConfigError(f"topics {clash[0]} and {topic} would have views of the same name, {name}")
+                self._make_generation(topic, name, 1, columns)
+                self._connection.execute("INSERT INTO _generations VALUES (?,?,1,?)", (topic, name, wanted))
+            found = (1, wanted)
+        if found[1] != wanted:
+            raise ConfigError(
+                f"the view {name} has other columns in {self.path} ({found[1]}) than the application declares "
+                f"({wanted}); remove the file, and it is filled again"
+            )
+        table, places = _table(name, found[0]), ",".join("?" * (len(columns.columns) + 4))
+        return View(
+            name, columns, f'INSERT OR REPLACE INTO "{table}" VALUES ({places})', f'DELETE FROM "{table}" WHERE key=?'
+        )
+
+    def _make_generation(self, topic: str, name: str, generation: int, columns: Columns) -> None:
+        table = _table(name, generation)
+        own = "".join(f'"{column.name}" {column.sql}, ' for column in columns.columns)
+        names = "".join(f'"{column.name}", ' for column in columns.columns)
+        self._connection.execute(
+            f'CREATE TABLE "{table}" (key NOT NULL, {own}_partition INTEGER, _offset INTEGER, _timestamp INTEGER, '
+            "PRIMARY KEY (key)) WITHOUT ROWID"
+        )
+        self._connection.execute(f'DROP VIEW IF EXISTS "{name}"')
+        self._connection.execute(
+            f'CREATE VIEW "{name}" AS SELECT key, {names}_partition, _offset, _timestamp FROM "{table}"'
+        )
+
+    def put(self, view: View, rows: Sequence[Row], deleted: Sequence[Row]) -> None:
+        """Set rows of a view, and delete others by their keys. Raises NotStorableError for a value that SQLite does not
+        take: a number of more than 64 bits."""
+        try:
+            if rows:
+                self._connection.executemany(view.put, rows)
+            if deleted:
+                self._connection.executemany(view.delete, deleted)
+        except (OverflowError, sqlite3.InterfaceError) as error:
+            raise NotStorableError(str(error)) from None
+
+    # ---- positions and dead records ----
+
+    def positions(self) -> dict[tuple[str, int], Position]:
+        """Where reading goes on, by topic and partition."""
+        rows = self._connection.execute("SELECT topic, partition, log_id, epoch, next_offset FROM _positions")
+        return {(topic, partition): Position(log_id, epoch, offset) for topic, partition, log_id, epoch, offset in rows}
+
+    def set_positions(self, positions: Mapping[tuple[str, int], Position]) -> None:
+        self._connection.executemany(
+            "INSERT OR REPLACE INTO _positions VALUES (?,?,?,?,?)", [(*key, *one) for key, one in positions.items()]
+        )
+
+    def bury(self, dead: DeadRecord) -> None:
+        """Keep a record that was given up."""
+        self._connection.execute("INSERT OR REPLACE INTO _dead VALUES (?,?,?,?,?,?,?,?)", dead)
+
+    # ---- ending ----
+
+    def finish(self) -> None:
+        """Copy the log into the database, so that a start has little to read. The files stay open: the process is to
+        end without closing them."""
+        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Close everything; readers have to wait for the next start."""
+        self._connection.close()
+        files.close(self._wal)
+        files.close(self._lock)
+
+
+def view_name(topic: str) -> str:
+    """What the view of a topic is called: SQL has no dots and dashes in names."""
+    return re.sub(r"[.\-]", "_", topic)
+
+
+def _table(name: str, generation: int) -> str:
+    return f"_{name}_g{generation}"

@@ -1,0 +1,195 @@
+"""What records do, all of it in one transaction: rows of the view, calls of the handlers, records that are given up.
+
+    portion of a delivery -> decoded -> rows of the view -> handlers, in the order of the records
+
+A value that cannot be decoded is given up at once: no attempt would help. A handler that raises ends the transaction;
+FailedRecord says which record it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import msgspec
+
+from edgebroker.common.records import Record
+from edgebroker.common.types import TopicPartition
+from edgebroker.consumer.application import Handler, Topic
+from edgebroker.consumer.database import AppDatabase, DeadRecord, NotStorableError, View
+from edgebroker.consumer.declarations import Context, Database
+
+MOST_REASON = 1000
+_UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
+
+
+class Portion(NamedTuple):
+    """Records of one partition, in order; `attempt` is how often the first one is tried with this."""
+
+    key: TopicPartition
+    records: Sequence[Record]
+    attempt: int = 1
+
+
+class FailedRecord(Exception):
+    """A handler raised. `before` are how many records of the portion come before the one that failed."""
+
+    def __init__(self, portion: Portion, before: int, handler: Handler, error: BaseException) -> None:
+        super().__init__(str(error))
+        self.portion, self.before, self.handler, self.error = portion, before, handler, error
+
+    @property
+    def record(self) -> Record:
+        return self.portion.records[self.before]
+
+
+class Effect:
+    """Of one topic. Belongs to the thread of the database."""
+
+    def __init__(self, topic: Topic, database: AppDatabase, node: str, wall_ms: Callable[[], int]) -> None:
+        self._topic, self._database, self._node, self._wall_ms = topic, database, node, wall_ms
+        self._view: View | None = database.view(topic.name, topic.view) if topic.view is not None else None
+        self._sql = Database(database.execute, database.execute_many)
+        self._decode: Callable[[bytes], Any] | None = None
+        if topic.view is not None:
+            self._decode = msgspec.json.Decoder(topic.view.kind).decode
+
+    def apply(self, portion: Portion) -> None:
+        """Within a transaction. Raises FailedRecord, and what the database raises when nothing can be stored."""
+        records = portion.records
+        if self._view is not None:
+            records = self._put(self._view, records)
+        for handler in self._topic.handlers:
+            self._call_all(handler, portion, records)
+
+    def bury(self, record: Record, attempts: int, reason: str) -> None:
+        """Give a record up, within a transaction."""
+        self._database.bury(
+            DeadRecord(
+                record.topic,
+                record.partition,
+                record.offset,
+                record.key,
+                record.value,
+                attempts,
+                reason[:MOST_REASON],
+                self._wall_ms(),
+            )
+        )
+
+    # ---- the view ----
+
+    def _put(self, view: View, records: Sequence[Record]) -> Sequence[Record]:
+        """Set the latest row of each key; the records that have one."""
+        latest: dict[Any, tuple[Any, ...] | None] = {}
+        good: list[Record] = []
+        decode, row = self._decode, view.columns.row
+        assert decode is not None
+        for record in records:
+            if record.key is None:
+                self.bury(record, 1, "a record without a key has no place in a view")
+                continue
+            key = _text(record.key)
+            if record.value is None:
+                latest[key] = None
+            else:
+                try:
+                    fields = row(decode(record.value))
+                except _UNDECODABLE as error:
+                    self.bury(record, 1, f"the value is not as expected: {error}")
+                    continue
+                latest[key] = (key, *fields, record.partition, record.offset, record.timestamp)
+            good.append(record)
+        rows = [one for one in latest.values() if one is not None]
+        deleted = [(key,) for key, one in latest.items() if one is None]
+        try:
+            self._database.put(view, rows, deleted)
+        except NotStorableError:
+            return self._put_one_by_one(view, good)
+        return good
+
+    def _put_one_by_one(self, view: View, records: Sequence[Record]) -> list[Record]:
+        """A value is none that SQLite stores: find out which."""
+        good = []
+        assert self._decode is not None
+        for record in records:
+            key = _text(record.key or b"")
+            try:
+                if record.value is None:
+                    self._database.put(view, [], [(key,)])
+                else:
+                    fields = view.columns.row(self._decode(record.value))
+                    self._database.put(view, [(key, *fields, record.partition, record.offset, record.timestamp)], [])
+            except NotStorableError as error:
+                self.bury(record, 1, f"the value cannot be stored: {error}")
+            else:
+                good.append(record)
+        return good
+
+    # ---- handlers ----
+
+    def _call_all(self, handler: Handler, portion: Portion, records: Sequence[Record]) -> None:
+        if handler.key != "*" or handler.headers:
+            records = [record for record in records if handler.takes(record.key, record.headers)]
+        if not handler.signature.deletions:
+            records = [record for record in records if record.value is not None]
+        decode, found, values = handler.signature.decode, [], []
+        for record in records:
+            try:
+                values.append(decode(record) if record.value is not None else None)
+            except _UNDECODABLE as error:
+                self.bury(record, 1, f"the value is not as expected: {error}")
+            else:
+                found.append(record)
+        if handler.signature.batch:
+            self._call_with_batches(handler, portion, found, values)
+        else:
+            self._call_with_each(handler, portion, found, values)
+
+    def _call_with_each(self, handler: Handler, portion: Portion, records: list[Record], values: list[Any]) -> None:
+        call, others, done = handler.call, handler.signature.others, 0
+        try:
+            if not others:
+                for value in values:
+                    call(value)
+                    done += 1
+                return
+            for value, record in zip(values, records, strict=True):
+                call(value, *self._others(others, portion, record))
+                done += 1
+        except Exception as error:
+            raise FailedRecord(portion, _place(portion, records[done]), handler, error) from error
+
+    def _call_with_batches(self, handler: Handler, portion: Portion, records: list[Record], values: list[Any]) -> None:
+        others = handler.signature.others
+        for first in range(0, len(values), handler.batch):
+            try:
+                batch = values[first : first + handler.batch]
+                handler.call(batch, *self._others(others, portion, records[first]))
+            except Exception as error:
+                raise FailedRecord(portion, _place(portion, records[first]), handler, error) from error
+
+    def _others(self, others: tuple[type, ...], portion: Portion, record: Record) -> list[object]:
+        attempt = portion.attempt if record is portion.records[0] else 1
+        return [self._sql if kind is Database else Context(record, attempt, self._node) for kind in others]
+
+
+def _text(key: bytes) -> str | bytes:
+    """A key as programs compare it: a text where it is one."""
+    try:
+        return str(key, "utf-8")
+    except UnicodeDecodeError:
+        return key
+
+
+def _place(portion: Portion, record: Record) -> int:
+    return next(place for place, one in enumerate(portion.records) if one is record)
+
+
+def portions_of(records: Sequence[Record]) -> list[Portion]:
+    """Records as they were delivered, by partition."""
+    return [
+        Portion(TopicPartition(*key), list(them))
+        for key, them in groupby(records, lambda record: (record.topic, record.partition))
+    ]

@@ -1,0 +1,317 @@
+"""A running application: records from the broker, their effect in transactions, acknowledgements behind a sync.
+
+    poll() -> portions -> one transaction: effects and positions -> once a second: sync, then acknowledge
+
+Order wins: where a handler fails its partition waits, the others go on. What was committed counts, whatever becomes of
+the acknowledgement: a record that comes again is passed over.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from edgebroker.client.consumer import Consumer
+from edgebroker.common.errors import UnreachableError
+from edgebroker.common.records import Record
+from edgebroker.common.runtime.clock import SystemClock, sleep
+from edgebroker.common.types import Position, TopicPartition
+from edgebroker.consumer.application import Application, Hook, Topic
+from edgebroker.consumer.database import AppDatabase
+from edgebroker.consumer.declarations import Database
+from edgebroker.consumer.effect import Effect, FailedRecord, Portion, portions_of
+
+log = logging.getLogger(__name__)
+
+# A transaction takes what has arrived: at most so many records, and what came within so long.
+MOST_RECORDS, GATHER_SECONDS = 5000, 0.05
+SYNC_SECONDS, PRESENCE_SECONDS = 1.0, 10.0
+WAIT_SECONDS = 0.2
+# An application works without its broker; so long after it went, and so often, the log says so.
+AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
+
+
+class Settings(NamedTuple):
+    """`name` is that of the application, `node` that of the node that it belongs to."""
+
+    name: str
+    node: str
+    server: str
+
+
+class StoppedError(Exception):
+    """A handler failed for good, and its policy ends the application."""
+
+
+class _Waiting:
+    """A partition whose first record failed so often: what has come of it, and when it is tried again. `given_up` says
+    why no attempt would help: the record is passed over then, as its handler's policy says."""
+
+    def __init__(self, records: list[Record], attempts: int, due: float, failure: FailedRecord) -> None:
+        self.records, self.attempts, self.due, self.failure = records, attempts, due, failure
+        policy = failure.handler.policy
+        self.given_up = attempts >= policy.max_attempts or not isinstance(failure.error, policy.retry_on)
+
+
+class Instance:
+    """Belongs to one thread, but for stop()."""
+
+    def __init__(self, application: Application, database: AppDatabase, settings: Settings) -> None:
+        self._database, self._clock, self._stopping = database, SystemClock(), False
+        self._positions = database.positions()
+        self._effects = {
+            name: Effect(topic, database, settings.node, self._clock.wall_ms)
+            for name, topic in application.topics.items()
+        }
+        self._topics = application.topics
+        self._sql = Database(database.execute, database.execute_many)
+        self._consumers = self._subscribe(settings)
+        self._of_topic = {topic: consumer for consumer, topics in self._consumers.items() for topic in topics}
+        self._waiting: dict[TopicPartition, _Waiting] = {}
+        # Committed, and not acknowledged yet.
+        self._unacknowledged: dict[TopicPartition, Record] = {}
+        self._sync_due = self._presence_due = self._away_due = 0.0
+        self._hooks = application.hooks
+        self._hooks_due = {hook: self._clock.monotonic() + hook.seconds for hook in application.hooks if hook.seconds}
+        self._ready = False
+
+    def _subscribe(self, settings: Settings) -> dict[Consumer, list[str]]:
+        """One consumer for the topics of a scope that begin at the same place."""
+        kinds: dict[tuple[str, str], list[Topic]] = {}
+        for topic in self._topics.values():
+            kinds.setdefault((topic.scope, topic.start), []).append(topic)
+        found = {}
+        for (scope, start), topics in kinds.items():
+            names = [topic.name for topic in topics]
+            own = {key: one for key, one in self._positions.items() if key[0] in names}
+            consumer = Consumer(
+                settings.server,
+                names,
+                f"{settings.name}.{settings.node}" if scope == "each" else settings.name,
+                start="latest" if start == "latest" else "earliest",
+                positions=own if scope == "each" else None,
+                auto_ack=False,
+                on_revoked=self._lost,
+                on_gap=lambda gap: log.warning("%s", gap),
+                timeout=AWAY_SECONDS,
+            )
+            found[consumer] = names
+        return found
+
+    def stop(self) -> None:
+        """End soon: what has begun is finished. Any thread."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Until stop(). Raises StoppedError, sqlite3.Error, and what a consumer raises."""
+        try:
+            self._call_hooks("start")
+            while not self._stopping:
+                self._turn()
+            self._call_hooks("stop")
+        finally:
+            try:
+                self._acknowledge()
+            finally:
+                for consumer in self._consumers:
+                    consumer.close()
+                self._database.finish()
+
+    def _turn(self) -> None:
+        portions = self._gather()
+        now = self._clock.monotonic()
+        for key, waiting in list(self._waiting.items()):
+            if waiting.given_up:
+                portions += self._give_up(key, waiting)
+            elif now >= waiting.due:
+                portions.append(Portion(key, list(waiting.records), waiting.attempts + 1))
+        if portions:
+            self._apply(portions)
+        if now >= self._sync_due:
+            self._sync_due = now + SYNC_SECONDS
+            self._acknowledge()
+        if self._waiting and now >= self._presence_due:
+            self._presence_due = now + PRESENCE_SECONDS
+            for consumer in self._consumers:
+                consumer.in_progress()
+        for hook, due in self._hooks_due.items():
+            if now >= due:
+                self._call_hook(hook)
+                self._hooks_due[hook] = self._clock.monotonic() + hook.seconds
+        if not self._ready and self._is_ready():
+            self._ready = True
+            log.info("ready: everything is there that was published when this began")
+            self._call_hooks("ready")
+
+    # ---- records ----
+
+    def _gather(self) -> list[Portion]:
+        """What has arrived."""
+        count, until = 0, self._clock.monotonic() + GATHER_SECONDS
+        portions: list[Portion] = []
+        wait = self._wait()
+        for consumer in self._consumers:
+            while records := self._poll(consumer, wait):
+                wait = 0.0
+                count += len(records)
+                portions += portions_of(records)
+                if count >= MOST_RECORDS or self._clock.monotonic() >= until:
+                    break
+        return [portion for portion in map(self._new, portions) if portion is not None]
+
+    def _poll(self, consumer: Consumer, wait: float) -> list[Record]:
+        try:
+            return consumer.poll(wait)
+        except UnreachableError as error:
+            now = self._clock.monotonic()
+            if now >= self._away_due:
+                self._away_due = now + REMIND_SECONDS
+                log.warning("%s; what is here is served meanwhile", error)
+            sleep(wait)
+            return []
+
+    def _wait(self) -> float:
+        """How long to wait for records: until something else is due."""
+        now = self._clock.monotonic()
+        due = [now + WAIT_SECONDS, *(one.due for one in self._waiting.values()), *self._hooks_due.values()]
+        return max(0.0, min(due) - now) / len(self._consumers)
+
+    def _new(self, portion: Portion) -> Portion | None:
+        """The part of a portion that has had no effect yet, unless its partition waits."""
+        waiting = self._waiting.get(portion.key)
+        if waiting is not None:
+            known = waiting.records[-1].offset
+            waiting.records += [record for record in portion.records if record.offset > known]
+            return None
+        stored = self._positions.get(portion.key)
+        if stored is None or stored.log_id != self._after(portion.records[0]).log_id:
+            return portion
+        records = [record for record in portion.records if record.offset >= stored.next_offset]
+        return portion._replace(records=records) if records else None
+
+    def _after(self, record: Record) -> Position:
+        return self._of_topic[record.topic].position_after(record)
+
+    def _apply(self, portions: list[Portion]) -> None:
+        """Apply portions in one transaction. One that fails is cut off before the record that failed, and what is left
+        of all is applied again: the effects before are those of another transaction by then."""
+        while portions:
+            try:
+                with self._database.transaction():
+                    for portion in portions:
+                        self._effects[portion.key.topic].apply(portion)
+                    positions = self._positions_behind(portions)
+                    self._database.set_positions(positions)
+            except FailedRecord as failure:
+                portions = self._without(portions, failure)
+            else:
+                self._committed(portions, positions)
+                return
+
+    def _positions_behind(self, portions: list[Portion]) -> dict[tuple[str, int], Position]:
+        return {portion.key: self._after(portion.records[-1]) for portion in portions if self._owns(portion.key.topic)}
+
+    def _owns(self, topic: str) -> bool:
+        """Does this instance keep the positions of a topic itself?"""
+        return self._topics[topic].scope == "each"
+
+    def _committed(self, portions: list[Portion], positions: Mapping[tuple[str, int], Position]) -> None:
+        self._positions.update(positions)
+        for portion in portions:
+            self._unacknowledged[portion.key] = portion.records[-1]
+            waiting = self._waiting.get(portion.key)
+            if waiting is not None and waiting.records[-1].offset <= portion.records[-1].offset:
+                del self._waiting[portion.key]
+
+    def _without(self, portions: list[Portion], failure: FailedRecord) -> list[Portion]:
+        """What can be applied now: everything but the record that failed, and what follows it in its partition."""
+        failed, record, place = failure.portion, failure.record, portions.index(failure.portion)
+        waiting = self._waiting.get(failed.key)
+        rest = [*failed.records[failure.before :], *(waiting.records if waiting is not None else [])]
+        for portion in portions[place + 1 :]:
+            rest += portion.records if portion.key == failed.key else []
+        attempts = failed.attempt if failure.before == 0 else 1
+        pause = failure.handler.policy.pause(attempts)
+        now = self._waiting[failed.key] = _Waiting(_once(rest), attempts, self._clock.monotonic() + pause, failure)
+        again = "" if now.given_up else f"; again in {pause:.1f} s"
+        log.warning("%s: attempt %d failed (%s)%s", _name(record), attempts, _why(failure), again)
+        left = [portion for portion in portions[place + 1 :] if portion.key != failed.key]
+        before = [failed._replace(records=failed.records[: failure.before])] if failure.before else []
+        return portions[:place] + before + left
+
+    def _give_up(self, key: TopicPartition, waiting: _Waiting) -> list[Portion]:
+        """Pass over a record that no attempt helps, now that what came before it is committed; what follows it."""
+        record, *rest = waiting.records
+        policy, why = waiting.failure.handler.policy, _why(waiting.failure)
+        if policy.then == "stop":
+            log.error("%s: given up after %d attempts; stopping, as its policy says", _name(record), waiting.attempts)
+            raise StoppedError(f"{_name(record)}: {why}")
+        what = "a dead record" if policy.then == "dead_letter" else "left out"
+        log.error("%s: given up after %d attempts (%s); it is %s", _name(record), waiting.attempts, why, what)
+        positions = self._positions_behind([Portion(key, [record])])
+        with self._database.transaction():
+            if policy.then == "dead_letter":
+                self._effects[key.topic].bury(record, waiting.attempts, why)
+            self._database.set_positions(positions)
+        self._positions.update(positions)
+        self._unacknowledged[key] = record
+        del self._waiting[key]
+        return [Portion(key, rest)] if rest else []
+
+    # ---- acknowledging ----
+
+    def _acknowledge(self) -> None:
+        """Make durable what is committed, and say so to the broker."""
+        if self._unacknowledged:
+            self._database.sync()
+            done, self._unacknowledged = self._unacknowledged, {}
+            for record in done.values():
+                self._of_topic[record.topic].ack(record)
+
+    def _lost(self, partitions: Sequence[TopicPartition]) -> None:
+        """Partitions are another member's from now on."""
+        self._acknowledge()
+        for key in partitions:
+            self._waiting.pop(key, None)
+
+    # ---- hooks ----
+
+    def _is_ready(self) -> bool:
+        """Is everything there, as far as the broker had it when it was asked?"""
+        for consumer, topics in self._consumers.items():
+            ends, held = consumer.durable_ends, consumer.next_offsets()
+            if {key.topic for key in held} != set(topics) or self._waiting:
+                return False
+            if any(held[key] < ends.get(key, held[key] + 1) for key in held):
+                return False
+        return True
+
+    def _call_hooks(self, moment: str) -> None:
+        for hook in self._hooks:
+            if hook.moment == moment:
+                self._call_hook(hook)
+
+    def _call_hook(self, hook: Hook) -> None:
+        if not hook.wants_database:
+            hook.call()
+            return
+        with self._database.transaction():
+            hook.call(self._sql)
+
+
+def _name(record: Record) -> str:
+    return f"{record.topic}/{record.partition} record {record.offset}"
+
+
+def _why(failure: FailedRecord) -> str:
+    return f"{type(failure.error).__name__}: {failure.error}"
+
+
+def _once(records: Sequence[Record]) -> list[Record]:
+    """Each record once, of several stretches of a partition that may overlap."""
+    found: list[Record] = []
+    for record in records:
+        if not found or record.offset > found[-1].offset:
+            found.append(record)
+    return found

@@ -1,0 +1,251 @@
+"""A running application against a real broker: views, handlers and positions in one transaction, failures in order."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgebroker.consumer.application import load_module, read_application
+from edgebroker.consumer.database import AppDatabase
+from edgebroker.consumer.instance import Instance, Settings, StoppedError
+from tests.kit.brokers import RunningBroker, running
+from tests.kit.waiting import wait_for
+
+HEAD = """
+import msgspec
+from edgebroker.consumer import Context, Database, consumer, every, message_handler, on_ready, on_start, retry_policy
+
+SEEN = []
+
+
+class Price(msgspec.Struct):
+    code: str
+    cents: int
+
+
+"""
+VIEW = """
+@consumer("prices", view=Price)
+class Prices: ...
+"""
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[RunningBroker]:
+    with running(tmp_path / "data") as found:
+        found.create("prices", partitions=2)
+        yield found
+
+
+class App:
+    """An application whose directory outlives its runs."""
+
+    def __init__(self, broker: RunningBroker, directory: Path, text: str) -> None:
+        self.broker, self.directory = broker, directory
+        path = directory / "till_app.py"
+        directory.mkdir(exist_ok=True)
+        path.write_text(HEAD + text)
+        self.source = str(path)
+        self.error: BaseException | None = None
+
+    @contextmanager
+    def running(self) -> Iterator[Any]:
+        """Run it; its module. It has ended, and its database is closed, afterwards."""
+        sys.modules.pop("till_app", None)
+        module = load_module(self.source)
+        database = AppDatabase(self.directory / "app")
+        instance = Instance(
+            read_application(module, "till-7", {}), database, Settings("prices", "till-7", self.broker.server)
+        )
+
+        def run() -> None:
+            try:
+                instance.run()
+            except BaseException as error:
+                self.error = error
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield module
+        finally:
+            instance.stop()
+            thread.join(30.0)
+            assert not thread.is_alive()
+            database.close()
+
+    def read(self, sql: str) -> list[tuple[Any, ...]]:
+        """As another program does."""
+        connection = sqlite3.connect(f"{(self.directory / 'app' / 'app.db').as_uri()}?mode=ro", uri=True)
+        try:
+            return connection.execute(sql).fetchall()
+        finally:
+            connection.close()
+
+    def until(self, sql: str, expected: object) -> None:
+        found: list[object] = []
+
+        def reached() -> bool:
+            try:
+                found[:] = self.read(sql)
+            except sqlite3.OperationalError:  # the table is not made yet
+                return False
+            return found == expected or self.error is not None
+
+        try:
+            wait_for(reached)
+        except TimeoutError:
+            raise AssertionError(f"{sql}: {found}") from None
+        assert found == expected, self.error
+
+
+@pytest.fixture
+def make(broker: RunningBroker, tmp_path: Path) -> Callable[[str], App]:
+    return lambda text: App(broker, tmp_path / "application", text)
+
+
+def publish(broker: RunningBroker, *rows: tuple[str, object], partition: int = 0, topic: str = "prices") -> None:
+    with broker.producer() as producer:
+        for key, value in rows:
+            data = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
+            producer.send(topic, data, key.encode(), partition=partition).result(10.0)
+
+
+def price(code: str, cents: int) -> tuple[str, object]:
+    return code, {"code": code, "cents": cents}
+
+
+def committed(broker: RunningBroker, group: str = "prices.till-7") -> list[int]:
+    return [one["committed"] for one in broker.http("GET", f"/v1/groups/{group}")[1]["partitions"]]
+
+
+def test_a_view_is_the_latest_of_each_key(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make(VIEW)
+    publish(broker, price("a", 1), price("b", 2), price("a", 3))
+    publish(broker, price("c", 4), partition=1)
+    with app.running():
+        app.until("SELECT code, cents FROM prices ORDER BY code", [("a", 3), ("b", 2), ("c", 4)])
+        publish(broker, ("b", None), price("a", 5))
+        app.until("SELECT code, cents, _offset FROM prices ORDER BY code", [("a", 5, 4), ("c", 4, 0)])
+        app.until("SELECT * FROM _position ORDER BY partition", [("prices", 0, 5), ("prices", 1, 1)])
+        wait_for(lambda: committed(broker) == [5, 1], "it is acknowledged behind a sync")
+    publish(broker, price("d", 6))
+    with app.running():
+        app.until("SELECT code FROM prices ORDER BY code", [("a",), ("c",), ("d",)])
+
+
+def test_what_cannot_be_in_a_view_is_a_dead_record(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make(VIEW)
+    publish(broker, price("a", 1), ("b", b"{"), ("c", {"code": "c"}), price("d", 1 << 63), price("e", 2))
+    with broker.producer() as producer:
+        producer.send("prices", b'{"code": "f", "cents": 1}', partition=0).result(10.0)
+    with app.running():
+        app.until("SELECT code FROM prices ORDER BY code", [("a",), ("e",)])
+        app.until('SELECT "offset", key FROM _dead', [(1, b"b"), (2, b"c"), (3, b"d"), (5, None)])
+        reasons = [reason for (reason,) in app.read("SELECT reason FROM _dead")]
+        assert reasons[0].startswith("the value is not as expected: ")
+        assert "missing required field `cents`" in reasons[1]
+        assert reasons[3] == "a record without a key has no place in a view"
+
+
+COUNTING = """
+@on_start
+def prepare(database: Database):
+    database.execute("CREATE TABLE IF NOT EXISTS sums (code TEXT PRIMARY KEY, sum INTEGER)")
+
+
+@retry_policy(max_attempts=3, backoff=0.01, then=THEN)
+@message_handler("prices")
+def count(price: Price, context: Context, database: Database):
+    SEEN.append((price.code, context.attempt))
+    if price.cents < 0:
+        raise ValueError(f"{price.code} is below zero")
+    database.execute("INSERT INTO sums VALUES (?,?) ON CONFLICT (code) DO UPDATE SET sum=sum+excluded.sum",
+                     (price.code, price.cents))
+"""
+
+
+def test_a_handler_and_its_position_are_one_transaction(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make("THEN = 'dead_letter'\n" + COUNTING)
+    publish(broker, *[price("abc"[n % 3], 1) for n in range(300)])
+    for _ in range(3):
+        with app.running():
+            app.until("SELECT * FROM sums ORDER BY code", [("a", 100), ("b", 100), ("c", 100)])
+
+
+@pytest.mark.parametrize("then", ["dead_letter", "skip"])
+def test_a_record_that_fails_holds_its_partition_only(
+    broker: RunningBroker, make: Callable[[str], App], then: str
+) -> None:
+    app = make(f"THEN = {then!r}\n" + COUNTING)
+    publish(broker, price("a", 1), price("bad", -1), price("c", 3))
+    publish(broker, price("other", 7), partition=1)
+    with app.running() as module:
+        app.until("SELECT * FROM sums ORDER BY code", [("a", 1), ("c", 3), ("other", 7)])
+        assert [attempt for code, attempt in module.SEEN if code == "bad"] == [1, 2, 3]
+        seen = [code for code, _ in module.SEEN if code != "other"]
+        assert seen.index("c") > len(seen) - 1 - seen[::-1].index("bad"), "nothing behind it comes before it is done"
+        dead = [] if then == "skip" else [(1, 3, "ValueError: bad is below zero")]
+        app.until('SELECT "offset", attempts, reason FROM _dead', dead)
+        wait_for(lambda: committed(broker) == [3, 1], "the group has passed it")
+
+
+def test_an_application_that_stops_at_a_failure(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make("THEN = 'stop'\n" + COUNTING)
+    publish(broker, price("a", 1), price("bad", -1), price("c", 3))
+    with app.running():
+        wait_for(lambda: app.error is not None, "it has ended")
+    assert isinstance(app.error, StoppedError) and "prices/0 record 1: ValueError: bad is below zero" in str(app.error)
+    assert app.read("SELECT * FROM sums") == [("a", 1)]
+
+
+def test_handlers_by_key_and_header_batches_and_hooks(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make("""
+@message_handler("prices", key="a*")
+def some(price: Price | None):
+    SEEN.append(("some", price and price.cents))
+
+
+@message_handler("prices", key="b", batch=2)
+def several(prices: list[dict]):
+    SEEN.append(("several", [price["cents"] for price in prices]))
+
+
+@every(0.01)
+def tick():
+    SEEN.append(("tick", 0))
+
+
+@on_ready
+def ready():
+    SEEN.append(("ready", 0))
+""")
+    publish(broker, price("a1", 1), price("b", 2), ("a2", None), price("b", 3), price("b", 4), price("c", 5))
+    with app.running() as module:
+        wait_for(lambda: ("ready", 0) in module.SEEN and ("tick", 0) in module.SEEN, "it is ready")
+        found = [one for one in module.SEEN if one[0] in ("some", "several")]
+    assert [one for one in found if one[0] == "some"] == [("some", 1), ("some", None)]
+    assert [one for one in found if one[0] == "several"] == [("several", [2, 3]), ("several", [4])]
+
+
+def test_instances_that_share_a_topic(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make("""
+@consumer("prices", scope="shared")
+class Prices:
+    @message_handler()
+    def handle(self, price: Price, database: Database):
+        SEEN.append(price.code)
+""")
+    publish(broker, price("a", 1), price("b", 2))
+    with app.running() as module:
+        wait_for(lambda: module.SEEN == ["a", "b"], "it has them")
+        wait_for(lambda: committed(broker, "prices") == [2, 0], "they are acknowledged")
+    assert app.read("SELECT * FROM _position") == []
