@@ -74,6 +74,13 @@ class Member(Consumer):
             on_assigned=self._on_coming,
             on_revoked=self._on_going,
         )
+        hand_out = self._receiver._hand_out
+
+        def noted(item: Any, state: Any) -> None:
+            self.lease = item.deliver.lease
+            hand_out(item, state)
+
+        self._receiver._hand_out = noted  # type: ignore[method-assign]
 
     def note(self, *fields: object) -> None:
         line = " ".join(map(str, (int(self._clock.monotonic() * 1e9), *fields)))
@@ -96,10 +103,6 @@ class Member(Consumer):
         if self._directives.acks:
             for key, offset in self.next_offsets().items():
                 self.ack_to(*key, offset)
-
-    def _hand_out(self, item: Any, state: Any) -> None:  # type: ignore[override]
-        self.lease = item.deliver.lease
-        super()._hand_out(item, state)
 
     def work(self) -> None:
         while not self.stopping:
