@@ -10,6 +10,7 @@ one, its process ends.
 
 from __future__ import annotations
 
+import logging
 import re
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,12 +19,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgebroker.common.errors import ConfigError, FormatTooNewError
+from edgebroker.common.runtime.durable import write_hint
 from edgebroker.common.types import Position
 from edgebroker.consumer.columns import Columns
 from edgebroker.storage import files
+from edgebroker.storage.metadata.database import move_aside
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
-NAME, LOCK = "app.db", "LOCK"
+NAME, LOCK, DAMAGED = "app.db", "LOCK", "DAMAGED"
 CACHE_KIB = 16 << 10
 # Pages of the log that are copied into the database at a time.
 CHECKPOINT_PAGES = 2000
@@ -55,7 +60,26 @@ Row = tuple[Any, ...]
 
 
 DatabaseError = sqlite3.Error
-"""What nothing can be done about but to look at the disk."""
+# Primary result codes of what may be over in a moment, and of a file that is not a database any more.
+_SHORTAGE = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
+    sqlite3.SQLITE_CANTOPEN,
+}  # fmt: skip
+_DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Could the database not be written or read for now: a full disk, too few descriptors?"""
+    return _code(error) in _SHORTAGE
+
+
+def is_damage(error: BaseException) -> bool:
+    """Is what the file holds not what was written?"""
+    return _code(error) in _DAMAGE
+
+
+def _code(error: BaseException) -> int:
+    return int(getattr(error, "sqlite_errorcode", 0)) & 0xFF
 
 
 class NotStorableError(Exception):
@@ -88,13 +112,39 @@ class View(NamedTuple):
 class AppDatabase:
     """Belongs to one thread. Raises sqlite3.Error where nothing else is said."""
 
-    def __init__(self, directory: Path) -> None:
-        """Open or make the database, and see to it that readers find all of its files. Raises DataDirectoryError,
-        DataDirectoryInUseError and FormatTooNewError."""
+    def __init__(self, directory: Path, wall_ms: int) -> None:
+        """Open or make the database, and see to it that readers find all of its files. One that is damaged is moved
+        aside, and made anew; `wall_ms` is in its name then. Raises DataDirectoryError, DataDirectoryInUseError and
+        FormatTooNewError."""
         files.make_directory(directory)
         directory.chmod(0o750)
         self._lock = files.lock(directory / LOCK)
         self.path = directory / NAME
+        self._mark = directory / DAMAGED
+        self._by_handler = False
+        if self._mark.exists():
+            self._move_aside(wall_ms)
+        try:
+            self._open()
+        except sqlite3.DatabaseError as error:
+            if not is_damage(error):
+                raise
+            self._connection.close()
+            self._move_aside(wall_ms)
+            self._open()
+        self._connection.set_authorizer(self._authorize)
+
+    def _move_aside(self, wall_ms: int) -> None:
+        log.error("%s is damaged: it is kept as %s.corrupt-%d, and filled again", self.path, NAME, wall_ms)
+        move_aside(self.path, wall_ms)
+        self._mark.unlink(missing_ok=True)
+        files.sync_directory(self.path.parent)
+
+    def damaged(self) -> None:
+        """What was read is not what was written: the next start moves the database aside."""
+        write_hint(self._mark, b"")
+
+    def _open(self) -> None:
         files.make_private(self.path)
         self._connection = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode=WAL")
@@ -106,10 +156,8 @@ class AppDatabase:
         self._wal = files.open_log(self.path.with_name(NAME + "-wal"))
         for suffix, mode in (("", 0o640), ("-wal", 0o640), ("-shm", 0o660)):
             self.path.with_name(NAME + suffix).chmod(mode)
-        files.sync_directory(directory)
+        files.sync_directory(self.path.parent)
         self.sync()
-        self._by_handler = False
-        connection.set_authorizer(self._authorize)
 
     def _make_schema(self) -> None:
         connection = self._connection

@@ -17,7 +17,7 @@ import msgspec
 from edgebroker.common.records import Record
 from edgebroker.common.types import TopicPartition
 from edgebroker.consumer.application import Handler, Topic
-from edgebroker.consumer.database import AppDatabase, DeadRecord, NotStorableError, View
+from edgebroker.consumer.database import AppDatabase, DeadRecord, NotStorableError, View, is_damage, is_shortage
 from edgebroker.consumer.declarations import Context, Database
 
 MOST_REASON = 1000
@@ -159,6 +159,8 @@ class Effect:
                 call(value, *self._others(others, portion, record))
                 done += 1
         except Exception as error:
+            if is_shortage(error) or is_damage(error):
+                raise  # it is not about the record
             raise FailedRecord(portion, _place(portion, records[done]), handler, error) from error
 
     def _call_with_batches(self, handler: Handler, portion: Portion, records: list[Record], values: list[Any]) -> None:
@@ -168,6 +170,8 @@ class Effect:
                 batch = values[first : first + handler.batch]
                 handler.call(batch, *self._others(others, portion, records[first]))
             except Exception as error:
+                if is_shortage(error) or is_damage(error):
+                    raise
                 raise FailedRecord(portion, _place(portion, records[first]), handler, error) from error
 
     def _others(self, others: tuple[type, ...], portion: Portion, record: Record) -> list[object]:

@@ -18,7 +18,7 @@ from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.application import Application, Hook, Topic
-from edgebroker.consumer.database import AppDatabase
+from edgebroker.consumer.database import AppDatabase, DatabaseError, is_shortage
 from edgebroker.consumer.declarations import Database
 from edgebroker.consumer.effect import Effect, FailedRecord, Portion, portions_of
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 # A transaction takes what has arrived: at most so many records, and what came within so long.
 MOST_RECORDS, GATHER_SECONDS = 5000, 0.05
-SYNC_SECONDS, PRESENCE_SECONDS = 1.0, 10.0
+SYNC_SECONDS, PRESENCE_SECONDS, RETRY_SECONDS = 1.0, 10.0, 1.0
 WAIT_SECONDS = 0.2
 # An application works without its broker; so long after it went, and so often, the log says so.
 AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
@@ -68,12 +68,17 @@ class Instance:
         self._sql = Database(database.execute, database.execute_many)
         self._consumers = self._subscribe(settings)
         self._of_topic = {topic: consumer for consumer, topics in self._consumers.items() for topic in topics}
+        # What was received and is not stored yet; nothing more is asked for before it is.
+        self._held: list[Portion] = []
+        self._short = False
         self._waiting: dict[TopicPartition, _Waiting] = {}
         # Committed, and not acknowledged yet.
         self._unacknowledged: dict[TopicPartition, Record] = {}
         self._sync_due = self._presence_due = self._away_due = 0.0
         self._hooks = application.hooks
         self._hooks_due = {hook: self._clock.monotonic() + hook.seconds for hook in application.hooks if hook.seconds}
+        # Where each partition ended when it was given.
+        self._goals: dict[TopicPartition, int] = {}
         self._ready = False
 
     def _subscribe(self, settings: Settings) -> dict[Consumer, list[str]]:
@@ -108,7 +113,12 @@ class Instance:
         try:
             self._call_hooks("start")
             while not self._stopping:
-                self._turn()
+                try:
+                    self._turn()
+                except DatabaseError as error:
+                    if not is_shortage(error):
+                        raise
+                    self._wait_for_room(error)
             self._call_hooks("stop")
         finally:
             try:
@@ -118,16 +128,25 @@ class Instance:
                     consumer.close()
                 self._database.finish()
 
+    def _wait_for_room(self, error: BaseException) -> None:
+        """Nothing can be stored: readers have what is here. What was received waits, and holds its leases."""
+        if not self._short:
+            self._short = True
+            log.error("nothing can be stored: %s; what is here is served, and it is tried again every second", error)
+        for consumer in self._consumers:
+            consumer.in_progress()
+        sleep(RETRY_SECONDS)
+
     def _turn(self) -> None:
-        portions = self._gather()
+        if not self._held:
+            self._held = self._gather()
+            self._try_again()
+        if self._held:
+            self._apply()
+        if self._short:
+            self._short = False
+            log.warning("records are stored again")
         now = self._clock.monotonic()
-        for key, waiting in list(self._waiting.items()):
-            if waiting.given_up:
-                portions += self._give_up(key, waiting)
-            elif now >= waiting.due:
-                portions.append(Portion(key, list(waiting.records), waiting.attempts + 1))
-        if portions:
-            self._apply(portions)
         if now >= self._sync_due:
             self._sync_due = now + SYNC_SECONDS
             self._acknowledge()
@@ -145,6 +164,15 @@ class Instance:
             self._call_hooks("ready")
 
     # ---- records ----
+
+    def _try_again(self) -> None:
+        """Take up partitions whose first record failed, when their time has come."""
+        now = self._clock.monotonic()
+        for key, waiting in list(self._waiting.items()):
+            if waiting.given_up:
+                self._held += self._give_up(key, waiting)
+            elif now >= waiting.due:
+                self._held.append(Portion(key, list(waiting.records), waiting.attempts + 1))
 
     def _gather(self) -> list[Portion]:
         """What has arrived."""
@@ -193,21 +221,21 @@ class Instance:
     def _after(self, record: Record) -> Position:
         return self._of_topic[record.topic].position_after(record)
 
-    def _apply(self, portions: list[Portion]) -> None:
-        """Apply portions in one transaction. One that fails is cut off before the record that failed, and what is left
-        of all is applied again: the effects before are those of another transaction by then."""
-        while portions:
+    def _apply(self) -> None:
+        """Apply what is held in one transaction. A portion that fails is cut off before the record that failed, and
+        what is left of all is applied again: the effects before are those of another transaction by then."""
+        while self._held:
             try:
                 with self._database.transaction():
-                    for portion in portions:
+                    for portion in self._held:
                         self._effects[portion.key.topic].apply(portion)
-                    positions = self._positions_behind(portions)
+                    positions = self._positions_behind(self._held)
                     self._database.set_positions(positions)
             except FailedRecord as failure:
-                portions = self._without(portions, failure)
+                self._held = self._without(self._held, failure)
             else:
+                portions, self._held = self._held, []
                 self._committed(portions, positions)
-                return
 
     def _positions_behind(self, portions: list[Portion]) -> dict[tuple[str, int], Position]:
         return {portion.key: self._after(portion.records[-1]) for portion in portions if self._owns(portion.key.topic)}
@@ -274,16 +302,21 @@ class Instance:
         self._acknowledge()
         for key in partitions:
             self._waiting.pop(key, None)
+        self._held = [portion for portion in self._held if portion.key not in partitions]
 
     # ---- hooks ----
 
     def _is_ready(self) -> bool:
-        """Is everything there, as far as the broker had it when it was asked?"""
+        """Is everything there that the broker had when each partition was given?"""
+        if self._waiting or self._held:
+            return False
         for consumer, topics in self._consumers.items():
-            ends, held = consumer.durable_ends, consumer.next_offsets()
-            if {key.topic for key in held} != set(topics) or self._waiting:
+            held = consumer.next_offsets()
+            if {key.topic for key in held} != set(topics):
                 return False
-            if any(held[key] < ends.get(key, held[key] + 1) for key in held):
+            for key, end in list(consumer.durable_ends.items()):
+                self._goals.setdefault(key, end)
+            if any(offset < self._goals.get(key, offset + 1) for key, offset in held.items()):
                 return False
         return True
 

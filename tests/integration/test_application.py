@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 import sys
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from edgebroker.consumer import instance as instance_module
 from edgebroker.consumer.application import load_module, read_application
 from edgebroker.consumer.database import AppDatabase
 from edgebroker.consumer.instance import Instance, Settings, StoppedError
@@ -61,7 +63,7 @@ class App:
         """Run it; its module. It has ended, and its database is closed, afterwards."""
         sys.modules.pop("till_app", None)
         module = load_module(self.source)
-        database = AppDatabase(self.directory / "app")
+        database = AppDatabase(self.directory / "app", 1)
         instance = Instance(
             read_application(module, "till-7", {}), database, Settings("prices", "till-7", self.broker.server)
         )
@@ -249,3 +251,75 @@ class Prices:
         wait_for(lambda: module.SEEN == ["a", "b"], "it has them")
         wait_for(lambda: committed(broker, "prices") == [2, 0], "they are acknowledged")
     assert app.read("SELECT * FROM _position") == []
+
+
+def test_a_database_that_was_removed_is_filled_again(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make(VIEW)
+    publish(broker, price("a", 1), price("b", 2))
+    with app.running():
+        app.until("SELECT code FROM prices ORDER BY code", [("a",), ("b",)])
+        wait_for(lambda: committed(broker) == [2, 0], "the group has passed them")
+    shutil.rmtree(app.directory / "app")
+    with app.running():
+        app.until("SELECT code FROM prices ORDER BY code", [("a",), ("b",)])
+
+
+@pytest.mark.parametrize("damage", [b"nonsense" * 600, None], ids=["no database", "marked"])
+def test_a_damaged_database_is_kept_and_filled_again(
+    broker: RunningBroker, make: Callable[[str], App], damage: bytes | None
+) -> None:
+    app = make(VIEW)
+    publish(broker, price("a", 1))
+    with app.running():
+        app.until("SELECT code FROM prices", [("a",)])
+    if damage is None:
+        (app.directory / "app" / "DAMAGED").touch()
+    else:
+        (app.directory / "app" / "app.db").write_bytes(damage)
+    with app.running():
+        app.until("SELECT code FROM prices", [("a",)])
+    names = [one.name for one in (app.directory / "app").iterdir()]
+    assert "app.db.corrupt-1" in names and "DAMAGED" not in names
+
+
+@pytest.mark.parametrize("where", ["view", "handler"])
+def test_a_full_disk_is_waited_for(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Nothing is given up, nothing is done twice."""
+    app = make(VIEW if where == "view" else "THEN = 'dead_letter'\n" + COUNTING)
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    left, method = [3], "put" if where == "view" else "execute"
+    really = getattr(AppDatabase, method)
+
+    def sometimes(self: AppDatabase, *arguments: Any) -> Any:
+        if left[0] and "CREATE" not in str(arguments[0]):
+            left[0] -= 1
+            raise full
+        return really(self, *arguments)
+
+    monkeypatch.setattr(AppDatabase, method, sometimes)
+    monkeypatch.setattr(instance_module, "RETRY_SECONDS", 0.01)
+    publish(broker, *[price("a", 1) for _ in range(50)])
+    with app.running():
+        if where == "view":
+            app.until("SELECT code, _offset FROM prices", [("a", 49)])
+        else:
+            app.until("SELECT * FROM sums", [("a", 50)])
+    assert not left[0] and app.read("SELECT * FROM _dead") == []
+
+
+def test_the_broker_is_away_for_a_while(tmp_path: Path) -> None:
+    with running(tmp_path / "data") as first:
+        settings = {"listen.tcp": first.server}
+        first.create("prices")
+        publish(first, price("a", 1))
+        app = App(first, tmp_path / "application", "THEN = 'dead_letter'\n" + COUNTING)
+        started = app.running()
+        started.__enter__()
+        app.until("SELECT * FROM sums", [("a", 1)])
+    with running(tmp_path / "data", settings) as again:
+        publish(again, price("a", 1), price("b", 5))
+        app.until("SELECT * FROM sums ORDER BY code", [("a", 2), ("b", 5)])
+        started.__exit__(None, None, None)

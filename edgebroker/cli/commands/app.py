@@ -22,7 +22,7 @@ from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.consumer.application import Application, load_module, read_application
 from edgebroker.consumer.config import LoadedConfig, load_app_config
-from edgebroker.consumer.database import NAME, AppDatabase, DatabaseError, view_name
+from edgebroker.consumer.database import NAME, AppDatabase, DatabaseError, is_damage, view_name
 from edgebroker.consumer.declarations import DeclarationError
 from edgebroker.consumer.instance import Instance, Settings, StoppedError
 
@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     settings, clock = loaded.config, SystemClock()
     journal.set_up(settings.log_level, settings.log_format, settings.node, clock, environment.current())
     application = _read(options.source, loaded)
-    database = AppDatabase(Path(settings.data_dir))
+    database = AppDatabase(Path(settings.data_dir), clock.wall_ms())
     instance = Instance(application, database, Settings(settings.name, settings.node, settings.server))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: instance.stop())
@@ -63,10 +63,10 @@ def run(options: argparse.Namespace) -> int:
     log.info(
         "application %s of node %s reads %s; its database is %s", settings.name, settings.node, topics, database.path
     )
-    _end(_until_stopped(instance))
+    _end(_until_stopped(instance, database))
 
 
-def _until_stopped(instance: Instance) -> int:
+def _until_stopped(instance: Instance, database: AppDatabase) -> int:
     try:
         instance.run()
     except StoppedError:
@@ -75,7 +75,11 @@ def _until_stopped(instance: Instance) -> int:
         log.error("%s", error)
         return error.exit_code
     except (DatabaseError, OSError) as error:
-        log.error("the local database cannot be used: %s", error)
+        if is_damage(error):
+            database.damaged()
+            log.error("the local database is damaged: the next start moves it aside, and fills another one")
+        else:
+            log.error("the local database cannot be used: %s", error)
         return FAILED
     log.info("stopped")
     return OK

@@ -23,7 +23,7 @@ class Price(msgspec.Struct):
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[AppDatabase]:
-    found = AppDatabase(tmp_path / "app")
+    found = AppDatabase(tmp_path / "app", 1)
     yield found
     found.close()
 
@@ -67,12 +67,12 @@ def test_the_rights_of_the_files(database: AppDatabase) -> None:
 
 
 def test_a_view_that_is_there_already(tmp_path: Path) -> None:
-    first = AppDatabase(tmp_path)
+    first = AppDatabase(tmp_path, 1)
     view = first.view("prices", Columns(Price))
     with first.transaction():
         first.put(view, [("a", "A", 5, 0, 6, 1000)], [])
     first.close()
-    again = AppDatabase(tmp_path)
+    again = AppDatabase(tmp_path, 1)
     again.view("prices", Columns(Price))
     assert read(again, "SELECT cents FROM prices") == [(5,)]
     other = Columns(msgspec.defstruct("Price", [("code", str)]))
@@ -86,16 +86,16 @@ def test_a_view_that_is_there_already(tmp_path: Path) -> None:
 
 def test_two_processes(database: AppDatabase) -> None:
     with pytest.raises(DataDirectoryInUseError):
-        AppDatabase(database.path.parent)
+        AppDatabase(database.path.parent, 1)
 
 
 def test_a_newer_format(tmp_path: Path) -> None:
-    AppDatabase(tmp_path).close()
+    AppDatabase(tmp_path, 1).close()
     connection = sqlite3.connect(tmp_path / "app.db")
     connection.execute("PRAGMA user_version=99")
     connection.close()
     with pytest.raises(FormatTooNewError):
-        AppDatabase(tmp_path)
+        AppDatabase(tmp_path, 1)
 
 
 def test_dead_records(database: AppDatabase) -> None:
