@@ -6,7 +6,20 @@ import argparse
 import platform
 from collections.abc import Callable
 
-from benchmarks import appliance, delivery, fleet, floods, idle, offline, peers, resources, rows, silence, tree
+from benchmarks import (
+    appliance,
+    application,
+    delivery,
+    fleet,
+    floods,
+    idle,
+    offline,
+    peers,
+    resources,
+    rows,
+    silence,
+    tree,
+)
 from benchmarks.rows import Row
 
 ALL: dict[str, Callable[[bool], list[Row]]] = {
@@ -20,6 +33,7 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "acknowledged": delivery.acknowledged,
     "laggards": delivery.laggards,
     "rebalance": delivery.rebalance,
+    "applications": application.applications,
     "mirror": tree.catch_up,
     "hops": tree.hops,
     "replicated": tree.replicated,

@@ -38,7 +38,10 @@ LINES = {
         "arguments", "lifetime", "servers", "link", "refresh", "consume", "publish", "consumer", "producer",
         "asynchronous",
     ],
-    "consumer": ["config", "columns", "signatures", "declarations", "application", "database", "effect", "instance"],
+    "consumer": [
+        "config", "columns", "signatures", "declarations", "application", "database", "effect", "generation",
+        "instance",
+    ],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",
         "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",

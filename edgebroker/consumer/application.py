@@ -60,7 +60,7 @@ class Topic(NamedTuple):
 
 
 class Hook(NamedTuple):
-    """`moment` is start, ready or stop, or "" for one that runs every so many seconds."""
+    """`moment` is start, ready, reset or stop, or "" for one that runs every so many seconds."""
 
     moment: str
     seconds: float

@@ -38,6 +38,8 @@ CREATE TABLE _positions (topic TEXT, partition INTEGER, log_id BLOB, epoch INTEG
 CREATE TABLE _generations (topic TEXT PRIMARY KEY, name TEXT UNIQUE, generation INTEGER, columns TEXT) WITHOUT ROWID;
 CREATE TABLE _dead (topic TEXT, partition INTEGER, "offset" INTEGER, key BLOB, value BLOB, attempts INTEGER,
     reason TEXT, at_ms INTEGER, PRIMARY KEY (topic, partition, "offset")) WITHOUT ROWID;
+CREATE TABLE _loading (topic TEXT, partition INTEGER, reset_id TEXT, log_id BLOB, epoch INTEGER, next_offset INTEGER,
+    target INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 CREATE VIEW _position AS SELECT topic, partition, next_offset FROM _positions;
 """
 # What is said here and what a handler says are two texts: SQLite is asked about the second when it is prepared.
@@ -99,11 +101,21 @@ class DeadRecord(NamedTuple):
     at_ms: int
 
 
-class View(NamedTuple):
-    """A view and the statements that change it. `columns` are its own; a row is the key, these, partition, offset and
-    timestamp of the record."""
+class Loading(NamedTuple):
+    """A partition that is loaded again: by which refresh, how far it is, and how far it has to be for the switch."""
 
+    reset_id: str
+    position: Position
+    target: int
+
+
+class View(NamedTuple):
+    """A generation of a view and the statements that change it. `columns` are its own; a row is the key, these,
+    partition, offset and timestamp of the record."""
+
+    topic: str
     name: str
+    generation: int
     columns: Columns
     put: str
     delete: str
@@ -232,7 +244,9 @@ class AppDatabase:
                 clash = self._connection.execute("SELECT topic FROM _generations WHERE name=?", (name,)).fetchone()
                 if clash is not None:
                     raise ConfigError(f"topics {clash[0]} and {topic} would have views of the same name, {name}")
-                self._make_generation(topic, name, 1, columns)
+                first = _view(topic, name, 1, columns)
+                self._make_table(first)
+                self._show(first)
                 self._connection.execute("INSERT INTO _generations VALUES (?,?,1,?)", (topic, name, wanted))
             found = (1, wanted)
         if found[1] != wanted:
@@ -240,23 +254,70 @@ class AppDatabase:
                 f"the view {name} has other columns in {self.path} ({found[1]}) than the application declares "
                 f"({wanted}); remove the file, and it is filled again"
             )
-        table, places = _table(name, found[0]), ",".join("?" * (len(columns.columns) + 4))
-        return View(
-            name, columns, f'INSERT OR REPLACE INTO "{table}" VALUES ({places})', f'DELETE FROM "{table}" WHERE key=?'
+        return _view(topic, name, found[0], columns)
+
+    def _make_table(self, view: View) -> None:
+        own = "".join(f'"{column.name}" {column.sql}, ' for column in view.columns.columns)
+        table = _table(view.name, view.generation)
+        self._connection.execute(
+            f'CREATE TABLE IF NOT EXISTS "{table}" (key NOT NULL, {own}_partition INTEGER, _offset INTEGER, '
+            "_timestamp INTEGER, PRIMARY KEY (key)) WITHOUT ROWID"
         )
 
-    def _make_generation(self, topic: str, name: str, generation: int, columns: Columns) -> None:
-        table = _table(name, generation)
-        own = "".join(f'"{column.name}" {column.sql}, ' for column in columns.columns)
-        names = "".join(f'"{column.name}", ' for column in columns.columns)
+    def _show(self, view: View) -> None:
+        """Let readers see this generation. Statements that they have prepared see it as well."""
+        names = "".join(f'"{column.name}", ' for column in view.columns.columns)
+        self._connection.execute(f'DROP VIEW IF EXISTS "{view.name}"')
         self._connection.execute(
-            f'CREATE TABLE "{table}" (key NOT NULL, {own}_partition INTEGER, _offset INTEGER, _timestamp INTEGER, '
-            "PRIMARY KEY (key)) WITHOUT ROWID"
+            f'CREATE VIEW "{view.name}" AS SELECT key, {names}_partition, _offset, _timestamp '
+            f'FROM "{_table(view.name, view.generation)}"'
         )
-        self._connection.execute(f'DROP VIEW IF EXISTS "{name}"')
+
+    # ---- loading again ----
+
+    def next_generation(self, view: View) -> View:
+        """The generation after this one, made when it is new; within a transaction."""
+        following = _view(view.topic, view.name, view.generation + 1, view.columns)
+        self._make_table(following)
+        return following
+
+    def empty(self, view: View, partition: int) -> None:
+        """Remove the rows of a partition from a generation; within a transaction."""
+        table = _table(view.name, view.generation)
+        self._connection.execute(f'DELETE FROM "{table}" WHERE _partition=?', (partition,))
+
+    def switch(self, old: View, new: View, loaded: Sequence[int]) -> None:
+        """Show a generation instead of the one before, whose rows of partitions that were not loaded again are taken
+        over; within a transaction."""
+        marks = ",".join("?" * len(loaded))
         self._connection.execute(
-            f'CREATE VIEW "{name}" AS SELECT key, {names}_partition, _offset, _timestamp FROM "{table}"'
+            f'INSERT OR REPLACE INTO "{_table(new.name, new.generation)}" SELECT * FROM '
+            f'"{_table(old.name, old.generation)}" WHERE _partition NOT IN ({marks})',
+            loaded,
         )
+        self._show(new)
+        self._connection.execute("UPDATE _generations SET generation=? WHERE topic=?", (new.generation, new.topic))
+        self._connection.execute(f'DROP TABLE "{_table(old.name, old.generation)}"')
+
+    def loading(self, topic: str) -> dict[int, Loading]:
+        """The partitions of a topic that are loaded again, and those that were (with a target of -1)."""
+        rows = self._connection.execute(
+            "SELECT partition, reset_id, log_id, epoch, next_offset, target FROM _loading WHERE topic=?", (topic,)
+        )
+        return {
+            partition: Loading(reset_id, Position(log_id, epoch, offset), target)
+            for partition, reset_id, log_id, epoch, offset, target in rows
+        }
+
+    def set_loading(self, topic: str, partition: int, one: Loading) -> None:
+        self._connection.execute(
+            "INSERT OR REPLACE INTO _loading VALUES (?,?,?,?,?,?,?)",
+            (topic, partition, one.reset_id, *one.position, one.target),
+        )
+
+    def loaded(self, topic: str) -> None:
+        """The switch is done; within its transaction."""
+        self._connection.execute("UPDATE _loading SET target=-1 WHERE topic=?", (topic,))
 
     def put(self, view: View, rows: Sequence[Row], deleted: Sequence[Row]) -> None:
         """Set rows of a view, and delete others by their keys. Raises NotStorableError for a value that SQLite does not
@@ -302,6 +363,12 @@ class AppDatabase:
 def view_name(topic: str) -> str:
     """What the view of a topic is called: SQL has no dots and dashes in names."""
     return re.sub(r"[.\-]", "_", topic)
+
+
+def _view(topic: str, name: str, generation: int, columns: Columns) -> View:
+    table, places = _table(name, generation), ",".join("?" * (len(columns.columns) + 4))
+    put = f'INSERT OR REPLACE INTO "{table}" VALUES ({places})'
+    return View(topic, name, generation, columns, put, f'DELETE FROM "{table}" WHERE key=?')
 
 
 def _table(name: str, generation: int) -> str:

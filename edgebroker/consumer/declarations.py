@@ -66,7 +66,7 @@ class ConsumerNote(NamedTuple):
 
 
 class HookNote(NamedTuple):
-    """`moment` is start, ready or stop, or "" for one that runs every so many seconds."""
+    """`moment` is start, ready, reset or stop, or "" for one that runs every so many seconds."""
 
     moment: str
     seconds: float
@@ -281,6 +281,12 @@ def on_start(function: F) -> F:
 def on_ready(function: F) -> F:
     """Call a function once everything is there that was published when the application began."""
     return _hook(function, "ready")
+
+
+def on_reset(function: F) -> F:
+    """Call a function when records are about to come again from the beginning: their topic is loaded again. It may take
+    a Database, and clear what handlers have made of them."""
+    return _hook(function, "reset")
 
 
 def on_stop(function: F) -> F:

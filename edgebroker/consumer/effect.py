@@ -50,6 +50,12 @@ class Effect:
     def __init__(self, topic: Topic, database: AppDatabase, node: str, wall_ms: Callable[[], int]) -> None:
         self._topic, self._database, self._node, self._wall_ms = topic, database, node, wall_ms
         self._view: View | None = database.view(topic.name, topic.view) if topic.view is not None else None
+        # The generation that is loaded beside it, and the partitions whose records go there.
+        self._next: View | None = None
+        self._loading = {number for number, one in database.loading(topic.name).items() if one.target >= 0}
+        if self._view is not None and self._loading:
+            with database.transaction():
+                self._next = database.next_generation(self._view)
         self._sql = Database(database.execute, database.execute_many)
         self._decode: Callable[[bytes], Any] | None = None
         if topic.view is not None:
@@ -58,8 +64,9 @@ class Effect:
     def apply(self, portion: Portion) -> None:
         """Within a transaction. Raises FailedRecord, and what the database raises when nothing can be stored."""
         records = portion.records
-        if self._view is not None:
-            records = self._put(self._view, records)
+        view = self._next if portion.key.partition in self._loading else self._view
+        if view is not None:
+            records = self._put(view, records)
         for handler in self._topic.handlers:
             self._call_all(handler, portion, records)
 
@@ -77,6 +84,22 @@ class Effect:
                 self._wall_ms(),
             )
         )
+
+    # ---- loading again ----
+
+    def begin_generation(self, partition: int) -> None:
+        """The records of a partition go into the next generation from now on; within a transaction."""
+        if self._view is not None:
+            self._next = self._database.next_generation(self._view)
+            self._database.empty(self._next, partition)
+        self._loading.add(partition)
+
+    def end_generation(self, loaded: Sequence[int]) -> None:
+        """Show the next generation, which has these partitions; within a transaction."""
+        if self._view is not None and self._next is not None:
+            self._database.switch(self._view, self._next, loaded)
+            self._view, self._next = self._next, None
+        self._loading.clear()
 
     # ---- the view ----
 

@@ -9,11 +9,11 @@ the acknowledgement: a record that comes again is passed over.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from edgebroker.client.consumer import Consumer
-from edgebroker.common.errors import UnreachableError
+from edgebroker.common.errors import AnswerError, Code, UnreachableError
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.types import Position, TopicPartition
@@ -21,6 +21,7 @@ from edgebroker.consumer.application import Application, Hook, Topic
 from edgebroker.consumer.database import AppDatabase, DatabaseError, is_shortage
 from edgebroker.consumer.declarations import Database
 from edgebroker.consumer.effect import Effect, FailedRecord, Portion, portions_of
+from edgebroker.consumer.generation import Generations
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +31,7 @@ SYNC_SECONDS, PRESENCE_SECONDS, RETRY_SECONDS = 1.0, 10.0, 1.0
 WAIT_SECONDS = 0.2
 # An application works without its broker; so long after it went, and so often, the log says so.
 AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
+ASK_SECONDS = 10.0
 
 
 class Settings(NamedTuple):
@@ -38,6 +40,10 @@ class Settings(NamedTuple):
     name: str
     node: str
     server: str
+
+
+class EndedError(Exception):
+    """It is to end while a record waits for another attempt."""
 
 
 class StoppedError(Exception):
@@ -66,6 +72,12 @@ class Instance:
         }
         self._topics = application.topics
         self._sql = Database(database.execute, database.execute_many)
+        self._generations = Generations(
+            database, self._effects, self._apply_loaded, self._loaded_again, self._is_whole, self._switched
+        )
+        # Topics of which a partition is loaded again, and of which the others have to be asked for.
+        self._incomplete: set[str] = set()
+        self._asked: dict[str, set[int]] = {}
         self._consumers = self._subscribe(settings)
         self._of_topic = {topic: consumer for consumer, topics in self._consumers.items() for topic in topics}
         # What was received and is not stored yet; nothing more is asked for before it is.
@@ -100,9 +112,15 @@ class Instance:
                 on_revoked=self._lost,
                 on_gap=lambda gap: log.warning("%s", gap),
                 timeout=AWAY_SECONDS,
+                staging=self._generations,
             )
             found[consumer] = names
         return found
+
+    def stored(self, topic: str, partition: int) -> int:
+        """The offset behind the last record of a partition whose effect is stored. Any thread."""
+        position = self._positions.get((topic, partition))
+        return position.next_offset if position is not None else 0
 
     def stop(self) -> None:
         """End soon: what has begun is finished. Any thread."""
@@ -119,6 +137,8 @@ class Instance:
                     if not is_shortage(error):
                         raise
                     self._wait_for_room(error)
+                except EndedError:
+                    break
             self._call_hooks("stop")
         finally:
             try:
@@ -140,6 +160,7 @@ class Instance:
     def _turn(self) -> None:
         if not self._held:
             self._held = self._gather()
+            self._load_whole_topics()
             self._try_again()
         if self._held:
             self._apply()
@@ -198,6 +219,11 @@ class Instance:
                 log.warning("%s; what is here is served meanwhile", error)
             sleep(wait)
             return []
+        except AnswerError as error:
+            if error.code is not Code.UNKNOWN_TOPIC:
+                raise
+            log.warning("%s; what is here is served meanwhile, and it is waited for", error)
+            return []
 
     def _wait(self) -> float:
         """How long to wait for records: until something else is due."""
@@ -213,8 +239,13 @@ class Instance:
             waiting.records += [record for record in portion.records if record.offset > known]
             return None
         stored = self._positions.get(portion.key)
-        if stored is None or stored.log_id != self._after(portion.records[0]).log_id:
+        if stored is None:
             return portion
+        if stored.log_id != self._after(portion.records[0]).log_id:
+            # The topic was made again: what readers see is of the one before, and all of it has to go.
+            if portion.key.topic not in self._asked:
+                self._incomplete.add(portion.key.topic)
+            return None
         records = [record for record in portion.records if record.offset >= stored.next_offset]
         return portion._replace(records=records) if records else None
 
@@ -286,6 +317,76 @@ class Instance:
         self._unacknowledged[key] = record
         del self._waiting[key]
         return [Portion(key, rest)] if rest else []
+
+    # ---- loading again ----
+
+    def _loaded_again(self, key: TopicPartition, first: bool) -> None:
+        """A partition is loaded again: what waits of it is of the data before."""
+        self._waiting.pop(key, None)
+        self._held = [portion for portion in self._held if portion.key != key]
+        self._unacknowledged.pop(key, None)
+        if key.topic not in self._asked:
+            self._incomplete.add(key.topic)
+        for hook in self._hooks if first else []:
+            if hook.moment == "reset":
+                hook.call(*([self._sql] if hook.wants_database else []))
+
+    def _load_whole_topics(self) -> None:
+        """A topic is switched as a whole: ask for its other partitions, too."""
+        topics, self._incomplete = self._incomplete, set()
+        for topic in topics:
+            consumer, asked = self._of_topic[topic], self._asked.setdefault(topic, set())
+            for key in [key for key in consumer.assignment if key.topic == topic]:
+                try:
+                    consumer.refresh(*key, timeout=ASK_SECONDS)  # one that is under way goes on
+                    asked.add(key.partition)
+                except (AnswerError, UnreachableError, TimeoutError) as error:
+                    log.warning("%s/%d stays as it is: %s", *key, error)
+        for consumer in {self._of_topic[topic] for topic in self._asked}:
+            consumer.switch()
+
+    def _is_whole(self, topic: str, loading: set[int]) -> bool:
+        """Are all partitions of a topic loaded again that can be?"""
+        return topic in self._asked and self._asked[topic] <= loading
+
+    def _apply_loaded(self, portion: Portion, also: Callable[[], None]) -> None:
+        """The effect of records of a refresh, in one transaction with something else. A record that fails is waited
+        for here: its partition shows nothing yet."""
+        records, attempt, dead = list(portion.records), 1, list[tuple[Record, int, str]]()
+        while True:
+            try:
+                with self._database.transaction():
+                    self._effects[portion.key.topic].apply(portion._replace(records=records, attempt=attempt))
+                    for record, attempts, why in dead:
+                        self._effects[portion.key.topic].bury(record, attempts, why)
+                    also()
+            except FailedRecord as failure:
+                policy, record = failure.handler.policy, failure.record
+                log.warning("%s: attempt %d failed (%s)", _name(record), attempt, _why(failure))
+                if attempt < policy.max_attempts and isinstance(failure.error, policy.retry_on):
+                    self._pause(policy.pause(attempt))
+                    attempt += 1
+                    continue
+                if policy.then == "stop":
+                    raise StoppedError(f"{_name(record)}: {_why(failure)}") from failure
+                if policy.then == "dead_letter":
+                    dead.append((record, attempt, _why(failure)))
+                records.remove(record)
+                attempt = 1
+            else:
+                return
+
+    def _pause(self, seconds: float) -> None:
+        until = self._clock.monotonic() + seconds
+        while self._clock.monotonic() < until:
+            if self._stopping:
+                raise EndedError
+            sleep(min(WAIT_SECONDS, seconds))
+
+    def _switched(self, positions: dict[tuple[str, int], Position]) -> None:
+        self._positions.update(positions)
+        for topic, _ in positions:
+            self._asked.pop(topic, None)
 
     # ---- acknowledging ----
 

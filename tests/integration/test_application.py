@@ -23,7 +23,7 @@ from tests.kit.waiting import wait_for
 
 HEAD = """
 import msgspec
-from edgebroker.consumer import Context, Database, consumer, every, message_handler, on_ready, on_start, retry_policy
+from edgebroker.consumer import *
 
 SEEN = []
 
@@ -323,3 +323,66 @@ def test_the_broker_is_away_for_a_while(tmp_path: Path) -> None:
         publish(again, price("a", 1), price("b", 5))
         app.until("SELECT * FROM sums ORDER BY code", [("a", 2), ("b", 5)])
         started.__exit__(None, None, None)
+
+
+def refresh(broker: RunningBroker, partition: int = -1) -> None:
+    status, answer = broker.http(
+        "POST", "/v1/groups/prices.till-7/refresh", {"topic": "prices", "partition": partition}
+    )
+    assert status in (200, 202), answer
+
+
+@pytest.mark.parametrize("partition", [-1, 1])
+def test_a_topic_is_loaded_again_as_a_whole(broker: RunningBroker, make: Callable[[str], App], partition: int) -> None:
+    """Readers have the old rows, then the new ones of all partitions; one partition alone brings the others."""
+    app = make(VIEW)
+    publish(broker, price("a", 1), price("b", 2))
+    publish(broker, price("c", 3), partition=1)
+    with app.running():
+        app.until("SELECT code FROM prices ORDER BY code", [("a",), ("b",), ("c",)])
+        wait_for(lambda: committed(broker) == [2, 1], "they are acknowledged")
+        refresh(broker, partition)
+        app.until("SELECT generation FROM _generations", [(2,)])
+        assert app.read("SELECT code, cents FROM prices ORDER BY code") == [("a", 1), ("b", 2), ("c", 3)]
+        wait_for(lambda: states(broker) == ["ready", "ready"], "the broker knows")
+        publish(broker, price("d", 4))
+        app.until("SELECT code FROM prices ORDER BY code", [("a",), ("b",), ("c",), ("d",)])
+    with app.running():
+        publish(broker, price("e", 5), partition=1)
+        app.until("SELECT code FROM prices ORDER BY code", [("a",), ("b",), ("c",), ("d",), ("e",)])
+        assert app.read("SELECT generation FROM _generations") == [(2,)]
+
+
+def states(broker: RunningBroker) -> list[str]:
+    found = broker.http("GET", "/v1/groups/prices.till-7")[1]["partitions"]
+    return [one["refresh"]["state"] if one["refresh"] else "" for one in found]
+
+
+def test_a_topic_that_was_made_again(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    """What is not in the new one is gone; handlers begin with it from the beginning."""
+    app = make(
+        VIEW
+        + """
+@on_start
+@on_reset
+def prepare(database: Database):
+    database.execute("CREATE TABLE IF NOT EXISTS sums (code TEXT PRIMARY KEY, sum INTEGER)")
+    database.execute("DELETE FROM sums WHERE ?", (bool(SEEN),))
+
+
+@message_handler("prices")
+def count(price: Price, database: Database):
+    SEEN.append(price.code)
+    database.execute("INSERT INTO sums VALUES (?,?) ON CONFLICT (code) DO UPDATE SET sum=sum+excluded.sum",
+                     (price.code, price.cents))
+"""
+    )
+    publish(broker, price("a", 1), price("b", 2))
+    with app.running():
+        app.until("SELECT code FROM prices ORDER BY code", [("a",), ("b",)])
+        wait_for(lambda: committed(broker) == [2, 0], "they are acknowledged")
+        assert broker.http("DELETE", "/v1/topics/prices?confirm=prices")[0] == 200
+        broker.create("prices", partitions=2)
+        publish(broker, price("b", 7), price("b", 1))
+        app.until("SELECT code, cents FROM prices", [("b", 1)])
+        app.until("SELECT * FROM sums", [("b", 8)])

@@ -1,0 +1,147 @@
+"""Applications: records through handlers and into views, against a bare loop and a bare database in the same minute."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sqlite3
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from benchmarks.node import DIRECTORY, Node, running
+from benchmarks.rows import Row, median_of, rate, scaled
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
+from edgebroker.consumer.application import load_module, read_application
+from edgebroker.consumer.database import AppDatabase
+from edgebroker.consumer.instance import MOST_RECORDS, Instance, Settings
+
+COUNT, KEYS = 300_000, 100_000
+HEAD = """
+import msgspec
+from edgebroker.consumer import consumer, message_handler
+
+
+class Price(msgspec.Struct):
+    code: str
+    cents: int
+    name: str
+
+
+"""
+APPLICATIONS = {
+    "no-op": ("handler of bytes", "@message_handler('prices')\ndef handle(value: bytes): pass\n", 1.5),
+    "struct": ("handler of a struct", "@message_handler('prices')\ndef handle(price: Price): pass\n", 1.0),
+    "structs": (
+        "handler of batches of structs",
+        "@message_handler('prices', batch=1000)\ndef handle(prices: list[Price]): pass\n",
+        1.0,
+    ),
+    "view": ("view, 100,000 keys", "@consumer('prices', view=Price)\nclass Prices: ...\n", 0.0),
+}
+
+
+class Price(msgspec.Struct):
+    code: str
+    cents: int
+    name: str
+
+
+def applications(pinned: bool) -> list[Row]:
+    rows = []
+    directory = Path(tempfile.mkdtemp(prefix="edgebroker-bench-", dir=DIRECTORY))
+    count = scaled(COUNT)
+    try:
+        with running(pinned=pinned) as node:
+            values = _publish(node, count)
+            loop = median_of(lambda run: count / _bare_loop(node, count))
+            bare = median_of(lambda run: count / _bare_database(directory / f"bare-{run}", values))
+            for name, (work, text, target) in APPLICATIONS.items():
+                source = directory / f"application_{name.replace('-', '_')}.py"
+                source.write_text(HEAD + text)
+                found = median_of(_measured(node, source, count))
+                if name == "view":
+                    ratio = found[0] / bare[0]
+                    rows.append(
+                        Row(work, rate(found), f"bare sqlite3 {rate(bare)}", ratio, "85 % of bare", ratio >= 0.85)
+                    )
+                else:
+                    reference = f"bare loop {rate(loop)}"
+                    reached = found[0] >= target * 1e6
+                    rows.append(Row(work, rate(found), reference, found[0] / loop[0], f"{target} M/s", reached))
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return rows
+
+
+def _publish(node: Node, count: int) -> list[tuple[bytes, bytes]]:
+    values = [
+        (
+            b"key-%06d" % (number % KEYS),
+            json.dumps({"code": f"c{number % KEYS}", "cents": number, "name": "n" * 40}).encode(),
+        )
+        for number in range(count)
+    ]
+    with Producer(node.server) as producer:
+        for key, value in values:
+            producer.send("prices", value, key)
+    return values
+
+
+def _bare_loop(node: Node, count: int) -> float:
+    """A consumer that looks at each record."""
+    begun = time.perf_counter()
+    with Consumer(node.server, ["prices"], start="earliest") as consumer:
+        seen = 0
+        while seen < count:
+            for _ in consumer.poll():
+                seen += 1
+    return time.perf_counter() - begun
+
+
+def _bare_database(directory: Path, values: list[tuple[bytes, bytes]]) -> float:
+    """The same rows, decoded and stored as many to a transaction as an application may."""
+    directory.mkdir()
+    database = sqlite3.connect(directory / "bare.db", isolation_level=None)
+    database.execute("PRAGMA journal_mode=WAL")
+    database.execute("PRAGMA synchronous=NORMAL")
+    database.execute(
+        "CREATE TABLE prices (key PRIMARY KEY, code TEXT, cents INTEGER, name TEXT, a, b, c) WITHOUT ROWID"
+    )
+    decode = msgspec.json.Decoder(Price).decode
+    begun = time.perf_counter()
+    for first in range(0, len(values), MOST_RECORDS):
+        rows = []
+        for key, value in values[first : first + MOST_RECORDS]:
+            price = decode(value)
+            rows.append((key.decode(), price.code, price.cents, price.name, 0, first, 1))
+        database.execute("BEGIN")
+        database.executemany("INSERT OR REPLACE INTO prices VALUES (?,?,?,?,?,?,?)", rows)
+        database.execute("COMMIT")
+    took = time.perf_counter() - begun
+    database.close()
+    return took
+
+
+def _measured(node: Node, source: Path, count: int) -> Callable[[int], float]:
+    def measure(run: int) -> float:
+        application = read_application(load_module(str(source)), "bench", {})
+        database = AppDatabase(source.parent / f"{source.stem}-{run}", 1)
+        instance = Instance(application, database, Settings(f"{source.stem}-{run}", "bench", node.server))
+        thread = threading.Thread(target=instance.run)
+        begun = time.perf_counter()
+        thread.start()
+        while instance.stored("prices", 0) < count:
+            time.sleep(0.002)
+        took = time.perf_counter() - begun
+        instance.stop()
+        thread.join()
+        database.close()
+        return count / took
+
+    return measure

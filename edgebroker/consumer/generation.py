@@ -1,0 +1,89 @@
+"""Loading a topic again beside its view: a new generation of the table, switched to in one transaction.
+
+    RESET -> begin() -> load() into the new generation, with the position -> all partitions complete -> switch()
+
+Readers have the old rows until the switch, also across crashes: what is loaded is stored with how far it goes. All
+partitions of a topic are loaded together: when one of them has to be, the others are asked for. Handlers get the
+records of a refresh as they get others.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from edgebroker.client.refresh import Refresh
+from edgebroker.common.records import Record
+from edgebroker.common.types import Position, TopicPartition
+from edgebroker.consumer.database import AppDatabase, Loading
+from edgebroker.consumer.effect import Effect, Portion
+
+log = logging.getLogger(__name__)
+
+
+class Generations:
+    """The staging store of an instance. `apply` has the effect of a portion, in one transaction with what it is given,
+    and passes over records that no attempt helps. `begun` is told of a partition that is loaded again, and whether it
+    is the first one of its topic (within a transaction then); `whole` says whether all partitions of a topic that can
+    be loaded are among these; `switched` is told of the positions that hold from then on."""
+
+    def __init__(
+        self,
+        database: AppDatabase,
+        effects: dict[str, Effect],
+        apply: Callable[[Portion, Callable[[], None]], None],
+        begun: Callable[[TopicPartition, bool], None],
+        whole: Callable[[str, set[int]], bool],
+        switched: Callable[[dict[tuple[str, int], Position]], None],
+    ) -> None:
+        self._database, self._effects, self._apply = database, effects, apply
+        self._begun, self._whole, self._switched = begun, whole, switched
+        # Refreshes that were switched to: READY is asked for one after the other.
+        self._over: set[str] = set()
+
+    def begin(self, refresh: Refresh) -> int:
+        """Where to go on: behind what an earlier attempt has stored, or behind what readers see already."""
+        key = TopicPartition(refresh.topic, refresh.partition)
+        loading = self._database.loading(key.topic)
+        known = loading.get(key.partition)
+        if known is not None and known.reset_id == refresh.reset_id:
+            if known.target >= 0:
+                self._begun(key, False)
+                return known.position.next_offset
+            self._over.add(refresh.reset_id)
+            return max(known.position.next_offset, refresh.target)
+        log.info("%s/%d is loaded again, from %d to %d", *key, refresh.from_offset, refresh.target)
+        with self._database.transaction():
+            self._effects[key.topic].begin_generation(key.partition)
+            self._database.set_loading(*key, _state(refresh))
+            self._begun(key, all(one.target < 0 for one in loading.values()))
+        return refresh.from_offset
+
+    def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
+        """Store the effect of the next records together with the position behind them."""
+        key = TopicPartition(refresh.topic, refresh.partition)
+        self._apply(Portion(key, records), lambda: self._database.set_loading(*key, _state(refresh)))
+
+    def switch(self, refresh: Refresh) -> bool:
+        """Show the new generation once all partitions that are loaded again are complete."""
+        if refresh.reset_id in self._over:
+            return True
+        loading = {
+            partition: one for partition, one in self._database.loading(refresh.topic).items() if one.target >= 0
+        }
+        complete = all(one.position.next_offset >= one.target for one in loading.values())
+        if not complete or not self._whole(refresh.topic, set(loading)):
+            return False
+        positions = {(refresh.topic, partition): one.position for partition, one in loading.items()}
+        with self._database.transaction():
+            self._effects[refresh.topic].end_generation(list(loading))
+            self._database.set_positions(positions)
+            self._database.loaded(refresh.topic)
+        self._over.update(one.reset_id for one in loading.values())
+        self._switched(positions)
+        log.info("topic %s: readers see what was loaded again", refresh.topic)
+        return True
+
+
+def _state(refresh: Refresh) -> Loading:
+    return Loading(refresh.reset_id, refresh.position, refresh.target)
