@@ -366,6 +366,22 @@ def test_a_body_in_tiny_chunks(broker: RunningBroker) -> None:
         assert raw.response()[0] == 200
 
 
+def test_requests_one_behind_the_other_take_no_more_memory(broker: RunningBroker) -> None:
+    """However many come while each of them is answered at once."""
+    requests = 20_000
+    most = 0
+    with Raw(broker) as raw:
+        sender = threading.Thread(target=lambda: raw.send(GET * requests))
+        sender.start()
+        for _ in range(requests):
+            assert raw.response()[0] == 200
+            if not _ % 100:
+                sizes = broker.call(lambda: [one._reader.size + len(one._early) for one in connections(broker)])
+                most = max(most, *sizes)
+        sender.join()
+    assert most <= http_server.MAX_BODY_BYTES * 2
+
+
 def test_what_comes_while_a_request_is_answered_stays_with_the_peer(
     broker: RunningBroker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,7 +394,7 @@ def test_what_comes_while_a_request_is_answered_stays_with_the_peer(
         sender.start()
         wait_for(lambda: any(one.transport.paused for one in broker.call(lambda: connections(broker))), "it waits")
         one = next(one for one in broker.call(lambda: connections(broker)) if one.transport.paused)
-        assert len(one._early) <= http_server.MAX_BODY_BYTES * 2
+        assert one._reader.size + len(one._early) <= http_server.MAX_BODY_BYTES * 2
         assert sender.is_alive(), "the peer cannot send everything"
         monkeypatch.setattr(server, "handler", handler)
         (request, reply), *others = held

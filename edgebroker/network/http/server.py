@@ -288,10 +288,6 @@ class HttpConnection:
         if self._reading or self._answering or transport.backlog or transport.closed:
             return
         self._reading = True
-        if self._early:
-            early, self._early = bytes(self._early), bytearray()
-            self._reader.feed(early)
-            transport.resume()
         self._advance()
         self._count_bytes()
 
@@ -299,6 +295,12 @@ class HttpConnection:
         """Read up to the end of one request, if it is there."""
         try:
             request = self._reader.next()
+            if request is None and self._early:
+                # Not before: what is read here does not grow, however many requests come one behind the other.
+                early, self._early = bytes(self._early), bytearray()
+                self._reader.feed(early)
+                self.transport.resume()
+                request = self._reader.next()
         except self._bad as error:
             self._reading = False
             self._reply(Response(error.status, Failed(str(error))), close=True)
