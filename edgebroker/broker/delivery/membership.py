@@ -276,9 +276,9 @@ class Membership:
         refreshing = {key for key, committed in group.committed_offsets.items() if committed.refreshing}
         moved = 0
         for key, member in (yield from assign(wanted_by, holders, refreshing)).items():
-            holder = group.holders.get(key)
-            if (holder is not None and holder.member is member) or member not in group.members:
-                continue  # (telling it showed that it is gone: another rebalance follows)
+            holder, entry = group.holders.get(key), group.members.get(member)
+            if (holder is not None and holder.member is member) or entry is None or not entry.wants(key):
+                continue  # it has gone, or wants this no more, since it was found out: another rebalance follows
             self._move(group, key, member, fresh)
             moved += 1
             if moved % AT_ONCE == 0 and group in self._dirty:

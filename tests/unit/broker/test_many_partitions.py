@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edgebroker.broker.delivery import membership, push
 from edgebroker.broker.delivery.state import Group
 from edgebroker.common import batch
-from edgebroker.common.messages import Holding
+from edgebroker.common.messages import Holding, Wanted
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import Start, TopicSettings
 from tests.kit.memory_core import TOPIC, MemoryCore, MemorySession
@@ -118,6 +118,16 @@ def test_what_is_said_about_what_it_holds_counts_for_all_of_it(stand: Stand) -> 
     stand.turns()
     expected = [*(b"%d:0" % n for n in range(PARTITIONS)), b"39:1"]
     assert last in member.held and sorted(str(value) for _, value in member.values) == sorted(map(str, expected))
+
+
+def test_what_is_given_back_before_it_comes_does_not_come(stand: Stand) -> None:
+    member = stand.join()
+    stand.turns(5)
+    assert 0 < len(member.cursors) < PARTITIONS - 1
+    last = Wanted(TOPIC, PARTITIONS - 1, Start.COMMITTED, bytes(16), -1, 0)
+    stand.core.membership.leave(member, stand.group, [last])
+    stand.turns()
+    assert set(member.cursors) == {(TOPIC, number) for number in range(PARTITIONS - 1)}
 
 
 def test_who_vanishes_leaves_nothing_behind(stand: Stand) -> None:
