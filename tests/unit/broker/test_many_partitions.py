@@ -120,7 +120,8 @@ def test_what_is_said_about_what_it_holds_counts_for_all_of_it(stand: Stand) -> 
     assert last in member.held and sorted(str(value) for _, value in member.values) == sorted(map(str, expected))
 
 
-def test_what_is_given_back_before_it_comes_does_not_come(stand: Stand) -> None:
+def test_what_is_given_back_before_it_comes_does_not_come(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(membership, "AT_ONCE", 100)  # it is not looked at again before all are given
     member = stand.join()
     stand.turns(5)
     assert 0 < len(member.cursors) < PARTITIONS - 1
