@@ -146,7 +146,10 @@ class Instance:
             finally:
                 for consumer in self._consumers:
                     consumer.close()
-                self._database.finish()
+                try:
+                    self._database.finish()
+                except DatabaseError as error:
+                    log.warning("the next start takes longer: %s", error)
 
     def _wait_for_room(self, error: BaseException) -> None:
         """Nothing can be stored: readers have what is here. What was received waits, and holds its leases."""
@@ -159,7 +162,7 @@ class Instance:
 
     def _turn(self) -> None:
         if not self._held:
-            self._held = self._gather()
+            self._gather()
             self._load_whole_topics()
             self._try_again()
         if self._held:
@@ -195,19 +198,17 @@ class Instance:
             elif now >= waiting.due:
                 self._held.append(Portion(key, list(waiting.records), waiting.attempts + 1))
 
-    def _gather(self) -> list[Portion]:
-        """What has arrived."""
+    def _gather(self) -> None:
+        """Take what has arrived. It is held at once: poll() may raise, for a refresh that cannot be stored."""
         count, until = 0, self._clock.monotonic() + GATHER_SECONDS
-        portions: list[Portion] = []
         wait = self._wait()
         for consumer in self._consumers:
             while records := self._poll(consumer, wait):
                 wait = 0.0
                 count += len(records)
-                portions += portions_of(records)
+                self._held += [one for one in map(self._new, portions_of(records)) if one is not None]
                 if count >= MOST_RECORDS or self._clock.monotonic() >= until:
                     break
-        return [portion for portion in map(self._new, portions) if portion is not None]
 
     def _poll(self, consumer: Consumer, wait: float) -> list[Record]:
         try:
@@ -427,11 +428,20 @@ class Instance:
                 self._call_hook(hook)
 
     def _call_hook(self, hook: Hook) -> None:
-        if not hook.wants_database:
-            hook.call()
-            return
-        with self._database.transaction():
-            hook.call(self._sql)
+        """Call one. What fails before the first record ends the application; later it is logged."""
+        try:
+            if not hook.wants_database:
+                hook.call()
+                return
+            with self._database.transaction():
+                hook.call(self._sql)
+        except Exception as error:
+            if is_shortage(error):
+                raise
+            why = f"{getattr(hook.call, '__name__', 'a hook')} failed: {type(error).__name__}: {error}"
+            if hook.moment == "start":
+                raise StoppedError(why) from error
+            log.error("%s", why)
 
 
 def _name(record: Record) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from edgebroker.client.consumer import Consumer
 from edgebroker.consumer import instance as instance_module
 from edgebroker.consumer.application import load_module, read_application
 from edgebroker.consumer.database import AppDatabase
@@ -386,3 +387,38 @@ def count(price: Price, database: Database):
         publish(broker, price("b", 7), price("b", 1))
         app.until("SELECT code, cents FROM prices", [("b", 1)])
         app.until("SELECT * FROM sums", [("b", 8)])
+
+
+def test_what_was_received_before_a_shortage_is_not_lost(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """poll() raises when a refresh cannot be stored, perhaps behind records that it returned a moment before."""
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    calls, poll = [0], Consumer.poll
+
+    def sometimes(self: Consumer, timeout: float | None = None) -> list[Any]:
+        calls[0] += 1
+        if calls[0] % 2 == 0 and calls[0] < 40:
+            raise full
+        return poll(self, timeout)
+
+    monkeypatch.setattr(Consumer, "poll", sometimes)
+    monkeypatch.setattr(instance_module, "RETRY_SECONDS", 0.0)
+    app = make("THEN = 'dead_letter'\n" + COUNTING)
+    for number in range(20):
+        publish(broker, price("a", 1), partition=number % 2)
+    with app.running():
+        app.until("SELECT * FROM sums", [("a", 20)])
+
+
+def test_hooks_that_fail(broker: RunningBroker, make: Callable[[str], App], caplog: pytest.LogCaptureFixture) -> None:
+    app = make(VIEW + "@every(0.01)\ndef tick(): 1 / 0\n")
+    publish(broker, price("a", 1))
+    with app.running():
+        app.until("SELECT code FROM prices", [("a",)])
+        wait_for(lambda: "tick failed: ZeroDivisionError: division by zero" in caplog.text, "the log says so")
+    app = make(VIEW + "@on_start\ndef prepare(): 1 / 0\n")
+    with app.running():
+        wait_for(lambda: app.error is not None, "it does not begin")
+    assert str(app.error) == "prepare failed: ZeroDivisionError: division by zero"

@@ -69,7 +69,8 @@ def run(options: argparse.Namespace) -> int:
 def _until_stopped(instance: Instance, database: AppDatabase) -> int:
     try:
         instance.run()
-    except StoppedError:
+    except StoppedError as error:
+        log.error("%s", error)
         return FAILED
     except EdgeBrokerError as error:
         log.error("%s", error)
