@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 # A transaction takes what has arrived: at most so many records, and what came within so long.
 MOST_RECORDS, GATHER_SECONDS = 5000, 0.05
 SYNC_SECONDS, PRESENCE_SECONDS, RETRY_SECONDS = 1.0, 10.0, 1.0
+# What may be in flight, and what of it may be unacknowledged before the next second.
+WINDOW_RECORDS, WINDOW_BYTES, UNACKED_BYTES = 1 << 20, 16 << 20, 4 << 20
 WAIT_SECONDS = 0.2
 # An application works without its broker; so long after it went, and so often, the log says so.
 AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
@@ -86,6 +88,7 @@ class Instance:
         self._waiting: dict[TopicPartition, _Waiting] = {}
         # Committed, and not acknowledged yet.
         self._unacknowledged: dict[TopicPartition, Record] = {}
+        self._unacked_bytes = 0
         self._sync_due = self._presence_due = self._away_due = 0.0
         self._hooks = application.hooks
         self._hooks_due = {hook: self._clock.monotonic() + hook.seconds for hook in application.hooks if hook.seconds}
@@ -113,6 +116,8 @@ class Instance:
                 on_gap=lambda gap: log.warning("%s", gap),
                 timeout=AWAY_SECONDS,
                 staging=self._generations,
+                window_records=WINDOW_RECORDS,
+                window_bytes=WINDOW_BYTES,
             )
             found[consumer] = names
         return found
@@ -171,7 +176,7 @@ class Instance:
             self._short = False
             log.warning("records are stored again")
         now = self._clock.monotonic()
-        if now >= self._sync_due:
+        if now >= self._sync_due or self._unacked_bytes >= UNACKED_BYTES:
             self._sync_due = now + SYNC_SECONDS
             self._acknowledge()
         if self._waiting and now >= self._presence_due:
@@ -280,6 +285,7 @@ class Instance:
         self._positions.update(positions)
         for portion in portions:
             self._unacknowledged[portion.key] = portion.records[-1]
+            self._unacked_bytes += _size(portion.records)
             waiting = self._waiting.get(portion.key)
             if waiting is not None and waiting.records[-1].offset <= portion.records[-1].offset:
                 del self._waiting[portion.key]
@@ -395,7 +401,7 @@ class Instance:
         """Make durable what is committed, and say so to the broker."""
         if self._unacknowledged:
             self._database.sync()
-            done, self._unacknowledged = self._unacknowledged, {}
+            done, self._unacknowledged, self._unacked_bytes = self._unacknowledged, {}, 0
             for record in done.values():
                 self._of_topic[record.topic].ack(record)
 
@@ -450,6 +456,12 @@ def _name(record: Record) -> str:
 
 def _why(failure: FailedRecord) -> str:
     return f"{type(failure.error).__name__}: {failure.error}"
+
+
+def _size(records: Sequence[Record]) -> int:
+    """Bytes of records, about: as if all were like the first and the last."""
+    ends = (records[0], records[-1])
+    return len(records) * (64 + sum(len(record.value or b"") for record in ends) // 2)
 
 
 def _once(records: Sequence[Record]) -> list[Record]:
