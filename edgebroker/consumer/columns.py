@@ -59,13 +59,11 @@ class Columns:
         names = [column.name for column in self.columns]
         self._fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*names) if len(names) > 1 else _single(names)
         self._converted = [(place, column.convert) for place, column in enumerate(self.columns) if column.convert]
+        # The columns of a value.
+        self.row = self._convert if self._converted else self._fields
 
-    def row(self, value: object) -> tuple[Any, ...]:
-        """The columns of a value."""
-        fields = self._fields(value)
-        if not self._converted:
-            return fields
-        changed = list(fields)
+    def _convert(self, value: object) -> tuple[Any, ...]:
+        changed = list(self._fields(value))
         for place, convert in self._converted:
             if changed[place] is not None:
                 changed[place] = convert(changed[place])

@@ -31,6 +31,8 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: Annotated[str, about(
         "HOST:PORT of the broker; several with commas, the best first")] = "127.0.0.1:7420"
     data_dir: Annotated[str, about("where the local database is; empty: edgebroker-NAME in the current directory")] = ""
+    force: Annotated[bool, about(
+        "show a topic that was loaded again although it has fewer than nine tenths of its rows")] = False
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("lowest severity that is logged")] = "info"
     log_format: Annotated[Literal["auto", "text", "json"], about(
         "auto: fields to systemd's journal if standard error is connected to it, else text; json: one object per line")
@@ -71,7 +73,7 @@ def load_app_config(
             values[name], sources[name] = given, FLAG
     for name, value in values.items():
         try:
-            msgspec.convert(value, fields[name].type)
+            values[name] = msgspec.convert(value, fields[name].type, strict=sources[name] != ENVIRONMENT)
         except msgspec.ValidationError as error:
             problems.append(f"{_spelled(name, sources[name])} = {value!r}: {error}")
     if not problems:

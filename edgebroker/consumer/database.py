@@ -286,6 +286,14 @@ class AppDatabase:
         table = _table(view.name, view.generation)
         self._connection.execute(f'DELETE FROM "{table}" WHERE _partition=?', (partition,))
 
+    def count(self, view: View, partitions: Sequence[int]) -> int:
+        """The rows of these partitions in a generation."""
+        marks = ",".join("?" * len(partitions))
+        table = _table(view.name, view.generation)
+        found = self._connection.execute(f'SELECT count(*) FROM "{table}" WHERE _partition IN ({marks})', partitions)
+        count: int = found.fetchone()[0]
+        return count
+
     def switch(self, old: View, new: View, loaded: Sequence[int]) -> None:
         """Show a generation instead of the one before, whose rows of partitions that were not loaded again are taken
         over; within a transaction."""

@@ -94,6 +94,12 @@ class Effect:
             self._database.empty(self._next, partition)
         self._loading.add(partition)
 
+    def sizes(self, loaded: Sequence[int]) -> tuple[int, int]:
+        """How many rows readers see of these partitions, and how many are loaded."""
+        if self._view is None or self._next is None:
+            return 0, 0
+        return self._database.count(self._view, loaded), self._database.count(self._next, loaded)
+
     def end_generation(self, loaded: Sequence[int]) -> None:
         """Show the next generation, which has these partitions; within a transaction."""
         if self._view is not None and self._next is not None:
@@ -106,24 +112,28 @@ class Effect:
     def _put(self, view: View, records: Sequence[Record]) -> Sequence[Record]:
         """Set the latest row of each key; the records that have one."""
         latest: dict[Any, tuple[Any, ...] | None] = {}
-        good: list[Record] = []
+        bad: set[int] = set()
         decode, row = self._decode, view.columns.row
         assert decode is not None
         for record in records:
-            if record.key is None:
+            raw, value = record.key, record.value
+            if raw is None:
                 self.bury(record, 1, "a record without a key has no place in a view")
+                bad.add(record.offset)
                 continue
-            key = _text(record.key)
-            if record.value is None:
+            try:
+                key: str | bytes = str(raw, "utf-8")
+            except UnicodeDecodeError:
+                key = raw
+            if value is None:
                 latest[key] = None
-            else:
-                try:
-                    fields = row(decode(record.value))
-                except _UNDECODABLE as error:
-                    self.bury(record, 1, f"the value is not as expected: {error}")
-                    continue
-                latest[key] = (key, *fields, record.partition, record.offset, record.timestamp)
-            good.append(record)
+                continue
+            try:
+                latest[key] = (key, *row(decode(value)), record.partition, record.offset, record.timestamp)
+            except _UNDECODABLE as error:
+                self.bury(record, 1, f"the value is not as expected: {error}")
+                bad.add(record.offset)
+        good = [record for record in records if record.offset not in bad] if bad else records
         rows = [one for one in latest.values() if one is not None]
         deleted = [(key,) for key, one in latest.items() if one is None]
         try:

@@ -20,12 +20,15 @@ from edgebroker.consumer.effect import Effect, Portion
 
 log = logging.getLogger(__name__)
 
+LEAST_PERCENT = 90
+
 
 class Generations:
     """The staging store of an instance. `apply` has the effect of a portion, in one transaction with what it is given,
     and passes over records that no attempt helps. `begun` is told of a partition that is loaded again, and whether it
     is the first one of its topic (within a transaction then); `whole` says whether all partitions of a topic that can
-    be loaded are among these; `switched` is told of the positions that hold from then on."""
+    be loaded are among these; `switched` is told of the positions that hold from then on. `force`: show also what has
+    fewer than nine tenths of the rows."""
 
     def __init__(
         self,
@@ -35,11 +38,16 @@ class Generations:
         begun: Callable[[TopicPartition, bool], None],
         whole: Callable[[str, set[int]], bool],
         switched: Callable[[dict[tuple[str, int], Position]], None],
+        *,
+        force: bool,
     ) -> None:
         self._database, self._effects, self._apply = database, effects, apply
         self._begun, self._whole, self._switched = begun, whole, switched
         # Refreshes that were switched to: READY is asked for one after the other.
         self._over: set[str] = set()
+        # Refreshes that are complete and have too few rows -> the sum of offsets below which they cannot have enough.
+        self._enough: dict[tuple[str, ...], int] = {}
+        self._force = force
 
     def begin(self, refresh: Refresh) -> int:
         """Where to go on: behind what an earlier attempt has stored, or behind what readers see already."""
@@ -72,7 +80,7 @@ class Generations:
             partition: one for partition, one in self._database.loading(refresh.topic).items() if one.target >= 0
         }
         complete = all(one.position.next_offset >= one.target for one in loading.values())
-        if not complete or not self._whole(refresh.topic, set(loading)):
+        if not complete or not self._whole(refresh.topic, set(loading)) or self._is_too_small(refresh.topic, loading):
             return False
         positions = {(refresh.topic, partition): one.position for partition, one in loading.items()}
         with self._database.transaction():
@@ -82,6 +90,24 @@ class Generations:
         self._over.update(one.reset_id for one in loading.values())
         self._switched(positions)
         log.info("topic %s: readers see what was loaded again", refresh.topic)
+        return True
+
+    def _is_too_small(self, topic: str, loading: dict[int, Loading]) -> bool:
+        """Has what was loaded much fewer rows than readers see? A mistake at the top must not empty the shelves."""
+        attempt = tuple(sorted(one.reset_id for one in loading.values()))
+        end = sum(one.position.next_offset for one in loading.values())
+        if self._force or end < self._enough.get(attempt, 0):
+            return not self._force
+        before, now = self._effects[topic].sizes(list(loading))
+        least = -(-before * LEAST_PERCENT // 100)
+        if now >= least:
+            return False
+        if attempt not in self._enough:
+            log.error(
+                "topic %s: what was loaded again has much fewer rows (%d of %d): it is not shown until it has %d, or "
+                "the application is started with --force", topic, now, before, least,
+            )  # fmt: skip
+        self._enough[attempt] = end + least - now
         return True
 
 

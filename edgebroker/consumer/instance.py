@@ -37,11 +37,13 @@ ASK_SECONDS = 10.0
 
 
 class Settings(NamedTuple):
-    """`name` is that of the application, `node` that of the node that it belongs to."""
+    """`name` is that of the application, `node` that of the node that it belongs to; `force`: show what was loaded
+    again although it is much smaller."""
 
     name: str
     node: str
     server: str
+    force: bool = False
 
 
 class EndedError(Exception):
@@ -75,7 +77,13 @@ class Instance:
         self._topics = application.topics
         self._sql = Database(database.execute, database.execute_many)
         self._generations = Generations(
-            database, self._effects, self._apply_loaded, self._loaded_again, self._is_whole, self._switched
+            database,
+            self._effects,
+            self._apply_loaded,
+            self._loaded_again,
+            self._is_whole,
+            self._switched,
+            force=settings.force,
         )
         # Topics of which a partition is loaded again, and of which the others have to be asked for.
         self._incomplete: set[str] = set()

@@ -158,12 +158,14 @@ def test_the_schema_and_the_configuration(
     file = tmp_path / "app.toml"
     file.write_text('node = "till-9"\nserver = "hub:7420"\n')
     monkeypatch.setenv("EDGEBROKER_APP_SERVER", "other:7420")
+    monkeypatch.setenv("EDGEBROKER_APP_FORCE", "true")
     flags = ["-c", str(file), "--labels", "format=express"]
     assert main(["app", "config", str(source), *flags, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["node"] == {"value": "till-9", "source": "file"}
     assert found["server"] == {"value": "other:7420", "source": "environment"}
     assert found["labels"] == {"value": "format=express", "source": "flag"}
+    assert found["force"] == {"value": True, "source": "environment"}
     assert found["name"] == {"value": "till", "source": "default"}
     assert main(["app", "config", str(source), "--check"]) == 0
     assert main(["app", "schema", str(source)]) == 0
@@ -198,6 +200,10 @@ def test_a_configuration_that_is_wrong_in_several_places(
     assert main(["app", "config", str(source), "-c", str(file)]) == 2
     told = capsys.readouterr().err
     assert "there is no key colour; keys are name, node" in told and "log_level = 'loud'" in told
+    monkeypatch.setenv("EDGEBROKER_APP_FORCE", "perhaps")
+    assert main(["app", "config", str(source), "--check"]) == 2
+    assert "EDGEBROKER_APP_FORCE = 'perhaps': " in capsys.readouterr().err
+    monkeypatch.delenv("EDGEBROKER_APP_FORCE")
     monkeypatch.setenv("EDGEBROKER_APP_NODE", "no node!")
     assert main(["app", "config", str(source), "--labels", "express"]) == 2
     told = capsys.readouterr().err

@@ -60,14 +60,13 @@ class App:
         self.error: BaseException | None = None
 
     @contextmanager
-    def running(self) -> Iterator[Any]:
+    def running(self, *, force: bool = False) -> Iterator[Any]:
         """Run it; its module. It has ended, and its database is closed, afterwards."""
         sys.modules.pop("till_app", None)
         module = load_module(self.source)
         database = AppDatabase(self.directory / "app", 1)
-        instance = Instance(
-            read_application(module, "till-7", {}), database, Settings("prices", "till-7", self.broker.server)
-        )
+        settings = Settings("prices", "till-7", self.broker.server, force)
+        instance = Instance(read_application(module, "till-7", {}), database, settings)
 
         def run() -> None:
             try:
@@ -384,9 +383,9 @@ def count(price: Price, database: Database):
         wait_for(lambda: committed(broker) == [2, 0], "they are acknowledged")
         assert broker.http("DELETE", "/v1/topics/prices?confirm=prices")[0] == 200
         broker.create("prices", partitions=2)
-        publish(broker, price("b", 7), price("b", 1))
-        app.until("SELECT code, cents FROM prices", [("b", 1)])
-        app.until("SELECT * FROM sums", [("b", 8)])
+        publish(broker, price("b", 7), price("b", 1), price("c", 2))
+        app.until("SELECT code, cents FROM prices ORDER BY code", [("b", 1), ("c", 2)])
+        app.until("SELECT * FROM sums ORDER BY code", [("b", 8), ("c", 2)])
 
 
 def test_what_was_received_before_a_shortage_is_not_lost(
@@ -422,3 +421,47 @@ def test_hooks_that_fail(broker: RunningBroker, make: Callable[[str], App], capl
     with app.running():
         wait_for(lambda: app.error is not None, "it does not begin")
     assert str(app.error) == "prepare failed: ZeroDivisionError: division by zero"
+
+
+def test_a_topic_that_shrank_is_not_shown_unless_it_is_meant(
+    broker: RunningBroker, make: Callable[[str], App], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = make(VIEW)
+    counted = "SELECT count(*) FROM prices"
+    said = "topic prices: what was loaded again has much fewer rows (1 of 20): it is not shown until it has 18, or"
+
+    def make_again() -> None:
+        assert broker.http("DELETE", "/v1/topics/prices?confirm=prices")[0] == 200
+        broker.create("prices", partitions=2)
+        publish(broker, price("c1", 1))
+
+    publish(broker, *[price(f"c{number}", number) for number in range(20)])
+    with app.running():
+        app.until(counted, [(20,)])
+        wait_for(lambda: committed(broker) == [20, 0], "they are acknowledged")
+        make_again()
+        wait_for(lambda: said in caplog.text, "it says so")
+        assert app.read(counted) == [(20,)]
+        # The first 17 come twice: as many records, and not as many rows.
+        publish(broker, *[price(f"c{number}", 7) for number in (*range(8), *range(17))])
+        wait_for(lambda: waiting(app) == 17, "they are loaded, too")
+        assert app.read(counted) == [(20,)]
+        publish(broker, price("c17", 7))
+        app.until("SELECT count(*), sum(cents) FROM prices", [(18, 18 * 7)])
+        wait_for(lambda: committed(broker) == [27, 0], "they are acknowledged")
+        caplog.clear()
+        publish(broker, price("c18", 7), price("c19", 7))
+        make_again()
+        wait_for(lambda: said in caplog.text, "it says so")
+    with app.running():
+        wait_for(lambda: caplog.text.count(said) == 2, "it says so again")
+        assert app.read(counted) == [(20,)]
+    with app.running(force=True):
+        app.until(counted, [(1,)])
+
+
+def waiting(app: App) -> int:
+    """The rows of the generation that is not shown."""
+    tables = app.read("SELECT name FROM sqlite_schema WHERE type='table' AND name LIKE '_prices_g%' ORDER BY name")
+    counts = [app.read(f'SELECT count(*) FROM "{name}"')[0][0] for (name,) in tables]
+    return counts[-1] if len(counts) > 1 else 0

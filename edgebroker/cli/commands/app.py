@@ -28,7 +28,7 @@ from edgebroker.consumer.instance import Instance, Settings, StoppedError
 
 log = logging.getLogger(__name__)
 
-FLAGS = ("name", "node", "labels", "server", "data_dir")
+FLAGS = ("name", "node", "labels", "server", "data_dir", "force")
 
 
 def arguments(parser: Parser) -> None:
@@ -44,6 +44,12 @@ def arguments(parser: Parser) -> None:
         each.add_argument("--labels", metavar="LABELS", help="labels of the node: NAME=VALUE, with commas between")
         each.add_argument("--server", metavar="HOST:PORT", help="the broker (default 127.0.0.1:7420)")
         each.add_argument("--data-dir", metavar="DIR", help="where the local database is (default edgebroker-NAME)")
+    run_parser.add_argument(
+        "--force",
+        action="store_true",
+        default=None,
+        help="show a topic that was loaded again although it has fewer than nine tenths of its rows",
+    )
     config_parser.add_argument("--check", action="store_true", help="print nothing when all is well")
     for each in (config_parser, schema_parser):
         json_flag(each)
@@ -56,7 +62,7 @@ def run(options: argparse.Namespace) -> int:
     journal.set_up(settings.log_level, settings.log_format, settings.node, clock, environment.current())
     application = _read(options.source, loaded)
     database = AppDatabase(Path(settings.data_dir), clock.wall_ms())
-    instance = Instance(application, database, Settings(settings.name, settings.node, settings.server))
+    instance = Instance(application, database, Settings(settings.name, settings.node, settings.server, settings.force))
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: instance.stop())
     topics = ", ".join(application.topics)
@@ -132,7 +138,7 @@ def schema(options: argparse.Namespace) -> int:
 
 
 def _load(options: argparse.Namespace) -> LoadedConfig:
-    flags = {name: getattr(options, name) for name in FLAGS}
+    flags = {name: getattr(options, name, None) for name in FLAGS}
     path = Path(options.config) if options.config else None
     return load_app_config(options.source, path, flags, environment.current())
 
