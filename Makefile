@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-groups test-power test-root-loss test-tables test-attack test-fuzz test-watchdog chaos soak packages wheels freeze freeze-nuitka deb image test-appliance
+.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-applications test-groups test-power test-root-loss test-tables test-attack test-fuzz test-watchdog chaos soak packages wheels freeze freeze-nuitka deb image test-appliance
 
 run: build
 	$(BIN)/edgebroker demo
@@ -50,6 +50,10 @@ test-faults: build
 
 test-kill: build
 	EB_KILL_CYCLES=500 $(BIN)/python -m pytest tests/faults/test_kill.py
+
+# kill -9 of an application and its broker: 500 times, while records come and topics are loaded again.
+test-applications: build
+	EB_APP_KILL_CYCLES=500 $(BIN)/python -m pytest tests/faults/test_app_kill.py -s
 
 # Consumer groups under every fault at random, and refreshes interrupted by every process at every step.
 test-groups: build
