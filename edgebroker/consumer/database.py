@@ -32,6 +32,8 @@ NAME, LOCK, DAMAGED = "app.db", "LOCK", "DAMAGED"
 CACHE_KIB = 16 << 10
 # Pages of the log that are copied into the database at a time.
 CHECKPOINT_PAGES = 2000
+# The -wal is this small again after all of it was copied; a larger one may be what another program keeps from that.
+WAL_BYTES = 64 << 20
 _SCHEMA = """
 CREATE TABLE _positions (topic TEXT, partition INTEGER, log_id BLOB, epoch INTEGER, next_offset INTEGER,
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
@@ -164,6 +166,7 @@ class AppDatabase:
         connection.execute("PRAGMA mmap_size=0")
         connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         connection.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
+        connection.execute(f"PRAGMA journal_size_limit={WAL_BYTES}")
         self._make_schema()
         self._wal = files.open_log(self.path.with_name(NAME + "-wal"))
         for suffix, mode in (("", 0o640), ("-wal", 0o640), ("-shm", 0o660)):
@@ -201,6 +204,14 @@ class AppDatabase:
     def sync(self) -> None:
         """Make everything that was committed durable. Raises OSError."""
         files.sync_file(self._wal)
+
+    def held_up(self) -> int:
+        """The bytes of the -wal if it is large and another program, which sees what was before, keeps it so; else 0."""
+        size = files.size_of(self._wal)
+        if size <= WAL_BYTES:
+            return 0
+        _, pages, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        return size if copied < pages else 0
 
     def _authorize(self, action: int, first: str | None, second: str | None, *others: object) -> int:
         if not self._by_handler:

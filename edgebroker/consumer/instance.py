@@ -97,7 +97,7 @@ class Instance:
         # Committed, and not acknowledged yet.
         self._unacknowledged: dict[TopicPartition, Record] = {}
         self._unacked_bytes = 0
-        self._sync_due = self._presence_due = self._away_due = 0.0
+        self._sync_due = self._presence_due = self._away_due = self._held_up_due = 0.0
         self._hooks = application.hooks
         self._hooks_due = {hook: self._clock.monotonic() + hook.seconds for hook in application.hooks if hook.seconds}
         # Where each partition ended when it was given.
@@ -187,6 +187,7 @@ class Instance:
         if now >= self._sync_due or self._unacked_bytes >= UNACKED_BYTES:
             self._sync_due = now + SYNC_SECONDS
             self._acknowledge()
+            self._look_at_readers(now)
         if self._waiting and now >= self._presence_due:
             self._presence_due = now + PRESENCE_SECONDS
             for consumer in self._consumers:
@@ -412,6 +413,15 @@ class Instance:
             done, self._unacknowledged, self._unacked_bytes = self._unacknowledged, {}, 0
             for record in done.values():
                 self._of_topic[record.topic].ack(record)
+
+    def _look_at_readers(self, now: float) -> None:
+        """Say it when another program keeps the database growing."""
+        if now >= self._held_up_due and (held := self._database.held_up()):
+            self._held_up_due = now + REMIND_SECONDS
+            log.warning(
+                "%s-wal has grown to %d MiB, because another program keeps a transaction open: it grows until that one "
+                "ends it", self._database.path, held >> 20,
+            )  # fmt: skip
 
     def _lost(self, partitions: Sequence[TopicPartition]) -> None:
         """Partitions are another member's from now on."""

@@ -8,13 +8,14 @@ import sqlite3
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from edgebroker.client.consumer import Consumer
+from edgebroker.consumer import database as database_module
 from edgebroker.consumer import instance as instance_module
 from edgebroker.consumer.application import load_module, read_application
 from edgebroker.consumer.database import AppDatabase
@@ -52,7 +53,7 @@ class App:
     """An application whose directory outlives its runs."""
 
     def __init__(self, broker: RunningBroker, directory: Path, text: str) -> None:
-        self.broker, self.directory = broker, directory
+        self.broker, self.directory, self.path = broker, directory, directory / "app" / "app.db"
         path = directory / "till_app.py"
         directory.mkdir(exist_ok=True)
         path.write_text(HEAD + text)
@@ -86,7 +87,7 @@ class App:
 
     def read(self, sql: str) -> list[tuple[Any, ...]]:
         """As another program does."""
-        connection = sqlite3.connect(f"{(self.directory / 'app' / 'app.db').as_uri()}?mode=ro", uri=True)
+        connection = sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)
         try:
             return connection.execute(sql).fetchall()
         finally:
@@ -458,6 +459,36 @@ def test_a_topic_that_shrank_is_not_shown_unless_it_is_meant(
         assert app.read(counted) == [(20,)]
     with app.running(force=True):
         app.until(counted, [(1,)])
+
+
+def test_a_reader_that_keeps_a_transaction_open(
+    broker: RunningBroker, make: Callable[[str], App], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 1 << 20
+    monkeypatch.setattr(database_module, "WAL_BYTES", limit)
+    app = make(VIEW)
+    said = "app.db-wal has grown to "
+    wal = app.path.with_name("app.db-wal")
+    publish(broker, price("a", 1))
+    with app.running():
+        app.until("SELECT count(*) FROM prices", [(1,)])
+        with closing(sqlite3.connect(f"{app.path.as_uri()}?mode=ro", uri=True, isolation_level=None)) as reader:
+            reader.execute("BEGIN")
+            assert reader.execute("SELECT count(*) FROM prices").fetchall() == [(1,)]
+            for _ in range(40):
+                publish(broker, *[price(f"{number:04d}" + 100 * "x", number) for number in range(2000)])
+            wait_for(lambda: said in caplog.text, "it says so", 30.0)
+            assert wal.stat().st_size > limit
+            assert reader.execute("SELECT count(*) FROM prices").fetchall() == [(1,)]
+        publish(broker, price("b", 1))
+        app.until("SELECT cents FROM prices WHERE code='b'", [(1,)])
+        wait_for(lambda: small(broker, wal, limit), "it is small again", 30.0)
+    assert caplog.text.count(said) == 1
+
+
+def small(broker: RunningBroker, wal: Path, limit: int) -> bool:
+    publish(broker, price("b", 1))
+    return wal.stat().st_size <= limit
 
 
 def waiting(app: App) -> int:
