@@ -30,16 +30,19 @@ class Disk:
         self.answers: list[ColdRead] = []
 
     def submit(self, *, blocked: bool, data: bytes = b"x", timeout: float | None = None) -> None:
-        gate = threading.Event()
+        """A job that is blocked has begun when this returns: one that is late already would be passed over."""
+        gate, begun = threading.Event(), threading.Event()
         self.gates.append(gate)
         if not blocked:
             gate.set()
 
         def job() -> ColdRead:
+            begun.set()
             assert gate.wait(10.0)
             return ColdRead(data=data)
 
         self.reader.submit(job, self.answers.append, timeout)
+        assert not blocked or begun.wait(10.0)
 
     def advance(self, seconds: float) -> None:
         self.clock.advance(seconds)
