@@ -87,6 +87,8 @@ class Generations:
             self._effects[refresh.topic].end_generation(list(loading))
             self._database.set_positions(positions)
             self._database.loaded(refresh.topic)
+        # The broker is told next, and asks for nothing of this again.
+        self._database.sync()
         self._over.update(one.reset_id for one in loading.values())
         self._switched(positions)
         log.info("topic %s: readers see what was loaded again", refresh.topic)

@@ -1,0 +1,52 @@
+"""A topic that is loaded again: what is durable when the broker is told that readers see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgebroker.client.refresh import Refresh
+from edgebroker.consumer.application import Topic
+from edgebroker.consumer.database import AppDatabase
+from edgebroker.consumer.effect import Effect, Portion
+from edgebroker.consumer.generation import Generations
+
+
+class NotedDatabase(AppDatabase):
+    """Notes commits and syncs."""
+
+    def __init__(self, directory: Path) -> None:
+        self.noted: list[str] = []
+        super().__init__(directory, 1)
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        with super().transaction():
+            yield
+        self.noted.append("commit")
+
+    def sync(self) -> None:
+        super().sync()
+        self.noted.append("sync")
+
+
+def test_a_switch_is_durable_before_the_broker_is_told(tmp_path: Path) -> None:
+    """READY follows switch(): an instance that shares its partitions keeps no positions, and would be given nothing of
+    what a power cut takes."""
+    database = NotedDatabase(tmp_path)
+
+    def apply(portion: Portion, also: Callable[[], None]) -> None:
+        with database.transaction():
+            also()
+
+    effects = {"t": Effect(Topic("t", "shared", "earliest", None, []), database, "till-7", lambda: 1)}
+    generations = Generations(database, effects, apply, lambda *_: None, lambda *_: True, lambda *_: None, force=False)
+    refresh = Refresh(reset_id="r", log_id=bytes(16), topic="t", partition=0, from_offset=0, target=1)
+    generations.begin(refresh)
+    refresh.next_offset, refresh.epoch = 1, 0
+    generations.load(refresh, [])
+    assert database.noted[-1] == "commit"
+    assert generations.switch(refresh)
+    assert database.noted[-2:] == ["commit", "sync"]
+    database.close()
