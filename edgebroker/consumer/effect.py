@@ -138,26 +138,11 @@ class Effect:
         deleted = [(key,) for key, one in latest.items() if one is None]
         try:
             self._database.put(view, rows, deleted)
-        except NotStorableError:
-            return self._put_one_by_one(view, good)
-        return good
-
-    def _put_one_by_one(self, view: View, records: Sequence[Record]) -> list[Record]:
-        """A value is none that SQLite stores: find out which."""
-        good = []
-        assert self._decode is not None
-        for record in records:
-            key = _text(record.key or b"")
-            try:
-                if record.value is None:
-                    self._database.put(view, [], [(key,)])
-                else:
-                    fields = view.columns.row(self._decode(record.value))
-                    self._database.put(view, [(key, *fields, record.partition, record.offset, record.timestamp)], [])
-            except NotStorableError as error:
-                self.bury(record, 1, f"the value cannot be stored: {error}")
-            else:
-                good.append(record)
+        except NotStorableError as error:
+            if len(good) > 1:  # find out which
+                return [one for record in good for one in self._put(view, [record])]
+            self.bury(good[0], 1, f"the value cannot be stored: {error}")
+            return []
         return good
 
     # ---- handlers ----
@@ -210,14 +195,6 @@ class Effect:
     def _others(self, others: tuple[type, ...], portion: Portion, record: Record) -> list[object]:
         attempt = portion.attempt if record is portion.records[0] else 1
         return [self._sql if kind is Database else Context(record, attempt, self._node) for kind in others]
-
-
-def _text(key: bytes) -> str | bytes:
-    """A key as programs compare it: a text where it is one."""
-    try:
-        return str(key, "utf-8")
-    except UnicodeDecodeError:
-        return key
 
 
 def _place(portion: Portion, record: Record) -> int:
