@@ -27,8 +27,8 @@ class Generations:
     """The staging store of an instance. `apply` has the effect of a portion, in one transaction with what it is given,
     and passes over records that no attempt helps. `begun` is told of a partition that is loaded again, and whether it
     is the first one of its topic (within a transaction then); `whole` says whether all partitions of a topic that can
-    be loaded are among these; `switched` is told of the positions that hold from then on. `force`: show also what has
-    fewer than nine tenths of the rows."""
+    be loaded are among these; `owns` whether the positions of a topic are kept here; `switched` is told of the topic
+    and of those positions that hold from then on. `force`: show also what has fewer than nine tenths of the rows."""
 
     def __init__(
         self,
@@ -37,12 +37,13 @@ class Generations:
         apply: Callable[[Portion, Callable[[], None]], None],
         begun: Callable[[TopicPartition, bool], None],
         whole: Callable[[str, set[int]], bool],
-        switched: Callable[[dict[tuple[str, int], Position]], None],
+        owns: Callable[[str], bool],
+        switched: Callable[[str, dict[tuple[str, int], Position]], None],
         *,
         force: bool,
     ) -> None:
         self._database, self._effects, self._apply = database, effects, apply
-        self._begun, self._whole, self._switched = begun, whole, switched
+        self._begun, self._whole, self._owns, self._switched = begun, whole, owns, switched
         # Refreshes that were switched to: READY is asked for one after the other.
         self._over: set[str] = set()
         # Refreshes that are complete and have too few rows -> the sum of offsets below which they cannot have enough.
@@ -82,7 +83,9 @@ class Generations:
         complete = all(one.position.next_offset >= one.target for one in loading.values())
         if not complete or not self._whole(refresh.topic, set(loading)) or self._is_too_small(refresh.topic, loading):
             return False
-        positions = {(refresh.topic, partition): one.position for partition, one in loading.items()}
+        positions = {}
+        if self._owns(refresh.topic):
+            positions = {(refresh.topic, partition): one.position for partition, one in loading.items()}
         with self._database.transaction():
             self._effects[refresh.topic].end_generation(list(loading))
             self._database.set_positions(positions)
@@ -90,7 +93,7 @@ class Generations:
         # The broker is told next, and asks for nothing of this again.
         self._database.sync()
         self._over.update(one.reset_id for one in loading.values())
-        self._switched(positions)
+        self._switched(refresh.topic, positions)
         log.info("topic %s: readers see what was loaded again", refresh.topic)
         return True
 

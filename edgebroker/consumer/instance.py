@@ -82,6 +82,7 @@ class Instance:
             self._apply_loaded,
             self._loaded_again,
             self._is_whole,
+            self._owns,
             self._switched,
             force=settings.force,
         )
@@ -399,10 +400,9 @@ class Instance:
                 raise EndedError
             sleep(min(WAIT_SECONDS, seconds))
 
-    def _switched(self, positions: dict[tuple[str, int], Position]) -> None:
+    def _switched(self, topic: str, positions: dict[tuple[str, int], Position]) -> None:
         self._positions.update(positions)
-        for topic, _ in positions:
-            self._asked.pop(topic, None)
+        self._asked.pop(topic, None)
 
     # ---- acknowledging ----
 
