@@ -18,6 +18,7 @@ MODULES = {
     "edgebroker.network.wire.framing": "cext/framing.pyx",
     "edgebroker.client.publish.accumulator": "cext/accumulator.pyx",
     "edgebroker.network.io.sendpath": "cext/sendpath.pyx",
+    "edgebroker.consumer.handling.interruption": "cext/interruption.pyx",
     "edgebroker.cli.bench.native_client": "cext/native_client.pyx",
 }
 HEADERS = sorted(glob("cext/*.h") + glob("cext/*.pxd"))

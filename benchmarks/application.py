@@ -17,8 +17,8 @@ from benchmarks.node import DIRECTORY, Node, running
 from benchmarks.rows import Row, median_of, rate, scaled
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
-from edgebroker.consumer.application import load_module, read_application
 from edgebroker.consumer.database import AppDatabase
+from edgebroker.consumer.declare.application import load_module, read_application
 from edgebroker.consumer.instance import MOST_RECORDS, Instance, Settings
 
 COUNT, KEYS = 300_000, 100_000

@@ -15,6 +15,7 @@ EXTENSIONS = (
     "edgebroker.common.crc32c",
     "edgebroker.common.records",
     "edgebroker.client.publish.accumulator",
+    "edgebroker.consumer.handling.interruption",
     "edgebroker.network.wire.framing",
     "edgebroker.network.io.sendpath",
     "edgebroker.storage.commit.groupcommit",

@@ -12,10 +12,11 @@
 `edgebroker app run FILE` reads the topic from the nearest broker into a local database; docs/consumer.md shows how.
 """
 
-from edgebroker.consumer.declarations import (
+from edgebroker.consumer.declare.declarations import (
     Context,
     Database,
     DeclarationError,
+    Outbox,
     consumer,
     every,
     message_handler,
@@ -30,6 +31,7 @@ __all__ = [
     "Context",
     "Database",
     "DeclarationError",
+    "Outbox",
     "consumer",
     "every",
     "message_handler",

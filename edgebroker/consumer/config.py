@@ -31,6 +31,8 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: Annotated[str, about(
         "HOST:PORT of the broker; several with commas, the best first")] = "127.0.0.1:7420"
     data_dir: Annotated[str, about("where the local database is; empty: edgebroker-NAME in the current directory")] = ""
+    stop_timeout: Annotated[float, msgspec.Meta(ge=0, le=3600), about(
+        "seconds in which it finishes what it has begun when it is stopped; then it ends")] = 10.0
     force: Annotated[bool, about(
         "show a topic that was loaded again although it has fewer than nine tenths of its rows")] = False
     log_level: Annotated[Literal["debug", "info", "warning", "error"], about("lowest severity that is logged")] = "info"

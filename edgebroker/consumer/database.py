@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import re
 import sqlite3
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 from edgebroker.common.errors import ConfigError, FormatTooNewError
 from edgebroker.common.runtime.durable import write_hint
 from edgebroker.common.types import Position
-from edgebroker.consumer.columns import Columns
+from edgebroker.consumer.declare.columns import Columns
 from edgebroker.storage import files
 from edgebroker.storage.metadata.database import move_aside
 
@@ -35,14 +36,17 @@ CHECKPOINT_PAGES = 2000
 # The -wal is this small again after all of it was copied; a larger one may be what another program keeps from that.
 WAL_BYTES = 64 << 20
 _SCHEMA = """
-CREATE TABLE _positions (topic TEXT, partition INTEGER, log_id BLOB, epoch INTEGER, next_offset INTEGER,
+CREATE TABLE IF NOT EXISTS _positions (topic TEXT, partition INTEGER, log_id BLOB, epoch INTEGER, next_offset INTEGER,
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
-CREATE TABLE _generations (topic TEXT PRIMARY KEY, name TEXT UNIQUE, generation INTEGER, columns TEXT) WITHOUT ROWID;
-CREATE TABLE _dead (topic TEXT, partition INTEGER, "offset" INTEGER, key BLOB, value BLOB, attempts INTEGER,
-    reason TEXT, at_ms INTEGER, PRIMARY KEY (topic, partition, "offset")) WITHOUT ROWID;
-CREATE TABLE _loading (topic TEXT, partition INTEGER, reset_id TEXT, log_id BLOB, epoch INTEGER, next_offset INTEGER,
-    target INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
-CREATE VIEW _position AS SELECT topic, partition, next_offset FROM _positions;
+CREATE TABLE IF NOT EXISTS _generations (topic TEXT PRIMARY KEY, name TEXT UNIQUE, generation INTEGER,
+    columns TEXT) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _dead (topic TEXT, partition INTEGER, "offset" INTEGER, key BLOB, value BLOB,
+    attempts INTEGER, reason TEXT, at_ms INTEGER, PRIMARY KEY (topic, partition, "offset")) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _loading (topic TEXT, partition INTEGER, reset_id TEXT, log_id BLOB, epoch INTEGER,
+    next_offset INTEGER, target INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS _outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT, key BLOB, value BLOB,
+    headers TEXT);
+CREATE VIEW IF NOT EXISTS _position AS SELECT topic, partition, next_offset FROM _positions;
 """
 # What is said here and what a handler says are two texts: SQLite is asked about the second when it is prepared.
 _BEGIN, _COMMIT, _ROLLBACK = "BEGIN IMMEDIATE -- kit", "COMMIT -- kit", "ROLLBACK -- kit"
@@ -136,6 +140,10 @@ class AppDatabase:
         self.path = directory / NAME
         self._mark = directory / DAMAGED
         self._by_handler = False
+        # The thread that runs a handler now.
+        self._lent_to = 0
+        # Rows of the outbox: those that are stored, and those of the transaction.
+        self.outgoing = self._sending = 0
         if self._mark.exists():
             self._move_aside(wall_ms)
         try:
@@ -173,6 +181,7 @@ class AppDatabase:
             self.path.with_name(NAME + suffix).chmod(mode)
         files.sync_directory(self.path.parent)
         self.sync()
+        self.outgoing = connection.execute("SELECT count(*) FROM _outbox").fetchone()[0]
 
     def _make_schema(self) -> None:
         connection = self._connection
@@ -180,10 +189,9 @@ class AppDatabase:
         if version > FORMAT:
             raise FormatTooNewError(f"{self.path} was made by a newer release; nothing in it was changed")
         with self.transaction():
-            if version == 0:
-                for statement in _SCHEMA.split(";\n"):
-                    if statement.strip():
-                        connection.execute(statement)
+            for statement in _SCHEMA.split(";\n"):
+                if statement.strip():
+                    connection.execute(statement)
             # Also when nothing is new: so -wal and -shm are there for readers.
             connection.execute(f"PRAGMA user_version={FORMAT}")
 
@@ -193,9 +201,11 @@ class AppDatabase:
     def transaction(self) -> Iterator[None]:
         """All of it or nothing; durable with the next sync()."""
         self._connection.execute(_BEGIN)
+        self._sending = 0
         try:
             yield
             self._connection.execute(_COMMIT)
+            self.outgoing += self._sending
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute(_ROLLBACK)
@@ -223,6 +233,7 @@ class AppDatabase:
 
     def by_handler(self, call: Callable[..., sqlite3.Cursor], *arguments: object) -> sqlite3.Cursor:
         """Run a statement of a handler. It can neither end the transaction nor change what belongs to the kit."""
+        self._check_lent()
         self._by_handler = True
         try:
             return call(*arguments)
@@ -234,6 +245,24 @@ class AppDatabase:
             raise
         finally:
             self._by_handler = False
+
+    def lend(self) -> None:
+        """This thread runs a handler from now on, which may change the database."""
+        self._lent_to = threading.get_ident()
+
+    def take_back(self) -> None:
+        """The handler is done: what still has the database can do nothing with it."""
+        self._lent_to = 0
+
+    def interrupt(self) -> None:
+        """End a statement that takes long; it raises. Any thread."""
+        self._connection.interrupt()
+
+    def _check_lent(self) -> None:
+        if threading.get_ident() != self._lent_to:
+            raise sqlite3.ProgrammingError("what a handler is given can be used in its call only, and in its thread")
+        if not self._connection.in_transaction:
+            raise sqlite3.ProgrammingError("the transaction of this handler was undone; let it end")
 
     def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
         return self.by_handler(self._connection.execute, sql, parameters)
@@ -364,6 +393,30 @@ class AppDatabase:
     def bury(self, dead: DeadRecord) -> None:
         """Keep a record that was given up."""
         self._connection.execute("INSERT OR REPLACE INTO _dead VALUES (?,?,?,?,?,?,?,?)", dead)
+
+    # ---- the outbox ----
+
+    def send(self, topic: str, key: bytes | None, value: bytes | None, headers: bytes | None) -> None:
+        """Put a record into the outbox, within the transaction of a handler."""
+        self._check_lent()
+        text = headers.decode() if headers is not None else None
+        self._connection.execute(
+            "INSERT INTO _outbox (topic, key, value, headers) VALUES (?,?,?,?)", (topic, key, value, text)
+        )
+        self._sending += 1
+
+    def remove_sent(self, numbers: Sequence[int]) -> None:
+        """Remove records from the outbox; within a transaction."""
+        found = self._connection.executemany("DELETE FROM _outbox WHERE number=?", [(number,) for number in numbers])
+        self._sending -= found.rowcount
+
+    def bury_unsent(self, number: int, reason: str, at_ms: int) -> None:
+        """Keep a record of the outbox that can never be sent as a dead one; within a transaction."""
+        self._connection.execute(
+            "INSERT OR REPLACE INTO _dead SELECT topic, -1, number, key, value, 1, ?, ? FROM _outbox WHERE number=?",
+            (reason, at_ms, number),
+        )
+        self.remove_sent([number])
 
     # ---- ending ----
 

@@ -16,7 +16,7 @@ from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.database import AppDatabase, Loading
-from edgebroker.consumer.effect import Effect, Portion
+from edgebroker.consumer.handling.effect import Effect, Portion
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Generations:
         self,
         database: AppDatabase,
         effects: dict[str, Effect],
-        apply: Callable[[Portion, Callable[[], None]], None],
+        apply: Callable[[Portion, Callable[[int], None]], None],
         begun: Callable[[TopicPartition, bool], None],
         whole: Callable[[str, set[int]], bool],
         owns: Callable[[str], bool],
@@ -71,7 +71,7 @@ class Generations:
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
         """Store the effect of the next records together with the position behind them."""
         key = TopicPartition(refresh.topic, refresh.partition)
-        self._apply(Portion(key, records), lambda: self._database.set_loading(*key, _state(refresh)))
+        self._apply(Portion(key, records), lambda end: self._database.set_loading(*key, _state(refresh, end)))
 
     def switch(self, refresh: Refresh) -> bool:
         """Show the new generation once all partitions that are loaded again are complete."""
@@ -116,5 +116,7 @@ class Generations:
         return True
 
 
-def _state(refresh: Refresh) -> Loading:
-    return Loading(refresh.reset_id, refresh.position, refresh.target)
+def _state(refresh: Refresh, end: int = -1) -> Loading:
+    """How far it is: up to an offset, or to the end of what was given."""
+    position = refresh.position if end < 0 else refresh.position._replace(next_offset=end)
+    return Loading(refresh.reset_id, position, refresh.target)

@@ -9,7 +9,8 @@ the acknowledgement: a record that comes again is passed over.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
 from edgebroker.client.consumer import Consumer
@@ -17,11 +18,14 @@ from edgebroker.common.errors import AnswerError, Code, UnreachableError
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.types import Position, TopicPartition
-from edgebroker.consumer.application import Application, Hook, Topic
 from edgebroker.consumer.database import AppDatabase, DatabaseError, is_shortage
-from edgebroker.consumer.declarations import Database
-from edgebroker.consumer.effect import Effect, FailedRecord, Portion, portions_of
+from edgebroker.consumer.declare.application import Application, Hook, Topic
 from edgebroker.consumer.generation import Generations
+from edgebroker.consumer.handling.calls import Calls
+from edgebroker.consumer.handling.effect import MOST_REASON, Effect, FailedRecord, HopelessError, Portion, portions_of
+from edgebroker.consumer.handling.in_hand import MOST_DEATHS, InHand
+from edgebroker.consumer.handling.outbox import OutboxSender
+from edgebroker.consumer.handling.watch import Watch
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +38,8 @@ WAIT_SECONDS = 0.2
 # An application works without its broker; so long after it went, and so often, the log says so.
 AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
 ASK_SECONDS = 10.0
+# No more records are taken while so many wait in the outbox.
+MOST_OUTGOING = 100_000
 
 
 class Settings(NamedTuple):
@@ -60,22 +66,24 @@ class _Waiting:
 
     def __init__(self, records: list[Record], attempts: int, due: float, failure: FailedRecord) -> None:
         self.records, self.attempts, self.due, self.failure = records, attempts, due, failure
-        policy = failure.handler.policy
-        self.given_up = attempts >= policy.max_attempts or not isinstance(failure.error, policy.retry_on)
+        self.given_up = failure.is_final(attempts)
 
 
 class Instance:
-    """Belongs to one thread, but for stop()."""
+    """run() belongs to one thread. `watch` sees what that thread calls."""
 
     def __init__(self, application: Application, database: AppDatabase, settings: Settings) -> None:
         self._database, self._clock, self._stopping = database, SystemClock(), False
+        self.watch = Watch(self._clock.monotonic)
+        self._calls = Calls(database, self.watch, self._clock, settings.node, log)
         self._positions = database.positions()
         self._effects = {
-            name: Effect(topic, database, settings.node, self._clock.wall_ms)
+            name: Effect(topic, database, self._calls, self._clock.wall_ms)
             for name, topic in application.topics.items()
         }
         self._topics = application.topics
-        self._sql = Database(database.execute, database.execute_many)
+        self._in_hand = InHand(database.path.parent)
+        self._outgoing, self._full_outbox = OutboxSender(database.path, settings.server, self._clock), False
         self._generations = Generations(
             database,
             self._effects,
@@ -160,7 +168,10 @@ class Instance:
             finally:
                 for consumer in self._consumers:
                     consumer.close()
+                self._outgoing.close()
+                self._in_hand.close()
                 try:
+                    self._remove_sent()
                     self._database.finish()
                 except DatabaseError as error:
                     log.warning("the next start takes longer: %s", error)
@@ -184,6 +195,9 @@ class Instance:
         if self._short:
             self._short = False
             log.warning("records are stored again")
+        if self._database.outgoing:
+            self._remove_sent()
+            self._outgoing.wake()
         now = self._clock.monotonic()
         if now >= self._sync_due or self._unacked_bytes >= UNACKED_BYTES:
             self._sync_due = now + SYNC_SECONDS
@@ -215,6 +229,9 @@ class Instance:
 
     def _gather(self) -> None:
         """Take what has arrived. It is held at once: poll() may raise, for a refresh that cannot be stored."""
+        if self._is_outbox_full():
+            sleep(WAIT_SECONDS)
+            return
         count, until = 0, self._clock.monotonic() + GATHER_SECONDS
         wait = self._wait()
         for consumer in self._consumers:
@@ -272,17 +289,53 @@ class Instance:
         """Apply what is held in one transaction. A portion that fails is cut off before the record that failed, and
         what is left of all is applied again: the effects before are those of another transaction by then."""
         while self._held:
+            portions = self._together()
             try:
-                with self._database.transaction():
-                    for portion in self._held:
-                        self._effects[portion.key.topic].apply(portion)
-                    positions = self._positions_behind(self._held)
-                    self._database.set_positions(positions)
+                positions = self._store(portions)
             except FailedRecord as failure:
                 self._held = self._without(self._held, failure)
             else:
-                portions, self._held = self._held, []
+                self._held = self._held[len(portions) :]
                 self._committed(portions, positions)
+
+    def _together(self) -> list[Portion]:
+        """What goes into the next transaction: all that is held, but one by one what the process died of."""
+        if not self._in_hand:
+            return self._held
+        first = self._held[0]
+        count = self._in_hand.together(first.key, first.records)
+        if count < len(first.records):
+            rest = Portion(first.key, first.records[count:])
+            self._held[:1] = [first._replace(records=first.records[:count]), rest]
+        return self._held[:1]
+
+    def _store(self, portions: list[Portion]) -> dict[tuple[str, int], Position]:
+        """The effects of portions and the positions behind them, in one transaction."""
+        positions = self._positions_behind(portions)
+        with self._having_in_hand(portions), self._database.transaction():
+            for portion in portions:
+                self._effects[portion.key.topic].apply(portion)
+            self._database.set_positions(positions)
+        return positions
+
+    @contextmanager
+    def _having_in_hand(self, portions: Sequence[Portion]) -> Iterator[None]:
+        """Handlers get these: it is written down, so that a record is found that ends the process. Raises FailedRecord
+        when it has done so often enough."""
+        taken = [one for one in portions if one.records and self._topics[one.key.topic].handlers]
+        if not taken:
+            yield
+            return
+        for portion in taken:
+            handler = self._effects[portion.key.topic].handler_of(portion.records[0])
+            if handler is not None and self._in_hand.deaths(portion.key, portion.records[0]) >= MOST_DEATHS:
+                why = HopelessError(f"the process ended {MOST_DEATHS} times while it was handled alone")
+                raise FailedRecord(portion, 0, handler, why)
+        self._in_hand.begin((one.key, one.records) for one in taken)
+        try:
+            yield
+        finally:
+            self._in_hand.end()
 
     def _positions_behind(self, portions: list[Portion]) -> dict[tuple[str, int], Position]:
         return {portion.key: self._after(portion.records[-1]) for portion in portions if self._owns(portion.key.topic)}
@@ -311,7 +364,7 @@ class Instance:
         pause = failure.handler.policy.pause(attempts)
         now = self._waiting[failed.key] = _Waiting(_once(rest), attempts, self._clock.monotonic() + pause, failure)
         again = "" if now.given_up else f"; again in {pause:.1f} s"
-        log.warning("%s: attempt %d failed (%s)%s", _name(record), attempts, _why(failure), again)
+        log.warning("%s: attempt %d failed (%s)%s", _name(record), attempts, failure.why, again)
         left = [portion for portion in portions[place + 1 :] if portion.key != failed.key]
         before = [failed._replace(records=failed.records[: failure.before])] if failure.before else []
         return portions[:place] + before + left
@@ -319,21 +372,31 @@ class Instance:
     def _give_up(self, key: TopicPartition, waiting: _Waiting) -> list[Portion]:
         """Pass over a record that no attempt helps, now that what came before it is committed; what follows it."""
         record, *rest = waiting.records
-        policy, why = waiting.failure.handler.policy, _why(waiting.failure)
-        if policy.then == "stop":
+        then, why = waiting.failure.handler.policy.then, waiting.failure.why
+        if then == "stop":
             log.error("%s: given up after %d attempts; stopping, as its policy says", _name(record), waiting.attempts)
             raise StoppedError(f"{_name(record)}: {why}")
-        what = "a dead record" if policy.then == "dead_letter" else "left out"
+        what = "a dead record" if then == "dead_letter" else "left out"
         log.error("%s: given up after %d attempts (%s); it is %s", _name(record), waiting.attempts, why, what)
+        del self._waiting[key]
+        if then == "dead_letter" and not self._owns(key.topic):
+            self._reject(record, why)
+            return []
         positions = self._positions_behind([Portion(key, [record])])
         with self._database.transaction():
-            if policy.then == "dead_letter":
+            if then == "dead_letter":
                 self._effects[key.topic].bury(record, waiting.attempts, why)
             self._database.set_positions(positions)
         self._positions.update(positions)
         self._unacknowledged[key] = record
-        del self._waiting[key]
         return [Portion(key, rest)] if rest else []
+
+    def _reject(self, record: Record, why: str) -> None:
+        """Have the broker make a dead letter of it. What follows it comes again."""
+        self._acknowledge()
+        self._of_topic[record.topic].reject(record, why[:MOST_REASON])
+        key = (record.topic, record.partition)
+        self._held = [portion for portion in self._held if portion.key != key]
 
     # ---- loading again ----
 
@@ -346,7 +409,7 @@ class Instance:
             self._incomplete.add(key.topic)
         for hook in self._hooks if first else []:
             if hook.moment == "reset":
-                hook.call(*([self._sql] if hook.wants_database else []))
+                self._calls.hook(hook.call, hook.name, wants_database=hook.wants_database, limited=False)
 
     def _load_whole_topics(self) -> None:
         """A topic is switched as a whole: ask for its other partitions, too."""
@@ -366,28 +429,38 @@ class Instance:
         """Are all partitions of a topic loaded again that can be?"""
         return topic in self._asked and self._asked[topic] <= loading
 
-    def _apply_loaded(self, portion: Portion, also: Callable[[], None]) -> None:
-        """The effect of records of a refresh, in one transaction with something else. A record that fails is waited
-        for here: its partition shows nothing yet."""
+    def _apply_loaded(self, portion: Portion, also: Callable[[int], None]) -> None:
+        """The effect of records of a refresh, in one transaction with something else, which gets the offset behind
+        them. A record that fails is waited for here: its partition shows nothing yet."""
+        records = portion.records
+        while self._in_hand and records:
+            count = self._in_hand.together(portion.key, records)
+            piece, records = records[:count], records[count:]
+            end = piece[-1].offset + 1
+            self._apply_piece(portion._replace(records=piece), lambda end=end: also(end))  # type: ignore[misc]
+        self._apply_piece(portion._replace(records=records), lambda: also(-1))
+
+    def _apply_piece(self, portion: Portion, also: Callable[[], None]) -> None:
         records, attempt, dead = list(portion.records), 1, list[tuple[Record, int, str]]()
         while True:
+            now = portion._replace(records=records, attempt=attempt)
             try:
-                with self._database.transaction():
-                    self._effects[portion.key.topic].apply(portion._replace(records=records, attempt=attempt))
+                with self._having_in_hand([now]), self._database.transaction():
+                    self._effects[portion.key.topic].apply(now)
                     for record, attempts, why in dead:
                         self._effects[portion.key.topic].bury(record, attempts, why)
                     also()
             except FailedRecord as failure:
                 policy, record = failure.handler.policy, failure.record
-                log.warning("%s: attempt %d failed (%s)", _name(record), attempt, _why(failure))
-                if attempt < policy.max_attempts and isinstance(failure.error, policy.retry_on):
+                log.warning("%s: attempt %d failed (%s)", _name(record), attempt, failure.why)
+                if not failure.is_final(attempt):
                     self._pause(policy.pause(attempt))
                     attempt += 1
                     continue
                 if policy.then == "stop":
-                    raise StoppedError(f"{_name(record)}: {_why(failure)}") from failure
+                    raise StoppedError(f"{_name(record)}: {failure.why}") from failure
                 if policy.then == "dead_letter":
-                    dead.append((record, attempt, _why(failure)))
+                    dead.append((record, attempt, failure.why))
                 records.remove(record)
                 attempt = 1
             else:
@@ -403,6 +476,27 @@ class Instance:
     def _switched(self, topic: str, positions: dict[tuple[str, int], Position]) -> None:
         self._positions.update(positions)
         self._asked.pop(topic, None)
+
+    # ---- the outbox ----
+
+    def _remove_sent(self) -> None:
+        """Remove what was sent from the outbox."""
+        settled = self._outgoing.settled()
+        if not settled:
+            return
+        with self._database.transaction():
+            self._database.remove_sent([one.number for one in settled if not one.refused])
+            for one in settled:
+                if one.refused:
+                    self._database.bury_unsent(one.number, one.refused, self._clock.wall_ms())
+        self._outgoing.removed(len(settled))
+
+    def _is_outbox_full(self) -> bool:
+        full = self._database.outgoing >= MOST_OUTGOING
+        if full and not self._full_outbox:
+            log.warning("%d records wait in the outbox: no more are handled until some are sent", MOST_OUTGOING)
+        self._full_outbox = full
+        return full
 
     # ---- acknowledging ----
 
@@ -453,16 +547,14 @@ class Instance:
 
     def _call_hook(self, hook: Hook) -> None:
         """Call one. What fails before the first record ends the application; later it is logged."""
+        limited = hook.moment != "start"
         try:
-            if not hook.wants_database:
-                hook.call()
-                return
-            with self._database.transaction():
-                hook.call(self._sql)
-        except Exception as error:
+            with self._database.transaction() if hook.wants_database else nullcontext():
+                self._calls.hook(hook.call, hook.name, wants_database=hook.wants_database, limited=limited)
+        except BaseException as error:
             if is_shortage(error):
                 raise
-            why = f"{getattr(hook.call, '__name__', 'a hook')} failed: {type(error).__name__}: {error}"
+            why = f"{hook.name} failed: {type(error).__name__}: {error}"
             if hook.moment == "start":
                 raise StoppedError(why) from error
             log.error("%s", why)
@@ -470,10 +562,6 @@ class Instance:
 
 def _name(record: Record) -> str:
     return f"{record.topic}/{record.partition} record {record.offset}"
-
-
-def _why(failure: FailedRecord) -> str:
-    return f"{type(failure.error).__name__}: {failure.error}"
 
 
 def _size(records: Sequence[Record]) -> int:

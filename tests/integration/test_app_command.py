@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 import pytest
 
 from edgebroker.cli.main import main
+from tests.kit import applications
 from tests.kit.brokers import RunningBroker, running
 from tests.kit.waiting import wait_for
 
@@ -46,19 +46,7 @@ class Prices:
 """
 
 
-VIEW = """
-import msgspec
-from edgebroker.consumer import consumer
-
-
-class Price(msgspec.Struct):
-    code: str
-    cents: int
-
-
-@consumer("prices", view=Price)
-class Prices: ...
-"""
+VIEW = applications.HEAD + applications.VIEW
 
 
 @pytest.fixture
@@ -89,17 +77,7 @@ def started(broker: RunningBroker, source: Path) -> Iterator[subprocess.Popen[st
 
 def read(source: Path, sql: str) -> list[tuple[Any, ...]]:
     """As another program; [] before it is there."""
-    path = source.parent / "edgebroker-till" / "app.db"
-    try:
-        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True)
-    except sqlite3.OperationalError:
-        return []
-    try:
-        return connection.execute(sql).fetchall()
-    except sqlite3.OperationalError:
-        return []
-    finally:
-        connection.close()
+    return applications.read(source.parent / "edgebroker-till" / "app.db", sql)
 
 
 COUNTED = "SELECT coalesce(sum(count), 0), coalesce(sum(sum), 0) FROM sums"
@@ -143,7 +121,7 @@ def test_stopped_it_leaves_what_readers_need(broker: RunningBroker, source: Path
         assert process.returncode == 0
         assert "application till of node till-7 reads prices" in said and said.rstrip().endswith("stopped")
     names = sorted(one.name for one in (source.parent / "edgebroker-till").iterdir())
-    assert names == ["LOCK", "app.db", "app.db-shm", "app.db-wal"]
+    assert names == ["IN_HAND", "LOCK", "app.db", "app.db-shm", "app.db-wal"]
     assert len(read(source, "SELECT * FROM prices")) == 10
     with started(broker, source) as first, started(broker, source) as second:
         both = (first, second)

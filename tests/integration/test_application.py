@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sqlite3
-import sys
-import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -17,29 +14,11 @@ import pytest
 from edgebroker.client.consumer import Consumer
 from edgebroker.consumer import database as database_module
 from edgebroker.consumer import instance as instance_module
-from edgebroker.consumer.application import load_module, read_application
 from edgebroker.consumer.database import AppDatabase
-from edgebroker.consumer.instance import Instance, Settings, StoppedError
+from edgebroker.consumer.instance import StoppedError
+from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running
 from tests.kit.waiting import wait_for
-
-HEAD = """
-import msgspec
-from edgebroker.consumer import *
-
-SEEN = []
-
-
-class Price(msgspec.Struct):
-    code: str
-    cents: int
-
-
-"""
-VIEW = """
-@consumer("prices", view=Price)
-class Prices: ...
-"""
 
 
 @pytest.fixture
@@ -49,85 +28,9 @@ def broker(tmp_path: Path) -> Iterator[RunningBroker]:
         yield found
 
 
-class App:
-    """An application whose directory outlives its runs."""
-
-    def __init__(self, broker: RunningBroker, directory: Path, text: str) -> None:
-        self.broker, self.directory, self.path = broker, directory, directory / "app" / "app.db"
-        path = directory / "till_app.py"
-        directory.mkdir(exist_ok=True)
-        path.write_text(HEAD + text)
-        self.source = str(path)
-        self.error: BaseException | None = None
-
-    @contextmanager
-    def running(self, *, force: bool = False) -> Iterator[Any]:
-        """Run it; its module. It has ended, and its database is closed, afterwards."""
-        sys.modules.pop("till_app", None)
-        module = load_module(self.source)
-        database = AppDatabase(self.directory / "app", 1)
-        settings = Settings("prices", "till-7", self.broker.server, force)
-        instance = Instance(read_application(module, "till-7", {}), database, settings)
-
-        def run() -> None:
-            try:
-                instance.run()
-            except BaseException as error:
-                self.error = error
-
-        thread = threading.Thread(target=run)
-        thread.start()
-        try:
-            yield module
-        finally:
-            instance.stop()
-            thread.join(30.0)
-            assert not thread.is_alive()
-            database.close()
-
-    def read(self, sql: str) -> list[tuple[Any, ...]]:
-        """As another program does."""
-        connection = sqlite3.connect(f"{self.path.as_uri()}?mode=ro", uri=True)
-        try:
-            return connection.execute(sql).fetchall()
-        finally:
-            connection.close()
-
-    def until(self, sql: str, expected: object) -> None:
-        found: list[object] = []
-
-        def reached() -> bool:
-            try:
-                found[:] = self.read(sql)
-            except sqlite3.OperationalError:  # the table is not made yet
-                return False
-            return found == expected or self.error is not None
-
-        try:
-            wait_for(reached)
-        except TimeoutError:
-            raise AssertionError(f"{sql}: {found}") from None
-        assert found == expected, self.error
-
-
 @pytest.fixture
 def make(broker: RunningBroker, tmp_path: Path) -> Callable[[str], App]:
     return lambda text: App(broker, tmp_path / "application", text)
-
-
-def publish(broker: RunningBroker, *rows: tuple[str, object], partition: int = 0, topic: str = "prices") -> None:
-    with broker.producer() as producer:
-        for key, value in rows:
-            data = value if isinstance(value, bytes) or value is None else json.dumps(value).encode()
-            producer.send(topic, data, key.encode(), partition=partition).result(10.0)
-
-
-def price(code: str, cents: int) -> tuple[str, object]:
-    return code, {"code": code, "cents": cents}
-
-
-def committed(broker: RunningBroker, group: str = "prices.till-7") -> list[int]:
-    return [one["committed"] for one in broker.http("GET", f"/v1/groups/{group}")[1]["partitions"]]
 
 
 def test_a_view_is_the_latest_of_each_key(broker: RunningBroker, make: Callable[[str], App]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import msgspec
 import pytest
 
 from edgebroker.consumer.config import ENV_PREFIX, AppConfig
+from tests.kit.applications import read
 from tests.kit.brokers import running
 from tests.kit.waiting import wait_for
 
@@ -53,19 +53,10 @@ def test_the_tutorial(tmp_path: Path) -> None:
             command(run), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
         try:
-            database, question = re.fullmatch(r"sqlite3 '(file:.*)' \"(.*)\"", look).groups()  # type: ignore[union-attr]
+            database, question = re.fullmatch(r"sqlite3 'file:(.*)\?mode=ro' \"(.*)\"", look).groups()  # type: ignore[union-attr]
 
             def ask(sql: str) -> list[tuple[object, ...]]:
-                try:
-                    connection = sqlite3.connect(database.replace("file:", f"file:{tmp_path}/"), uri=True)
-                except sqlite3.OperationalError:
-                    return []
-                try:
-                    return connection.execute(sql).fetchall()
-                except sqlite3.OperationalError:
-                    return []
-                finally:
-                    connection.close()
+                return read(tmp_path / database, sql)
 
             wait_for(lambda: ask("SELECT sum(lines) FROM sold") == [(30_000,)], "every line is counted, once")
             ((key, description, price),) = ask(question)

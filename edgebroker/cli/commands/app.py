@@ -20,11 +20,12 @@ from edgebroker.cli.service import journal
 from edgebroker.common.config import parse_labels
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.runtime.clock import SystemClock
-from edgebroker.consumer.application import Application, load_module, read_application
 from edgebroker.consumer.config import LoadedConfig, load_app_config
 from edgebroker.consumer.database import NAME, AppDatabase, DatabaseError, is_damage, view_name
-from edgebroker.consumer.declarations import DeclarationError
+from edgebroker.consumer.declare.application import Application, load_module, read_application
+from edgebroker.consumer.declare.declarations import DeclarationError
 from edgebroker.consumer.instance import Instance, Settings, StoppedError
+from edgebroker.consumer.service import Service, StuckError
 
 log = logging.getLogger(__name__)
 
@@ -63,18 +64,22 @@ def run(options: argparse.Namespace) -> int:
     application = _read(options.source, loaded)
     database = AppDatabase(Path(settings.data_dir), clock.wall_ms())
     instance = Instance(application, database, Settings(settings.name, settings.node, settings.server, settings.force))
+    service = Service(instance, settings.stop_timeout)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: instance.stop())
+        signal.signal(number, lambda *_: service.stop())
     topics = ", ".join(application.topics)
     log.info(
         "application %s of node %s reads %s; its database is %s", settings.name, settings.node, topics, database.path
     )
-    _end(_until_stopped(instance, database))
+    _end(_until_stopped(service, database))
 
 
-def _until_stopped(instance: Instance, database: AppDatabase) -> int:
+def _until_stopped(service: Service, database: AppDatabase) -> int:
     try:
-        instance.run()
+        service.run()
+    except StuckError as error:
+        log.error("%s", error)
+        _start_again()
     except StoppedError as error:
         log.error("%s", error)
         return FAILED
@@ -90,6 +95,14 @@ def _until_stopped(instance: Instance, database: AppDatabase) -> int:
         return FAILED
     log.info("stopped")
     return OK
+
+
+def _start_again() -> NoReturn:
+    """Become a new process with the same number; what this one has open and its threads end with it."""
+    logging.shutdown()
+    sys.stdout.flush()
+    arguments = sys.argv[1:] if getattr(sys, "frozen", False) else sys.orig_argv[1:]
+    os.execv(sys.executable, [sys.executable, *arguments])
 
 
 def _end(code: int) -> NoReturn:

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edgebroker.consumer.application import Application, Handler, _overlap, load_module, read_application
-from edgebroker.consumer.declarations import DeclarationError, RetryPolicy
-from edgebroker.consumer.signatures import read_signature
+from edgebroker.consumer.declare.application import Application, Handler, _overlap, load_module, read_application
+from edgebroker.consumer.declare.declarations import DeclarationError, RetryPolicy
+from edgebroker.consumer.declare.signatures import read_signature
 
 HEAD = """
 import msgspec
@@ -127,7 +127,7 @@ def handler(key: str, headers: dict[str, str]) -> Handler:
     def call(value: bytes) -> None: ...
 
     pairs = tuple((name, value.encode()) for name, value in headers.items())
-    return Handler(key, pairs, 1, read_signature(call, {}), RetryPolicy(), call, "")
+    return Handler(key, pairs, 1, 30.0, read_signature(call, {}), RetryPolicy(), call, "")
 
 
 KEYS = st.sampled_from(["*", "a*", "ab*", "a", "ab", "abc", "b"])

@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 import msgspec
 import pytest
 
-from edgebroker.consumer.columns import Columns
+from edgebroker.consumer.declare.columns import Columns
 
 
 class Size(enum.Enum):

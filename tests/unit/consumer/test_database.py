@@ -12,8 +12,9 @@ import pytest
 
 from edgebroker.common.errors import ConfigError, DataDirectoryInUseError, FormatTooNewError
 from edgebroker.common.types import Position
-from edgebroker.consumer.columns import Columns
 from edgebroker.consumer.database import AppDatabase, DeadRecord
+from edgebroker.consumer.declare.columns import Columns
+from tests.kit import applications
 
 
 class Price(msgspec.Struct):
@@ -29,12 +30,7 @@ def database(tmp_path: Path) -> Iterator[AppDatabase]:
 
 
 def read(database: AppDatabase, sql: str) -> list[tuple[object, ...]]:
-    """As another program does."""
-    connection = sqlite3.connect(f"{database.path.as_uri()}?mode=ro", uri=True)
-    try:
-        return connection.execute(sql).fetchall()
-    finally:
-        connection.close()
+    return applications.read(database.path, sql)
 
 
 def test_rows_and_positions_in_one_transaction(database: AppDatabase) -> None:
@@ -120,6 +116,7 @@ def test_what_a_handler_may_not(database: AppDatabase, sql: str) -> None:
     database.view("prices", Columns(Price))
     with database.transaction():
         database.set_positions({("prices", 0): Position(b"i" * 16, 1, 8)})
+        database.lend()
         with pytest.raises(sqlite3.DatabaseError, match="a handler can neither begin nor end a"):
             database.execute(sql)
     assert database.positions()["prices", 0].next_offset == 8
@@ -129,6 +126,7 @@ def test_what_a_handler_may(database: AppDatabase) -> None:
     view = database.view("prices", Columns(Price))
     with database.transaction():
         database.put(view, [("a", "A", 5, 0, 6, 1000)], [])
+        database.lend()
         database.execute("CREATE TABLE sums (name TEXT PRIMARY KEY, sum INTEGER, _own INTEGER)")
         database.execute("CREATE INDEX by_sum ON sums (sum)")
         database.execute_many("INSERT INTO sums VALUES (?,?,?)", [("a", 1, 0), ("b", 2, 0)])

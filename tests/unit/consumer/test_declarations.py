@@ -19,7 +19,7 @@ from edgebroker.consumer import (
     on_start,
     retry_policy,
 )
-from edgebroker.consumer.declarations import RetryPolicy, notes_of
+from edgebroker.consumer.declare.declarations import RetryPolicy, notes_of
 
 
 class Price(msgspec.Struct):
@@ -36,7 +36,7 @@ def test_a_function_stays_what_it_is() -> None:
     notes = notes_of(handle)
     assert notes is not None and notes.policy == RetryPolicy(2, then="skip")
     (handler,) = notes.handlers
-    assert handler[:4] == ("prices", "sku-*", {"kind": "sale"}, 1)
+    assert handler[:5] == ("prices", "sku-*", {"kind": "sale"}, 1, 30.0)
     assert handler.signature.others == (Database,)
 
 
@@ -88,7 +88,8 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: message_handler("p", key="a*b")(handle), "key='a*b': write a key, a beginning followed by *"),
     (lambda: message_handler("p", batch=0)(several), "batch=0: between 1 and 10000"),
     (lambda: message_handler("p", batch=5)(handle), "write list[...] as its annotation"),
-    (lambda: message_handler("p")(waiting), "write def instead of async def"),
+    (lambda: message_handler("p", timeout=0)(handle), "timeout=0: seconds, up to 86400"),
+    (lambda: on_ready(waiting), "waiting is not waited for; write def, without async"),
     (lambda: message_handler("p")(strange), "parameter other has to be one of Database (SQL in the transaction)"),
     (lambda: retry_policy(max_attempts=0)(handle), "max_attempts=0: between 1 and"),
     (lambda: retry_policy(backoff=-1)(handle), "backoff=-1: seconds, up to 86400"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from edgebroker.client.refresh import Refresh
-from edgebroker.consumer.application import Topic
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.consumer.database import AppDatabase
-from edgebroker.consumer.effect import Effect, Portion
+from edgebroker.consumer.declare.application import Topic
 from edgebroker.consumer.generation import Generations
+from edgebroker.consumer.handling.calls import Calls
+from edgebroker.consumer.handling.effect import Effect, Portion
+from edgebroker.consumer.handling.watch import Watch
 
 
 class NotedDatabase(AppDatabase):
@@ -39,11 +43,13 @@ def test_a_switch_is_durable_before_the_broker_is_told(tmp_path: Path, owned: bo
     what a power cut takes."""
     database = NotedDatabase(tmp_path)
 
-    def apply(portion: Portion, also: Callable[[], None]) -> None:
+    def apply(portion: Portion, also: Callable[[int], None]) -> None:
         with database.transaction():
-            also()
+            also(-1)
 
-    effects = {"t": Effect(Topic("t", "shared", "earliest", None, []), database, "till-7", lambda: 1)}
+    clock = SystemClock()
+    calls = Calls(database, Watch(clock.monotonic), clock, "till-7", logging.getLogger("app"))
+    effects = {"t": Effect(Topic("t", "shared", "earliest", None, []), database, calls, lambda: 1)}
     generations = Generations(
         database, effects, apply, lambda *_: None, lambda *_: True, lambda topic: owned, lambda *_: None, force=False
     )

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from edgebroker.common.records import Record
-from edgebroker.consumer.signatures import Signature, read_signature
+from edgebroker.consumer.declare.signatures import Signature, read_signature
 
 
 class Price(msgspec.Struct):

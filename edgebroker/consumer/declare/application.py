@@ -14,8 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from edgebroker.consumer.columns import Columns
-from edgebroker.consumer.declarations import (
+from edgebroker.consumer.declare.columns import Columns
+from edgebroker.consumer.declare.declarations import (
     ConsumerNote,
     DeclarationError,
     HandlerNote,
@@ -24,21 +24,26 @@ from edgebroker.consumer.declarations import (
     notes_of,
     place_of,
 )
-from edgebroker.consumer.signatures import Signature
+from edgebroker.consumer.declare.signatures import Signature
 
 _PLACE = re.compile(r"\{(node|label\.([^{}]+))\}")
 
 
 class Handler(NamedTuple):
-    """`call` is the function, of a method bound; `where` its file and line."""
+    """`call` is the function, of a method bound; `where` its file and line. `timeout` in seconds."""
 
     key: str
     headers: tuple[tuple[str, bytes], ...]
     batch: int
+    timeout: float
     signature: Signature
     policy: RetryPolicy
     call: Callable[..., Any]
     where: str
+
+    @property
+    def is_async(self) -> bool:
+        return inspect.iscoroutinefunction(self.call)
 
     def takes(self, key: bytes | None, headers: tuple[tuple[str, bytes | None], ...]) -> bool:
         """Is a record with this key and these headers for it?"""
@@ -66,6 +71,10 @@ class Hook(NamedTuple):
     seconds: float
     wants_database: bool
     call: Callable[..., Any]
+
+    @property
+    def name(self) -> str:
+        return getattr(self.call, "__name__", "a hook")
 
 
 class Application(NamedTuple):
@@ -118,7 +127,9 @@ def read_application(module: ModuleType, node: str, labels: Mapping[str, str]) -
         name = _named(topic, node, labels, where)
         found = topics.setdefault(name, Topic(name, "each", "earliest", None, []))
         headers = tuple((header, value.encode()) for header, value in note.headers.items())
-        handler = Handler(note.key, headers, note.batch, note.signature, policy or RetryPolicy(), call, where)
+        handler = Handler(
+            note.key, headers, note.batch, note.timeout, note.signature, policy or RetryPolicy(), call, where
+        )
         for other in found.handlers:
             if _overlap(handler, other):
                 raise DeclarationError(

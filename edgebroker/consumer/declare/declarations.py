@@ -6,14 +6,17 @@ A mistake is found while the module is imported, and names the file, the line, a
 from __future__ import annotations
 
 import inspect
+import logging
 import random
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, TypeVar
 
+import msgspec
+
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.names import check_topic_name
-from edgebroker.consumer.columns import Columns
-from edgebroker.consumer.signatures import Signature, parameters_of, read_signature
+from edgebroker.consumer.declare.columns import Columns
+from edgebroker.consumer.declare.signatures import Signature, parameters_of, read_signature
 
 F = TypeVar("F", bound=Callable[..., Any])
 T = TypeVar("T")
@@ -21,6 +24,7 @@ T = TypeVar("T")
 NOTE = "__edgebroker__"
 Then = Literal["dead_letter", "skip", "stop"]
 MOST_BATCH, MOST_ATTEMPTS, MOST_SECONDS = 10_000, 1_000_000, 86_400.0
+MOST_SENT_BYTES = 1 << 20
 
 
 class DeclarationError(ConfigError):
@@ -49,12 +53,13 @@ class RetryPolicy(NamedTuple):
 
 
 class HandlerNote(NamedTuple):
-    """`topic` "": that of the class. `key` is a key, a prefix followed by *, or * for all."""
+    """`topic` "": that of the class. `key` is a key, a prefix followed by *, or * for all. `timeout` in seconds."""
 
     topic: str
     key: str
     headers: Mapping[str, str]
     batch: int
+    timeout: float
     signature: Signature
 
 
@@ -102,6 +107,46 @@ class Database:
         self._execute_many(sql, rows)
 
 
+class Outbox:
+    """Records to publish, stored in the transaction that has the record's position, and sent when it is stored.
+
+    Those of a topic are sent in the order in which they were given, and each at least once: a record whose answer is
+    lost with the process is sent again.
+    """
+
+    def __init__(self, send: Callable[..., None]) -> None:
+        self._send = send
+
+    def send(
+        self, topic: str, value: object, key: str | bytes | None = None, *, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Publish a record once this transaction is stored.
+
+        Args:
+            topic: the name of the topic.
+            value: bytes and str as they are, None for a deletion; everything else becomes JSON.
+            key: the key; text becomes UTF-8.
+            headers: names and values that are sent with it.
+
+        Raises:
+            ValueError: it can never be sent: the topic has a name that is not allowed, or it is larger than 1 MiB.
+        """
+        problem = check_topic_name(topic)
+        if problem:
+            raise ValueError(f"topic {topic!r}: {problem}")
+        data = value if value is None or isinstance(value, bytes) else _encode(value)
+        raw = key.encode() if isinstance(key, str) else key
+        pairs = list((headers or {}).items())
+        size = len(data or b"") + len(raw or b"") + sum(len(name) + len(text) for name, text in pairs)
+        if size > MOST_SENT_BYTES:
+            raise ValueError(f"a record of {size:,} bytes cannot be sent; at most {MOST_SENT_BYTES:,}")
+        self._send(topic, raw, data, msgspec.json.encode(pairs) if pairs else None)
+
+
+def _encode(value: object) -> bytes:
+    return value.encode() if isinstance(value, str) else msgspec.json.encode(value)
+
+
 class Context(NamedTuple):
     """What a handler may want to know beside the value.
 
@@ -109,14 +154,22 @@ class Context(NamedTuple):
         record: the record; of a batch the first one.
         attempt: 1, or more when it failed before.
         node: the name of the node that this instance belongs to.
+        logger: where the handler may log; its lines are with those of the application.
+        deadline: when the handler has to be done, as time.monotonic() tells time.
     """
 
     record: Any
     attempt: int
     node: str
+    logger: logging.Logger
+    deadline: float
 
 
-FOR_HANDLERS: Mapping[type, str] = {Database: "SQL in the transaction", Context: "about the record"}
+FOR_HANDLERS: Mapping[type, str] = {
+    Database: "SQL in the transaction",
+    Outbox: "records to publish with it",
+    Context: "about the record",
+}
 
 
 def notes_of(target: object) -> Notes | None:
@@ -186,14 +239,16 @@ def message_handler(
     key: str = "*",
     headers: Mapping[str, str] | None = None,
     batch: int = 1,
+    timeout: float = 30.0,
 ) -> Callable[[F], F]:
-    """Call a function with the records of a topic, in the order of each partition.
+    """Call a function, `async` or not, with the records of a topic, in the order of each partition.
 
     Args:
         topic: its name; not needed in a class that is a consumer.
         key: only records with this key, or one that begins so ("sku-*").
         headers: only records that have these headers, with these values.
         batch: how many records a function gets at most whose first parameter is a list.
+        timeout: seconds; a call that takes longer counts as failed. It is looked at every quarter of a second.
 
     Raises:
         DeclarationError: something of this cannot work.
@@ -211,15 +266,15 @@ def message_handler(
             raise wrong(f'key={key!r}: write a key, a beginning followed by *, or "*" for all')
         if not 1 <= batch <= MOST_BATCH:
             raise wrong(f"batch={batch}: between 1 and {MOST_BATCH}")
-        if inspect.iscoroutinefunction(function):
-            raise wrong("it is called in a transaction, which does not wait; write def instead of async def")
+        if not 0 < timeout <= MOST_SECONDS:
+            raise wrong(f"timeout={timeout}: seconds, up to {MOST_SECONDS:g}")
         try:
             signature = read_signature(function, FOR_HANDLERS)
         except TypeError as error:
             raise wrong(str(error)) from None
         if batch > 1 and not signature.batch:
             raise wrong(f"batch={batch}: its first parameter gets one record; write list[...] as its annotation")
-        _notes(function).handlers.append(HandlerNote(topic, key, dict(headers or {}), batch, signature))
+        _notes(function).handlers.append(HandlerNote(topic, key, dict(headers or {}), batch, timeout, signature))
         return function
 
     return note
@@ -310,6 +365,8 @@ def every(seconds: float) -> Callable[[F], F]:
 
 
 def _hook(function: F, moment: str, seconds: float = 0.0) -> F:
+    if inspect.iscoroutinefunction(function):
+        raise DeclarationError(f"{place_of(function)}: {function.__name__} is not waited for; write def, without async")
     parameters = parameters_of(function)
     hints = inspect.get_annotations(function, eval_str=True)
     if parameters and (len(parameters) > 1 or hints.get(parameters[0].name) is not Database):

@@ -3,22 +3,23 @@
     portion of a delivery -> decoded -> rows of the view -> handlers, in the order of the records
 
 A value that cannot be decoded is given up at once: no attempt would help. A handler that raises ends the transaction;
-FailedRecord says which record it was.
+FailedRecord says which record it was. Records of a topic that instances share are given up by the broker: one that
+cannot be decoded is a FailedRecord there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
 from edgebroker.common.records import Record
 from edgebroker.common.types import TopicPartition
-from edgebroker.consumer.application import Handler, Topic
 from edgebroker.consumer.database import AppDatabase, DeadRecord, NotStorableError, View, is_damage, is_shortage
-from edgebroker.consumer.declarations import Context, Database
+from edgebroker.consumer.declare.application import Handler, Topic
+from edgebroker.consumer.handling.calls import CallFailedError, Calls
 
 MOST_REASON = 1000
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
@@ -32,6 +33,10 @@ class Portion(NamedTuple):
     attempt: int = 1
 
 
+class HopelessError(Exception):
+    """No further attempt is made with a record; the text says why."""
+
+
 class FailedRecord(Exception):
     """A handler raised. `before` are how many records of the portion come before the one that failed."""
 
@@ -43,12 +48,25 @@ class FailedRecord(Exception):
     def record(self) -> Record:
         return self.portion.records[self.before]
 
+    @property
+    def why(self) -> str:
+        if isinstance(self.error, HopelessError):
+            return str(self.error)
+        return f"{type(self.error).__name__}: {self.error}"
+
+    def is_final(self, attempts: int) -> bool:
+        """Is there no attempt after so many?"""
+        policy = self.handler.policy
+        if isinstance(self.error, HopelessError):
+            return True
+        return attempts >= policy.max_attempts or not isinstance(self.error, policy.retry_on)
+
 
 class Effect:
     """Of one topic. Belongs to the thread of the database."""
 
-    def __init__(self, topic: Topic, database: AppDatabase, node: str, wall_ms: Callable[[], int]) -> None:
-        self._topic, self._database, self._node, self._wall_ms = topic, database, node, wall_ms
+    def __init__(self, topic: Topic, database: AppDatabase, calls: Calls, wall_ms: Callable[[], int]) -> None:
+        self._topic, self._database, self._calls, self._wall_ms = topic, database, calls, wall_ms
         self._view: View | None = database.view(topic.name, topic.view) if topic.view is not None else None
         # The generation that is loaded beside it, and the partitions whose records go there.
         self._next: View | None = None
@@ -56,7 +74,6 @@ class Effect:
         if self._view is not None and self._loading:
             with database.transaction():
                 self._next = database.next_generation(self._view)
-        self._sql = Database(database.execute, database.execute_many)
         self._decode: Callable[[bytes], Any] | None = None
         if topic.view is not None:
             self._decode = msgspec.json.Decoder(topic.view.kind).decode
@@ -147,58 +164,51 @@ class Effect:
 
     # ---- handlers ----
 
+    def handler_of(self, record: Record) -> Handler | None:
+        """Who gets a record."""
+        for handler in self._topic.handlers:
+            if handler.takes(record.key, record.headers) and (record.value is not None or handler.signature.deletions):
+                return handler
+        return None
+
     def _call_all(self, handler: Handler, portion: Portion, records: Sequence[Record]) -> None:
         if handler.key != "*" or handler.headers:
             records = [record for record in records if handler.takes(record.key, record.headers)]
         if not handler.signature.deletions:
             records = [record for record in records if record.value is not None]
-        decode, found, values = handler.signature.decode, [], []
+        decode, found, values = handler.signature.decode, list[Record](), list[Any]()
         for record in records:
             try:
                 values.append(decode(record) if record.value is not None else None)
             except _UNDECODABLE as error:
-                self.bury(record, 1, f"the value is not as expected: {error}")
+                why = f"the value is not as expected: {error}"
+                if self._topic.scope == "shared":
+                    # What comes before it is handled first.
+                    self._call(handler, portion, found, values)
+                    self._failed(handler, portion, record, HopelessError(why))
+                self.bury(record, 1, why)
             else:
                 found.append(record)
-        if handler.signature.batch:
-            self._call_with_batches(handler, portion, found, values)
-        else:
-            self._call_with_each(handler, portion, found, values)
+        self._call(handler, portion, found, values)
 
-    def _call_with_each(self, handler: Handler, portion: Portion, records: list[Record], values: list[Any]) -> None:
-        call, others, done = handler.call, handler.signature.others, 0
+    def _call(self, handler: Handler, portion: Portion, records: list[Record], values: list[Any]) -> None:
+        if not records:
+            return
+        attempts = portion.attempt if records[0] is portion.records[0] else 1
         try:
-            if not others:
-                for value in values:
-                    call(value)
-                    done += 1
-                return
-            for value, record in zip(values, records, strict=True):
-                call(value, *self._others(others, portion, record))
-                done += 1
-        except Exception as error:
-            if is_shortage(error) or is_damage(error):
-                raise  # it is not about the record
-            raise FailedRecord(portion, _place(portion, records[done]), handler, error) from error
+            if handler.signature.batch:
+                self._calls.batches(handler, values, records, attempts)
+            else:
+                self._calls.each(handler, values, records, attempts)
+        except CallFailedError as failure:
+            if is_shortage(failure.error) or is_damage(failure.error):
+                raise failure.error from None  # it is not about the record
+            self._failed(handler, portion, records[failure.before * handler.batch], failure.error)
 
-    def _call_with_batches(self, handler: Handler, portion: Portion, records: list[Record], values: list[Any]) -> None:
-        others = handler.signature.others
-        for first in range(0, len(values), handler.batch):
-            try:
-                batch = values[first : first + handler.batch]
-                handler.call(batch, *self._others(others, portion, records[first]))
-            except Exception as error:
-                if is_shortage(error) or is_damage(error):
-                    raise
-                raise FailedRecord(portion, _place(portion, records[first]), handler, error) from error
-
-    def _others(self, others: tuple[type, ...], portion: Portion, record: Record) -> list[object]:
-        attempt = portion.attempt if record is portion.records[0] else 1
-        return [self._sql if kind is Database else Context(record, attempt, self._node) for kind in others]
-
-
-def _place(portion: Portion, record: Record) -> int:
-    return next(place for place, one in enumerate(portion.records) if one is record)
+    @staticmethod
+    def _failed(handler: Handler, portion: Portion, record: Record, error: BaseException) -> NoReturn:
+        before = next(place for place, one in enumerate(portion.records) if one is record)
+        raise FailedRecord(portion, before, handler, error) from error
 
 
 def portions_of(records: Sequence[Record]) -> list[Portion]:
