@@ -2,6 +2,7 @@
 
 from edgebroker.broker.admin.exposition import families
 from edgebroker.broker.observe.problems import ADVICE
+from edgebroker.consumer.rest.metrics import NUMBERS, TOPIC_NUMBERS
 
 HEAD = """# Metrics
 
@@ -39,6 +40,14 @@ The values of the label `problem`, and what to do; [operations.md](operations.md
 | Problem | Do |
 |---|---|
 """
+APPLICATIONS = """
+## Applications
+
+`GET /metrics` of an application ([consumer.md](consumer.md)), at the address of its key `http`.
+
+| Metric | Kind | Labels | Meaning |
+|---|---|---|---|
+"""
 
 
 def page() -> str:
@@ -47,7 +56,9 @@ def page() -> str:
         f"| `{family.name}` | {family.kind} | {', '.join(family.labels)} | {family.help} |\n" for family in families()
     ]
     problems = [f"| `{name}` | {text} |\n" for name, text in ADVICE.items()]
-    return HEAD + "".join(rows) + PROBLEMS + "".join(problems)
+    of_applications = [f"| `{one.name}` | {one.kind} | | {one.help} |\n" for one in NUMBERS]
+    of_applications += [f"| `{one.name}` | {one.kind} | topic | {one.help} |\n" for one in TOPIC_NUMBERS]
+    return HEAD + "".join(rows) + PROBLEMS + "".join(problems) + APPLICATIONS + "".join(of_applications)
 
 
 if __name__ == "__main__":

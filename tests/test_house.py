@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "client": {"common", "network"},
     "pipe": {"common"},
     "broker": {"common", "storage", "network", "pipe", "version"},
-    "consumer": {"common", "storage", "network", "client"},
+    "consumer": {"common", "storage", "network", "client", "version"},
     "cli": {"common", "storage", "network", "client", "pipe", "broker", "consumer", "version"},
 }
 TOP = ("__init__.py", "__main__.py", "version.py")
@@ -38,7 +38,10 @@ LINES = {
         "arguments", "lifetime", "servers", "link", "refresh", "consume", "publish", "consumer", "producer",
         "asynchronous",
     ],
-    "consumer": ["config", "declare", "database", "reader", "handling", "generation", "instance", "service"],
+    "consumer": [
+        "config", "declare", "database", "reader", "handling", "generation", "subscriptions", "instance", "rest",
+        "service",
+    ],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",
         "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
@@ -75,7 +78,7 @@ HOMES = {
     "os.environ": {"common/config.py", "cli/environment.py"},
     "time": {"common/runtime/clock.py"},
     "psutil": {"broker/observe/host.py", "cli/bench/target.py"},
-    "prometheus_client": {"broker/admin/exposition.py"},
+    "prometheus_client": {"broker/admin/exposition.py", "consumer/rest/metrics.py"},
     "httptools": {"network/http/request_reader.py", "network/http/client.py"},
 }
 SOCKETS = {

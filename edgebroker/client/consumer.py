@@ -170,6 +170,12 @@ class Consumer:
             return {key for key, state in self._subscriber.partitions.items() if state.held}
 
     @property
+    def silent_seconds(self) -> float:
+        """How long ago the broker sent something, if only that there is nothing new; infinite while it is not
+        connected. Any thread."""
+        return self._subscriber.link.silent_seconds
+
+    @property
     def closed(self) -> bool:
         """True after close(). Any thread."""
         return self._subscriber.closed

@@ -11,6 +11,7 @@ import os
 import random
 import socket
 from collections.abc import Callable
+from math import inf
 from typing import Protocol
 
 from edgebroker.client.servers import PORT, Servers
@@ -286,6 +287,14 @@ class Link:
             return
         self._transport.send(frames.write_heartbeat([]))
         self._heartbeat = self._loop.call_later(self.grants.heartbeat_ms / 2000, self._beat)
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long the broker has sent nothing; inf while it is not connected. Any thread."""
+        transport = self._transport
+        if transport is None or self.grants is None:
+            return inf
+        return self._loop.clock_now() - transport.last_received
 
     def _plain_connect(self) -> Connect:
         return Connect(frames.PROTOCOL_VERSION, 0, self.client_id, self.token, -1, -1, [])

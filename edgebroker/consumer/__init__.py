@@ -26,12 +26,15 @@ from edgebroker.consumer.declare.declarations import (
     on_stop,
     retry_policy,
 )
+from edgebroker.consumer.declare.routes import HttpError, Query, route
 
 __all__ = [
     "Context",
     "Database",
     "DeclarationError",
+    "HttpError",
     "Outbox",
+    "Query",
     "consumer",
     "every",
     "message_handler",
@@ -40,4 +43,5 @@ __all__ = [
     "on_start",
     "on_stop",
     "retry_policy",
+    "route",
 ]

@@ -11,7 +11,7 @@ import msgspec
 import tomli
 from msgspec import Struct
 
-from edgebroker.common.config import about, parse_labels
+from edgebroker.common.config import about, is_loopback, parse_labels
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.names import check_group_name
 from edgebroker.common.runtime.text_file import read_text
@@ -31,6 +31,10 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: Annotated[str, about(
         "HOST:PORT of the broker; several with commas, the best first")] = "127.0.0.1:7420"
     data_dir: Annotated[str, about("where the local database is; empty: edgebroker-NAME in the current directory")] = ""
+    http: Annotated[str, about(
+        "HOST:PORT at which it answers over HTTP; none: only at the unix socket http.sock in its data directory")
+        ] = "127.0.0.1:7430"
+    allow_insecure: Annotated[bool, about("allow an address off loopback without TLS and authentication")] = False
     stop_timeout: Annotated[float, msgspec.Meta(ge=0, le=3600), about(
         "seconds in which it finishes what it has begun when it is stopped; then it ends")] = 10.0
     force: Annotated[bool, about(
@@ -107,6 +111,19 @@ def _wrong(config: AppConfig) -> list[tuple[str, str]]:
         parse_labels(config.labels)
     except ValueError as error:
         found.append(("labels", str(error)))
+    host, _, port = config.http.rpartition(":")
+    if config.http == "none":
+        pass
+    elif not host or not port.isdecimal() or int(port[:6]) > 65535:
+        found.append(("http", f"{config.http!r}: HOST:PORT is expected, for example 127.0.0.1:7430, or none"))
+    elif not is_loopback(config.http) and not config.allow_insecure:
+        found.append(
+            (
+                "http",
+                f"{config.http!r}: other machines could read everything, there is no TLS or authentication yet; "
+                "listen on 127.0.0.1, or set allow_insecure = true",
+            )
+        )
     return [(name, why.replace("group names are", "it is")) for name, why in found if why]
 
 

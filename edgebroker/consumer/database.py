@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS _positions (topic TEXT, partition INTEGER, log_id BLO
 CREATE TABLE IF NOT EXISTS _generations (topic TEXT PRIMARY KEY, name TEXT UNIQUE, generation INTEGER,
     columns TEXT) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS _dead (topic TEXT, partition INTEGER, "offset" INTEGER, key BLOB, value BLOB,
-    attempts INTEGER, reason TEXT, at_ms INTEGER, PRIMARY KEY (topic, partition, "offset")) WITHOUT ROWID;
+    attempts INTEGER, reason TEXT, at_ms INTEGER, timestamp INTEGER, headers TEXT,
+    PRIMARY KEY (topic, partition, "offset")) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS _loading (topic TEXT, partition INTEGER, reset_id TEXT, log_id BLOB, epoch INTEGER,
     next_offset INTEGER, target INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS _outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT, key BLOB, value BLOB,
@@ -64,6 +65,7 @@ _ON_SECOND = {
     sqlite3.SQLITE_ALTER_TABLE,
 }  # fmt: skip
 _CHANGES |= _ON_SECOND
+_THIS_DEAD = 'WHERE topic=? AND partition=? AND "offset"=?'
 Row = tuple[Any, ...]
 
 
@@ -105,6 +107,9 @@ class DeadRecord(NamedTuple):
     attempts: int
     reason: str
     at_ms: int
+    timestamp: int
+    headers: str
+    """As JSON: pairs of a name and a value in base64, or null."""
 
 
 class Loading(NamedTuple):
@@ -142,8 +147,9 @@ class AppDatabase:
         self._by_handler = False
         # The thread that runs a handler now.
         self._lent_to = 0
-        # Rows of the outbox: those that are stored, and those of the transaction.
+        # Rows of the outbox and dead records: those that are stored, and those of the transaction.
         self.outgoing = self._sending = 0
+        self.dead = self._burying = 0
         if self._mark.exists():
             self._move_aside(wall_ms)
         try:
@@ -182,6 +188,7 @@ class AppDatabase:
         files.sync_directory(self.path.parent)
         self.sync()
         self.outgoing = connection.execute("SELECT count(*) FROM _outbox").fetchone()[0]
+        self.dead = connection.execute("SELECT count(*) FROM _dead").fetchone()[0]
 
     def _make_schema(self) -> None:
         connection = self._connection
@@ -201,11 +208,12 @@ class AppDatabase:
     def transaction(self) -> Iterator[None]:
         """All of it or nothing; durable with the next sync()."""
         self._connection.execute(_BEGIN)
-        self._sending = 0
+        self._sending = self._burying = 0
         try:
             yield
             self._connection.execute(_COMMIT)
             self.outgoing += self._sending
+            self.dead += self._burying
         except BaseException:
             if self._connection.in_transaction:
                 self._connection.execute(_ROLLBACK)
@@ -215,9 +223,13 @@ class AppDatabase:
         """Make everything that was committed durable. Raises OSError."""
         files.sync_file(self._wal)
 
+    def wal_bytes(self) -> int:
+        """The size of the -wal. Any thread."""
+        return files.size_of(self._wal)
+
     def held_up(self) -> int:
         """The bytes of the -wal if it is large and another program, which sees what was before, keeps it so; else 0."""
-        size = files.size_of(self._wal)
+        size = self.wal_bytes()
         if size <= WAL_BYTES:
             return 0
         _, pages, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
@@ -391,8 +403,26 @@ class AppDatabase:
         )
 
     def bury(self, dead: DeadRecord) -> None:
-        """Keep a record that was given up."""
-        self._connection.execute("INSERT OR REPLACE INTO _dead VALUES (?,?,?,?,?,?,?,?)", dead)
+        """Keep a record that was given up; within a transaction."""
+        self.unbury(*dead[:3])
+        self._connection.execute("INSERT INTO _dead VALUES (?,?,?,?,?,?,?,?,?,?)", dead)
+        self._burying += 1
+
+    def dead_record(self, topic: str, partition: int, offset: int) -> DeadRecord | None:
+        """A record that was given up, as it is kept."""
+        row = self._connection.execute(f"SELECT * FROM _dead {_THIS_DEAD}", (topic, partition, offset)).fetchone()
+        return DeadRecord(*row) if row is not None else None
+
+    def unbury(self, topic: str, partition: int, offset: int) -> None:
+        """Keep it no longer; within a transaction."""
+        found = self._connection.execute(f"DELETE FROM _dead {_THIS_DEAD}", (topic, partition, offset))
+        self._burying -= found.rowcount
+
+    def offset_of(self, view: View, key: str | bytes) -> int:
+        """The offset of the record that a row of a view is of; -1: there is no row."""
+        table = _table(view.name, view.generation)
+        row = self._connection.execute(f'SELECT _offset FROM "{table}" WHERE key=?', (key,)).fetchone()
+        return row[0] if row is not None else -1
 
     # ---- the outbox ----
 
@@ -413,9 +443,11 @@ class AppDatabase:
     def bury_unsent(self, number: int, reason: str, at_ms: int) -> None:
         """Keep a record of the outbox that can never be sent as a dead one; within a transaction."""
         self._connection.execute(
-            "INSERT OR REPLACE INTO _dead SELECT topic, -1, number, key, value, 1, ?, ? FROM _outbox WHERE number=?",
-            (reason, at_ms, number),
+            "INSERT INTO _dead SELECT topic, -1, number, key, value, 1, ?, ?, ?, coalesce(headers, '[]') FROM _outbox "
+            "WHERE number=?",
+            (reason, at_ms, at_ms, number),
         )
+        self._burying += 1
         self.remove_sent([number])
 
     # ---- ending ----

@@ -9,47 +9,57 @@ the acknowledgement: a record that comes again is passed over.
 from __future__ import annotations
 
 import logging
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Protocol
 
-from edgebroker.client.consumer import Consumer
-from edgebroker.common.errors import AnswerError, Code, UnreachableError
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.types import Position, TopicPartition
-from edgebroker.consumer.database import AppDatabase, DatabaseError, is_shortage
-from edgebroker.consumer.declare.application import Application, Hook, Topic
+from edgebroker.consumer.config import AppConfig
+from edgebroker.consumer.database import AppDatabase, DatabaseError, Row, is_shortage
+from edgebroker.consumer.declare.application import Application, Hook
 from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.calls import Calls
-from edgebroker.consumer.handling.effect import MOST_REASON, Effect, FailedRecord, HopelessError, Portion, portions_of
+from edgebroker.consumer.handling.dead_records import DeadRecords
+from edgebroker.consumer.handling.effect import (
+    MOST_REASON,
+    Changed,
+    Effect,
+    FailedRecord,
+    HopelessError,
+    Portion,
+    portions_of,
+)
 from edgebroker.consumer.handling.in_hand import MOST_DEATHS, InHand
 from edgebroker.consumer.handling.outbox import OutboxSender
 from edgebroker.consumer.handling.watch import Watch
+from edgebroker.consumer.subscriptions import REMIND_SECONDS, Subscriptions
 
 log = logging.getLogger(__name__)
 
 # A transaction takes what has arrived: at most so many records, and what came within so long.
 MOST_RECORDS, GATHER_SECONDS = 5000, 0.05
 SYNC_SECONDS, PRESENCE_SECONDS, RETRY_SECONDS = 1.0, 10.0, 1.0
-# What may be in flight, and what of it may be unacknowledged before the next second.
-WINDOW_RECORDS, WINDOW_BYTES, UNACKED_BYTES = 1 << 20, 16 << 20, 4 << 20
+# What may be unacknowledged before the next second.
+UNACKED_BYTES = 4 << 20
 WAIT_SECONDS = 0.2
-# An application works without its broker; so long after it went, and so often, the log says so.
-AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
-ASK_SECONDS = 10.0
+# How often it is looked whether anything is missing.
+CURRENT_SECONDS = 0.2
 # No more records are taken while so many wait in the outbox.
 MOST_OUTGOING = 100_000
 
 
-class Settings(NamedTuple):
-    """`name` is that of the application, `node` that of the node that it belongs to; `force`: show what was loaded
-    again although it is much smaller."""
+class Observer(Protocol):
+    """Who is told what readers of the views see anew. Called in the thread of run(); must not wait."""
 
-    name: str
-    node: str
-    server: str
-    force: bool = False
+    def published(self, topic: str, rows: Sequence[Row], deleted: Sequence[Row]) -> None:
+        """Rows were set, as the table has them, and keys deleted: (key, partition, offset)."""
+
+    def reset(self, topic: str) -> None:
+        """A topic was loaded again."""
 
 
 class EndedError(Exception):
@@ -70,10 +80,17 @@ class _Waiting:
 
 
 class Instance:
-    """run() belongs to one thread. `watch` sees what that thread calls."""
+    """run() belongs to one thread. `watch` sees what that thread calls; jobs are run by it between two transactions."""
 
-    def __init__(self, application: Application, database: AppDatabase, settings: Settings) -> None:
+    def __init__(
+        self, application: Application, database: AppDatabase, settings: AppConfig, observer: Observer
+    ) -> None:
         self._database, self._clock, self._stopping = database, SystemClock(), False
+        self._observer = observer
+        self._jobs: deque[Callable[[], None]] = deque()
+        # For whoever asks, any thread: records whose effect is stored, attempts that failed.
+        self.records = self.failures = 0
+        self._current_due = 0.0
         self.watch = Watch(self._clock.monotonic)
         self._calls = Calls(database, self.watch, self._clock, settings.node, log)
         self._positions = database.positions()
@@ -82,6 +99,7 @@ class Instance:
             for name, topic in application.topics.items()
         }
         self._topics = application.topics
+        self.dead_records = DeadRecords(database, self._effects)
         self._in_hand = InHand(database.path.parent)
         self._outgoing, self._full_outbox = OutboxSender(database.path, settings.server, self._clock), False
         self._generations = Generations(
@@ -97,8 +115,16 @@ class Instance:
         # Topics of which a partition is loaded again, and of which the others have to be asked for.
         self._incomplete: set[str] = set()
         self._asked: dict[str, set[int]] = {}
-        self._consumers = self._subscribe(settings)
-        self._of_topic = {topic: consumer for consumer, topics in self._consumers.items() for topic in topics}
+        self.subscriptions = Subscriptions(
+            self._topics,
+            settings.name,
+            settings.node,
+            settings.server,
+            self._clock,
+            self._positions,
+            self._generations,
+            self._lost,
+        )
         # What was received and is not stored yet; nothing more is asked for before it is.
         self._held: list[Portion] = []
         self._short = False
@@ -109,40 +135,29 @@ class Instance:
         self._sync_due = self._presence_due = self._away_due = self._held_up_due = 0.0
         self._hooks = application.hooks
         self._hooks_due = {hook: self._clock.monotonic() + hook.seconds for hook in application.hooks if hook.seconds}
-        # Where each partition ended when it was given.
-        self._goals: dict[TopicPartition, int] = {}
-        self._ready = False
-
-    def _subscribe(self, settings: Settings) -> dict[Consumer, list[str]]:
-        """One consumer for the topics of a scope that begin at the same place."""
-        kinds: dict[tuple[str, str], list[Topic]] = {}
-        for topic in self._topics.values():
-            kinds.setdefault((topic.scope, topic.start), []).append(topic)
-        found = {}
-        for (scope, start), topics in kinds.items():
-            names = [topic.name for topic in topics]
-            own = {key: one for key, one in self._positions.items() if key[0] in names}
-            consumer = Consumer(
-                settings.server,
-                names,
-                f"{settings.name}.{settings.node}" if scope == "each" else settings.name,
-                start="latest" if start == "latest" else "earliest",
-                positions=own if scope == "each" else None,
-                auto_ack=False,
-                on_revoked=self._lost,
-                on_gap=lambda gap: log.warning("%s", gap),
-                timeout=AWAY_SECONDS,
-                staging=self._generations,
-                window_records=WINDOW_RECORDS,
-                window_bytes=WINDOW_BYTES,
-            )
-            found[consumer] = names
-        return found
+        self.ready = False
 
     def stored(self, topic: str, partition: int) -> int:
         """The offset behind the last record of a partition whose effect is stored. Any thread."""
         position = self._positions.get((topic, partition))
         return position.next_offset if position is not None else 0
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Have run() do something between two transactions. Any thread."""
+        self._jobs.append(job)
+
+    def positions(self) -> dict[tuple[str, int], Position]:
+        """Where reading goes on, of topics whose positions are kept here. Any thread."""
+        return dict(self._positions)
+
+    def loading(self) -> set[tuple[str, int]]:
+        """The partitions that are loaded again. Any thread."""
+        return {(topic, partition) for topic, effect in self._effects.items() for partition in effect.loading()}
+
+    @property
+    def waiting(self) -> int:
+        """Partitions whose first record waits for another attempt. Any thread."""
+        return len(self._waiting)
 
     def stop(self) -> None:
         """End soon: what has begun is finished. Any thread."""
@@ -166,8 +181,7 @@ class Instance:
             try:
                 self._acknowledge()
             finally:
-                for consumer in self._consumers:
-                    consumer.close()
+                self.subscriptions.close()
                 self._outgoing.close()
                 self._in_hand.close()
                 try:
@@ -181,8 +195,7 @@ class Instance:
         if not self._short:
             self._short = True
             log.error("nothing can be stored: %s; what is here is served, and it is tried again every second", error)
-        for consumer in self._consumers:
-            consumer.in_progress()
+        self.subscriptions.in_progress()
         sleep(RETRY_SECONDS)
 
     def _turn(self) -> None:
@@ -205,14 +218,19 @@ class Instance:
             self._look_at_readers(now)
         if self._waiting and now >= self._presence_due:
             self._presence_due = now + PRESENCE_SECONDS
-            for consumer in self._consumers:
-                consumer.in_progress()
+            self.subscriptions.in_progress()
         for hook, due in self._hooks_due.items():
             if now >= due:
                 self._call_hook(hook)
                 self._hooks_due[hook] = self._clock.monotonic() + hook.seconds
-        if not self._ready and self._is_ready():
-            self._ready = True
+        if now >= self._current_due:
+            self._current_due = now + CURRENT_SECONDS
+            if not self._held and not self._waiting:
+                self.subscriptions.note_current()
+        while self._jobs:
+            self._jobs.popleft()()
+        if not self.ready and not self._waiting and not self._held and self.subscriptions.are_complete():
+            self.ready = True
             log.info("ready: everything is there that was published when this began")
             self._call_hooks("ready")
 
@@ -234,35 +252,19 @@ class Instance:
             return
         count, until = 0, self._clock.monotonic() + GATHER_SECONDS
         wait = self._wait()
-        for consumer in self._consumers:
-            while records := self._poll(consumer, wait):
+        for consumer in self.subscriptions.consumers:
+            while records := self.subscriptions.poll(consumer, wait):
                 wait = 0.0
                 count += len(records)
                 self._held += [one for one in map(self._new, portions_of(records)) if one is not None]
                 if count >= MOST_RECORDS or self._clock.monotonic() >= until:
                     break
 
-    def _poll(self, consumer: Consumer, wait: float) -> list[Record]:
-        try:
-            return consumer.poll(wait)
-        except UnreachableError as error:
-            now = self._clock.monotonic()
-            if now >= self._away_due:
-                self._away_due = now + REMIND_SECONDS
-                log.warning("%s; what is here is served meanwhile", error)
-            sleep(wait)
-            return []
-        except AnswerError as error:
-            if error.code is not Code.UNKNOWN_TOPIC:
-                raise
-            log.warning("%s; what is here is served meanwhile, and it is waited for", error)
-            return []
-
     def _wait(self) -> float:
         """How long to wait for records: until something else is due."""
         now = self._clock.monotonic()
         due = [now + WAIT_SECONDS, *(one.due for one in self._waiting.values()), *self._hooks_due.values()]
-        return max(0.0, min(due) - now) / len(self._consumers)
+        return max(0.0, min(due) - now) / len(self.subscriptions.consumers)
 
     def _new(self, portion: Portion) -> Portion | None:
         """The part of a portion that has had no effect yet, unless its partition waits."""
@@ -283,7 +285,7 @@ class Instance:
         return portion._replace(records=records) if records else None
 
     def _after(self, record: Record) -> Position:
-        return self._of_topic[record.topic].position_after(record)
+        return self.subscriptions.position_after(record)
 
     def _apply(self) -> None:
         """Apply what is held in one transaction. A portion that fails is cut off before the record that failed, and
@@ -312,11 +314,17 @@ class Instance:
     def _store(self, portions: list[Portion]) -> dict[tuple[str, int], Position]:
         """The effects of portions and the positions behind them, in one transaction."""
         positions = self._positions_behind(portions)
+        changed: list[Changed] = []
         with self._having_in_hand(portions), self._database.transaction():
             for portion in portions:
-                self._effects[portion.key.topic].apply(portion)
+                self._effects[portion.key.topic].apply(portion, changed)
             self._database.set_positions(positions)
+        self._publish(changed)
         return positions
+
+    def _publish(self, changed: list[Changed]) -> None:
+        for one in changed:
+            self._observer.published(*one)
 
     @contextmanager
     def _having_in_hand(self, portions: Sequence[Portion]) -> Iterator[None]:
@@ -347,6 +355,7 @@ class Instance:
     def _committed(self, portions: list[Portion], positions: Mapping[tuple[str, int], Position]) -> None:
         self._positions.update(positions)
         for portion in portions:
+            self.records += len(portion.records)
             self._unacknowledged[portion.key] = portion.records[-1]
             self._unacked_bytes += _size(portion.records)
             waiting = self._waiting.get(portion.key)
@@ -360,6 +369,7 @@ class Instance:
         rest = [*failed.records[failure.before :], *(waiting.records if waiting is not None else [])]
         for portion in portions[place + 1 :]:
             rest += portion.records if portion.key == failed.key else []
+        self.failures += 1
         attempts = failed.attempt if failure.before == 0 else 1
         pause = failure.handler.policy.pause(attempts)
         now = self._waiting[failed.key] = _Waiting(_once(rest), attempts, self._clock.monotonic() + pause, failure)
@@ -382,11 +392,14 @@ class Instance:
         if then == "dead_letter" and not self._owns(key.topic):
             self._reject(record, why)
             return []
-        positions = self._positions_behind([Portion(key, [record])])
+        portion, effect, changed = Portion(key, [record]), self._effects[key.topic], list[Changed]()
+        positions = self._positions_behind([portion])
         with self._database.transaction():
+            effect.apply(portion, changed, {record.offset})
             if then == "dead_letter":
-                self._effects[key.topic].bury(record, waiting.attempts, why)
+                effect.bury(record, waiting.attempts, why)
             self._database.set_positions(positions)
+        self._publish(changed)
         self._positions.update(positions)
         self._unacknowledged[key] = record
         return [Portion(key, rest)] if rest else []
@@ -394,7 +407,7 @@ class Instance:
     def _reject(self, record: Record, why: str) -> None:
         """Have the broker make a dead letter of it. What follows it comes again."""
         self._acknowledge()
-        self._of_topic[record.topic].reject(record, why[:MOST_REASON])
+        self.subscriptions.reject(record, why[:MOST_REASON])
         key = (record.topic, record.partition)
         self._held = [portion for portion in self._held if portion.key != key]
 
@@ -415,15 +428,8 @@ class Instance:
         """A topic is switched as a whole: ask for its other partitions, too."""
         topics, self._incomplete = self._incomplete, set()
         for topic in topics:
-            consumer, asked = self._of_topic[topic], self._asked.setdefault(topic, set())
-            for key in [key for key in consumer.assignment if key.topic == topic]:
-                try:
-                    consumer.refresh(*key, timeout=ASK_SECONDS)  # one that is under way goes on
-                    asked.add(key.partition)
-                except (AnswerError, UnreachableError, TimeoutError) as error:
-                    log.warning("%s/%d stays as it is: %s", *key, error)
-        for consumer in {self._of_topic[topic] for topic in self._asked}:
-            consumer.switch()
+            self._asked.setdefault(topic, set()).update(self.subscriptions.load_again(topic))
+        self.subscriptions.switch(list(self._asked))
 
     def _is_whole(self, topic: str, loading: set[int]) -> bool:
         """Are all partitions of a topic loaded again that can be?"""
@@ -441,16 +447,17 @@ class Instance:
         self._apply_piece(portion._replace(records=records), lambda: also(-1))
 
     def _apply_piece(self, portion: Portion, also: Callable[[], None]) -> None:
-        records, attempt, dead = list(portion.records), 1, list[tuple[Record, int, str]]()
+        attempt, dead, given_up = 1, list[tuple[Record, int, str]](), set[int]()
         while True:
-            now = portion._replace(records=records, attempt=attempt)
+            now = portion._replace(attempt=attempt)
             try:
                 with self._having_in_hand([now]), self._database.transaction():
-                    self._effects[portion.key.topic].apply(now)
+                    self._effects[portion.key.topic].apply(now, given_up=given_up)
                     for record, attempts, why in dead:
                         self._effects[portion.key.topic].bury(record, attempts, why)
                     also()
             except FailedRecord as failure:
+                self.failures += 1
                 policy, record = failure.handler.policy, failure.record
                 log.warning("%s: attempt %d failed (%s)", _name(record), attempt, failure.why)
                 if not failure.is_final(attempt):
@@ -461,7 +468,7 @@ class Instance:
                     raise StoppedError(f"{_name(record)}: {failure.why}") from failure
                 if policy.then == "dead_letter":
                     dead.append((record, attempt, failure.why))
-                records.remove(record)
+                given_up.add(record.offset)
                 attempt = 1
             else:
                 return
@@ -476,6 +483,7 @@ class Instance:
     def _switched(self, topic: str, positions: dict[tuple[str, int], Position]) -> None:
         self._positions.update(positions)
         self._asked.pop(topic, None)
+        self._observer.reset(topic)
 
     # ---- the outbox ----
 
@@ -498,6 +506,16 @@ class Instance:
         self._full_outbox = full
         return full
 
+    # ---- what is asked for ----
+
+    def load_again(self, topic: str) -> tuple[Outcome, str]:
+        """Have a topic loaded again. A job."""
+        if topic not in self._topics:
+            return Outcome.NOT_FOUND, f"this application does not read {topic}; it reads {', '.join(self._topics)}"
+        if topic not in self._asked:
+            self._incomplete.add(topic)
+        return Outcome.OK, ""
+
     # ---- acknowledging ----
 
     def _acknowledge(self) -> None:
@@ -506,7 +524,7 @@ class Instance:
             self._database.sync()
             done, self._unacknowledged, self._unacked_bytes = self._unacknowledged, {}, 0
             for record in done.values():
-                self._of_topic[record.topic].ack(record)
+                self.subscriptions.acknowledge(record)
 
     def _look_at_readers(self, now: float) -> None:
         """Say it when another program keeps the database growing."""
@@ -525,20 +543,6 @@ class Instance:
         self._held = [portion for portion in self._held if portion.key not in partitions]
 
     # ---- hooks ----
-
-    def _is_ready(self) -> bool:
-        """Is everything there that the broker had when each partition was given?"""
-        if self._waiting or self._held:
-            return False
-        for consumer, topics in self._consumers.items():
-            held = consumer.next_offsets()
-            if {key.topic for key in held} != set(topics):
-                return False
-            for key, end in list(consumer.durable_ends.items()):
-                self._goals.setdefault(key, end)
-            if any(offset < self._goals.get(key, offset + 1) for key, offset in held.items()):
-                return False
-        return True
 
     def _call_hooks(self, moment: str) -> None:
         for hook in self._hooks:

@@ -23,6 +23,7 @@ from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common.errors import EdgeBrokerError
+from tests.kit.applications import environment
 from tests.kit.waiting import wait_for
 
 from .traffic import SETTINGS, pass_time
@@ -88,7 +89,7 @@ class Till:
     def __init__(self, directory: Path, server: str) -> None:
         self._source, self._path = directory / "till.py", directory / "edgebroker-till" / "app.db"
         self._source.write_text(SOURCE)
-        self._environment = {**os.environ, "EDGEBROKER_APP_SERVER": server, "EDGEBROKER_APP_NODE": "till-7"}
+        self._environment = environment(server)
         self.log = directory / "till.log"
         self._process: subprocess.Popen[bytes] | None = None
 

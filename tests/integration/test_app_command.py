@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -65,7 +64,7 @@ def source(tmp_path: Path) -> Path:
 
 @contextmanager
 def started(broker: RunningBroker, source: Path) -> Iterator[subprocess.Popen[str]]:
-    environment = {**os.environ, "EDGEBROKER_APP_SERVER": broker.server, "EDGEBROKER_APP_NODE": "till-7"}
+    environment = applications.environment(broker.server)
     command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
     process = subprocess.Popen(command, cwd=source.parent, env=environment, stderr=subprocess.PIPE, text=True)
     try:

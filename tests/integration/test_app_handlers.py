@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.consumer.handling import outbox as outbox_module
 from edgebroker.consumer.handling.in_hand import NAME as IN_HAND
 from edgebroker.consumer.service import StuckError
-from tests.kit.applications import HEAD, App, committed, price, publish, read
+from tests.kit.applications import HEAD, App, committed, environment, price, publish, read
 from tests.kit.brokers import RunningBroker, running
 from tests.kit.waiting import wait_for
 
@@ -275,7 +274,7 @@ class Prices:
         assert module.SEEN.count("bad") == 2 and module.SEEN[-1] == "c"
         assert app.read("SELECT * FROM _dead") == []
         assert not read(app.path, "SELECT * FROM _position")
-    letters = {}
+    letters: dict[bytes | None, dict[str, bytes | None]] = {}
     with Consumer(broker.server, ["prices.dlq"], start="earliest") as consumer:
         while len(letters) < 2:
             for record in consumer.poll(10.0):
@@ -303,11 +302,10 @@ def handle(price: Price, database: Database):
 """
     )
     publish(broker, *[price(f"c{number}", 1) for number in range(20)], price("killer", 1), price("last", 1))
-    environment = {**os.environ, "EDGEBROKER_APP_SERVER": broker.server, "EDGEBROKER_APP_NODE": "till-7"}
     command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
 
     def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, cwd=tmp_path, env=environment)
+        return subprocess.Popen(command, cwd=tmp_path, env=environment(broker.server))
 
     directory = tmp_path / "edgebroker-till"
     for _ in range(3):
@@ -340,9 +338,8 @@ def handle(price: Price, database: Database):
 """
     )
     publish(broker, price("a", 1), price("stuck", 1), price("b", 1))
-    environment = {**os.environ, "EDGEBROKER_APP_SERVER": broker.server, "EDGEBROKER_APP_NODE": "till-7"}
     command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=environment(broker.server), stderr=subprocess.PIPE, text=True)
     database = tmp_path / "edgebroker-till" / "app.db"
     try:
         wait_for(lambda: read(database, "SELECT count(*) FROM _dead") == [(1,)], "given up", 60.0)
@@ -369,9 +366,9 @@ def handle(price: Price):
 """
     )
     publish(broker, price("a", 1))
-    environment = {**os.environ, "EDGEBROKER_APP_SERVER": broker.server, "EDGEBROKER_APP_STOP_TIMEOUT": "0.3"}
+    settings = environment(broker.server, STOP_TIMEOUT="0.3")
     command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command, cwd=tmp_path, env=settings, stderr=subprocess.PIPE, text=True)
     try:
         wait_for((tmp_path / "begun").exists, "it is in the handler")
         process.send_signal(signal.SIGTERM)

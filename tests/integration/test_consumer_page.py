@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import msgspec
@@ -23,6 +26,15 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "consumer.md").read_text()
 
 
+FRANCE = "SELECT lines FROM sold WHERE country='France'"
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", PAGE, re.DOTALL)
 
@@ -35,9 +47,8 @@ def command(line: str) -> list[str]:
 def test_the_tutorial(tmp_path: Path) -> None:
     serve, *prepare = blocks("sh")[0].strip().split("\n")
     assert serve == "edgebroker serve --data-dir node &"
-    (run,), (look,) = (block.strip().split("\n") for block in blocks("sh")[1:])
-    view, handlers = blocks("python")
-    (tmp_path / "items.py").write_text(view + handlers)
+    (run,), (look,), (curl,) = (block.strip().split("\n") for block in blocks("sh")[1:])
+    (tmp_path / "items.py").write_text("".join(blocks("python")))
     (tmp_path / "edgebroker").symlink_to(ROOT / "edgebroker")
     with running(tmp_path / "node") as broker:
         admin = "{}:{}".format(*broker.broker.listeners.http_address)
@@ -46,6 +57,7 @@ def test_the_tutorial(tmp_path: Path) -> None:
             "EDGEBROKER_SERVER": broker.server,
             "EDGEBROKER_ADMIN": admin,
             "EDGEBROKER_APP_SERVER": broker.server,
+            "EDGEBROKER_APP_HTTP": f"127.0.0.1:{free_port()}",
         }
         for line in prepare:
             subprocess.run(command(line), cwd=tmp_path, env=environment, check=True, capture_output=True)
@@ -62,6 +74,11 @@ def test_the_tutorial(tmp_path: Path) -> None:
             ((key, description, price),) = ask(question)
             assert (key, description) == ("85123A", "WHITE HANGING HEART T-LIGHT HOLDER") and float(str(price)) > 0
             assert ask("SELECT count(*) FROM sales") == [(2645,)]
+            url = curl.removeprefix("curl ").replace("127.0.0.1:7430", environment["EDGEBROKER_APP_HTTP"])
+            with urllib.request.urlopen(url, timeout=10.0) as answer:
+                assert json.load(answer)["record"]["value"]["Description"] == description
+            with urllib.request.urlopen(url.partition("/v1/")[0] + "/sold/France", timeout=10.0) as answer:
+                assert json.load(answer) == {"country": "France", "lines": ask(FRANCE)[0][0]}
             application.send_signal(signal.SIGTERM)
             assert application.wait(30.0) == 0
             assert ask("SELECT count(*) FROM sales") == [(2645,)], "it can be read without the application"

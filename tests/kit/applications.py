@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import sys
 import threading
@@ -11,9 +12,9 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from edgebroker.consumer.config import AppConfig
 from edgebroker.consumer.database import AppDatabase
 from edgebroker.consumer.declare.application import load_module, read_application
-from edgebroker.consumer.instance import Instance, Settings
 from edgebroker.consumer.service import Service
 from tests.kit.brokers import RunningBroker
 from tests.kit.waiting import wait_for
@@ -35,6 +36,12 @@ VIEW = """
 @consumer("prices", view=Price)
 class Prices: ...
 """
+
+
+def environment(server: str, **more: str) -> dict[str, str]:
+    """For an application as a process; `more` are keys of its configuration."""
+    found = {"SERVER": server, "NODE": "till-7", "HTTP": "none", **more}
+    return {**os.environ, **{f"EDGEBROKER_APP_{key}": value for key, value in found.items()}}
 
 
 def read(path: Path, sql: str) -> list[tuple[Any, ...]]:
@@ -63,8 +70,10 @@ class App:
         sys.modules.pop("till_app", None)
         module = load_module(self.source)
         database = AppDatabase(self.directory / "app", 1)
-        settings = Settings("prices", "till-7", self.broker.server, force)
-        service = Service(Instance(read_application(module, "till-7", {}), database, settings), 20.0)
+        config = AppConfig(
+            name="prices", node="till-7", server=self.broker.server, force=force, http="127.0.0.1:0", stop_timeout=20.0
+        )
+        self.service = service = Service(read_application(module, "till-7", {}), database, config)
 
         def run() -> None:
             try:
@@ -75,11 +84,13 @@ class App:
         thread = threading.Thread(target=run)
         thread.start()
         try:
+            wait_for(lambda: service.http_address[1] or not thread.is_alive(), "it answers")
             yield module
         finally:
             service.stop()
             thread.join(30.0)
             assert not thread.is_alive()
+            service.worker.join(30.0)  # it may be left behind by a stop that takes too long
             database.close()
 
     def read(self, sql: str) -> list[tuple[Any, ...]]:

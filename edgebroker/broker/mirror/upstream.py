@@ -26,7 +26,7 @@ from edgebroker.common.outcome import Done
 from edgebroker.common.types import TopicPartition
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import RECEIVE_BYTES, HttpClient
-from edgebroker.network.http.server import STREAM_TYPE
+from edgebroker.network.http.server import BYTES_TYPE
 from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.pipe.candidates import LONGEST_PAUSE, Candidates
 from edgebroker.pipe.follower import (
@@ -226,7 +226,7 @@ class Upstream:
         self._status, self._retry_after = status, retry_after
         self._last_heard = self._loop.now()
         self._error.clear()
-        if status == 200 and self._client.content_type != STREAM_TYPE:
+        if status == 200 and self._client.content_type != BYTES_TYPE:
             kind = self._client.content_type or "something"
             self._client.close(f"it answers with {kind}: not a node, but a captive portal or another service")
 

@@ -24,12 +24,12 @@ from edgebroker.consumer.config import LoadedConfig, load_app_config
 from edgebroker.consumer.database import NAME, AppDatabase, DatabaseError, is_damage, view_name
 from edgebroker.consumer.declare.application import Application, load_module, read_application
 from edgebroker.consumer.declare.declarations import DeclarationError
-from edgebroker.consumer.instance import Instance, Settings, StoppedError
+from edgebroker.consumer.instance import StoppedError
 from edgebroker.consumer.service import Service, StuckError
 
 log = logging.getLogger(__name__)
 
-FLAGS = ("name", "node", "labels", "server", "data_dir", "force")
+FLAGS = ("name", "node", "labels", "server", "data_dir", "http", "force")
 
 
 def arguments(parser: Parser) -> None:
@@ -44,6 +44,9 @@ def arguments(parser: Parser) -> None:
         each.add_argument("--node", metavar="NAME", help="name of the node (default: the host name)")
         each.add_argument("--labels", metavar="LABELS", help="labels of the node: NAME=VALUE, with commas between")
         each.add_argument("--server", metavar="HOST:PORT", help="the broker (default 127.0.0.1:7420)")
+        each.add_argument(
+            "--http", metavar="HOST:PORT", help="where it answers over HTTP (default 127.0.0.1:7430), or none"
+        )
         each.add_argument("--data-dir", metavar="DIR", help="where the local database is (default edgebroker-NAME)")
     run_parser.add_argument(
         "--force",
@@ -63,8 +66,7 @@ def run(options: argparse.Namespace) -> int:
     journal.set_up(settings.log_level, settings.log_format, settings.node, clock, environment.current())
     application = _read(options.source, loaded)
     database = AppDatabase(Path(settings.data_dir), clock.wall_ms())
-    instance = Instance(application, database, Settings(settings.name, settings.node, settings.server, settings.force))
-    service = Service(instance, settings.stop_timeout)
+    service = Service(application, database, settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
     topics = ", ".join(application.topics)

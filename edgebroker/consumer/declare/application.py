@@ -24,6 +24,7 @@ from edgebroker.consumer.declare.declarations import (
     notes_of,
     place_of,
 )
+from edgebroker.consumer.declare.routes import RouteNote
 from edgebroker.consumer.declare.signatures import Signature
 
 _PLACE = re.compile(r"\{(node|label\.([^{}]+))\}")
@@ -77,9 +78,17 @@ class Hook(NamedTuple):
         return getattr(self.call, "__name__", "a hook")
 
 
+class UserRoute(NamedTuple):
+    """`call` is the function that answers, of a method bound."""
+
+    note: RouteNote
+    call: Callable[..., Any]
+
+
 class Application(NamedTuple):
     topics: dict[str, Topic]
     hooks: list[Hook]
+    routes: list[UserRoute]
 
 
 def load_module(source: str) -> ModuleType:
@@ -108,10 +117,15 @@ def read_application(module: ModuleType, node: str, labels: Mapping[str, str]) -
     consumers: list[tuple[str, ConsumerNote]] = []
     handlers: list[tuple[str, HandlerNote, RetryPolicy | None, Callable[..., Any], str]] = []
     hooks: list[Hook] = []
+    routes: list[UserRoute] = []
     for notes, call, where, own in _declared(module):
         consumers += [(where, one) for one in notes.consumers]
         handlers += [(own or one.topic, one, notes.policy, call, where) for one in notes.handlers]
         hooks += [Hook(*one, call) for one in notes.hooks]
+        for note in notes.routes:
+            if any((note.method, note.path) == (other.note.method, other.note.path) for other in routes):
+                raise DeclarationError(f"{where}: {note.method} {note.path} is answered already; keep one of them")
+            routes.append(UserRoute(note, call))
     topics: dict[str, Topic] = {}
     places: dict[str, str] = {}
     for where, one in consumers:
@@ -142,7 +156,7 @@ def read_application(module: ModuleType, node: str, labels: Mapping[str, str]) -
             raise DeclarationError(f"{places[name]}: topic {name} is read for nothing; give it a view or a handler")
     if not topics:
         raise DeclarationError(f"{module.__name__} declares no consumer; write @consumer(TOPIC, view=...) or a handler")
-    return Application(topics, hooks)
+    return Application(topics, hooks, routes)
 
 
 def _declared(module: ModuleType) -> Iterator[tuple[Notes, Callable[..., Any], str, str]]:

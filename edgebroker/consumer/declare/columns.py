@@ -6,7 +6,7 @@ dates, decimals and UUIDs as their text, everything else as JSON. Programs in an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -29,11 +29,14 @@ _AS_TEXT = (
 
 
 class Column(NamedTuple):
-    """`sql` is the type that SQLite is told; `convert` makes of a field what it stores, None: the field as it is."""
+    """`sql` is the type that SQLite is told; `convert` makes of a field what it stores, None: the field as it is.
+    `json` is its name in JSON, `restore` makes of what is stored what msgspec encodes as the field."""
 
     name: str
     sql: str
     convert: Callable[[Any], object] | None
+    restore: Callable[[Any], object] | None
+    json: str
 
 
 class Columns:
@@ -55,12 +58,22 @@ class Columns:
         if twice:
             raise TypeError(f"{kind.__name__}: SQL cannot tell {twice[0]} from its other spelling; rename one of them")
         self.kind = kind
-        self.columns = [_column(field.name, field.type) for field in info.fields]
+        self.columns = [_column(field.name, field.type)._replace(json=field.encode_name) for field in info.fields]
         names = [column.name for column in self.columns]
         self._fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*names) if len(names) > 1 else _single(names)
         self._converted = [(place, column.convert) for place, column in enumerate(self.columns) if column.convert]
         # The columns of a value.
         self.row = self._convert if self._converted else self._fields
+        self._names = [column.json for column in self.columns]
+        self._restored = [(column.json, column.restore) for column in self.columns if column.restore]
+
+    def value(self, row: Sequence[Any]) -> dict[str, Any]:
+        """The value of columns, to be encoded as JSON."""
+        value = dict(zip(self._names, row, strict=True))
+        for name, restore in self._restored:
+            if value[name] is not None:
+                value[name] = restore(value[name])
+        return value
 
     def _convert(self, value: object) -> tuple[Any, ...]:
         changed = list(self._fields(value))
@@ -88,11 +101,15 @@ def _column(name: str, kind: inspect.Type) -> Column:
         raise TypeError(f"field {name}: {kind.cls.__name__} cannot be decoded from JSON; use a type that can")
     sql = _NATIVE.get(type(kind))
     if sql is not None:
-        return Column(name, sql, None)
+        return Column(name, sql, None, bool if isinstance(kind, inspect.BoolType) else None, name)
     if isinstance(kind, _AS_TEXT):
-        return Column(name, "TEXT", msgspec.to_builtins)
-    return Column(name, "TEXT", _as_json)
+        return Column(name, "TEXT", msgspec.to_builtins, None, name)
+    return Column(name, "TEXT", _as_json, _raw, name)
 
 
 def _as_json(value: object) -> str:
     return msgspec.json.encode(value).decode()
+
+
+def _raw(text: str) -> msgspec.Raw:
+    return msgspec.Raw(text.encode())

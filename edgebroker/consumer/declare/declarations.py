@@ -85,6 +85,7 @@ class Notes:
         self.consumers: list[ConsumerNote] = []
         self.handlers: list[HandlerNote] = []
         self.hooks: list[HookNote] = []
+        self.routes: list[Any] = []
         self.policy: RetryPolicy | None = None
 
 
@@ -373,6 +374,11 @@ def _hook(function: F, moment: str, seconds: float = 0.0) -> F:
         raise DeclarationError(f"{place_of(function)}: {function.__name__} takes nothing, or one Database")
     _notes(function).hooks.append(HookNote(moment, seconds, bool(parameters)))
     return function
+
+
+def add_route(function: Any, note: object) -> None:
+    """Note a route of declare/routes.py."""
+    _notes(function).routes.append(note)
 
 
 def _notes(target: Any) -> Notes:

@@ -100,9 +100,9 @@ class Calls:
             else:
                 self._watched(handler.where, handler.timeout, todo, here, self._end_here())
         except _TooLateError as error:
-            raise CallFailedError(count - error.left - 1, TimeoutError(str(error))) from None
+            raise CallFailedError(max(0, count - error.left - 1), TimeoutError(str(error))) from None
         except BaseException as error:
-            raise CallFailedError(count - todo.__length_hint__() - 1, error) from error
+            raise CallFailedError(max(0, count - todo.__length_hint__() - 1), error) from error
 
     def _more(self, handler: Handler, records: Sequence[Record], attempts: int) -> Any:
         """What a handler gets beside the value, for each of the calls."""

@@ -9,7 +9,7 @@ cannot be decoded is a FailedRecord there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple, NoReturn
 
@@ -31,6 +31,26 @@ class Portion(NamedTuple):
     key: TopicPartition
     records: Sequence[Record]
     attempt: int = 1
+
+
+class Changed(NamedTuple):
+    """Rows of a view that were set, as the table has them, and keys that were deleted, with partition and offset."""
+
+    topic: str
+    rows: list[tuple[Any, ...]]
+    deleted: list[tuple[str | bytes, int, int]]
+
+
+class ReplayedRecord(NamedTuple):
+    """A record that was given up, as handlers get it."""
+
+    topic: str
+    partition: int
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: tuple[tuple[str, bytes | None], ...]
 
 
 class HopelessError(Exception):
@@ -78,12 +98,18 @@ class Effect:
         if topic.view is not None:
             self._decode = msgspec.json.Decoder(topic.view.kind).decode
 
-    def apply(self, portion: Portion) -> None:
-        """Within a transaction. Raises FailedRecord, and what the database raises when nothing can be stored."""
+    def apply(
+        self, portion: Portion, changed: list[Changed] | None = None, given_up: Container[int] = frozenset()
+    ) -> None:
+        """Within a transaction; what readers of the view see of it is added to `changed`. Records at the offsets
+        `given_up` go into the view only. Raises FailedRecord, and what the database raises when nothing can be
+        stored."""
         records = portion.records
         view = self._next if portion.key.partition in self._loading else self._view
         if view is not None:
-            records = self._put(view, records)
+            records = self._put(view, records, changed if view is self._view else None)
+        if given_up:
+            records = [record for record in records if record.offset not in given_up]
         for handler in self._topic.handlers:
             self._call_all(handler, portion, records)
 
@@ -99,10 +125,30 @@ class Effect:
                 attempts,
                 reason[:MOST_REASON],
                 self._wall_ms(),
+                record.timestamp,
+                msgspec.json.encode(record.headers).decode(),
             )
         )
 
+    def apply_again(self, dead: DeadRecord) -> None:
+        """The effect of a record that was given up, within a transaction; its row of the view only if that has no later
+        record. Raises FailedRecord."""
+        headers = msgspec.json.decode(dead.headers, type=tuple[tuple[str, bytes | None], ...])
+        record = ReplayedRecord(*dead[:3], dead.timestamp, dead.key, dead.value, headers)
+        portion = Portion(TopicPartition(*dead[:2]), [record])  # type: ignore[list-item]
+        records: Sequence[Record] = portion.records
+        if self._view is not None and dead.key is not None:
+            later = self._database.offset_of(self._view, _key_of(dead.key)) > dead.offset
+            if not later:
+                records = self._put(self._view, records, None)
+        for handler in self._topic.handlers:
+            self._call_all(handler, portion, records)
+
     # ---- loading again ----
+
+    def loading(self) -> tuple[int, ...]:
+        """The partitions whose records go into the next generation. Any thread."""
+        return tuple(self._loading.copy())
 
     def begin_generation(self, partition: int) -> None:
         """The records of a partition go into the next generation from now on; within a transaction."""
@@ -126,9 +172,10 @@ class Effect:
 
     # ---- the view ----
 
-    def _put(self, view: View, records: Sequence[Record]) -> Sequence[Record]:
+    def _put(self, view: View, records: Sequence[Record], changed: list[Changed] | None) -> Sequence[Record]:
         """Set the latest row of each key; the records that have one."""
-        latest: dict[Any, tuple[Any, ...] | None] = {}
+        latest: dict[str | bytes, tuple[Any, ...]] = {}
+        gone: dict[str | bytes, Record] = {}
         bad: set[int] = set()
         decode, row = self._decode, view.columns.row
         assert decode is not None
@@ -138,28 +185,30 @@ class Effect:
                 self.bury(record, 1, "a record without a key has no place in a view")
                 bad.add(record.offset)
                 continue
-            try:
-                key: str | bytes = str(raw, "utf-8")
-            except UnicodeDecodeError:
-                key = raw
+            key = _key_of(raw)
             if value is None:
-                latest[key] = None
+                latest.pop(key, None)
+                gone[key] = record
                 continue
+            if gone:
+                gone.pop(key, None)
             try:
                 latest[key] = (key, *row(decode(value)), record.partition, record.offset, record.timestamp)
             except _UNDECODABLE as error:
                 self.bury(record, 1, f"the value is not as expected: {error}")
                 bad.add(record.offset)
         good = [record for record in records if record.offset not in bad] if bad else records
-        rows = [one for one in latest.values() if one is not None]
-        deleted = [(key,) for key, one in latest.items() if one is None]
+        rows = list(latest.values())
         try:
-            self._database.put(view, rows, deleted)
+            self._database.put(view, rows, [(key,) for key in gone])
         except NotStorableError as error:
             if len(good) > 1:  # find out which
-                return [one for record in good for one in self._put(view, [record])]
+                return [one for record in good for one in self._put(view, [record], changed)]
             self.bury(good[0], 1, f"the value cannot be stored: {error}")
             return []
+        if changed is not None:
+            deleted = [(key, record.partition, record.offset) for key, record in gone.items()]
+            changed.append(Changed(self._topic.name, rows, deleted))
         return good
 
     # ---- handlers ----
@@ -209,6 +258,14 @@ class Effect:
     def _failed(handler: Handler, portion: Portion, record: Record, error: BaseException) -> NoReturn:
         before = next(place for place, one in enumerate(portion.records) if one is record)
         raise FailedRecord(portion, before, handler, error) from error
+
+
+def _key_of(raw: bytes) -> str | bytes:
+    """A key as a view has it: as text, if it is that."""
+    try:
+        return str(raw, "utf-8")
+    except UnicodeDecodeError:
+        return raw
 
 
 def portions_of(records: Sequence[Record]) -> list[Portion]:

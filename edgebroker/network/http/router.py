@@ -36,12 +36,12 @@ class Nothing(msgspec.Struct):
 class Call:
     """One request, decoded; answered once. `parameters` are the named parts of the path; `peer`: where it came from."""
 
-    __slots__ = ("_reply", "body", "parameters", "path", "peer", "query", "raw")
+    __slots__ = ("_reply", "body", "last_event_id", "parameters", "path", "peer", "query", "raw")
 
     def __init__(self, request: Request, parameters: dict[str, str], body: Any, reply: Reply) -> None:
         self.path, _, query = request.target.partition("?")
         self.parameters, self.body, self.raw, self._reply = parameters, body, request.body, reply
-        self.peer = request.peer
+        self.peer, self.last_event_id = request.peer, request.last_event_id
         self.query: Query = parse_qs(query) if query else {}
 
     def answer(self, body: object, status: int = 200) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES, MAX_EARLY_BYTES = 64 << 10, 16 << 10
-STREAM_TYPE = "application/octet-stream"
+TEXT_TYPE, BYTES_TYPE = "text/plain; charset=utf-8", "application/octet-stream"
 SOCKET = "unix"
 MAX_CONNECTIONS, MAX_SOCKET_CONNECTIONS, MAX_OF_AN_ADDRESS = 256, 64, 64
 # A request has to be complete so soon after its first byte; a body by more for every 64 KiB that it may have.
@@ -37,12 +37,13 @@ HEAD_SECONDS, BODY_SECONDS = 10.0, 30.0
 IDLE_SECONDS = 75.0
 SWEEP_SECONDS = 5.0
 STUCK_SECONDS = 60.0
-_PHRASES = {status.value: status.phrase for status in HTTPStatus}
+PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 class Request(NamedTuple):
     """`target` is the path with the query. Of the headers those that matter, "" when they were not sent: `fetch_site`
-    is Sec-Fetch-Site. `peer` is the address from which it came, without the port; "unix" for the unix socket."""
+    is Sec-Fetch-Site, `last_event_id` Last-Event-ID. `peer` is the address from which it came, without the port; "unix"
+    for the unix socket."""
 
     method: str
     target: str
@@ -51,6 +52,7 @@ class Request(NamedTuple):
     host: str = ""
     origin: str = ""
     fetch_site: str = ""
+    last_event_id: str = ""
     peer: str = ""
 
 
@@ -62,13 +64,13 @@ class Failed(msgspec.Struct, omit_defaults=True):
 
 
 class Response(NamedTuple):
-    """`body`: a text, a Streamed, or a struct that becomes JSON."""
+    """`body`: a text, bytes, a Streamed, or a struct that becomes JSON. `content_type` of anything but a struct: "" is
+    TEXT_TYPE of a text, else BYTES_TYPE."""
 
     status: int
     body: object
     headers: tuple[tuple[str, str], ...] = ()
-    content_type: str = "text/plain; charset=utf-8"
-    """Of a text."""
+    content_type: str = ""
 
 
 class BodyWriter:
@@ -161,7 +163,8 @@ BodyLimit = Callable[[str, str], int]
 
 
 class HttpServer:
-    """Hands requests to one handler, which replies now or later, exactly once."""
+    """Hands requests to one handler, which replies now or later, exactly once. `encode` makes body and content type of
+    what is not streamed."""
 
     def __init__(
         self,
@@ -170,7 +173,9 @@ class HttpServer:
         handler: Handler,
         on_request: Callable[[], None],
         body_limit: BodyLimit = lambda method, target: MAX_BODY_BYTES,
+        encode: Callable[[Response], tuple[bytes, str]] | None = None,
     ) -> None:
+        self.encode = encode or encoded
         self.loop, self.receiving = loop, receiving
         self.handler, self.on_request, self.body_limit = handler, on_request, body_limit
         self.buffer: ReceiveBuffer | None = None
@@ -310,9 +315,9 @@ class HttpConnection:
             self._dispatch(request)
 
     def _dispatch(self, parsed: ParsedRequest) -> None:
-        kind, host, origin, site = (parsed.headers.get(name, b"").decode("latin-1") for name in _OF_INTEREST)
+        kind, host, origin, site, last = (parsed.headers.get(name, b"").decode("latin-1") for name in _OF_INTEREST)
         peer = host_of(self.transport.peer)
-        request = Request(parsed.method, parsed.target, parsed.body, kind, host, origin, site, peer)
+        request = Request(parsed.method, parsed.target, parsed.body, kind, host, origin, site, last, peer)
         self._server.on_request()
         try:
             self._server.handler(request, self._reply)
@@ -329,10 +334,7 @@ class HttpConnection:
         if hasattr(response.body, "begin"):
             self._stream(response)
             return
-        if isinstance(response.body, str):
-            body, kind = response.body.encode(), response.content_type
-        else:
-            body, kind = msgspec.json.encode(response.body) + b"\n", "application/json"
+        body, kind = self._server.encode(response)
         request = self._request
         close = close or request is None or not request.keeps
         more = (("connection", "close"),) if close else ()
@@ -348,7 +350,7 @@ class HttpConnection:
             self._reply(Response(505, Failed("a streamed answer needs HTTP/1.1")), close=True)
             return
         headers = (
-            ("content-type", STREAM_TYPE),
+            ("content-type", response.content_type or BYTES_TYPE),
             ("transfer-encoding", "chunked"),
             ("x-accel-buffering", "no"),  # nginx would keep the end of a burst back
             *response.headers,
@@ -368,12 +370,21 @@ class HttpConnection:
             self._server.loop.call_in_turn(self._read_on)
 
 
-_OF_INTEREST = (b"content-type", b"host", b"origin", b"sec-fetch-site")
+_OF_INTEREST = (b"content-type", b"host", b"origin", b"sec-fetch-site", b"last-event-id")
+
+
+def encoded(response: Response) -> tuple[bytes, str]:
+    """The bytes of a body that is not streamed, and their content type."""
+    if isinstance(response.body, str):
+        return response.body.encode(), response.content_type or TEXT_TYPE
+    if isinstance(response.body, bytes):
+        return response.body, response.content_type or BYTES_TYPE
+    return msgspec.json.encode(response.body) + b"\n", "application/json"
 
 
 def _head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
-    return f"HTTP/1.1 {status} {_PHRASES.get(status, '')}\r\n{lines}\r\n".encode("latin-1")
+    return f"HTTP/1.1 {status} {PHRASES.get(status, '')}\r\n{lines}\r\n".encode("latin-1")
 
 
 def host_of(peer: str) -> str:

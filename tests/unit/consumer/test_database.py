@@ -95,7 +95,7 @@ def test_a_newer_format(tmp_path: Path) -> None:
 
 
 def test_dead_records(database: AppDatabase) -> None:
-    dead = DeadRecord("prices", 0, 7, b"k", None, 5, "no number", 1000)
+    dead = DeadRecord("prices", 0, 7, b"k", None, 5, "no number", 1000, 900, "[]")
     for _ in range(2):
         with database.transaction():
             database.bury(dead)

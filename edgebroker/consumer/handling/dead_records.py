@@ -1,0 +1,42 @@
+"""Records that were given up: kept until they are handled once more, or dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from edgebroker.common.outcome import Outcome
+from edgebroker.consumer.database import AppDatabase
+from edgebroker.consumer.handling.effect import Effect, FailedRecord
+
+
+class DeadRecords:
+    """Belongs to the thread of the database, outside of its transactions. Raises sqlite3.Error."""
+
+    def __init__(self, database: AppDatabase, effects: Mapping[str, Effect]) -> None:
+        self._database, self._effects = database, effects
+
+    def replay(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]:
+        """Handle one once more, and keep it no longer if that succeeds."""
+        dead, name = self._database.dead_record(topic, partition, offset), f"{topic}/{partition} record {offset}"
+        if dead is None:
+            return Outcome.NOT_FOUND, f"there is no dead record {name}"
+        if topic not in self._effects:
+            return Outcome.CONFLICT, f"{name} was to be published, and the broker refused it: {dead.reason}"
+        try:
+            with self._database.transaction():
+                self._database.unbury(topic, partition, offset)
+                self._effects[topic].apply_again(dead)
+        except FailedRecord as failure:
+            return Outcome.CONFLICT, f"{name} failed again: {failure.why}"
+        again = self._database.dead_record(topic, partition, offset)
+        if again is not None:
+            return Outcome.CONFLICT, f"{name} is given up again: {again.reason}"
+        return Outcome.OK, ""
+
+    def drop(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]:
+        """Keep one no longer."""
+        if self._database.dead_record(topic, partition, offset) is None:
+            return Outcome.NOT_FOUND, f"there is no dead record {topic}/{partition} record {offset}"
+        with self._database.transaction():
+            self._database.unbury(topic, partition, offset)
+        return Outcome.OK, ""

@@ -1,0 +1,161 @@
+"""What the views of an application have: the latest record of a key, of many keys, and of keys in order.
+
+An answer is of one moment, which its as-of names. Pages are bounded by rows and by bytes.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from edgebroker.common.outcome import Outcome
+from edgebroker.consumer.database import view_name
+from edgebroker.consumer.declare.columns import Columns
+from edgebroker.consumer.declare.routes import HttpError
+from edgebroker.consumer.reader import Reader
+from edgebroker.consumer.rest.answers import (
+    AsOf,
+    BasketAnswer,
+    DeadPage,
+    GivenUp,
+    Latest,
+    LatestAnswer,
+    LatestPage,
+    text_or_bytes,
+)
+
+MOST_PAGE_BYTES = 1 << 20
+LAST_CHARACTER = "\U0010ffff"
+
+
+class LookUps:
+    """`age_ms` tells how old what is stored of a topic may be. Every method may be called by any thread, with its own
+    reader. Raises HttpError, and sqlite3.Error."""
+
+    def __init__(self, views: Mapping[str, Columns], age_ms: Callable[[str], int | None]) -> None:
+        self._views, self._age_ms = views, age_ms
+        self._one = {topic: f"{_select(topic, columns)} WHERE key=?" for topic, columns in views.items()}
+
+    def latest(self, reader: Reader, topic: str, key: str) -> LatestAnswer:
+        """The latest record of a key."""
+        sql = self._one.get(topic)
+        if sql is None:
+            raise self._no_view(topic)
+        with reader.at_one_moment():
+            rows = reader.rows(sql, (key,))
+            if not rows:
+                as_of = self._as_of(reader, topic)
+                raise HttpError(404, f"topic {topic} has no key {key} as of {_spelled(as_of)}")
+            record = self._record(topic, rows[0])
+            as_of = self._as_of(reader, topic, record.partition)
+        return LatestAnswer(record, as_of)
+
+    def basket(self, reader: Reader, topic: str, keys: Sequence[str]) -> BasketAnswer:
+        """The latest records of several keys, all of one moment."""
+        sql = self._one.get(topic)
+        if sql is None:
+            raise self._no_view(topic)
+        records, missing = list[Latest](), list[str]()
+        with reader.at_one_moment():
+            for key in dict.fromkeys(keys):
+                rows = reader.rows(sql, (key,))
+                if rows:
+                    records.append(self._record(topic, rows[0]))
+                else:
+                    missing.append(key)
+            return BasketAnswer(records, missing, self._as_of(reader, topic))
+
+    def page(self, reader: Reader, topic: str, prefix: str, after: str, limit: int) -> LatestPage:
+        """Records in the order of their keys, behind a cursor."""
+        if topic not in self._views:
+            raise self._no_view(topic)
+        where, bounds = ("key>?", [_decoded(after)]) if after else ("key>=?", [prefix])
+        if prefix:
+            where, bounds = f"{where} AND key<?", [*bounds, prefix + LAST_CHARACTER]
+        sql = f"{_select(topic, self._views[topic])} WHERE {where} ORDER BY key"
+        records, size, more = list[Latest](), 0, False
+        with reader.at_one_moment():
+            for row in reader.each(sql, bounds):
+                if len(records) == limit or size >= MOST_PAGE_BYTES:
+                    more = True
+                    break
+                records.append(self._record(topic, row))
+                size += sum(len(column) for column in row if isinstance(column, str | bytes)) + 100
+                last = row[0]
+            as_of = self._as_of(reader, topic)
+        return LatestPage(records, _encoded(last) if more else None, as_of)
+
+    def _record(self, topic: str, row: Sequence[Any]) -> Latest:
+        key, data = text_or_bytes(row[0])
+        partition, offset, timestamp = row[-3:]
+        return Latest(key, self._views[topic].value(row[1:-3]), partition, offset, timestamp, data)
+
+    def _as_of(self, reader: Reader, topic: str, partition: int = -1) -> AsOf:
+        """Of one partition, or of all."""
+        sql = "SELECT partition, next_offset FROM _position WHERE topic=?"
+        if partition >= 0:
+            rows = reader.rows(f"{sql} AND partition=?", (topic, partition))
+        else:
+            rows = reader.rows(sql, (topic,))
+        return AsOf({str(number): offset for number, offset in rows}, self._age_ms(topic))
+
+    def _no_view(self, topic: str) -> HttpError:
+        names = ", ".join(self._views) or "none"
+        return HttpError(404, f"this application has no view of {topic}; it has views of {names}")
+
+
+def dead_page(reader: Reader, topic: str, after: str, limit: int) -> DeadPage:
+    """Records that were given up, of one topic or of all (""). Raises HttpError."""
+    behind: tuple[str, int, int] = ("", -1, -1)
+    if after:
+        name, _, rest = str(_decoded(after)).partition(" ")
+        partition, _, offset = rest.partition(" ")
+        try:
+            behind = (name, int(partition), int(offset))
+        except ValueError:
+            raise HttpError(Outcome.INVALID.status, "this is not a cursor of a page; begin without one") from None
+    rows = reader.rows(
+        'SELECT topic, partition, "offset", key, value, attempts, reason, at_ms FROM _dead '
+        "WHERE (topic, partition, \"offset\") > (?,?,?) AND (?='' OR topic=?) "
+        'ORDER BY topic, partition, "offset" LIMIT ?',
+        (*behind, topic, topic, limit + 1),
+    )
+    records, size = list[GivenUp](), 0
+    for name, partition, offset, key, value, attempts, reason, at_ms in rows[:limit]:
+        key_text, key_bytes = text_or_bytes(key)
+        value_text, value_bytes = text_or_bytes(value)
+        records.append(
+            GivenUp(name, partition, offset, key_text, value_text, attempts, reason, at_ms, key_bytes, value_bytes)
+        )
+        size += len(value or b"")
+        if size >= MOST_PAGE_BYTES:
+            break
+    more = len(records) < len(rows)
+    last = records[-1] if records else None
+    return DeadPage(records, _encoded(f"{last.topic} {last.partition} {last.offset}") if more and last else None)
+
+
+def _select(topic: str, columns: Columns) -> str:
+    names = "".join(f'"{column.name}", ' for column in columns.columns)
+    return f'SELECT key, {names}_partition, _offset, _timestamp FROM "{view_name(topic)}"'
+
+
+def _spelled(as_of: AsOf) -> str:
+    offsets = ", ".join(f"{partition}: {offset}" for partition, offset in as_of.offsets.items()) or "nothing yet"
+    return f"partitions {offsets}" if as_of.offsets else offsets
+
+
+def _encoded(key: str | bytes) -> str:
+    """A cursor of a key."""
+    data = b"t" + key.encode() if isinstance(key, str) else b"b" + key
+    return base64.urlsafe_b64encode(data).decode().rstrip("=")
+
+
+def _decoded(cursor: str) -> str | bytes:
+    try:
+        data = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True)
+        return data[1:].decode() if data[:1] == b"t" else data[data.index(b"b") + 1 :]
+    except (binascii.Error, UnicodeError, ValueError):
+        raise HttpError(Outcome.INVALID.status, "this is not a cursor of a page; begin without one") from None

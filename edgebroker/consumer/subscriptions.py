@@ -1,0 +1,162 @@
+"""The topics of an application at its broker: one consumer for those of a scope that begin at the same place."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.refresh import Staging
+from edgebroker.common.errors import AnswerError, Code, UnreachableError
+from edgebroker.common.records import Record
+from edgebroker.common.runtime.clock import Clock, sleep
+from edgebroker.common.types import Position, TopicPartition
+from edgebroker.consumer.declare.application import Topic
+
+log = logging.getLogger(__name__)
+
+# What may be in flight.
+WINDOW_RECORDS, WINDOW_BYTES = 1 << 20, 16 << 20
+# An application works without its broker; so long after it went, and so often, the log says so.
+AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
+ASK_SECONDS = 10.0
+
+
+class Subscriptions:
+    """Belongs to the thread that polls, but for what says otherwise. `lost` is told of partitions that are another
+    member's from now on; `positions` are those that are kept here."""
+
+    def __init__(
+        self,
+        topics: Mapping[str, Topic],
+        name: str,
+        node: str,
+        server: str,
+        clock: Clock,
+        positions: Mapping[tuple[str, int], Position],
+        staging: Staging,
+        lost: Callable[[Sequence[TopicPartition]], None],
+    ) -> None:
+        self._clock, self._away_due = clock, 0.0
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for topic in topics.values():
+            kinds.setdefault((topic.scope, topic.start), []).append(topic.name)
+        self._topics: dict[Consumer, list[str]] = {}
+        for (scope, start), names in kinds.items():
+            own = {key: one for key, one in positions.items() if key[0] in names}
+            consumer = Consumer(
+                server,
+                names,
+                f"{name}.{node}" if scope == "each" else name,
+                start="latest" if start == "latest" else "earliest",
+                positions=own if scope == "each" else None,
+                auto_ack=False,
+                on_revoked=lost,
+                on_gap=lambda gap: log.warning("%s", gap),
+                timeout=AWAY_SECONDS,
+                staging=staging,
+                window_records=WINDOW_RECORDS,
+                window_bytes=WINDOW_BYTES,
+            )
+            self._topics[consumer] = names
+        self._of_topic = {topic: consumer for consumer, names in self._topics.items() for topic in names}
+        # Where each partition ended when it was given; when nothing was missing of a topic, in monotonic seconds.
+        self._goals: dict[TopicPartition, int] = {}
+        self._current: dict[str, float] = {}
+
+    # ---- records ----
+
+    @property
+    def consumers(self) -> list[Consumer]:
+        return list(self._topics)
+
+    def poll(self, consumer: Consumer, wait: float) -> list[Record]:
+        """The next records, [] after `wait` seconds, also when there is no broker or no such topic."""
+        try:
+            return consumer.poll(wait)
+        except UnreachableError as error:
+            now = self._clock.monotonic()
+            if now >= self._away_due:
+                self._away_due = now + REMIND_SECONDS
+                log.warning("%s; what is here is served meanwhile", error)
+            sleep(wait)
+            return []
+        except AnswerError as error:
+            if error.code is not Code.UNKNOWN_TOPIC:
+                raise
+            log.warning("%s; what is here is served meanwhile, and it is waited for", error)
+            return []
+
+    def position_after(self, record: Record) -> Position:
+        return self._of_topic[record.topic].position_after(record)
+
+    def acknowledge(self, record: Record) -> None:
+        self._of_topic[record.topic].ack(record)
+
+    def reject(self, record: Record, why: str) -> None:
+        """Have the broker make a dead letter of it. What follows it comes again."""
+        self._of_topic[record.topic].reject(record, why)
+
+    def in_progress(self) -> None:
+        for consumer in self._topics:
+            consumer.in_progress()
+
+    def close(self) -> None:
+        for consumer in self._topics:
+            consumer.close()
+
+    # ---- loading again ----
+
+    def load_again(self, topic: str) -> set[int]:
+        """Ask for all partitions of a topic, those that are under way go on; which are loaded."""
+        consumer, asked = self._of_topic[topic], set[int]()
+        for key in [key for key in consumer.assignment if key.topic == topic]:
+            try:
+                consumer.refresh(*key, timeout=ASK_SECONDS)
+                asked.add(key.partition)
+            except (AnswerError, UnreachableError, TimeoutError) as error:
+                log.warning("%s/%d stays as it is: %s", *key, error)
+        return asked
+
+    def switch(self, topics: Sequence[str]) -> None:
+        """Ask again whether what was loaded of these topics can be shown."""
+        for consumer in {self._of_topic[topic] for topic in topics}:
+            consumer.switch()
+
+    # ---- how current it is ----
+
+    def are_complete(self) -> bool:
+        """Is everything there that the broker had when each partition was given?"""
+        for consumer, topics in self._topics.items():
+            held = consumer.next_offsets()
+            if {key.topic for key in held} != set(topics):
+                return False
+            for key, end in consumer.durable_ends.copy().items():
+                self._goals.setdefault(key, end)
+            if any(offset < self._goals.get(key, offset + 1) for key, offset in held.items()):
+                return False
+        return True
+
+    def note_current(self) -> None:
+        """All that was handed out is stored: note of which topics nothing is missing, as far as the broker said so."""
+        now = self._clock.monotonic()
+        for consumer, topics in self._topics.items():
+            heard, held, ends = now - consumer.silent_seconds, consumer.next_offsets(), consumer.durable_ends.copy()
+            for topic in topics:
+                own = [key for key in held if key.topic == topic]
+                if heard > 0 and own and all(key in ends and held[key] >= ends[key] for key in own):
+                    self._current[topic] = heard
+
+    def age(self, topic: str) -> float | None:
+        """Seconds since nothing was missing of a topic; None: that was not yet. Any thread."""
+        current = self._current.get(topic)
+        return max(0.0, self._clock.monotonic() - current) if current is not None else None
+
+    def ends(self) -> dict[TopicPartition, int]:
+        """Where the broker's logs end, as far as it has said so. Any thread."""
+        return {key: end for consumer in self._topics for key, end in consumer.durable_ends.copy().items()}
+
+    @property
+    def silent_seconds(self) -> float:
+        """How long the broker has said nothing; infinite while it is not connected. Any thread."""
+        return max(consumer.silent_seconds for consumer in self._topics)
