@@ -39,8 +39,8 @@ LINES = {
         "asynchronous",
     ],
     "consumer": [
-        "config", "declare", "database", "reader", "handling", "generation", "subscriptions", "instance", "rest",
-        "service",
+        "config", "declare", "database", "reader", "views", "staging_file", "handling", "generation", "subscriptions",
+        "instance", "rest", "service",
     ],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",
@@ -64,6 +64,8 @@ HOMES = {
         "storage/metadata/database.py",
         "consumer/database.py",
         "consumer/reader.py",
+        "consumer/views.py",
+        "consumer/staging_file.py",
         "cli/commands/selftest.py",
     },
     "mmap": {"storage/log/walk.py"},

@@ -14,6 +14,7 @@ from msgspec import Struct
 from edgebroker.common.config import about, is_loopback, parse_labels
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.names import check_group_name
+from edgebroker.common.runtime.hours import parse_hours
 from edgebroker.common.runtime.text_file import read_text
 
 ENV_PREFIX = "EDGEBROKER_APP_"
@@ -31,6 +32,9 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     server: Annotated[str, about(
         "HOST:PORT of the broker; several with commas, the best first")] = "127.0.0.1:7420"
     data_dir: Annotated[str, about("where the local database is; empty: edgebroker-NAME in the current directory")] = ""
+    activate_refresh: Annotated[str, about(
+        "when readers see a topic that was loaded again: now, within hours (22:00-04:00), or command "
+        "(POST /v1/activate)")] = "now"
     http: Annotated[str, about(
         "HOST:PORT at which it answers over HTTP; none: only at the unix socket http.sock in its data directory")
         ] = "127.0.0.1:7430"
@@ -111,6 +115,11 @@ def _wrong(config: AppConfig) -> list[tuple[str, str]]:
         parse_labels(config.labels)
     except ValueError as error:
         found.append(("labels", str(error)))
+    if config.activate_refresh not in ("now", "command"):
+        try:
+            parse_hours(config.activate_refresh or "-")
+        except ValueError as error:
+            found.append(("activate_refresh", f"{error}, or use now or command"))
     host, _, port = config.http.rpartition(":")
     if config.http == "none":
         pass

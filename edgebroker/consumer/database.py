@@ -2,7 +2,7 @@
 
     one SQLite transaction = rows of views + SQL of handlers + positions + dead letters
 
-For each topic with a view there is a table `_TOPIC_gN` (a generation) and an SQL view of the topic's name over it.
+views.py has the tables of the views.
 Readers open the file with mode=ro: directory 0750, app.db and its -wal 0640, -shm 0660, for the group of readers.
 SQLite removes -wal and -shm with the last connection, and readers fail without them: an application never closes this
 one, its process ends.
@@ -10,6 +10,7 @@ one, its process ends.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import sqlite3
@@ -19,10 +20,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from edgebroker.common.errors import ConfigError, FormatTooNewError
+from edgebroker.common.errors import FormatTooNewError
 from edgebroker.common.runtime.durable import write_hint
 from edgebroker.common.types import Position
-from edgebroker.consumer.declare.columns import Columns
 from edgebroker.storage import files
 from edgebroker.storage.metadata.database import move_aside
 
@@ -39,7 +39,7 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS _positions (topic TEXT, partition INTEGER, log_id BLOB, epoch INTEGER, next_offset INTEGER,
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS _generations (topic TEXT PRIMARY KEY, name TEXT UNIQUE, generation INTEGER,
-    columns TEXT) WITHOUT ROWID;
+    columns TEXT, version INTEGER, following INTEGER, copied INTEGER) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS _dead (topic TEXT, partition INTEGER, "offset" INTEGER, key BLOB, value BLOB,
     attempts INTEGER, reason TEXT, at_ms INTEGER, timestamp INTEGER, headers TEXT,
     PRIMARY KEY (topic, partition, "offset")) WITHOUT ROWID;
@@ -75,12 +75,13 @@ _SHORTAGE = {
     sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED,
     sqlite3.SQLITE_CANTOPEN,
 }  # fmt: skip
+_FULL = {errno.ENOSPC, errno.EDQUOT}
 _DAMAGE = {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 
 def is_shortage(error: BaseException) -> bool:
     """Could the database not be written or read for now: a full disk, too few descriptors?"""
-    return _code(error) in _SHORTAGE
+    return _code(error) in _SHORTAGE or (isinstance(error, OSError) and error.errno in _FULL)
 
 
 def is_damage(error: BaseException) -> bool:
@@ -120,18 +121,6 @@ class Loading(NamedTuple):
     target: int
 
 
-class View(NamedTuple):
-    """A generation of a view and the statements that change it. `columns` are its own; a row is the key, these,
-    partition, offset and timestamp of the record."""
-
-    topic: str
-    name: str
-    generation: int
-    columns: Columns
-    put: str
-    delete: str
-
-
 class AppDatabase:
     """Belongs to one thread. Raises sqlite3.Error where nothing else is said."""
 
@@ -157,10 +146,10 @@ class AppDatabase:
         except sqlite3.DatabaseError as error:
             if not is_damage(error):
                 raise
-            self._connection.close()
+            self.connection.close()
             self._move_aside(wall_ms)
             self._open()
-        self._connection.set_authorizer(self._authorize)
+        self.connection.set_authorizer(self._authorize)
 
     def _move_aside(self, wall_ms: int) -> None:
         log.error("%s is damaged: it is kept as %s.corrupt-%d, and filled again", self.path, NAME, wall_ms)
@@ -174,7 +163,7 @@ class AppDatabase:
 
     def _open(self) -> None:
         files.make_private(self.path)
-        self._connection = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        self.connection = connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.execute("PRAGMA mmap_size=0")
@@ -191,7 +180,7 @@ class AppDatabase:
         self.dead = connection.execute("SELECT count(*) FROM _dead").fetchone()[0]
 
     def _make_schema(self) -> None:
-        connection = self._connection
+        connection = self.connection
         version = connection.execute("PRAGMA user_version").fetchone()[0]
         if version > FORMAT:
             raise FormatTooNewError(f"{self.path} was made by a newer release; nothing in it was changed")
@@ -207,16 +196,16 @@ class AppDatabase:
     @contextmanager
     def transaction(self) -> Iterator[None]:
         """All of it or nothing; durable with the next sync()."""
-        self._connection.execute(_BEGIN)
+        self.connection.execute(_BEGIN)
         self._sending = self._burying = 0
         try:
             yield
-            self._connection.execute(_COMMIT)
+            self.connection.execute(_COMMIT)
             self.outgoing += self._sending
             self.dead += self._burying
         except BaseException:
-            if self._connection.in_transaction:
-                self._connection.execute(_ROLLBACK)
+            if self.connection.in_transaction:
+                self.connection.execute(_ROLLBACK)
             raise
 
     def sync(self) -> None:
@@ -232,7 +221,7 @@ class AppDatabase:
         size = self.wal_bytes()
         if size <= WAL_BYTES:
             return 0
-        _, pages, copied = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        _, pages, copied = self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
         return size if copied < pages else 0
 
     def _authorize(self, action: int, first: str | None, second: str | None, *others: object) -> int:
@@ -268,100 +257,25 @@ class AppDatabase:
 
     def interrupt(self) -> None:
         """End a statement that takes long; it raises. Any thread."""
-        self._connection.interrupt()
+        self.connection.interrupt()
 
     def _check_lent(self) -> None:
         if threading.get_ident() != self._lent_to:
             raise sqlite3.ProgrammingError("what a handler is given can be used in its call only, and in its thread")
-        if not self._connection.in_transaction:
+        if not self.connection.in_transaction:
             raise sqlite3.ProgrammingError("the transaction of this handler was undone; let it end")
 
     def execute(self, sql: str, parameters: Any = ()) -> sqlite3.Cursor:
-        return self.by_handler(self._connection.execute, sql, parameters)
+        return self.by_handler(self.connection.execute, sql, parameters)
 
     def execute_many(self, sql: str, rows: Iterable[Any]) -> sqlite3.Cursor:
-        return self.by_handler(self._connection.executemany, sql, rows)
-
-    # ---- views ----
-
-    def view(self, topic: str, columns: Columns) -> View:
-        """The view of a topic, made when it is new. Raises ConfigError when it is there with other columns."""
-        name = view_name(topic)
-        wanted = ", ".join(f"{column.name} {column.sql}" for column in columns.columns)
-        found = self._connection.execute(
-            "SELECT generation, columns FROM _generations WHERE topic=?", (topic,)
-        ).fetchone()
-        if found is None:
-            with self.transaction():
-                clash = self._connection.execute("SELECT topic FROM _generations WHERE name=?", (name,)).fetchone()
-                if clash is not None:
-                    raise ConfigError(f"topics {clash[0]} and {topic} would have views of the same name, {name}")
-                first = _view(topic, name, 1, columns)
-                self._make_table(first)
-                self._show(first)
-                self._connection.execute("INSERT INTO _generations VALUES (?,?,1,?)", (topic, name, wanted))
-            found = (1, wanted)
-        if found[1] != wanted:
-            raise ConfigError(
-                f"the view {name} has other columns in {self.path} ({found[1]}) than the application declares "
-                f"({wanted}); remove the file, and it is filled again"
-            )
-        return _view(topic, name, found[0], columns)
-
-    def _make_table(self, view: View) -> None:
-        own = "".join(f'"{column.name}" {column.sql}, ' for column in view.columns.columns)
-        table = _table(view.name, view.generation)
-        self._connection.execute(
-            f'CREATE TABLE IF NOT EXISTS "{table}" (key NOT NULL, {own}_partition INTEGER, _offset INTEGER, '
-            "_timestamp INTEGER, PRIMARY KEY (key)) WITHOUT ROWID"
-        )
-
-    def _show(self, view: View) -> None:
-        """Let readers see this generation. Statements that they have prepared see it as well."""
-        names = "".join(f'"{column.name}", ' for column in view.columns.columns)
-        self._connection.execute(f'DROP VIEW IF EXISTS "{view.name}"')
-        self._connection.execute(
-            f'CREATE VIEW "{view.name}" AS SELECT key, {names}_partition, _offset, _timestamp '
-            f'FROM "{_table(view.name, view.generation)}"'
-        )
+        return self.by_handler(self.connection.executemany, sql, rows)
 
     # ---- loading again ----
 
-    def next_generation(self, view: View) -> View:
-        """The generation after this one, made when it is new; within a transaction."""
-        following = _view(view.topic, view.name, view.generation + 1, view.columns)
-        self._make_table(following)
-        return following
-
-    def empty(self, view: View, partition: int) -> None:
-        """Remove the rows of a partition from a generation; within a transaction."""
-        table = _table(view.name, view.generation)
-        self._connection.execute(f'DELETE FROM "{table}" WHERE _partition=?', (partition,))
-
-    def count(self, view: View, partitions: Sequence[int]) -> int:
-        """The rows of these partitions in a generation."""
-        marks = ",".join("?" * len(partitions))
-        table = _table(view.name, view.generation)
-        found = self._connection.execute(f'SELECT count(*) FROM "{table}" WHERE _partition IN ({marks})', partitions)
-        count: int = found.fetchone()[0]
-        return count
-
-    def switch(self, old: View, new: View, loaded: Sequence[int]) -> None:
-        """Show a generation instead of the one before, whose rows of partitions that were not loaded again are taken
-        over; within a transaction."""
-        marks = ",".join("?" * len(loaded))
-        self._connection.execute(
-            f'INSERT OR REPLACE INTO "{_table(new.name, new.generation)}" SELECT * FROM '
-            f'"{_table(old.name, old.generation)}" WHERE _partition NOT IN ({marks})',
-            loaded,
-        )
-        self._show(new)
-        self._connection.execute("UPDATE _generations SET generation=? WHERE topic=?", (new.generation, new.topic))
-        self._connection.execute(f'DROP TABLE "{_table(old.name, old.generation)}"')
-
     def loading(self, topic: str) -> dict[int, Loading]:
         """The partitions of a topic that are loaded again, and those that were (with a target of -1)."""
-        rows = self._connection.execute(
+        rows = self.connection.execute(
             "SELECT partition, reset_id, log_id, epoch, next_offset, target FROM _loading WHERE topic=?", (topic,)
         )
         return {
@@ -370,59 +284,43 @@ class AppDatabase:
         }
 
     def set_loading(self, topic: str, partition: int, one: Loading) -> None:
-        self._connection.execute(
+        self.connection.execute(
             "INSERT OR REPLACE INTO _loading VALUES (?,?,?,?,?,?,?)",
             (topic, partition, one.reset_id, *one.position, one.target),
         )
 
-    def loaded(self, topic: str) -> None:
+    def loaded(self, topic: str, loading: Mapping[int, Loading]) -> None:
         """The switch is done; within its transaction."""
-        self._connection.execute("UPDATE _loading SET target=-1 WHERE topic=?", (topic,))
-
-    def put(self, view: View, rows: Sequence[Row], deleted: Sequence[Row]) -> None:
-        """Set rows of a view, and delete others by their keys. Raises NotStorableError for a value that SQLite does not
-        take: a number of more than 64 bits."""
-        try:
-            if rows:
-                self._connection.executemany(view.put, rows)
-            if deleted:
-                self._connection.executemany(view.delete, deleted)
-        except (OverflowError, sqlite3.InterfaceError) as error:
-            raise NotStorableError(str(error)) from None
+        for partition, one in loading.items():
+            self.set_loading(topic, partition, one._replace(target=-1))
 
     # ---- positions and dead records ----
 
     def positions(self) -> dict[tuple[str, int], Position]:
         """Where reading goes on, by topic and partition."""
-        rows = self._connection.execute("SELECT topic, partition, log_id, epoch, next_offset FROM _positions")
+        rows = self.connection.execute("SELECT topic, partition, log_id, epoch, next_offset FROM _positions")
         return {(topic, partition): Position(log_id, epoch, offset) for topic, partition, log_id, epoch, offset in rows}
 
     def set_positions(self, positions: Mapping[tuple[str, int], Position]) -> None:
-        self._connection.executemany(
+        self.connection.executemany(
             "INSERT OR REPLACE INTO _positions VALUES (?,?,?,?,?)", [(*key, *one) for key, one in positions.items()]
         )
 
     def bury(self, dead: DeadRecord) -> None:
         """Keep a record that was given up; within a transaction."""
         self.unbury(*dead[:3])
-        self._connection.execute("INSERT INTO _dead VALUES (?,?,?,?,?,?,?,?,?,?)", dead)
+        self.connection.execute("INSERT INTO _dead VALUES (?,?,?,?,?,?,?,?,?,?)", dead)
         self._burying += 1
 
     def dead_record(self, topic: str, partition: int, offset: int) -> DeadRecord | None:
         """A record that was given up, as it is kept."""
-        row = self._connection.execute(f"SELECT * FROM _dead {_THIS_DEAD}", (topic, partition, offset)).fetchone()
+        row = self.connection.execute(f"SELECT * FROM _dead {_THIS_DEAD}", (topic, partition, offset)).fetchone()
         return DeadRecord(*row) if row is not None else None
 
     def unbury(self, topic: str, partition: int, offset: int) -> None:
         """Keep it no longer; within a transaction."""
-        found = self._connection.execute(f"DELETE FROM _dead {_THIS_DEAD}", (topic, partition, offset))
+        found = self.connection.execute(f"DELETE FROM _dead {_THIS_DEAD}", (topic, partition, offset))
         self._burying -= found.rowcount
-
-    def offset_of(self, view: View, key: str | bytes) -> int:
-        """The offset of the record that a row of a view is of; -1: there is no row."""
-        table = _table(view.name, view.generation)
-        row = self._connection.execute(f'SELECT _offset FROM "{table}" WHERE key=?', (key,)).fetchone()
-        return row[0] if row is not None else -1
 
     # ---- the outbox ----
 
@@ -430,19 +328,19 @@ class AppDatabase:
         """Put a record into the outbox, within the transaction of a handler."""
         self._check_lent()
         text = headers.decode() if headers is not None else None
-        self._connection.execute(
+        self.connection.execute(
             "INSERT INTO _outbox (topic, key, value, headers) VALUES (?,?,?,?)", (topic, key, value, text)
         )
         self._sending += 1
 
     def remove_sent(self, numbers: Sequence[int]) -> None:
         """Remove records from the outbox; within a transaction."""
-        found = self._connection.executemany("DELETE FROM _outbox WHERE number=?", [(number,) for number in numbers])
+        found = self.connection.executemany("DELETE FROM _outbox WHERE number=?", [(number,) for number in numbers])
         self._sending -= found.rowcount
 
     def bury_unsent(self, number: int, reason: str, at_ms: int) -> None:
         """Keep a record of the outbox that can never be sent as a dead one; within a transaction."""
-        self._connection.execute(
+        self.connection.execute(
             "INSERT INTO _dead SELECT topic, -1, number, key, value, 1, ?, ?, ?, coalesce(headers, '[]') FROM _outbox "
             "WHERE number=?",
             (reason, at_ms, at_ms, number),
@@ -455,11 +353,11 @@ class AppDatabase:
     def finish(self) -> None:
         """Copy the log into the database, so that a start has little to read. The files stay open: the process is to
         end without closing them."""
-        self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self.connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Close everything; readers have to wait for the next start."""
-        self._connection.close()
+        self.connection.close()
         files.close(self._wal)
         files.close(self._lock)
 
@@ -467,13 +365,3 @@ class AppDatabase:
 def view_name(topic: str) -> str:
     """What the view of a topic is called: SQL has no dots and dashes in names."""
     return re.sub(r"[.\-]", "_", topic)
-
-
-def _view(topic: str, name: str, generation: int, columns: Columns) -> View:
-    table, places = _table(name, generation), ",".join("?" * (len(columns.columns) + 4))
-    put = f'INSERT OR REPLACE INTO "{table}" VALUES ({places})'
-    return View(topic, name, generation, columns, put, f'DELETE FROM "{table}" WHERE key=?')
-
-
-def _table(name: str, generation: int) -> str:
-    return f"_{name}_g{generation}"

@@ -1,119 +1,369 @@
-"""Loading a topic again beside its view: a new generation of the table, switched to in one transaction.
+"""Loading topics again beside their views: new generations of the tables, switched to in one transaction.
 
-    RESET -> begin() -> load() into the new generation, with the position -> all partitions complete -> switch()
+    RESET -> begin() -> load() into the staging file -> all partitions complete -> sorted, in a thread
+          -> copied in slices into the next generation -> then what came since -> switch(): readers see it -> READY
 
-Readers have the old rows until the switch, also across crashes: what is loaded is stored with how far it goes. All
-partitions of a topic are loaded together: when one of them has to be, the others are asked for. Handlers get the
-records of a refresh as they get others.
+Readers have the old rows until the switch, also across crashes: each step is stored, and goes on where it stood. All
+partitions of a topic, and all topics that are to change together, are loaded and switched together: when one of them
+has to be, the others are asked for. Handlers get the records of a refresh as they get others, when these come.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.threads import start_thread
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.database import AppDatabase, Loading
-from edgebroker.consumer.handling.effect import Effect, Portion
+from edgebroker.consumer.declare.application import Topic
+from edgebroker.consumer.handling.effect import DeadNow, Effect, Portion
+from edgebroker.consumer.reader import Reader
+from edgebroker.consumer.staging_file import StagingFile
+from edgebroker.consumer.views import Slice, View, Views, table_of
 
 log = logging.getLogger(__name__)
 
 LEAST_PERCENT = 90
 
 
+class Host(Protocol):
+    """What loading needs of the instance."""
+
+    def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
+        """Have handlers handle records, and keep those that are given up, in one transaction with something else, which
+        gets the offset behind them (-1: behind all)."""
+
+    def begun(self, key: TopicPartition, first: bool) -> None:
+        """A partition is loaded again, the first one of its topic perhaps; within a transaction then."""
+
+    def is_whole(self, topic: str, loading: set[int]) -> bool:
+        """Are these all partitions of a topic that can be loaded?"""
+
+    def may_switch(self, topics: Sequence[str]) -> bool:
+        """Is it time to show what was loaded?"""
+
+    def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None:
+        """Readers see what was loaded; these positions hold from now on."""
+
+
+class SortResult(NamedTuple):
+    """A file of sorted rows, and how many rows of the same partitions readers see."""
+
+    number: int
+    path: Path
+    before: int
+
+
+class _Staged:
+    """A topic with a view that is being loaded: its staging file, and how far the next generation is."""
+
+    def __init__(self, file: StagingFile, view: View) -> None:
+        self.file, self.view = file, view
+        self.next: View | None = None
+        # The thread that sorts, by number: begin() makes its result worthless.
+        self.sorting, self.sorts = False, 0
+        self.result: SortResult | None = None
+        self.failure: Exception | None = None
+        # Sorted rows that are copied, of how many (-1: they are not at hand); the last record of those behind.
+        self.copied, self.total, self.applied = 0, -1, 0
+        # Rows that readers see.
+        self.before = -1
+
+    @property
+    def is_sorted(self) -> bool:
+        return self.file.sorted.exists()
+
+    @property
+    def is_copied(self) -> bool:
+        return 0 <= self.total <= self.copied
+
+
 class Generations:
-    """The staging store of an instance. `apply` has the effect of a portion, in one transaction with what it is given,
-    and passes over records that no attempt helps. `begun` is told of a partition that is loaded again, and whether it
-    is the first one of its topic (within a transaction then); `whole` says whether all partitions of a topic that can
-    be loaded are among these; `owns` whether the positions of a topic are kept here; `switched` is told of the topic
-    and of those positions that hold from then on. `force`: show also what has fewer than nine tenths of the rows."""
+    """The staging store of an instance. `force`: show also what has fewer than nine tenths of the rows."""
 
     def __init__(
         self,
         database: AppDatabase,
-        effects: dict[str, Effect],
-        apply: Callable[[Portion, Callable[[int], None]], None],
-        begun: Callable[[TopicPartition, bool], None],
-        whole: Callable[[str, set[int]], bool],
-        owns: Callable[[str], bool],
-        switched: Callable[[str, dict[tuple[str, int], Position]], None],
+        views: Views,
+        topics: Mapping[str, Topic],
+        effects: Mapping[str, Effect],
+        host: Host,
+        clock: Clock,
         *,
         force: bool,
     ) -> None:
-        self._database, self._effects, self._apply = database, effects, apply
-        self._begun, self._whole, self._owns, self._switched = begun, whole, owns, switched
+        self._database, self._views, self._topics, self._effects = database, views, topics, effects
+        self._host, self._clock, self._force = host, clock, force
+        self._directory: Path = database.path.parent
+        self._staged: dict[str, _Staged] = {}
+        self._attached = ""
+        self._slice, self._dropping = Slice(), True
         # Refreshes that were switched to: READY is asked for one after the other.
         self._over: set[str] = set()
-        # Refreshes that are complete and have too few rows -> the sum of offsets below which they cannot have enough.
+        # Refreshes that are complete and have too few rows -> the sum of offsets below which they cannot have enough;
+        # those that wait for their time.
         self._enough: dict[tuple[str, ...], int] = {}
-        self._force = force
+        self._held: set[tuple[str, ...]] = set()
+        for topic, effect in effects.items():
+            if effect.view is not None and StagingFile.exists(self._directory, effect.view.name):
+                self._open(topic, effect.view)
+
+    def _open(self, topic: str, view: View) -> _Staged:
+        staged = self._staged.get(topic)
+        if staged is None:
+            staged = self._staged[topic] = _Staged(StagingFile(self._directory, view.name, view.columns), view)
+            following = self._views.next(view)
+            if following is not None and staged.is_sorted:
+                staged.next, staged.copied = following
+        return staged
+
+    def together(self, topic: str) -> list[str]:
+        """The topics that are switched in one step with this one, itself among them."""
+        found, added = [topic], True
+        while added:
+            others = {
+                name
+                for name, one in self._topics.items()
+                if name not in found and (any(name in self._topics[mine].together for mine in found)
+                                          or any(mine in one.together for mine in found))
+            }  # fmt: skip
+            found += sorted(others)
+            added = bool(others)
+        return found
+
+    def loading(self) -> set[tuple[str, int]]:
+        """The partitions that are loaded again. Any thread."""
+        return {(topic, partition) for topic in list(self._topics) for partition in self._loading(topic)}
+
+    def _loading(self, topic: str) -> dict[int, Loading]:
+        staged = self._staged.get(topic)
+        if staged is not None:
+            return dict(staged.file.loading)
+        return {partition: one for partition, one in self._effects[topic].loading.copy().items() if one.target >= 0}
+
+    # ---- the staging store ----
 
     def begin(self, refresh: Refresh) -> int:
         """Where to go on: behind what an earlier attempt has stored, or behind what readers see already."""
-        key = TopicPartition(refresh.topic, refresh.partition)
-        loading = self._database.loading(key.topic)
-        known = loading.get(key.partition)
-        if known is not None and known.reset_id == refresh.reset_id:
-            if known.target >= 0:
-                self._begun(key, False)
-                return known.position.next_offset
+        key, effect = TopicPartition(refresh.topic, refresh.partition), self._effects[refresh.topic]
+        known = effect.loading.get(key.partition)
+        if known is not None and known.reset_id == refresh.reset_id and known.target < 0:
             self._over.add(refresh.reset_id)
             return max(known.position.next_offset, refresh.target)
+        staged = self._open(key.topic, effect.view) if effect.view is not None else None
+        found = staged.file.loading.get(key.partition) if staged is not None else known
+        if found is not None and found.reset_id == refresh.reset_id:
+            self._host.begun(key, False)
+            handled = known.position.next_offset if known is not None and known.target >= 0 else refresh.from_offset
+            return min(found.position.next_offset, handled) if effect.handles else found.position.next_offset
         log.info("%s/%d is loaded again, from %d to %d", *key, refresh.from_offset, refresh.target)
+        first = not self._loading(key.topic)
+        if staged is not None:
+            self._views.detach()
+            self._attached = ""
+            staged.file.begin(key.partition, _state(refresh))
+            staged.next, staged.copied, staged.total, staged.applied, staged.before = None, 0, -1, 0, -1
+            staged.sorts += 1
         with self._database.transaction():
-            self._effects[key.topic].begin_generation(key.partition)
-            self._database.set_loading(*key, _state(refresh))
-            self._begun(key, all(one.target < 0 for one in loading.values()))
+            self._set_loading(key, _state(refresh))
+            self._host.begun(key, first)
         return refresh.from_offset
 
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
-        """Store the effect of the next records together with the position behind them."""
-        key = TopicPartition(refresh.topic, refresh.partition)
-        self._apply(Portion(key, records), lambda end: self._database.set_loading(*key, _state(refresh, end)))
+        """Store the next records together with the position behind them."""
+        key, effect = TopicPartition(refresh.topic, refresh.partition), self._effects[refresh.topic]
+        staged, dead = self._staged.get(key.topic), list[DeadNow]()
+        if staged is not None:
+            end = staged.file.loading[key.partition].position.next_offset
+            new = [record for record in records if record.offset >= end]
+            dead = effect.stage(new, lambda rows, gone: staged.file.append(key.partition, rows, gone, _state(refresh)))
+        if effect.handles:
+            handled = effect.loading[key.partition].position.next_offset
+            records = [record for record in records if record.offset >= handled]
+        if effect.handles or dead:
+            portion = Portion(key, records if effect.handles else [])
+            self._host.handle_loaded(portion, dead, lambda end: self._set_loading(key, _state(refresh, end)))
 
     def switch(self, refresh: Refresh) -> bool:
-        """Show the new generation once all partitions that are loaded again are complete."""
+        """Show the next generations once all that is to change together is complete, sorted and copied."""
         if refresh.reset_id in self._over:
             return True
-        loading = {
-            partition: one for partition, one in self._database.loading(refresh.topic).items() if one.target >= 0
-        }
-        complete = all(one.position.next_offset >= one.target for one in loading.values())
-        if not complete or not self._whole(refresh.topic, set(loading)) or self._is_too_small(refresh.topic, loading):
+        topics = self.together(refresh.topic)
+        loading = {topic: self._loading(topic) for topic in topics}
+        if not all(self._is_complete(topic, loading[topic]) for topic in topics):
             return False
-        positions = {}
-        if self._owns(refresh.topic):
-            positions = {(refresh.topic, partition): one.position for partition, one in loading.items()}
-        with self._database.transaction():
-            self._effects[refresh.topic].end_generation(list(loading))
-            self._database.set_positions(positions)
-            self._database.loaded(refresh.topic)
-        # The broker is told next, and asks for nothing of this again.
-        self._database.sync()
-        self._over.update(one.reset_id for one in loading.values())
-        self._switched(refresh.topic, positions)
-        log.info("topic %s: readers see what was loaded again", refresh.topic)
+        ready = [self._prepare(topic) for topic in topics]
+        if not all(ready) or not all(self._is_large_enough(topic, loading[topic]) for topic in topics):
+            return False
+        if not self._host.may_switch(topics):
+            attempt = _attempt(loading[refresh.topic])
+            if attempt not in self._held:
+                self._held.add(attempt)
+                log.info("%s: loaded; readers see it when it is time (activate_refresh)", ", ".join(topics))
+            return False
+        self._switch(loading)
         return True
 
-    def _is_too_small(self, topic: str, loading: dict[int, Loading]) -> bool:
-        """Has what was loaded much fewer rows than readers see? A mistake at the top must not empty the shelves."""
-        attempt = tuple(sorted(one.reset_id for one in loading.values()))
-        end = sum(one.position.next_offset for one in loading.values())
-        if self._force or end < self._enough.get(attempt, 0):
-            return not self._force
-        before, now = self._effects[topic].sizes(list(loading))
-        least = -(-before * LEAST_PERCENT // 100)
-        if now >= least:
+    def _is_complete(self, topic: str, loading: Mapping[int, Loading]) -> bool:
+        complete = all(one.position.next_offset >= one.target for one in loading.values())
+        return complete and bool(loading) and self._host.is_whole(topic, set(loading))
+
+    def _prepare(self, topic: str) -> bool:
+        """Is the next generation of a topic filled? What is missing is begun."""
+        staged = self._staged.get(topic)
+        if staged is None:
+            return True
+        if staged.failure is not None:
+            failure, staged.failure = staged.failure, None
+            raise failure
+        if not staged.is_sorted and not staged.sorting and staged.result is None:
+            staged.sorting, number, partitions = True, staged.sorts, list(staged.file.loading)
+            start_thread("edgebroker-sort", lambda: self._sort(staged, number, partitions))
+        if not staged.is_copied:
             return False
+        while self._apply_since(staged):
+            pass  # a few: step() has applied what came before
+        return True
+
+    def _sort(self, staged: _Staged, number: int, partitions: list[int]) -> None:
+        """In a thread."""
+        try:
+            path, marks = staged.file.sort(number), ",".join("?" * len(partitions))
+            reader = Reader(self._database.path)
+            sql = f'SELECT count(*) FROM "{table_of(staged.view)}" WHERE _partition IN ({marks})'
+            before = reader.rows(sql, partitions)[0][0]
+            reader.close()
+            staged.result = SortResult(number, path, before)
+        except Exception as error:
+            staged.failure = error
+        staged.sorting = False
+
+    def _switch(self, loading: Mapping[str, Mapping[int, Loading]]) -> None:
+        positions = {
+            topic: {(topic, partition): one.position for partition, one in partitions.items()}
+            if self._topics[topic].scope == "each"
+            else {}
+            for topic, partitions in loading.items()
+        }
+        self._views.detach()
+        self._attached = ""
+        shown: list[tuple[_Staged, View]] = []
+        with self._database.transaction():
+            for topic, partitions in loading.items():
+                staged = self._staged.get(topic)
+                if staged is not None and staged.next is not None:
+                    self._views.switch(staged.view, staged.next, list(partitions), self._topics[topic].version)
+                    shown.append((staged, staged.next))
+                self._database.set_positions(positions[topic])
+                self._database.loaded(topic, partitions)
+        # The broker is told next, and asks for nothing of this again.
+        self._database.sync()
+        for staged, view in shown:
+            self._effects[view.topic].view = view
+            staged.file.remove()
+            del self._staged[view.topic]
+        self._dropping = True
+        for topic, partitions in loading.items():
+            self._effects[topic].loading.update({number: one._replace(target=-1) for number, one in partitions.items()})
+            self._over.update(one.reset_id for one in partitions.values())
+            self._host.switched(topic, positions[topic])
+            log.info("topic %s: readers see what was loaded again", topic)
+
+    def _set_loading(self, key: TopicPartition, one: Loading) -> None:
+        """How far handlers are; within a transaction."""
+        self._database.set_loading(*key, one)
+        self._effects[key.topic].loading[key.partition] = one
+
+    # ---- slices ----
+
+    def step(self) -> bool:
+        """Do a slice of what is due, between two transactions of others; False: there is nothing to do now."""
+        for staged in self._staged.values():
+            if staged.result is not None:
+                self._accept(staged, staged.result)
+            if staged.is_sorted and not staged.is_copied:
+                self._copy_some(staged)
+                return True
+            if staged.is_copied and self._apply_since(staged):
+                return True
+        self._dropping = self._dropping and self._views.drop_some()
+        return self._dropping
+
+    def _accept(self, staged: _Staged, result: SortResult) -> None:
+        """A thread has sorted; it counts unless a partition was begun again meanwhile."""
+        staged.result = None
+        if result.number == staged.sorts:
+            staged.file.accept(result.path)
+            staged.before = result.before
+
+    def copied(self) -> list[str]:
+        """The topics whose next generation is filled: they may be ready to be switched."""
+        return [topic for topic, staged in self._staged.items() if staged.is_copied]
+
+    def _copy_some(self, staged: _Staged) -> None:
+        view = staged.view
+        if self._attached != view.topic:
+            staged.total = self._views.attach(staged.file.sorted)
+            self._attached = view.topic
+            staged.applied = staged.file.bound()
+        began, count = self._clock.monotonic(), min(self._slice.rows, staged.total - staged.copied)
+        with self._database.transaction():
+            new = staged.next if staged.next is not None else self._views.begin_next(view)
+            copied = self._views.copy(new, staged.copied, count)
+        staged.next, staged.copied = new, copied
+        self._slice.took(self._clock.monotonic() - began)
+
+    def _apply_since(self, staged: _Staged) -> bool:
+        """Apply some of the records that came after the sort; False: there are none."""
+        records = staged.file.rows_since(staged.applied, self._slice.rows)
+        if not records or staged.next is None:
+            return False
+        latest = {one.row[0]: one for one in records}
+        rows = [one.row for one in latest.values() if not one.gone]
+        with self._database.transaction():
+            self._views.put(staged.next, rows, [(key,) for key, one in latest.items() if one.gone])
+        staged.applied = records[-1].number
+        return True
+
+    def _is_large_enough(self, topic: str, loading: Mapping[int, Loading]) -> bool:
+        """Has what was loaded not much fewer rows than readers see? A mistake at the top must not empty the shelves."""
+        staged = self._staged.get(topic)
+        if staged is None or staged.next is None or self._force:
+            return True
+        attempt, end = _attempt(loading), sum(one.position.next_offset for one in loading.values())
+        if end < self._enough.get(attempt, 0):
+            return False
+        if staged.before < 0:  # it was sorted before this start
+            staged.before = self._views.count(staged.view, list(loading))
+        least = -(-staged.before * LEAST_PERCENT // 100)
+        if staged.total >= least and attempt not in self._enough:
+            return True
+        now = self._views.count(staged.next, list(loading))
+        if now >= least:
+            return True
         if attempt not in self._enough:
             log.error(
                 "topic %s: what was loaded again has much fewer rows (%d of %d): it is not shown until it has %d, or "
-                "the application is started with --force", topic, now, before, least,
+                "the application is started with --force", topic, now, staged.before, least,
             )  # fmt: skip
         self._enough[attempt] = end + least - now
-        return True
+        return False
+
+    def close(self) -> None:
+        """What was begun goes on with the next start."""
+        self._views.detach()
+        for staged in self._staged.values():
+            staged.file.close()
+
+
+def _attempt(loading: Mapping[int, Loading]) -> tuple[str, ...]:
+    return tuple(sorted(one.reset_id for one in loading.values()))
 
 
 def _state(refresh: Refresh, end: int = -1) -> Loading:

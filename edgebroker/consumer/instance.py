@@ -16,7 +16,8 @@ from typing import Protocol
 
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record
-from edgebroker.common.runtime.clock import SystemClock, sleep
+from edgebroker.common.runtime.clock import SystemClock, second_of_day, sleep
+from edgebroker.common.runtime.hours import parse_hours
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.config import AppConfig
 from edgebroker.consumer.database import AppDatabase, DatabaseError, Row, is_shortage
@@ -27,6 +28,7 @@ from edgebroker.consumer.handling.dead_records import DeadRecords
 from edgebroker.consumer.handling.effect import (
     MOST_REASON,
     Changed,
+    DeadNow,
     Effect,
     FailedRecord,
     HopelessError,
@@ -35,8 +37,10 @@ from edgebroker.consumer.handling.effect import (
 )
 from edgebroker.consumer.handling.in_hand import MOST_DEATHS, InHand
 from edgebroker.consumer.handling.outbox import OutboxSender
+from edgebroker.consumer.handling.waiting import WaitingPartition, once
 from edgebroker.consumer.handling.watch import Watch
-from edgebroker.consumer.subscriptions import REMIND_SECONDS, Subscriptions
+from edgebroker.consumer.subscriptions import REMIND_SECONDS, Asked, Subscriptions
+from edgebroker.consumer.views import Views
 
 log = logging.getLogger(__name__)
 
@@ -70,15 +74,6 @@ class StoppedError(Exception):
     """A handler failed for good, and its policy ends the application."""
 
 
-class _Waiting:
-    """A partition whose first record failed so often: what has come of it, and when it is tried again. `given_up` says
-    why no attempt would help: the record is passed over then, as its handler's policy says."""
-
-    def __init__(self, records: list[Record], attempts: int, due: float, failure: FailedRecord) -> None:
-        self.records, self.attempts, self.due, self.failure = records, attempts, due, failure
-        self.given_up = failure.is_final(attempts)
-
-
 class Instance:
     """run() belongs to one thread. `watch` sees what that thread calls; jobs are run by it between two transactions."""
 
@@ -90,31 +85,29 @@ class Instance:
         self._jobs: deque[Callable[[], None]] = deque()
         # For whoever asks, any thread: records whose effect is stored, attempts that failed.
         self.records = self.failures = 0
-        self._current_due = 0.0
+        self._current_due, self._busy = 0.0, False
         self.watch = Watch(self._clock.monotonic)
         self._calls = Calls(database, self.watch, self._clock, settings.node, log)
         self._positions = database.positions()
+        views = Views(database, self._clock)
         self._effects = {
-            name: Effect(topic, database, self._calls, self._clock.wall_ms)
+            name: Effect(topic, database, views, self._calls, self._clock.wall_ms)
             for name, topic in application.topics.items()
         }
         self._topics = application.topics
         self.dead_records = DeadRecords(database, self._effects)
         self._in_hand = InHand(database.path.parent)
         self._outgoing, self._full_outbox = OutboxSender(database.path, settings.server, self._clock), False
-        self._generations = Generations(
-            database,
-            self._effects,
-            self._apply_loaded,
-            self._loaded_again,
-            self._is_whole,
-            self._owns,
-            self._switched,
-            force=settings.force,
+        self.generations = Generations(
+            database, views, self._topics, self._effects, self, self._clock, force=settings.force
         )
-        # Topics of which a partition is loaded again, and of which the others have to be asked for.
-        self._incomplete: set[str] = set()
-        self._asked: dict[str, set[int]] = {}
+        # Topics to ask for, because a partition of theirs is loaded again or another version made their view; of those
+        # that were asked for, the partitions that are loaded, and those that cannot be.
+        self._incomplete = {
+            name for name, effect in self._effects.items() if effect.view is not None and effect.view.stale
+        }
+        self._asked: dict[str, Asked] = {}
+        self._activation, self._activated = settings.activate_refresh, set[str]()
         self.subscriptions = Subscriptions(
             self._topics,
             settings.name,
@@ -122,13 +115,13 @@ class Instance:
             settings.server,
             self._clock,
             self._positions,
-            self._generations,
+            self.generations,
             self._lost,
         )
         # What was received and is not stored yet; nothing more is asked for before it is.
         self._held: list[Portion] = []
         self._short = False
-        self._waiting: dict[TopicPartition, _Waiting] = {}
+        self._waiting: dict[TopicPartition, WaitingPartition] = {}
         # Committed, and not acknowledged yet.
         self._unacknowledged: dict[TopicPartition, Record] = {}
         self._unacked_bytes = 0
@@ -149,10 +142,6 @@ class Instance:
     def positions(self) -> dict[tuple[str, int], Position]:
         """Where reading goes on, of topics whose positions are kept here. Any thread."""
         return dict(self._positions)
-
-    def loading(self) -> set[tuple[str, int]]:
-        """The partitions that are loaded again. Any thread."""
-        return {(topic, partition) for topic, effect in self._effects.items() for partition in effect.loading()}
 
     @property
     def waiting(self) -> int:
@@ -182,6 +171,7 @@ class Instance:
                 self._acknowledge()
             finally:
                 self.subscriptions.close()
+                self.generations.close()
                 self._outgoing.close()
                 self._in_hand.close()
                 try:
@@ -223,13 +213,15 @@ class Instance:
             if now >= due:
                 self._call_hook(hook)
                 self._hooks_due[hook] = self._clock.monotonic() + hook.seconds
+        self._busy = self.generations.step()
         if now >= self._current_due:
             self._current_due = now + CURRENT_SECONDS
+            self.subscriptions.switch(list(self._asked))
             if not self._held and not self._waiting:
                 self.subscriptions.note_current()
         while self._jobs:
             self._jobs.popleft()()
-        if not self.ready and not self._waiting and not self._held and self.subscriptions.are_complete():
+        if not self.ready and self._is_ready():
             self.ready = True
             log.info("ready: everything is there that was published when this began")
             self._call_hooks("ready")
@@ -263,6 +255,8 @@ class Instance:
     def _wait(self) -> float:
         """How long to wait for records: until something else is due."""
         now = self._clock.monotonic()
+        if self._busy or self._jobs:
+            return 0.0
         due = [now + WAIT_SECONDS, *(one.due for one in self._waiting.values()), *self._hooks_due.values()]
         return max(0.0, min(due) - now) / len(self.subscriptions.consumers)
 
@@ -372,14 +366,16 @@ class Instance:
         self.failures += 1
         attempts = failed.attempt if failure.before == 0 else 1
         pause = failure.handler.policy.pause(attempts)
-        now = self._waiting[failed.key] = _Waiting(_once(rest), attempts, self._clock.monotonic() + pause, failure)
+        now = self._waiting[failed.key] = WaitingPartition(
+            once(rest), attempts, self._clock.monotonic() + pause, failure
+        )
         again = "" if now.given_up else f"; again in {pause:.1f} s"
         log.warning("%s: attempt %d failed (%s)%s", _name(record), attempts, failure.why, again)
         left = [portion for portion in portions[place + 1 :] if portion.key != failed.key]
         before = [failed._replace(records=failed.records[: failure.before])] if failure.before else []
         return portions[:place] + before + left
 
-    def _give_up(self, key: TopicPartition, waiting: _Waiting) -> list[Portion]:
+    def _give_up(self, key: TopicPartition, waiting: WaitingPartition) -> list[Portion]:
         """Pass over a record that no attempt helps, now that what came before it is committed; what follows it."""
         record, *rest = waiting.records
         then, why = waiting.failure.handler.policy.then, waiting.failure.why
@@ -413,48 +409,67 @@ class Instance:
 
     # ---- loading again ----
 
-    def _loaded_again(self, key: TopicPartition, first: bool) -> None:
+    def begun(self, key: TopicPartition, first: bool) -> None:
         """A partition is loaded again: what waits of it is of the data before."""
         self._waiting.pop(key, None)
         self._held = [portion for portion in self._held if portion.key != key]
         self._unacknowledged.pop(key, None)
-        if key.topic not in self._asked:
-            self._incomplete.add(key.topic)
+        self._incomplete.update(topic for topic in self.generations.together(key.topic) if topic not in self._asked)
         for hook in self._hooks if first else []:
             if hook.moment == "reset":
                 self._calls.hook(hook.call, hook.name, wants_database=hook.wants_database, limited=False)
 
     def _load_whole_topics(self) -> None:
         """A topic is switched as a whole: ask for its other partitions, too."""
-        topics, self._incomplete = self._incomplete, set()
-        for topic in topics:
-            self._asked.setdefault(topic, set()).update(self.subscriptions.load_again(topic))
-        self.subscriptions.switch(list(self._asked))
+        for topic in [topic for topic in self._incomplete if self.subscriptions.held(topic)]:
+            self._incomplete.discard(topic)
+            self._asked[topic] = self.subscriptions.load_again(topic)
 
-    def _is_whole(self, topic: str, loading: set[int]) -> bool:
+    def is_whole(self, topic: str, loading: set[int]) -> bool:
         """Are all partitions of a topic loaded again that can be?"""
-        return topic in self._asked and self._asked[topic] <= loading
+        asked, held = self._asked.get(topic), self.subscriptions.held(topic)
+        if asked is None or not held <= asked.loading | asked.refused:
+            self._incomplete.add(topic)
+            return False
+        return asked.loading <= loading
 
-    def _apply_loaded(self, portion: Portion, also: Callable[[int], None]) -> None:
-        """The effect of records of a refresh, in one transaction with something else, which gets the offset behind
-        them. A record that fails is waited for here: its partition shows nothing yet."""
+    def may_switch(self, topics: Sequence[str]) -> bool:
+        """Is it time to show what was loaded?"""
+        if self._activation == "command":
+            return self._activated.issuperset(topics)
+        return self._activation == "now" or parse_hours(self._activation).open(second_of_day(self._clock.wall_ms()))
+
+    def activate(self) -> tuple[Outcome, str]:
+        """Show what was loaded again and waits for it. A job."""
+        topics = self.generations.copied()
+        if not topics:
+            return Outcome.CONFLICT, "nothing is loaded that waits to be shown"
+        self._activated.update(*(self.generations.together(topic) for topic in topics))
+        self.subscriptions.switch(topics)
+        return Outcome.OK, ""
+
+    def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
+        """Have handlers handle records of a refresh, in one transaction with something else, which gets the offset
+        behind them. A record that fails is waited for here: its partition shows nothing yet."""
         records = portion.records
         while self._in_hand and records:
             count = self._in_hand.together(portion.key, records)
             piece, records = records[:count], records[count:]
             end = piece[-1].offset + 1
-            self._apply_piece(portion._replace(records=piece), lambda end=end: also(end))  # type: ignore[misc]
-        self._apply_piece(portion._replace(records=records), lambda: also(-1))
+            self._handle_piece(portion._replace(records=piece), dead, lambda end=end: also(end))  # type: ignore[misc]
+            dead = []
+        self._handle_piece(portion._replace(records=records), dead, lambda: also(-1))
 
-    def _apply_piece(self, portion: Portion, also: Callable[[], None]) -> None:
-        attempt, dead, given_up = 1, list[tuple[Record, int, str]](), set[int]()
+    def _handle_piece(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[], None]) -> None:
+        attempt, buried, effect = 1, list(dead), self._effects[portion.key.topic]
+        passed = {one.record.offset for one in dead}
         while True:
             now = portion._replace(attempt=attempt)
             try:
                 with self._having_in_hand([now]), self._database.transaction():
-                    self._effects[portion.key.topic].apply(now, given_up=given_up)
-                    for record, attempts, why in dead:
-                        self._effects[portion.key.topic].bury(record, attempts, why)
+                    for one in buried:
+                        effect.bury(*one)
+                    effect.handle(now, now.records, passed)
                     also()
             except FailedRecord as failure:
                 self.failures += 1
@@ -467,8 +482,8 @@ class Instance:
                 if policy.then == "stop":
                     raise StoppedError(f"{_name(record)}: {failure.why}") from failure
                 if policy.then == "dead_letter":
-                    dead.append((record, attempt, failure.why))
-                given_up.add(record.offset)
+                    buried.append(DeadNow(record, attempt, failure.why))
+                passed.add(record.offset)
                 attempt = 1
             else:
                 return
@@ -480,9 +495,11 @@ class Instance:
                 raise EndedError
             sleep(min(WAIT_SECONDS, seconds))
 
-    def _switched(self, topic: str, positions: dict[tuple[str, int], Position]) -> None:
+    def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None:
+        """Readers see what was loaded; these positions hold from now on."""
         self._positions.update(positions)
         self._asked.pop(topic, None)
+        self._activated.discard(topic)
         self._observer.reset(topic)
 
     # ---- the outbox ----
@@ -544,6 +561,11 @@ class Instance:
 
     # ---- hooks ----
 
+    def _is_ready(self) -> bool:
+        """Is everything there that was published when this began, in views as they are declared?"""
+        stale = any(effect.view is not None and effect.view.stale for effect in self._effects.values())
+        return not (stale or self._waiting or self._held) and self.subscriptions.are_complete()
+
     def _call_hooks(self, moment: str) -> None:
         for hook in self._hooks:
             if hook.moment == moment:
@@ -572,12 +594,3 @@ def _size(records: Sequence[Record]) -> int:
     """Bytes of records, about: as if all were like the first and the last."""
     ends = (records[0], records[-1])
     return len(records) * (64 + sum(len(record.value or b"") for record in ends) // 2)
-
-
-def _once(records: Sequence[Record]) -> list[Record]:
-    """Each record once, of several stretches of a partition that may overlap."""
-    found: list[Record] = []
-    for record in records:
-        if not found or record.offset > found[-1].offset:
-            found.append(record)
-    return found

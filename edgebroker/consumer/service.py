@@ -147,7 +147,7 @@ class Service:
 
     def _topics(self) -> list[TopicProgress]:
         instance = self._instance
-        positions, ends, loading = instance.positions(), instance.subscriptions.ends(), instance.loading()
+        positions, ends, loading = instance.positions(), instance.subscriptions.ends(), instance.generations.loading()
         found = []
         for topic in self._application.topics.values():
             numbers = {key[1] for key in (*positions, *ends) if key[0] == topic.name}
@@ -184,6 +184,9 @@ class Service:
             self._loop.call_soon_threadsafe(lambda: call.done(outcome, message))
 
         self._instance.submit(work)
+
+    def activate(self) -> tuple[Outcome, str]:
+        return self._instance.activate()
 
     def reset(self, topic: str) -> tuple[Outcome, str]:
         return self._instance.load_again(topic)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.refresh import Staging
@@ -20,6 +21,13 @@ WINDOW_RECORDS, WINDOW_BYTES = 1 << 20, 16 << 20
 # An application works without its broker; so long after it went, and so often, the log says so.
 AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
 ASK_SECONDS = 10.0
+
+
+class Asked(NamedTuple):
+    """The partitions of a topic that are loaded again, and those that cannot be."""
+
+    loading: set[int]
+    refused: set[int]
 
 
 class Subscriptions:
@@ -107,15 +115,20 @@ class Subscriptions:
 
     # ---- loading again ----
 
-    def load_again(self, topic: str) -> set[int]:
-        """Ask for all partitions of a topic, those that are under way go on; which are loaded."""
-        consumer, asked = self._of_topic[topic], set[int]()
-        for key in [key for key in consumer.assignment if key.topic == topic]:
+    def held(self, topic: str) -> set[int]:
+        """The partitions of a topic that are held now."""
+        return {key.partition for key in self._of_topic[topic].assignment if key.topic == topic}
+
+    def load_again(self, topic: str) -> Asked:
+        """Ask for all partitions of a topic; those that are under way go on."""
+        consumer, asked = self._of_topic[topic], Asked(set(), set())
+        for partition in self.held(topic):
             try:
-                consumer.refresh(*key, timeout=ASK_SECONDS)
-                asked.add(key.partition)
+                consumer.refresh(topic, partition, timeout=ASK_SECONDS)
+                asked.loading.add(partition)
             except (AnswerError, UnreachableError, TimeoutError) as error:
-                log.warning("%s/%d stays as it is: %s", *key, error)
+                log.warning("%s/%d stays as it is: %s", topic, partition, error)
+                asked.refused.add(partition)
         return asked
 
     def switch(self, topics: Sequence[str]) -> None:

@@ -16,6 +16,7 @@ from edgebroker.consumer import database as database_module
 from edgebroker.consumer import instance as instance_module
 from edgebroker.consumer.database import AppDatabase
 from edgebroker.consumer.instance import StoppedError
+from edgebroker.consumer.views import Views
 from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running
 from tests.kit.waiting import wait_for
@@ -194,16 +195,16 @@ def test_a_full_disk_is_waited_for(
     app = make(VIEW if where == "view" else "THEN = 'dead_letter'\n" + COUNTING)
     full = sqlite3.OperationalError("database or disk is full")
     full.sqlite_errorcode = sqlite3.SQLITE_FULL
-    left, method = [3], "put" if where == "view" else "execute"
-    really = getattr(AppDatabase, method)
+    left, owner, method = [3], *((Views, "put") if where == "view" else (AppDatabase, "execute"))
+    really = getattr(owner, method)
 
-    def sometimes(self: AppDatabase, *arguments: Any) -> Any:
+    def sometimes(self: object, *arguments: Any) -> Any:
         if left[0] and "CREATE" not in str(arguments[0]):
             left[0] -= 1
             raise full
         return really(self, *arguments)
 
-    monkeypatch.setattr(AppDatabase, method, sometimes)
+    monkeypatch.setattr(owner, method, sometimes)
     monkeypatch.setattr(instance_module, "RETRY_SECONDS", 0.01)
     publish(broker, *[price("a", 1) for _ in range(50)])
     with app.running():

@@ -63,6 +63,8 @@ class App:
         path.write_text(HEAD + text)
         self.source = str(path)
         self.error: BaseException | None = None
+        # More of its configuration.
+        self.more: dict[str, Any] = {}
 
     @contextmanager
     def running(self, *, force: bool = False) -> Iterator[Any]:
@@ -71,7 +73,13 @@ class App:
         module = load_module(self.source)
         database = AppDatabase(self.directory / "app", 1)
         config = AppConfig(
-            name="prices", node="till-7", server=self.broker.server, force=force, http="127.0.0.1:0", stop_timeout=20.0
+            name="prices",
+            node="till-7",
+            server=self.broker.server,
+            force=force,
+            http="127.0.0.1:0",
+            stop_timeout=20.0,
+            **self.more,
         )
         self.service = service = Service(read_application(module, "till-7", {}), database, config)
 

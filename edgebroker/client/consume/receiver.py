@@ -48,7 +48,8 @@ class Receiver:
 
     def receive(self, timeout: float | None) -> list[Record]:
         """The records of the next delivery; [] after `timeout` seconds, or when the consumer was closed."""
-        deadline = None if timeout is None else self._subscriber.loop.clock_now() + timeout
+        clock = self._subscriber.loop.clock_now
+        deadline = None if timeout is None else clock() + timeout
         while True:
             item = self._next(deadline)
             if item is None:
@@ -74,6 +75,9 @@ class Receiver:
                     self._gap(item.partition, gap)
                 if records and not refreshing:
                     return records
+            # A refresh may go on for minutes; who polls has other things to do.
+            if deadline is not None and clock() >= deadline:
+                return []
 
     def _next(self, deadline: float | None) -> Incoming | None:
         """What was received next; records count as handed out from here on."""

@@ -63,6 +63,8 @@ class Topic(NamedTuple):
     start: str
     view: Columns | None
     handlers: list[Handler]
+    version: int = 1
+    together: tuple[str, ...] = ()
 
 
 class Hook(NamedTuple):
@@ -132,7 +134,7 @@ def read_application(module: ModuleType, node: str, labels: Mapping[str, str]) -
         name = _named(one.topic, node, labels, where)
         if name in topics:
             raise DeclarationError(f"{where}: topic {name} has a consumer already, at {places[name]}; keep one of them")
-        topics[name], places[name] = Topic(name, one.scope, one.start, one.view, []), where
+        topics[name], places[name] = _topic(name, one, node, labels, where), where
     for topic, note, policy, call, where in handlers:
         if not topic:
             raise DeclarationError(
@@ -152,6 +154,11 @@ def read_application(module: ModuleType, node: str, labels: Mapping[str, str]) -
                 )
         found.handlers.append(handler)
     for name, found in topics.items():
+        for wanted in found.together:
+            if wanted not in topics:
+                raise DeclarationError(
+                    f"{places[name]}: topic {wanted} is to change together with {name}; read it, too"
+                )
         if found.view is None and not found.handlers:
             raise DeclarationError(f"{places[name]}: topic {name} is read for nothing; give it a view or a handler")
     if not topics:
@@ -184,6 +191,11 @@ def _declared(module: ModuleType) -> Iterator[tuple[Notes, Callable[..., Any], s
                 found = notes_of(method)
                 assert found is not None
                 yield found, getattr(made, method.__name__), place_of(method), own
+
+
+def _topic(name: str, note: ConsumerNote, node: str, labels: Mapping[str, str], where: str) -> Topic:
+    together = tuple(_named(other, node, labels, where) for other in note.together)
+    return Topic(name, note.scope, note.start, note.view, [], note.version, together)
 
 
 def _named(topic: str, node: str, labels: Mapping[str, str], where: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import logging
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import msgspec
@@ -68,6 +68,8 @@ class ConsumerNote(NamedTuple):
     scope: Literal["each", "shared"]
     start: str
     view: Columns | None
+    version: int
+    together: tuple[str, ...]
 
 
 class HookNote(NamedTuple):
@@ -194,6 +196,8 @@ def consumer(
     scope: Literal["each", "shared"] = "each",
     start: str = "earliest",
     view: type | None = None,
+    version: int = 1,
+    together: Sequence[str] = (),
 ) -> Callable[[T], T]:
     """Read a topic.
 
@@ -204,6 +208,9 @@ def consumer(
         start: where a partition begins of which nothing is known: "earliest" or "latest".
         view: a msgspec struct or dataclass: the latest value of each key is kept in the local database, in a view of
             the topic's name with a column for each field.
+        version: with another number the topic is loaded again, for a view with other columns or another meaning;
+            readers have the one before until that is done.
+        together: other topics, which are loaded again and shown with this one in one step.
 
     Raises:
         DeclarationError: something of this cannot work.
@@ -224,11 +231,15 @@ def consumer(
             raise wrong(f'start={start!r}: write "earliest" or "latest"')
         if view is not None and scope == "shared":
             raise wrong('a view needs all records, and scope="shared" gets a part of them; write scope="each"')
+        if not 0 <= version < 1 << 31:
+            raise wrong(f"version={version}: a number from 0")
+        if isinstance(together, str):
+            raise wrong(f'together={together!r}: write a list of topics, ["{together}"]')
         try:
             columns = Columns(view) if view is not None else None
         except TypeError as error:
             raise wrong(f"view: {error}") from None
-        _notes(target).consumers.append(ConsumerNote(topic, scope, start, columns))
+        _notes(target).consumers.append(ConsumerNote(topic, scope, start, columns, version, tuple(together)))
         return target
 
     return note

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, cast
 
 import msgspec
 
 from edgebroker.common.records import Record
 from edgebroker.common.types import TopicPartition
-from edgebroker.consumer.database import AppDatabase, DeadRecord, NotStorableError, View, is_damage, is_shortage
+from edgebroker.consumer.database import AppDatabase, DeadRecord, Loading, NotStorableError, Row, is_damage, is_shortage
 from edgebroker.consumer.declare.application import Handler, Topic
 from edgebroker.consumer.handling.calls import CallFailedError, Calls
+from edgebroker.consumer.views import View, Views
 
 MOST_REASON = 1000
+# Takes rows of a view, as the table has them, and deletions: (key, partition, offset). Raises NotStorableError.
+Put = Callable[[list[Row], list[Row]], None]
 _UNDECODABLE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
@@ -37,8 +40,16 @@ class Changed(NamedTuple):
     """Rows of a view that were set, as the table has them, and keys that were deleted, with partition and offset."""
 
     topic: str
-    rows: list[tuple[Any, ...]]
-    deleted: list[tuple[str | bytes, int, int]]
+    rows: list[Row]
+    deleted: list[Row]
+
+
+class DeadNow(NamedTuple):
+    """A record that is given up after so many attempts, and why."""
+
+    record: Record
+    attempts: int
+    why: str
 
 
 class ReplayedRecord(NamedTuple):
@@ -85,18 +96,21 @@ class FailedRecord(Exception):
 class Effect:
     """Of one topic. Belongs to the thread of the database."""
 
-    def __init__(self, topic: Topic, database: AppDatabase, calls: Calls, wall_ms: Callable[[], int]) -> None:
-        self._topic, self._database, self._calls, self._wall_ms = topic, database, calls, wall_ms
-        self._view: View | None = database.view(topic.name, topic.view) if topic.view is not None else None
-        # The generation that is loaded beside it, and the partitions whose records go there.
-        self._next: View | None = None
-        self._loading = {number for number, one in database.loading(topic.name).items() if one.target >= 0}
-        if self._view is not None and self._loading:
-            with database.transaction():
-                self._next = database.next_generation(self._view)
+    def __init__(
+        self, topic: Topic, database: AppDatabase, views: Views, calls: Calls, wall_ms: Callable[[], int]
+    ) -> None:
+        self._topic, self._database, self._views = topic, database, views
+        self._calls, self._wall_ms = calls, wall_ms
+        # The generation that readers see.
+        self.view: View | None = None
+        if topic.view is not None:
+            self.view = views.open(topic.name, topic.view, topic.version)
+        self.handles = bool(topic.handlers)
+        # Partitions that are loaded again: how far handlers are; with a target of -1: which refresh was the last one.
+        self.loading: dict[int, Loading] = database.loading(topic.name)
         self._decode: Callable[[bytes], Any] | None = None
         if topic.view is not None:
-            self._decode = msgspec.json.Decoder(topic.view.kind).decode
+            self._decode, self._row = msgspec.json.Decoder(topic.view.kind).decode, topic.view.row
 
     def apply(
         self, portion: Portion, changed: list[Changed] | None = None, given_up: Container[int] = frozenset()
@@ -105,13 +119,30 @@ class Effect:
         `given_up` go into the view only. Raises FailedRecord, and what the database raises when nothing can be
         stored."""
         records = portion.records
-        view = self._next if portion.key.partition in self._loading else self._view
-        if view is not None:
-            records = self._put(view, records, changed if view is self._view else None)
+        if self.view is not None and not self.view.stale:
+            view, dead = self.view, list[DeadNow]()
+            rows = self._rows(
+                records, dead, lambda rows, gone: self._views.put(view, rows, [(one[0],) for one in gone])
+            )
+            if changed is not None:
+                changed += [Changed(self._topic.name, *one) for one in rows]
+            for one in dead:
+                self.bury(*one)
+            records = _without(records, {one.record.offset for one in dead})
+        self.handle(portion, records, given_up)
+
+    def handle(self, portion: Portion, records: Sequence[Record], given_up: Container[int] = frozenset()) -> None:
+        """Have handlers handle records of a portion, within a transaction. Raises FailedRecord."""
         if given_up:
             records = [record for record in records if record.offset not in given_up]
         for handler in self._topic.handlers:
             self._call_all(handler, portion, records)
+
+    def stage(self, records: Sequence[Record], put: Put) -> list[DeadNow]:
+        """Give the rows of records to a staging file; the records that have none."""
+        dead = list[DeadNow]()
+        self._rows(records, dead, put)
+        return dead
 
     def bury(self, record: Record, attempts: int, reason: str) -> None:
         """Give a record up, within a transaction."""
@@ -135,81 +166,47 @@ class Effect:
         record. Raises FailedRecord."""
         headers = msgspec.json.decode(dead.headers, type=tuple[tuple[str, bytes | None], ...])
         record = ReplayedRecord(*dead[:3], dead.timestamp, dead.key, dead.value, headers)
-        portion = Portion(TopicPartition(*dead[:2]), [record])  # type: ignore[list-item]
-        records: Sequence[Record] = portion.records
-        if self._view is not None and dead.key is not None:
-            later = self._database.offset_of(self._view, _key_of(dead.key)) > dead.offset
-            if not later:
-                records = self._put(self._view, records, None)
-        for handler in self._topic.handlers:
-            self._call_all(handler, portion, records)
-
-    # ---- loading again ----
-
-    def loading(self) -> tuple[int, ...]:
-        """The partitions whose records go into the next generation. Any thread."""
-        return tuple(self._loading.copy())
-
-    def begin_generation(self, partition: int) -> None:
-        """The records of a partition go into the next generation from now on; within a transaction."""
-        if self._view is not None:
-            self._next = self._database.next_generation(self._view)
-            self._database.empty(self._next, partition)
-        self._loading.add(partition)
-
-    def sizes(self, loaded: Sequence[int]) -> tuple[int, int]:
-        """How many rows readers see of these partitions, and how many are loaded."""
-        if self._view is None or self._next is None:
-            return 0, 0
-        return self._database.count(self._view, loaded), self._database.count(self._next, loaded)
-
-    def end_generation(self, loaded: Sequence[int]) -> None:
-        """Show the next generation, which has these partitions; within a transaction."""
-        if self._view is not None and self._next is not None:
-            self._database.switch(self._view, self._next, loaded)
-            self._view, self._next = self._next, None
-        self._loading.clear()
+        portion = Portion(TopicPartition(dead.topic, dead.partition), [cast("Record", record)])
+        if self.view is None or dead.key is None or self._views.offset_of(self.view, _key_of(dead.key)) <= dead.offset:
+            self.apply(portion)
+        else:
+            self.handle(portion, portion.records)
 
     # ---- the view ----
 
-    def _put(self, view: View, records: Sequence[Record], changed: list[Changed] | None) -> Sequence[Record]:
-        """Set the latest row of each key; the records that have one."""
-        latest: dict[str | bytes, tuple[Any, ...]] = {}
-        gone: dict[str | bytes, Record] = {}
-        bad: set[int] = set()
-        decode, row = self._decode, view.columns.row
+    def _rows(self, records: Sequence[Record], dead: list[DeadNow], put: Put) -> list[tuple[list[Row], list[Row]]]:
+        """Put the latest row of each key, and the deletions; what was put. Records that have no row are added to
+        `dead`."""
+        latest: dict[str | bytes, Row] = {}
+        gone: dict[str | bytes, Row] = {}
+        decode, row, partition = self._decode, self._row, records[0].partition if records else 0
         assert decode is not None
         for record in records:
             raw, value = record.key, record.value
             if raw is None:
-                self.bury(record, 1, "a record without a key has no place in a view")
-                bad.add(record.offset)
+                dead.append(DeadNow(record, 1, "a record without a key has no place in a view"))
                 continue
             key = _key_of(raw)
             if value is None:
                 latest.pop(key, None)
-                gone[key] = record
+                gone[key] = (key, partition, record.offset)
                 continue
             if gone:
                 gone.pop(key, None)
             try:
-                latest[key] = (key, *row(decode(value)), record.partition, record.offset, record.timestamp)
+                latest[key] = (key, *row(decode(value)), partition, record.offset, record.timestamp)
             except _UNDECODABLE as error:
-                self.bury(record, 1, f"the value is not as expected: {error}")
-                bad.add(record.offset)
-        good = [record for record in records if record.offset not in bad] if bad else records
-        rows = list(latest.values())
+                dead.append(DeadNow(record, 1, f"the value is not as expected: {error}"))
+        rows, deleted = list(latest.values()), list(gone.values())
         try:
-            self._database.put(view, rows, [(key,) for key in gone])
+            put(rows, deleted)
         except NotStorableError as error:
+            good = _without(records, {one.record.offset for one in dead})
             if len(good) > 1:  # find out which
-                return [one for record in good for one in self._put(view, [record], changed)]
-            self.bury(good[0], 1, f"the value cannot be stored: {error}")
+                return [one for record in good for one in self._rows([record], dead, put)]
+            dead += [DeadNow(record, 1, f"the value cannot be stored: {error}") for record in good]
             return []
-        if changed is not None:
-            deleted = [(key, record.partition, record.offset) for key, record in gone.items()]
-            changed.append(Changed(self._topic.name, rows, deleted))
-        return good
+        return [(rows, deleted)]
 
     # ---- handlers ----
 
@@ -258,6 +255,10 @@ class Effect:
     def _failed(handler: Handler, portion: Portion, record: Record, error: BaseException) -> NoReturn:
         before = next(place for place, one in enumerate(portion.records) if one is record)
         raise FailedRecord(portion, before, handler, error) from error
+
+
+def _without(records: Sequence[Record], offsets: Container[int]) -> Sequence[Record]:
+    return [record for record in records if record.offset not in offsets] if offsets else records
 
 
 def _key_of(raw: bytes) -> str | bytes:

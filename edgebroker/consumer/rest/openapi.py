@@ -51,6 +51,7 @@ _ABOUT: dict[tuple[str, str], tuple[str, list[dict[str, Any]]]] = {
     ),
     ("POST", "/v1/dead/{topic}/{partition}/{offset}/replay"): ("Handle a record once more that was given up", []),
     ("DELETE", "/v1/dead/{topic}/{partition}/{offset}"): ("Keep a record no longer that was given up", []),
+    ("POST", "/v1/activate"): ("Show topics that were loaded again and wait for it", []),
     ("POST", "/v1/reset"): ("Have a topic loaded again", []),
 }
 _OTHER_TYPES = {"/metrics": "text/plain", "/v1/changes/{topic}": "text/event-stream"}

@@ -50,6 +50,7 @@ class Node(Protocol):
     def stats(self) -> Stats: ...
     def readiness(self) -> Readiness: ...
     def do(self, call: Call, job: Callable[[], tuple[Outcome, str]]) -> None: ...
+    def activate(self) -> tuple[Outcome, str]: ...
     def reset(self, topic: str) -> tuple[Outcome, str]: ...
     def replay(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]: ...
     def drop(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]: ...
@@ -86,6 +87,7 @@ class Api:
             Route("GET", "/v1/dead", self._dead, DeadPage, "view"),
             Route("POST", "/v1/dead/{topic}/{partition}/{offset}/replay", self._replay, Nothing, "operate"),
             Route("DELETE", "/v1/dead/{topic}/{partition}/{offset}", self._drop, Nothing, "operate"),
+            Route("POST", "/v1/activate", self._activate, Nothing, "operate"),
             Route("POST", "/v1/reset", self._reset, Nothing, "operate", ResetRequest),
         ]
         for one in functions:
@@ -163,6 +165,9 @@ class Api:
     def _reset(self, call: Call) -> None:
         topic = call.body.topic
         self._node.do(call, lambda: self._node.reset(topic))
+
+    def _activate(self, call: Call) -> None:
+        self._node.do(call, self._node.activate)
 
     # ---- functions of the application ----
 

@@ -19,7 +19,7 @@ PRODUCER = {"client_id", "close", "closed", "flush", "open_topic", "send", "send
 CONSUMER = {
     "ack", "ack_to", "applied", "assignment", "client_id", "close", "closed", "commit", "durable_ends", "expired",
     "group", "in_progress", "nack", "next_offsets", "pause", "poll", "position_after", "positions", "refresh", "reject",
-    "resume", "run", "seek", "switch",
+    "resume", "run", "seek", "silent_seconds", "switch",
 }  # fmt: skip
 
 

@@ -11,9 +11,11 @@ import msgspec
 import pytest
 
 from edgebroker.common.errors import ConfigError, DataDirectoryInUseError, FormatTooNewError
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.types import Position
 from edgebroker.consumer.database import AppDatabase, DeadRecord
 from edgebroker.consumer.declare.columns import Columns
+from edgebroker.consumer.views import Views
 from tests.kit import applications
 
 
@@ -34,10 +36,10 @@ def read(database: AppDatabase, sql: str) -> list[tuple[object, ...]]:
 
 
 def test_rows_and_positions_in_one_transaction(database: AppDatabase) -> None:
-    view = database.view("shop.prices-1", Columns(Price))
+    view = Views(database, SystemClock()).open("shop.prices-1", Columns(Price), 1)
     position = Position(b"i" * 16, 1, 8)
     with database.transaction():
-        database.put(view, [("a", "A", 5, 0, 6, 1000), (b"\xff", "B", 6, 0, 7, 1001)], [])
+        Views(database, SystemClock()).put(view, [("a", "A", 5, 0, 6, 1000), (b"\xff", "B", 6, 0, 7, 1001)], [])
         database.set_positions({("shop.prices-1", 0): position})
     database.sync()
     assert read(database, "SELECT * FROM shop_prices_1 ORDER BY cents") == [
@@ -47,12 +49,12 @@ def test_rows_and_positions_in_one_transaction(database: AppDatabase) -> None:
     assert database.positions() == {("shop.prices-1", 0): position}
     assert read(database, "SELECT * FROM _position") == [("shop.prices-1", 0, 8)]
     with pytest.raises(ZeroDivisionError), database.transaction():
-        database.put(view, [], [("a",)])
+        Views(database, SystemClock()).put(view, [], [("a",)])
         database.set_positions({("shop.prices-1", 0): position._replace(next_offset=9)})
         raise ZeroDivisionError
     assert database.positions() == {("shop.prices-1", 0): position}
     with database.transaction():
-        database.put(view, [], [("a",)])
+        Views(database, SystemClock()).put(view, [], [("a",)])
     assert read(database, "SELECT key FROM shop_prices_1") == [(b"\xff",)]
 
 
@@ -64,19 +66,19 @@ def test_the_rights_of_the_files(database: AppDatabase) -> None:
 
 def test_a_view_that_is_there_already(tmp_path: Path) -> None:
     first = AppDatabase(tmp_path, 1)
-    view = first.view("prices", Columns(Price))
+    view = Views(first, SystemClock()).open("prices", Columns(Price), 1)
     with first.transaction():
-        first.put(view, [("a", "A", 5, 0, 6, 1000)], [])
+        Views(first, SystemClock()).put(view, [("a", "A", 5, 0, 6, 1000)], [])
     first.close()
     again = AppDatabase(tmp_path, 1)
-    again.view("prices", Columns(Price))
+    Views(again, SystemClock()).open("prices", Columns(Price), 1)
     assert read(again, "SELECT cents FROM prices") == [(5,)]
     other = Columns(msgspec.defstruct("Price", [("code", str)]))
-    with pytest.raises(ConfigError, match=r"other columns .* than the application declares \(code TEXT\); remove the"):
-        again.view("prices", other)
-    again.view("a.b", Columns(Price))
+    assert Views(again, SystemClock()).open("prices", other, 1).stale
+    assert Views(again, SystemClock()).open("prices", Columns(Price), 2).stale
+    Views(again, SystemClock()).open("a.b", Columns(Price), 1)
     with pytest.raises(ConfigError, match=r"topics a.b and a-b would have views of the same name, a_b"):
-        again.view("a-b", Columns(Price))
+        Views(again, SystemClock()).open("a-b", Columns(Price), 1)
     again.close()
 
 
@@ -113,7 +115,7 @@ def test_dead_records(database: AppDatabase) -> None:
     ],
 )  # fmt: skip
 def test_what_a_handler_may_not(database: AppDatabase, sql: str) -> None:
-    database.view("prices", Columns(Price))
+    Views(database, SystemClock()).open("prices", Columns(Price), 1)
     with database.transaction():
         database.set_positions({("prices", 0): Position(b"i" * 16, 1, 8)})
         database.lend()
@@ -123,9 +125,9 @@ def test_what_a_handler_may_not(database: AppDatabase, sql: str) -> None:
 
 
 def test_what_a_handler_may(database: AppDatabase) -> None:
-    view = database.view("prices", Columns(Price))
+    view = Views(database, SystemClock()).open("prices", Columns(Price), 1)
     with database.transaction():
-        database.put(view, [("a", "A", 5, 0, 6, 1000)], [])
+        Views(database, SystemClock()).put(view, [("a", "A", 5, 0, 6, 1000)], [])
         database.lend()
         database.execute("CREATE TABLE sums (name TEXT PRIMARY KEY, sum INTEGER, _own INTEGER)")
         database.execute("CREATE INDEX by_sum ON sums (sum)")

@@ -1,35 +1,59 @@
-"""A topic that is loaded again: what is durable when the broker is told that readers see it."""
+"""A topic that is loaded again: what readers see whatever step was the last one, and what is durable when."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+import random
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import msgspec
 import pytest
 
 from edgebroker.client.refresh import Refresh
+from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock
+from edgebroker.common.types import Position, TopicPartition
+from edgebroker.consumer import views as views_module
 from edgebroker.consumer.database import AppDatabase
-from edgebroker.consumer.declare.application import Topic
+from edgebroker.consumer.declare.application import Handler, Topic
+from edgebroker.consumer.declare.columns import Columns
+from edgebroker.consumer.declare.declarations import RetryPolicy
+from edgebroker.consumer.declare.signatures import read_signature
 from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.calls import Calls
-from edgebroker.consumer.handling.effect import Effect, Portion
+from edgebroker.consumer.handling.effect import DeadNow, Effect, Portion
 from edgebroker.consumer.handling.watch import Watch
+from edgebroker.consumer.views import Views
+from tests.kit import applications
+from tests.kit.waiting import wait_for
+
+LOG = bytes(16)
+
+
+class Price(msgspec.Struct):
+    cents: int
 
 
 class NotedDatabase(AppDatabase):
-    """Notes commits and syncs."""
+    """Notes commits and syncs; ends the process, so to speak, after so many commits."""
 
     def __init__(self, directory: Path) -> None:
         self.noted: list[str] = []
+        self.commits_left = -1
         super().__init__(directory, 1)
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
+        if self.commits_left == 0:
+            raise CrashError
         with super().transaction():
             yield
+        self.commits_left -= 1
         self.noted.append("commit")
 
     def sync(self) -> None:
@@ -37,29 +61,259 @@ class NotedDatabase(AppDatabase):
         self.noted.append("sync")
 
 
+class CrashError(Exception):
+    pass
+
+
+class World:
+    """Generations over a database, with a host that says yes to everything."""
+
+    def __init__(self, directory: Path, topics: Mapping[str, Topic], *, force: bool = False) -> None:
+        self.database = NotedDatabase(directory)
+        clock = SystemClock()
+        views = Views(self.database, clock)
+        calls = Calls(self.database, Watch(clock.monotonic), clock, "till-7", logging.getLogger("app"))
+        self.effects = {name: Effect(topic, self.database, views, calls, lambda: 1) for name, topic in topics.items()}
+        self.generations = Generations(self.database, views, topics, self.effects, self, clock, force=force)
+        self.may = True
+
+    def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
+        effect = self.effects[portion.key.topic]
+        with self.database.transaction():
+            for one in dead:
+                effect.bury(*one)
+            effect.handle(portion, portion.records)
+            also(-1)
+
+    def begun(self, key: TopicPartition, first: bool) -> None: ...
+
+    def is_whole(self, topic: str, loading: set[int]) -> bool:
+        return True
+
+    def may_switch(self, topics: Sequence[str]) -> bool:
+        return self.may
+
+    def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None: ...
+
+    def put(self, topic: str, records: Sequence[Record]) -> None:
+        """As records come while nothing is loaded."""
+        with self.database.transaction():
+            self.effects[topic].apply(Portion(TopicPartition(topic, records[0].partition), records))
+
+    def load(self, refresh: Refresh, log: Sequence[Record], size: int = 40) -> None:
+        """Load from where it stands to the end of the log, then switch."""
+        self.go(refresh, log, size)
+        wait_for(lambda: self.step(refresh), "it is switched", 20.0)
+
+    def go(self, refresh: Refresh, log: Sequence[Record], size: int = 40) -> None:
+        refresh.next_offset = self.generations.begin(refresh)
+        while refresh.next_offset < len(log):
+            piece = log[refresh.next_offset : refresh.next_offset + size]
+            refresh.next_offset, refresh.epoch = piece[-1].offset + 1, 0
+            self.generations.load(refresh, piece)
+
+    def step(self, *refreshes: Refresh) -> bool:
+        """Is all switched?"""
+        while self.generations.step():
+            pass
+        return all([self.generations.switch(refresh) for refresh in refreshes])
+
+    def rows(self, view: str) -> dict[str, int]:
+        return dict(applications.read(self.database.path, f"SELECT key, cents FROM {view}"))  # type: ignore[arg-type]
+
+    def close(self) -> None:
+        self.generations.close()
+        self.database.close()
+
+
+def record(topic: str, offset: int, key: str, cents: int | None, partition: int = 0) -> Record:
+    value = None if cents is None else msgspec.json.encode({"cents": cents})
+    fields = {"topic": topic, "partition": partition, "offset": offset, "timestamp": 1000 + offset, "headers": ()}
+    return cast("Record", SimpleNamespace(**fields, key=key.encode(), value=value))
+
+
+def refresh_of(topic: str, target: int, reset_id: str = "r", partition: int = 0) -> Refresh:
+    return Refresh(
+        reset_id=reset_id, log_id=LOG, topic=topic, partition=partition, from_offset=0, target=target
+    )  # fmt: skip
+
+
+def topic_of(name: str, **more: Any) -> Topic:
+    return Topic(name, "each", "earliest", Columns(Price), [], **more)
+
+
+def log_of(topic: str, rng: random.Random, count: int, keys: int = 60) -> list[Record]:
+    return [
+        record(topic, offset, f"k{rng.randrange(keys):03d}", None if rng.random() < 0.2 else offset)
+        for offset in range(count)
+    ]
+
+
+def latest(log: Sequence[Record]) -> dict[str, int]:
+    """The slow obvious oracle."""
+    rows: dict[str, int] = {}
+    for one in log:
+        assert one.key is not None
+        rows.pop(one.key.decode(), None)
+        if one.value is not None:
+            rows[one.key.decode()] = msgspec.json.decode(one.value)["cents"]
+    return rows
+
+
 @pytest.mark.parametrize("owned", [True, False])
 def test_a_switch_is_durable_before_the_broker_is_told(tmp_path: Path, owned: bool) -> None:
     """READY follows switch(): an instance that shares its partitions keeps no positions, and would be given nothing of
     what a power cut takes."""
-    database = NotedDatabase(tmp_path)
 
-    def apply(portion: Portion, also: Callable[[int], None]) -> None:
-        with database.transaction():
-            also(-1)
+    def handle(value: bytes) -> None: ...
 
-    clock = SystemClock()
-    calls = Calls(database, Watch(clock.monotonic), clock, "till-7", logging.getLogger("app"))
-    effects = {"t": Effect(Topic("t", "shared", "earliest", None, []), database, calls, lambda: 1)}
-    generations = Generations(
-        database, effects, apply, lambda *_: None, lambda *_: True, lambda topic: owned, lambda *_: None, force=False
-    )
-    refresh = Refresh(reset_id="r", log_id=bytes(16), topic="t", partition=0, from_offset=0, target=1)
-    generations.begin(refresh)
+    handler = Handler("*", (), 1, 30.0, read_signature(handle, {}), RetryPolicy(), handle, "here")
+    world = World(tmp_path, {"t": Topic("t", "each" if owned else "shared", "earliest", None, [handler])})
+    refresh = refresh_of("t", 1)
+    world.generations.begin(refresh)
     refresh.next_offset, refresh.epoch = 1, 0
-    generations.load(refresh, [])
-    assert database.noted[-1] == "commit"
-    assert generations.switch(refresh)
-    assert database.noted[-2:] == ["commit", "sync"]
+    world.generations.load(refresh, [record("t", 0, "a", 1)])
+    assert world.database.noted[-1] == "commit"
+    assert world.generations.switch(refresh)
+    assert world.database.noted[-2:] == ["commit", "sync"]
     # Where the group has them, an operator may move them back: none is kept here that would pass over what comes then.
-    assert set(database.positions()) == ({("t", 0)} if owned else set())
-    database.close()
+    assert set(world.database.positions()) == ({("t", 0)} if owned else set())
+    world.close()
+
+
+def test_what_was_loaded_is_the_latest_of_each_key(tmp_path: Path) -> None:
+    rng = random.Random(5)
+    for number in range(5):
+        log = log_of("t", rng, 300)
+        world = World(tmp_path / str(number), {"t": topic_of("t")}, force=True)
+        world.put("t", [record("t", 0, "old", 1)])
+        refresh = refresh_of("t", 200)
+        world.go(refresh, log[:200])
+        assert world.rows("t") == {"old": 1}
+        # More comes while it is sorted and copied, and behind that.
+        world.generations.switch(refresh)
+        world.go(refresh, log[:260])
+        wait_for(lambda: not world.generations.step() and world.generations.copied() == ["t"], "it is copied")  # noqa: B023
+        world.go(refresh, log)
+        assert world.rows("t") == {"old": 1}
+        wait_for(lambda: world.step(refresh), "it is switched")  # noqa: B023
+        assert world.rows("t") == latest(log)
+        keys = [key for (key,) in applications.read(world.database.path, "SELECT key FROM t")]
+        assert keys == sorted(keys)
+        assert world.database.positions() == {("t", 0): Position(LOG, 0, 300)}
+        while world.generations.step():
+            pass
+        tables = applications.read(world.database.path, "SELECT name FROM sqlite_schema WHERE name LIKE '_t_g%'")
+        assert tables == [("_t_g2",)], "what is left of the one before is removed"
+        assert not list(world.database.path.parent.glob("staging-*"))
+        world.close()
+
+
+def test_a_crash_at_each_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was committed last: readers see all of the old rows or all of the new ones, and it goes on."""
+    for name in ("FIRST_ROWS", "LEAST_ROWS", "MOST_ROWS"):
+        monkeypatch.setattr(views_module, name, 5)
+    log, topics = log_of("t", random.Random(6), 200), {"t": topic_of("t")}
+    start = tmp_path / "start"
+    world = World(start, topics, force=True)
+    world.put("t", [record("t", 0, f"old{number}", number) for number in range(30)])
+    old = world.rows("t")
+    world.close()
+    steps, crashed = 0, True
+    while crashed:
+        directory = tmp_path / str(steps)
+        shutil.copytree(start, directory)
+        refresh = refresh_of("t", 150)
+        world, crashed = World(directory, topics, force=True), False
+        world.database.commits_left = steps
+        try:
+            world.go(refresh, log[:150])
+            wait_for(lambda: world.step(refresh), "it is switched")  # noqa: B023
+            while world.generations.step():
+                pass
+        except CrashError:
+            crashed = True
+        seen = world.rows("t")
+        assert seen in (old, latest(log[:150]))
+        if (directory / "app" / "staging-t.db").exists():
+            assert seen == old
+        world.close()
+        again, refresh = World(directory, topics, force=True), refresh_of("t", 150)
+        assert again.rows("t") == seen
+        again.load(refresh, log)
+        while again.generations.step():
+            pass
+        expected = latest(log) if seen == old else latest(log[:150])
+        assert again.rows("t") == expected, steps
+        tables = applications.read(again.database.path, "SELECT name FROM sqlite_schema WHERE name LIKE '_t_g%'")
+        assert len(tables) == 1
+        again.close()
+        steps += 1
+    assert steps > 10
+
+
+def test_a_refresh_that_is_begun_again(tmp_path: Path) -> None:
+    """What an earlier attempt has sorted and copied does not count."""
+    topics = {"t": topic_of("t")}
+    world = World(tmp_path, topics, force=True)
+    first = refresh_of("t", 100, "r1")
+    world.go(first, log_of("t", random.Random(7), 100))
+    world.generations.switch(first)
+    wait_for(lambda: not world.generations.step() and world.generations.copied() == ["t"], "it is copied")
+    log = log_of("t", random.Random(8), 50)
+    world.load(refresh_of("t", 50, "r2"), log)
+    assert world.rows("t") == latest(log)
+    world.close()
+
+
+def test_topics_that_change_together(tmp_path: Path) -> None:
+    topics = {"a": topic_of("a", together=("b",)), "b": topic_of("b"), "c": topic_of("c")}
+    world = World(tmp_path, topics, force=True)
+    assert world.generations.together("b") == ["b", "a"] and world.generations.together("c") == ["c"]
+    rng = random.Random(9)
+    logs = {name: log_of(name, rng, 80) for name in ("a", "b")}
+    refreshes = {name: refresh_of(name, 80, name) for name in logs}
+    world.go(refreshes["a"], logs["a"])
+    for _ in range(20):
+        assert not world.step(refreshes["a"])
+    world.go(refreshes["b"], logs["b"])
+    before = world.database.noted.count("sync")
+    world.may = False
+    wait_for(lambda: not world.step(*refreshes.values()) and set(world.generations.copied()) == {"a", "b"}, "copied")
+    assert (world.rows("a"), world.rows("b")) == ({}, {})
+    world.may = True
+    wait_for(lambda: world.step(*refreshes.values()), "both are switched")
+    assert (world.rows("a"), world.rows("b")) == (latest(logs["a"]), latest(logs["b"]))
+    assert world.database.noted.count("sync") == before + 1, "in one step"
+    world.close()
+
+
+def test_values_that_have_no_row_are_given_up(tmp_path: Path) -> None:
+    world = World(tmp_path, {"t": topic_of("t")})
+    bad = cast("Record", SimpleNamespace(**{**vars(record("t", 1, "bad", 1)), "value": b"{"}))
+    log = [record("t", 0, "a", 1), bad, record("t", 2, "large", 1 << 70), record("t", 3, "c", 3)]
+    world.load(refresh_of("t", 4), log)
+    assert world.rows("t") == {"a": 1, "c": 3}
+    found = applications.read(world.database.path, 'SELECT "offset" FROM _dead ORDER BY "offset"')
+    assert found == [(1,), (2,)]
+    world.close()
+
+
+def test_a_staging_file_that_is_damaged_or_of_other_columns(tmp_path: Path) -> None:
+    topics = {"t": topic_of("t")}
+    log = log_of("t", random.Random(10), 60)
+    world = World(tmp_path, topics)
+    world.go(refresh_of("t", 60), log[:30])
+    world.close()
+    (tmp_path / "staging-t.db").write_bytes(b"nonsense" * 2000)
+    world = World(tmp_path, topics)
+    world.go(refresh_of("t", 60), log[:30])
+    world.close()
+    other = Columns(msgspec.defstruct("Other", [("cents", int), ("currency", str, "EUR")]))
+    world = World(tmp_path, {"t": Topic("t", "each", "earliest", other, [])})
+    view = world.effects["t"].view
+    assert view is not None and view.stale
+    world.load(refresh_of("t", 60), log)
+    assert world.rows("t") == latest(log)
+    assert applications.read(world.database.path, "SELECT DISTINCT currency FROM t") == [("EUR",)]
+    world.close()

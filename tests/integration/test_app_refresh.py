@@ -1,0 +1,217 @@
+"""Topics that are loaded again by a running application: with other columns, together, at their time, beside others."""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.refresh import Refresh
+from edgebroker.common.records import Record
+from edgebroker.consumer import instance as instance_module
+from edgebroker.consumer.staging_file import StagingFile
+from tests.kit.applications import VIEW, App, committed, price, publish
+from tests.kit.brokers import RunningBroker, running
+from tests.kit.waiting import wait_for
+
+from .test_app_rest import ask, found, refused
+
+
+@pytest.fixture
+def broker(tmp_path: Path) -> Iterator[RunningBroker]:
+    with running(tmp_path / "data") as made:
+        made.create("prices", partitions=2)
+        made.create("promotions")
+        yield made
+
+
+@pytest.fixture
+def make(broker: RunningBroker, tmp_path: Path) -> Callable[[str], App]:
+    return lambda text: App(broker, tmp_path / "application", text)
+
+
+def test_another_version_is_built_beside_the_one_before(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    publish(broker, price("a", 1), price("b", 2))
+    publish(broker, price("c", 3), partition=1)
+    app = make(VIEW)
+    with app.running():
+        app.until("SELECT code, cents FROM prices ORDER BY code", [("a", 1), ("b", 2), ("c", 3)])
+        wait_for(lambda: committed(broker) == [2, 1], "they are acknowledged")
+    other = make("""
+class Euro(msgspec.Struct):
+    cents: int
+    currency: str = "EUR"
+
+
+@consumer("prices", view=Euro)
+class Prices: ...
+""")
+    with other.running():
+        other.until("SELECT cents, currency FROM prices ORDER BY cents", [(1, "EUR"), (2, "EUR"), (3, "EUR")])
+        assert found(other, "/v1/latest/prices/a")["record"]["value"] == {"cents": 1, "currency": "EUR"}
+        wait_for(lambda: ask(other, "GET", "/readyz")[1]["status"] == "ready", "it is ready")
+    again = make(
+        VIEW.replace("view=Price", "view=Price, version=2")
+        + """
+@on_start
+@on_reset
+def prepare(database: Database):
+    database.execute("CREATE TABLE IF NOT EXISTS sums (code TEXT PRIMARY KEY, sum INTEGER)")
+    database.execute("DELETE FROM sums")
+
+
+@message_handler("prices")
+def count(price: Price, database: Database):
+    database.execute("INSERT INTO sums VALUES (?,?) ON CONFLICT (code) DO UPDATE SET sum=sum+excluded.sum",
+                     (price.code, price.cents))
+"""
+    )
+    publish(broker, price("a", 7))
+    with again.running():
+        again.until("SELECT code, cents FROM prices ORDER BY code", [("a", 7), ("b", 2), ("c", 3)])
+        again.until("SELECT * FROM sums ORDER BY code", [("a", 8), ("b", 2), ("c", 3)])
+        assert again.read("SELECT version FROM _generations") == [(2,)]
+
+
+TWO = (
+    VIEW.replace('"prices", view=Price', '"prices", view=Price, together=["promotions"]')
+    + """
+@consumer("promotions", view=Price)
+class Promotions: ...
+"""
+)
+
+
+def test_topics_together_and_by_command(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make(TWO)
+    app.more = {"activate_refresh": "command"}
+    publish(broker, price("a", 1))
+    publish(broker, price("x", 1), topic="promotions")
+    both = "SELECT (SELECT group_concat(cents) FROM prices), (SELECT group_concat(cents) FROM promotions)"
+    with app.running():
+        app.until(both, [("1", "1")])
+        wait_for(lambda: committed(broker) == [1, 0, 1], "they are acknowledged")
+        said = refused(app, "POST", "/v1/activate", 409)
+        assert said == "nothing is loaded that waits to be shown"
+        assert ask(app, "POST", "/v1/reset", {"topic": "prices"})[0] == 200
+        wait_for(lambda: all(one["loading"] for one in partitions(app)), "one topic brings the other")
+        publish(broker, price("b", 2))
+        publish(broker, price("y", 2), topic="promotions")
+        wait_for(lambda: committed(broker) == [2, 0, 2], "what comes meanwhile is loaded, too")
+        assert app.read(both) == [("1", "1")]
+        wait_for(lambda: ask(app, "POST", "/v1/activate")[0] == 200, "it is loaded")
+        app.until(both, [("1,2", "1,2")])
+    with app.running():
+        app.until("SELECT sum(generation) FROM _generations", [(4,)])
+
+
+def partitions(app: App) -> list[Any]:
+    return [one for topic in found(app, "/v1/stats")["topics"] for one in topic["partitions"]]
+
+
+def test_within_hours(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    second = [12 * 3600.0]
+    monkeypatch.setattr(instance_module, "second_of_day", lambda wall_ms: second[0])
+    caplog.set_level("INFO")
+    app = make(VIEW)
+    app.more = {"activate_refresh": "22:00-04:00"}
+    publish(broker, price("a", 1))
+    with app.running():
+        app.until("SELECT code FROM prices", [("a",)])
+        wait_for(lambda: committed(broker) == [1, 0], "it is acknowledged")
+        assert ask(app, "POST", "/v1/reset", {"topic": "prices"})[0] == 200
+        wait_for(lambda: "prices: loaded; readers see it when it is time" in caplog.text, "it waits")
+        assert app.read("SELECT generation FROM _generations") == [(1,)]
+        second[0] = 23 * 3600.0
+        app.until("SELECT generation FROM _generations", [(2,)])
+
+
+def test_a_full_disk_while_it_is_loaded(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is served from what is there, and goes on."""
+    monkeypatch.setattr(instance_module, "RETRY_SECONDS", 0.01)
+    full = sqlite3.OperationalError("database or disk is full")
+    full.sqlite_errorcode = sqlite3.SQLITE_FULL
+    app = make(VIEW)
+    publish(broker, *[price(f"c{number}", number) for number in range(50)])
+    with app.running():
+        app.until("SELECT count(*) FROM prices", [(50,)])
+        wait_for(lambda: committed(broker) == [50, 0], "they are acknowledged")
+        for name in ("begin", "append", "sort"):
+            left, really = [2], getattr(StagingFile, name)
+
+            def sometimes(self: StagingFile, *arguments: Any, left: Any = left, really: Any = really) -> Any:
+                if left[0]:
+                    left[0] -= 1
+                    raise full
+                return really(self, *arguments)
+
+            monkeypatch.setattr(StagingFile, name, sometimes)
+        assert ask(app, "POST", "/v1/reset", {"topic": "prices"})[0] == 200
+        app.until("SELECT generation FROM _generations", [(2,)])
+        assert app.read("SELECT count(*) FROM prices") == [(50,)]
+        publish(broker, price("later", 1))
+        app.until("SELECT count(*) FROM prices", [(51,)])
+    assert app.error is None
+
+
+def test_poll_returns_while_a_refresh_goes_on(broker: RunningBroker) -> None:
+    """A refresh may take minutes: who polls has other things to do meanwhile."""
+    publish(broker, *[("k", {"x": 1}) for _ in range(3)])
+
+    class Slow:
+        loads = 0
+
+        def begin(self, refresh: Refresh) -> int:
+            return refresh.from_offset
+
+        def load(self, refresh: Refresh, records: list[Record]) -> None:
+            self.loads += 1
+            threading.Event().wait(0.05)
+
+        def switch(self, refresh: Refresh) -> None: ...
+
+    staging = Slow()
+    with Consumer(broker.server, ["prices"], "slow", start="earliest", staging=staging, window_records=1) as consumer:
+        while not consumer.assignment:
+            consumer.poll(0.1)
+        consumer.poll(0.5)
+        consumer.commit()
+        publish(broker, *[("k", {"x": 1}) for _ in range(40)])
+        consumer.refresh("prices", 0)
+        seen = []
+        while staging.loads < 40:
+            consumer.poll(0.05)
+            seen.append(staging.loads)
+    assert len(seen) > 5, seen
+
+
+@pytest.mark.slow
+def test_live_topics_go_on_while_another_is_loaded(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    """100,000 keys are loaded again; a record of another topic is seen within a moment all the time."""
+    sys.setswitchinterval(0.0005)
+    app = make(VIEW + '@consumer("promotions", view=Price)\nclass Promotions: ...\n')
+    with broker.producer() as producer:
+        for number in range(100_000):
+            key = b"%06d" % (number * 7919 % 100_000)
+            producer.send("prices", b'{"code":"%b","cents":1}' % key, key, partition=number % 2)
+    with app.running():
+        wait_for(lambda: app.read("SELECT count(*) FROM prices") == [(100_000,)], "it has them", 60.0)
+        wait_for(lambda: committed(broker) == [50_000, 50_000, 0], "they are acknowledged")
+        assert ask(app, "POST", "/v1/reset", {"topic": "prices"})[0] == 200
+        number = 0
+        while app.read("SELECT generation FROM _generations WHERE topic='prices'") == [(1,)]:
+            number += 1
+            publish(broker, price("x", number), topic="promotions")
+            app.until("SELECT cents FROM promotions", [(number,)])
+        assert number > 2
+        assert app.read("SELECT count(*), sum(cents) FROM prices") == [(100_000, 100_000)]
