@@ -9,6 +9,7 @@ from collections.abc import Callable
 from benchmarks import (
     appliance,
     application,
+    catalogue,
     delivery,
     fleet,
     floods,
@@ -34,6 +35,7 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "laggards": delivery.laggards,
     "rebalance": delivery.rebalance,
     "applications": application.applications,
+    "catalogue": catalogue.catalogue,
     "mirror": tree.catch_up,
     "hops": tree.hops,
     "replicated": tree.replicated,

@@ -8,7 +8,7 @@ import sqlite3
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -17,9 +17,10 @@ from benchmarks.node import DIRECTORY, Node, running
 from benchmarks.rows import Row, median_of, rate, scaled
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
+from edgebroker.consumer.config import AppConfig
 from edgebroker.consumer.database import AppDatabase
 from edgebroker.consumer.declare.application import load_module, read_application
-from edgebroker.consumer.instance import MOST_RECORDS, Instance, Settings
+from edgebroker.consumer.instance import MOST_RECORDS, Instance
 
 COUNT, KEYS = 300_000, 100_000
 HEAD = """
@@ -128,11 +129,21 @@ def _bare_database(directory: Path, values: list[tuple[bytes, bytes]]) -> float:
     return took
 
 
+class Nobody:
+    """No program listens to changes."""
+
+    def published(
+        self, topic: str, rows: Sequence[tuple[object, ...]], deleted: Sequence[tuple[object, ...]]
+    ) -> None: ...
+    def reset(self, topic: str) -> None: ...
+
+
 def _measured(node: Node, source: Path, count: int) -> Callable[[int], float]:
     def measure(run: int) -> float:
         application = read_application(load_module(str(source)), "bench", {})
         database = AppDatabase(source.parent / f"{source.stem}-{run}", 1)
-        instance = Instance(application, database, Settings(f"{source.stem}-{run}", "bench", node.server))
+        config = AppConfig(name=f"{source.stem}-{run}", node="bench", server=node.server)
+        instance = Instance(application, database, config, Nobody())
         thread = threading.Thread(target=instance.run)
         begun = time.perf_counter()
         thread.start()

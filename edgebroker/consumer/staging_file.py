@@ -22,7 +22,7 @@ from edgebroker.storage import files
 
 log = logging.getLogger(__name__)
 
-CACHE_KIB = 8 << 10
+CACHE_KIB = 4 << 10
 _SCHEMA = (
     "CREATE TABLE IF NOT EXISTS progress (partition INTEGER PRIMARY KEY, reset_id TEXT, log_id BLOB, epoch INTEGER, "
     "next_offset INTEGER, target INTEGER)",

@@ -17,7 +17,7 @@ from edgebroker.consumer.declare.application import Topic
 log = logging.getLogger(__name__)
 
 # What may be in flight.
-WINDOW_RECORDS, WINDOW_BYTES = 1 << 20, 16 << 20
+WINDOW_RECORDS, WINDOW_BYTES = 1 << 20, 8 << 20
 # An application works without its broker; so long after it went, and so often, the log says so.
 AWAY_SECONDS, REMIND_SECONDS = 10.0, 300.0
 ASK_SECONDS = 10.0

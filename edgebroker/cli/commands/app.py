@@ -29,6 +29,7 @@ from edgebroker.consumer.service import Service, StuckError
 
 log = logging.getLogger(__name__)
 
+SWITCH_SECONDS = 0.0005
 FLAGS = ("name", "node", "labels", "server", "data_dir", "http", "force")
 
 
@@ -69,6 +70,8 @@ def run(options: argparse.Namespace) -> int:
     service = Service(application, database, settings)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: service.stop())
+    # The loop answers within a moment while the worker is busy.
+    sys.setswitchinterval(SWITCH_SECONDS)
     topics = ", ".join(application.topics)
     log.info(
         "application %s of node %s reads %s; its database is %s", settings.name, settings.node, topics, database.path

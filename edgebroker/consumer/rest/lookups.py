@@ -36,6 +36,11 @@ class LookUps:
 
     def __init__(self, views: Mapping[str, Columns], age_ms: Callable[[str], int | None]) -> None:
         self._views, self._age_ms = views, age_ms
+        # One statement is of one moment, and for keys that are there it is all that is needed.
+        position = "(SELECT next_offset FROM _position WHERE topic=? AND partition=_partition)"
+        self._with_position = {
+            topic: f"{_select(topic, columns, position)} WHERE key=?" for topic, columns in views.items()
+        }
         self._one = {topic: f"{_select(topic, columns)} WHERE key=?" for topic, columns in views.items()}
 
     def latest(self, reader: Reader, topic: str, key: str) -> LatestAnswer:
@@ -43,14 +48,16 @@ class LookUps:
         sql = self._one.get(topic)
         if sql is None:
             raise self._no_view(topic)
+        rows = reader.rows(self._with_position[topic], (topic, key))
+        if rows:
+            *row, offset = rows[0]
+            record = self._record(topic, row)
+            return LatestAnswer(record, AsOf({str(record.partition): offset or 0}, self._age_ms(topic)))
         with reader.at_one_moment():
-            rows = reader.rows(sql, (key,))
-            if not rows:
-                as_of = self._as_of(reader, topic)
-                raise HttpError(404, f"topic {topic} has no key {key} as of {_spelled(as_of)}")
-            record = self._record(topic, rows[0])
-            as_of = self._as_of(reader, topic, record.partition)
-        return LatestAnswer(record, as_of)
+            rows, as_of = reader.rows(sql, (key,)), self._as_of(reader, topic)
+        if rows:  # it came this moment
+            return LatestAnswer(self._record(topic, rows[0]), as_of)
+        raise HttpError(404, f"topic {topic} has no key {key} as of {_spelled(as_of)}")
 
     def basket(self, reader: Reader, topic: str, keys: Sequence[str]) -> BasketAnswer:
         """The latest records of several keys, all of one moment."""
@@ -92,13 +99,9 @@ class LookUps:
         partition, offset, timestamp = row[-3:]
         return Latest(key, self._views[topic].value(row[1:-3]), partition, offset, timestamp, data)
 
-    def _as_of(self, reader: Reader, topic: str, partition: int = -1) -> AsOf:
-        """Of one partition, or of all."""
-        sql = "SELECT partition, next_offset FROM _position WHERE topic=?"
-        if partition >= 0:
-            rows = reader.rows(f"{sql} AND partition=?", (topic, partition))
-        else:
-            rows = reader.rows(sql, (topic,))
+    def _as_of(self, reader: Reader, topic: str) -> AsOf:
+        """Of all partitions."""
+        rows = reader.rows("SELECT partition, next_offset FROM _position WHERE topic=?", (topic,))
         return AsOf({str(number): offset for number, offset in rows}, self._age_ms(topic))
 
     def _no_view(self, topic: str) -> HttpError:
@@ -137,9 +140,10 @@ def dead_page(reader: Reader, topic: str, after: str, limit: int) -> DeadPage:
     return DeadPage(records, _encoded(f"{last.topic} {last.partition} {last.offset}") if more and last else None)
 
 
-def _select(topic: str, columns: Columns) -> str:
+def _select(topic: str, columns: Columns, more: str = "") -> str:
     names = "".join(f'"{column.name}", ' for column in columns.columns)
-    return f'SELECT key, {names}_partition, _offset, _timestamp FROM "{view_name(topic)}"'
+    last = f", {more}" if more else ""
+    return f'SELECT key, {names}_partition, _offset, _timestamp{last} FROM "{view_name(topic)}"'
 
 
 def _spelled(as_of: AsOf) -> str:
