@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(wildcard cext/*.pyx cext/*.pxd cext/*.h)
 
-.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-applications test-groups test-power test-root-loss test-tables test-attack test-fuzz test-watchdog chaos soak packages wheels freeze freeze-nuitka deb image test-appliance
+.PHONY: run test lint bench bench-gate build cover docs clean test-faults test-kill test-applications test-till test-groups test-power test-root-loss test-tables test-attack test-fuzz test-watchdog chaos soak packages wheels freeze freeze-nuitka deb image test-appliance
 
 run: build
 	$(BIN)/edgebroker demo
@@ -54,6 +54,14 @@ test-kill: build
 # kill -9 of an application and its broker: 500 times, while records come and topics are loaded again.
 test-applications: build
 	EB_APP_KILL_CYCLES=500 $(BIN)/python -m pytest tests/faults/test_app_kill.py -s
+
+# A million keys are replaced while Java, the SQL shell and REST read them, and the application is killed twice.
+test-till: export EB_READER_KEYS ?= 1000000
+test-till: export EB_JDBC := build/jdbc
+test-till: build
+	mvn -q dependency:copy -Dartifact=org.xerial:sqlite-jdbc:3.46.1.3 -DoutputDirectory=$(EB_JDBC)
+	mvn -q dependency:copy -Dartifact=org.slf4j:slf4j-api:1.7.36 -DoutputDirectory=$(EB_JDBC)
+	$(BIN)/python -m pytest tests/faults/test_app_readers.py -s
 
 # Consumer groups under every fault at random, and refreshes interrupted by every process at every step.
 test-groups: build

@@ -35,6 +35,7 @@ CACHE_KIB = 16 << 10
 CHECKPOINT_PAGES = 2000
 # The -wal is this small again after all of it was copied; a larger one may be what another program keeps from that.
 WAL_BYTES = 64 << 20
+RESTART_SECONDS = 0.1
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS _positions (topic TEXT, partition INTEGER, log_id BLOB, epoch INTEGER, next_offset INTEGER,
     PRIMARY KEY (topic, partition)) WITHOUT ROWID;
@@ -47,6 +48,8 @@ CREATE TABLE IF NOT EXISTS _loading (topic TEXT, partition INTEGER, reset_id TEX
     next_offset INTEGER, target INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS _outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT, key BLOB, value BLOB,
     headers TEXT);
+CREATE VIEW IF NOT EXISTS _state AS SELECT topic, generation, following > 0 OR EXISTS (SELECT 1 FROM _loading
+    WHERE _loading.topic = _generations.topic AND target >= 0) AS loading FROM _generations;
 CREATE VIEW IF NOT EXISTS _position AS SELECT topic, partition, next_offset FROM _positions;
 """
 # What is said here and what a handler says are two texts: SQLite is asked about the second when it is prepared.
@@ -216,13 +219,15 @@ class AppDatabase:
         """The size of the -wal. Any thread."""
         return files.size_of(self._wal)
 
-    def held_up(self) -> int:
-        """The bytes of the -wal if it is large and another program, which sees what was before, keeps it so; else 0."""
-        size = self.wal_bytes()
-        if size <= WAL_BYTES:
-            return 0
-        _, pages, copied = self.connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-        return size if copied < pages else 0
+    def restart_log(self) -> bool:
+        """Write the -wal from its beginning again when it is large: readers that follow one another without a gap keep
+        it growing otherwise. Waits RESTART_SECONDS for them; False: another program keeps a transaction open."""
+        if self.wal_bytes() <= WAL_BYTES:
+            return True
+        self.connection.execute(f"PRAGMA busy_timeout={int(RESTART_SECONDS * 1000)}")
+        (busy, _, _) = self.connection.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
+        self.connection.execute("PRAGMA busy_timeout=5000")
+        return not busy
 
     def _authorize(self, action: int, first: str | None, second: str | None, *others: object) -> int:
         if not self._by_handler:

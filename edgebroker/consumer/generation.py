@@ -45,6 +45,9 @@ class Host(Protocol):
     def is_whole(self, topic: str, loading: set[int]) -> bool:
         """Are these all partitions of a topic that can be loaded?"""
 
+    def is_caught_up(self, topic: str, loading: Mapping[int, Loading]) -> bool:
+        """Is loaded what the broker has, as far as it has said so?"""
+
     def may_switch(self, topics: Sequence[str]) -> bool:
         """Is it time to show what was loaded?"""
 
@@ -198,7 +201,7 @@ class Generations:
         loading = {topic: self._loading(topic) for topic in topics}
         if not all(self._is_complete(topic, loading[topic]) for topic in topics):
             return False
-        ready = [self._prepare(topic) for topic in topics]
+        ready = [self._prepare(topic, loading[topic]) for topic in topics]
         if not all(ready) or not all(self._is_large_enough(topic, loading[topic]) for topic in topics):
             return False
         if not self._host.may_switch(topics):
@@ -214,8 +217,9 @@ class Generations:
         complete = all(one.position.next_offset >= one.target for one in loading.values())
         return complete and bool(loading) and self._host.is_whole(topic, set(loading))
 
-    def _prepare(self, topic: str) -> bool:
-        """Is the next generation of a topic filled? What is missing is begun."""
+    def _prepare(self, topic: str, loading: Mapping[int, Loading]) -> bool:
+        """Is the next generation of a topic filled? What is missing is begun: the sort, when hardly anything is to come
+        that would not be in it."""
         staged = self._staged.get(topic)
         if staged is None:
             return True
@@ -223,6 +227,8 @@ class Generations:
             failure, staged.failure = staged.failure, None
             raise failure
         if not staged.is_sorted and not staged.sorting and staged.result is None:
+            if not self._host.is_caught_up(topic, loading):
+                return False
             staged.sorting, number, partitions = True, staged.sorts, list(staged.file.loading)
             start_thread("edgebroker-sort", lambda: self._sort(staged, number, partitions))
         if not staged.is_copied:
@@ -288,6 +294,7 @@ class Generations:
             if staged.result is not None:
                 self._accept(staged, staged.result)
             if staged.is_sorted and not staged.is_copied:
+                self._database.restart_log()
                 self._copy_some(staged)
                 return True
             if staged.is_copied and self._apply_since(staged):
@@ -345,14 +352,14 @@ class Generations:
         if staged.total >= least and attempt not in self._enough:
             return True
         now = self._views.count(staged.next, list(loading))
-        if now >= least:
+        if now >= least and self._host.is_caught_up(topic, loading):
             return True
         if attempt not in self._enough:
             log.error(
                 "topic %s: what was loaded again has much fewer rows (%d of %d): it is not shown until it has %d, or "
                 "the application is started with --force", topic, now, staged.before, least,
             )  # fmt: skip
-        self._enough[attempt] = end + least - now
+        self._enough[attempt] = end + max(0, least - now)
         return False
 
     def close(self) -> None:

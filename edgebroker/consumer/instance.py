@@ -12,7 +12,6 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Protocol
 
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record
@@ -20,7 +19,7 @@ from edgebroker.common.runtime.clock import SystemClock, second_of_day, sleep
 from edgebroker.common.runtime.hours import parse_hours
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.config import AppConfig
-from edgebroker.consumer.database import AppDatabase, DatabaseError, Row, is_shortage
+from edgebroker.consumer.database import AppDatabase, DatabaseError, Loading, is_shortage
 from edgebroker.consumer.declare.application import Application, Hook
 from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.calls import Calls
@@ -32,6 +31,7 @@ from edgebroker.consumer.handling.effect import (
     Effect,
     FailedRecord,
     HopelessError,
+    Observer,
     Portion,
     portions_of,
 )
@@ -54,16 +54,6 @@ WAIT_SECONDS = 0.2
 CURRENT_SECONDS = 0.2
 # No more records are taken while so many wait in the outbox.
 MOST_OUTGOING = 100_000
-
-
-class Observer(Protocol):
-    """Who is told what readers of the views see anew. Called in the thread of run(); must not wait."""
-
-    def published(self, topic: str, rows: Sequence[Row], deleted: Sequence[Row]) -> None:
-        """Rows were set, as the table has them, and keys deleted: (key, partition, offset)."""
-
-    def reset(self, topic: str) -> None:
-        """A topic was loaded again."""
 
 
 class EndedError(Exception):
@@ -433,6 +423,14 @@ class Instance:
             return False
         return asked.loading <= loading
 
+    def is_caught_up(self, topic: str, loading: Mapping[int, Loading]) -> bool:
+        """Is loaded what the broker has, as far as it has said so?"""
+        ends = self.subscriptions.ends()
+        return all(
+            one.position.next_offset >= ends.get(TopicPartition(topic, partition), 0)
+            for partition, one in loading.items()
+        )
+
     def may_switch(self, topics: Sequence[str]) -> bool:
         """Is it time to show what was loaded?"""
         if self._activation == "command":
@@ -545,11 +543,11 @@ class Instance:
 
     def _look_at_readers(self, now: float) -> None:
         """Say it when another program keeps the database growing."""
-        if now >= self._held_up_due and (held := self._database.held_up()):
+        if not self._database.restart_log() and now >= self._held_up_due:
             self._held_up_due = now + REMIND_SECONDS
             log.warning(
                 "%s-wal has grown to %d MiB, because another program keeps a transaction open: it grows until that one "
-                "ends it", self._database.path, held >> 20,
+                "ends it", self._database.path, self._database.wal_bytes() >> 20,
             )  # fmt: skip
 
     def _lost(self, partitions: Sequence[TopicPartition]) -> None:

@@ -105,8 +105,10 @@ def test_topics_together_and_by_command(broker: RunningBroker, make: Callable[[s
         publish(broker, price("y", 2), topic="promotions")
         wait_for(lambda: committed(broker) == [2, 0, 2], "what comes meanwhile is loaded, too")
         assert app.read(both) == [("1", "1")]
+        assert app.read("SELECT * FROM _state ORDER BY topic") == [("prices", 1, 1), ("promotions", 1, 1)]
         wait_for(lambda: ask(app, "POST", "/v1/activate")[0] == 200, "it is loaded")
         app.until(both, [("1,2", "1,2")])
+        assert app.read("SELECT * FROM _state ORDER BY topic") == [("prices", 2, 0), ("promotions", 2, 0)]
     with app.running():
         app.until("SELECT sum(generation) FROM _generations", [(4,)])
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
 from itertools import groupby
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, cast
 
 import msgspec
 
@@ -42,6 +42,16 @@ class Changed(NamedTuple):
     topic: str
     rows: list[Row]
     deleted: list[Row]
+
+
+class Observer(Protocol):
+    """Who is told what readers of the views see anew. Called in the thread of run(); must not wait."""
+
+    def published(self, topic: str, rows: Sequence[Row], deleted: Sequence[Row]) -> None:
+        """Rows were set, as the table has them, and keys deleted: (key, partition, offset)."""
+
+    def reset(self, topic: str) -> None:
+        """A topic was loaded again."""
 
 
 class DeadNow(NamedTuple):

@@ -90,6 +90,9 @@ class World:
     def is_whole(self, topic: str, loading: set[int]) -> bool:
         return True
 
+    def is_caught_up(self, topic: str, loading: object) -> bool:
+        return True
+
     def may_switch(self, topics: Sequence[str]) -> bool:
         return self.may
 
