@@ -23,7 +23,15 @@ DEFAULT, FILE, ENVIRONMENT, FLAG = "default", "file", "environment", "flag"
 
 # fmt: off
 class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    name: Annotated[str, about("name of the application; empty: that of its file")] = ""
+    name: Annotated[str, about("name of the application; empty: that of its file or type")] = ""
+    type: Annotated[Literal["", "store", "table", "stdout"], about(
+        "an application without a file: store (the latest value of each key), table (with columns), stdout (a line of "
+        "JSON for each record)")] = ""
+    topics: Annotated[str, about("topics that an application without a file reads, with commas between them")] = ""
+    columns: Annotated[str, about(
+        "columns of type table: NAME and text, integer, real, boolean or json, ? for one that may be missing; commas "
+        "between them")] = ""
+    indexes: Annotated[str, about("indexes of type table: columns with commas, semicolons between indexes")] = ""
     node: Annotated[str, about(
         "name of the node that this instance belongs to, for its groups and for {node} in topics; empty: the host name")
         ] = ""
@@ -104,7 +112,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _filled(config: AppConfig, source: str) -> AppConfig:
-    name = config.name or Path(source).stem.rpartition(".")[2]
+    name = config.name or Path(source).stem.rpartition(".")[2] or config.type or "application"
     node = config.node or os.uname().nodename.partition(".")[0]
     return msgspec.structs.replace(config, name=name, node=node, data_dir=config.data_dir or f"edgebroker-{name}")
 

@@ -191,6 +191,9 @@ class Views:
             f'CREATE TABLE IF NOT EXISTS "{table_of(view)}" (key NOT NULL, {own}_partition INTEGER, _offset INTEGER, '
             "_timestamp INTEGER, PRIMARY KEY (key)) WITHOUT ROWID"
         )
+        for number, index in enumerate(view.columns.indexes):
+            over, name = ", ".join(f'"{column}"' for column in index), f"{table_of(view)}_i{number}"
+            self._connection.execute(f'CREATE INDEX IF NOT EXISTS "{name}" ON "{table_of(view)}" ({over})')
 
     def _show(self, view: View) -> None:
         """Let readers see this generation. Statements that they have prepared see it as well."""
@@ -219,4 +222,5 @@ _TABLE = re.compile(r"_(.+)_g\d+")
 
 
 def _declared(columns: Columns) -> str:
-    return ", ".join(f"{column.name} {column.sql}" for column in columns.columns)
+    text = ", ".join(f"{column.name} {column.sql}" for column in columns.columns)
+    return text + "".join(f"; index {', '.join(index)}" for index in columns.indexes)

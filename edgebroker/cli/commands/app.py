@@ -18,10 +18,11 @@ from edgebroker.cli.command import FAILED, OK, Parser, json_flag, subcommand, su
 from edgebroker.cli.render import print_table
 from edgebroker.cli.service import journal
 from edgebroker.common.config import parse_labels
-from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.consumer.config import LoadedConfig, load_app_config
 from edgebroker.consumer.database import NAME, AppDatabase, DatabaseError, is_damage, view_name
+from edgebroker.consumer.declare.app_types import TYPES, application_of
 from edgebroker.consumer.declare.application import Application, load_module, read_application
 from edgebroker.consumer.declare.declarations import DeclarationError
 from edgebroker.consumer.instance import StoppedError
@@ -30,7 +31,7 @@ from edgebroker.consumer.service import Service, StuckError
 log = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0005
-FLAGS = ("name", "node", "labels", "server", "data_dir", "http", "force")
+FLAGS = ("type", "topics", "columns", "indexes", "name", "node", "labels", "server", "data_dir", "http", "force")
 
 
 def arguments(parser: Parser) -> None:
@@ -39,7 +40,13 @@ def arguments(parser: Parser) -> None:
     config_parser = subcommand(commands, "config", "show the configuration, and where each value is from", config)
     schema_parser = subcommand(commands, "schema", "show the local database, and how to read it", schema)
     for each in (run_parser, config_parser, schema_parser):
-        each.add_argument("source", metavar="FILE", help="the application: a Python file, or the name of a module")
+        each.add_argument(
+            "source", metavar="FILE", nargs="?", default="", help="a Python file, or the name of a module; none: --type"
+        )
+        each.add_argument("--type", choices=TYPES, help="an application that needs no file")
+        each.add_argument("--topics", metavar="TOPICS", help="the topics that it reads, with commas between them")
+        each.add_argument("--columns", metavar="COLUMNS", help="of a table: 'code text, cents integer, name text ?'")
+        each.add_argument("--indexes", metavar="INDEXES", help="of a table: 'cents; code, cents'")
         each.add_argument("-c", "--config", metavar="FILE", help="configuration file (TOML)")
         each.add_argument("--name", metavar="NAME", help="name of the application (default: that of the file)")
         each.add_argument("--node", metavar="NAME", help="name of the node (default: the host name)")
@@ -162,8 +169,14 @@ def _load(options: argparse.Namespace) -> LoadedConfig:
 
 
 def _read(source: str, loaded: LoadedConfig) -> Application:
-    labels = parse_labels(loaded.config.labels)
-    return read_application(_import(source), loaded.config.node, labels)
+    config = loaded.config
+    if config.type and source:
+        raise ConfigError(f"give a file or type = {config.type}, not both")
+    if config.type:
+        return application_of(config.type, config.topics, config.columns, config.indexes)
+    if not source:
+        raise ConfigError(f"which application? give a Python file, or type = {', '.join(TYPES)}")
+    return read_application(_import(source), config.node, parse_labels(config.labels))
 
 
 def _import(source: str) -> ModuleType:

@@ -40,9 +40,10 @@ class Column(NamedTuple):
 
 
 class Columns:
-    """Of one type. Raises TypeError, with what to do, for one that has no fields or a name that is taken."""
+    """Of one type. `indexes` are lists of columns that readers look for. Raises TypeError, with what to do, for a type
+    that has no fields or a name that is taken, and for an index over what is no column."""
 
-    def __init__(self, kind: type) -> None:
+    def __init__(self, kind: type, indexes: Sequence[tuple[str, ...]] = ()) -> None:
         try:
             info = inspect.type_info(kind)
         except TypeError as error:
@@ -57,17 +58,21 @@ class Columns:
         twice = [name for name in names if names.count(name) > 1]
         if twice:
             raise TypeError(f"{kind.__name__}: SQL cannot tell {twice[0]} from its other spelling; rename one of them")
-        self.kind = kind
+        self.kind: Any = kind
+        self.indexes = tuple(indexes)
+        unknown = [name for index in indexes for name in index if name.lower() not in names]
+        if unknown:
+            raise TypeError(f"an index over {unknown[0]}: the columns are {', '.join(names)}")
         self.columns = [_column(field.name, field.type)._replace(json=field.encode_name) for field in info.fields]
         names = [column.name for column in self.columns]
         self._fields: Callable[[Any], tuple[Any, ...]] = attrgetter(*names) if len(names) > 1 else _single(names)
         self._converted = [(place, column.convert) for place, column in enumerate(self.columns) if column.convert]
         # The columns of a value.
-        self.row = self._convert if self._converted else self._fields
+        self.row: Callable[[Any], tuple[Any, ...]] = self._convert if self._converted else self._fields
         self._names = [column.json for column in self.columns]
         self._restored = [(column.json, column.restore) for column in self.columns if column.restore]
 
-    def value(self, row: Sequence[Any]) -> dict[str, Any]:
+    def value(self, row: Sequence[Any]) -> Any:
         """The value of columns, to be encoded as JSON."""
         value = dict(zip(self._names, row, strict=True))
         for name, restore in self._restored:

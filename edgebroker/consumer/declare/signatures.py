@@ -23,8 +23,8 @@ Decode = Callable[[Record], Any]
 
 class Signature(NamedTuple):
     """`decode` makes of a record what the first parameter is given; it raises for a value that is not as expected.
-    `deletions`: records without a value are handed over, as None. `batch`: a list of them is. `others`: the types of
-    the further parameters, in order."""
+    `deletions`: records without a value are handed over, as None (as themselves, if records are). `batch`: a list of
+    them is. `others`: the types of the further parameters, in order."""
 
     decode: Decode
     deletions: bool
@@ -56,7 +56,7 @@ def read_signature(function: Callable[..., Any], known: Mapping[type, str]) -> S
             choices = ", ".join(f"{one.__name__} ({why})" for one, why in known.items())
             raise TypeError(f"parameter {parameter.name} has to be one of {choices}")
         others.append(wanted)
-    return Signature(_decoder(kind), deletions, batch, tuple(others))
+    return Signature(_decoder(kind), deletions or kind is Record, batch, tuple(others))
 
 
 def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter]:
@@ -79,10 +79,15 @@ def _of_union(kind: Any) -> tuple[bool, Any]:
     return False, kind
 
 
+def whole_record(record: Record) -> Any:
+    """The decoder of handlers that get the record itself, also one without a value."""
+    return record
+
+
 def _decoder(kind: Any) -> Decode:
     """Of a record that has a value."""
     if kind is Record:
-        return lambda record: record
+        return whole_record
     if kind is bytes:
         return lambda record: record.value
     if kind is str:

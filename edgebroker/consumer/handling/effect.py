@@ -19,6 +19,7 @@ from edgebroker.common.records import Record
 from edgebroker.common.types import TopicPartition
 from edgebroker.consumer.database import AppDatabase, DeadRecord, Loading, NotStorableError, Row, is_damage, is_shortage
 from edgebroker.consumer.declare.application import Handler, Topic
+from edgebroker.consumer.declare.signatures import whole_record
 from edgebroker.consumer.handling.calls import CallFailedError, Calls
 from edgebroker.consumer.views import View, Views
 
@@ -233,9 +234,10 @@ class Effect:
         if not handler.signature.deletions:
             records = [record for record in records if record.value is not None]
         decode, found, values = handler.signature.decode, list[Record](), list[Any]()
+        whole = decode is whole_record
         for record in records:
             try:
-                values.append(decode(record) if record.value is not None else None)
+                values.append(decode(record) if whole or record.value is not None else None)
             except _UNDECODABLE as error:
                 why = f"the value is not as expected: {error}"
                 if self._topic.scope == "shared":
