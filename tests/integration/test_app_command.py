@@ -176,7 +176,7 @@ def test_a_configuration_that_is_wrong_in_several_places(
     file.write_text('colour = "red"\nlog_level = "loud"\n')
     assert main(["app", "config", str(source), "-c", str(file)]) == 2
     told = capsys.readouterr().err
-    assert "there is no key colour; keys are name, node" in told and "log_level = 'loud'" in told
+    assert "there is no key colour; keys are name, type" in told and "log_level = 'loud'" in told
     monkeypatch.setenv("EDGEBROKER_APP_FORCE", "perhaps")
     assert main(["app", "config", str(source), "--check"]) == 2
     assert "EDGEBROKER_APP_FORCE = 'perhaps': " in capsys.readouterr().err
