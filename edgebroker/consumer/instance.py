@@ -85,7 +85,7 @@ class Instance:
             for name, topic in application.topics.items()
         }
         self._topics = application.topics
-        self.dead_records = DeadRecords(database, self._effects)
+        self.dead_records = DeadRecords(database, self._effects, observer)
         self._in_hand = InHand(database.path.parent)
         self._outgoing, self._full_outbox = OutboxSender(database.path, settings.server, self._clock), False
         self.generations = Generations(
@@ -93,9 +93,7 @@ class Instance:
         )
         # Topics to ask for, because a partition of theirs is loaded again or another version made their view; of those
         # that were asked for, the partitions that are loaded, and those that cannot be.
-        self._incomplete = {
-            name for name, effect in self._effects.items() if effect.view is not None and effect.view.stale
-        }
+        self._incomplete = set(filter(self.is_stale, self._topics))
         self._asked: dict[str, Asked] = {}
         self._activation, self._activated = settings.activate_refresh, set[str]()
         self.subscriptions = Subscriptions(
@@ -132,6 +130,12 @@ class Instance:
     def positions(self) -> dict[tuple[str, int], Position]:
         """Where reading goes on, of topics whose positions are kept here. Any thread."""
         return dict(self._positions)
+
+    def is_stale(self, topic: str) -> bool:
+        """Has the view of a topic other columns or another version than the application declares, for now? Any
+        thread."""
+        view = self._effects[topic].view
+        return view is not None and view.stale
 
     @property
     def waiting(self) -> int:
@@ -561,8 +565,8 @@ class Instance:
 
     def _is_ready(self) -> bool:
         """Is everything there that was published when this began, in views as they are declared?"""
-        stale = any(effect.view is not None and effect.view.stale for effect in self._effects.values())
-        return not (stale or self._waiting or self._held) and self.subscriptions.are_complete()
+        waits = self._waiting or self._held or any(map(self.is_stale, self._topics))
+        return not waits and self.subscriptions.are_complete()
 
     def _call_hooks(self, moment: str) -> None:
         for hook in self._hooks:

@@ -60,7 +60,7 @@ class Service:
         api = Api(
             self,
             views,
-            LookUps(views, self._age_ms),
+            LookUps(views, self._age_ms, self._instance.is_stale),
             changes,
             self._reader,
             self._queries,

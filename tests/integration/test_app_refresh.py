@@ -52,7 +52,12 @@ class Euro(msgspec.Struct):
 @consumer("prices", view=Euro)
 class Prices: ...
 """)
+    other.more = {"activate_refresh": "command"}
     with other.running():
+        said = refused(other, "GET", "/v1/latest/prices/a", 503)
+        assert said == "the view of prices has other columns; it is being loaded for these"
+        assert other.read("SELECT code, cents FROM prices WHERE key='a'") == [("a", 1)]
+        wait_for(lambda: ask(other, "POST", "/v1/activate")[0] == 200, "it is loaded")
         other.until("SELECT cents, currency FROM prices ORDER BY cents", [(1, "EUR"), (2, "EUR"), (3, "EUR")])
         assert found(other, "/v1/latest/prices/a")["record"]["value"] == {"cents": 1, "currency": "EUR"}
         wait_for(lambda: ask(other, "GET", "/readyz")[1]["status"] == "ready", "it is ready")

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 
 from edgebroker.common.outcome import Outcome
 from edgebroker.consumer.database import AppDatabase
-from edgebroker.consumer.handling.effect import Effect, FailedRecord
+from edgebroker.consumer.handling.effect import Changed, Effect, FailedRecord, Observer
 
 
 class DeadRecords:
     """Belongs to the thread of the database, outside of its transactions. Raises sqlite3.Error."""
 
-    def __init__(self, database: AppDatabase, effects: Mapping[str, Effect]) -> None:
-        self._database, self._effects = database, effects
+    def __init__(self, database: AppDatabase, effects: Mapping[str, Effect], observer: Observer) -> None:
+        self._database, self._effects, self._observer = database, effects, observer
 
     def replay(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]:
         """Handle one once more, and keep it no longer if that succeeds."""
@@ -22,12 +22,15 @@ class DeadRecords:
             return Outcome.NOT_FOUND, f"there is no dead record {name}"
         if topic not in self._effects:
             return Outcome.CONFLICT, f"{name} was to be published, and the broker refused it: {dead.reason}"
+        changed: list[Changed] = []
         try:
             with self._database.transaction():
                 self._database.unbury(topic, partition, offset)
-                self._effects[topic].apply_again(dead)
+                self._effects[topic].apply_again(dead, changed)
         except FailedRecord as failure:
             return Outcome.CONFLICT, f"{name} failed again: {failure.why}"
+        for one in changed:
+            self._observer.published(*one)
         again = self._database.dead_record(topic, partition, offset)
         if again is not None:
             return Outcome.CONFLICT, f"{name} is given up again: {again.reason}"

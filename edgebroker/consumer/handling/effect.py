@@ -172,14 +172,14 @@ class Effect:
             )
         )
 
-    def apply_again(self, dead: DeadRecord) -> None:
+    def apply_again(self, dead: DeadRecord, changed: list[Changed]) -> None:
         """The effect of a record that was given up, within a transaction; its row of the view only if that has no later
-        record. Raises FailedRecord."""
+        record, added to `changed` then. Raises FailedRecord."""
         headers = msgspec.json.decode(dead.headers, type=tuple[tuple[str, bytes | None], ...])
         record = ReplayedRecord(*dead[:3], dead.timestamp, dead.key, dead.value, headers)
         portion = Portion(TopicPartition(dead.topic, dead.partition), [cast("Record", record)])
         if self.view is None or dead.key is None or self._views.offset_of(self.view, _key_of(dead.key)) <= dead.offset:
-            self.apply(portion)
+            self.apply(portion, changed)
         else:
             self.handle(portion, portion.records)
 

@@ -31,11 +31,17 @@ LAST_CHARACTER = "\U0010ffff"
 
 
 class LookUps:
-    """`age_ms` tells how old what is stored of a topic may be. Every method may be called by any thread, with its own
+    """`age_ms` tells how old what is stored of a topic may be, `is_stale` whether its view has other columns than the
+    application declares, for now. Every method may be called by any thread, with its own
     reader. Raises HttpError, and sqlite3.Error."""
 
-    def __init__(self, views: Mapping[str, Columns], age_ms: Callable[[str], int | None]) -> None:
-        self._views, self._age_ms = views, age_ms
+    def __init__(
+        self,
+        views: Mapping[str, Columns],
+        age_ms: Callable[[str], int | None],
+        is_stale: Callable[[str], bool],
+    ) -> None:
+        self._views, self._age_ms, self._is_stale = views, age_ms, is_stale
         # One statement is of one moment, and for keys that are there it is all that is needed.
         position = "(SELECT next_offset FROM _position WHERE topic=? AND partition=_partition)"
         self._with_position = {
@@ -45,9 +51,8 @@ class LookUps:
 
     def latest(self, reader: Reader, topic: str, key: str) -> LatestAnswer:
         """The latest record of a key."""
-        sql = self._one.get(topic)
-        if sql is None:
-            raise self._no_view(topic)
+        self._check(topic)
+        sql = self._one[topic]
         rows = reader.rows(self._with_position[topic], (topic, key))
         if rows:
             *row, offset = rows[0]
@@ -61,9 +66,8 @@ class LookUps:
 
     def basket(self, reader: Reader, topic: str, keys: Sequence[str]) -> BasketAnswer:
         """The latest records of several keys, all of one moment."""
-        sql = self._one.get(topic)
-        if sql is None:
-            raise self._no_view(topic)
+        self._check(topic)
+        sql = self._one[topic]
         records, missing = list[Latest](), list[str]()
         with reader.at_one_moment():
             for key in dict.fromkeys(keys):
@@ -76,8 +80,7 @@ class LookUps:
 
     def page(self, reader: Reader, topic: str, prefix: str, after: str, limit: int) -> LatestPage:
         """Records in the order of their keys, behind a cursor."""
-        if topic not in self._views:
-            raise self._no_view(topic)
+        self._check(topic)
         where, bounds = ("key>?", [_decoded(after)]) if after else ("key>=?", [prefix])
         if prefix:
             where, bounds = f"{where} AND key<?", [*bounds, prefix + LAST_CHARACTER]
@@ -104,9 +107,12 @@ class LookUps:
         rows = reader.rows("SELECT partition, next_offset FROM _position WHERE topic=?", (topic,))
         return AsOf({str(number): offset for number, offset in rows}, self._age_ms(topic))
 
-    def _no_view(self, topic: str) -> HttpError:
-        names = ", ".join(self._views) or "none"
-        return HttpError(404, f"this application has no view of {topic}; it has views of {names}")
+    def _check(self, topic: str) -> None:
+        if topic not in self._views:
+            names = ", ".join(self._views) or "none"
+            raise HttpError(404, f"this application has no view of {topic}; it has views of {names}")
+        if self._is_stale(topic):
+            raise HttpError(503, f"the view of {topic} has other columns; it is being loaded for these")
 
 
 def dead_page(reader: Reader, topic: str, after: str, limit: int) -> DeadPage:
