@@ -179,7 +179,7 @@ class Generations:
         return refresh.from_offset
 
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
-        """Store the next records together with the position behind them."""
+        """Store the next records together with the position behind them, durably: they are acknowledged next."""
         key, effect = TopicPartition(refresh.topic, refresh.partition), self._effects[refresh.topic]
         staged, dead = self._staged.get(key.topic), list[DeadNow]()
         if staged is not None:
@@ -192,6 +192,9 @@ class Generations:
         if effect.handles or dead:
             portion = Portion(key, records if effect.handles else [])
             self._host.handle_loaded(portion, dead, lambda end: self._set_loading(key, _state(refresh, end)))
+            self._database.sync()
+        if staged is not None:
+            staged.file.sync()
 
     def switch(self, refresh: Refresh) -> bool:
         """Show the next generations once all that is to change together is complete, sorted and copied."""

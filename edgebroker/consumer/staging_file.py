@@ -58,7 +58,7 @@ class StagingFile:
             self._connection.close()
             self._replace()
         if self._about() != [(_names(columns),)]:
-            self._connection.close()
+            self.close()
             self._replace()
 
     @staticmethod
@@ -83,6 +83,7 @@ class StagingFile:
         }
         if not self._about():
             execute("INSERT INTO about VALUES (?)", (_names(self._columns),))
+        self._wal = files.open_log(self._path.with_name(self._path.name + "-wal"))
 
     def _about(self) -> list[tuple[str]]:
         return self._connection.execute("SELECT columns FROM about").fetchall()
@@ -100,6 +101,10 @@ class StagingFile:
             self._connection.execute("BEGIN")
             self._connection.execute("DELETE FROM records WHERE _partition=?", (partition,))
             self._set(partition, loading)
+
+    def sync(self) -> None:
+        """Make what was appended durable. Raises OSError."""
+        files.sync_file(self._wal)
 
     def append(self, partition: int, rows: Sequence[Row], gone: Sequence[Row], loading: Loading) -> None:
         """Add rows, as the table of the view has them, and deletions, (key, partition, offset), of records up to a
@@ -169,10 +174,11 @@ class StagingFile:
 
     def close(self) -> None:
         self._connection.close()
+        files.close(self._wal)
 
     def remove(self) -> None:
         """What it has is shown, or of no use."""
-        self._connection.close()
+        self.close()
         self._unlink()
 
     def _unlink(self) -> None:

@@ -11,10 +11,17 @@ import subprocess
 import tempfile
 from pathlib import Path
 from types import TracebackType
-
-from edgebroker.cli.broker_process import BrokerProcess
+from typing import Protocol
 
 IMAGE_BYTES = 192 << 20
+
+
+class Program(Protocol):
+    """What runs on the disk: a broker, or an application."""
+
+    @property
+    def process(self) -> subprocess.Popen[bytes] | None: ...
+    def kill(self) -> None: ...
 
 
 def _run(*command: str | Path) -> None:
@@ -47,12 +54,12 @@ class Disk:
         """The file system turns read-only under its users, as ext4 does after an error of its disk."""
         _run("mount", "-o", "remount,abort", self.mount)
 
-    def cut(self, broker: BrokerProcess) -> None:
-        """The power goes: the broker is gone, the mount shows what a journal replay makes of the disk."""
-        assert broker.process is not None
-        broker.process.send_signal(signal.SIGSTOP)
+    def cut(self, program: Program) -> None:
+        """The power goes: the program is gone, the mount shows what a journal replay makes of the disk."""
+        assert program.process is not None
+        program.process.send_signal(signal.SIGSTOP)
         _run("cp", "--sparse=always", self.image, self._copy)
-        broker.kill()
+        program.kill()
         self.detach()
         self._copy.replace(self.image)
         self.attach()

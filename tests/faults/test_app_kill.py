@@ -86,28 +86,30 @@ class Publisher(threading.Thread):
 class Till:
     """The application as a process, and its database as another program reads it."""
 
-    def __init__(self, directory: Path, server: str) -> None:
-        self._source, self._path = directory / "till.py", directory / "edgebroker-till" / "app.db"
+    def __init__(self, directory: Path, server: str, data: Path | None = None) -> None:
+        data = data if data is not None else directory / "edgebroker-till"
+        self._source, self.path = directory / "till.py", data / "app.db"
         self._source.write_text(SOURCE)
-        self._environment = environment(server)
+        self._environment = environment(server, DATA_DIR=str(data))
         self.log = directory / "till.log"
-        self._process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         with self.log.open("ab") as log:
             command = [sys.executable, "-m", "edgebroker", "app", "run", str(self._source)]
-            self._process = subprocess.Popen(command, cwd=self._source.parent, env=self._environment, stderr=log)
+            self.process = subprocess.Popen(command, cwd=self._source.parent, env=self._environment, stderr=log)
 
     def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
 
-    def read(self) -> Snapshot | None:
-        """None before there is something."""
-        if not self._path.exists():
+    def read(self, path: Path | None = None) -> Snapshot | None:
+        """What the database has, or a copy of it; None before there is something."""
+        path = path if path is not None else self.path
+        if not path.exists():
             return None
-        connection = sqlite3.connect(f"{self._path.as_uri()}?mode=ro", uri=True, isolation_level=None)
+        connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None)
         try:
             connection.execute("BEGIN")
             positions = dict(connection.execute("SELECT partition, next_offset FROM _position WHERE topic='prices'"))
