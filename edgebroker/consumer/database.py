@@ -56,7 +56,8 @@ CREATE VIEW IF NOT EXISTS _position AS SELECT topic, partition, next_offset FROM
 _BEGIN, _COMMIT, _ROLLBACK = "BEGIN IMMEDIATE -- kit", "COMMIT -- kit", "ROLLBACK -- kit"
 _DENIED = {
     sqlite3.SQLITE_TRANSACTION, sqlite3.SQLITE_SAVEPOINT, sqlite3.SQLITE_ATTACH, sqlite3.SQLITE_DETACH,
-    sqlite3.SQLITE_PRAGMA,
+    sqlite3.SQLITE_PRAGMA, sqlite3.SQLITE_CREATE_TEMP_TABLE, sqlite3.SQLITE_CREATE_TEMP_VIEW,
+    sqlite3.SQLITE_CREATE_TEMP_INDEX, sqlite3.SQLITE_CREATE_TEMP_TRIGGER,
 }  # fmt: skip
 _CHANGES = {
     sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE, sqlite3.SQLITE_DROP_TABLE,
@@ -137,6 +138,8 @@ class AppDatabase:
         self.path = directory / NAME
         self._mark = directory / DAMAGED
         self._by_handler = False
+        # Views of the kit, in lower case.
+        self.protected: set[str] = set()
         # The thread that runs a handler now.
         self._lent_to = 0
         # Rows of the outbox and dead records: those that are stored, and those of the transaction.
@@ -233,7 +236,9 @@ class AppDatabase:
         if not self._by_handler:
             return sqlite3.SQLITE_OK
         name = second if action in _ON_SECOND else first
-        if action in _DENIED or (action in _CHANGES and name is not None and name.startswith("_")):
+        if action in _DENIED:
+            return sqlite3.SQLITE_DENY
+        if action in _CHANGES and name is not None and (name.startswith("_") or name.lower() in self.protected):
             return sqlite3.SQLITE_DENY
         return sqlite3.SQLITE_OK
 
@@ -246,7 +251,8 @@ class AppDatabase:
         except sqlite3.DatabaseError as error:
             if "not authorized" in str(error) or "prohibited" in str(error):
                 raise sqlite3.DatabaseError(
-                    "a handler can neither begin nor end a transaction, nor change names that begin with an underscore"
+                    "a handler can neither begin nor end a transaction, nor make temporary tables, nor change views of "
+                    "topics and names that begin with an underscore"
                 ) from None
             raise
         finally:
@@ -293,6 +299,10 @@ class AppDatabase:
             "INSERT OR REPLACE INTO _loading VALUES (?,?,?,?,?,?,?)",
             (topic, partition, one.reset_id, *one.position, one.target),
         )
+
+    def forget_loading(self, topic: str, partition: int) -> None:
+        """What was loaded of a partition does not count; within a transaction."""
+        self.connection.execute("DELETE FROM _loading WHERE topic=? AND partition=?", (topic, partition))
 
     def loaded(self, topic: str, loading: Mapping[int, Loading]) -> None:
         """The switch is done; within its transaction."""

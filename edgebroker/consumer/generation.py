@@ -42,6 +42,9 @@ class Host(Protocol):
     def begun(self, key: TopicPartition, first: bool) -> None:
         """A partition is loaded again, the first one of its topic perhaps; within a transaction then."""
 
+    def begin_again(self, key: TopicPartition) -> None:
+        """What was loaded of a partition does not count: its refresh has to be announced again."""
+
     def is_whole(self, topic: str, loading: set[int]) -> bool:
         """Are these all partitions of a topic that can be loaded?"""
 
@@ -106,6 +109,7 @@ class Generations:
         self._directory: Path = database.path.parent
         self._staged: dict[str, _Staged] = {}
         self._attached = ""
+        self._handled: Loading | None = None
         self._slice, self._dropping = Slice(), True
         # Refreshes that were switched to: READY is asked for one after the other.
         self._over: set[str] = set()
@@ -145,10 +149,16 @@ class Generations:
         return {(topic, partition) for topic in list(self._topics) for partition in self._loading(topic)}
 
     def _loading(self, topic: str) -> dict[int, Loading]:
+        """The partitions that are loaded, as the database has it, and how far they are."""
+        loading = {number: one for number, one in self._effects[topic].loading.copy().items() if one.target >= 0}
         staged = self._staged.get(topic)
-        if staged is not None:
-            return dict(staged.file.loading)
-        return {partition: one for partition, one in self._effects[topic].loading.copy().items() if one.target >= 0}
+        if staged is None:
+            return loading
+        found = staged.file.loading.copy()
+        return {
+            number: found[number] if number in found and found[number].reset_id == one.reset_id else one
+            for number, one in loading.items()
+        }
 
     # ---- the staging store ----
 
@@ -156,27 +166,48 @@ class Generations:
         """Where to go on: behind what an earlier attempt has stored, or behind what readers see already."""
         key, effect = TopicPartition(refresh.topic, refresh.partition), self._effects[refresh.topic]
         known = effect.loading.get(key.partition)
-        if known is not None and known.reset_id == refresh.reset_id and known.target < 0:
+        again = known is not None and known.reset_id == refresh.reset_id
+        if known is not None and again and known.target < 0:
             self._over.add(refresh.reset_id)
             return max(known.position.next_offset, refresh.target)
         staged = self._open(key.topic, effect.view) if effect.view is not None else None
-        found = staged.file.loading.get(key.partition) if staged is not None else known
-        if found is not None and found.reset_id == refresh.reset_id:
+        # The database says whether it was begun; the staging file follows.
+        if again:
             self._host.begun(key, False)
-            handled = known.position.next_offset if known is not None and known.target >= 0 else refresh.from_offset
-            return min(found.position.next_offset, handled) if effect.handles else found.position.next_offset
-        log.info("%s/%d is loaded again, from %d to %d", *key, refresh.from_offset, refresh.target)
-        first = not self._loading(key.topic)
-        if staged is not None:
+        else:
+            self._begin(key, refresh)
+        found = staged.file.loading.get(key.partition) if staged is not None else known
+        if staged is not None and (not again or found is None or found.reset_id != refresh.reset_id):
             self._views.detach()
             self._attached = ""
+            with self._database.transaction():
+                self._views.forget_next(staged.view)
             staged.file.begin(key.partition, _state(refresh))
             staged.next, staged.copied, staged.total, staged.applied, staged.before = None, 0, -1, 0, -1
             staged.sorts += 1
+            return refresh.from_offset
+        if found is None or known is None or not again:
+            return refresh.from_offset
+        return min(found.position.next_offset, known.position.next_offset) if effect.handles else (
+            found.position.next_offset
+        )  # fmt: skip
+
+    def _begin(self, key: TopicPartition, refresh: Refresh) -> None:
+        """A partition is to be loaded from its beginning. If it was being loaded already, handlers begin with its whole
+        topic from the beginning: what they have made of the others is removed with what they made of this one."""
+        log.info("%s/%d is loaded again, from %d to %d", *key, refresh.from_offset, refresh.target)
+        effect, loading = self._effects[key.topic], self._loading(key.topic)
+        others = [partition for partition in loading if partition != key.partition]
+        restart = effect.handles and key.partition in loading
         with self._database.transaction():
-            self._set_loading(key, _state(refresh))
-            self._host.begun(key, first)
-        return refresh.from_offset
+            self._database.set_loading(*key, _state(refresh))
+            for partition in others if restart else []:
+                self._database.forget_loading(key.topic, partition)
+            self._host.begun(key, restart or not loading)
+        effect.loading[key.partition] = _state(refresh)
+        for partition in others if restart else []:
+            del effect.loading[partition]
+            self._host.begin_again(TopicPartition(key.topic, partition))
 
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
         """Store the next records together with the position behind them, durably: they are acknowledged next."""
@@ -192,6 +223,8 @@ class Generations:
         if effect.handles or dead:
             portion = Portion(key, records if effect.handles else [])
             self._host.handle_loaded(portion, dead, lambda end: self._set_loading(key, _state(refresh, end)))
+            if self._handled is not None:
+                effect.loading[key.partition], self._handled = self._handled, None
             self._database.sync()
         if staged is not None:
             staged.file.sync()
@@ -285,9 +318,9 @@ class Generations:
             log.info("topic %s: readers see what was loaded again", topic)
 
     def _set_loading(self, key: TopicPartition, one: Loading) -> None:
-        """How far handlers are; within a transaction."""
+        """How far handlers are; within a transaction, which may be undone."""
         self._database.set_loading(*key, one)
-        self._effects[key.topic].loading[key.partition] = one
+        self._handled = one
 
     # ---- slices ----
 

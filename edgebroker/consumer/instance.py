@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record
@@ -20,7 +20,7 @@ from edgebroker.common.runtime.hours import parse_hours
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.config import AppConfig
 from edgebroker.consumer.database import AppDatabase, DatabaseError, Loading, is_shortage
-from edgebroker.consumer.declare.application import Application, Hook
+from edgebroker.consumer.declare.application import Application
 from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.calls import Calls
 from edgebroker.consumer.handling.dead_records import DeadRecords
@@ -35,6 +35,8 @@ from edgebroker.consumer.handling.effect import (
     Portion,
     portions_of,
 )
+from edgebroker.consumer.handling.errors import StoppedError
+from edgebroker.consumer.handling.hooks import Hooks
 from edgebroker.consumer.handling.in_hand import MOST_DEATHS, InHand
 from edgebroker.consumer.handling.outbox import OutboxSender
 from edgebroker.consumer.handling.waiting import WaitingPartition, once
@@ -52,16 +54,13 @@ UNACKED_BYTES = 4 << 20
 WAIT_SECONDS = 0.2
 # How often it is looked whether anything is missing.
 CURRENT_SECONDS = 0.2
+ASK_AGAIN_SECONDS = 2.0
 # No more records are taken while so many wait in the outbox.
 MOST_OUTGOING = 100_000
 
 
 class EndedError(Exception):
     """It is to end while a record waits for another attempt."""
-
-
-class StoppedError(Exception):
-    """A handler failed for good, and its policy ends the application."""
 
 
 class Instance:
@@ -95,6 +94,9 @@ class Instance:
         # that were asked for, the partitions that are loaded, and those that cannot be.
         self._incomplete = set(filter(self.is_stale, self._topics))
         self._asked: dict[str, Asked] = {}
+        self._ask_due = 0.0
+        # Partitions whose refresh is to be announced again, from its beginning.
+        self._to_announce: set[TopicPartition] = set()
         self._activation, self._activated = settings.activate_refresh, set[str]()
         self.subscriptions = Subscriptions(
             self._topics,
@@ -114,8 +116,7 @@ class Instance:
         self._unacknowledged: dict[TopicPartition, Record] = {}
         self._unacked_bytes = 0
         self._sync_due = self._presence_due = self._away_due = self._held_up_due = 0.0
-        self._hooks = application.hooks
-        self._hooks_due = {hook: self._clock.monotonic() + hook.seconds for hook in application.hooks if hook.seconds}
+        self._hooks = Hooks(application.hooks, self._calls, database, self._clock)
         self.ready = False
 
     def stored(self, topic: str, partition: int) -> int:
@@ -149,7 +150,7 @@ class Instance:
     def run(self) -> None:
         """Until stop(). Raises StoppedError, sqlite3.Error, and what a consumer raises."""
         try:
-            self._call_hooks("start")
+            self._hooks.call("start")
             while not self._stopping:
                 try:
                     self._turn()
@@ -159,7 +160,7 @@ class Instance:
                     self._wait_for_room(error)
                 except EndedError:
                     break
-            self._call_hooks("stop")
+            self._hooks.call("stop")
         finally:
             try:
                 self._acknowledge()
@@ -203,10 +204,7 @@ class Instance:
         if self._waiting and now >= self._presence_due:
             self._presence_due = now + PRESENCE_SECONDS
             self.subscriptions.in_progress()
-        for hook, due in self._hooks_due.items():
-            if now >= due:
-                self._call_hook(hook)
-                self._hooks_due[hook] = self._clock.monotonic() + hook.seconds
+        self._hooks.call_due()
         self._busy = self.generations.step()
         if now >= self._current_due:
             self._current_due = now + CURRENT_SECONDS
@@ -218,7 +216,7 @@ class Instance:
         if not self.ready and self._is_ready():
             self.ready = True
             log.info("ready: everything is there that was published when this began")
-            self._call_hooks("ready")
+            self._hooks.call("ready")
 
     # ---- records ----
 
@@ -251,7 +249,7 @@ class Instance:
         now = self._clock.monotonic()
         if self._busy or self._jobs:
             return 0.0
-        due = [now + WAIT_SECONDS, *(one.due for one in self._waiting.values()), *self._hooks_due.values()]
+        due = [now + WAIT_SECONDS, *(one.due for one in self._waiting.values()), *self._hooks.due]
         return max(0.0, min(due) - now) / len(self.subscriptions.consumers)
 
     def _new(self, portion: Portion) -> Portion | None:
@@ -266,11 +264,18 @@ class Instance:
             return portion
         if stored.log_id != self._after(portion.records[0]).log_id:
             # The topic was made again: what readers see is of the one before, and all of it has to go.
-            if portion.key.topic not in self._asked:
-                self._incomplete.add(portion.key.topic)
+            self._ask_again(portion.key.topic)
             return None
         records = [record for record in portion.records if record.offset >= stored.next_offset]
         return portion._replace(records=records) if records else None
+
+    def _ask_again(self, topic: str) -> None:
+        """Have a topic loaded again, at most once in a while: what was asked for before may have been of another."""
+        now = self._clock.monotonic()
+        if topic not in self._asked or now >= self._ask_due:
+            self._ask_due = now + ASK_AGAIN_SECONDS
+            self._asked.pop(topic, None)
+            self._incomplete.add(topic)
 
     def _after(self, record: Record) -> Position:
         return self.subscriptions.position_after(record)
@@ -409,12 +414,17 @@ class Instance:
         self._held = [portion for portion in self._held if portion.key != key]
         self._unacknowledged.pop(key, None)
         self._incomplete.update(topic for topic in self.generations.together(key.topic) if topic not in self._asked)
-        for hook in self._hooks if first else []:
-            if hook.moment == "reset":
-                self._calls.hook(hook.call, hook.name, wants_database=hook.wants_database, limited=False)
+        if first:
+            self._hooks.reset()
+
+    def begin_again(self, key: TopicPartition) -> None:
+        """What was loaded of a partition does not count: its refresh has to be announced again."""
+        self._to_announce.add(key)
 
     def _load_whole_topics(self) -> None:
         """A topic is switched as a whole: ask for its other partitions, too."""
+        while self._to_announce:
+            self.subscriptions.announce_again(self._to_announce.pop())
         for topic in [topic for topic in self._incomplete if self.subscriptions.held(topic)]:
             self._incomplete.discard(topic)
             self._asked[topic] = self.subscriptions.load_again(topic)
@@ -561,31 +571,12 @@ class Instance:
             self._waiting.pop(key, None)
         self._held = [portion for portion in self._held if portion.key not in partitions]
 
-    # ---- hooks ----
+    # ---- readiness ----
 
     def _is_ready(self) -> bool:
         """Is everything there that was published when this began, in views as they are declared?"""
         waits = self._waiting or self._held or any(map(self.is_stale, self._topics))
         return not waits and self.subscriptions.are_complete()
-
-    def _call_hooks(self, moment: str) -> None:
-        for hook in self._hooks:
-            if hook.moment == moment:
-                self._call_hook(hook)
-
-    def _call_hook(self, hook: Hook) -> None:
-        """Call one. What fails before the first record ends the application; later it is logged."""
-        limited = hook.moment != "start"
-        try:
-            with self._database.transaction() if hook.wants_database else nullcontext():
-                self._calls.hook(hook.call, hook.name, wants_database=hook.wants_database, limited=limited)
-        except BaseException as error:
-            if is_shortage(error):
-                raise
-            why = f"{hook.name} failed: {type(error).__name__}: {error}"
-            if hook.moment == "start":
-                raise StoppedError(why) from error
-            log.error("%s", why)
 
 
 def _name(record: Record) -> str:

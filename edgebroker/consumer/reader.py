@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 CACHE_KIB = 4 << 10
+_BEGIN, _ROLLBACK = "BEGIN -- kit", "ROLLBACK -- kit"
+_READING = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
 
 
 class Reader:
@@ -22,6 +24,13 @@ class Reader:
             f"{path.absolute().as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False
         )
         self._connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
+        # What is asked in the name of others reads, and nothing else. SQLite is asked about a text once: the texts of
+        # transactions here are no one else's.
+        self._own = True
+        self._connection.execute(_BEGIN)
+        self._connection.execute(_ROLLBACK)
+        self._own = False
+        self._connection.set_authorizer(self._authorize)
 
     def rows(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple[Any, ...]]:
         """All rows of a statement."""
@@ -34,11 +43,18 @@ class Reader:
     @contextmanager
     def at_one_moment(self) -> Iterator[None]:
         """What is read inside is of one moment, whatever is written meanwhile."""
-        self._connection.execute("BEGIN")
+        self._own = True
+        self._connection.execute(_BEGIN)
+        self._own = False
         try:
             yield
         finally:
-            self._connection.execute("ROLLBACK")
+            self._own = True
+            self._connection.execute(_ROLLBACK)
+            self._own = False
+
+    def _authorize(self, action: int, *others: object) -> int:
+        return sqlite3.SQLITE_OK if self._own or action in _READING else sqlite3.SQLITE_DENY
 
     def interrupt(self) -> None:
         """End what is being read; it raises. Any thread."""

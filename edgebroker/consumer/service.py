@@ -56,7 +56,7 @@ class Service:
         self._failure: BaseException | None = None
         self._reader = Reader(database.path)
         path, loop = database.path, self._loop
-        self._queries = Queries(loop, path, "query", QUERY_THREADS, QUERY_SECONDS)
+        self._queries = Queries(loop, path, "query", QUERY_THREADS, QUERY_SECONDS, self._lost_threads)
         api = Api(
             self,
             views,
@@ -64,7 +64,7 @@ class Service:
             changes,
             self._reader,
             self._queries,
-            Queries(loop, path, "function", FUNCTION_THREADS, FUNCTION_SECONDS),
+            Queries(loop, path, "function", FUNCTION_THREADS, FUNCTION_SECONDS, self._lost_threads),
         )
         routes = api.routes(application.routes)
         routes.append(Route("GET", "/openapi.json", self._describe, None, "view"))
@@ -119,6 +119,10 @@ class Service:
         else:
             self._late_calls += 1
             log.error("%s takes longer than %g s: it is told to end", late.what, late.seconds)
+
+    def _lost_threads(self, path: str) -> None:
+        self._failure = StuckError(f"{path} and others do not end: the process starts again")
+        self._loop.stop()
 
     # ---- what the routes ask for ----
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 from edgebroker.common.types import Position
 from edgebroker.consumer.database import Loading, NotStorableError, Row, is_damage
 from edgebroker.consumer.declare.columns import Columns
+from edgebroker.consumer.views import NOT_STORABLE, staged_names
 from edgebroker.storage import files
 
 log = logging.getLogger(__name__)
@@ -46,9 +47,9 @@ class StagingFile:
         self._path = directory / f"staging-{name}.db"
         self.sorted = directory / f"staging-{name}.sorted"
         self._columns = columns
-        self._names = ["key", *(column.name for column in columns.columns), "_partition", "_offset", "_timestamp"]
+        self._names = staged_names(columns)
         marks = ",".join("?" * len(self._names))
-        self._insert = f"INSERT INTO records ({', '.join(map(_quoted, self._names))}, _gone) VALUES ({marks}, 0)"
+        self._insert = f"INSERT INTO records ({', '.join(self._names)}, gone) VALUES ({marks}, 0)"
         try:
             self._open()
         except sqlite3.DatabaseError as error:
@@ -74,8 +75,7 @@ class StagingFile:
         execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         for statement in _SCHEMA:
             execute(statement)
-        own = ", ".join(map(_quoted, self._names))
-        execute(f"CREATE TABLE IF NOT EXISTS records (number INTEGER PRIMARY KEY, {own}, _gone INTEGER)")
+        execute(f"CREATE TABLE IF NOT EXISTS records (number INTEGER PRIMARY KEY, {', '.join(self._names)}, gone)")
         rows = execute("SELECT partition, reset_id, log_id, epoch, next_offset, target FROM progress")
         self.loading = {
             partition: Loading(reset_id, Position(log_id, epoch, offset), target)
@@ -99,7 +99,7 @@ class StagingFile:
         self.sorted.unlink(missing_ok=True)
         with self._connection:
             self._connection.execute("BEGIN")
-            self._connection.execute("DELETE FROM records WHERE _partition=?", (partition,))
+            self._connection.execute("DELETE FROM records WHERE p=?", (partition,))
             self._set(partition, loading)
 
     def sync(self) -> None:
@@ -118,7 +118,7 @@ class StagingFile:
                     deletions = [(key, *nothing, partition, offset, None) for key, partition, offset in gone]
                     self._connection.executemany(self._insert.replace(", 0)", ", 1)"), deletions)
                 self._set(partition, loading)
-        except (OverflowError, sqlite3.InterfaceError) as error:
+        except NOT_STORABLE as error:
             raise NotStorableError(str(error)) from None
 
     def _set(self, partition: int, loading: Loading) -> None:
@@ -135,18 +135,16 @@ class StagingFile:
         temporary = self.sorted.with_name(f"{self.sorted.name}.{number}")
         temporary.unlink(missing_ok=True)
         files.make_private(temporary)
-        names = ", ".join(map(_quoted, self._names))
+        names = ", ".join(self._names)
         with closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
             for pragma in ("journal_mode=OFF", "synchronous=OFF", f"cache_size=-{CACHE_KIB}", "temp_store=FILE"):
                 connection.execute(f"PRAGMA {pragma}")
             connection.execute("ATTACH ? AS staging", (str(self._path),))
             (last,) = connection.execute("SELECT coalesce(max(number), 0) FROM staging.records").fetchone()
             # With max(), the other columns are those of the row that has it. Groups come in the order of their keys.
-            connection.execute(
-                f"CREATE TABLE rows AS SELECT {names}, max(number) AS _number FROM staging.records WHERE number <= ? "
-                "GROUP BY key HAVING NOT _gone",
-                (last,),
-            )
+            connection.execute(f"CREATE TABLE rows (number INTEGER PRIMARY KEY, {names}, latest)")
+            latest = "SELECT {0}, max(number) FROM staging.records WHERE number <= ? GROUP BY k HAVING NOT gone"
+            connection.execute(f"INSERT INTO rows ({names}, latest) {latest.format(names)}", (last,))
             connection.execute("CREATE TABLE bound AS SELECT ? AS number", (last,))
         fd = files.open_log(temporary)
         files.sync_file(fd)
@@ -164,9 +162,9 @@ class StagingFile:
 
     def rows_since(self, number: int, count: int) -> list[Since]:
         """The next records behind one."""
-        names = ", ".join(map(_quoted, self._names))
+        names = ", ".join(self._names)
         rows = self._connection.execute(
-            f"SELECT number, _gone, {names} FROM records WHERE number > ? ORDER BY number LIMIT ?", (number, count)
+            f"SELECT number, gone, {names} FROM records WHERE number > ? ORDER BY number LIMIT ?", (number, count)
         )
         return [Since(row[0], row[2:], bool(row[1])) for row in rows]
 
@@ -185,10 +183,6 @@ class StagingFile:
         for path in (self.sorted, self._path, *self.sorted.parent.glob(f"{self.sorted.name}.*")):
             for suffix in ("", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def _quoted(name: str) -> str:
-    return f'"{name}"'
 
 
 def _names(columns: Columns) -> str:

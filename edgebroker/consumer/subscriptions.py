@@ -131,6 +131,10 @@ class Subscriptions:
                 asked.refused.add(partition)
         return asked
 
+    def announce_again(self, key: TopicPartition) -> None:
+        """Have the broker announce the refresh of a partition again; what was received of it does not count."""
+        self._of_topic[key.topic].seek(key.topic, key.partition, "committed")
+
     def switch(self, topics: Sequence[str]) -> None:
         """Ask again whether what was loaded of these topics can be shown."""
         for consumer in {self._of_topic[topic] for topic in topics}:

@@ -19,6 +19,7 @@ from edgebroker.consumer.database import AppDatabase, NotStorableError, Row, vie
 from edgebroker.consumer.declare.columns import Columns
 
 SORTED = "sorted"
+NOT_STORABLE = (OverflowError, UnicodeEncodeError, sqlite3.InterfaceError, sqlite3.ProgrammingError)
 # A slice is to take so long; how many rows that are is learned.
 SLICE_SECONDS, FIRST_ROWS, LEAST_ROWS, MOST_ROWS = 0.01, 1000, 50, 50_000
 
@@ -58,14 +59,25 @@ class Views:
     def open(self, topic: str, columns: Columns, version: int) -> View:
         """The view of a topic, made when it is new. Raises ConfigError when another topic has its name."""
         name, text = view_name(topic), _declared(columns)
+        if name.startswith("_") or name.lower().startswith("sqlite_"):
+            raise ConfigError(f"topic {topic} cannot have a view: names that begin with _ or sqlite_ are taken")
+        self._database.protected.add(name.lower())
         found = self._connection.execute(
             "SELECT generation, columns, version FROM _generations WHERE topic=?", (topic,)
         ).fetchone()
         if found is None:
             with self._database.transaction():
-                clash = self._connection.execute("SELECT topic FROM _generations WHERE name=?", (name,)).fetchone()
+                clash = self._connection.execute(
+                    "SELECT topic FROM _generations WHERE lower(name)=lower(?)", (name,)
+                ).fetchone()
                 if clash is not None:
                     raise ConfigError(f"topics {clash[0]} and {topic} would have views of the same name, {name}")
+                own = self._connection.execute("SELECT type FROM sqlite_schema WHERE lower(name)=lower(?)", (name,))
+                if (found := own.fetchone()) is not None:
+                    raise ConfigError(
+                        f"the view of {topic} would be called {name}, which is a {found[0]} that a handler has made; "
+                        "give that one another name"
+                    )
                 first = _view(topic, name, 1, columns)
                 self._make_table(first)
                 self._show(first)
@@ -83,7 +95,7 @@ class Views:
                 self._connection.executemany(view.put, rows)
             if deleted:
                 self._connection.executemany(view.delete, deleted)
-        except (OverflowError, sqlite3.InterfaceError) as error:
+        except NOT_STORABLE as error:
             raise NotStorableError(str(error)) from None
 
     def offset_of(self, view: View, key: str | bytes) -> int:
@@ -105,18 +117,24 @@ class Views:
         )
         return new
 
+    def forget_next(self, view: View) -> None:
+        """What the next generation has does not count; within a transaction."""
+        self._connection.execute("UPDATE _generations SET copied=-1 WHERE topic=?", (view.topic,))
+
     def next(self, view: View) -> tuple[View, int] | None:
         """The next generation if it was begun, and how many sorted rows it has."""
         following, copied = self._connection.execute(
             "SELECT following, copied FROM _generations WHERE topic=?", (view.topic,)
         ).fetchone()
-        return (_view(view.topic, view.name, following, view.columns), copied) if following else None
+        if not following or copied < 0:
+            return None
+        return _view(view.topic, view.name, following, view.columns), copied
 
     def attach(self, path: Path) -> int:
         """Have the sorted rows of a file at hand; how many there are. Outside of transactions."""
         self.detach()
         self._connection.execute(f"ATTACH ? AS {SORTED}", (str(path),))
-        return int(self._connection.execute(f"SELECT coalesce(max(rowid), 0) FROM {SORTED}.rows").fetchone()[0])
+        return int(self._connection.execute(f"SELECT coalesce(max(number), 0) FROM {SORTED}.rows").fetchone()[0])
 
     def detach(self) -> None:
         if any(name == SORTED for _, name, _ in self._connection.execute("PRAGMA database_list")):
@@ -124,10 +142,9 @@ class Views:
 
     def copy(self, view: View, copied: int, count: int) -> int:
         """Copy so many more sorted rows into a generation; how many it has then; within a transaction."""
-        names = "".join(f'"{column.name}", ' for column in view.columns.columns)
+        names = ", ".join(staged_names(view.columns))
         self._connection.execute(
-            f'INSERT INTO "{table_of(view)}" SELECT key, {names}_partition, _offset, _timestamp FROM {SORTED}.rows '
-            "WHERE rowid > ? AND rowid <= ?",
+            f'INSERT INTO "{table_of(view)}" SELECT {names} FROM {SORTED}.rows WHERE number > ? AND number <= ?',
             (copied, copied + count),
         )
         self._connection.execute("UPDATE _generations SET copied=? WHERE topic=?", (copied + count, view.topic))
@@ -158,11 +175,11 @@ class Views:
         """Remove some rows of a table that no view needs any more; False: there is none."""
         kept = set[str]()
         names = set[str]()
-        for name, generation, following in self._connection.execute(
-            "SELECT name, generation, following FROM _generations"
+        for name, generation, following, copied in self._connection.execute(
+            "SELECT name, generation, following, copied FROM _generations"
         ):
             names.add(name)
-            kept |= {_table(name, generation), _table(name, following)}
+            kept |= {_table(name, generation), *([_table(name, following)] if copied >= 0 else [])}
         tables = [name for (name,) in self._connection.execute("SELECT name FROM sqlite_schema WHERE type='table'")]
         for table in tables:
             found = _TABLE.fullmatch(table)
@@ -202,6 +219,12 @@ class Views:
         self._connection.execute(
             f'CREATE VIEW "{view.name}" AS SELECT key, {names}_partition, _offset, _timestamp FROM "{table_of(view)}"'
         )
+
+
+def staged_names(columns: Columns) -> list[str]:
+    """What key, columns, partition, offset and timestamp are called where rows are staged: whatever the columns are
+    called, no name is taken."""
+    return ["k", *(f"c{place}" for place in range(len(columns.columns))), "p", "o", "t"]
 
 
 def table_of(view: View) -> str:

@@ -45,7 +45,7 @@ class Reader(threading.Thread):
 
     def run(self) -> None:
         try:
-            while not self._over.is_set():
+            while not self._over.is_set() and self.failure is None:
                 keys = [f"k{number:07d}" for number in self._rng.sample(range(KEYS), SAMPLE)]
                 found = self._ask(keys)
                 if found is None:
@@ -91,8 +91,12 @@ def test_no_read_is_mixed(tmp_path: Path) -> None:
             if shutil.which("sqlite3") is None:
                 return [cents for (cents,) in read(database, sql)]
             done = subprocess.run(
-                ["sqlite3", f"file:{database}?mode=ro", sql], capture_output=True, text=True, check=True
-            )  # fmt: skip
+                ["sqlite3", "-cmd", ".timeout 5000", f"file:{database}?mode=ro", sql],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr
             return [int(line) for line in done.stdout.split()]
 
         def by_rest(keys: list[str]) -> list[int] | None:
@@ -142,6 +146,7 @@ def test_no_read_is_mixed(tmp_path: Path) -> None:
                 java.wait()
             for reader in readers:
                 reader.stop()
+                print(reader.name, reader.reads, reader.failure)
             till.kill()
             till.wait()
             log.close()

@@ -171,6 +171,97 @@ async def handle(price: Price, database: Database):
         assert dead(app) == [(1, 2, "TimeoutError: it took longer than 0.3 s"), (3, 2, "ValueError: no such price")]
 
 
+def test_what_handlers_may_raise_and_return(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make("""
+import functools
+
+
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+def hiding(function):
+    @functools.wraps(function)
+    def call(*arguments):
+        return function(*arguments)
+    return call
+
+
+@retry_policy(max_attempts=1)
+@message_handler("prices", key="a")
+def mute(price: Price):
+    raise Mute
+
+
+@retry_policy(max_attempts=1)
+@message_handler("prices", key="b")
+def bytes_of_a_name(price: Price):
+    raise ValueError("caf\\udce9")
+
+
+@retry_policy(max_attempts=1)
+@message_handler("prices", key="c")
+@hiding
+async def hidden(price: Price):
+    SEEN.append(price)
+
+
+@retry_policy(max_attempts=1)
+@message_handler("prices", key="d")
+def leave(price: Price):
+    raise SystemExit(3)
+""")
+    publish(broker, *[price(code, 1) for code in "abcd"])
+    with app.running():
+        app.until("SELECT count(*) FROM _dead", [(4,)])
+        reasons = [reason for (reason,) in app.read('SELECT reason FROM _dead ORDER BY "offset"')]
+        assert reasons[:2] == ["Mute: (it has no text)", "ValueError: caf?"]
+        assert reasons[2].startswith("TypeError: it returned something that is still to be run")
+        assert reasons[3] == "SystemExit: 3"
+    assert app.error is None
+
+
+def test_a_reset_function_that_fails_ends_it_and_is_called_again(
+    broker: RunningBroker, make: Callable[[str], App]
+) -> None:
+    app = make(
+        SUMS
+        + """
+BROKEN = []
+
+
+@on_reset
+def clear(database: Database):
+    database.execute("DELETE FROM sums")
+    if BROKEN:
+        raise RuntimeError("not now")
+
+
+@message_handler("prices")
+def handle(price: Price, database: Database):
+    add(database, price)
+"""
+    )
+    publish(broker, price("a", 1), price("b", 2))
+    with app.running() as module:
+        app.until("SELECT count(*) FROM sums", [(2,)])
+        wait_for(lambda: committed(broker) == [2, 0], "they are acknowledged")
+        module.BROKEN.append(1)
+        assert broker.http("POST", "/v1/groups/prices.till-7/refresh", {"topic": "prices"})[0] in (200, 202)
+        wait_for(lambda: app.error is not None, "it ends")
+        assert str(app.error) == "clear failed: RuntimeError: not now; nothing is loaded again"
+    app.error = None
+    with app.running():
+        wait_for(lambda: states(broker) == ["ready", "ready"], "it is loaded")
+        assert app.read("SELECT * FROM sums ORDER BY code") == [("a", 1), ("b", 2)]
+
+
+def states(broker: RunningBroker) -> list[str]:
+    found = broker.http("GET", "/v1/groups/prices.till-7")[1]["partitions"]
+    return [one["refresh"]["state"] if one["refresh"] else "" for one in found]
+
+
 def test_what_is_kept_beyond_the_call_is_of_no_use(broker: RunningBroker, make: Callable[[str], App]) -> None:
     """A thread that a handler leaves behind can change nothing, neither now nor later."""
     app = make(
@@ -228,7 +319,7 @@ def handle(price: Price, context: Context, outbox: Outbox):
                 assert record.key is not None and record.headers == (("kind", b"price"),)
                 found.append((record.key, json.loads(record.value or b"")["attempt"]))
         assert found == [(b"a", 1), (b"b", 3), (b"c", 1)]
-        assert dead(app) == [(2, 3, "ValueError: a record of 2,097,152 bytes cannot be sent; at most 1,048,576")]
+        assert dead(app) == [(2, 3, "ValueError: a record of 2,097,152 bytes cannot be sent; at most 1,000,000")]
         app.until("SELECT topic, value FROM _outbox", [("later", b"a"), ("later", b"b"), ("later", b"c")])
         broker.create("later")
         app.until("SELECT topic, value FROM _outbox", [])

@@ -222,3 +222,48 @@ def test_live_topics_go_on_while_another_is_loaded(broker: RunningBroker, make: 
             app.until("SELECT cents FROM promotions", [(number,)])
         assert number > 2
         assert app.read("SELECT count(*), sum(cents) FROM prices") == [(100_000, 100_000)]
+
+
+@pytest.mark.slow
+def test_a_topic_that_is_made_again_while_it_is_loaded(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    """Three times over: readers and handlers have what is in the last one, once."""
+    app = make(
+        VIEW
+        + """
+@on_start
+@on_reset
+def prepare(database: Database):
+    database.execute("CREATE TABLE IF NOT EXISTS seen (p INTEGER, o INTEGER, n INTEGER, PRIMARY KEY (p, o))")
+    if SEEN:
+        database.execute("DELETE FROM seen")
+    SEEN.append(1)
+
+
+@message_handler("prices")
+def count(record: Whole, database: Database):
+    database.execute("INSERT INTO seen VALUES (?,?,1) ON CONFLICT (p, o) DO UPDATE SET n=n+1",
+                     (record.partition, record.offset))
+""".replace("record: Record", "record: Whole").replace(
+            "@on_start", "from edgebroker import Record as Whole\n\n\n@on_start"
+        )
+    )
+
+    def fill(cents: int) -> None:
+        with broker.producer() as producer:
+            for number in range(4000):
+                producer.send("prices", b'{"code":"c","cents":%d}' % cents, b"%d" % number, partition=number % 2)
+
+    fill(0)
+    with app.running():
+        app.until("SELECT count(*) FROM seen", [(4000,)])
+        wait_for(lambda: committed(broker)[:2] == [2000, 2000], "they are acknowledged")
+        assert ask(app, "POST", "/v1/reset", {"topic": "prices"})[0] == 200
+        for cents in (1, 2, 3):
+            assert broker.http("DELETE", "/v1/topics/prices?confirm=prices")[0] == 200
+            broker.create("prices", partitions=2)
+            fill(cents)
+        expected = [(4000, 3, 3)]
+        wait_for(lambda: app.read("SELECT count(*), min(cents), max(cents) FROM prices") == expected, "the last", 60.0)
+        wait_for(lambda: app.read("SELECT count(*), max(n) FROM seen") == [(4000, 1)], "once each", 30.0)
+        wait_for(lambda: committed(broker)[:2] == [2000, 2000], "they are acknowledged", 30.0)
+    assert app.error is None

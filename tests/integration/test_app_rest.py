@@ -16,6 +16,7 @@ import pytest
 from edgebroker.consumer.rest import changes as changes_module
 from edgebroker.consumer.rest import lookups as lookups_module
 from edgebroker.consumer.rest import queries as queries_module
+from edgebroker.consumer.service import StuckError
 from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running
 from tests.kit.waiting import wait_for
@@ -422,6 +423,77 @@ def test_functions_of_the_application(broker: RunningBroker, make: Callable[[str
         assert "missing required field" in refused(app, "POST", "/wanted", 400, {})
         assert ask(app, "GET", "/text")[1:] == ("grün".encode(), "text/plain")
         assert found(app, "/shop/north/open") == {"name": "north"}
+
+
+def test_what_functions_may_do_wrong(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make(
+        VIEW
+        + """
+class Mute(Exception):
+    def __str__(self):
+        raise ValueError("no text")
+
+
+@route("GET", "/wrong/{what}")
+def wrong(what: str, query: Query):
+    if what == "exit":
+        raise SystemExit(3)
+    if what == "mute":
+        raise Mute
+    if what == "text":
+        return "caf\\udce9"
+    if what == "refused":
+        raise HttpError(404, "caf\\udce9")
+    if what == "status":
+        raise HttpError(99999, "no status")
+    query.rows("ATTACH 'app.db' AS w")
+"""
+    )
+    with app.running():
+        for _ in range(8):
+            assert "internal error" in refused(app, "GET", "/wrong/exit", 500)
+        for what in ("mute", "status", "attach"):
+            assert "internal error" in refused(app, "GET", f"/wrong/{what}", 500)
+        assert refused(app, "GET", "/wrong/refused", 404) == "caf?"
+        assert ask(app, "GET", "/wrong/text")[1] == b"caf?"
+
+
+def test_requests_that_are_odd(broker: RunningBroker, make: Callable[[str], App]) -> None:
+    app = make(VIEW)
+    publish(broker, price("a", 1))
+    with app.running():
+        app.until("SELECT count(*) FROM prices", [(1,)])
+        for limit in ("00000111111111", "9" * 5000, "000001" + "9" * 40, "-1"):
+            for path in ("/v1/latest/prices", "/v1/dead"):
+                assert "between 1 and 1000" in refused(app, "GET", f"{path}?limit={limit}", 400)
+        assert refused(app, "POST", "/v1/dead/x/1e3/1/replay", 400).startswith("partition and offset are numbers")
+        large = "dGEgMCA5OTk5OTk5OTk5OTk5OTk5OTk5OTk5OTk5OTk"  # an offset of more than 64 bits
+        assert found(app, f"/v1/dead?cursor={large}")["records"] == []
+        events = Events(app, "0000-" + "9" * 5000)
+        assert events.next()["event"] == "reset"
+        events.close()
+        status, body, kind = ask(app, "HEAD", "/v1/changes/prices")
+        assert (status, body, kind) == (200, b"", "text/event-stream")
+        assert ask(app, "GET", "/healthz")[0] == 200
+
+
+def test_a_function_that_never_ends_takes_no_thread_for_good(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgebroker.consumer.service.FUNCTION_SECONDS", 0.2)
+    monkeypatch.setattr(queries_module, "MOST_LOST", 6)
+    app = make(FUNCTIONS)
+    publish(broker, price("a", 1))
+    with app.running() as module:
+        app.until("SELECT count(*) FROM prices", [(1,)])
+        for _ in range(4):
+            assert refused(app, "GET", "/wait", 503) == "it took longer than 0.2 s"
+        wait_for(lambda: ask(app, "GET", "/price/a")[0] == 200, "others took their places")
+        for _ in range(2):
+            ask(app, "GET", "/wait")
+        wait_for(lambda: app.error is not None, "after many the process starts again")
+        assert isinstance(app.error, StuckError)
+        module.FREE.set()
 
 
 def test_a_function_that_takes_too_long(

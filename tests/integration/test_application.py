@@ -15,7 +15,7 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.consumer import database as database_module
 from edgebroker.consumer import instance as instance_module
 from edgebroker.consumer.database import AppDatabase
-from edgebroker.consumer.instance import StoppedError
+from edgebroker.consumer.handling.errors import StoppedError
 from edgebroker.consumer.views import Views
 from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running

@@ -25,7 +25,7 @@ from edgebroker.consumer.database import NAME, AppDatabase, DatabaseError, is_da
 from edgebroker.consumer.declare.app_types import TYPES, application_of
 from edgebroker.consumer.declare.application import Application, load_module, read_application
 from edgebroker.consumer.declare.declarations import DeclarationError
-from edgebroker.consumer.instance import StoppedError
+from edgebroker.consumer.handling.errors import StoppedError
 from edgebroker.consumer.service import Service, StuckError
 
 log = logging.getLogger(__name__)

@@ -47,5 +47,5 @@ class Worker:
                 return
             try:
                 job()
-            except Exception:
+            except BaseException:  # also SystemExit: others wait for this thread
                 log.exception("a job of the %s thread failed", self._name)

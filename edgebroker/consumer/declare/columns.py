@@ -69,6 +69,8 @@ class Columns:
         self._converted = [(place, column.convert) for place, column in enumerate(self.columns) if column.convert]
         # The columns of a value.
         self.row: Callable[[Any], tuple[Any, ...]] = self._convert if self._converted else self._fields
+        if any(default is msgspec.UNSET for default in getattr(kind, "__struct_defaults__", ())):
+            self.row = self._without_unset
         self._names = [column.json for column in self.columns]
         self._restored = [(column.json, column.restore) for column in self.columns if column.restore]
 
@@ -79,6 +81,13 @@ class Columns:
             if value[name] is not None:
                 value[name] = restore(value[name])
         return value
+
+    def _without_unset(self, value: object) -> tuple[Any, ...]:
+        fields = [None if one is msgspec.UNSET else one for one in self._fields(value)]
+        for place, convert in self._converted:
+            if fields[place] is not None:
+                fields[place] = convert(fields[place])
+        return tuple(fields)
 
     def _convert(self, value: object) -> tuple[Any, ...]:
         changed = list(self._fields(value))
@@ -108,8 +117,18 @@ def _column(name: str, kind: inspect.Type) -> Column:
     if sql is not None:
         return Column(name, sql, None, bool if isinstance(kind, inspect.BoolType) else None, name)
     if isinstance(kind, _AS_TEXT):
-        return Column(name, "TEXT", msgspec.to_builtins, None, name)
+        return Column(name, _type_of(kind), msgspec.to_builtins, None, name)
     return Column(name, "TEXT", _as_json, _raw, name)
+
+
+def _type_of(kind: inspect.Type) -> str:
+    """Of what is one of a few values: numbers stay numbers."""
+    values: list[Any] = []
+    if isinstance(kind, inspect.LiteralType):
+        values = list(kind.values)
+    elif isinstance(kind, inspect.EnumType):
+        values = [msgspec.to_builtins(one) for one in kind.cls]
+    return "INTEGER" if values and all(type(value) is int for value in values) else "TEXT"
 
 
 def _as_json(value: object) -> str:

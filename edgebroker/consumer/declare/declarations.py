@@ -24,7 +24,8 @@ T = TypeVar("T")
 NOTE = "__edgebroker__"
 Then = Literal["dead_letter", "skip", "stop"]
 MOST_BATCH, MOST_ATTEMPTS, MOST_SECONDS = 10_000, 1_000_000, 86_400.0
-MOST_SENT_BYTES = 1 << 20
+# Half a percent less than a record may have with all that belongs to it.
+MOST_SENT_BYTES = 1_000_000
 
 
 class DeclarationError(ConfigError):
@@ -132,7 +133,8 @@ class Outbox:
             headers: names and values that are sent with it.
 
         Raises:
-            ValueError: it can never be sent: the topic has a name that is not allowed, or it is larger than 1 MiB.
+            ValueError: it can never be sent: the topic has a name that is not allowed, or the record has more than
+                1,000,000 bytes.
         """
         problem = check_topic_name(topic)
         if problem:
@@ -278,6 +280,8 @@ def message_handler(
             raise wrong(f'key={key!r}: write a key, a beginning followed by *, or "*" for all')
         if not 1 <= batch <= MOST_BATCH:
             raise wrong(f"batch={batch}: between 1 and {MOST_BATCH}")
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise wrong("it yields, so nothing of it would be run; write it without yield")
         if not 0 < timeout <= MOST_SECONDS:
             raise wrong(f"timeout={timeout}: seconds, up to {MOST_SECONDS:g}")
         try:

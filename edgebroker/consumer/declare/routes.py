@@ -42,10 +42,12 @@ class Query:
 
 
 class HttpError(Exception):
-    """Raised by a route: the answer is this status, and why."""
+    """Raised by a route: the answer is this status, from 400 to 599, and why."""
 
     def __init__(self, status: int, why: str) -> None:
-        super().__init__(why)
+        if not isinstance(status, int) or not 400 <= status <= 599:
+            raise ValueError(f"HttpError({status!r}, ...): a status from 400 to 599")
+        super().__init__(str(why).encode("utf-8", "replace").decode())
         self.status = status
 
 

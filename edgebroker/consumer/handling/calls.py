@@ -6,6 +6,7 @@ cancelled. It counts as failed then, whatever it does.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from edgebroker.common.runtime.clock import Clock
 from edgebroker.consumer.database import AppDatabase
 from edgebroker.consumer.declare.application import Handler
 from edgebroker.consumer.declare.declarations import Context, Database, Outbox
+from edgebroker.consumer.handling.errors import text_of
 from edgebroker.consumer.handling.interruption import raise_in_thread
 from edgebroker.consumer.handling.tasks import Tasks
 from edgebroker.consumer.handling.watch import Todo, Watch
@@ -32,7 +34,7 @@ class CallFailedError(Exception):
     """A handler raised `error`, after `before` calls that did not."""
 
     def __init__(self, before: int, error: BaseException) -> None:
-        super().__init__(str(error))
+        super().__init__(text_of(error))
         self.before, self.error = before, error
 
 
@@ -42,6 +44,14 @@ class _TooLateError(Exception):
     def __init__(self, seconds: float, left: int) -> None:
         super().__init__(f"it took longer than {seconds:g} s")
         self.left = left
+
+
+def _check_done(result: object) -> None:
+    """A handler has returned something: was its work done?"""
+    if inspect.isawaitable(result) or inspect.isgenerator(result) or inspect.isasyncgen(result):
+        if inspect.iscoroutine(result):
+            result.close()
+        raise TypeError("it returned something that is still to be run: a decorator hides that it is async, or yields")
 
 
 class Calls:
@@ -81,10 +91,12 @@ class Calls:
         def here() -> None:
             if more is None:
                 for value in values:
-                    call(value)
+                    if (result := call(value)) is not None:
+                        _check_done(result)
             else:
                 for value in values:
-                    call(value, *next(more))
+                    if (result := call(value, *next(more))) is not None:
+                        _check_done(result)
 
         async def there() -> None:
             self._database.lend()

@@ -20,7 +20,7 @@ class DeadRecords:
         dead, name = self._database.dead_record(topic, partition, offset), f"{topic}/{partition} record {offset}"
         if dead is None:
             return Outcome.NOT_FOUND, f"there is no dead record {name}"
-        if topic not in self._effects:
+        if partition < 0 or topic not in self._effects:
             return Outcome.CONFLICT, f"{name} was to be published, and the broker refused it: {dead.reason}"
         changed: list[Changed] = []
         try:

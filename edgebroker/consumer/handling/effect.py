@@ -21,6 +21,7 @@ from edgebroker.consumer.database import AppDatabase, DeadRecord, Loading, NotSt
 from edgebroker.consumer.declare.application import Handler, Topic
 from edgebroker.consumer.declare.signatures import whole_record
 from edgebroker.consumer.handling.calls import CallFailedError, Calls
+from edgebroker.consumer.handling.errors import described, text_of
 from edgebroker.consumer.views import View, Views
 
 MOST_REASON = 1000
@@ -83,7 +84,7 @@ class FailedRecord(Exception):
     """A handler raised. `before` are how many records of the portion come before the one that failed."""
 
     def __init__(self, portion: Portion, before: int, handler: Handler, error: BaseException) -> None:
-        super().__init__(str(error))
+        super().__init__(text_of(error))
         self.portion, self.before, self.handler, self.error = portion, before, handler, error
 
     @property
@@ -94,7 +95,7 @@ class FailedRecord(Exception):
     def why(self) -> str:
         if isinstance(self.error, HopelessError):
             return str(self.error)
-        return f"{type(self.error).__name__}: {self.error}"
+        return described(self.error)
 
     def is_final(self, attempts: int) -> bool:
         """Is there no attempt after so many?"""
@@ -206,8 +207,8 @@ class Effect:
                 gone.pop(key, None)
             try:
                 latest[key] = (key, *row(decode(value)), partition, record.offset, record.timestamp)
-            except _UNDECODABLE as error:
-                dead.append(DeadNow(record, 1, f"the value is not as expected: {error}"))
+            except Exception as error:  # also what a type of theirs raises
+                dead.append(DeadNow(record, 1, f"the value is not as expected: {_why(error)}"))
         rows, deleted = list(latest.values()), list(gone.values())
         try:
             put(rows, deleted)
@@ -238,8 +239,8 @@ class Effect:
         for record in records:
             try:
                 values.append(decode(record) if whole or record.value is not None else None)
-            except _UNDECODABLE as error:
-                why = f"the value is not as expected: {error}"
+            except Exception as error:
+                why = f"the value is not as expected: {_why(error)}"
                 if self._topic.scope == "shared":
                     # What comes before it is handled first.
                     self._call(handler, portion, found, values)
@@ -267,6 +268,10 @@ class Effect:
     def _failed(handler: Handler, portion: Portion, record: Record, error: BaseException) -> NoReturn:
         before = next(place for place, one in enumerate(portion.records) if one is record)
         raise FailedRecord(portion, before, handler, error) from error
+
+
+def _why(error: Exception) -> str:
+    return text_of(error) if isinstance(error, _UNDECODABLE) else described(error)
 
 
 def _without(records: Sequence[Record], offsets: Container[int]) -> Sequence[Record]:

@@ -10,6 +10,7 @@ once, and sent to one listener in a turn of the loop.
 
 from __future__ import annotations
 
+import re
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ ALIVE_SECONDS = 15.0
 CONTENT_TYPE = "text/event-stream"
 
 Row = tuple[Any, ...]
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 
 class Change(msgspec.Struct, omit_defaults=True):
@@ -104,7 +106,7 @@ class _Ring:
     def number_behind(self, last_id: str) -> int:
         """Where to go on behind an event; -1: that is not kept."""
         boot, _, number = last_id.rpartition("-")
-        if boot == self._boot and number.isdecimal() and self.first <= int(number) + 1 <= self.end:
+        if boot == self._boot and _NUMBER.fullmatch(number) and self.first <= int(number) + 1 <= self.end:
             return int(number) + 1
         return -1
 

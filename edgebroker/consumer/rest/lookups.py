@@ -122,7 +122,7 @@ def dead_page(reader: Reader, topic: str, after: str, limit: int) -> DeadPage:
         name, _, rest = str(_decoded(after)).partition(" ")
         partition, _, offset = rest.partition(" ")
         try:
-            behind = (name, int(partition), int(offset))
+            behind = (name, int(partition[:18]), int(offset[:18]))
         except ValueError:
             raise HttpError(Outcome.INVALID.status, "this is not a cursor of a page; begin without one") from None
     rows = reader.rows(

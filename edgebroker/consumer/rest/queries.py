@@ -18,13 +18,14 @@ from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.runtime.threads import Worker
 from edgebroker.consumer.declare.routes import HttpError
+from edgebroker.consumer.handling.errors import described
 from edgebroker.consumer.reader import Reader
 from edgebroker.network.http.router import Call
-from edgebroker.network.http.server import Failed, Response
+from edgebroker.network.http.server import TEXT_TYPE, Failed, Response
 
 log = logging.getLogger(__name__)
 
-MOST_WAITING, MOST_ANSWER_BYTES = 64, 8 << 20
+MOST_WAITING, MOST_ANSWER_BYTES, MOST_LOST = 64, 8 << 20, 16
 JSON = "application/json"
 
 Work = Callable[[Reader], object]
@@ -55,9 +56,9 @@ class _Desk:
             return _response(question.work(self._reader))
         except HttpError as error:
             return Response(error.status, Failed(str(error)))
-        except Exception as error:
+        except BaseException as error:  # also SystemExit: the thread is not its to end
             if not question.over:
-                log.error("%s failed: %s: %s", question.call.path, type(error).__name__, error)
+                log.error("%s failed: %s", question.call.path, described(error))
             return Response(500, Failed("an internal error; see the log of the application"))
         finally:
             with self._lock:
@@ -69,12 +70,21 @@ class _Desk:
             if self._now is question and self._reader is not None:
                 self._reader.interrupt()
 
+    def has(self, question: _Question) -> bool:
+        """Is it being answered?"""
+        with self._lock:
+            return self._now is question
+
 
 class Queries:
     """Belongs to the loop thread."""
 
-    def __init__(self, scheduler: Scheduler, path: Path, name: str, threads: int, seconds: float) -> None:
-        self._scheduler, self._seconds = scheduler, seconds
+    def __init__(
+        self, scheduler: Scheduler, path: Path, name: str, threads: int, seconds: float, stuck: Callable[[str], None]
+    ) -> None:
+        """`stuck` is told when MOST_LOST threads were lost to questions that do not end."""
+        self._scheduler, self._seconds, self._stuck = scheduler, seconds, stuck
+        self._path, self._name, self._lost = path, name, 0
         self._desks = [_Desk(f"{name}-{number}", path) for number in range(threads)]
 
     def ask(self, call: Call, work: Work) -> None:
@@ -109,18 +119,33 @@ class Queries:
         question.over = True
         desk.end(question)
         question.call.refuse(Outcome.STORAGE_TIMEOUT, f"it took longer than {self._seconds:g} s")
+        self._scheduler.call_later(self._seconds, lambda: self._replace(desk, question))
+
+    def _replace(self, desk: _Desk, question: _Question) -> None:
+        """A question does not end: another thread takes the place of the one that has it."""
+        if desk not in self._desks or not desk.has(question):
+            return
+        self._lost += 1
+        log.error("%s does not end; another thread answers instead of its own", question.call.path)
+        fresh = _Desk(f"{self._name}-{len(self._desks) + self._lost}", self._path)
+        self._desks[self._desks.index(desk)] = fresh
+        if self._lost >= MOST_LOST:
+            self._stuck(question.call.path)
 
 
 def _response(result: object) -> Response:
     """Encoded here, beside the loop."""
     if isinstance(result, Response):
         return result
-    if isinstance(result, str | bytes):
+    if isinstance(result, str):
+        data = result.encode("utf-8", "replace")
+        size, response = len(data), Response(200, data, content_type=TEXT_TYPE)
+    elif isinstance(result, bytes):
         size, response = len(result), Response(200, result)
     else:
         try:
             body = msgspec.json.encode(result) + b"\n"
-        except TypeError as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise HttpError(HTTPStatus.INTERNAL_SERVER_ERROR, f"what it returns cannot be sent: {error}") from None
         size, response = len(body), Response(200, body, content_type=JSON)
     if size > MOST_ANSWER_BYTES:

@@ -6,9 +6,10 @@ answered by threads beside it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Annotated, Any, Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -40,7 +41,7 @@ from edgebroker.network.http.server import Failed, Response
 ROWS = 100
 _PLACE = ("partition", "offset")
 # What SQLite has as a number; -1 is the partition of records of the outbox.
-_Number = Annotated[int, msgspec.Meta(ge=-1, le=(1 << 63) - 1)]
+_NUMBER = re.compile(r"-?[0-9]{1,18}")
 
 
 class Node(Protocol):
@@ -155,11 +156,11 @@ class Api:
 
     def _on_dead(self, call: Call, job: Callable[[str, int, int], tuple[Outcome, str]]) -> None:
         topic = call.parameters["topic"]
-        try:
-            partition, offset = (msgspec.convert(call.parameters[name], _Number, strict=False) for name in _PLACE)
-        except msgspec.ValidationError:
+        texts = [call.parameters[name] for name in _PLACE]
+        if not all(map(_NUMBER.fullmatch, texts)):
             call.refuse(Outcome.INVALID, "partition and offset are numbers: /v1/dead/{topic}/{partition}/{offset}")
             return
+        partition, offset = map(int, texts)
         self._node.do(call, lambda: job(topic, partition, offset))
 
     def _reset(self, call: Call) -> None:
@@ -216,7 +217,7 @@ def _text(call: Call, name: str) -> str:
 def _limit(call: Call) -> int | None:
     """How many rows a page may have; None: the answer says what is wrong with it."""
     text = _text(call, "limit")
-    if text and not (text.isdecimal() and 1 <= int(text[:6]) <= MOST_ROWS):
-        call.refuse(Outcome.INVALID, f"limit={text}: between 1 and {MOST_ROWS}")
+    if text and not (_NUMBER.fullmatch(text) and 1 <= int(text) <= MOST_ROWS):
+        call.refuse(Outcome.INVALID, f"limit={text[:20]}: between 1 and {MOST_ROWS}")
         return None
     return int(text) if text else ROWS

@@ -334,7 +334,12 @@ class HttpConnection:
         if hasattr(response.body, "begin"):
             self._stream(response)
             return
-        body, kind = self._server.encode(response)
+        try:
+            body, kind = self._server.encode(response)
+        except Exception:
+            log.exception("an answer of status %d cannot be sent", response.status)
+            response = Response(500, Failed("an internal error; see the log of the node"))
+            body, kind = self._server.encode(response)
         request = self._request
         close = close or request is None or not request.keeps
         more = (("connection", "close"),) if close else ()
@@ -346,6 +351,9 @@ class HttpConnection:
     def _stream(self, response: Response) -> None:
         request = self._request
         assert request is not None
+        if request.method == "HEAD":
+            self._reply(Response(response.status, b"", response.headers, response.content_type), close=True)
+            return
         if request.version != "1.1":
             self._reply(Response(505, Failed("a streamed answer needs HTTP/1.1")), close=True)
             return

@@ -15,6 +15,7 @@ from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.types import Position
 from edgebroker.consumer.database import AppDatabase, DeadRecord
 from edgebroker.consumer.declare.columns import Columns
+from edgebroker.consumer.reader import Reader
 from edgebroker.consumer.views import Views
 from tests.kit import applications
 
@@ -111,7 +112,8 @@ def test_dead_records(database: AppDatabase) -> None:
         "ATTACH ':memory:' AS other", "PRAGMA synchronous=OFF", "DELETE FROM _positions", "DROP TABLE _positions",
         "UPDATE _positions SET next_offset=0", "INSERT INTO _prices_g1 VALUES (1,2,3,4,5,6)", "DROP VIEW _position",
         "CREATE TABLE _mine (a)", "CREATE INDEX mine ON _prices_g1 (code)", "ALTER TABLE _dead ADD COLUMN a",
-        "CREATE TRIGGER mine AFTER INSERT ON _prices_g1 BEGIN SELECT 1; END",
+        "CREATE TRIGGER mine AFTER INSERT ON _prices_g1 BEGIN SELECT 1; END", "DROP VIEW prices", "DROP VIEW Prices",
+        "CREATE TEMP TABLE _positions (a)", "CREATE TEMP TABLE mine (a)", "CREATE TEMP VIEW mine AS SELECT 1",
     ],
 )  # fmt: skip
 def test_what_a_handler_may_not(database: AppDatabase, sql: str) -> None:
@@ -135,3 +137,19 @@ def test_what_a_handler_may(database: AppDatabase) -> None:
         database.execute("UPDATE sums SET sum=sum+1, _own=1 WHERE name=?", ("a",))
         assert database.execute("SELECT cents FROM prices").fetchall() == [(5,)]
     assert read(database, "SELECT name, sum FROM sums ORDER BY name") == [("a", 2), ("b", 2)]
+
+
+@pytest.mark.parametrize(
+    "sql",
+    [
+        "COMMIT", "ROLLBACK", "BEGIN", "ATTACH 'app.db' AS w", "PRAGMA query_only=OFF", "DELETE FROM _positions",
+        "CREATE TEMP TABLE a (b)", "VACUUM", "SAVEPOINT a",
+    ],
+)  # fmt: skip
+def test_what_who_reads_may_not(database: AppDatabase, sql: str) -> None:
+    reader = Reader(database.path)
+    with reader.at_one_moment():
+        with pytest.raises(sqlite3.DatabaseError):
+            list(reader.each(sql))
+        assert reader.rows("SELECT count(*) FROM _position") == [(0,)]
+    reader.close()

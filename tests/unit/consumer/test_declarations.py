@@ -75,6 +75,10 @@ def hook(other: int) -> None: ...
 async def waiting(price: Price) -> None: ...
 
 
+def yielding(price: Price) -> Any:
+    yield price
+
+
 class Prices: ...
 
 
@@ -89,6 +93,7 @@ MISTAKES: list[tuple[Callable[[], Any], str]] = [
     (lambda: message_handler("p", batch=0)(several), "batch=0: between 1 and 10000"),
     (lambda: message_handler("p", batch=5)(handle), "write list[...] as its annotation"),
     (lambda: message_handler("p", timeout=0)(handle), "timeout=0: seconds, up to 86400"),
+    (lambda: message_handler("p")(yielding), "it yields, so nothing of it would be run"),
     (lambda: on_ready(waiting), "waiting is not waited for; write def, without async"),
     (lambda: message_handler("p")(strange), "parameter other has to be one of Database (SQL in the transaction)"),
     (lambda: retry_policy(max_attempts=0)(handle), "max_attempts=0: between 1 and"),

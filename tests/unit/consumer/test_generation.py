@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import msgspec
 import pytest
 
 from edgebroker.client.refresh import Refresh
+from edgebroker.common.errors import ConfigError
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.types import Position, TopicPartition
@@ -76,6 +77,8 @@ class World:
         self.effects = {name: Effect(topic, self.database, views, calls, lambda: 1) for name, topic in topics.items()}
         self.generations = Generations(self.database, views, topics, self.effects, self, clock, force=force)
         self.may = True
+        self.calls: list[tuple[int, bool]] = []
+        self.again: list[int] = []
 
     def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
         effect = self.effects[portion.key.topic]
@@ -85,7 +88,11 @@ class World:
             effect.handle(portion, portion.records)
             also(-1)
 
-    def begun(self, key: TopicPartition, first: bool) -> None: ...
+    def begun(self, key: TopicPartition, first: bool) -> None:
+        self.calls.append((key.partition, first))
+
+    def begin_again(self, key: TopicPartition) -> None:
+        self.again.append(key.partition)
 
     def is_whole(self, topic: str, loading: set[int]) -> bool:
         return True
@@ -176,7 +183,7 @@ def test_a_switch_is_durable_before_the_broker_is_told(tmp_path: Path, owned: bo
     world.generations.begin(refresh)
     refresh.next_offset, refresh.epoch = 1, 0
     world.generations.load(refresh, [record("t", 0, "a", 1)])
-    assert world.database.noted[-1] == "commit"
+    assert world.database.noted[-2:] == ["commit", "sync"], "it is acknowledged next"
     assert world.generations.switch(refresh)
     assert world.database.noted[-2:] == ["commit", "sync"]
     # Where the group has them, an operator may move them back: none is kept here that would pass over what comes then.
@@ -320,3 +327,135 @@ def test_a_staging_file_that_is_damaged_or_of_other_columns(tmp_path: Path) -> N
     assert world.rows("t") == latest(log)
     assert applications.read(world.database.path, "SELECT DISTINCT currency FROM t") == [("EUR",)]
     world.close()
+
+
+def handled(name: str, seen: list[bytes]) -> Topic:
+    handler = Handler("*", (), 1, 30.0, read_signature(_annotated, {}), RetryPolicy(), seen.append, "here")
+    return Topic(name, "each", "earliest", Columns(Price), [handler])
+
+
+def _annotated(value: bytes) -> None: ...
+
+
+def test_a_beginning_that_is_cut_off_is_made_again(tmp_path: Path) -> None:
+    """Hooks clear what handlers have made in the transaction that begins it: without that nothing was begun."""
+    seen: list[bytes] = []
+    log, topics = log_of("t", random.Random(11), 40), {"t": handled("t", seen)}
+    world = World(tmp_path, topics, force=True)
+    world.database.commits_left = 0
+    with pytest.raises(CrashError):
+        world.go(refresh_of("t", 40), log)
+    assert world.generations.loading() == set()
+    world.close()
+    again = World(tmp_path, topics, force=True)
+    again.load(refresh_of("t", 40), log)
+    assert again.calls == [(0, True)] and again.rows("t") == latest(log)
+    assert len(seen) == sum(one.value is not None for one in log)
+    again.close()
+
+
+def test_rows_of_an_attempt_before_are_no_part_of_the_next(tmp_path: Path) -> None:
+    """The process dies when the second attempt is sorted and nothing of it is copied."""
+    topics = {"t": topic_of("t")}
+    world = World(tmp_path, topics, force=True)
+    world.may = False
+    first = refresh_of("t", 100, "r1")
+    world.go(first, log_of("t", random.Random(12), 100))
+    wait_for(lambda: not world.step(first) and world.generations.copied() == ["t"], "it is copied")
+    log = log_of("t", random.Random(13), 50, keys=500)
+    second = refresh_of("t", 50, "r2")
+    world.go(second, log)
+    world.generations.switch(second)
+    wait_for(lambda: bool(list(tmp_path.glob("staging-t.sorted.*"))), "it is sorted")
+    world.database.commits_left = 0
+
+    def accepted() -> bool:
+        try:
+            world.generations.step()
+        except CrashError:
+            return True
+        return False
+
+    wait_for(accepted, "it dies at the first slice")
+    world.close()
+    again = World(tmp_path, topics, force=True)
+    again.load(refresh_of("t", 50, "r2"), log)
+    assert again.rows("t") == latest(log)
+    again.close()
+
+
+def test_handlers_begin_with_a_whole_topic_when_one_partition_is_begun_again(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+    world = World(tmp_path, {"t": handled("t", seen)}, force=True)
+    logs = [[record("t", 0, f"k{partition}", partition, partition)] for partition in range(3)]
+    for partition in (0, 1):
+        world.go(refresh_of("t", 1, f"r{partition}", partition), logs[partition])
+    world.go(refresh_of("t", 1, "again", 0), logs[0])
+    assert world.calls == [(0, True), (1, False), (0, True)] and world.again == [1]
+    assert world.generations.loading() == {("t", 0)}
+    again = refresh_of("t", 1, "r1", 1)
+    world.go(again, logs[1])
+    assert world.calls[3:] == [(1, False)] and len(seen) == 4, "it comes from its beginning"
+    world.close()
+
+
+def test_columns_of_any_name(tmp_path: Path) -> None:
+    names = ("rowid", "number", "_number", "_gone", "gone", "k", "c0", "c1", "p", "o", "t", "latest", "oid", "order")
+    kind = msgspec.defstruct("Odd", [(name, int) for name in names])
+    world = World(tmp_path, {"t": Topic("t", "each", "earliest", Columns(kind), [])}, force=True)
+    log = []
+    for number in range(200):
+        value = msgspec.json.encode({name: number * 7 - 1000 + place for place, name in enumerate(names)})
+        log.append(
+            cast("Record", SimpleNamespace(**{**vars(record("t", number, f"k{number:03d}", 1)), "value": value}))
+        )
+    world.put("t", log[:150])
+    world.load(refresh_of("t", 200), log)
+    rows = applications.read(world.database.path, 'SELECT "rowid", "number", "order" FROM t ORDER BY key')
+    assert rows == [(n * 7 - 1000, n * 7 - 999, n * 7 - 1000 + len(names) - 1) for n in range(200)]
+    world.close()
+
+
+def test_values_that_break_their_type_are_given_up(tmp_path: Path) -> None:
+    class Odd(msgspec.Struct):
+        cents: int
+        code: str | msgspec.UnsetType = msgspec.UNSET
+        kind: Literal[1, 2] = 1
+
+        def __post_init__(self) -> None:
+            10 // self.cents
+
+    world = World(tmp_path, {"t": Topic("t", "each", "earliest", Columns(Odd), [])})
+    values = [b'{"cents":0}', b'{"cents":2,"code":"x","kind":2}', b'{"cents":3}']
+    log = [
+        cast("Record", SimpleNamespace(**{**vars(record("t", offset, f"k{offset}", 1)), "value": value}))
+        for offset, value in enumerate(values)
+    ]
+    world.put("t", log)
+    assert applications.read(world.database.path, "SELECT * FROM t ORDER BY key") == [
+        ("k1", 2, "x", 2, 0, 1, 1001), ("k2", 3, None, 1, 0, 2, 1002)
+    ]  # fmt: skip
+    found = applications.read(world.database.path, "SELECT reason FROM _dead")
+    assert found == [("the value is not as expected: ZeroDivisionError: integer division or modulo by zero",)]
+    world.close()
+
+
+@pytest.mark.parametrize("name", ["_position", "sqlite_x", "sqlite.stat1", "_a_g1"])
+def test_topics_whose_views_would_have_names_that_are_taken(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="cannot have a view: names that begin with _ or sqlite_ are taken"):
+        World(tmp_path, {name: topic_of(name)})
+
+
+def test_names_that_only_people_tell_apart(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="topics Items and items would have views of the same name, items"):
+        World(tmp_path, {"Items": topic_of("Items"), "items": topic_of("items")})
+
+
+def test_a_table_of_a_handler_with_the_name_of_a_view(tmp_path: Path) -> None:
+    database = AppDatabase(tmp_path, 1)
+    with database.transaction():
+        database.lend()
+        database.execute("CREATE TABLE T_Post (a)")
+    database.close()
+    with pytest.raises(ConfigError, match="would be called t_post, which is a table that a handler has made"):
+        World(tmp_path, {"t.post": topic_of("t.post")})
