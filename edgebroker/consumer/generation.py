@@ -212,11 +212,13 @@ class Generations:
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
         """Store the next records together with the position behind them, durably: they are acknowledged next."""
         key, effect = TopicPartition(refresh.topic, refresh.partition), self._effects[refresh.topic]
+        if key.partition not in effect.loading:
+            return  # it begins again: what was received before does not count
         staged, dead = self._staged.get(key.topic), list[DeadNow]()
         if staged is not None:
             end = staged.file.loading[key.partition].position.next_offset
-            new = [record for record in records if record.offset >= end]
-            dead = effect.stage(new, lambda rows, gone: staged.file.append(key.partition, rows, gone, _state(refresh)))
+            with staged.file.appending(key.partition, _state(refresh)):
+                dead = effect.stage([record for record in records if record.offset >= end], staged.file.put)
         if effect.handles:
             handled = effect.loading[key.partition].position.next_offset
             records = [record for record in records if record.offset >= handled]

@@ -1,6 +1,6 @@
 """Where a topic that is loaded again is put first: records as they come, then their latest rows in the order of keys.
 
-    append() as records come, with positions -> sort(), in a thread -> rows to copy, and what came since: rows_since()
+    put() as records come, with positions -> sort(), in a thread -> rows to copy, and what came since: rows_since()
 
 `staging-VIEW.db` has the records, `staging-VIEW.sorted` the latest row of each key up to a record, under that name when
 it is complete. Rows that come in the order of their keys fill a table several times as fast as in the order of records.
@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import logging
 import sqlite3
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -106,18 +106,23 @@ class StagingFile:
         """Make what was appended durable. Raises OSError."""
         files.sync_file(self._wal)
 
-    def append(self, partition: int, rows: Sequence[Row], gone: Sequence[Row], loading: Loading) -> None:
-        """Add rows, as the table of the view has them, and deletions, (key, partition, offset), of records up to a
-        position. Raises NotStorableError."""
+    @contextmanager
+    def appending(self, partition: int, loading: Loading) -> Iterator[None]:
+        """What is put inside is stored together with how far the partition is then."""
+        with self._connection:
+            self._connection.execute("BEGIN")
+            yield
+            self._set(partition, loading)
+
+    def put(self, rows: Sequence[Row], gone: Sequence[Row]) -> None:
+        """Add rows, as the table of the view has them, and deletions, (key, partition, offset). Raises
+        NotStorableError; some may be there then, and be added once more."""
         nothing = (None,) * len(self._columns.columns)
         try:
-            with self._connection:
-                self._connection.execute("BEGIN")
-                self._connection.executemany(self._insert, rows)
-                if gone:
-                    deletions = [(key, *nothing, partition, offset, None) for key, partition, offset in gone]
-                    self._connection.executemany(self._insert.replace(", 0)", ", 1)"), deletions)
-                self._set(partition, loading)
+            self._connection.executemany(self._insert, rows)
+            if gone:
+                deletions = [(key, *nothing, partition, offset, None) for key, partition, offset in gone]
+                self._connection.executemany(self._insert.replace(", 0)", ", 1)"), deletions)
         except NOT_STORABLE as error:
             raise NotStorableError(str(error)) from None
 

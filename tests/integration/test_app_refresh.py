@@ -153,7 +153,7 @@ def test_a_full_disk_while_it_is_loaded(
     with app.running():
         app.until("SELECT count(*) FROM prices", [(50,)])
         wait_for(lambda: committed(broker) == [50, 0], "they are acknowledged")
-        for name in ("begin", "append", "sort"):
+        for name in ("begin", "put", "sort"):
             left, really = [2], getattr(StagingFile, name)
 
             def sometimes(self: StagingFile, *arguments: Any, left: Any = left, really: Any = really) -> Any:

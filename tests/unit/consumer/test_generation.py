@@ -29,6 +29,7 @@ from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.calls import Calls
 from edgebroker.consumer.handling.effect import DeadNow, Effect, Portion
 from edgebroker.consumer.handling.watch import Watch
+from edgebroker.consumer.staging_file import StagingFile
 from edgebroker.consumer.views import Views
 from tests.kit import applications
 from tests.kit.waiting import wait_for
@@ -393,8 +394,11 @@ def test_handlers_begin_with_a_whole_topic_when_one_partition_is_begun_again(tmp
     world.go(refresh_of("t", 1, "again", 0), logs[0])
     assert world.calls == [(0, True), (1, False), (0, True)] and world.again == [1]
     assert world.generations.loading() == {("t", 0)}
-    again = refresh_of("t", 1, "r1", 1)
-    world.go(again, logs[1])
+    late = refresh_of("t", 1, "r1", 1)
+    late.next_offset = 1
+    world.generations.load(late, logs[1])  # it was received before
+    assert len(seen) == 3
+    world.go(refresh_of("t", 1, "r1", 1), logs[1])
     assert world.calls[3:] == [(1, False)] and len(seen) == 4, "it comes from its beginning"
     world.close()
 
@@ -459,3 +463,27 @@ def test_a_table_of_a_handler_with_the_name_of_a_view(tmp_path: Path) -> None:
     database.close()
     with pytest.raises(ConfigError, match="would be called t_post, which is a table that a handler has made"):
         World(tmp_path, {"t.post": topic_of("t.post")})
+
+
+def test_a_crash_while_it_is_found_out_which_value_cannot_be_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One record at a time, and all of them with the position behind them, or none."""
+    topics = {"t": topic_of("t")}
+    log = [record("t", n, f"k{n}", 1 << 70 if n == 2 else n) for n in range(5)]
+    world, really, puts = World(tmp_path, topics), StagingFile.put, [0]
+
+    def sometimes(self: StagingFile, *arguments: Any) -> None:
+        puts[0] += 1
+        if puts[0] == 4:
+            raise CrashError
+        really(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(CrashError):
+        patch.setattr(StagingFile, "put", sometimes)
+        world.go(refresh_of("t", 5), log)
+    world.close()
+    again = World(tmp_path, topics)
+    again.load(refresh_of("t", 5), log)
+    assert again.rows("t") == {"k0": 0, "k1": 1, "k3": 3, "k4": 4}
+    again.close()
