@@ -332,6 +332,15 @@ class AppDatabase:
         row = self.connection.execute(f"SELECT * FROM _dead {_THIS_DEAD}", (topic, partition, offset)).fetchone()
         return DeadRecord(*row) if row is not None else None
 
+    def drop_oldest_dead(self, count: int) -> int:
+        """Keep so many of the oldest dead records no longer, and those that are as old; how many those were; within a
+        transaction."""
+        found = self.connection.execute(
+            "DELETE FROM _dead WHERE at_ms <= (SELECT at_ms FROM _dead ORDER BY at_ms LIMIT 1 OFFSET ?)", (count - 1,)
+        )
+        self._burying -= found.rowcount
+        return found.rowcount
+
     def unbury(self, topic: str, partition: int, offset: int) -> None:
         """Keep it no longer; within a transaction."""
         found = self.connection.execute(f"DELETE FROM _dead {_THIS_DEAD}", (topic, partition, offset))

@@ -201,6 +201,7 @@ class Instance:
             self._sync_due = now + SYNC_SECONDS
             self._acknowledge()
             self._look_at_readers(now)
+            self.dead_records.make_room()
         if self._waiting and now >= self._presence_due:
             self._presence_due = now + PRESENCE_SECONDS
             self.subscriptions.in_progress()

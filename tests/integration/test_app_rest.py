@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from edgebroker.consumer.handling import dead_records as dead_records_module
 from edgebroker.consumer.rest import changes as changes_module
 from edgebroker.consumer.rest import lookups as lookups_module
 from edgebroker.consumer.rest import queries as queries_module
@@ -256,6 +257,21 @@ def test_dead_records_are_handled_once_more_or_dropped(broker: RunningBroker, ma
         assert found(app, "/v1/stats")["dead_records"] == 1
         assert refused(app, "DELETE", "/v1/dead/prices/0/1", 404) == "there is no dead record prices/0 record 1"
         assert "are numbers" in refused(app, "DELETE", "/v1/dead/prices/0/x", 400)
+
+
+def test_dead_records_are_not_kept_without_end(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dead_records_module, "MOST_DEAD", 20)
+    app = make(VIEW)
+    publish(broker, *[("bad", b"{") for _ in range(15)])
+    with app.running():
+        app.until("SELECT count(*) FROM _dead", [(15,)])
+        publish(broker, *[("bad", b"{") for _ in range(10)])
+        wait_for(lambda: "more than 20 dead records" in caplog.text, "the log says so")
+        wait_for(lambda: found(app, "/v1/stats")["dead_records"] <= 20, "the oldest are gone")
+        ((kept, last),) = app.read('SELECT count(*), max("offset") FROM _dead')
+        assert kept == found(app, "/v1/stats")["dead_records"] and last == 24
 
 
 def test_a_topic_is_loaded_again(broker: RunningBroker, make: Callable[[str], App]) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 
 from edgebroker.common.outcome import Outcome
 from edgebroker.consumer.database import AppDatabase
 from edgebroker.consumer.handling.effect import Changed, Effect, FailedRecord, Observer
+
+log = logging.getLogger(__name__)
+
+MOST_DEAD = 100_000
 
 
 class DeadRecords:
@@ -35,6 +40,13 @@ class DeadRecords:
         if again is not None:
             return Outcome.CONFLICT, f"{name} is given up again: {again.reason}"
         return Outcome.OK, ""
+
+    def make_room(self) -> None:
+        """Of more than MOST_DEAD the oldest tenth goes: they are still in their topics."""
+        if self._database.dead > MOST_DEAD:
+            with self._database.transaction():
+                count = self._database.drop_oldest_dead(MOST_DEAD // 10)
+            log.error("more than %d dead records: the %d oldest ones are not kept any longer", MOST_DEAD, count)
 
     def drop(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]:
         """Keep one no longer."""
