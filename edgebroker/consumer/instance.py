@@ -54,7 +54,7 @@ UNACKED_BYTES = 4 << 20
 WAIT_SECONDS = 0.2
 # How often it is looked whether anything is missing.
 CURRENT_SECONDS = 0.2
-ASK_AGAIN_SECONDS = 2.0
+ASK_AGAIN_SECONDS = 1.0
 # No more records are taken while so many wait in the outbox.
 MOST_OUTGOING = 100_000
 
@@ -274,7 +274,6 @@ class Instance:
         """Have a topic loaded again, at most once in a while: what was asked for before may have been of another."""
         now = self._clock.monotonic()
         if topic not in self._asked or now >= self._ask_due:
-            self._ask_due = now + ASK_AGAIN_SECONDS
             self._asked.pop(topic, None)
             self._incomplete.add(topic)
 
@@ -426,7 +425,11 @@ class Instance:
         """A topic is switched as a whole: ask for its other partitions, too."""
         while self._to_announce:
             self.subscriptions.announce_again(self._to_announce.pop())
+        now = self._clock.monotonic()
+        if now < self._ask_due:
+            return
         for topic in [topic for topic in self._incomplete if self.subscriptions.held(topic)]:
+            self._ask_due = now + ASK_AGAIN_SECONDS
             self._incomplete.discard(topic)
             self._asked[topic] = self.subscriptions.load_again(topic)
 

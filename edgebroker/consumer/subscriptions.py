@@ -24,7 +24,7 @@ ASK_SECONDS = 10.0
 
 
 class Asked(NamedTuple):
-    """The partitions of a topic that are loaded again, and those that cannot be."""
+    """The partitions of a topic that are loaded again, and those that cannot be; others are to be asked for."""
 
     loading: set[int]
     refused: set[int]
@@ -127,6 +127,9 @@ class Subscriptions:
                 consumer.refresh(topic, partition, timeout=ASK_SECONDS)
                 asked.loading.add(partition)
             except (AnswerError, UnreachableError, TimeoutError) as error:
+                if not isinstance(error, AnswerError) or error.code.retryable:
+                    log.warning("%s/%d is asked for again in a moment: %s", topic, partition, error)
+                    break
                 log.warning("%s/%d stays as it is: %s", topic, partition, error)
                 asked.refused.add(partition)
         return asked
