@@ -133,8 +133,12 @@ def config(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({name: {"value": value, "source": source} for name, value, source in rows}))
     else:
-        print_table(("key", "value", "from"), [(name, value or "-", source) for name, value, source in rows])
+        print_table(("key", "value", "from"), [(name, _shown(value), source) for name, value, source in rows])
     return OK
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value) or "-"
 
 
 def schema(options: argparse.Namespace) -> int:
