@@ -91,7 +91,8 @@ class Service:
 
     def stop(self) -> None:
         """End: what has begun is finished, if that does not take too long."""
-        self._loop.call_soon_threadsafe(self._stop)
+        self._instance.stop()
+        self._loop.call_soon_threadsafe(self._leave_later)
 
     def _work(self) -> None:
         try:
@@ -100,8 +101,7 @@ class Service:
             self._failure = error
         self._loop.call_soon_threadsafe(self._loop.stop)
 
-    def _stop(self) -> None:
-        self._instance.stop()
+    def _leave_later(self) -> None:
         self._loop.call_later(self._config.stop_timeout, self._leave)
 
     def _leave(self) -> None:
