@@ -147,7 +147,7 @@ def _measured(node: Node, source: Path, count: int) -> Callable[[int], float]:
         thread = threading.Thread(target=instance.run)
         begun = time.perf_counter()
         thread.start()
-        while instance.stored("prices", 0) < count:
+        while (position := instance.positions().get(("prices", 0))) is None or position.next_offset < count:
             time.sleep(0.002)
         took = time.perf_counter() - begun
         instance.stop()

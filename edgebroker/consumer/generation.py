@@ -25,7 +25,7 @@ from edgebroker.consumer.declare.application import Topic
 from edgebroker.consumer.handling.effect import DeadNow, Effect, Portion
 from edgebroker.consumer.reader import Reader
 from edgebroker.consumer.staging_file import StagingFile
-from edgebroker.consumer.views import Slice, View, Views, table_of
+from edgebroker.consumer.views import Slice, View, Views, counting
 
 log = logging.getLogger(__name__)
 
@@ -176,21 +176,26 @@ class Generations:
             self._host.begun(key, False)
         else:
             self._begin(key, refresh)
-        found = staged.file.loading.get(key.partition) if staged is not None else known
-        if staged is not None and (not again or found is None or found.reset_id != refresh.reset_id):
-            self._views.detach()
-            self._attached = ""
-            with self._database.transaction():
-                self._views.forget_next(staged.view)
-            staged.file.begin(key.partition, _state(refresh))
-            staged.next, staged.copied, staged.total, staged.applied, staged.before = None, 0, -1, 0, -1
-            staged.sorts += 1
+        known = effect.loading[key.partition]
+        if staged is None:
+            return known.position.next_offset
+        found = staged.file.loading.get(key.partition)
+        if not again or found is None or found.reset_id != refresh.reset_id:
+            self._empty(staged, key, refresh)
             return refresh.from_offset
-        if found is None or known is None or not again:
-            return refresh.from_offset
-        return min(found.position.next_offset, known.position.next_offset) if effect.handles else (
-            found.position.next_offset
-        )  # fmt: skip
+        if effect.handles:
+            return min(found.position.next_offset, known.position.next_offset)
+        return found.position.next_offset
+
+    def _empty(self, staged: _Staged, key: TopicPartition, refresh: Refresh) -> None:
+        """Nothing that was staged of a partition counts, nor what was sorted and copied of its topic."""
+        self._views.detach()
+        self._attached = ""
+        with self._database.transaction():
+            self._views.forget_next(staged.view)
+        staged.file.begin(key.partition, _state(refresh))
+        staged.next, staged.copied, staged.total, staged.applied, staged.before = None, 0, -1, 0, -1
+        staged.sorts += 1
 
     def _begin(self, key: TopicPartition, refresh: Refresh) -> None:
         """A partition is to be loaded from its beginning. If it was being loaded already, handlers begin with its whole
@@ -278,10 +283,8 @@ class Generations:
     def _sort(self, staged: _Staged, number: int, partitions: list[int]) -> None:
         """In a thread."""
         try:
-            path, marks = staged.file.sort(number), ",".join("?" * len(partitions))
-            reader = Reader(self._database.path)
-            sql = f'SELECT count(*) FROM "{table_of(staged.view)}" WHERE _partition IN ({marks})'
-            before = reader.rows(sql, partitions)[0][0]
+            path, reader = staged.file.sort(number), Reader(self._database.path)
+            before = reader.rows(counting(staged.view, partitions), partitions)[0][0]
             reader.close()
             staged.result = SortResult(number, path, before)
         except Exception as error:
@@ -382,22 +385,25 @@ class Generations:
         if staged is None or staged.next is None or self._force:
             return True
         attempt, end = _attempt(loading), sum(one.position.next_offset for one in loading.values())
-        if end < self._enough.get(attempt, 0):
+        told = attempt in self._enough
+        if told and end < self._enough[attempt]:
             return False
         if staged.before < 0:  # it was sorted before this start
             staged.before = self._views.count(staged.view, list(loading))
         least = -(-staged.before * LEAST_PERCENT // 100)
-        if staged.total >= least and attempt not in self._enough:
+        if staged.total >= least and not told:
             return True
+        if not self._host.is_caught_up(topic, loading):
+            return False  # what is to come may be what is missing
         now = self._views.count(staged.next, list(loading))
-        if now >= least and self._host.is_caught_up(topic, loading):
+        if now >= least:
             return True
-        if attempt not in self._enough:
+        if not told:
             log.error(
                 "topic %s: what was loaded again has much fewer rows (%d of %d): it is not shown until it has %d, or "
                 "the application is started with --force", topic, now, staged.before, least,
             )  # fmt: skip
-        self._enough[attempt] = end + max(0, least - now)
+        self._enough[attempt] = end + least - now
         return False
 
     def close(self) -> None:

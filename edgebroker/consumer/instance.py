@@ -115,14 +115,9 @@ class Instance:
         # Committed, and not acknowledged yet.
         self._unacknowledged: dict[TopicPartition, Record] = {}
         self._unacked_bytes = 0
-        self._sync_due = self._presence_due = self._away_due = self._held_up_due = 0.0
+        self._sync_due = self._presence_due = self._held_up_due = 0.0
         self._hooks = Hooks(application.hooks, self._calls, database, self._clock)
         self.ready = False
-
-    def stored(self, topic: str, partition: int) -> int:
-        """The offset behind the last record of a partition whose effect is stored. Any thread."""
-        position = self._positions.get((topic, partition))
-        return position.next_offset if position is not None else 0
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have run() do something between two transactions. Any thread."""

@@ -26,9 +26,6 @@ class Reader:
         self._connection.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
         # What is asked in the name of others reads, and nothing else. SQLite is asked about a text once: the texts of
         # transactions here are no one else's.
-        self._own = True
-        self._connection.execute(_BEGIN)
-        self._connection.execute(_ROLLBACK)
         self._own = False
         self._connection.set_authorizer(self._authorize)
 

@@ -1,6 +1,6 @@
 """An application as a process: one thread works, the loop answers over HTTP, watches it and takes signals.
 
-loop: HTTP, signals, the watch          worker: Instance.run()          clients, outbox, questions: threads of their own
+loop: HTTP, signals, the watch      worker: Instance.run()      clients, outbox, questions: threads of their own
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class Service:
         self._queries = Queries(loop, path, "query", QUERY_THREADS, QUERY_SECONDS, self._lost_threads)
         api = Api(
             self,
+            self._instance,
             views,
             LookUps(views, self._age_ms, self._instance.is_stale),
             changes,
@@ -188,18 +189,6 @@ class Service:
             self._loop.call_soon_threadsafe(lambda: call.done(outcome, message))
 
         self._instance.submit(work)
-
-    def activate(self) -> tuple[Outcome, str]:
-        return self._instance.activate()
-
-    def reset(self, topic: str) -> tuple[Outcome, str]:
-        return self._instance.load_again(topic)
-
-    def replay(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]:
-        return self._instance.dead_records.replay(topic, partition, offset)
-
-    def drop(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]:
-        return self._instance.dead_records.drop(topic, partition, offset)
 
     def _describe(self, call: Call) -> None:
         name, functions = self._config.name, self._application.routes

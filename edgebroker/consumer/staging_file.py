@@ -58,7 +58,7 @@ class StagingFile:
             log.warning("%s is damaged: it is replaced by an empty one", self._path)
             self._connection.close()
             self._replace()
-        if self._about() != [(_names(columns),)]:
+        if self._about() != [(columns.declared,)]:
             self.close()
             self._replace()
 
@@ -82,7 +82,7 @@ class StagingFile:
             for partition, reset_id, log_id, epoch, offset, target in rows
         }
         if not self._about():
-            execute("INSERT INTO about VALUES (?)", (_names(self._columns),))
+            execute("INSERT INTO about VALUES (?)", (self._columns.declared,))
         self._wal = files.open_log(self._path.with_name(self._path.name + "-wal"))
 
     def _about(self) -> list[tuple[str]]:
@@ -188,7 +188,3 @@ class StagingFile:
         for path in (self.sorted, self._path, *self.sorted.parent.glob(f"{self.sorted.name}.*")):
             for suffix in ("", "-wal", "-shm"):
                 path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def _names(columns: Columns) -> str:
-    return ", ".join(f"{column.name} {column.sql}" for column in columns.columns)

@@ -152,17 +152,15 @@ class Views:
 
     def count(self, view: View, partitions: Sequence[int]) -> int:
         """The rows of these partitions in a generation."""
-        sql = f'SELECT count(*) FROM "{table_of(view)}" WHERE _partition IN ({",".join("?" * len(partitions))})'
-        return int(self._connection.execute(sql, partitions).fetchone()[0])
+        return int(self._connection.execute(counting(view, partitions), partitions).fetchone()[0])
 
     def switch(self, old: View, new: View, loaded: Sequence[int], version: int) -> None:
         """Show a generation instead of the one before, whose rows of partitions that were not loaded again are taken
         over if they have the same columns; within a transaction."""
-        marks = ",".join("?" * len(loaded))
         if not old.stale:
             self._connection.execute(
                 f'INSERT OR REPLACE INTO "{table_of(new)}" SELECT * FROM "{table_of(old)}" '
-                f"WHERE _partition NOT IN ({marks})",
+                f"WHERE _partition NOT IN ({_marks(loaded)})",
                 loaded,
             )
         self._show(new)
@@ -214,17 +212,23 @@ class Views:
 
     def _show(self, view: View) -> None:
         """Let readers see this generation. Statements that they have prepared see it as well."""
-        names = "".join(f'"{column.name}", ' for column in view.columns.columns)
         self._connection.execute(f'DROP VIEW IF EXISTS "{view.name}"')
-        self._connection.execute(
-            f'CREATE VIEW "{view.name}" AS SELECT key, {names}_partition, _offset, _timestamp FROM "{table_of(view)}"'
-        )
+        self._connection.execute(f'CREATE VIEW "{view.name}" AS SELECT {view.columns.selected} FROM "{table_of(view)}"')
 
 
 def staged_names(columns: Columns) -> list[str]:
     """What key, columns, partition, offset and timestamp are called where rows are staged: whatever the columns are
     called, no name is taken."""
     return ["k", *(f"c{place}" for place in range(len(columns.columns))), "p", "o", "t"]
+
+
+def counting(view: View, partitions: Sequence[int]) -> str:
+    """SQL that counts the rows of these partitions in a generation; they are its parameters."""
+    return f'SELECT count(*) FROM "{_table(view.name, view.generation)}" WHERE _partition IN ({_marks(partitions)})'
+
+
+def _marks(values: Sequence[object]) -> str:
+    return ",".join("?" * len(values))
 
 
 def table_of(view: View) -> str:
@@ -245,5 +249,4 @@ _TABLE = re.compile(r"_(.+)_g\d+")
 
 
 def _declared(columns: Columns) -> str:
-    text = ", ".join(f"{column.name} {column.sql}" for column in columns.columns)
-    return text + "".join(f"; index {', '.join(index)}" for index in columns.indexes)
+    return columns.declared + "".join(f"; index {', '.join(index)}" for index in columns.indexes)

@@ -25,7 +25,7 @@ from edgebroker.consumer.database import NAME, AppDatabase, DatabaseError, is_da
 from edgebroker.consumer.declare.app_types import TYPES, application_of
 from edgebroker.consumer.declare.application import Application, load_module, read_application
 from edgebroker.consumer.declare.declarations import DeclarationError
-from edgebroker.consumer.handling.errors import StoppedError
+from edgebroker.consumer.handling.errors import StoppedError, described
 from edgebroker.consumer.service import Service, StuckError
 
 log = logging.getLogger(__name__)
@@ -144,7 +144,7 @@ def _shown(value: object) -> str:
 def schema(options: argparse.Namespace) -> int:
     loaded = _load(options)
     views = {
-        view_name(topic.name): ["key", *(f"{column.name} {column.sql}" for column in topic.view.columns)]
+        view_name(topic.name): ["key", *topic.view.declared.split(", ")]
         for topic in _read(options.source, loaded).topics.values()
         if topic.view is not None
     }
@@ -193,4 +193,4 @@ def _import(source: str) -> ModuleType:
         place = f"{last.filename}:{last.lineno}"
         if isinstance(error, SyntaxError):
             place = f"{error.filename}:{error.lineno}"
-        raise DeclarationError(f"{place}: {source} cannot be imported: {type(error).__name__}: {error}") from None
+        raise DeclarationError(f"{place}: {source} cannot be imported: {described(error)}") from None

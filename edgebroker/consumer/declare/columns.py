@@ -74,6 +74,17 @@ class Columns:
         self._names = [column.json for column in self.columns]
         self._restored = [(column.json, column.restore) for column in self.columns if column.restore]
 
+    @property
+    def declared(self) -> str:
+        """Names and types, as SQL declares them: what a table that has other ones was not made for."""
+        return ", ".join(f"{column.name} {column.sql}" for column in self.columns)
+
+    @property
+    def selected(self) -> str:
+        """What a view has of each row, in order: as SQL selects it."""
+        names = "".join(f'"{column.name}", ' for column in self.columns)
+        return f"key, {names}_partition, _offset, _timestamp"
+
     def value(self, row: Sequence[Any]) -> Any:
         """The value of columns, to be encoded as JSON."""
         value = dict(zip(self._names, row, strict=True))

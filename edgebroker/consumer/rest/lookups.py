@@ -32,8 +32,8 @@ LAST_CHARACTER = "\U0010ffff"
 
 class LookUps:
     """`age_ms` tells how old what is stored of a topic may be, `is_stale` whether its view has other columns than the
-    application declares, for now. Every method may be called by any thread, with its own
-    reader. Raises HttpError, and sqlite3.Error."""
+    application declares, for now. Every method may be called by any thread, with its own reader. Raises HttpError, and
+    sqlite3.Error."""
 
     def __init__(
         self,
@@ -52,14 +52,13 @@ class LookUps:
     def latest(self, reader: Reader, topic: str, key: str) -> LatestAnswer:
         """The latest record of a key."""
         self._check(topic)
-        sql = self._one[topic]
         rows = reader.rows(self._with_position[topic], (topic, key))
         if rows:
             *row, offset = rows[0]
             record = self._record(topic, row)
             return LatestAnswer(record, AsOf({str(record.partition): offset or 0}, self._age_ms(topic)))
         with reader.at_one_moment():
-            rows, as_of = reader.rows(sql, (key,)), self._as_of(reader, topic)
+            rows, as_of = reader.rows(self._one[topic], (key,)), self._as_of(reader, topic)
         if rows:  # it came this moment
             return LatestAnswer(self._record(topic, rows[0]), as_of)
         raise HttpError(404, f"topic {topic} has no key {key} as of {_spelled(as_of)}")
@@ -147,14 +146,13 @@ def dead_page(reader: Reader, topic: str, after: str, limit: int) -> DeadPage:
 
 
 def _select(topic: str, columns: Columns, more: str = "") -> str:
-    names = "".join(f'"{column.name}", ' for column in columns.columns)
     last = f", {more}" if more else ""
-    return f'SELECT key, {names}_partition, _offset, _timestamp{last} FROM "{view_name(topic)}"'
+    return f'SELECT {columns.selected}{last} FROM "{view_name(topic)}"'
 
 
 def _spelled(as_of: AsOf) -> str:
-    offsets = ", ".join(f"{partition}: {offset}" for partition, offset in as_of.offsets.items()) or "nothing yet"
-    return f"partitions {offsets}" if as_of.offsets else offsets
+    offsets = ", ".join(f"{partition}: {offset}" for partition, offset in as_of.offsets.items())
+    return f"partitions {offsets}" if offsets else "nothing yet"
 
 
 def _encoded(key: str | bytes) -> str:

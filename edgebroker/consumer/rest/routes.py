@@ -18,6 +18,7 @@ from edgebroker.consumer.database import DatabaseError
 from edgebroker.consumer.declare.application import UserRoute
 from edgebroker.consumer.declare.columns import Columns
 from edgebroker.consumer.declare.routes import HttpError, Query
+from edgebroker.consumer.instance import Instance
 from edgebroker.consumer.reader import Reader
 from edgebroker.consumer.rest.answers import (
     MOST_ROWS,
@@ -51,18 +52,15 @@ class Node(Protocol):
     def stats(self) -> Stats: ...
     def readiness(self) -> Readiness: ...
     def do(self, call: Call, job: Callable[[], tuple[Outcome, str]]) -> None: ...
-    def activate(self) -> tuple[Outcome, str]: ...
-    def reset(self, topic: str) -> tuple[Outcome, str]: ...
-    def replay(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]: ...
-    def drop(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]: ...
 
 
 class Api:
-    """Belongs to the loop. `reader` is that of the loop."""
+    """Belongs to the loop. `reader` is that of the loop; what `instance` is asked to do is done by the worker."""
 
     def __init__(
         self,
         node: Node,
+        instance: Instance,
         views: Mapping[str, Columns],
         look_ups: LookUps,
         changes: ChangeFeed,
@@ -70,7 +68,8 @@ class Api:
         queries: Queries,
         functions: Queries,
     ) -> None:
-        self._node, self._views, self._look_ups, self._changes = node, views, look_ups, changes
+        self._node, self._instance, self._views = node, instance, views
+        self._look_ups, self._changes = look_ups, changes
         self._reader, self._queries, self._functions = reader, queries, functions
 
     def routes(self, functions: list[UserRoute]) -> list[Route]:
@@ -149,10 +148,10 @@ class Api:
             self._queries.ask(call, lambda reader: dead_page(reader, topic, after, limit))
 
     def _replay(self, call: Call) -> None:
-        self._on_dead(call, self._node.replay)
+        self._on_dead(call, self._instance.dead_records.replay)
 
     def _drop(self, call: Call) -> None:
-        self._on_dead(call, self._node.drop)
+        self._on_dead(call, self._instance.dead_records.drop)
 
     def _on_dead(self, call: Call, job: Callable[[str, int, int], tuple[Outcome, str]]) -> None:
         topic = call.parameters["topic"]
@@ -165,10 +164,10 @@ class Api:
 
     def _reset(self, call: Call) -> None:
         topic = call.body.topic
-        self._node.do(call, lambda: self._node.reset(topic))
+        self._node.do(call, lambda: self._instance.load_again(topic))
 
     def _activate(self, call: Call) -> None:
-        self._node.do(call, self._node.activate)
+        self._node.do(call, self._instance.activate)
 
     # ---- functions of the application ----
 
