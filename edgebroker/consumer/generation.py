@@ -193,6 +193,8 @@ class Generations:
         self._attached = ""
         with self._database.transaction():
             self._views.forget_next(staged.view)
+        # Durable before the file changes: else a power cut leaves rows of the attempt before with those of this one.
+        self._database.sync()
         staged.file.begin(key.partition, _state(refresh))
         staged.next, staged.copied, staged.total, staged.applied, staged.before = None, 0, -1, 0, -1
         staged.sorts += 1

@@ -61,6 +61,7 @@ class StagingFile:
         if self._about() != [(columns.declared,)]:
             self.close()
             self._replace()
+        self._forget_others()
 
     @staticmethod
     def exists(directory: Path, name: str) -> bool:
@@ -150,7 +151,8 @@ class StagingFile:
             connection.execute(f"CREATE TABLE rows (number INTEGER PRIMARY KEY, {names}, latest)")
             latest = "SELECT {0}, max(number) FROM staging.records WHERE number <= ? GROUP BY k HAVING NOT gone"
             connection.execute(f"INSERT INTO rows ({names}, latest) {latest.format(names)}", (last,))
-            connection.execute("CREATE TABLE bound AS SELECT ? AS number", (last,))
+            attempt = self._attempt(connection, "staging.")
+            connection.execute("CREATE TABLE bound AS SELECT ? AS number, ? AS attempt", (last, attempt))
         fd = files.open_log(temporary)
         files.sync_file(fd)
         files.close(fd)
@@ -159,6 +161,23 @@ class StagingFile:
     def accept(self, path: Path) -> None:
         """What sort() has written is what is copied."""
         files.move(path, self.sorted)
+
+    @staticmethod
+    def _attempt(connection: sqlite3.Connection, schema: str = "") -> str:
+        """The refreshes of all partitions: what was sorted of others does not count."""
+        found = connection.execute(f"SELECT group_concat(reset_id) FROM (SELECT reset_id FROM {schema}progress "
+                                   "ORDER BY partition)")  # fmt: skip
+        return found.fetchone()[0] or ""
+
+    def _forget_others(self) -> None:
+        """A power cut may bring a file back that was removed, or one that is not whole."""
+        try:
+            with closing(sqlite3.connect(f"{self.sorted.absolute().as_uri()}?mode=ro", uri=True)) as connection:
+                (attempt,) = connection.execute("SELECT attempt FROM bound").fetchone()
+        except sqlite3.Error:
+            attempt = None
+        if attempt != self._attempt(self._connection):
+            self.sorted.unlink(missing_ok=True)
 
     def bound(self) -> int:
         """The number of the last record that was sorted."""

@@ -487,3 +487,34 @@ def test_a_crash_while_it_is_found_out_which_value_cannot_be_stored(
     again.load(refresh_of("t", 5), log)
     assert again.rows("t") == {"k0": 0, "k1": 1, "k3": 3, "k4": 4}
     again.close()
+
+
+def test_what_a_power_cut_brings_back_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database says that an attempt was begun, durably, before the files of the one before go; and a sorted file of
+    that one, whose removal was not durable, is none of this one."""
+    topics = {"t": topic_of("t")}
+    world = World(tmp_path, topics, force=True)
+    first = refresh_of("t", 100, "r1")
+    world.go(first, log_of("t", random.Random(14), 100))
+    world.generations.switch(first)
+    wait_for(lambda: not world.generations.step() and world.generations.copied() == ["t"], "it is copied")
+    kept, really = (tmp_path / "staging-t.sorted").read_bytes(), StagingFile.begin
+
+    def noted(self: StagingFile, *arguments: Any) -> None:
+        world.database.noted.append("file")
+        really(self, *arguments)
+
+    monkeypatch.setattr(StagingFile, "begin", noted)
+    log = log_of("t", random.Random(15), 50, keys=500)
+    world.go(refresh_of("t", 50, "r2"), log)
+    assert world.database.noted[-4:] == ["commit", "commit", "sync", "file"]
+    world.close()
+    for back in (kept, kept[:5000], b"nonsense"):
+        (tmp_path / "staging-t.sorted").write_bytes(back)
+        again = World(tmp_path, topics, force=True)
+        assert not (tmp_path / "staging-t.sorted").exists()
+        again.close()
+    again = World(tmp_path, topics, force=True)
+    again.load(refresh_of("t", 50, "r2"), log)
+    assert again.rows("t") == latest(log)
+    again.close()
