@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -25,7 +25,8 @@ from edgebroker.network.io.loop import Loop
 
 KEPT_BYTES = 4 << 20
 MOST_LISTENERS = 64
-PIECE_ROWS, BACKLOG_BYTES = 100, 256 << 10
+# Of a transaction: what is encoded, and sent to a listener, in one turn of the loop.
+PIECE_ROWS, PIECE_BYTES, BACKLOG_BYTES = 100, 64 << 10, 256 << 10
 ALIVE_SECONDS = 15.0
 CONTENT_TYPE = "text/event-stream"
 
@@ -44,13 +45,12 @@ class Change(msgspec.Struct, omit_defaults=True):
 
 
 class _Piece:
-    """Some changes of a transaction, or a reset. A deletion is (key, partition, offset)."""
+    """Some changes of a transaction, or a reset. A deletion is (key, partition, offset). `size`: bytes of the rows."""
 
-    def __init__(self, rows: Sequence[Row], deleted: Sequence[Row], reset: str = "") -> None:
+    def __init__(self, rows: Sequence[Row], deleted: Sequence[Row], size: int = 0, reset: str = "") -> None:
         self.rows, self.deleted, self._reset = rows, deleted, reset
-        widest = sum(len(column) for column in rows[0] if isinstance(column, str | bytes)) if rows else 0
         # As rows, and once more as events.
-        self.size = 64 + (len(rows) + len(deleted)) * (200 + 2 * widest)
+        self.size = 64 + 200 * (len(rows) + len(deleted)) + 2 * size
         self._events = b""
 
     def events(self, columns: Columns, name: bytes) -> bytes:
@@ -75,6 +75,24 @@ class _Piece:
 
 def reset_event(name: bytes, why: str) -> bytes:
     return b"event: reset\nid: %b\ndata: %b\n\n" % (name, msgspec.json.encode({"why": why}))
+
+
+def _width(row: Row) -> int:
+    return sum(len(column) for column in row if isinstance(column, str | bytes))
+
+
+def _cut(rows: Sequence[Row]) -> Iterator[tuple[Sequence[Row], int]]:
+    """Rows in pieces of PIECE_ROWS and about PIECE_BYTES at most, and their bytes; a larger one is a piece of its
+    own."""
+    first = size = 0
+    for place, row in enumerate(rows):
+        width = _width(row)
+        if place > first and (place - first == PIECE_ROWS or size + width > PIECE_BYTES):
+            yield rows[first:place], size
+            first, size = place, 0
+        size += width
+    if rows:
+        yield rows[first:], size
 
 
 class _Ring:
@@ -129,21 +147,21 @@ class ChangeFeed:
     def published(self, topic: str, rows: Sequence[Row], deleted: Sequence[Row]) -> None:
         """Rows of a view were stored, as the table has them, and keys deleted: (key, partition, offset)."""
         if self._rings[topic].wanted:
-            self._loop.call_soon_threadsafe(lambda: self._add(topic, rows, deleted))
+            # Here, beside the loop.
+            pieces = [_Piece(some, (), size) for some, size in _cut(rows)]
+            pieces += [_Piece((), deleted[first : first + PIECE_ROWS]) for first in range(0, len(deleted), PIECE_ROWS)]
+            self._loop.call_soon_threadsafe(lambda: self._put(topic, pieces))
 
     def reset(self, topic: str) -> None:
         """A topic was loaded again."""
         if topic in self._rings:
-            self._loop.call_soon_threadsafe(lambda: self._put(topic, [_Piece((), (), "the topic was loaded again")]))
+            self._loop.call_soon_threadsafe(
+                lambda: self._put(topic, [_Piece((), (), reset="the topic was loaded again")])
+            )
 
     def listen(self, topic: str, last_id: str) -> FeedReader:
         """A body that goes on behind an id; "" begins now."""
         return FeedReader(self._loop, self._rings[topic], last_id)
-
-    def _add(self, topic: str, rows: Sequence[Row], deleted: Sequence[Row]) -> None:
-        pieces = [_Piece(rows[first : first + PIECE_ROWS], ()) for first in range(0, len(rows), PIECE_ROWS)]
-        pieces += [_Piece((), deleted[first : first + PIECE_ROWS]) for first in range(0, len(deleted), PIECE_ROWS)]
-        self._put(topic, pieces)
 
     def _put(self, topic: str, pieces: Sequence[_Piece]) -> None:
         ring = self._rings[topic]
