@@ -61,7 +61,7 @@ def applications(pinned: bool) -> list[Row]:
         with running(pinned=pinned) as node:
             values = _publish(node, count)
             loop = median_of(lambda run: count / _bare_loop(node, count))
-            bare = median_of(lambda run: count / _bare_database(directory / f"bare-{run}", values))
+            bare = median_of(lambda run: count / bare_database(directory / f"bare-{run}", values))
             for name, (work, text, target) in APPLICATIONS.items():
                 source = directory / f"application_{name.replace('-', '_')}.py"
                 source.write_text(HEAD + text)
@@ -105,8 +105,8 @@ def _bare_loop(node: Node, count: int) -> float:
     return time.perf_counter() - begun
 
 
-def _bare_database(directory: Path, values: list[tuple[bytes, bytes]]) -> float:
-    """The same rows, decoded and stored as many to a transaction as an application may."""
+def bare_database(directory: Path, values: list[tuple[bytes, bytes]], insert: str = "INSERT OR REPLACE") -> float:
+    """Seconds to decode and store the same rows, as many to a transaction as an application may."""
     directory.mkdir()
     database = sqlite3.connect(directory / "bare.db", isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
@@ -122,7 +122,7 @@ def _bare_database(directory: Path, values: list[tuple[bytes, bytes]]) -> float:
             price = decode(value)
             rows.append((key.decode(), price.code, price.cents, price.name, 0, first, 1))
         database.execute("BEGIN")
-        database.executemany("INSERT OR REPLACE INTO prices VALUES (?,?,?,?,?,?,?)", rows)
+        database.executemany(f"{insert} INTO prices VALUES (?,?,?,?,?,?,?)", rows)
         database.execute("COMMIT")
     took = time.perf_counter() - begun
     database.close()

@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import msgspec
-
+from benchmarks.application import APPLICATIONS, HEAD, bare_database
 from benchmarks.node import DIRECTORY, Node, running
 from benchmarks.rows import Row, scaled
 from edgebroker.cli.admin_client import call
@@ -31,30 +30,11 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 
 KEYS, PARTITIONS, LOOK_SECONDS, VISIBLE = 1_000_000, 2, 5.0, 600
-SOURCE = """
-import msgspec
-from edgebroker.consumer import consumer
-
-
-class Price(msgspec.Struct):
-    code: str
-    cents: int
-    name: str
-
-
-@consumer("prices", view=Price)
-class Prices: ...
-"""
+SOURCE = HEAD + APPLICATIONS["view"][1]
 RANDOM_KEYS = """
 math.randomseed(os.time())
 request = function() return wrk.format("GET", string.format("/v1/latest/prices/key-%%07d", math.random(0, %d))) end
 """
-
-
-class Price(msgspec.Struct):
-    code: str
-    cents: int
-    name: str
 
 
 class Till:
@@ -134,7 +114,7 @@ def catalogue(pinned: bool) -> list[Row]:
         with running(pinned=pinned) as node:
             call(node.process.admin, "POST", "/v1/topics", {"name": "prices", "partitions": PARTITIONS})
             values = _publish(node, order)
-            bare = _bare_fill(directory / "bare.db", sorted(values))
+            bare = bare_database(directory / "bare", sorted(values), "INSERT")
             till = Till(directory, node)
             with till.running():
                 _wait_for_rows(till, count)
@@ -162,29 +142,6 @@ def _publish(node: Node, order: list[int]) -> list[tuple[bytes, bytes]]:
         for key, value in values:
             producer.send("prices", value, key)
     return values
-
-
-def _bare_fill(path: Path, values: list[tuple[bytes, bytes]]) -> float:
-    """Seconds to decode and store the same rows in the order of their keys, in one table, 5,000 to a transaction."""
-    database = sqlite3.connect(path, isolation_level=None)
-    database.execute("PRAGMA journal_mode=WAL")
-    database.execute("PRAGMA synchronous=NORMAL")
-    database.execute(
-        "CREATE TABLE prices (key PRIMARY KEY, code TEXT, cents INTEGER, name TEXT, a, b, c) WITHOUT ROWID"
-    )
-    decode, begun = msgspec.json.Decoder(Price).decode, time.perf_counter()
-    for first in range(0, len(values), 5000):
-        rows = []
-        for key, value in values[first : first + 5000]:
-            price = decode(value)
-            rows.append((key.decode(), price.code, price.cents, price.name, 0, first, 1))
-        database.execute("BEGIN")
-        database.executemany("INSERT INTO prices VALUES (?,?,?,?,?,?,?)", rows)
-        database.execute("COMMIT")
-    took = time.perf_counter() - begun
-    database.close()
-    path.unlink()
-    return took
 
 
 def _wait_for_rows(till: Till, count: int) -> None:

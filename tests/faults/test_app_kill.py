@@ -174,23 +174,29 @@ def test_kills_of_an_application_tear_nothing(tmp_path: Path) -> None:
                 till.kill()
                 if (found := till.read()) is not None:
                     snapshots.append(found)
-            publisher.stop()
-            assert publisher.failure is None
-            log = read_log(broker)
-            ends = {partition: len(records) for partition, records in log.items()}
-            till.start()
-            wait_for(lambda: (found := till.read()) is not None and (found.positions, found.loading) == (ends, False),
-                     "it has all of the records", 60.0)  # fmt: skip
-            last = till.read()
+            count = check_all(broker, till, publisher, snapshots, f"EB_APP_KILL_SEED={SEED}")
         finally:
             publisher.stop()
             till.kill()
+    torn = sum(one.loading for one in snapshots)
+    print(f"{CYCLES} kills, {count} records, {refreshes} refreshes, {torn} kills while loading")
+
+
+def check_all(broker: BrokerProcess, till: Till, publisher: Publisher, snapshots: list[Snapshot], context: str) -> int:
+    """Each snapshot, and what the application has at last, is that of the log; how many records that has."""
+    publisher.stop()
+    assert publisher.failure is None
+    log = read_log(broker)
+    ends = {partition: len(records) for partition, records in log.items()}
+    till.start()
+    wait_for(lambda: (found := till.read()) is not None and (found.positions, found.loading) == (ends, False),
+             "it has all of the records", 60.0)  # fmt: skip
+    last = till.read()
     assert last is not None
     for number, snapshot in enumerate([*snapshots, last]):
-        assert snapshot.rows == fold(log, snapshot.positions), f"EB_APP_KILL_SEED={SEED}, snapshot {number}"
+        assert snapshot.rows == fold(log, snapshot.positions), f"{context}, snapshot {number}"
     assert "Traceback" not in till.log.read_text()
-    torn = sum(one.loading for one in snapshots)
-    print(f"{CYCLES} kills, {sum(ends.values())} records, {refreshes} refreshes, {torn} kills while loading")
+    return sum(ends.values())
 
 
 def refresh(broker: BrokerProcess) -> int:

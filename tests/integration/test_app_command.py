@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,9 +63,7 @@ def source(tmp_path: Path) -> Path:
 
 @contextmanager
 def started(broker: RunningBroker, source: Path) -> Iterator[subprocess.Popen[str]]:
-    environment = applications.environment(broker.server)
-    command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
-    process = subprocess.Popen(command, cwd=source.parent, env=environment, stderr=subprocess.PIPE, text=True)
+    process = applications.start(source, broker.server)
     try:
         yield process
     finally:

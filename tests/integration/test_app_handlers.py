@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.consumer.handling import outbox as outbox_module
 from edgebroker.consumer.handling.in_hand import NAME as IN_HAND
 from edgebroker.consumer.service import StuckError
-from tests.kit.applications import HEAD, App, committed, environment, price, publish, read
+from tests.kit.applications import HEAD, App, committed, price, publish, read, start
 from tests.kit.brokers import RunningBroker, running
 from tests.kit.waiting import wait_for
 
@@ -25,11 +23,6 @@ def broker(tmp_path: Path) -> Iterator[RunningBroker]:
     with running(tmp_path / "data", {"topics.auto_create": False}) as found:
         found.create("prices", partitions=2)
         yield found
-
-
-@pytest.fixture
-def make(broker: RunningBroker, tmp_path: Path) -> Callable[[str], App]:
-    return lambda text: App(broker, tmp_path / "application", text)
 
 
 def dead(app: App) -> list[tuple[object, ...]]:
@@ -393,16 +386,13 @@ def handle(price: Price, database: Database):
 """
     )
     publish(broker, *[price(f"c{number}", 1) for number in range(20)], price("killer", 1), price("last", 1))
-    command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
-
-    def start() -> subprocess.Popen[bytes]:
-        return subprocess.Popen(command, cwd=tmp_path, env=environment(broker.server))
-
     directory = tmp_path / "edgebroker-till"
     for _ in range(3):
-        assert start().wait(30.0) == -signal.SIGKILL
+        dying = start(source, broker.server)
+        dying.communicate(timeout=30.0)
+        assert dying.returncode == -signal.SIGKILL
         assert b"prices" in (directory / IN_HAND).read_bytes()
-    last = start()
+    last = start(source, broker.server)
     try:
         wait_for(lambda: read(directory / "app.db", "SELECT count(*), sum(sum) FROM sums") == [(21, 21)], "all others")
         wait_for(lambda: committed(broker, "till.till-7") == [22, 0], "they are acknowledged")
@@ -410,7 +400,8 @@ def handle(price: Price, database: Database):
         assert found == [(20, "the process ended 2 times while it was handled alone")]
     finally:
         last.send_signal(signal.SIGTERM)
-        assert last.wait(30.0) == 0
+        last.communicate(timeout=30.0)
+    assert last.returncode == 0
     assert (directory / IN_HAND).read_bytes()[:1] == b"\n"
 
 
@@ -429,8 +420,7 @@ def handle(price: Price, database: Database):
 """
     )
     publish(broker, price("a", 1), price("stuck", 1), price("b", 1))
-    command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=environment(broker.server), stderr=subprocess.PIPE, text=True)
+    process = start(source, broker.server)
     database = tmp_path / "edgebroker-till" / "app.db"
     try:
         wait_for(lambda: read(database, "SELECT count(*) FROM _dead") == [(1,)], "given up", 60.0)
@@ -457,9 +447,7 @@ def handle(price: Price):
 """
     )
     publish(broker, price("a", 1))
-    settings = environment(broker.server, STOP_TIMEOUT="0.3")
-    command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=settings, stderr=subprocess.PIPE, text=True)
+    process = start(source, broker.server, STOP_TIMEOUT="0.3")
     try:
         wait_for((tmp_path / "begun").exists, "it is in the handler")
         process.send_signal(signal.SIGTERM)

@@ -31,11 +31,6 @@ def broker(tmp_path: Path) -> Iterator[RunningBroker]:
         yield made
 
 
-@pytest.fixture
-def make(broker: RunningBroker, tmp_path: Path) -> Callable[[str], App]:
-    return lambda text: App(broker, tmp_path / "application", text)
-
-
 def test_another_version_is_built_beside_the_one_before(broker: RunningBroker, make: Callable[[str], App]) -> None:
     publish(broker, price("a", 1), price("b", 2))
     publish(broker, price("c", 3), partition=1)

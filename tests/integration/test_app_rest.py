@@ -30,11 +30,6 @@ def broker(tmp_path: Path) -> Iterator[RunningBroker]:
         yield found
 
 
-@pytest.fixture
-def make(broker: RunningBroker, tmp_path: Path) -> Callable[[str], App]:
-    return lambda text: App(broker, tmp_path / "application", text)
-
-
 def ask(app: App, method: str, path: str, body: object = None) -> tuple[int, Any, str]:
     """Status, body and content type of an answer; the body decoded if it is JSON."""
     connection = http.client.HTTPConnection(*app.service.http_address, timeout=20.0)

@@ -29,11 +29,6 @@ def broker(tmp_path: Path) -> Iterator[RunningBroker]:
         yield found
 
 
-@pytest.fixture
-def make(broker: RunningBroker, tmp_path: Path) -> Callable[[str], App]:
-    return lambda text: App(broker, tmp_path / "application", text)
-
-
 def test_a_view_is_the_latest_of_each_key(broker: RunningBroker, make: Callable[[str], App]) -> None:
     app = make(VIEW)
     publish(broker, price("a", 1), price("b", 2), price("a", 3))

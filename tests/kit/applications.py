@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -42,6 +43,14 @@ def environment(server: str, **more: str) -> dict[str, str]:
     """For an application as a process; `more` are keys of its configuration."""
     found = {"SERVER": server, "NODE": "till-7", "HTTP": "none", **more}
     return {**os.environ, **{f"EDGEBROKER_APP_{key}": value for key, value in found.items()}}
+
+
+def start(source: Path, server: str, **more: str) -> subprocess.Popen[str]:
+    """An application as a process, in the directory of its file; `more` are keys of its configuration."""
+    command = [sys.executable, "-m", "edgebroker", "app", "run", str(source)]
+    return subprocess.Popen(
+        command, cwd=source.parent, env=environment(server, **more), stderr=subprocess.PIPE, text=True
+    )
 
 
 def read(path: Path, sql: str) -> list[tuple[Any, ...]]:
