@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from edgebroker.client.consumer import Consumer
 from edgebroker.consumer.handling import outbox as outbox_module
 from edgebroker.consumer.handling.in_hand import NAME as IN_HAND
+from edgebroker.consumer.reader import Reader
 from edgebroker.consumer.service import StuckError
 from tests.kit.applications import HEAD, App, committed, price, publish, read, start
 from tests.kit.brokers import RunningBroker, running
@@ -337,6 +340,51 @@ def handle(price: Price, outbox: Outbox):
         while len(found) < 2:
             found += [record.value for record in consumer.poll(10.0)]
         assert found == [b"a", b"b"]
+        app.until("SELECT count(*) FROM _outbox", [(0,)])
+
+
+def test_the_outbox_keeps_the_order_of_a_topic_that_refused(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What comes after a refused record of its topic waits with it, also once the topic would take it."""
+    monkeypatch.setattr(outbox_module, "REFUSED_SECONDS", 1.0)
+    app = make("""
+@message_handler("prices")
+def handle(price: Price, outbox: Outbox):
+    outbox.send("later", price.code)
+""")
+    publish(broker, price("a", 1))
+    with app.running(), Consumer(broker.server, ["later"], start="earliest") as consumer:
+        wait_for(lambda: "records for topic later wait in the outbox" in caplog.text, "it is refused")
+        broker.create("later")
+        publish(broker, price("b", 2))
+        found: list[object] = []
+        while len(found) < 2:
+            found += [record.value for record in consumer.poll(10.0)]
+        assert found == [b"a", b"b"]
+
+
+def test_the_outbox_goes_on_when_it_could_not_be_read(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, really = [3], Reader.rows
+
+    def sometimes(self: Reader, sql: str, *arguments: Any) -> Any:
+        if "_outbox" in sql and left[0]:
+            left[0] -= 1
+            raise sqlite3.OperationalError("disk I/O error")
+        return really(self, sql, *arguments)
+
+    monkeypatch.setattr(Reader, "rows", sometimes)
+    app = make("""
+@message_handler("prices")
+def handle(price: Price, outbox: Outbox):
+    outbox.send("seen", price.code)
+""")
+    broker.create("seen")
+    publish(broker, price("a", 1))
+    with app.running():
+        wait_for(lambda: not left[0], "it could not be read")
         app.until("SELECT count(*) FROM _outbox", [(0,)])
 
 

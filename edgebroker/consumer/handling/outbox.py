@@ -19,6 +19,7 @@ from edgebroker.client.producer import Producer, Sent
 from edgebroker.common.errors import AnswerError, ArgumentError, Code, EdgeBrokerError
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.threads import start_thread
+from edgebroker.consumer.database import DatabaseError
 from edgebroker.consumer.reader import Reader
 
 log = logging.getLogger(__name__)
@@ -45,10 +46,12 @@ class OutboxSender:
         self._wake, self._closed = threading.Event(), False
         self._begun, self._ended = False, threading.Event()
         self._producer: Producer | None = None
-        # Everything before is sent, or of a topic that refuses; by the thread.
+        # By the thread: everything before is sent, or of a topic that refuses, of which nothing is sent until all is
+        # tried again, from the first record on; when the log says again of a topic that it refuses.
         self._through = 0
-        self._refusing: dict[str, float] = {}
+        self._refusing: set[str] = set()
         self._retry_due = 0.0
+        self._remind_due: dict[str, float] = {}
         # Not removed from the database yet: one thread appends, the other takes.
         self._settled: deque[Settled] = deque()
 
@@ -86,8 +89,12 @@ class OutboxSender:
             self._wake.clear()
             if self._refusing and not self._settled and self._clock.monotonic() >= self._retry_due:
                 self._through = 0
-            while not self._closed and self._send_some(reader, producer):
-                pass
+                self._refusing.clear()
+            try:
+                while not self._closed and self._send_some(reader, producer):
+                    pass
+            except DatabaseError as error:  # the worker wakes it again
+                log.warning("the outbox cannot be read: %s; it is tried again", error)
         reader.close()
         self._ended.set()
 
@@ -98,9 +105,8 @@ class OutboxSender:
             (self._through, MOST_ROWS),
         )
         futures: list[tuple[int, str, Sent]] = []
-        refusing = set[str]()
         for number, topic, key, value, headers in rows:
-            if topic in refusing:
+            if topic in self._refusing:
                 continue
             pairs = [(name, text.encode()) for name, text in msgspec.json.decode(headers)] if headers else None
             try:
@@ -108,26 +114,26 @@ class OutboxSender:
             except (ValueError, EdgeBrokerError) as error:
                 if self._closed:
                     return False
-                self._failed(number, topic, error, refusing)
+                self._failed(number, topic, error)
         for number, topic, future in futures:
             failure = future.exception()
             if failure is None:
                 self._settled.append(Settled(number))
-                self._refusing.pop(topic, None)
+                self._remind_due.pop(topic, None)
             elif not self._closed:
-                self._failed(number, topic, failure, refusing)
+                self._failed(number, topic, failure)
         if rows:
             self._through = rows[-1][0]
         return len(rows) == MOST_ROWS
 
-    def _failed(self, number: int, topic: str, error: Exception, refusing: set[str]) -> None:
+    def _failed(self, number: int, topic: str, error: Exception) -> None:
         """A record was not taken: it waits, with what follows it in its topic, unless no attempt helps."""
         if isinstance(error, ArgumentError) or (isinstance(error, AnswerError) and error.code in _HOPELESS):
             self._settled.append(Settled(number, str(error)))
             return
-        refusing.add(topic)
+        self._refusing.add(topic)
         now = self._clock.monotonic()
         self._retry_due = now + REFUSED_SECONDS
-        if now >= self._refusing.get(topic, 0.0):
-            self._refusing[topic] = now + REMIND_SECONDS
+        if now >= self._remind_due.get(topic, 0.0):
+            self._remind_due[topic] = now + REMIND_SECONDS
             log.warning("records for topic %s wait in the outbox: %s", topic, error)
