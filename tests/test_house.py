@@ -39,8 +39,8 @@ LINES = {
         "asynchronous",
     ],
     "consumer": [
-        "config", "declare", "database", "reader", "views", "staging_file", "handling", "generation", "subscriptions",
-        "instance", "rest", "service",
+        "config", "declare", "database", "reader", "views", "staging_file", "handling", "subscriptions", "reloads",
+        "generation", "instance", "rest", "service",
     ],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",

@@ -3,9 +3,9 @@
     RESET -> begin() -> load() into the staging file -> all partitions complete -> sorted, in a thread
           -> copied in slices into the next generation -> then what came since -> switch(): readers see it -> READY
 
-Readers have the old rows until the switch, also across crashes: each step is stored, and goes on where it stood. All
-partitions of a topic, and all topics that are to change together, are loaded and switched together: when one of them
-has to be, the others are asked for. Handlers get the records of a refresh as they get others, when these come.
+Readers have the old rows until the switch, also across crashes: each step is stored, and goes on where it stood. What
+is switched together, and when, reloads.py says. Handlers get the records of a refresh as they get others, when these
+come.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from edgebroker.consumer.database import AppDatabase, Loading
 from edgebroker.consumer.declare.application import Topic
 from edgebroker.consumer.handling.effect import DeadNow, Effect, Portion
 from edgebroker.consumer.reader import Reader
+from edgebroker.consumer.reloads import Reloads
 from edgebroker.consumer.staging_file import StagingFile
 from edgebroker.consumer.views import Slice, View, Views, counting
 
@@ -41,18 +42,6 @@ class Host(Protocol):
 
     def begun(self, key: TopicPartition, first: bool) -> None:
         """A partition is loaded again, the first one of its topic perhaps; within a transaction then."""
-
-    def begin_again(self, key: TopicPartition) -> None:
-        """What was loaded of a partition does not count: its refresh has to be announced again."""
-
-    def is_whole(self, topic: str, loading: set[int]) -> bool:
-        """Are these all partitions of a topic that can be loaded?"""
-
-    def is_caught_up(self, topic: str, loading: Mapping[int, Loading]) -> bool:
-        """Is loaded what the broker has, as far as it has said so?"""
-
-    def may_switch(self, topics: Sequence[str]) -> bool:
-        """Is it time to show what was loaded?"""
 
     def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None:
         """Readers see what was loaded; these positions hold from now on."""
@@ -100,12 +89,13 @@ class Generations:
         topics: Mapping[str, Topic],
         effects: Mapping[str, Effect],
         host: Host,
+        reloads: Reloads,
         clock: Clock,
         *,
         force: bool,
     ) -> None:
         self._database, self._views, self._topics, self._effects = database, views, topics, effects
-        self._host, self._clock, self._force = host, clock, force
+        self._host, self._reloads, self._clock, self._force = host, reloads, clock, force
         self._directory: Path = database.path.parent
         self._staged: dict[str, _Staged] = {}
         self._attached = ""
@@ -129,20 +119,6 @@ class Generations:
             if following is not None and staged.is_sorted:
                 staged.next, staged.copied = following
         return staged
-
-    def together(self, topic: str) -> list[str]:
-        """The topics that are switched in one step with this one, itself among them."""
-        found, added = [topic], True
-        while added:
-            others = {
-                name
-                for name, one in self._topics.items()
-                if name not in found and (any(name in self._topics[mine].together for mine in found)
-                                          or any(mine in one.together for mine in found))
-            }  # fmt: skip
-            found += sorted(others)
-            added = bool(others)
-        return found
 
     def loading(self) -> set[tuple[str, int]]:
         """The partitions that are loaded again. Any thread."""
@@ -214,7 +190,7 @@ class Generations:
         effect.loading[key.partition] = _state(refresh)
         for partition in others if restart else []:
             del effect.loading[partition]
-            self._host.begin_again(TopicPartition(key.topic, partition))
+            self._reloads.announce_again(TopicPartition(key.topic, partition))
 
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
         """Store the next records together with the position behind them, durably: they are acknowledged next."""
@@ -242,14 +218,14 @@ class Generations:
         """Show the next generations once all that is to change together is complete, sorted and copied."""
         if refresh.reset_id in self._over:
             return True
-        topics = self.together(refresh.topic)
+        topics = self._reloads.together(refresh.topic)
         loading = {topic: self._loading(topic) for topic in topics}
         if not all(self._is_complete(topic, loading[topic]) for topic in topics):
             return False
         ready = [self._prepare(topic, loading[topic]) for topic in topics]
         if not all(ready) or not all(self._is_large_enough(topic, loading[topic]) for topic in topics):
             return False
-        if not self._host.may_switch(topics):
+        if not self._reloads.may_switch(topics):
             attempt = _attempt(loading[refresh.topic])
             if attempt not in self._held:
                 self._held.add(attempt)
@@ -260,7 +236,7 @@ class Generations:
 
     def _is_complete(self, topic: str, loading: Mapping[int, Loading]) -> bool:
         complete = all(one.position.next_offset >= one.target for one in loading.values())
-        return complete and bool(loading) and self._host.is_whole(topic, set(loading))
+        return complete and bool(loading) and self._reloads.is_whole(topic, set(loading))
 
     def _prepare(self, topic: str, loading: Mapping[int, Loading]) -> bool:
         """Is the next generation of a topic filled? What is missing is begun: the sort, when hardly anything is to come
@@ -272,7 +248,7 @@ class Generations:
             failure, staged.failure = staged.failure, None
             raise failure
         if not staged.is_sorted and not staged.sorting and staged.result is None:
-            if not self._host.is_caught_up(topic, loading):
+            if not self._reloads.is_caught_up(topic, loading):
                 return False
             staged.sorting, number, partitions = True, staged.sorts, list(staged.file.loading)
             start_thread("edgebroker-sort", lambda: self._sort(staged, number, partitions))
@@ -395,7 +371,7 @@ class Generations:
         least = -(-staged.before * LEAST_PERCENT // 100)
         if staged.total >= least and not told:
             return True
-        if not self._host.is_caught_up(topic, loading):
+        if not self._reloads.is_caught_up(topic, loading):
             return False  # what is to come may be what is missing
         now = self._views.count(staged.next, list(loading))
         if now >= least:

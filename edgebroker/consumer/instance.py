@@ -15,11 +15,10 @@ from contextlib import contextmanager
 
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record
-from edgebroker.common.runtime.clock import SystemClock, second_of_day, sleep
-from edgebroker.common.runtime.hours import parse_hours
+from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.config import AppConfig
-from edgebroker.consumer.database import AppDatabase, DatabaseError, Loading, is_shortage
+from edgebroker.consumer.database import AppDatabase, DatabaseError, is_shortage
 from edgebroker.consumer.declare.application import Application
 from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.calls import Calls
@@ -41,7 +40,8 @@ from edgebroker.consumer.handling.in_hand import MOST_DEATHS, InHand
 from edgebroker.consumer.handling.outbox import OutboxSender
 from edgebroker.consumer.handling.waiting import WaitingPartition, once
 from edgebroker.consumer.handling.watch import Watch
-from edgebroker.consumer.subscriptions import REMIND_SECONDS, Asked, Subscriptions
+from edgebroker.consumer.reloads import Reloads
+from edgebroker.consumer.subscriptions import REMIND_SECONDS, Subscriptions
 from edgebroker.consumer.views import Views
 
 log = logging.getLogger(__name__)
@@ -54,7 +54,6 @@ UNACKED_BYTES = 4 << 20
 WAIT_SECONDS = 0.2
 # How often it is looked whether anything is missing.
 CURRENT_SECONDS = 0.2
-ASK_AGAIN_SECONDS = 1.0
 # No more records are taken while so many wait in the outbox.
 MOST_OUTGOING = 100_000
 
@@ -87,27 +86,14 @@ class Instance:
         self.dead_records = DeadRecords(database, self._effects, observer)
         self._in_hand = InHand(database.path.parent)
         self._outgoing, self._full_outbox = OutboxSender(database.path, settings.server, self._clock), False
+        self.subscriptions = Subscriptions(settings.name, settings.node, settings.server, self._clock, self._lost)
+        self._reloads = Reloads(self._topics, self.subscriptions, settings.activate_refresh, self._clock)
         self.generations = Generations(
-            database, views, self._topics, self._effects, self, self._clock, force=settings.force
+            database, views, self._topics, self._effects, self, self._reloads, self._clock, force=settings.force
         )
-        # Topics to ask for, because a partition of theirs is loaded again or another version made their view; of those
-        # that were asked for, the partitions that are loaded, and those that cannot be.
-        self._incomplete = set(filter(self.is_stale, self._topics))
-        self._asked: dict[str, Asked] = {}
-        self._ask_due = 0.0
-        # Partitions whose refresh is to be announced again, from its beginning.
-        self._to_announce: set[TopicPartition] = set()
-        self._activation, self._activated = settings.activate_refresh, set[str]()
-        self.subscriptions = Subscriptions(
-            self._topics,
-            settings.name,
-            settings.node,
-            settings.server,
-            self._clock,
-            self._positions,
-            self.generations,
-            self._lost,
-        )
+        # Another version made their views, or they have other columns.
+        self._reloads.want(filter(self.is_stale, self._topics))
+        self.subscriptions.open(self._topics.values(), self._positions, self.generations)
         # What was received and is not stored yet; nothing more is asked for before it is.
         self._held: list[Portion] = []
         self._short = False
@@ -181,7 +167,7 @@ class Instance:
     def _turn(self) -> None:
         if not self._held:
             self._gather()
-            self._load_whole_topics()
+            self._reloads.ask()
             self._try_again()
         if self._held:
             self._apply()
@@ -204,7 +190,7 @@ class Instance:
         self._busy = self.generations.step()
         if now >= self._current_due:
             self._current_due = now + CURRENT_SECONDS
-            self.subscriptions.switch(list(self._asked))
+            self.subscriptions.switch(self._reloads.asked)
             if not self._held and not self._waiting:
                 self.subscriptions.note_current()
         while self._jobs:
@@ -260,17 +246,10 @@ class Instance:
             return portion
         if stored.log_id != self._after(portion.records[0]).log_id:
             # The topic was made again: what readers see is of the one before, and all of it has to go.
-            self._ask_again(portion.key.topic)
+            self._reloads.want_again(portion.key.topic)
             return None
         records = [record for record in portion.records if record.offset >= stored.next_offset]
         return portion._replace(records=records) if records else None
-
-    def _ask_again(self, topic: str) -> None:
-        """Have a topic loaded again, at most once in a while: what was asked for before may have been of another."""
-        now = self._clock.monotonic()
-        if topic not in self._asked or now >= self._ask_due:
-            self._asked.pop(topic, None)
-            self._incomplete.add(topic)
 
     def _after(self, record: Record) -> Position:
         return self.subscriptions.position_after(record)
@@ -408,56 +387,9 @@ class Instance:
         self._waiting.pop(key, None)
         self._held = [portion for portion in self._held if portion.key != key]
         self._unacknowledged.pop(key, None)
-        self._incomplete.update(topic for topic in self.generations.together(key.topic) if topic not in self._asked)
+        self._reloads.want(self._reloads.together(key.topic))
         if first:
             self._hooks.reset()
-
-    def begin_again(self, key: TopicPartition) -> None:
-        """What was loaded of a partition does not count: its refresh has to be announced again."""
-        self._to_announce.add(key)
-
-    def _load_whole_topics(self) -> None:
-        """A topic is switched as a whole: ask for its other partitions, too."""
-        while self._to_announce:
-            self.subscriptions.announce_again(self._to_announce.pop())
-        now = self._clock.monotonic()
-        if now < self._ask_due:
-            return
-        for topic in [topic for topic in self._incomplete if self.subscriptions.held(topic)]:
-            self._ask_due = now + ASK_AGAIN_SECONDS
-            self._incomplete.discard(topic)
-            self._asked[topic] = self.subscriptions.load_again(topic)
-
-    def is_whole(self, topic: str, loading: set[int]) -> bool:
-        """Are all partitions of a topic loaded again that can be?"""
-        asked, held = self._asked.get(topic), self.subscriptions.held(topic)
-        if asked is None or not held <= asked.loading | asked.refused:
-            self._incomplete.add(topic)
-            return False
-        return asked.loading <= loading
-
-    def is_caught_up(self, topic: str, loading: Mapping[int, Loading]) -> bool:
-        """Is loaded what the broker has, as far as it has said so?"""
-        ends = self.subscriptions.ends()
-        return all(
-            one.position.next_offset >= ends.get(TopicPartition(topic, partition), 0)
-            for partition, one in loading.items()
-        )
-
-    def may_switch(self, topics: Sequence[str]) -> bool:
-        """Is it time to show what was loaded?"""
-        if self._activation == "command":
-            return self._activated.issuperset(topics)
-        return self._activation == "now" or parse_hours(self._activation).open(second_of_day(self._clock.wall_ms()))
-
-    def activate(self) -> tuple[Outcome, str]:
-        """Show what was loaded again and waits for it. A job."""
-        topics = self.generations.copied()
-        if not topics:
-            return Outcome.CONFLICT, "nothing is loaded that waits to be shown"
-        self._activated.update(*(self.generations.together(topic) for topic in topics))
-        self.subscriptions.switch(topics)
-        return Outcome.OK, ""
 
     def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
         """Have handlers handle records of a refresh, in one transaction with something else, which gets the offset
@@ -509,8 +441,7 @@ class Instance:
     def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None:
         """Readers see what was loaded; these positions hold from now on."""
         self._positions.update(positions)
-        self._asked.pop(topic, None)
-        self._activated.discard(topic)
+        self._reloads.switched(topic)
         self._observer.reset(topic)
 
     # ---- the outbox ----
@@ -540,9 +471,12 @@ class Instance:
         """Have a topic loaded again. A job."""
         if topic not in self._topics:
             return Outcome.NOT_FOUND, f"this application does not read {topic}; it reads {', '.join(self._topics)}"
-        if topic not in self._asked:
-            self._incomplete.add(topic)
+        self._reloads.want([topic])
         return Outcome.OK, ""
+
+    def activate(self) -> tuple[Outcome, str]:
+        """Show what was loaded again and waits for it. A job."""
+        return self._reloads.activate(self.generations.copied())
 
     # ---- acknowledging ----
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from edgebroker.client.consumer import Consumer
@@ -32,34 +32,39 @@ class Asked(NamedTuple):
 
 class Subscriptions:
     """Belongs to the thread that polls, but for what says otherwise. `lost` is told of partitions that are another
-    member's from now on; `positions` are those that are kept here."""
+    member's from now on."""
 
     def __init__(
         self,
-        topics: Mapping[str, Topic],
         name: str,
         node: str,
         server: str,
         clock: Clock,
-        positions: Mapping[tuple[str, int], Position],
-        staging: Staging,
         lost: Callable[[Sequence[TopicPartition]], None],
     ) -> None:
-        self._clock, self._away_due = clock, 0.0
-        kinds: dict[tuple[str, str], list[str]] = {}
-        for topic in topics.values():
-            kinds.setdefault((topic.scope, topic.start), []).append(topic.name)
+        self._name, self._node, self._server, self._clock = name, node, server, clock
+        self._lost, self._away_due = lost, 0.0
         self._topics: dict[Consumer, list[str]] = {}
+        self._of_topic: dict[str, Consumer] = {}
+        # Where each partition ended when it was given; when nothing was missing of a topic, in monotonic seconds.
+        self._goals: dict[TopicPartition, int] = {}
+        self._current: dict[str, float] = {}
+
+    def open(self, topics: Iterable[Topic], positions: Mapping[tuple[str, int], Position], staging: Staging) -> None:
+        """Begin to read topics. `positions` are those that are kept here."""
+        kinds: dict[tuple[str, str], list[str]] = {}
+        for topic in topics:
+            kinds.setdefault((topic.scope, topic.start), []).append(topic.name)
         for (scope, start), names in kinds.items():
             own = {key: one for key, one in positions.items() if key[0] in names}
             consumer = Consumer(
-                server,
+                self._server,
                 names,
-                f"{name}.{node}" if scope == "each" else name,
+                f"{self._name}.{self._node}" if scope == "each" else self._name,
                 start="latest" if start == "latest" else "earliest",
                 positions=own if scope == "each" else None,
                 auto_ack=False,
-                on_revoked=lost,
+                on_revoked=self._lost,
                 on_gap=lambda gap: log.warning("%s", gap),
                 timeout=AWAY_SECONDS,
                 staging=staging,
@@ -67,10 +72,7 @@ class Subscriptions:
                 window_bytes=WINDOW_BYTES,
             )
             self._topics[consumer] = names
-        self._of_topic = {topic: consumer for consumer, names in self._topics.items() for topic in names}
-        # Where each partition ended when it was given; when nothing was missing of a topic, in monotonic seconds.
-        self._goals: dict[TopicPartition, int] = {}
-        self._current: dict[str, float] = {}
+            self._of_topic.update(dict.fromkeys(names, consumer))
 
     # ---- records ----
 

@@ -15,6 +15,7 @@ from edgebroker.client.consumer import Consumer
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
 from edgebroker.consumer import instance as instance_module
+from edgebroker.consumer import reloads as reloads_module
 from edgebroker.consumer.staging_file import StagingFile
 from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running
@@ -121,7 +122,7 @@ def test_within_hours(
     broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     second = [12 * 3600.0]
-    monkeypatch.setattr(instance_module, "second_of_day", lambda wall_ms: second[0])
+    monkeypatch.setattr(reloads_module, "second_of_day", lambda wall_ms: second[0])
     caplog.set_level("INFO")
     app = make(VIEW)
     app.more = {"activate_refresh": "22:00-04:00"}

@@ -29,7 +29,9 @@ from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.calls import Calls
 from edgebroker.consumer.handling.effect import DeadNow, Effect, Portion
 from edgebroker.consumer.handling.watch import Watch
+from edgebroker.consumer.reloads import Reloads
 from edgebroker.consumer.staging_file import StagingFile
+from edgebroker.consumer.subscriptions import Subscriptions
 from edgebroker.consumer.views import Views
 from tests.kit import applications
 from tests.kit.waiting import wait_for
@@ -67,8 +69,30 @@ class CrashError(Exception):
     pass
 
 
+class WillingReloads(Reloads):
+    """Says yes to everything."""
+
+    may = True
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.again: list[int] = []
+
+    def announce_again(self, key: TopicPartition) -> None:
+        self.again.append(key.partition)
+
+    def is_whole(self, topic: str, loading: set[int]) -> bool:
+        return True
+
+    def is_caught_up(self, topic: str, loading: object) -> bool:
+        return True
+
+    def may_switch(self, topics: Sequence[str]) -> bool:
+        return self.may
+
+
 class World:
-    """Generations over a database, with a host that says yes to everything."""
+    """Generations over a database, and the host of it."""
 
     def __init__(self, directory: Path, topics: Mapping[str, Topic], *, force: bool = False) -> None:
         self.database = NotedDatabase(directory)
@@ -76,10 +100,13 @@ class World:
         views = Views(self.database, clock)
         calls = Calls(self.database, Watch(clock.monotonic), clock, "till-7", logging.getLogger("app"))
         self.effects = {name: Effect(topic, self.database, views, calls, lambda: 1) for name, topic in topics.items()}
-        self.generations = Generations(self.database, views, topics, self.effects, self, clock, force=force)
-        self.may = True
+        self.reloads = WillingReloads(
+            topics, Subscriptions("app", "till-7", "", clock, lambda gone: None), "now", clock
+        )
+        self.generations = Generations(
+            self.database, views, topics, self.effects, self, self.reloads, clock, force=force
+        )
         self.calls: list[tuple[int, bool]] = []
-        self.again: list[int] = []
 
     def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
         effect = self.effects[portion.key.topic]
@@ -91,18 +118,6 @@ class World:
 
     def begun(self, key: TopicPartition, first: bool) -> None:
         self.calls.append((key.partition, first))
-
-    def begin_again(self, key: TopicPartition) -> None:
-        self.again.append(key.partition)
-
-    def is_whole(self, topic: str, loading: set[int]) -> bool:
-        return True
-
-    def is_caught_up(self, topic: str, loading: object) -> bool:
-        return True
-
-    def may_switch(self, topics: Sequence[str]) -> bool:
-        return self.may
 
     def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None: ...
 
@@ -280,7 +295,7 @@ def test_a_refresh_that_is_begun_again(tmp_path: Path) -> None:
 def test_topics_that_change_together(tmp_path: Path) -> None:
     topics = {"a": topic_of("a", together=("b",)), "b": topic_of("b"), "c": topic_of("c")}
     world = World(tmp_path, topics, force=True)
-    assert world.generations.together("b") == ["b", "a"] and world.generations.together("c") == ["c"]
+    assert world.reloads.together("b") == ["b", "a"] and world.reloads.together("c") == ["c"]
     rng = random.Random(9)
     logs = {name: log_of(name, rng, 80) for name in ("a", "b")}
     refreshes = {name: refresh_of(name, 80, name) for name in logs}
@@ -289,10 +304,10 @@ def test_topics_that_change_together(tmp_path: Path) -> None:
         assert not world.step(refreshes["a"])
     world.go(refreshes["b"], logs["b"])
     before = world.database.noted.count("sync")
-    world.may = False
+    world.reloads.may = False
     wait_for(lambda: not world.step(*refreshes.values()) and set(world.generations.copied()) == {"a", "b"}, "copied")
     assert (world.rows("a"), world.rows("b")) == ({}, {})
-    world.may = True
+    world.reloads.may = True
     wait_for(lambda: world.step(*refreshes.values()), "both are switched")
     assert (world.rows("a"), world.rows("b")) == (latest(logs["a"]), latest(logs["b"]))
     assert world.database.noted.count("sync") == before + 1, "in one step"
@@ -359,7 +374,7 @@ def test_rows_of_an_attempt_before_are_no_part_of_the_next(tmp_path: Path) -> No
     """The process dies when the second attempt is sorted and nothing of it is copied."""
     topics = {"t": topic_of("t")}
     world = World(tmp_path, topics, force=True)
-    world.may = False
+    world.reloads.may = False
     first = refresh_of("t", 100, "r1")
     world.go(first, log_of("t", random.Random(12), 100))
     wait_for(lambda: not world.step(first) and world.generations.copied() == ["t"], "it is copied")
@@ -392,7 +407,7 @@ def test_handlers_begin_with_a_whole_topic_when_one_partition_is_begun_again(tmp
     for partition in (0, 1):
         world.go(refresh_of("t", 1, f"r{partition}", partition), logs[partition])
     world.go(refresh_of("t", 1, "again", 0), logs[0])
-    assert world.calls == [(0, True), (1, False), (0, True)] and world.again == [1]
+    assert world.calls == [(0, True), (1, False), (0, True)] and world.reloads.again == [1]
     assert world.generations.loading() == {("t", 0)}
     late = refresh_of("t", 1, "r1", 1)
     late.next_offset = 1
