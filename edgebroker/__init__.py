@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         UnreachableError,
     )
     from edgebroker.common.records import Record
-    from edgebroker.common.types import Position, TopicPartition
+    from edgebroker.common.types import Delivery, Position, TopicPartition
 
 _ERRORS = "edgebroker.common.errors"
 _HOMES = {
@@ -37,6 +37,7 @@ _HOMES = {
     "AsyncProducer": "edgebroker.client.asynchronous",
     "AsyncConsumer": "edgebroker.client.asynchronous",
     "Record": "edgebroker.common.records",
+    "Delivery": "edgebroker.common.types",
     "Position": "edgebroker.common.types",
     "TopicPartition": "edgebroker.common.types",
     "Staging": "edgebroker.client.refresh",
@@ -59,6 +60,7 @@ __all__ = [
     "AsyncProducer",
     "AsyncConsumer",
     "Record",
+    "Delivery",
     "Position",
     "TopicPartition",
     "Staging",

@@ -209,7 +209,7 @@ def page() -> str:
     """The whole document."""
     parts = [
         HEAD, PRODUCER, reference("Producer"), reference("Sent"),
-        CONSUMER, reference("Consumer"), reference("Record"), reference("TopicPartition"),
+        CONSUMER, reference("Consumer"), reference("Record"), reference("TopicPartition"), reference("Delivery"),
         ASYNC, reference("AsyncProducer"), reference("AsyncConsumer"),
         POSITIONS, reference("Position"),
         REFRESH, reference("Staging"), reference("Refresh"),

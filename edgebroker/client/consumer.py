@@ -29,7 +29,7 @@ from edgebroker.common.names import check_group_name
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.runtime.threads import start_thread
-from edgebroker.common.types import Position, TopicPartition
+from edgebroker.common.types import Delivery, Position, TopicPartition
 
 POSITIONS_SECONDS = 1.0
 
@@ -60,6 +60,8 @@ class Consumer:
             False: only ack() does.
         window_records: how many records may be in flight; 0: what the broker allows.
         window_bytes: how many bytes may be in flight; 0: what the broker allows.
+        on_delivery: called with each Delivery before its records are handed out or loaded: the batches as the broker
+            has stored them, for a copy of the log. What comes again after a reconnect is given again.
         on_gap: called with a GapError instead of raising it.
         on_assigned: called with the partitions that were assigned.
         on_revoked: called with the partitions that are being revoked, or were lost. A partition is released when
@@ -97,6 +99,7 @@ class Consumer:
         auto_ack: bool = True,
         window_records: int = 0,
         window_bytes: int = 0,
+        on_delivery: Callable[[Delivery], object] | None = None,
         on_gap: Callable[[GapError], object] | None = None,
         on_assigned: Callable[[Sequence[TopicPartition]], object] | None = None,
         on_revoked: Callable[[Sequence[TopicPartition]], object] | None = None,
@@ -137,7 +140,7 @@ class Consumer:
         self._receiver = Receiver(
             self._subscriber,
             self._loader,
-            Callbacks(on_gap, on_assigned, on_revoked),
+            Callbacks(on_delivery, on_gap, on_assigned, on_revoked),
             timeout,
             self._keep_positions,
             self._take_back,

@@ -66,6 +66,26 @@ class Position(NamedTuple):
     next_offset: int
 
 
+class Delivery(NamedTuple):
+    """Batches of one partition as they are stored, for a copy of its log.
+
+    Attributes:
+        topic: the topic.
+        partition: the partition.
+        log_id: 16 bytes that name the log.
+        first: the first offset that is delivered. The first batch may begin before it.
+        last: the last offset that is delivered.
+        batches: whole batches, with the offsets and the histories (epochs) that the broker gave them.
+    """
+
+    topic: str
+    partition: int
+    log_id: bytes
+    first: int
+    last: int
+    batches: bytes
+
+
 class TopicPartition(NamedTuple):
     """One partition of a topic.
 

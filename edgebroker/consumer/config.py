@@ -43,6 +43,13 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     activate_refresh: Annotated[str, about(
         "when readers see a topic that was loaded again: now, within hours (22:00-04:00), or command "
         "(POST /v1/activate)")] = "now"
+    copy: Annotated[Literal["auto", "on", "off"], about(
+        "keep a copy of topics as they are at the broker, for their history and to build views again; auto: unless the "
+        "broker is on this machine")] = "auto"
+    copy_bytes: Annotated[int, msgspec.Meta(ge=64 << 20), about(
+        "bytes of the copy of all topics; its oldest records go when it has more")] = 1 << 30
+    copy_hours: Annotated[float, msgspec.Meta(ge=0, le=1_000_000), about(
+        "hours that the copy keeps records; 0: as long as there is room")] = 0.0
     http: Annotated[str, about(
         "HOST:PORT at which it answers over HTTP; none: only at the unix socket http.sock in its data directory")
         ] = "127.0.0.1:7430"
@@ -56,6 +63,13 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         "auto: fields to systemd's journal if standard error is connected to it, else text; json: one object per line")
         ] = "auto"
 # fmt: on
+
+
+def has_copy(config: AppConfig) -> bool:
+    """Is a copy of topics kept?"""
+    if config.copy == "auto":
+        return not all(map(is_loopback, config.server.replace(" ", "").split(",")))
+    return config.copy == "on"
 
 
 class LoadedConfig(NamedTuple):

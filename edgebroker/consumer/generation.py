@@ -43,6 +43,9 @@ class Host(Protocol):
     def begun(self, key: TopicPartition, first: bool) -> None:
         """A partition is loaded again, the first one of its topic perhaps; within a transaction then."""
 
+    def resume(self, refresh: Refresh, offset: int) -> int:
+        """Where to go on with a refresh of which so much is loaded."""
+
     def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None:
         """Readers see what was loaded; these positions hold from now on."""
 
@@ -152,14 +155,17 @@ class Generations:
             self._host.begun(key, False)
         else:
             self._begin(key, refresh)
-        known = effect.loading[key.partition]
+        return self._host.resume(refresh, self._loaded(staged, effect.loading[key.partition], refresh, again))
+
+    def _loaded(self, staged: _Staged | None, known: Loading, refresh: Refresh, again: bool) -> int:
+        """How far a refresh is that was begun."""
         if staged is None:
             return known.position.next_offset
-        found = staged.file.loading.get(key.partition)
+        found = staged.file.loading.get(refresh.partition)
         if not again or found is None or found.reset_id != refresh.reset_id:
-            self._empty(staged, key, refresh)
+            self._empty(staged, TopicPartition(refresh.topic, refresh.partition), refresh)
             return refresh.from_offset
-        if effect.handles:
+        if self._effects[refresh.topic].handles:
             return min(found.position.next_offset, known.position.next_offset)
         return found.position.next_offset
 

@@ -13,11 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
+from edgebroker.client.refresh import Refresh
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.config import AppConfig
+from edgebroker.consumer.copy.copy_reader import CopyReader
+from edgebroker.consumer.copy.rebuild import Rebuild
 from edgebroker.consumer.database import AppDatabase, DatabaseError, is_shortage
 from edgebroker.consumer.declare.application import Application
 from edgebroker.consumer.generation import Generations
@@ -52,6 +55,8 @@ SYNC_SECONDS, PRESENCE_SECONDS, RETRY_SECONDS = 1.0, 10.0, 1.0
 # What may be unacknowledged before the next second.
 UNACKED_BYTES = 4 << 20
 WAIT_SECONDS = 0.2
+# How long it is waited for the copy to have more room, or to be durable.
+COPY_SECONDS = 0.02
 # How often it is looked whether anything is missing.
 CURRENT_SECONDS = 0.2
 # No more records are taken while so many wait in the outbox.
@@ -66,9 +71,15 @@ class Instance:
     """run() belongs to one thread. `watch` sees what that thread calls; jobs are run by it between two transactions."""
 
     def __init__(
-        self, application: Application, database: AppDatabase, settings: AppConfig, observer: Observer
+        self,
+        application: Application,
+        database: AppDatabase,
+        settings: AppConfig,
+        observer: Observer,
+        copied: CopyReader | None,
     ) -> None:
         self._database, self._clock, self._stopping = database, SystemClock(), False
+        self._copy = copied.copy if copied is not None else None
         self._observer = observer
         self._jobs: deque[Callable[[], None]] = deque()
         # For whoever asks, any thread: records whose effect is stored, attempts that failed.
@@ -86,24 +97,29 @@ class Instance:
         self.dead_records = DeadRecords(database, self._effects, observer)
         self._in_hand = InHand(database.path.parent)
         self._outgoing, self._full_outbox = OutboxSender(database.path, settings.server, self._clock), False
-        self.subscriptions = Subscriptions(settings.name, settings.node, settings.server, self._clock, self._lost)
+        received = self._copy.received if self._copy is not None else None
+        self.subscriptions = Subscriptions(
+            settings.name, settings.node, settings.server, self._clock, self._lost, received
+        )
         self._reloads = Reloads(self._topics, self.subscriptions, settings.activate_refresh, self._clock)
         self.generations = Generations(
             database, views, self._topics, self._effects, self, self._reloads, self._clock, force=settings.force
         )
-        # Another version made their views, or they have other columns.
-        self._reloads.want(filter(self.is_stale, self._topics))
-        self.subscriptions.open(self._topics.values(), self._positions, self.generations)
+        self._rebuild = Rebuild(
+            copied, self.generations, self._reloads, self.subscriptions, self._topics, self._effects, self._positions
+        )
         # What was received and is not stored yet; nothing more is asked for before it is.
         self._held: list[Portion] = []
+        self._to_load = deque[Portion]()
         self._short = False
         self._waiting: dict[TopicPartition, WaitingPartition] = {}
         # Committed, and not acknowledged yet.
-        self._unacknowledged: dict[TopicPartition, Record] = {}
+        self._unacknowledged: dict[TopicPartition, int] = {}
         self._unacked_bytes = 0
         self._sync_due = self._presence_due = self._held_up_due = 0.0
         self._hooks = Hooks(application.hooks, self._calls, database, self._clock)
         self.ready = False
+        self._rebuild.start()
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have run() do something between two transactions. Any thread."""
@@ -116,8 +132,7 @@ class Instance:
     def is_stale(self, topic: str) -> bool:
         """Has the view of a topic other columns or another version than the application declares, for now? Any
         thread."""
-        view = self._effects[topic].view
-        return view is not None and view.stale
+        return self._effects[topic].stale
 
     @property
     def waiting(self) -> int:
@@ -165,6 +180,7 @@ class Instance:
         sleep(RETRY_SECONDS)
 
     def _turn(self) -> None:
+        self._load_rebuilt()
         if not self._held:
             self._gather()
             self._reloads.ask()
@@ -187,10 +203,11 @@ class Instance:
             self._presence_due = now + PRESENCE_SECONDS
             self.subscriptions.in_progress()
         self._hooks.call_due()
-        self._busy = self.generations.step()
+        self._busy = self.generations.step() or self._rebuild.busy
         if now >= self._current_due:
             self._current_due = now + CURRENT_SECONDS
             self.subscriptions.switch(self._reloads.asked)
+            self._rebuild.switch()
             if not self._held and not self._waiting:
                 self.subscriptions.note_current()
         while self._jobs:
@@ -216,13 +233,17 @@ class Instance:
         if self._is_outbox_full():
             sleep(WAIT_SECONDS)
             return
+        if self._copy is not None and not self._copy.has_room:
+            sleep(COPY_SECONDS)
+            return
         count, until = 0, self._clock.monotonic() + GATHER_SECONDS
         wait = self._wait()
         for consumer in self.subscriptions.consumers:
             while records := self.subscriptions.poll(consumer, wait):
                 wait = 0.0
                 count += len(records)
-                self._held += [one for one in map(self._new, portions_of(records)) if one is not None]
+                for portion in portions_of(records):
+                    self._take(portion)
                 if count >= MOST_RECORDS or self._clock.monotonic() >= until:
                     break
 
@@ -232,7 +253,13 @@ class Instance:
         if self._busy or self._jobs:
             return 0.0
         due = [now + WAIT_SECONDS, *(one.due for one in self._waiting.values()), *self._hooks.due]
-        return max(0.0, min(due) - now) / len(self.subscriptions.consumers)
+        return max(0.0, min(due) - now) / max(1, len(self.subscriptions.consumers))
+
+    def _take(self, portion: Portion) -> None:
+        if self._rebuild.takes(portion.key.topic):
+            self._to_load.append(portion)
+        elif (new := self._new(portion)) is not None:
+            self._held.append(new)
 
     def _new(self, portion: Portion) -> Portion | None:
         """The part of a portion that has had no effect yet, unless its partition waits."""
@@ -249,7 +276,15 @@ class Instance:
             self._reloads.want_again(portion.key.topic)
             return None
         records = [record for record in portion.records if record.offset >= stored.next_offset]
+        if not records:  # the copy had lost them, perhaps
+            self._settled(portion)
         return portion._replace(records=records) if records else None
+
+    def _settled(self, portion: Portion) -> None:
+        """What these records do is stored."""
+        end = portion.records[-1].offset + 1
+        self._unacknowledged[portion.key] = max(end, self._unacknowledged.get(portion.key, 0))
+        self._unacked_bytes += _size(portion.records)
 
     def _after(self, record: Record) -> Position:
         return self.subscriptions.position_after(record)
@@ -323,8 +358,7 @@ class Instance:
         self._positions.update(positions)
         for portion in portions:
             self.records += len(portion.records)
-            self._unacknowledged[portion.key] = portion.records[-1]
-            self._unacked_bytes += _size(portion.records)
+            self._settled(portion)
             waiting = self._waiting.get(portion.key)
             if waiting is not None and waiting.records[-1].offset <= portion.records[-1].offset:
                 del self._waiting[portion.key]
@@ -370,7 +404,7 @@ class Instance:
             self._database.set_positions(positions)
         self._publish(changed)
         self._positions.update(positions)
-        self._unacknowledged[key] = record
+        self._unacknowledged[key] = record.offset + 1
         return [Portion(key, rest)] if rest else []
 
     def _reject(self, record: Record, why: str) -> None:
@@ -380,16 +414,29 @@ class Instance:
         key = (record.topic, record.partition)
         self._held = [portion for portion in self._held if portion.key != key]
 
+    def _load_rebuilt(self) -> None:
+        while self._to_load:
+            portion = self._to_load[0]
+            self._rebuild.load(portion.key, portion.records, self._after(portion.records[-1]))
+            self._settled(self._to_load.popleft())
+        if self._rebuild.busy:
+            self._rebuild.step()
+
     # ---- loading again ----
 
     def begun(self, key: TopicPartition, first: bool) -> None:
         """A partition is loaded again: what waits of it is of the data before."""
+        self._rebuild.superseded(key.topic)
         self._waiting.pop(key, None)
         self._held = [portion for portion in self._held if portion.key != key]
         self._unacknowledged.pop(key, None)
         self._reloads.want(self._reloads.together(key.topic))
         if first:
             self._hooks.reset()
+
+    def resume(self, refresh: Refresh, offset: int) -> int:
+        """Where to go on with a refresh of which so much is loaded: the copy may lack what came last."""
+        return self._copy.resume(refresh, offset) if self._copy is not None else offset
 
     def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
         """Have handlers handle records of a refresh, in one transaction with something else, which gets the offset
@@ -481,12 +528,17 @@ class Instance:
     # ---- acknowledging ----
 
     def _acknowledge(self) -> None:
-        """Make durable what is committed, and say so to the broker."""
-        if self._unacknowledged:
-            self._database.sync()
-            done, self._unacknowledged, self._unacked_bytes = self._unacknowledged, {}, 0
-            for record in done.values():
-                self.subscriptions.acknowledge(record)
+        """Make durable what is committed, and say so to the broker, as far as the copy has it."""
+        if not self._unacknowledged:
+            return
+        self._database.sync()
+        done, self._unacknowledged, self._unacked_bytes = self._unacknowledged, {}, 0
+        for key, end in done.items():
+            stored = self._copy.stored(key, end) if self._copy is not None and self._owns(key.topic) else end
+            self.subscriptions.acknowledge(key, stored)
+            if stored < end:  # soon
+                self._unacknowledged[key] = end
+                self._sync_due = self._clock.monotonic() + COPY_SECONDS
 
     def _look_at_readers(self, now: float) -> None:
         """Say it when another program keeps the database growing."""
@@ -508,7 +560,7 @@ class Instance:
 
     def _is_ready(self) -> bool:
         """Is everything there that was published when this began, in views as they are declared?"""
-        waits = self._waiting or self._held or any(map(self.is_stale, self._topics))
+        waits = self._waiting or self._held or self._rebuild.topics or any(map(self.is_stale, self._topics))
         return not waits and self.subscriptions.are_complete()
 
 

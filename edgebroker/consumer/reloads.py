@@ -31,6 +31,8 @@ class Reloads:
         self._incomplete = set[str]()
         self._asked: dict[str, Asked] = {}
         self._ask_due = 0.0
+        # Topics that are rebuilt from the copy: no one has to be asked for them.
+        self._rebuilt = set[str]()
         # Partitions whose refresh is to be announced again, from its beginning.
         self._to_announce: set[TopicPartition] = set()
         self._activation, self._activated = activation, set[str]()
@@ -53,7 +55,15 @@ class Reloads:
 
     def want(self, topics: Iterable[str]) -> None:
         """Have topics loaded again; those that were asked for already go on."""
-        self._incomplete.update(topic for topic in topics if topic not in self._asked)
+        self._incomplete.update(topic for topic in topics if topic not in self._asked and topic not in self._rebuilt)
+
+    def rebuild(self, topics: Iterable[str]) -> None:
+        """Topics are rebuilt from the copy."""
+        self._rebuilt.update(topics)
+
+    def end_rebuild(self, topic: str) -> None:
+        """A topic is not rebuilt any more: the broker loads it."""
+        self._rebuilt.discard(topic)
 
     def want_again(self, topic: str) -> None:
         """Have a topic loaded again, at most once in a while: what was asked for before may have been of another."""
@@ -87,6 +97,8 @@ class Reloads:
 
     def is_whole(self, topic: str, loading: set[int]) -> bool:
         """Are all partitions of a topic loaded again that can be?"""
+        if topic in self._rebuilt:
+            return True
         asked, held = self._asked.get(topic), self._subscriptions.held(topic)
         if asked is None or not held <= asked.loading | asked.refused:
             self._incomplete.add(topic)
@@ -118,4 +130,5 @@ class Reloads:
     def switched(self, topic: str) -> None:
         """Readers see what was loaded."""
         self._asked.pop(topic, None)
+        self._rebuilt.discard(topic)
         self._activated.discard(topic)

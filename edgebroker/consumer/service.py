@@ -10,10 +10,13 @@ import os
 from collections.abc import Callable
 from math import isfinite
 
+from edgebroker.common.errors import DamagedDataError, DataDirectoryError
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.runtime.threads import start_thread
-from edgebroker.consumer.config import AppConfig
+from edgebroker.consumer.config import AppConfig, has_copy
+from edgebroker.consumer.copy.copy_reader import CopyReader
+from edgebroker.consumer.copy.segment_copy import COPY, SegmentCopy
 from edgebroker.consumer.database import AppDatabase, DatabaseError, view_name
 from edgebroker.consumer.declare.application import Application
 from edgebroker.consumer.handling.watch import LOOK_SECONDS
@@ -37,6 +40,8 @@ QUERY_THREADS, QUERY_SECONDS = 2, 5.0
 FUNCTION_THREADS, FUNCTION_SECONDS = 4, 10.0
 # A broker that has said nothing for so long is away.
 AWAY_SECONDS = 30.0
+# A stop waits so long for the copy to be stored, and looks for it so often.
+CLOSE_SECONDS, FLUSH_SECONDS = 2.0, 0.005
 
 
 class StuckError(Exception):
@@ -51,7 +56,9 @@ class Service:
         self._loop = Loop(SystemClock(), slow_level=logging.DEBUG)
         views = {topic.name: topic.view for topic in application.topics.values() if topic.view is not None}
         changes = ChangeFeed(self._loop, views, os.urandom(4).hex())
-        self._instance = Instance(application, database, config, changes)
+        self._copy = self._open_copy()
+        copied = CopyReader(self._copy, self._loop) if self._copy is not None else None
+        self._instance = Instance(application, database, config, changes, copied)
         self._late_calls = 0
         self._failure: BaseException | None = None
         self._reader = Reader(database.path)
@@ -74,6 +81,25 @@ class Service:
         self._rest = RestServer(loop, routes, names)
         self.http_address = ("", 0)
 
+    def _open_copy(self) -> SegmentCopy | None:
+        """The copy, if one is to be kept; readers do not depend on it. Raises FormatTooNewError."""
+        topics, config = self._application.topics.values(), self._config
+        if not has_copy(config) or all(topic.scope != "each" for topic in topics):
+            return None
+        try:
+            return SegmentCopy(
+                self._database.path.parent / COPY,
+                self._loop,
+                SystemClock(),
+                max_bytes=config.copy_bytes,
+                hours=config.copy_hours,
+                positions=frozenset(self._database.positions()),
+                from_beginning=frozenset(topic.name for topic in topics if topic.start != "latest"),
+            )
+        except (OSError, DataDirectoryError, DamagedDataError) as error:
+            log.error("the copy of topics cannot be opened: %s; it is left out until the next start", error)
+            return None
+
     def run(self) -> None:
         """Until stop(). Raises what Instance.run() raises, StuckError, and EdgeBrokerError when it cannot listen."""
         config = self._config
@@ -85,6 +111,8 @@ class Service:
         self._loop.call_later(LOOK_SECONDS, self._look)
         self._loop.run()
         self._rest.close()
+        if self._copy is not None:
+            self._copy.close(CLOSE_SECONDS)
         self._loop.close()
         self._reader.close()
         if self._failure is not None:
@@ -100,7 +128,14 @@ class Service:
             self._instance.run()
         except BaseException as error:
             self._failure = error
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._loop.call_soon_threadsafe(lambda: self._end(self._loop.clock_now() + CLOSE_SECONDS))
+
+    def _end(self, deadline: float) -> None:
+        """End as soon as the copy has what was received."""
+        if self._copy is None or self._copy.flush() or self._loop.clock_now() >= deadline:
+            self._loop.stop()
+        else:
+            self._loop.call_later(FLUSH_SECONDS, lambda: self._end(deadline))
 
     def _leave_later(self) -> None:
         self._loop.call_later(self._config.stop_timeout, self._leave)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import inf
 from typing import NamedTuple
 
 from edgebroker.client.consumer import Consumer
@@ -11,7 +12,7 @@ from edgebroker.client.refresh import Staging
 from edgebroker.common.errors import AnswerError, Code, UnreachableError
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import Clock, sleep
-from edgebroker.common.types import Position, TopicPartition
+from edgebroker.common.types import Delivery, Position, TopicPartition
 from edgebroker.consumer.declare.application import Topic
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ class Asked(NamedTuple):
 
 class Subscriptions:
     """Belongs to the thread that polls, but for what says otherwise. `lost` is told of partitions that are another
-    member's from now on."""
+    member's from now on, `received` of what is delivered of topics that this instance has for itself."""
 
     def __init__(
         self,
@@ -41,7 +42,9 @@ class Subscriptions:
         server: str,
         clock: Clock,
         lost: Callable[[Sequence[TopicPartition]], None],
+        received: Callable[[Delivery], None] | None,
     ) -> None:
+        self._received = received
         self._name, self._node, self._server, self._clock = name, node, server, clock
         self._lost, self._away_due = lost, 0.0
         self._topics: dict[Consumer, list[str]] = {}
@@ -64,6 +67,7 @@ class Subscriptions:
                 start="latest" if start == "latest" else "earliest",
                 positions=own if scope == "each" else None,
                 auto_ack=False,
+                on_delivery=self._received if scope == "each" else None,
                 on_revoked=self._lost,
                 on_gap=lambda gap: log.warning("%s", gap),
                 timeout=AWAY_SECONDS,
@@ -100,8 +104,8 @@ class Subscriptions:
     def position_after(self, record: Record) -> Position:
         return self._of_topic[record.topic].position_after(record)
 
-    def acknowledge(self, record: Record) -> None:
-        self._of_topic[record.topic].ack(record)
+    def acknowledge(self, key: TopicPartition, next_offset: int) -> None:
+        self._of_topic[key.topic].ack_to(*key, next_offset)
 
     def reject(self, record: Record, why: str) -> None:
         """Have the broker make a dead letter of it. What follows it comes again."""
@@ -119,7 +123,8 @@ class Subscriptions:
 
     def held(self, topic: str) -> set[int]:
         """The partitions of a topic that are held now."""
-        return {key.partition for key in self._of_topic[topic].assignment if key.topic == topic}
+        consumer = self._of_topic.get(topic)
+        return {key.partition for key in consumer.assignment if key.topic == topic} if consumer is not None else set()
 
     def load_again(self, topic: str) -> Asked:
         """Ask for all partitions of a topic; those that are under way go on."""
@@ -138,18 +143,19 @@ class Subscriptions:
 
     def announce_again(self, key: TopicPartition) -> None:
         """Have the broker announce the refresh of a partition again; what was received of it does not count."""
-        self._of_topic[key.topic].seek(key.topic, key.partition, "committed")
+        if key.topic in self._of_topic:
+            self._of_topic[key.topic].seek(key.topic, key.partition, "committed")
 
     def switch(self, topics: Sequence[str]) -> None:
         """Ask again whether what was loaded of these topics can be shown."""
-        for consumer in {self._of_topic[topic] for topic in topics}:
+        for consumer in {self._of_topic[topic] for topic in topics if topic in self._of_topic}:
             consumer.switch()
 
     # ---- how current it is ----
 
     def are_complete(self) -> bool:
         """Is everything there that the broker had when each partition was given?"""
-        for consumer, topics in self._topics.items():
+        for consumer, topics in list(self._topics.items()):
             held = consumer.next_offsets()
             if {key.topic for key in held} != set(topics):
                 return False
@@ -162,7 +168,7 @@ class Subscriptions:
     def note_current(self) -> None:
         """All that was handed out is stored: note of which topics nothing is missing, as far as the broker said so."""
         now = self._clock.monotonic()
-        for consumer, topics in self._topics.items():
+        for consumer, topics in list(self._topics.items()):
             heard, held, ends = now - consumer.silent_seconds, consumer.next_offsets(), consumer.durable_ends.copy()
             for topic in topics:
                 own = [key for key in held if key.topic == topic]
@@ -176,9 +182,9 @@ class Subscriptions:
 
     def ends(self) -> dict[TopicPartition, int]:
         """Where the broker's logs end, as far as it has said so. Any thread."""
-        return {key: end for consumer in self._topics for key, end in consumer.durable_ends.copy().items()}
+        return {key: end for consumer in list(self._topics) for key, end in consumer.durable_ends.copy().items()}
 
     @property
     def silent_seconds(self) -> float:
         """How long the broker has said nothing; infinite while it is not connected. Any thread."""
-        return max(consumer.silent_seconds for consumer in self._topics)
+        return max((consumer.silent_seconds for consumer in list(self._topics)), default=inf)

@@ -16,13 +16,15 @@ from edgebroker.client.consume.subscriber import Subscriber
 from edgebroker.common.errors import DamagedBatchError, EdgeBrokerError, GapError, UnreachableError
 from edgebroker.common.messages import Holding
 from edgebroker.common.records import Record
-from edgebroker.common.types import TopicPartition
+from edgebroker.common.types import Delivery, TopicPartition
 from edgebroker.network.wire.frames import Gap, Reset
 
 
 class Callbacks(NamedTuple):
-    """What the caller wants to be told: gaps (None: they are raised), partitions that were assigned, or are revoked."""
+    """What the caller wants to be told: deliveries, gaps (None: they are raised), partitions that were assigned, or
+    are revoked."""
 
+    on_delivery: Callable[[Delivery], object] | None
     on_gap: Callable[[GapError], object] | None
     on_assigned: Callable[[Sequence[TopicPartition]], object] | None
     on_revoked: Callable[[Sequence[TopicPartition]], object] | None
@@ -67,6 +69,9 @@ class Receiver:
                 except DamagedBatchError as error:
                     self._subscriber.deliver_again(item.partition, item.deliver.first, str(error))
                     continue
+                if self._callbacks.on_delivery is not None:
+                    log_id, first, last = item.deliver.log_id, item.deliver.first, item.deliver.last
+                    self._callbacks.on_delivery(Delivery(*item.partition, log_id, first, last, item.batches))
                 refreshing = self._loader.loading(item.partition)
                 if refreshing:
                     self._loader.load(item.partition, records, item.deliver.last + 1, item.deliver.epoch)

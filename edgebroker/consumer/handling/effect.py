@@ -124,6 +124,11 @@ class Effect:
         if topic.view is not None:
             self._decode, self._row = msgspec.json.Decoder(topic.view.kind).decode, topic.view.row
 
+    @property
+    def stale(self) -> bool:
+        """Has the view other columns or another version than the application declares, for now? Any thread."""
+        return self.view is not None and self.view.stale
+
     def apply(
         self, portion: Portion, changed: list[Changed] | None = None, given_up: Container[int] = frozenset()
     ) -> None:
@@ -131,7 +136,7 @@ class Effect:
         `given_up` go into the view only. Raises FailedRecord, and what the database raises when nothing can be
         stored."""
         records = portion.records
-        if self.view is not None and not self.view.stale:
+        if self.view is not None and not self.stale:
             view, dead = self.view, list[DeadNow]()
             rows = self._rows(
                 records, dead, lambda rows, gone: self._views.put(view, rows, [(one[0],) for one in gone])

@@ -101,7 +101,7 @@ class World:
         calls = Calls(self.database, Watch(clock.monotonic), clock, "till-7", logging.getLogger("app"))
         self.effects = {name: Effect(topic, self.database, views, calls, lambda: 1) for name, topic in topics.items()}
         self.reloads = WillingReloads(
-            topics, Subscriptions("app", "till-7", "", clock, lambda gone: None), "now", clock
+            topics, Subscriptions("app", "till-7", "", clock, lambda gone: None, None), "now", clock
         )
         self.generations = Generations(
             self.database, views, topics, self.effects, self, self.reloads, clock, force=force
@@ -118,6 +118,9 @@ class World:
 
     def begun(self, key: TopicPartition, first: bool) -> None:
         self.calls.append((key.partition, first))
+
+    def resume(self, refresh: Refresh, offset: int) -> int:
+        return offset
 
     def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None: ...
 

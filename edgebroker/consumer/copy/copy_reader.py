@@ -1,0 +1,90 @@
+"""Records of the copy, for threads beside the loop: they ask, and wait for what the loop and its reader thread find."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+from edgebroker.common import batch
+from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.records import Record
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.types import TopicPartition
+from edgebroker.consumer.copy.segment_copy import SegmentCopy
+from edgebroker.storage.types import ColdRead, LogInventory
+
+T = TypeVar("T")
+# The engine answers within its own timeout; a loop that has ended does not.
+WAIT_SECONDS = 10.0
+
+
+class CopyUnreadableError(Exception):
+    """What the copy has there cannot be read now; the text says why."""
+
+
+class Piece(NamedTuple):
+    """Records of [offset, next_offset). `missing`: there are none, and never will be: a gap, or damage."""
+
+    records: list[Record]
+    next_offset: int
+    missing: bool
+
+
+class CopyReader:
+    """Any thread but the loop's."""
+
+    def __init__(self, copy: SegmentCopy, scheduler: Scheduler) -> None:
+        self.copy, self._scheduler = copy, scheduler
+
+    def read(self, key: TopicPartition, offset: int, end: int, max_bytes: int) -> Piece:
+        """The records from an offset on, before `end`: about so many bytes of them, at least one batch. Raises
+        CopyUnreadableError."""
+
+        def ask(done: Callable[[ColdRead], None]) -> None:
+            self.copy.read(key, offset, max_bytes, done)
+
+        found = self._answer(ask)
+        if found.corrupt is not None:
+            return Piece([], min(end, found.corrupt.next), True)
+        if found.error:
+            raise CopyUnreadableError(found.error)
+        after = min(end, found.next_offset)
+        if not found.data:
+            return Piece([], after, True)
+        try:
+            return Piece(batch.decode(found.data, *key, offset, after - 1), after, False)
+        except EdgeBrokerError as error:
+            raise CopyUnreadableError(str(error)) from error
+
+    def offset_at_time(self, key: TopicPartition, timestamp: int) -> int:
+        """The first offset whose record is not older than that (ms since 1970). Raises CopyUnreadableError."""
+
+        def ask(done: Callable[[tuple[int, str]], None]) -> None:
+            self.copy.offset_at_time(key, timestamp, lambda offset, why: done((offset, why)))
+
+        offset, why = self._answer(ask)
+        if why:
+            raise CopyUnreadableError(why)
+        return offset
+
+    def files(self, key: TopicPartition) -> LogInventory | None:
+        """The files of a partition; None: there are none. Raises CopyUnreadableError."""
+
+        def ask(done: Callable[[LogInventory | None], None]) -> None:
+            done(self.copy.inventory(key))
+
+        return self._answer(ask)
+
+    def _answer(self, ask: Callable[[Callable[[T], None]], None]) -> T:
+        """Ask on the loop, and wait for the answer."""
+        answers, answered = list[T](), threading.Event()
+
+        def done(answer: T) -> None:
+            answers.append(answer)
+            answered.set()
+
+        self._scheduler.call_soon_threadsafe(lambda: ask(done))
+        if not answered.wait(WAIT_SECONDS):
+            raise CopyUnreadableError("the disk does not answer")
+        return answers[0]
