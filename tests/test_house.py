@@ -40,7 +40,7 @@ LINES = {
     ],
     "consumer": [
         "config", "declare", "database", "reader", "views", "staging_file", "handling", "subscriptions", "reloads",
-        "generation", "instance", "rest", "service",
+        "generation", "copy", "instance", "rest", "service",
     ],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",

@@ -22,8 +22,9 @@ from edgebroker.consumer.declare.application import Application
 from edgebroker.consumer.handling.watch import LOOK_SECONDS
 from edgebroker.consumer.instance import Instance
 from edgebroker.consumer.reader import Reader
-from edgebroker.consumer.rest.answers import PartitionProgress, Readiness, Stats, TopicProgress
+from edgebroker.consumer.rest.answers import CopyProgress, PartitionProgress, Readiness, Stats, TopicProgress
 from edgebroker.consumer.rest.changes import ChangeFeed
+from edgebroker.consumer.rest.history import History
 from edgebroker.consumer.rest.lookups import LookUps
 from edgebroker.consumer.rest.openapi import document
 from edgebroker.consumer.rest.queries import Queries
@@ -69,6 +70,9 @@ class Service:
             self._instance,
             views,
             LookUps(views, self._age_ms, self._instance.is_stale),
+            History(
+                copied, [name for name, topic in application.topics.items() if topic.scope == "each"], self._age_ms
+            ),
             changes,
             self._reader,
             self._queries,
@@ -167,7 +171,7 @@ class Service:
         return round(age * 1000) if age is not None else None
 
     def stats(self) -> Stats:
-        instance, database, config = self._instance, self._database, self._config
+        instance, database, config, copy = self._instance, self._database, self._config, self._copy
         silent = instance.subscriptions.silent_seconds
         return Stats(
             name=config.name,
@@ -182,6 +186,7 @@ class Service:
             dead_records=database.dead,
             outbox_records=database.outgoing,
             wal_bytes=database.wal_bytes(),
+            copy=CopyProgress(copy.bytes, max(0, copy.backlog), copy.failure) if copy is not None else None,
             topics=self._topics(),
         )
 

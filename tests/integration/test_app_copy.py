@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from edgebroker.consumer.copy import segment_copy as copy_module
+from edgebroker.consumer.rest import history as history_module
 from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running
 from tests.kit.waiting import wait_for
@@ -43,9 +47,7 @@ def copied(app: App) -> list[bytes]:
     return stored(app.path.parent / "copy" / "topics")
 
 
-def test_it_has_the_bytes_of_the_broker(
-    broker: RunningBroker, copying: Callable[[str], App], tmp_path: Path
-) -> None:
+def test_it_has_the_bytes_of_the_broker(broker: RunningBroker, copying: Callable[[str], App], tmp_path: Path) -> None:
     app = copying(VIEW)
     publish(broker, *[price(f"c{number}", number) for number in range(50)])
     with app.running():
@@ -209,3 +211,108 @@ def test_a_topic_that_is_made_again(broker: RunningBroker, copying: Callable[[st
     with again.running():
         again.until("SELECT version FROM _generations", [(2,)])
         again.until(PRICES, [("x", 24), ("y", 25), ("z", 26)])
+
+
+# ---- what it answers ----
+
+
+def offsets(page: Any) -> list[tuple[int, int]]:
+    return [(one["partition"], one["offset"]) for one in page["records"]]
+
+
+def test_messages(broker: RunningBroker, copying: Callable[[str], App], monkeypatch: pytest.MonkeyPatch) -> None:
+    app = copying(VIEW)
+    with broker.producer() as producer:
+        for number in range(6):
+            value = b"\xff" if number == 5 else str(number).encode()
+            headers = [("h", b"\x01")] if number == 1 else []
+            producer.send("prices", value, f"k{number % 2}".encode(), partition=0, timestamp=1000 + number,
+                          headers=headers).result(10.0)  # fmt: skip
+        producer.send("prices", None, b"gone", partition=1, timestamp=5000).result(10.0)
+    with app.running():
+        wait_for(lambda: committed(broker) == [6, 1], "they are acknowledged")
+        everything = [(0, offset) for offset in range(6)] + [(1, 0)]
+        page = found(app, "/v1/messages?topic=prices")
+        assert offsets(page) == everything and page["next"] is None and page["missing"] == []
+        assert page["as_of"]["offsets"] == {"0": 6, "1": 1}
+        assert page["records"][1] == {
+            "partition": 0, "offset": 1, "timestamp": 1001, "key": "k1", "value": "1", "headers": [["h", "AQ=="]],
+            "key_bytes": None, "value_bytes": None,
+        }  # fmt: skip
+        assert (page["records"][5]["value"], page["records"][5]["value_bytes"]) == (None, "/w==")
+        assert (page["records"][6]["key"], page["records"][6]["value"]) == ("gone", None)
+        for query, expected in {
+            "partition=1": everything[6:],
+            "partition=0&from=2&to=4": everything[2:4],
+            "from=1": everything[1:6],
+            "from_time=1002&to_time=1004": everything[2:4],
+            "from_time=1970-01-01T00:00:01.004Z": everything[4:],
+            "to_time=1970-01-01T00:00:01.001%2B00:00": everything[:1],
+            "key=k1": [(0, 1), (0, 3), (0, 5)],
+            "key=none": [],
+            "from_time=99999999": [],
+            "partition=7": [],
+        }.items():
+            assert offsets(found(app, f"/v1/messages?topic=prices&{query}")) == expected, query
+        seen, path = [], "/v1/messages?topic=prices&limit=2"
+        page = found(app, path)
+        while page["next"] is not None:
+            seen += offsets(page)
+            page = found(app, f"{path}&cursor={page['next']}")
+        assert seen + offsets(page) == everything
+        status, body, kind = ask(app, "GET", "/v1/messages?topic=prices&format=ndjson&limit=3")
+        assert (status, kind) == (200, "application/x-ndjson")
+        assert [json.loads(line)["offset"] for line in body.splitlines()] == [0, 1, 2]
+        # So much is searched for a page, and it goes on behind it.
+        monkeypatch.setattr(history_module, "MOST_SEARCHED_BYTES", 1)
+        page = found(app, "/v1/messages?topic=prices&key=gone")
+        assert page["records"] == [] and page["next"] is not None
+        assert offsets(found(app, f"/v1/messages?topic=prices&key=gone&cursor={page['next']}")) == [(1, 0)]
+
+
+def test_what_is_asked_wrongly(
+    broker: RunningBroker, copying: Callable[[str], App], make: Callable[[str], App]
+) -> None:
+    app = copying(VIEW)
+    with app.running():
+        for query, why in {
+            "": "which topic? /v1/messages?topic=NAME",
+            "topic=other": "this application has no copy of other; it has copies of prices",
+            "topic=prices&from=x": "from='x': Expected `int`, got `str`",
+            "topic=prices&partition=-1": "partition='-1': Expected `int` >= 0",
+            "topic=prices&limit=1001": "limit='1001': Expected `int` <= 1000",
+            "topic=prices&offset=1": "there is no offset; a query has topic, partition, from, to, from_time, to_time, "
+            "key, limit, cursor, format",
+            "topic=prices&from_time=noon": "from_time='noon': milliseconds since 1970, or a time as "
+            "2026-11-30T12:00:00Z",
+            "topic=prices&cursor=zzz": "this is not a cursor of a page; begin without one",
+            "topic=prices&cursor=dGEgYg": "this is not a cursor of a page; begin without one",
+        }.items():
+            said = refused(app, "GET", f"/v1/messages?{query}", 404 if "other" in query else 400)
+            assert said == why
+        assert refused(app, "GET", "/v1/segments?cursor=dGEgYg", 400).startswith("this is not a cursor")
+    app.more = {"copy": "off"}
+    with app.running():
+        for path in ("messages?topic=prices", "segments"):
+            assert refused(app, "GET", f"/v1/{path}", 409).startswith("this application keeps no copy of topics")
+
+
+def test_segments(broker: RunningBroker, copying: Callable[[str], App], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copy_module, "SEGMENTS", 1 << 24)  # so each has 64 bytes
+    app = copying(VIEW)
+    publish(broker, *[price(f"c{number}", number) for number in range(5)])
+    publish(broker, price("d", 1), partition=1)
+    with app.running():
+        wait_for(lambda: committed(broker) == [5, 1], "they are acknowledged")
+        publish(broker, price("e", 1))
+        wait_for(lambda: committed(broker) == [6, 1], "it is acknowledged")
+        page = found(app, "/v1/segments")
+        rows = [(one["topic"], one["partition"], one["first"], one["sealed"]) for one in page["segments"]]
+        assert rows == [("prices", 0, 0, True), ("prices", 0, 5, False), ("prices", 1, 0, False)]
+        sizes = [path.stat().st_size for path in sorted((app.path.parent / "copy/topics/prices.0/0").glob("*.log"))]
+        assert [one["bytes"] for one in page["segments"][:2]] == sizes
+        first = found(app, "/v1/segments?limit=1&topic=prices")
+        second = found(app, f"/v1/segments?limit=1&topic=prices&cursor={first['next']}")
+        third = found(app, f"/v1/segments?limit=1&topic=prices&cursor={second['next']}")
+        assert first["segments"] + second["segments"] + third["segments"] == page["segments"]
+        assert third["next"] is None

@@ -25,6 +25,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[App]:
         broker.create("prices", partitions=2)
         publish(broker, *[price(f"c{number}", number) for number in range(20)], ("bad", b"{"))
         made = App(broker, directory / "application", FUNCTIONS)
+        made.more = {"copy": "on"}
         with made.running():
             made.until("SELECT count(*) FROM prices", [(20,)])
             yield made

@@ -38,7 +38,7 @@ def ask(app: App, method: str, path: str, body: object = None) -> tuple[int, Any
         connection.request(method, path, data, {"content-type": "application/json"} if data else {})
         answer = connection.getresponse()
         raw, kind = answer.read(), answer.headers.get_content_type()
-        return answer.status, json.loads(raw) if "json" in kind else raw, kind
+        return answer.status, json.loads(raw) if kind.endswith(("/json", "+json")) else raw, kind
     finally:
         connection.close()
 

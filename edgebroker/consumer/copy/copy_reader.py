@@ -23,7 +23,7 @@ class CopyUnreadableError(Exception):
     """What the copy has there cannot be read now; the text says why."""
 
 
-class Piece(NamedTuple):
+class CopyPiece(NamedTuple):
     """Records of [offset, next_offset). `missing`: there are none, and never will be: a gap, or damage."""
 
     records: list[Record]
@@ -37,7 +37,7 @@ class CopyReader:
     def __init__(self, copy: SegmentCopy, scheduler: Scheduler) -> None:
         self.copy, self._scheduler = copy, scheduler
 
-    def read(self, key: TopicPartition, offset: int, end: int, max_bytes: int) -> Piece:
+    def read(self, key: TopicPartition, offset: int, end: int, max_bytes: int) -> CopyPiece:
         """The records from an offset on, before `end`: about so many bytes of them, at least one batch. Raises
         CopyUnreadableError."""
 
@@ -46,14 +46,14 @@ class CopyReader:
 
         found = self._answer(ask)
         if found.corrupt is not None:
-            return Piece([], min(end, found.corrupt.next), True)
+            return CopyPiece([], min(end, found.corrupt.next), True)
         if found.error:
             raise CopyUnreadableError(found.error)
         after = min(end, found.next_offset)
         if not found.data:
-            return Piece([], after, True)
+            return CopyPiece([], after, True)
         try:
-            return Piece(batch.decode(found.data, *key, offset, after - 1), after, False)
+            return CopyPiece(batch.decode(found.data, *key, offset, after - 1), after, False)
         except EdgeBrokerError as error:
             raise CopyUnreadableError(str(error)) from error
 

@@ -15,7 +15,7 @@ from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.copy.copy_reader import CopyReader, CopyUnreadableError
-from edgebroker.consumer.copy.segment_copy import CopiedLog
+from edgebroker.consumer.copy.segment_copy import CopiedPartition
 from edgebroker.consumer.declare.application import Topic
 from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.effect import Effect
@@ -54,7 +54,7 @@ class Rebuild:
         self._topics, self._effects, self._positions = topics, effects, positions
         self._refreshes: dict[TopicPartition, Refresh] = {}
         # What is left in the copy.
-        self._reading: dict[TopicPartition, CopiedLog] = {}
+        self._reading: dict[TopicPartition, CopiedPartition] = {}
         self._beginning, self._failures = False, 0
 
     @property
@@ -78,7 +78,7 @@ class Rebuild:
                 if key.topic in rebuilt:
                     self._begin_reading(key, copied)
 
-    def _is_possible(self, topic: str, broken: set[str], logs: Mapping[TopicPartition, CopiedLog]) -> bool:
+    def _is_possible(self, topic: str, broken: set[str], logs: Mapping[TopicPartition, CopiedPartition]) -> bool:
         """Is a topic to be built again, or one that is switched with it, and does the copy have all of them?"""
         topics = self._reloads.together(topic)
         stored = {key: one for key, one in self._positions.items() if key[0] in topics}
@@ -97,7 +97,7 @@ class Rebuild:
             positions = {key: copy.start(TopicPartition(*key), one) for key, one in positions.items()}
         self._subscriptions.open([self._topics[topic] for topic in topics], positions, self._generations)
 
-    def _begin_reading(self, key: TopicPartition, copied: CopiedLog) -> None:
+    def _begin_reading(self, key: TopicPartition, copied: CopiedPartition) -> None:
         stored = self._positions.get(key)
         target = max(copied.end, stored.next_offset if stored is not None else 0)
         refresh = self._begin(key, copied.log_id, copied.rebuild_from, target)

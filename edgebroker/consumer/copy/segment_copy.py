@@ -44,7 +44,7 @@ DAY_MS, VERIFY_BYTES = 86_400_000, 4 << 20
 _LATER = {Outcome.OVERLOADED, Outcome.DISK_FULL}
 
 
-class CopiedLog(NamedTuple):
+class CopiedPartition(NamedTuple):
     """What there is of a partition: [start, end), the last of it of a history `epoch`. `rebuild_from`: a view can be
     built from what is here from this offset on; -1: the copy does not have all of it."""
 
@@ -86,7 +86,7 @@ class SegmentCopy:
         # Where the refresh of a partition begins, and what it has to reach.
         self._refreshes: dict[TopicPartition, Refresh] = {}
         # For any thread.
-        self._logs: dict[TopicPartition, CopiedLog] = {}
+        self._logs: dict[TopicPartition, CopiedPartition] = {}
         self.failure = ""
         # The first is counted by who receives, the second by the loop.
         self._received = self._settled = 0
@@ -132,10 +132,16 @@ class SegmentCopy:
         return self._received - self._settled
 
     @property
+    def bytes(self) -> int:
+        """The size of all logs, as measured last."""
+        disk = self._engine.disk()
+        return disk.used if disk is not None else 0
+
+    @property
     def has_room(self) -> bool:
         return self.backlog < BACKLOG_BYTES or bool(self.failure)
 
-    def logs(self) -> Mapping[TopicPartition, CopiedLog]:
+    def logs(self) -> Mapping[TopicPartition, CopiedPartition]:
         """What there is of each partition."""
         return self._logs.copy()
 
@@ -305,7 +311,7 @@ class SegmentCopy:
         first, target = identity.snapshot
         whole = 0 <= target <= found.durable_end and found.log_start <= max(first, 0)
         whole = whole and not any(gap.next > first for gap in identity.gaps) and not found.corrupt_ranges
-        self._logs[_key(found.topic)] = CopiedLog(
+        self._logs[_key(found.topic)] = CopiedPartition(
             identity.log_id_bytes, found.epoch, found.log_start, found.durable_end, first if whole else -1
         )
 

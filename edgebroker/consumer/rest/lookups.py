@@ -5,12 +5,9 @@ An answer is of one moment, which its as-of names. Pages are bounded by rows and
 
 from __future__ import annotations
 
-import base64
-import binascii
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from edgebroker.common.outcome import Outcome
 from edgebroker.consumer.database import view_name
 from edgebroker.consumer.declare.columns import Columns
 from edgebroker.consumer.declare.routes import HttpError
@@ -23,6 +20,9 @@ from edgebroker.consumer.rest.answers import (
     Latest,
     LatestAnswer,
     LatestPage,
+    after_cursor,
+    cursor_of,
+    no_cursor,
     text_or_bytes,
 )
 
@@ -80,7 +80,7 @@ class LookUps:
     def page(self, reader: Reader, topic: str, prefix: str, after: str, limit: int) -> LatestPage:
         """Records in the order of their keys, behind a cursor."""
         self._check(topic)
-        where, bounds = ("key>?", [_decoded(after)]) if after else ("key>=?", [prefix])
+        where, bounds = ("key>?", [after_cursor(after)]) if after else ("key>=?", [prefix])
         if prefix:
             where, bounds = f"{where} AND key<?", [*bounds, prefix + LAST_CHARACTER]
         sql = f"{_select(topic, self._views[topic])} WHERE {where} ORDER BY key"
@@ -94,7 +94,7 @@ class LookUps:
                 size += sum(len(column) for column in row if isinstance(column, str | bytes)) + 100
                 last = row[0]
             as_of = self._as_of(reader, topic)
-        return LatestPage(records, _encoded(last) if more else None, as_of)
+        return LatestPage(records, cursor_of(last) if more else None, as_of)
 
     def _record(self, topic: str, row: Sequence[Any]) -> Latest:
         key, data = text_or_bytes(row[0])
@@ -118,12 +118,12 @@ def dead_page(reader: Reader, topic: str, after: str, limit: int) -> DeadPage:
     """Records that were given up, of one topic or of all (""). Raises HttpError."""
     behind: tuple[str, int, int] = ("", -1, -1)
     if after:
-        name, _, rest = str(_decoded(after)).partition(" ")
+        name, _, rest = str(after_cursor(after)).partition(" ")
         partition, _, offset = rest.partition(" ")
         try:
             behind = (name, int(partition[:18]), int(offset[:18]))
         except ValueError:
-            raise HttpError(Outcome.INVALID.status, "this is not a cursor of a page; begin without one") from None
+            raise no_cursor() from None
     rows = reader.rows(
         'SELECT topic, partition, "offset", key, value, attempts, reason, at_ms FROM _dead '
         "WHERE (topic, partition, \"offset\") > (?,?,?) AND (?='' OR topic=?) "
@@ -142,7 +142,7 @@ def dead_page(reader: Reader, topic: str, after: str, limit: int) -> DeadPage:
             break
     more = len(records) < len(rows)
     last = records[-1] if records else None
-    return DeadPage(records, _encoded(f"{last.topic} {last.partition} {last.offset}") if more and last else None)
+    return DeadPage(records, cursor_of(f"{last.topic} {last.partition} {last.offset}") if more and last else None)
 
 
 def _select(topic: str, columns: Columns, more: str = "") -> str:
@@ -153,17 +153,3 @@ def _select(topic: str, columns: Columns, more: str = "") -> str:
 def _spelled(as_of: AsOf) -> str:
     offsets = ", ".join(f"{partition}: {offset}" for partition, offset in as_of.offsets.items())
     return f"partitions {offsets}" if offsets else "nothing yet"
-
-
-def _encoded(key: str | bytes) -> str:
-    """A cursor of a key."""
-    data = b"t" + key.encode() if isinstance(key, str) else b"b" + key
-    return base64.urlsafe_b64encode(data).decode().rstrip("=")
-
-
-def _decoded(cursor: str) -> str | bytes:
-    try:
-        data = base64.b64decode(cursor + "=" * (-len(cursor) % 4), b"-_", validate=True)
-        return data[1:].decode() if data[:1] == b"t" else data[data.index(b"b") + 1 :]
-    except (binascii.Error, UnicodeError, ValueError):
-        raise HttpError(Outcome.INVALID.status, "this is not a cursor of a page; begin without one") from None

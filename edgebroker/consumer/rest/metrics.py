@@ -58,6 +58,12 @@ NUMBERS = (
            lambda stats: stats.outbox_records),
     Number("edgebroker_app_wal_bytes", "gauge", "size of app.db-wal; it grows while a reader keeps a transaction open",
            lambda stats: stats.wal_bytes),
+    Number("edgebroker_app_copy_up", "gauge", "1 while the copy of topics is kept, 0 after it could not be written",
+           lambda stats: None if stats.copy is None else not stats.copy.problem),
+    Number("edgebroker_app_copy_bytes", "gauge", "size of the copy of topics",
+           lambda stats: None if stats.copy is None else stats.copy.bytes),
+    Number("edgebroker_app_copy_backlog_bytes", "gauge", "received, and not stored in the copy yet",
+           lambda stats: None if stats.copy is None else stats.copy.backlog_bytes),
 )  # fmt: skip
 TOPIC_NUMBERS = (
     TopicNumber("edgebroker_app_lag_records", "gauge", "records that the broker has and the application lacks", _lag),

@@ -16,6 +16,7 @@ from edgebroker.consumer.database import view_name
 from edgebroker.consumer.declare.application import UserRoute
 from edgebroker.consumer.declare.columns import Columns
 from edgebroker.consumer.rest.answers import MOST_ROWS, AsOf, BasketAnswer, LatestAnswer, LatestPage
+from edgebroker.consumer.rest.history import MessageQuery
 from edgebroker.consumer.rest.routes import ROWS
 from edgebroker.network.http.router import Route
 from edgebroker.version import __version__
@@ -29,6 +30,34 @@ _LIMIT = {
     "schema": {"type": "integer", "minimum": 1, "maximum": MOST_ROWS, "default": ROWS},
 }
 _TEXT = {"type": "string"}
+# What is asked of /v1/messages.
+_MESSAGES = {
+    "topic": "the topic",
+    "partition": "only this partition",
+    "from": "from this offset on",
+    "to": "before this offset",
+    "from_time": "not older than this: milliseconds since 1970, or 2026-11-30T12:00:00Z",
+    "to_time": "up to the first record that is as new as this",
+    "key": "only records with this key",
+    "limit": "records of a page at most",
+    "cursor": "`next` of the page before",
+    "format": "json, or ndjson: a record on each line, and `next` in the header edgebroker-next",
+}
+
+
+def _query() -> list[dict[str, Any]]:
+    return [
+        {
+            "name": field.encode_name,
+            "in": "query",
+            "description": _MESSAGES[field.encode_name],
+            "required": field.required,
+            "schema": msgspec.json.schema(field.type),
+        }
+        for field in msgspec.structs.fields(MessageQuery)
+    ]
+
+
 # What the kit's own routes take beside the parts of their paths, and what they are for.
 _ABOUT: dict[tuple[str, str], tuple[str, list[dict[str, Any]]]] = {
     ("GET", "/healthz"): ("Is the process alive?", []),
@@ -44,6 +73,11 @@ _ABOUT: dict[tuple[str, str], tuple[str, list[dict[str, Any]]]] = {
     ("GET", "/v1/changes/{topic}"): (
         "Changes as they are stored, as server-sent events",
         [{"name": "Last-Event-ID", "in": "header", "description": "go on behind this event", "schema": _TEXT}],
+    ),
+    ("GET", "/v1/messages"): ("What was published of a topic, as far as the copy has it", _query()),
+    ("GET", "/v1/segments"): (
+        "The files of the copy",
+        [{"name": "topic", "in": "query", "description": "only those of this topic", "schema": _TEXT}, _LIMIT, _CURSOR],
     ),
     ("GET", "/v1/dead"): (
         "Records that were given up",

@@ -27,12 +27,15 @@ from edgebroker.consumer.rest.answers import (
     DeadPage,
     LatestAnswer,
     LatestPage,
+    MessagePage,
     Readiness,
     ResetRequest,
     Running,
+    SegmentPage,
     Stats,
 )
 from edgebroker.consumer.rest.changes import CONTENT_TYPE, MOST_LISTENERS, ChangeFeed
+from edgebroker.consumer.rest.history import History, lines, message_query
 from edgebroker.consumer.rest.lookups import LookUps, dead_page
 from edgebroker.consumer.rest.metrics import exposition
 from edgebroker.consumer.rest.queries import Queries
@@ -63,13 +66,14 @@ class Api:
         instance: Instance,
         views: Mapping[str, Columns],
         look_ups: LookUps,
+        history: History,
         changes: ChangeFeed,
         reader: Reader,
         queries: Queries,
         functions: Queries,
     ) -> None:
         self._node, self._instance, self._views = node, instance, views
-        self._look_ups, self._changes = look_ups, changes
+        self._look_ups, self._history, self._changes = look_ups, history, changes
         self._reader, self._queries, self._functions = reader, queries, functions
 
     def routes(self, functions: list[UserRoute]) -> list[Route]:
@@ -84,6 +88,8 @@ class Api:
             Route("GET", "/v1/latest/{topic}", self._page, LatestPage, "view"),
             Route("POST", "/v1/latest/{topic}", self._basket, BasketAnswer, "view", Basket),
             Route("GET", "/v1/changes/{topic}", self._listen, None, "view"),
+            Route("GET", "/v1/messages", self._messages, MessagePage, "view"),
+            Route("GET", "/v1/segments", self._segments, SegmentPage, "view"),
             Route("GET", "/v1/dead", self._dead, DeadPage, "view"),
             Route("POST", "/v1/dead/{topic}/{partition}/{offset}/replay", self._replay, Nothing, "operate"),
             Route("DELETE", "/v1/dead/{topic}/{partition}/{offset}", self._drop, Nothing, "operate"),
@@ -138,6 +144,25 @@ class Api:
         else:
             headers = (("cache-control", "no-store"),)
             call.answer(Response(200, self._changes.listen(topic, call.last_event_id), headers, CONTENT_TYPE))
+
+    # ---- the copy ----
+
+    def _messages(self, call: Call) -> None:
+        try:
+            query = message_query({name: values[-1] for name, values in call.query.items()})
+        except HttpError as error:
+            call.answer(Response(error.status, Failed(str(error))))
+            return
+        if query.format == "ndjson":
+            self._queries.ask(call, lambda reader: lines(self._history.page(query)))
+        else:
+            self._queries.ask(call, lambda reader: self._history.page(query))
+
+    def _segments(self, call: Call) -> None:
+        limit = _limit(call)
+        if limit is not None:
+            topic, after = _text(call, "topic"), _text(call, "cursor")
+            self._queries.ask(call, lambda reader: self._history.segments(topic, after, limit))
 
     # ---- dead records, and loading again ----
 
