@@ -200,9 +200,17 @@ class Generations:
 
     def load(self, refresh: Refresh, records: Sequence[Record]) -> None:
         """Store the next records together with the position behind them, durably: they are acknowledged next."""
+        if self.stage(refresh, records):
+            self._database.sync()
+        staged = self._staged.get(refresh.topic)
+        if staged is not None:
+            staged.file.sync()
+
+    def stage(self, refresh: Refresh, records: Sequence[Record]) -> bool:
+        """Store the next records together with the position behind them; True: in the database, too."""
         key, effect = TopicPartition(refresh.topic, refresh.partition), self._effects[refresh.topic]
         if key.partition not in effect.loading:
-            return  # it begins again: what was received before does not count
+            return False  # it begins again: what was received before does not count
         staged, dead = self._staged.get(key.topic), list[DeadNow]()
         if staged is not None:
             end = staged.file.loading[key.partition].position.next_offset
@@ -211,14 +219,13 @@ class Generations:
         if effect.handles:
             handled = effect.loading[key.partition].position.next_offset
             records = [record for record in records if record.offset >= handled]
-        if effect.handles or dead:
+        store = effect.handles or bool(dead)
+        if store:
             portion = Portion(key, records if effect.handles else [])
             self._host.handle_loaded(portion, dead, lambda end: self._set_loading(key, _state(refresh, end)))
             if self._handled is not None:
                 effect.loading[key.partition], self._handled = self._handled, None
-            self._database.sync()
-        if staged is not None:
-            staged.file.sync()
+        return store
 
     def switch(self, refresh: Refresh) -> bool:
         """Show the next generations once all that is to change together is complete, sorted and copied."""

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from math import isfinite
+from typing import TYPE_CHECKING
 
 from edgebroker.common.errors import DamagedDataError, DataDirectoryError
 from edgebroker.common.outcome import Outcome
@@ -16,7 +17,6 @@ from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.runtime.threads import start_thread
 from edgebroker.consumer.config import AppConfig, has_copy
 from edgebroker.consumer.copy.copy_reader import CopyReader
-from edgebroker.consumer.copy.segment_copy import COPY, SegmentCopy
 from edgebroker.consumer.database import AppDatabase, DatabaseError, view_name
 from edgebroker.consumer.declare.application import Application
 from edgebroker.consumer.handling.watch import LOOK_SECONDS
@@ -34,6 +34,9 @@ from edgebroker.network.http.router import Call, Route
 from edgebroker.network.http.server import Failed, Response
 from edgebroker.network.io.loop import Loop
 from edgebroker.version import __version__
+
+if TYPE_CHECKING:
+    from edgebroker.consumer.copy.segment_copy import SegmentCopy
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +93,9 @@ class Service:
         topics, config = self._application.topics.values(), self._config
         if not has_copy(config) or all(topic.scope != "each" for topic in topics):
             return None
+        # Where the broker is on this machine there is none, and no engine to be loaded.
+        from edgebroker.consumer.copy.segment_copy import COPY, SegmentCopy
+
         try:
             return SegmentCopy(
                 self._database.path.parent / COPY,

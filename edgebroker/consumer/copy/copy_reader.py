@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, TypeVar
 
 from edgebroker.common import batch
 from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.types import TopicPartition
-from edgebroker.consumer.copy.segment_copy import SegmentCopy
-from edgebroker.storage.types import ColdRead, LogInventory
+
+if TYPE_CHECKING:
+    from edgebroker.consumer.copy.segment_copy import SegmentCopy
+    from edgebroker.storage.types import ColdRead, LogInventory
 
 T = TypeVar("T")
 # The engine answers within its own timeout; a loop that has ended does not.
@@ -31,6 +33,24 @@ class CopyPiece(NamedTuple):
     missing: bool
 
 
+class Inquiry(Generic[T]):
+    """What the loop is asked for."""
+
+    def __init__(self) -> None:
+        self._answers, self._answered = list[T](), threading.Event()
+
+    def answered(self, answer: T) -> None:
+        """On the loop."""
+        self._answers.append(answer)
+        self._answered.set()
+
+    def answer(self) -> T:
+        """Wait for it. Raises CopyUnreadableError."""
+        if not self._answered.wait(WAIT_SECONDS):
+            raise CopyUnreadableError("the disk does not answer")
+        return self._answers[0]
+
+
 class CopyReader:
     """Any thread but the loop's."""
 
@@ -40,11 +60,15 @@ class CopyReader:
     def read(self, key: TopicPartition, offset: int, end: int, max_bytes: int) -> CopyPiece:
         """The records from an offset on, before `end`: about so many bytes of them, at least one batch. Raises
         CopyUnreadableError."""
+        return self.answer(self.ask(key, offset, max_bytes), key, offset, end)
 
-        def ask(done: Callable[[ColdRead], None]) -> None:
-            self.copy.read(key, offset, max_bytes, done)
+    def ask(self, key: TopicPartition, offset: int, max_bytes: int) -> Inquiry[ColdRead]:
+        """Begin to read; answer() waits for it."""
+        return self._ask(lambda done: self.copy.read(key, offset, max_bytes, done))
 
-        found = self._answer(ask)
+    def answer(self, question: Inquiry[ColdRead], key: TopicPartition, offset: int, end: int) -> CopyPiece:
+        """What read() returns, of what ask() has begun. Raises CopyUnreadableError."""
+        found = question.answer()
         if found.corrupt is not None:
             return CopyPiece([], min(end, found.corrupt.next), True)
         if found.error:
@@ -60,10 +84,10 @@ class CopyReader:
     def offset_at_time(self, key: TopicPartition, timestamp: int) -> int:
         """The first offset whose record is not older than that (ms since 1970). Raises CopyUnreadableError."""
 
-        def ask(done: Callable[[tuple[int, str]], None]) -> None:
+        def look(done: Callable[[tuple[int, str]], None]) -> None:
             self.copy.offset_at_time(key, timestamp, lambda offset, why: done((offset, why)))
 
-        offset, why = self._answer(ask)
+        offset, why = self._ask(look).answer()
         if why:
             raise CopyUnreadableError(why)
         return offset
@@ -71,20 +95,12 @@ class CopyReader:
     def files(self, key: TopicPartition) -> LogInventory | None:
         """The files of a partition; None: there are none. Raises CopyUnreadableError."""
 
-        def ask(done: Callable[[LogInventory | None], None]) -> None:
+        def look(done: Callable[[LogInventory | None], None]) -> None:
             done(self.copy.inventory(key))
 
-        return self._answer(ask)
+        return self._ask(look).answer()
 
-    def _answer(self, ask: Callable[[Callable[[T], None]], None]) -> T:
-        """Ask on the loop, and wait for the answer."""
-        answers, answered = list[T](), threading.Event()
-
-        def done(answer: T) -> None:
-            answers.append(answer)
-            answered.set()
-
-        self._scheduler.call_soon_threadsafe(lambda: ask(done))
-        if not answered.wait(WAIT_SECONDS):
-            raise CopyUnreadableError("the disk does not answer")
-        return answers[0]
+    def _ask(self, look: Callable[[Callable[[T], None]], None]) -> Inquiry[T]:
+        question = Inquiry[T]()
+        self._scheduler.call_soon_threadsafe(lambda: look(question.answered))
+        return question

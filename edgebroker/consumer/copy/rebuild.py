@@ -9,18 +9,23 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
 from edgebroker.common.types import Position, TopicPartition
-from edgebroker.consumer.copy.copy_reader import CopyReader, CopyUnreadableError
-from edgebroker.consumer.copy.segment_copy import CopiedPartition
+from edgebroker.consumer.copy.copy_reader import CopyReader, CopyUnreadableError, Inquiry
 from edgebroker.consumer.declare.application import Topic
 from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.effect import Effect
 from edgebroker.consumer.reloads import Reloads
 from edgebroker.consumer.subscriptions import Subscriptions
+
+if TYPE_CHECKING:
+    from edgebroker.consumer.copy.segment_copy import CopiedPartition
+    from edgebroker.storage.types import ColdRead
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +60,7 @@ class Rebuild:
         self._refreshes: dict[TopicPartition, Refresh] = {}
         # What is left in the copy.
         self._reading: dict[TopicPartition, CopiedPartition] = {}
+        self._next: tuple[TopicPartition, int, Inquiry[ColdRead]] | None = None
         self._beginning, self._failures = False, 0
 
     @property
@@ -132,33 +138,35 @@ class Rebuild:
 
     def step(self) -> None:
         """Load a piece of the copy; or have the broker go on."""
-        assert self._reader is not None
         key, copied = next(iter(self._reading.items()))
         refresh = self._refreshes[key]
         if refresh.next_offset < copied.end:
             try:
-                piece = self._reader.read(key, refresh.next_offset, copied.end, PIECE_BYTES)
+                self._stage_piece(key, refresh, copied.end)
             except CopyUnreadableError as error:
                 self._failures += 1
                 if self._failures >= MOST_FAILURES:
                     self._abandon(key.topic, str(error))
-                return
-            if piece.missing:
-                self._abandon(key.topic, f"records from {refresh.next_offset} on are missing or damaged")
-                return
-            self._load(refresh, piece.records, piece.next_offset)
             return
         del self._reading[key]
         if not any(one.topic == key.topic for one in self._reading):
             self._read([key.topic], {one: refresh.position for one, refresh in self._refreshes.items()})
 
-    def _load(self, refresh: Refresh, records: Sequence[Record], next_offset: int) -> None:
-        before, refresh.next_offset = refresh.next_offset, next_offset
-        try:
-            self._generations.load(refresh, records)
-        except BaseException:
-            refresh.next_offset = before
-            raise
+    def _stage_piece(self, key: TopicPartition, refresh: Refresh, end: int) -> None:
+        """The next one is read meanwhile. Nothing is synced: what a power cut takes back the copy still has."""
+        assert self._reader is not None
+        offset = refresh.next_offset
+        next_one, self._next = self._next, None
+        if next_one is None or next_one[:2] != (key, offset):
+            next_one = (key, offset, self._reader.ask(key, offset, PIECE_BYTES))
+        piece = self._reader.answer(next_one[2], key, offset, end)
+        if piece.missing:
+            self._abandon(key.topic, f"records from {offset} on are missing or damaged")
+            return
+        if piece.next_offset < end:
+            self._next = (key, piece.next_offset, self._reader.ask(key, piece.next_offset, PIECE_BYTES))
+        with _moved(refresh, piece.next_offset):
+            self._generations.stage(refresh, piece.records)
 
     def _abandon(self, topic: str, why: str) -> None:
         log.warning("topic %s cannot be rebuilt from the copy: %s; it is loaded from the broker", topic, why)
@@ -178,7 +186,9 @@ class Rebuild:
         if refresh is None:  # the copy has nothing of it: it was empty
             refresh = self._begin(key, position.log_id, records[0].offset, position.next_offset)
         refresh.epoch = position.epoch
-        self._load(refresh, [one for one in records if one.offset >= refresh.next_offset], position.next_offset)
+        new = [one for one in records if one.offset >= refresh.next_offset]
+        with _moved(refresh, position.next_offset):
+            self._generations.load(refresh, new)
 
     def switch(self) -> None:
         """Show what is complete, if it is time."""
@@ -194,6 +204,17 @@ class Rebuild:
         for held in (self._refreshes, self._reading):
             for key in [key for key in held if key.topic == topic]:
                 del held[key]
+
+
+@contextmanager
+def _moved(refresh: Refresh, next_offset: int) -> Iterator[None]:
+    """A refresh is so far, unless that fails."""
+    before, refresh.next_offset = refresh.next_offset, next_offset
+    try:
+        yield
+    except BaseException:
+        refresh.next_offset = before
+        raise
 
 
 def _is_half_rebuilt(effect: Effect) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from datetime import UTC, datetime
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 from msgspec import Meta, Struct
@@ -16,7 +16,6 @@ from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record
 from edgebroker.common.types import TopicPartition
 from edgebroker.consumer.copy.copy_reader import CopyReader, CopyUnreadableError
-from edgebroker.consumer.copy.segment_copy import CopiedPartition
 from edgebroker.consumer.declare.routes import HttpError
 from edgebroker.consumer.rest.answers import (
     MOST_ROWS,
@@ -32,6 +31,9 @@ from edgebroker.consumer.rest.answers import (
     text_or_bytes,
 )
 from edgebroker.network.http.server import Response
+
+if TYPE_CHECKING:
+    from edgebroker.consumer.copy.segment_copy import CopiedPartition
 
 MOST_PAGE_BYTES, PIECE_BYTES, MOST_SEARCHED_BYTES = 1 << 20, 256 << 10, 16 << 20
 NDJSON = "application/x-ndjson"
