@@ -51,7 +51,7 @@ test-faults: build
 test-kill: build
 	EB_KILL_CYCLES=500 $(BIN)/python -m pytest tests/faults/test_kill.py
 
-# kill -9 of an application and its broker: 500 times, while records come and topics are loaded again.
+# kill -9 of an application and its broker: 500 times, while records come, topics are loaded again and views rebuilt.
 test-applications: build
 	EB_APP_KILL_CYCLES=500 $(BIN)/python -m pytest tests/faults/test_app_kill.py -s
 

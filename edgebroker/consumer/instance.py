@@ -111,6 +111,8 @@ class Instance:
         # What was received and is not stored yet; nothing more is asked for before it is.
         self._held: list[Portion] = []
         self._to_load = deque[Portion]()
+        # Of views that are to be loaded again: their rows and positions stay as they are until that begins.
+        self._early: list[Portion] = []
         self._short = False
         self._waiting: dict[TopicPartition, WaitingPartition] = {}
         # Committed, and not acknowledged yet.
@@ -182,6 +184,9 @@ class Instance:
     def _turn(self) -> None:
         self._load_rebuilt()
         if not self._held:
+            early, self._early = self._early, []
+            for portion in early:
+                self._take(portion)
             self._gather()
             self._reloads.ask()
             self._try_again()
@@ -199,7 +204,7 @@ class Instance:
             self._acknowledge()
             self._look_at_readers(now)
             self.dead_records.make_room()
-        if self._waiting and now >= self._presence_due:
+        if (self._waiting or self._early) and now >= self._presence_due:
             self._presence_due = now + PRESENCE_SECONDS
             self.subscriptions.in_progress()
         self._hooks.call_due()
@@ -208,7 +213,7 @@ class Instance:
             self._current_due = now + CURRENT_SECONDS
             self.subscriptions.switch(self._reloads.asked)
             self._rebuild.switch()
-            if not self._held and not self._waiting:
+            if not self._held and not self._waiting and not self._early:
                 self.subscriptions.note_current()
         while self._jobs:
             self._jobs.popleft()()
@@ -258,6 +263,8 @@ class Instance:
     def _take(self, portion: Portion) -> None:
         if self._rebuild.takes(portion.key.topic):
             self._to_load.append(portion)
+        elif self.is_stale(portion.key.topic) and not self._reloads.is_refused(portion.key):
+            self._early.append(portion)
         elif (new := self._new(portion)) is not None:
             self._held.append(new)
 
@@ -429,6 +436,7 @@ class Instance:
         self._rebuild.superseded(key.topic)
         self._waiting.pop(key, None)
         self._held = [portion for portion in self._held if portion.key != key]
+        self._early = [portion for portion in self._early if portion.key != key]
         self._unacknowledged.pop(key, None)
         self._reloads.want(self._reloads.together(key.topic))
         if first:
@@ -555,6 +563,7 @@ class Instance:
         for key in partitions:
             self._waiting.pop(key, None)
         self._held = [portion for portion in self._held if portion.key not in partitions]
+        self._early = [portion for portion in self._early if portion.key not in partitions]
 
     # ---- readiness ----
 

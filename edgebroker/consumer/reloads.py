@@ -88,6 +88,11 @@ class Reloads:
             self._incomplete.discard(topic)
             self._asked[topic] = self._subscriptions.load_again(topic)
 
+    def is_refused(self, key: TopicPartition) -> bool:
+        """Was a partition asked for that cannot be loaded?"""
+        asked = self._asked.get(key.topic)
+        return asked is not None and key.partition in asked.refused
+
     @property
     def asked(self) -> list[str]:
         """The topics that were asked for and are not switched yet."""

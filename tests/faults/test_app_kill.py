@@ -1,7 +1,9 @@
-"""kill -9 of a real application, and of its broker, at random moments while records come and topics are loaded again.
+"""kill -9 of a real application, and of its broker, at random moments while records come, topics are loaded again, and
+views are built from the copy: after another version, and after the database was lost.
 
 After each kill another program reads the local database: its rows have to be those of the records below the positions
-that it says, no matter what was cut off. EB_APP_KILL_CYCLES says how many times (15), EB_APP_KILL_SEED with which seed.
+that it says, no matter what was cut off. At last the copy has the bytes of the broker. EB_APP_KILL_CYCLES says how many
+times (15), EB_APP_KILL_SEED with which seed.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ class Price(msgspec.Struct):
     cents: int
 
 
-@consumer("prices", view=Price)
+@consumer("prices", view=Price, version=VERSION)
 class Prices: ...
 """
 
@@ -89,10 +91,25 @@ class Till:
     def __init__(self, directory: Path, server: str, data: Path | None = None) -> None:
         data = data if data is not None else directory / "edgebroker-till"
         self._source, self.path = directory / "till.py", data / "app.db"
-        self._source.write_text(SOURCE)
-        self._environment = environment(server, DATA_DIR=str(data))
+        self._versions = 0
+        self.change()
+        self._environment = environment(server, DATA_DIR=str(data), COPY="on")
         self.log = directory / "till.log"
         self.process: subprocess.Popen[bytes] | None = None
+
+    def change(self) -> None:
+        """Another version, for the next start."""
+        self._versions += 1
+        self._source.write_text(SOURCE.replace("VERSION", str(self._versions)))
+
+    def lose(self) -> None:
+        """The database, which is not running, is gone."""
+        for path in self.path.parent.glob("app.db*"):
+            path.unlink()
+
+    def copied(self) -> list[bytes]:
+        """The logs of its copy."""
+        return stored(self.path.parent / "copy" / "topics")
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -141,6 +158,12 @@ def read_log(broker: BrokerProcess) -> dict[int, list[tuple[bytes, int | None]]]
     return found
 
 
+def stored(directory: Path) -> list[bytes]:
+    """The bytes of the logs below a directory, in the order of their names."""
+    logs = sorted(path.parent for path in directory.rglob("identity"))
+    return [b"".join(path.read_bytes() for path in sorted(log.glob("*.log"))) for log in logs]
+
+
 def fold(log: dict[int, list[tuple[bytes, int | None]]], positions: dict[int, int]) -> Rows:
     """The rows that the records below these positions make."""
     rows: Rows = {}
@@ -156,7 +179,7 @@ def fold(log: dict[int, list[tuple[bytes, int | None]]], positions: dict[int, in
 def test_kills_of_an_application_tear_nothing(tmp_path: Path) -> None:
     rng = random.Random(SEED)
     snapshots: list[Snapshot] = []
-    refreshes = 0
+    refreshes = changes = losses = 0
     with BrokerProcess(tmp_path / "data", settings=SETTINGS | {"EDGEBROKER_LOG_LEVEL": "warning"}) as broker:
         call(broker.admin, "POST", "/v1/topics", {"name": "prices", "partitions": PARTITIONS})
         till, publisher = Till(tmp_path, broker.server), Publisher(broker.server)
@@ -174,12 +197,22 @@ def test_kills_of_an_application_tear_nothing(tmp_path: Path) -> None:
                 till.kill()
                 if (found := till.read()) is not None:
                     snapshots.append(found)
+                if rng.random() < 0.2:
+                    till.change()
+                    changes += 1
+                elif rng.random() < 0.1:
+                    till.lose()
+                    losses += 1
             count = check_all(broker, till, publisher, snapshots, f"EB_APP_KILL_SEED={SEED}")
+            logs = stored(tmp_path / "data" / "topics" / "prices")
+            assert len(logs) == PARTITIONS and all(logs)
+            wait_for(lambda: till.copied() == logs, "the copy has all of it")
         finally:
             publisher.stop()
             till.kill()
     torn = sum(one.loading for one in snapshots)
-    print(f"{CYCLES} kills, {count} records, {refreshes} refreshes, {torn} kills while loading")
+    print(f"{CYCLES} kills, {count} records, {refreshes} refreshes, {changes} versions, {losses} databases lost, "
+          f"{torn} kills while loading")  # fmt: skip
 
 
 def check_all(broker: BrokerProcess, till: Till, publisher: Publisher, snapshots: list[Snapshot], context: str) -> int:

@@ -16,6 +16,7 @@ from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
 from edgebroker.consumer import instance as instance_module
 from edgebroker.consumer import reloads as reloads_module
+from edgebroker.consumer.handling.effect import portions_of
 from edgebroker.consumer.staging_file import StagingFile
 from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running
@@ -78,6 +79,31 @@ def count(price: Price, database: Database):
         again.until("SELECT code, cents FROM prices ORDER BY code", [("a", 7), ("b", 2), ("c", 3)])
         again.until("SELECT * FROM sums ORDER BY code", [("a", 8), ("b", 2), ("c", 3)])
         assert again.read("SELECT version FROM _generations") == [(2,)]
+
+
+def test_a_view_of_another_version_stays_until_it_is_loaded(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its rows are those of its positions, also when the process ends before the broker begins."""
+    app = make(VIEW)
+    publish(broker, price("a", 1))
+    with app.running():
+        app.until("SELECT code, cents FROM prices", [("a", 1)])
+        wait_for(lambda: committed(broker) == [1, 0], "it is acknowledged")
+    other, received = make(VIEW.replace("view=Price", "view=Price, version=2")), list[Record]()
+    with monkeypatch.context() as patch:
+        patch.setattr(reloads_module.Reloads, "ask", lambda self: None)
+        patch.setattr(instance_module, "portions_of", lambda records: received.extend(records) or portions_of(records))
+        with other.running():
+            publish(broker, price("a", 2), price("b", 3))
+            wait_for(lambda: len(received) == 2, "they are there")
+            publish(broker, price("c", 4))
+            wait_for(lambda: len(received) == 3, "it is polled again")
+            assert other.read("SELECT next_offset FROM _position WHERE partition=0") == [(1,)]
+            assert other.read("SELECT code, cents FROM prices") == [("a", 1)]
+    with other.running():
+        other.until("SELECT code, cents FROM prices ORDER BY code", [("a", 2), ("b", 3), ("c", 4)])
+        wait_for(lambda: committed(broker) == [4, 0], "they are acknowledged")
 
 
 TWO = (
