@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from edgebroker.common.outcome import Outcome
 from edgebroker.consumer.copy import segment_copy as copy_module
 from edgebroker.consumer.rest import history as history_module
 from tests.kit.applications import VIEW, App, committed, price, publish
@@ -316,3 +317,59 @@ def test_segments(broker: RunningBroker, copying: Callable[[str], App], monkeypa
         third = found(app, f"/v1/segments?limit=1&topic=prices&cursor={second['next']}")
         assert first["segments"] + second["segments"] + third["segments"] == page["segments"]
         assert third["next"] is None
+
+
+# ---- when it cannot be written ----
+
+
+def test_a_full_disk_in_the_copy(
+    broker: RunningBroker, copying: Callable[[str], App], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Readers see what comes, nothing is acknowledged that the copy lacks, and it goes on."""
+    monkeypatch.setattr(copy_module, "RETRY_SECONDS", 0.01)
+    app = copying(VIEW)
+    with app.running():
+        engine = app.service._copy._engine  # type: ignore[union-attr]
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "refusal", lambda *, spare=False: (Outcome.DISK_FULL, "it is full"))
+            publish(broker, price("a", 1), price("b", 2))
+            app.until(PRICES, [("a", 1), ("b", 2)])
+            assert found(app, "/v1/stats")["copy"]["backlog_bytes"] > 0
+            assert committed(broker) == [0, 0]
+        wait_for(lambda: committed(broker) == [2, 0], "they are acknowledged")
+    assert copied(app) == stored(tmp_path / "data" / "topics")[:1]
+
+
+def test_one_that_cannot_be_written(
+    broker: RunningBroker, copying: Callable[[str], App], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The application goes on without it, and with it after the next start."""
+    app = copying(VIEW)
+    with monkeypatch.context() as patch, app.running():
+        publish(broker, price("a", 1))
+        wait_for(lambda: committed(broker) == [1, 0], "it is acknowledged")
+        engine = app.service._copy._engine  # type: ignore[union-attr]
+        patch.setattr(engine, "refusal", lambda *, spare=False: (Outcome.READ_ONLY, "it is worn out"))
+        publish(broker, price("b", 2))
+        wait_for(lambda: committed(broker) == [2, 0], "it is acknowledged all the same")
+        assert found(app, "/v1/stats")["copy"]["problem"] == "it is worn out"
+        assert b"edgebroker_app_copy_up 0.0" in ask(app, "GET", "/metrics")[1]
+        assert offsets(found(app, "/v1/messages?topic=prices")) == [(0, 0)]
+    with app.running():
+        publish(broker, price("c", 3))
+        wait_for(lambda: committed(broker) == [3, 0], "it is acknowledged")
+        page = found(app, "/v1/messages?topic=prices")
+        assert offsets(page) == [(0, 0), (0, 1), (0, 2)] or page["missing"] == [{"partition": 0, "first": 1, "next": 2}]
+
+
+def test_one_that_cannot_be_opened(
+    broker: RunningBroker, copying: Callable[[str], App], caplog: pytest.LogCaptureFixture
+) -> None:
+    app = copying(VIEW)
+    app.path.parent.mkdir(parents=True)
+    (app.path.parent / "copy").write_text("in the way")
+    with app.running():
+        publish(broker, price("a", 1))
+        app.until(PRICES, [("a", 1)])
+        assert "the copy of topics cannot be opened: " in caplog.text
+        assert found(app, "/v1/stats")["copy"] is None

@@ -395,7 +395,8 @@ def _new_from(batches: bytes, end: int, identity: Identity) -> tuple[int, bool]:
         header = batch.read_header(batches, position)
         if header.base_offset >= end:
             break
-        if header.base_offset >= identity.log_start and header.epoch != identity.epoch_at(header.base_offset):
+        known = header.base_offset >= identity.log_start and identity.gap_at(header.base_offset) is None
+        if known and header.epoch != identity.epoch_at(header.base_offset):
             return position, False
         position += header.size
     return position, True
