@@ -39,8 +39,8 @@ LINES = {
         "asynchronous",
     ],
     "consumer": [
-        "config", "declare", "database", "reader", "views", "staging_file", "handling", "subscriptions", "reloads",
-        "generation", "copy", "instance", "rest", "service",
+        "config", "declare", "database", "reader", "views", "staging_file", "handling", "loaded_records",
+        "subscriptions", "reloads", "generation", "copy", "instance", "rest", "service",
     ],
     "broker": [
         "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",

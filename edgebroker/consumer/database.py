@@ -48,8 +48,10 @@ CREATE TABLE IF NOT EXISTS _loading (topic TEXT, partition INTEGER, reset_id TEX
     next_offset INTEGER, target INTEGER, PRIMARY KEY (topic, partition)) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS _outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT, key BLOB, value BLOB,
     headers TEXT);
+CREATE TABLE IF NOT EXISTS _as_of (topic TEXT PRIMARY KEY, as_of_ms INTEGER) WITHOUT ROWID;
 CREATE VIEW IF NOT EXISTS _state AS SELECT topic, generation, following > 0 OR EXISTS (SELECT 1 FROM _loading
-    WHERE _loading.topic = _generations.topic AND target >= 0) AS loading FROM _generations;
+    WHERE _loading.topic = _generations.topic AND target >= 0) AS loading, as_of_ms IS NOT NULL AS ready, as_of_ms
+    FROM _generations LEFT JOIN _as_of USING (topic);
 CREATE VIEW IF NOT EXISTS _position AS SELECT topic, partition, next_offset FROM _positions;
 """
 # What is said here and what a handler says are two texts: SQLite is asked about the second when it is prepared.
@@ -320,6 +322,10 @@ class AppDatabase:
         self.connection.executemany(
             "INSERT OR REPLACE INTO _positions VALUES (?,?,?,?,?)", [(*key, *one) for key, one in positions.items()]
         )
+
+    def set_as_of(self, as_of: Mapping[str, int]) -> None:
+        """When nothing was missing of topics, in milliseconds since 1970; within a transaction."""
+        self.connection.executemany("INSERT OR REPLACE INTO _as_of VALUES (?,?)", list(as_of.items()))
 
     def bury(self, dead: DeadRecord) -> None:
         """Keep a record that was given up; within a transaction."""

@@ -11,7 +11,7 @@ come.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -23,6 +23,7 @@ from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.database import AppDatabase, Loading
 from edgebroker.consumer.declare.application import Topic
 from edgebroker.consumer.handling.effect import DeadNow, Effect, Portion
+from edgebroker.consumer.loaded_records import LoadedRecords
 from edgebroker.consumer.reader import Reader
 from edgebroker.consumer.reloads import Reloads
 from edgebroker.consumer.staging_file import StagingFile
@@ -35,10 +36,6 @@ LEAST_PERCENT = 90
 
 class Host(Protocol):
     """What loading needs of the instance."""
-
-    def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
-        """Have handlers handle records, and keep those that are given up, in one transaction with something else, which
-        gets the offset behind them (-1: behind all)."""
 
     def begun(self, key: TopicPartition, first: bool) -> None:
         """A partition is loaded again, the first one of its topic perhaps; within a transaction then."""
@@ -92,13 +89,15 @@ class Generations:
         topics: Mapping[str, Topic],
         effects: Mapping[str, Effect],
         host: Host,
+        loaded: LoadedRecords,
         reloads: Reloads,
         clock: Clock,
         *,
         force: bool,
     ) -> None:
         self._database, self._views, self._topics, self._effects = database, views, topics, effects
-        self._host, self._reloads, self._clock, self._force = host, reloads, clock, force
+        self._host, self._loaded_records, self._reloads = host, loaded, reloads
+        self._clock, self._force = clock, force
         self._directory: Path = database.path.parent
         self._staged: dict[str, _Staged] = {}
         self._attached = ""
@@ -222,7 +221,7 @@ class Generations:
         store = effect.handles or bool(dead)
         if store:
             portion = Portion(key, records if effect.handles else [])
-            self._host.handle_loaded(portion, dead, lambda end: self._set_loading(key, _state(refresh, end)))
+            self._loaded_records.handle(portion, dead, lambda end: self._set_loading(key, _state(refresh, end)))
             if self._handled is not None:
                 effect.loading[key.partition], self._handled = self._handled, None
         return store

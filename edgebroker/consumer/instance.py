@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.outcome import Outcome
@@ -29,20 +28,19 @@ from edgebroker.consumer.handling.dead_records import DeadRecords
 from edgebroker.consumer.handling.effect import (
     MOST_REASON,
     Changed,
-    DeadNow,
     Effect,
     FailedRecord,
-    HopelessError,
     Observer,
     Portion,
     portions_of,
 )
 from edgebroker.consumer.handling.errors import StoppedError
 from edgebroker.consumer.handling.hooks import Hooks
-from edgebroker.consumer.handling.in_hand import MOST_DEATHS, InHand
+from edgebroker.consumer.handling.in_hand import InHand
 from edgebroker.consumer.handling.outbox import OutboxSender
 from edgebroker.consumer.handling.waiting import WaitingPartition, once
 from edgebroker.consumer.handling.watch import Watch
+from edgebroker.consumer.loaded_records import EndedError, LoadedRecords, having_in_hand
 from edgebroker.consumer.reloads import Reloads
 from edgebroker.consumer.subscriptions import REMIND_SECONDS, Subscriptions
 from edgebroker.consumer.views import Views
@@ -59,12 +57,10 @@ WAIT_SECONDS = 0.2
 COPY_SECONDS = 0.02
 # How often it is looked whether anything is missing.
 CURRENT_SECONDS = 0.2
+# How often readers of the database are told how current it is.
+AS_OF_SECONDS = 10.0
 # No more records are taken while so many wait in the outbox.
 MOST_OUTGOING = 100_000
-
-
-class EndedError(Exception):
-    """It is to end while a record waits for another attempt."""
 
 
 class Instance:
@@ -82,9 +78,11 @@ class Instance:
         self._copy = copied.copy if copied is not None else None
         self._observer = observer
         self._jobs: deque[Callable[[], None]] = deque()
-        # For whoever asks, any thread: records whose effect is stored, attempts that failed.
-        self.records = self.failures = 0
-        self._current_due, self._busy = 0.0, False
+        # For whoever asks, any thread: records whose effect is stored.
+        self.records = self._failures = 0
+        self._current_due, self._as_of_due, self._busy = 0.0, 0.0, False
+        # What readers were told of how current topics are, in milliseconds since 1970.
+        self._as_of: dict[str, int] = {}
         self.watch = Watch(self._clock.monotonic)
         self._calls = Calls(database, self.watch, self._clock, settings.node, log)
         self._positions = database.positions()
@@ -102,8 +100,17 @@ class Instance:
             settings.name, settings.node, settings.server, self._clock, self._lost, received
         )
         self._reloads = Reloads(self._topics, self.subscriptions, settings.activate_refresh, self._clock)
+        self._loaded = LoadedRecords(database, self._effects, self._in_hand, self._clock, lambda: self._stopping)
         self.generations = Generations(
-            database, views, self._topics, self._effects, self, self._reloads, self._clock, force=settings.force
+            database,
+            views,
+            self._topics,
+            self._effects,
+            self,
+            self._loaded,
+            self._reloads,
+            self._clock,
+            force=settings.force,
         )
         self._rebuild = Rebuild(
             copied, self.generations, self._reloads, self.subscriptions, self._topics, self._effects, self._positions
@@ -135,6 +142,11 @@ class Instance:
         """Has the view of a topic other columns or another version than the application declares, for now? Any
         thread."""
         return self._effects[topic].stale
+
+    @property
+    def failures(self) -> int:
+        """Attempts of handlers that failed. Any thread."""
+        return self._failures + self._loaded.failures
 
     @property
     def waiting(self) -> int:
@@ -214,13 +226,28 @@ class Instance:
             self.subscriptions.switch(self._reloads.asked)
             self._rebuild.switch()
             if not self._held and not self._waiting and not self._early:
-                self.subscriptions.note_current()
+                self._note_current(now)
         while self._jobs:
             self._jobs.popleft()()
         if not self.ready and self._is_ready():
             self.ready = True
             log.info("ready: everything is there that was published when this began")
             self._hooks.call("ready")
+
+    def _note_current(self, now: float) -> None:
+        """Note, and tell readers once in a while, of which topics nothing is missing."""
+        behind = {topic for topic in self._topics if self.is_stale(topic)} | self._rebuild.topics
+        behind |= {topic for topic, _ in self.generations.loading()}
+        self.subscriptions.note_current(behind)
+        ages = {topic: self.subscriptions.age(topic) for topic, effect in self._effects.items() if effect.view}
+        wall_ms = self._clock.wall_ms()
+        as_of = {topic: wall_ms - round(age * 1000) for topic, age in ages.items() if age is not None}
+        new = {topic: when for topic, when in as_of.items() if when - self._as_of.get(topic, 0) >= 1000}
+        if new and (now >= self._as_of_due or new.keys() - self._as_of.keys()):
+            self._as_of_due = now + AS_OF_SECONDS
+            self._as_of.update(new)
+            with self._database.transaction():
+                self._database.set_as_of(new)
 
     # ---- records ----
 
@@ -324,7 +351,7 @@ class Instance:
         """The effects of portions and the positions behind them, in one transaction."""
         positions = self._positions_behind(portions)
         changed: list[Changed] = []
-        with self._having_in_hand(portions), self._database.transaction():
+        with having_in_hand(self._in_hand, portions, self._effects), self._database.transaction():
             for portion in portions:
                 self._effects[portion.key.topic].apply(portion, changed)
             self._database.set_positions(positions)
@@ -334,25 +361,6 @@ class Instance:
     def _publish(self, changed: list[Changed]) -> None:
         for one in changed:
             self._observer.published(*one)
-
-    @contextmanager
-    def _having_in_hand(self, portions: Sequence[Portion]) -> Iterator[None]:
-        """Handlers get these: it is written down, so that a record is found that ends the process. Raises FailedRecord
-        when it has done so often enough."""
-        taken = [one for one in portions if one.records and self._topics[one.key.topic].handlers]
-        if not taken:
-            yield
-            return
-        for portion in taken:
-            handler = self._effects[portion.key.topic].handler_of(portion.records[0])
-            if handler is not None and self._in_hand.deaths(portion.key, portion.records[0]) >= MOST_DEATHS:
-                why = HopelessError(f"the process ended {MOST_DEATHS} times while it was handled alone")
-                raise FailedRecord(portion, 0, handler, why)
-        self._in_hand.begin((one.key, one.records) for one in taken)
-        try:
-            yield
-        finally:
-            self._in_hand.end()
 
     def _positions_behind(self, portions: list[Portion]) -> dict[tuple[str, int], Position]:
         return {portion.key: self._after(portion.records[-1]) for portion in portions if self._owns(portion.key.topic)}
@@ -377,7 +385,7 @@ class Instance:
         rest = [*failed.records[failure.before :], *(waiting.records if waiting is not None else [])]
         for portion in portions[place + 1 :]:
             rest += portion.records if portion.key == failed.key else []
-        self.failures += 1
+        self._failures += 1
         attempts = failed.attempt if failure.before == 0 else 1
         pause = failure.handler.policy.pause(attempts)
         now = self._waiting[failed.key] = WaitingPartition(
@@ -445,53 +453,6 @@ class Instance:
     def resume(self, refresh: Refresh, offset: int) -> int:
         """Where to go on with a refresh of which so much is loaded: the copy may lack what came last."""
         return self._copy.resume(refresh, offset) if self._copy is not None else offset
-
-    def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
-        """Have handlers handle records of a refresh, in one transaction with something else, which gets the offset
-        behind them. A record that fails is waited for here: its partition shows nothing yet."""
-        records = portion.records
-        while self._in_hand and records:
-            count = self._in_hand.together(portion.key, records)
-            piece, records = records[:count], records[count:]
-            end = piece[-1].offset + 1
-            self._handle_piece(portion._replace(records=piece), dead, lambda end=end: also(end))  # type: ignore[misc]
-            dead = []
-        self._handle_piece(portion._replace(records=records), dead, lambda: also(-1))
-
-    def _handle_piece(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[], None]) -> None:
-        attempt, buried, effect = 1, list(dead), self._effects[portion.key.topic]
-        passed = {one.record.offset for one in dead}
-        while True:
-            now = portion._replace(attempt=attempt)
-            try:
-                with self._having_in_hand([now]), self._database.transaction():
-                    for one in buried:
-                        effect.bury(*one)
-                    effect.handle(now, now.records, passed)
-                    also()
-            except FailedRecord as failure:
-                self.failures += 1
-                policy, record = failure.handler.policy, failure.record
-                log.warning("%s: attempt %d failed (%s)", _name(record), attempt, failure.why)
-                if not failure.is_final(attempt):
-                    self._pause(policy.pause(attempt))
-                    attempt += 1
-                    continue
-                if policy.then == "stop":
-                    raise StoppedError(f"{_name(record)}: {failure.why}") from failure
-                if policy.then == "dead_letter":
-                    buried.append(DeadNow(record, attempt, failure.why))
-                passed.add(record.offset)
-                attempt = 1
-            else:
-                return
-
-    def _pause(self, seconds: float) -> None:
-        until = self._clock.monotonic() + seconds
-        while self._clock.monotonic() < until:
-            if self._stopping:
-                raise EndedError
-            sleep(min(WAIT_SECONDS, seconds))
 
     def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None:
         """Readers see what was loaded; these positions hold from now on."""

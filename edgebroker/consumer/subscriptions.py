@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from math import inf
 from typing import NamedTuple
 
@@ -165,12 +165,15 @@ class Subscriptions:
                 return False
         return True
 
-    def note_current(self) -> None:
-        """All that was handed out is stored: note of which topics nothing is missing, as far as the broker said so."""
+    def note_current(self, behind: Container[str]) -> None:
+        """All that was handed out is stored: note of which topics nothing is missing, as far as the broker said so.
+        What readers see of some is `behind`: they are being loaded."""
         now = self._clock.monotonic()
         for consumer, topics in list(self._topics.items()):
             heard, held, ends = now - consumer.silent_seconds, consumer.next_offsets(), consumer.durable_ends.copy()
             for topic in topics:
+                if topic in behind:
+                    continue
                 own = [key for key in held if key.topic == topic]
                 if heard > 0 and own and all(key in ends and held[key] >= ends[key] for key in own):
                     self._current[topic] = heard

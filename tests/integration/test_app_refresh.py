@@ -14,6 +14,7 @@ import pytest
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
+from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.consumer import instance as instance_module
 from edgebroker.consumer import reloads as reloads_module
 from edgebroker.consumer.handling.effect import portions_of
@@ -132,16 +133,41 @@ def test_topics_together_and_by_command(broker: RunningBroker, make: Callable[[s
         publish(broker, price("y", 2), topic="promotions")
         wait_for(lambda: committed(broker) == [2, 0, 2], "what comes meanwhile is loaded, too")
         assert app.read(both) == [("1", "1")]
-        assert app.read("SELECT * FROM _state ORDER BY topic") == [("prices", 1, 1), ("promotions", 1, 1)]
+        state = "SELECT topic, generation, loading, ready FROM _state ORDER BY topic"
+        assert app.read(state) == [("prices", 1, 1, 1), ("promotions", 1, 1, 1)]
         wait_for(lambda: ask(app, "POST", "/v1/activate")[0] == 200, "it is loaded")
         app.until(both, [("1,2", "1,2")])
-        assert app.read("SELECT * FROM _state ORDER BY topic") == [("prices", 2, 0), ("promotions", 2, 0)]
+        assert app.read(state) == [("prices", 2, 0, 1), ("promotions", 2, 0, 1)]
     with app.running():
         app.until("SELECT sum(generation) FROM _generations", [(4,)])
 
 
 def partitions(app: App) -> list[Any]:
     return [one for topic in found(app, "/v1/stats")["topics"] for one in topic["partitions"]]
+
+
+def test_readers_are_told_how_current_it_is(
+    broker: RunningBroker, make: Callable[[str], App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as it is shown: what waits for its hour does not count."""
+    monkeypatch.setattr(instance_module, "AS_OF_SECONDS", 0.0)
+    state = "SELECT ready, as_of_ms FROM _state"
+    app, clock = make(VIEW), SystemClock()
+    app.more = {"activate_refresh": "command"}
+    publish(broker, price("a", 1))
+    began = clock.wall_ms()
+    with app.running():
+        wait_for(lambda: app.read(state)[:1] and app.read(state)[0][0] == 1, "it is complete")
+        ((_, first),) = app.read(state)
+        assert began - 10 <= first <= clock.wall_ms()
+        wait_for(lambda: app.read(state)[0][1] > first, "it goes on")
+        assert ask(app, "POST", "/v1/reset", {"topic": "prices"})[0] == 200
+        wait_for(lambda: app.read("SELECT loading FROM _state") == [(1,)], "it is loaded")
+        ((_, before),), age = app.read(state), app.service._age_ms("prices")
+        wait_for(lambda: (app.service._age_ms("prices") or 0) > (age or 0) + 1500, "it grows older")
+        assert app.read(state) == [(1, before)]
+        wait_for(lambda: ask(app, "POST", "/v1/activate")[0] == 200, "it is loaded")
+        wait_for(lambda: app.read(state)[0][1] > before, "it is current again")
 
 
 def test_within_hours(

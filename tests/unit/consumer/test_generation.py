@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,8 +27,10 @@ from edgebroker.consumer.declare.declarations import RetryPolicy
 from edgebroker.consumer.declare.signatures import read_signature
 from edgebroker.consumer.generation import Generations
 from edgebroker.consumer.handling.calls import Calls
-from edgebroker.consumer.handling.effect import DeadNow, Effect, Portion
+from edgebroker.consumer.handling.effect import Effect, Portion
+from edgebroker.consumer.handling.in_hand import InHand
 from edgebroker.consumer.handling.watch import Watch
+from edgebroker.consumer.loaded_records import LoadedRecords
 from edgebroker.consumer.reloads import Reloads
 from edgebroker.consumer.staging_file import StagingFile
 from edgebroker.consumer.subscriptions import Subscriptions
@@ -103,18 +105,11 @@ class World:
         self.reloads = WillingReloads(
             topics, Subscriptions("app", "till-7", "", clock, lambda gone: None, None), "now", clock
         )
+        loaded = LoadedRecords(self.database, self.effects, InHand(directory), clock, lambda: False)
         self.generations = Generations(
-            self.database, views, topics, self.effects, self, self.reloads, clock, force=force
+            self.database, views, topics, self.effects, self, loaded, self.reloads, clock, force=force
         )
         self.calls: list[tuple[int, bool]] = []
-
-    def handle_loaded(self, portion: Portion, dead: Sequence[DeadNow], also: Callable[[int], None]) -> None:
-        effect = self.effects[portion.key.topic]
-        with self.database.transaction():
-            for one in dead:
-                effect.bury(*one)
-            effect.handle(portion, portion.records)
-            also(-1)
 
     def begun(self, key: TopicPartition, first: bool) -> None:
         self.calls.append((key.partition, first))
