@@ -53,6 +53,7 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     http: Annotated[str, about(
         "HOST:PORT at which it answers over HTTP; none: only at the unix socket http.sock in its data directory")
         ] = "127.0.0.1:7430"
+    static_dir: Annotated[str, about("a directory whose files it answers with, at / and below; empty: none")] = ""
     allow_insecure: Annotated[bool, about("allow an address off loopback without TLS and authentication")] = False
     stop_timeout: Annotated[float, msgspec.Meta(ge=0, le=3600), about(
         "seconds in which it finishes what it has begun when it is stopped; then it ends")] = 10.0
@@ -142,6 +143,8 @@ def _wrong(config: AppConfig) -> list[tuple[str, str]]:
             parse_hours(config.activate_refresh or "-")
         except ValueError as error:
             found.append(("activate_refresh", f"{error}, or use now or command"))
+    if config.static_dir and not Path(config.static_dir).is_dir():
+        found.append(("static_dir", f"{config.static_dir!r}: there is no such directory"))
     host, _, port = config.http.rpartition(":")
     if config.http == "none":
         pass

@@ -9,6 +9,7 @@ import logging
 import os
 from collections.abc import Callable
 from math import isfinite
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgebroker.common.errors import DamagedDataError, DataDirectoryError
@@ -30,6 +31,7 @@ from edgebroker.consumer.rest.openapi import document
 from edgebroker.consumer.rest.queries import Queries
 from edgebroker.consumer.rest.routes import Api
 from edgebroker.consumer.rest.server import SOCKET, RestServer
+from edgebroker.consumer.rest.static_files import StaticFiles
 from edgebroker.network.http.router import Call, Route
 from edgebroker.network.http.server import Failed, Response
 from edgebroker.network.io.loop import Loop
@@ -83,6 +85,9 @@ class Service:
         )
         routes = api.routes(application.routes)
         routes.append(Route("GET", "/openapi.json", self._describe, None, "view"))
+        if config.static_dir:
+            files = StaticFiles(loop, Path(config.static_dir))
+            routes.append(Route("GET", "/{path...}", files.answer, None, "view"))
         self._routes, self._views = routes, views
         names = frozenset(name.lower() for name in (config.node, os.uname().nodename))
         self._rest = RestServer(loop, routes, names)

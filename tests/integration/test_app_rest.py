@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import stat
 import threading
@@ -17,6 +18,7 @@ from edgebroker.consumer.handling import dead_records as dead_records_module
 from edgebroker.consumer.rest import changes as changes_module
 from edgebroker.consumer.rest import lookups as lookups_module
 from edgebroker.consumer.rest import queries as queries_module
+from edgebroker.consumer.rest import static_files as static_files_module
 from edgebroker.consumer.service import StuckError
 from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running
@@ -532,3 +534,39 @@ def test_a_function_that_takes_too_long(
         assert answers == [503] * 4
         module.FREE.set()
         wait_for(lambda: ask(app, "GET", "/price/a")[0] == 200, "they are free again")
+
+
+def test_files_of_a_directory(broker: RunningBroker, make: Callable[[str], App], tmp_path: Path) -> None:
+    page = tmp_path / "page"
+    (page / "sub").mkdir(parents=True)
+    large = bytes(range(256)) * 4096
+    for name, data in {"index.html": b"<p>till", "a b.css": b"p {}", "sub/index.html": b"sub", "x.bin": large,
+                       ".secret": b"no", "empty.txt": b""}.items():  # fmt: skip
+        (page / name).write_bytes(data)
+    (tmp_path / "outside").write_text("no")
+    (page / "link").symlink_to(tmp_path / "outside")
+    os.mkfifo(page / "pipe")
+    app = make(FUNCTIONS)
+    app.more = {"static_dir": str(page)}
+    with app.running():
+        for path, data, kind in [
+            ("/", b"<p>till", "text/html"), ("/index.html?x=1", b"<p>till", "text/html"),
+            ("/a%20b.css", b"p {}", "text/css"), ("/sub/", b"sub", "text/html"), ("/sub", b"sub", "text/html"),
+            ("/x.bin", large, "application/octet-stream"), ("/empty.txt", b"", "text/plain"),
+        ]:  # fmt: skip
+            assert ask(app, "GET", path) == (200, data, kind), path
+        for path in ("/.secret", "/sub/../.secret", "/%2e%2e/outside", "/..%2foutside", "/link", "/pipe", "/none",
+                     "/a%00b", "/" + "x" * 5000):  # fmt: skip
+            assert refused(app, "GET", path, 404).startswith("there is no /"), path
+        assert refused(app, "POST", "/x.bin", 405).startswith("POST is not allowed for /x.bin")
+        assert ask(app, "HEAD", "/x.bin")[0] == 200
+        assert ask(app, "GET", "/healthz")[1] == {"status": "running"}
+        sockets = [socket.create_connection(app.service.http_address) for _ in range(static_files_module.MOST_OPEN)]
+        (page / "huge.bin").write_bytes(bytes(16 << 20))
+        for one in sockets:
+            one.sendall(b"GET /huge.bin HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n")
+        wait_for(lambda: ask(app, "GET", "/")[0] == 503, "so many are sent at a time")
+        assert found(app, "/healthz") == {"status": "running"}
+        for one in sockets:
+            one.close()
+        wait_for(lambda: ask(app, "GET", "/")[0] == 200, "those who left make room")

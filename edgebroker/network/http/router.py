@@ -65,7 +65,8 @@ class Call:
 
 
 class Route(NamedTuple):
-    """One row. `path` has named parts in braces: /v1/topics/{name}. `request` is the struct of the body; without one
+    """One row. `path` has named parts in braces: /v1/topics/{name}; a last one with dots, {path...}, is all that is
+    left, when no other row matches. `request` is the struct of the body; without one
     the handler gets the body as it came. `response` is the struct of the answer (None: a text or a stream)."""
 
     method: str
@@ -102,10 +103,11 @@ class Router:
         self, routes: Sequence[Route], allowed: Callable[[Request, str], bool], names: Set[str] = frozenset()
     ) -> None:
         self._allowed, self._names = allowed, names
+        # By how many parts they have; -1: the others.
         self._places: dict[int, list[_Place]] = {}
         for route in routes:
             parts = route.path.strip("/").split("/")
-            places = self._places.setdefault(len(parts), [])
+            places = self._places.setdefault(-1 if parts[-1].endswith("...}") else len(parts), [])
             place = next((one for one in places if one.parts == parts), None)
             if place is None:
                 place = _Place(parts)
@@ -161,6 +163,11 @@ class Router:
             parameters = place.match(parts)
             if parameters is not None:
                 return place, parameters
+        for place in self._places.get(-1, ()):
+            *first, last = place.parts
+            parameters = _Place(first).match(parts[: len(first)]) if len(parts) >= len(first) else None
+            if parameters is not None:
+                return place, {**parameters, last[1:-4]: unquote("/".join(parts[len(first) :]))}
         return None, {}
 
 

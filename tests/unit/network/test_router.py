@@ -39,6 +39,7 @@ ROUTES = [
     Route("POST", "/items", echo, Seen, "alter", Item, 100),
     Route("GET", "/items/{name}", echo, Seen, "view"),
     Route("GET", "/items/best", refuse, Seen, "view"),
+    Route("GET", "/files/{kind}/{path...}", echo, Seen, "view"),
     Route("PUT", "/items/{name}/tags/{tag}", echo, Seen, "alter"),
     Route("DELETE", "/items/{name}", lambda call: call.done(Outcome.OK, ""), Nothing, "alter"),
 ]
@@ -165,3 +166,28 @@ def test_a_long_list_is_made_in_slices() -> None:
     assert [one.partitions for one in found[0]] == [
         [topic * 1000 + number for number in range(100)] for topic in range(3)
     ]
+
+
+@pytest.mark.parametrize(
+    ("target", "parameters"),
+    [
+        ("/files/css/a.css", {"kind": "css", "path": "a.css"}),
+        ("/files/css/a/b%20c/d.css?x=1", {"kind": "css", "path": "a/b c/d.css"}),
+        ("/files/css", {"kind": "css", "path": ""}),
+        ("/files/css/..%2f..%2fetc", {"kind": "css", "path": "../../etc"}),
+    ],
+)
+def test_the_rest_of_a_path(target: str, parameters: dict[str, str]) -> None:
+    found = ask("GET", target)
+    assert found.status == 201
+    assert found.body == Seen(parameters, {"x": ["1"]} if "?" in target else {})
+
+
+def test_the_rest_of_a_path_comes_last() -> None:
+    routes = [Route("GET", "/{path...}", refuse, None, "view"), *ROUTES]
+    answers: list[Response] = []
+    router = Router(routes, lambda request, right: True)
+    for target in ("/items", "/items/x", "/other", "/"):
+        router.handle(Request("GET", target, b"", "", "", "", "", "", "unix"), answers.append)
+    assert [one.status for one in answers] == [201, 201, 404, 404]
+    assert [dict(one.headers).get("x-why") for one in answers] == [None, None, "gone", "gone"]
