@@ -53,7 +53,7 @@ test-kill: build
 
 # kill -9 of an application and its broker: 500 times, while records come, topics are loaded again and views rebuilt.
 test-applications: build
-	EB_APP_KILL_CYCLES=500 $(BIN)/python -m pytest tests/faults/test_app_kill.py -s
+	EB_APP_KILL_CYCLES=500 EB_APP_POINT_TIMES=4 $(BIN)/python -m pytest tests/faults/test_app_kill.py tests/faults/test_app_points.py -s
 
 # A million keys are replaced while Java, the SQL shell and REST read them, and the application is killed twice.
 test-till: export EB_READER_KEYS ?= 1000000

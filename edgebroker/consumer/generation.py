@@ -212,16 +212,16 @@ class Generations:
             return False  # it begins again: what was received before does not count
         staged, dead = self._staged.get(key.topic), list[DeadNow]()
         if staged is not None:
-            end = staged.file.loading[key.partition].position.next_offset
-            with staged.file.appending(key.partition, _state(refresh)):
-                dead = effect.stage([record for record in records if record.offset >= end], staged.file.put)
-        if effect.handles:
-            handled = effect.loading[key.partition].position.next_offset
-            records = [record for record in records if record.offset >= handled]
+            known = staged.file.loading[key.partition]
+            with staged.file.appending(key.partition, _further(known, _state(refresh))):
+                dead = effect.stage(_behind(known, records), staged.file.put)
+        handled = effect.loading[key.partition]
         store = effect.handles or bool(dead)
         if store:
-            portion = Portion(key, records if effect.handles else [])
-            self._loaded_records.handle(portion, dead, lambda end: self._set_loading(key, _state(refresh, end)))
+            portion = Portion(key, _behind(handled, records) if effect.handles else [])
+            self._loaded_records.handle(
+                portion, dead, lambda end: self._set_loading(key, _further(handled, _state(refresh, end)))
+            )
             if self._handled is not None:
                 effect.loading[key.partition], self._handled = self._handled, None
         return store
@@ -405,6 +405,16 @@ class Generations:
 
 def _attempt(loading: Mapping[int, Loading]) -> tuple[str, ...]:
     return tuple(sorted(one.reset_id for one in loading.values()))
+
+
+def _behind(known: Loading, records: Sequence[Record]) -> list[Record]:
+    """Those that are not loaded yet."""
+    return [record for record in records if record.offset >= known.position.next_offset]
+
+
+def _further(known: Loading, new: Loading) -> Loading:
+    """What came once more takes nothing back."""
+    return new if new.position.next_offset >= known.position.next_offset else known
 
 
 def _state(refresh: Refresh, end: int = -1) -> Loading:

@@ -531,3 +531,24 @@ def test_what_a_power_cut_brings_back_does_not_count(tmp_path: Path, monkeypatch
     again.load(refresh_of("t", 50, "r2"), log)
     assert again.rows("t") == latest(log)
     again.close()
+
+
+def test_what_comes_once_more_has_no_second_effect(tmp_path: Path) -> None:
+    """As after a start, when the copy has less than was loaded; however small the pieces are in which it comes."""
+    seen: list[bytes] = []
+    world = World(tmp_path, {"t": handled("t", seen)}, force=True)
+    log, refresh = [record("t", number, f"k{number % 7}", number) for number in range(50)], refresh_of("t", 50)
+    world.go(refresh, log[:40])
+    for begin, size in ((0, 3), (20, 50)):
+        for first in range(begin, 40, size):
+            piece = log[first : min(40, first + size)]
+            refresh.next_offset = piece[-1].offset + 1
+            world.generations.load(refresh, piece)
+    assert len(seen) == 40
+    known = world.effects["t"].loading[0].position.next_offset
+    assert known == 40 and world.generations.loading() == {("t", 0)}
+    refresh.next_offset = 50
+    world.generations.load(refresh, log[40:])
+    wait_for(lambda: world.step(refresh), "it is switched", 20.0)
+    assert world.rows("t") == latest(log) and len(seen) == 50
+    world.close()
