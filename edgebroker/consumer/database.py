@@ -49,7 +49,7 @@ CREATE TABLE IF NOT EXISTS _loading (topic TEXT, partition INTEGER, reset_id TEX
 CREATE TABLE IF NOT EXISTS _outbox (number INTEGER PRIMARY KEY AUTOINCREMENT, topic TEXT, key BLOB, value BLOB,
     headers TEXT);
 CREATE TABLE IF NOT EXISTS _as_of (topic TEXT PRIMARY KEY, as_of_ms INTEGER) WITHOUT ROWID;
-CREATE VIEW IF NOT EXISTS _state AS SELECT topic, generation, following > 0 OR EXISTS (SELECT 1 FROM _loading
+CREATE VIEW IF NOT EXISTS _state AS SELECT topic, generation, EXISTS (SELECT 1 FROM _loading
     WHERE _loading.topic = _generations.topic AND target >= 0) AS loading, as_of_ms IS NOT NULL AS ready, as_of_ms
     FROM _generations LEFT JOIN _as_of USING (topic);
 CREATE VIEW IF NOT EXISTS _position AS SELECT topic, partition, next_offset FROM _positions;

@@ -110,8 +110,12 @@ class Generations:
         self._enough: dict[tuple[str, ...], int] = {}
         self._held: set[tuple[str, ...]] = set()
         for topic, effect in effects.items():
-            if effect.view is not None and StagingFile.exists(self._directory, effect.view.name):
-                self._open(topic, effect.view)
+            if effect.view is None or not StagingFile.exists(self._directory, effect.view.name):
+                continue
+            staged = self._open(topic, effect.view)
+            if not self._loading(topic):  # it was switched to, and then the process ended
+                staged.file.remove()
+                del self._staged[topic]
 
     def _open(self, topic: str, view: View) -> _Staged:
         staged = self._staged.get(topic)

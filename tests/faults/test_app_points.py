@@ -10,6 +10,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -105,6 +106,10 @@ class Scene:
             assert "no such table" in str(error) or "unable to open" in str(error), error
             return []
 
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
+        """Wait for something, or for the end of the application."""
+        wait_for(lambda: self.ended or condition(), what, 20.0)
+
     def is_current(self) -> bool:
         """Are view, counts and positions those of all records?"""
         positions = [(part, end) for part, end in enumerate(self.ends)]
@@ -113,6 +118,16 @@ class Scene:
             and self.read("SELECT part, count FROM counts ORDER BY part") == positions
             and dict(self.read("SELECT key, cents FROM prices")) == self.rows
             and self.read("SELECT loading FROM _state") == [(0,)]
+        )
+
+    def is_over(self) -> bool:
+        """Is nothing left of what was loaded again, here and at the broker?"""
+        lines = call(self._broker.admin, "GET", "/v1/groups/till.till-7")["partitions"]
+        tables = self.read("SELECT count(*) FROM sqlite_schema WHERE type='table' AND name GLOB '_prices_g*'")
+        return (
+            not list(self.path.parent.glob("staging-*"))
+            and tables == [(1,)]
+            and all(not line["refresh"] or line["refresh"]["state"] == "ready" for line in lines)
         )
 
     def generation(self) -> int:
@@ -148,30 +163,27 @@ def test_a_kill_at(tmp_path: Path, point: str, number: int) -> None:
         try:
             scene.publish(RECORDS)
             scene.start(point, str(number))
-            wait_for(lambda: scene.ended or scene.is_current(), "it is filled", 20.0)
+            scene.wait_for(scene.is_current, "it is filled")
             scene.publish(20)
-            wait_for(lambda: scene.ended or scene.is_current(), "it has more", 20.0)
+            scene.wait_for(scene.is_current, "it has more")
             if not scene.ended:
                 before = scene.generation()
                 scene.refresh()
-                wait_for(
-                    lambda: scene.ended or (scene.generation() > before and scene.is_current()), "loaded again", 20.0
-                )
+                scene.wait_for(lambda: scene.generation() > before and scene.is_current(), "it is loaded again")
+                scene.wait_for(scene.is_over, "the broker knows")
             if not scene.ended:
                 scene.end()
                 scene.change(2)
                 scene.start(point, str(number))
-                wait_for(
-                    lambda: scene.ended or scene.read("SELECT version FROM _generations") == [(2,)], "it is rebuilt"
-                )
-                wait_for(lambda: scene.ended or scene.is_current(), "it is current", 20.0)
+                scene.wait_for(lambda: scene.read("SELECT version FROM _generations") == [(2,)], "it is rebuilt")
+                scene.wait_for(lambda: scene.is_current() and scene.is_over(), "nothing is left")
             kills += scene.ended
             scene.end()
             check_counts(scene)
             scene.start()
             wait_for(scene.is_current, "all of it is there, once", 20.0)
             scene.publish(10)
-            wait_for(scene.is_current, "it goes on", 20.0)
+            wait_for(lambda: scene.is_current() and scene.is_over(), "it goes on", 20.0)
         finally:
             scene.end()
         assert kills or number, "it never came there"

@@ -552,3 +552,29 @@ def test_what_comes_once_more_has_no_second_effect(tmp_path: Path) -> None:
     wait_for(lambda: world.step(refresh), "it is switched", 20.0)
     assert world.rows("t") == latest(log) and len(seen) == 50
     world.close()
+
+
+def test_what_is_left_of_a_switch_is_removed(tmp_path: Path) -> None:
+    """The process ended between the transaction and the removal of the files."""
+    topics = {"t": topic_of("t")}
+    world, log = World(tmp_path, topics), log_of("t", random.Random(5), 60)
+    world.go(refresh_of("t", 60), log)
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    world.reloads.may = False
+    wait_for(lambda: not world.step(refresh_of("t", 60)) and world.generations.copied(), "it is copied")
+    for path in tmp_path.glob("staging-*"):
+        shutil.copy(path, kept / path.name)
+    world.reloads.may = True
+    assert world.step(refresh_of("t", 60))
+    world.close()
+    for path in kept.iterdir():
+        shutil.move(path, tmp_path / path.name)
+    again = World(tmp_path, topics)
+    while again.generations.step():
+        pass
+    assert not list(tmp_path.glob("staging-*")) and again.rows("t") == latest(log)
+    tables = "SELECT count(*) FROM sqlite_schema WHERE type='table' AND name GLOB '_t_g*'"
+    assert applications.read(again.database.path, tables) == [(1,)]
+    assert applications.read(again.database.path, "SELECT loading FROM _state") == [(0,)]
+    again.close()
