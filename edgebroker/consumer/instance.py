@@ -127,8 +127,7 @@ class Instance:
         self._unacked_bytes = 0
         self._sync_due = self._presence_due = self._held_up_due = 0.0
         self._hooks = Hooks(application.hooks, self._calls, database, self._clock)
-        self.ready = False
-        self._rebuild.start()
+        self.ready = self._begun = False
 
     def submit(self, job: Callable[[], None]) -> None:
         """Have run() do something between two transactions. Any thread."""
@@ -163,6 +162,9 @@ class Instance:
             self._hooks.call("start")
             while not self._stopping:
                 try:
+                    if not self._begun:
+                        self._rebuild.start()
+                        self._begun = True
                     self._turn()
                 except DatabaseError as error:
                     if not is_shortage(error):

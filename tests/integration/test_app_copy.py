@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -373,3 +374,81 @@ def test_one_that_cannot_be_opened(
         app.until(PRICES, [("a", 1)])
         assert "the copy of topics cannot be opened: " in caplog.text
         assert found(app, "/v1/stats")["copy"] is None
+
+
+# ---- one file, three ways ----
+
+EVERYTHING = """
+@consumer("prices", view=Price, version=VERSION)
+class Prices:
+    @message_handler(key="c1*")
+    @retry_policy(max_attempts=2, backoff=0.0, then="dead_letter")
+    def some(self, price: Price | None, context: Context, database: Database):
+        if price is not None and price.cents % 13 == 0:
+            raise ValueError("not this one")
+        database.execute("INSERT INTO seen VALUES (?,?,?)", (context.record.partition, context.record.offset,
+                                                            price.cents if price is not None else None))
+
+
+@message_handler("prices", key="c2*", batch=7)
+def sums(prices: list[Price], database: Database):
+    for price in prices:
+        database.execute("INSERT INTO sums VALUES (?,1,?) ON CONFLICT (code) DO UPDATE SET count=count+1,"
+                         " sum=sum+excluded.sum", (price.code, price.cents))
+
+
+@on_start
+def prepare(database: Database):
+    database.execute("CREATE TABLE IF NOT EXISTS seen (part INTEGER, place INTEGER, cents INTEGER)")
+    database.execute("CREATE TABLE IF NOT EXISTS sums (code TEXT PRIMARY KEY, count INTEGER, sum INTEGER)")
+
+
+@on_reset
+def forget(database: Database):
+    database.execute("DELETE FROM seen")
+    database.execute("DELETE FROM sums")
+"""
+TABLES = (
+    "SELECT key, code, cents, _partition, _offset FROM prices ORDER BY key",
+    "SELECT part, place, cents FROM seen ORDER BY part, rowid",
+    "SELECT * FROM sums ORDER BY code",
+    'SELECT partition, "offset", reason FROM _dead ORDER BY partition, "offset"',
+    "SELECT * FROM _position ORDER BY partition",
+)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_live_loaded_again_and_rebuilt_are_the_same(
+    broker: RunningBroker, copying: Callable[[str], App], seed: int
+) -> None:
+    rng = random.Random(seed)
+    app = copying(EVERYTHING.replace("VERSION", "1"))
+    rows: dict[int, list[tuple[str, object]]] = {0: [], 1: []}
+    for number in range(rng.randrange(100, 300)):
+        code, what = f"c{rng.randrange(40)}", rng.random()
+        value: object = None if what < 0.15 else b"{" if what < 0.2 else {"code": code, "cents": number}
+        rows[number % 2].append((code, value))
+    ends = [len(rows[0]), len(rows[1])]
+
+    def tables() -> list[object]:
+        return [app.read(sql) for sql in TABLES]
+
+    with app.running():
+        for partition, its in rows.items():
+            publish(broker, *its, partition=partition)
+        wait_for(lambda: committed(broker) == ends, "they are acknowledged")
+        live = tables()
+        assert all(live), "there are some of each"
+        assert ask(app, "POST", "/v1/reset", {"topic": "prices"})[0] == 200
+        app.until("SELECT generation, loading FROM _state", [(2, 0)])
+        assert tables() == live, "loaded again"
+    app = copying(EVERYTHING.replace("VERSION", "2"))
+    app.broker = Away()  # type: ignore[assignment]
+    with app.running():
+        app.until("SELECT version, loading FROM _generations JOIN _state USING (topic)", [(2, 0)])
+        assert tables() == live, "rebuilt"
+    for path in app.path.parent.glob("app.db*"):
+        path.unlink()
+    with app.running():
+        app.until("SELECT generation, loading FROM _state", [(2, 0)])
+        assert tables() == live, "after it was lost"

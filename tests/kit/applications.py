@@ -139,4 +139,4 @@ def price(code: str, cents: int) -> tuple[str, object]:
 
 
 def committed(broker: RunningBroker, group: str = "prices.till-7") -> list[int]:
-    return [one["committed"] for one in broker.http("GET", f"/v1/groups/{group}")[1]["partitions"]]
+    return [one["committed"] for one in broker.http("GET", f"/v1/groups/{group}")[1].get("partitions", [])]

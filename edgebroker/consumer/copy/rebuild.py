@@ -71,18 +71,19 @@ class Rebuild:
     # ---- what is rebuilt ----
 
     def start(self) -> None:
-        """Begin to read every topic: what can be rebuilt from the copy when that is done, the others at once."""
+        """Begin to read every topic: what can be rebuilt from the copy when that is done, the others at once. What it
+        raises leaves nothing that keeps it from being called again."""
         logs = self._reader.copy.logs() if self._reader is not None else {}
         broken = {name for name, effect in self._effects.items() if effect.stale or _is_half_rebuilt(effect)}
         rebuilt = {topic for topic in self._topics if self._is_possible(topic, broken, logs)}
         self._reloads.want(broken - rebuilt)
-        self._read([topic for topic in self._topics if topic not in rebuilt], self._positions)
         if rebuilt:
             log.info("rebuilt from the copy: %s", ", ".join(sorted(rebuilt)))
             self._reloads.rebuild(rebuilt)
             for key, copied in logs.items():
                 if key.topic in rebuilt:
                     self._begin_reading(key, copied)
+        self._read([topic for topic in self._topics if topic not in rebuilt], self._positions)
 
     def _is_possible(self, topic: str, broken: set[str], logs: Mapping[TopicPartition, CopiedPartition]) -> bool:
         """Is a topic to be built again, or one that is switched with it, and does the copy have all of them?"""

@@ -79,7 +79,7 @@ class FakeBroker:
     def open(self, topics: Iterable[Topic], positions: Mapping[tuple[str, int], Position], staging: Staging) -> None:
         for number in self.given:
             stored = positions.get((NAME, number))
-            self.given[number] = stored.next_offset if stored is not None else 0
+            self.given[number] = self.acked[number] = stored.next_offset if stored is not None else 0
 
     def poll(self, consumer: object, wait: float) -> list[Record]:
         if self.kills and self.done_pieces >= self.kills[0]:
