@@ -292,7 +292,7 @@ class Instance:
     def _take(self, portion: Portion) -> None:
         if self._rebuild.takes(portion.key.topic):
             self._to_load.append(portion)
-        elif self.is_stale(portion.key.topic) and not self._reloads.is_refused(portion.key):
+        elif self._rebuild.waits(portion.key.topic) and not self._reloads.is_refused(portion.key):
             self._early.append(portion)
         elif (new := self._new(portion)) is not None:
             self._held.append(new)
@@ -434,8 +434,13 @@ class Instance:
     def _load_rebuilt(self) -> None:
         while self._to_load:
             portion = self._to_load[0]
-            self._rebuild.load(portion.key, portion.records, self._after(portion.records[-1]))
-            self._settled(self._to_load.popleft())
+            if self._rebuild.takes(portion.key.topic):
+                self._rebuild.load(portion.key, portion.records, self._after(portion.records[-1]))
+            if self._rebuild.takes(portion.key.topic):
+                self._settled(portion)
+            else:  # it was switched to meanwhile, or the broker has to load it
+                self._take(portion)
+            self._to_load.popleft()
         if self._rebuild.busy:
             self._rebuild.step()
 
@@ -460,6 +465,7 @@ class Instance:
         """Readers see what was loaded; these positions hold from now on."""
         self._positions.update(positions)
         self._reloads.switched(topic)
+        self._rebuild.switched(topic)
         self._observer.reset(topic)
 
     # ---- the outbox ----
@@ -532,8 +538,8 @@ class Instance:
 
     def _is_ready(self) -> bool:
         """Is everything there that was published when this began, in views as they are declared?"""
-        waits = self._waiting or self._held or self._rebuild.topics or any(map(self.is_stale, self._topics))
-        return not waits and self.subscriptions.are_complete()
+        loading = self._rebuild.topics or any(map(self._rebuild.waits, self._topics))
+        return not (self._waiting or self._held or loading) and self.subscriptions.are_complete()
 
 
 def _name(record: Record) -> str:

@@ -157,6 +157,57 @@ def test_what_comes_while_it_is_rebuilt(broker: RunningBroker, copying: Callable
         again.until("SELECT count(*) FROM prices", [(6,)])
 
 
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_rebuild_that_is_given_up(broker: RunningBroker, copying: Callable[[str], App], lost: bool) -> None:
+    """While it waits for its time: the copy is turned off, or the broker loads the topic itself."""
+    app = copying(VIEW + COUNTING)
+    fill(broker, app)
+    if lost:
+        for path in app.path.parent.glob("app.db*"):
+            path.unlink()
+    again = copying(VIEW.replace("view=Price", "view=Price, version=2") + COUNTING)
+    again.more["activate_refresh"] = "command"
+    with again.running():
+        publish(broker, price("a", 10))
+        wait_for(lambda: committed(broker) == [4, 3], "it is loaded")
+        if not lost:
+            body = {"topic": "prices", "partition": 0}
+            assert broker.http("POST", "/v1/groups/prices.till-7/refresh", body)[0] == 200
+            publish(broker, price("b", 20), price("e", 5))
+            publish(broker, price("f", 6), partition=1)
+            wait_for(lambda: committed(broker) == [6, 4], "it is loaded")
+            wait_for(lambda: ask(again, "POST", "/v1/activate")[0] == 200, "it is copied")
+            again.until(PRICES, [("a", 10), ("b", 20), ("c", 3), ("e", 5), ("f", 6)])
+            again.until(SUMS, [("a", 16), ("b", 22), ("c", 3), ("d", 4), ("e", 5), ("f", 6)])
+            return
+    again.more = {"copy": "off"}
+    with again.running():
+        publish(broker, price("b", 20))
+        again.until(PRICES, [("a", 10), ("b", 20), ("c", 3)])
+        again.until(SUMS, [("a", 16), ("b", 22), ("c", 3), ("d", 4)])
+        again.until("SELECT loading FROM _state", [(0,)])
+        assert again.read("SELECT version FROM _generations") == [(2,)]
+
+
+def test_a_topic_that_is_made_again_while_it_is_rebuilt(broker: RunningBroker, copying: Callable[[str], App]) -> None:
+    app = copying(VIEW)
+    fill(broker, app)
+    again = copying(VIEW.replace("view=Price", "view=Price, version=2") + COUNTING)
+    again.more["activate_refresh"] = "command"
+    with again.running():
+        publish(broker, price("a", 10))
+        wait_for(lambda: committed(broker) == [4, 3], "it is loaded")
+        assert broker.http("DELETE", "/v1/topics/prices?confirm=prices")[0] == 200
+        new = {"name": "prices", "partitions": 2}
+        wait_for(lambda: broker.http("POST", "/v1/topics", new)[0] == 201, "its name is free")
+        publish(broker, price("x", 24), price("z", 26))
+        publish(broker, price("y", 25), partition=1)
+        wait_for(lambda: committed(broker) == [2, 1], "they are loaded")
+        wait_for(lambda: ask(again, "POST", "/v1/activate")[0] == 200, "it is copied")
+        again.until(PRICES, [("x", 24), ("y", 25), ("z", 26)])
+        again.until(SUMS, [("x", 24), ("y", 25), ("z", 26)])
+
+
 def test_a_copy_that_is_behind(broker: RunningBroker, copying: Callable[[str], App], tmp_path: Path) -> None:
     """After a power cut it may lack what the database has: that comes again, and has no second effect."""
     app = copying(VIEW + COUNTING)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
+from edgebroker.common.runtime.clock import sleep
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.copy.copy_reader import CopyReader, CopyUnreadableError, Inquiry
 from edgebroker.consumer.declare.application import Topic
@@ -31,7 +32,7 @@ log = logging.getLogger(__name__)
 
 PIECE_BYTES = 256 << 10
 # So often a piece is asked for before the broker is.
-MOST_FAILURES = 10
+MOST_FAILURES, RETRY_SECONDS = 10, 0.05
 # What the ids of rebuilds begin with.
 REBUILT = "copy-"
 
@@ -62,6 +63,8 @@ class Rebuild:
         self._reading: dict[TopicPartition, CopiedPartition] = {}
         self._next: tuple[TopicPartition, int, Inquiry[ColdRead]] | None = None
         self._beginning, self._failures = False, 0
+        # Topics that the broker has to load before anything of them has an effect.
+        self._waiting = set[str]()
 
     @property
     def topics(self) -> set[str]:
@@ -76,7 +79,8 @@ class Rebuild:
         logs = self._reader.copy.logs() if self._reader is not None else {}
         broken = {name for name, effect in self._effects.items() if effect.stale or _is_half_rebuilt(effect)}
         rebuilt = {topic for topic in self._topics if self._is_possible(topic, broken, logs)}
-        self._reloads.want(broken - rebuilt)
+        self._waiting = broken - rebuilt
+        self._reloads.want(self._waiting)
         if rebuilt:
             log.info("rebuilt from the copy: %s", ", ".join(sorted(rebuilt)))
             self._reloads.rebuild(rebuilt)
@@ -125,8 +129,10 @@ class Rebuild:
             target=target,
         )
         self._beginning = True
-        refresh.next_offset = self._generations.begin(refresh)
-        self._beginning = False
+        try:
+            refresh.next_offset = self._generations.begin(refresh)
+        finally:
+            self._beginning = False
         self._refreshes[key] = refresh
         return refresh
 
@@ -144,8 +150,10 @@ class Rebuild:
         if refresh.next_offset < copied.end:
             try:
                 self._stage_piece(key, refresh, copied.end)
+                self._failures = 0
             except CopyUnreadableError as error:
                 self._failures += 1
+                sleep(RETRY_SECONDS)
                 if self._failures >= MOST_FAILURES:
                     self._abandon(key.topic, str(error))
             return
@@ -172,7 +180,6 @@ class Rebuild:
     def _abandon(self, topic: str, why: str) -> None:
         log.warning("topic %s cannot be rebuilt from the copy: %s; it is loaded from the broker", topic, why)
         self.superseded(topic)
-        self._reloads.want([topic])
         self._read([topic], self._positions)
 
     # ---- from the broker ----
@@ -181,9 +188,20 @@ class Rebuild:
         """Do the records of a topic belong to a rebuild?"""
         return any(key.topic == topic for key in self._refreshes)
 
+    def waits(self, topic: str) -> bool:
+        """Has the broker to load a topic before its records have an effect?"""
+        return topic in self._waiting
+
+    def switched(self, topic: str) -> None:
+        """Readers see what was loaded of a topic."""
+        self._waiting.discard(topic)
+
     def load(self, key: TopicPartition, records: Sequence[Record], position: Position) -> None:
         """Load records that came from the broker, up to a position."""
         refresh = self._refreshes.get(key)
+        if refresh is not None and refresh.log_id != position.log_id:  # the topic was made again
+            self.superseded(key.topic)
+            return
         if refresh is None:  # the copy has nothing of it: it was empty
             refresh = self._begin(key, position.log_id, records[0].offset, position.next_offset)
         refresh.epoch = position.epoch
@@ -198,10 +216,12 @@ class Rebuild:
                 self._refreshes.pop(key, None)
 
     def superseded(self, topic: str) -> None:
-        """The broker loads a topic again: what was rebuilt of it does not count."""
+        """The broker has to load a topic: what was rebuilt of it does not count."""
         if self._beginning or topic not in self.topics:
             return
         self._reloads.end_rebuild(topic)
+        self._reloads.want([topic])
+        self._waiting.add(topic)
         for held in (self._refreshes, self._reading):
             for key in [key for key in held if key.topic == topic]:
                 del held[key]

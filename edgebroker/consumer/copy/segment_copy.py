@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 COPY = "copy"
 # Received, and not durable yet: no more is taken then.
-BACKLOG_BYTES = 16 << 20
+BACKLOG_BYTES, TURN_BYTES = 16 << 20, 1 << 20
 # The logs are synced so often at most: nothing is acknowledged more than once a second.
 COMMIT_SECONDS, READ_SECONDS, RETRY_SECONDS = 0.1, 5.0, 0.5
 # A copy has about so many segments when it is full, none of them larger than this.
@@ -57,11 +57,11 @@ class CopiedPartition(NamedTuple):
 
 class _Feed:
     """What was received of a partition and is not durable yet: `staged` is with the disk, `waiting` comes next. `busy`:
-    its log is being made or changed."""
+    its log is being made or changed; `due`: it goes on in a moment."""
 
     def __init__(self) -> None:
         self.waiting, self.staged = deque[Delivery](), deque[Delivery]()
-        self.busy = False
+        self.busy = self.due = False
 
 
 class SegmentCopy:
@@ -163,15 +163,18 @@ class SegmentCopy:
         self._go_on(key)
 
     def _go_on(self, key: TopicPartition) -> None:
-        """Append what waits, as far as that is possible now."""
-        feed = self._feeds[key]
+        """Append what waits, a part of it in a turn, as far as that is possible now."""
+        feed, size = self._feeds[key], 0
         while feed.waiting and not feed.busy and not self.failure:
+            if size >= TURN_BYTES:
+                self._go_on_later(key, 0.0)
+                break
             delivery, found = feed.waiting[0], self._log(key)
             if found is None:
                 self._change(key, partial(self._engine.create_mirror, _name(key), [self._identity(key, delivery)]))
             elif self._append(key, found, delivery):
-                feed.waiting.popleft()
-                feed.staged.append(delivery)
+                feed.staged.append(feed.waiting.popleft())
+                size += len(delivery.batches)
             else:
                 break
         found = self._log(key)
@@ -223,7 +226,7 @@ class SegmentCopy:
         def done(outcome: Outcome, why: str) -> None:
             feed.busy = False
             if outcome is Outcome.OK:
-                self._scheduler.call_later(0.0, lambda: self._go_on(key))
+                self._go_on_later(key, 0.0)
             else:
                 self._refused(key, outcome, why)
 
@@ -231,9 +234,20 @@ class SegmentCopy:
 
     def _refused(self, key: TopicPartition, outcome: Outcome, why: str) -> None:
         if outcome in _LATER:
-            self._scheduler.call_later(RETRY_SECONDS, lambda: self._go_on(key))
+            self._go_on_later(key, RETRY_SECONDS)
         else:
             self._fail(why)
+
+    def _go_on_later(self, key: TopicPartition, seconds: float) -> None:
+        feed = self._feeds.setdefault(key, _Feed())
+
+        def go_on() -> None:
+            feed.due = False
+            self._go_on(key)
+
+        if not feed.due:
+            feed.due = True
+            self._scheduler.call_later(seconds, go_on)
 
     def _fail(self, why: str) -> None:
         """Go on without the copy: what readers see does not depend on it."""
