@@ -1,7 +1,8 @@
 """kill -9 of an application at each named point of its work: nothing is lost, and nothing has an effect twice.
 
 The application has a view and a handler that counts. It is filled, loaded again, and rebuilt for another version; after
-the kill it is started again. EB_APP_POINT_TIMES says at how many visits of each point it is killed (1).
+the kill it is started again. EB_APP_POINT_TIMES says at how many visits of each point it is killed; without it, at the
+first visit of the points that need the most.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from tests.kit.waiting import wait_for
 
 from .traffic import SETTINGS
 
-TIMES = int(os.environ.get("EB_APP_POINT_TIMES", "1"))
+TIMES = int(os.environ.get("EB_APP_POINT_TIMES", "0"))
+FEW = ("in transaction", "committed", "staged", "being filled", "being switched", "switched", "rebuilding")
 ROOT = Path(__file__).parents[2]
 PARTITIONS, RECORDS = 2, 300
 SOURCE = (
@@ -153,8 +155,8 @@ def check_counts(scene: Scene) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", range(TIMES))
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize("number", range(max(1, TIMES)))
+@pytest.mark.parametrize("point", POINTS if TIMES else FEW)
 def test_a_kill_at(tmp_path: Path, point: str, number: int) -> None:
     with BrokerProcess(tmp_path / "data", settings=SETTINGS | {"EDGEBROKER_LOG_LEVEL": "warning"}) as broker:
         call(broker.admin, "POST", "/v1/topics", {"name": "prices", "partitions": PARTITIONS})
