@@ -73,14 +73,17 @@ class Delivery(NamedTuple):
         topic: the topic.
         partition: the partition.
         log_id: 16 bytes that name the log.
+        epoch: the history of the log at the last of them.
         first: the first offset that is delivered. The first batch may begin before it.
         last: the last offset that is delivered.
-        batches: whole batches, with the offsets and the histories (epochs) that the broker gave them.
+        batches: whole batches, with the offsets and the histories (epochs) that the broker gave them; empty when all of
+            it is a gap.
     """
 
     topic: str
     partition: int
     log_id: bytes
+    epoch: int
     first: int
     last: int
     batches: bytes

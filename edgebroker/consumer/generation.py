@@ -212,8 +212,8 @@ class Generations:
     def stage(self, refresh: Refresh, records: Sequence[Record]) -> bool:
         """Store the next records together with the position behind them; True: in the database, too."""
         key, effect = TopicPartition(refresh.topic, refresh.partition), self._effects[refresh.topic]
-        if key.partition not in effect.loading:
-            return False  # it begins again: what was received before does not count
+        if key.partition not in effect.loading or effect.loading[key.partition].target < 0:
+            return False  # it begins again, or is over: what was received before does not count
         staged, dead = self._staged.get(key.topic), list[DeadNow]()
         if staged is not None:
             known = staged.file.loading[key.partition]

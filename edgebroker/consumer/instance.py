@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
+from edgebroker.client.consumer import Consumer
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.records import Record
@@ -19,7 +20,7 @@ from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.config import AppConfig
 from edgebroker.consumer.copy.copy_reader import CopyReader
-from edgebroker.consumer.copy.rebuild import Rebuild
+from edgebroker.consumer.copy.rebuild import REBUILT, Rebuild
 from edgebroker.consumer.database import AppDatabase, DatabaseError, is_shortage
 from edgebroker.consumer.declare.application import Application
 from edgebroker.consumer.generation import Generations
@@ -55,6 +56,8 @@ UNACKED_BYTES = 4 << 20
 WAIT_SECONDS = 0.2
 # How long it is waited for the copy to have more room, or to be durable.
 COPY_SECONDS = 0.02
+# Of several consumers each is waited for so long.
+SHARED_SECONDS = 0.005
 # How often it is looked whether anything is missing.
 CURRENT_SECONDS = 0.2
 # How often readers of the database are told how current it is.
@@ -113,7 +116,14 @@ class Instance:
             force=settings.force,
         )
         self._rebuild = Rebuild(
-            copied, self.generations, self._reloads, self.subscriptions, self._topics, self._effects, self._positions
+            copied,
+            self.generations,
+            self._reloads,
+            self.subscriptions,
+            self._topics,
+            self._effects,
+            self._positions,
+            self._clock,
         )
         # What was received and is not stored yet; nothing more is asked for before it is.
         self._held: list[Portion] = []
@@ -124,8 +134,10 @@ class Instance:
         self._waiting: dict[TopicPartition, WaitingPartition] = {}
         # Committed, and not acknowledged yet.
         self._unacknowledged: dict[TopicPartition, int] = {}
+        # Durable here, and not in the copy yet.
+        self._synced: dict[TopicPartition, int] = {}
         self._unacked_bytes = 0
-        self._sync_due = self._presence_due = self._held_up_due = 0.0
+        self._sync_due = self._presence_due = self._held_up_due = self._copy_due = 0.0
         self._hooks = Hooks(application.hooks, self._calls, database, self._clock)
         self.ready = self._begun = False
 
@@ -196,12 +208,12 @@ class Instance:
         sleep(RETRY_SECONDS)
 
     def _turn(self) -> None:
-        self._load_rebuilt()
         if not self._held:
             early, self._early = self._early, []
             for portion in early:
                 self._take(portion)
             self._gather()
+            self._load_rebuilt()
             self._reloads.ask()
             self._try_again()
         if self._held:
@@ -218,6 +230,9 @@ class Instance:
             self._acknowledge()
             self._look_at_readers(now)
             self.dead_records.make_room()
+        elif self._synced and now >= self._copy_due:
+            self._copy_due = now + COPY_SECONDS
+            self._acknowledge_synced()
         if (self._waiting or self._early) and now >= self._presence_due:
             self._presence_due = now + PRESENCE_SECONDS
             self.subscriptions.in_progress()
@@ -270,16 +285,27 @@ class Instance:
         if self._copy is not None and not self._copy.has_room:
             sleep(COPY_SECONDS)
             return
-        count, until = 0, self._clock.monotonic() + GATHER_SECONDS
-        wait = self._wait()
-        for consumer in self.subscriptions.consumers:
-            while records := self.subscriptions.poll(consumer, wait):
-                wait = 0.0
-                count += len(records)
-                for portion in portions_of(records):
-                    self._take(portion)
-                if count >= MOST_RECORDS or self._clock.monotonic() >= until:
-                    break
+        consumers, until = self.subscriptions.consumers, self._clock.monotonic() + self._wait()
+        if not consumers:
+            sleep(self._wait())
+            return
+        wait = 0.0 if len(consumers) > 1 else self._wait()
+        while not any([self._gather_from(consumer, wait) for consumer in consumers]):
+            if self._clock.monotonic() >= until:
+                break
+            wait = SHARED_SECONDS  # whichever has something is not kept waiting by the others
+
+    def _gather_from(self, consumer: Consumer, wait: float) -> bool:
+        """Take what has arrived at one consumer; False: nothing had, for so many seconds."""
+        count, until = 0, 0.0
+        while records := self.subscriptions.poll(consumer, wait):
+            wait, until = 0.0, until or self._clock.monotonic() + GATHER_SECONDS
+            count += len(records)
+            for portion in portions_of(records):
+                self._take(portion)
+            if count >= MOST_RECORDS or self._clock.monotonic() >= until:
+                break
+        return count > 0
 
     def _wait(self) -> float:
         """How long to wait for records: until something else is due."""
@@ -287,7 +313,7 @@ class Instance:
         if self._busy or self._jobs:
             return 0.0
         due = [now + WAIT_SECONDS, *(one.due for one in self._waiting.values()), *self._hooks.due]
-        return max(0.0, min(due) - now) / max(1, len(self.subscriptions.consumers))
+        return max(0.0, min(due) - now)
 
     def _take(self, portion: Portion) -> None:
         if self._rebuild.takes(portion.key.topic):
@@ -441,7 +467,7 @@ class Instance:
             else:  # it was switched to meanwhile, or the broker has to load it
                 self._take(portion)
             self._to_load.popleft()
-        if self._rebuild.busy:
+        if self._rebuild.busy and not self._is_outbox_full():
             self._rebuild.step()
 
     # ---- loading again ----
@@ -453,13 +479,16 @@ class Instance:
         self._held = [portion for portion in self._held if portion.key != key]
         self._early = [portion for portion in self._early if portion.key != key]
         self._unacknowledged.pop(key, None)
+        self._synced.pop(key, None)
         self._reloads.want(self._reloads.together(key.topic))
         if first:
             self._hooks.reset()
 
     def resume(self, refresh: Refresh, offset: int) -> int:
         """Where to go on with a refresh of which so much is loaded: the copy may lack what came last."""
-        return self._copy.resume(refresh, offset) if self._copy is not None else offset
+        if self._copy is None or refresh.reset_id.startswith(REBUILT):
+            return offset
+        return self._copy.resume(refresh, offset)
 
     def switched(self, topic: str, positions: Mapping[tuple[str, int], Position]) -> None:
         """Readers see what was loaded; these positions hold from now on."""
@@ -506,16 +535,18 @@ class Instance:
 
     def _acknowledge(self) -> None:
         """Make durable what is committed, and say so to the broker, as far as the copy has it."""
-        if not self._unacknowledged:
-            return
-        self._database.sync()
-        done, self._unacknowledged, self._unacked_bytes = self._unacknowledged, {}, 0
-        for key, end in done.items():
+        if self._unacknowledged:
+            self._database.sync()
+            self._synced.update(self._unacknowledged)
+            self._unacknowledged, self._unacked_bytes = {}, 0
+        self._acknowledge_synced()
+
+    def _acknowledge_synced(self) -> None:
+        for key, end in list(self._synced.items()):
             stored = self._copy.stored(key, end) if self._copy is not None and self._owns(key.topic) else end
             self.subscriptions.acknowledge(key, stored)
-            if stored < end:  # soon
-                self._unacknowledged[key] = end
-                self._sync_due = self._clock.monotonic() + COPY_SECONDS
+            if stored >= end:
+                del self._synced[key]
 
     def _look_at_readers(self, now: float) -> None:
         """Say it when another program keeps the database growing."""

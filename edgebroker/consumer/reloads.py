@@ -83,10 +83,14 @@ class Reloads:
         now = self._clock.monotonic()
         if now < self._ask_due:
             return
-        for topic in [topic for topic in self._incomplete if self._subscriptions.held(topic)]:
+        for topic in list(self._incomplete):
+            held = self._subscriptions.held(topic)
+            if not held:
+                continue
             self._ask_due = now + ASK_AGAIN_SECONDS
-            self._incomplete.discard(topic)
-            self._asked[topic] = self._subscriptions.load_again(topic)
+            asked = self._asked[topic] = self._subscriptions.load_again(topic)
+            if held <= asked.loading | asked.refused:
+                self._incomplete.discard(topic)
 
     def is_refused(self, key: TopicPartition) -> bool:
         """Was a partition asked for that cannot be loaded?"""

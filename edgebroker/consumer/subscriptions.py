@@ -153,6 +153,10 @@ class Subscriptions:
 
     # ---- how current it is ----
 
+    def next_offsets(self) -> dict[TopicPartition, int]:
+        """The next offset to be polled of each partition that is held."""
+        return {key: offset for consumer in self._topics for key, offset in consumer.next_offsets().items()}
+
     def are_complete(self) -> bool:
         """Is everything there that the broker had when each partition was given?"""
         for consumer, topics in list(self._topics.items()):

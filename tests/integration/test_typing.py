@@ -29,6 +29,7 @@ from edgebroker import (
     Code,
     Consumer,
     CorruptBatchError,
+    Delivery,
     EdgeBrokerError,
     GapError,
     InflatedTooLargeError,
@@ -107,8 +108,12 @@ def consume(staging: Staging) -> dict[TopicPartition, int]:
     def on_change(partitions: Sequence[TopicPartition]) -> None:
         print([(each.topic, each.partition) for each in partitions])
 
+    def on_delivery(one: Delivery) -> None:
+        print(one.topic, one.partition, one.log_id, one.epoch, one.first, one.last, len(one.batches))
+
     with Consumer(
         "127.0.0.1:7420", ["t"], "g", start="@0", positions=kept, position_file="positions", staging=staging,
+        on_delivery=on_delivery,
         on_gap=print, on_assigned=on_change, on_revoked=on_change, window_records=10, window_bytes=1000, auto_ack=False,
     ) as consumer:
         for record in consumer:

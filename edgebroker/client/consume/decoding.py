@@ -22,7 +22,7 @@ def decode(delivery: ReceivedDelivery) -> list[Record]:
 
 def within_ttl(records: list[Record], age_ms: float) -> list[Record]:
     """The records that have not outlived the time to live in their own header."""
-    return [record for record in records if not record.headers or not _expired(record, age_ms)]
+    return [record for record in records if not record.headers or not has_outlived(record, age_ms)]
 
 
 def check_dense(batches: bytes, first: int, last: int) -> None:
@@ -40,7 +40,8 @@ def check_dense(batches: bytes, first: int, last: int) -> None:
         raise DamagedBatchError(f"the delivery of {first} to {last} ends at {expected}")
 
 
-def _expired(record: Record, age_ms: float) -> bool:
+def has_outlived(record: Record, age_ms: float) -> bool:
+    """Is the time to live in the header of a record shorter than that?"""
     for name, value in record.headers:
         if name == TTL_HEADER and value is not None and value.isdigit():
             # Longer ones are for ever, and take long to read.

@@ -70,8 +70,10 @@ class Receiver:
                     self._subscriber.deliver_again(item.partition, item.deliver.first, str(error))
                     continue
                 if self._callbacks.on_delivery is not None:
-                    log_id, first, last = item.deliver.log_id, item.deliver.first, item.deliver.last
-                    self._callbacks.on_delivery(Delivery(*item.partition, log_id, first, last, item.batches))
+                    one = item.deliver
+                    self._callbacks.on_delivery(
+                        Delivery(*item.partition, one.log_id, one.epoch, one.first, one.last, item.batches)
+                    )
                 refreshing = self._loader.loading(item.partition)
                 if refreshing:
                     self._loader.load(item.partition, records, item.deliver.last + 1, item.deliver.epoch)

@@ -13,9 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from edgebroker.client.consume.decoding import has_outlived
 from edgebroker.client.refresh import Refresh
 from edgebroker.common.records import Record
-from edgebroker.common.runtime.clock import sleep
+from edgebroker.common.runtime.clock import Clock, sleep
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.copy.copy_reader import CopyReader, CopyUnreadableError, Inquiry
 from edgebroker.consumer.declare.application import Topic
@@ -50,7 +51,9 @@ class Rebuild:
         topics: Mapping[str, Topic],
         effects: Mapping[str, Effect],
         positions: Mapping[tuple[str, int], Position],
+        clock: Clock,
     ) -> None:
+        self._clock = clock
         self._reader, self._generations, self._reloads, self._subscriptions = (
             reader,
             generations,
@@ -158,8 +161,8 @@ class Rebuild:
                     self._abandon(key.topic, str(error))
             return
         del self._reading[key]
-        if not any(one.topic == key.topic for one in self._reading):
-            self._read([key.topic], {one: refresh.position for one, refresh in self._refreshes.items()})
+        if not self._reading:  # one consumer for all of them
+            self._read(sorted(self.topics), {one: refresh.position for one, refresh in self._refreshes.items()})
 
     def _stage_piece(self, key: TopicPartition, refresh: Refresh, end: int) -> None:
         """The next one is read meanwhile. Nothing is synced: what a power cut takes back the copy still has."""
@@ -175,7 +178,12 @@ class Rebuild:
         if piece.next_offset < end:
             self._next = (key, piece.next_offset, self._reader.ask(key, piece.next_offset, PIECE_BYTES))
         with _moved(refresh, piece.next_offset):
-            self._generations.stage(refresh, piece.records)
+            self._generations.stage(refresh, self._alive(piece.records))
+
+    def _alive(self, records: Sequence[Record]) -> Sequence[Record]:
+        """Those that have not outlived the time to live in their header: a consumer is not given them either."""
+        now_ms = self._clock.wall_ms()
+        return [one for one in records if not one.headers or not has_outlived(one, now_ms - one.timestamp)]
 
     def _abandon(self, topic: str, why: str) -> None:
         log.warning("topic %s cannot be rebuilt from the copy: %s; it is loaded from the broker", topic, why)
@@ -195,6 +203,7 @@ class Rebuild:
     def switched(self, topic: str) -> None:
         """Readers see what was loaded of a topic."""
         self._waiting.discard(topic)
+        self._forget(topic)
 
     def load(self, key: TopicPartition, records: Sequence[Record], position: Position) -> None:
         """Load records that came from the broker, up to a position."""
@@ -210,7 +219,13 @@ class Rebuild:
             self._generations.load(refresh, new)
 
     def switch(self) -> None:
-        """Show what is complete, if it is time."""
+        """Show what is complete, if it is time. All that was received is loaded: what was received beyond that has no
+        records for it, as a gap has, or what has outlived its time."""
+        for key, offset in self._subscriptions.next_offsets().items() if self._refreshes else ():
+            found = self._refreshes.get(key)
+            if found is not None and key not in self._reading and offset > found.next_offset:
+                with _moved(found, offset):
+                    self._generations.load(found, [])
         for key, refresh in list(self._refreshes.items()):
             if refresh.complete and key not in self._reading and self._generations.switch(refresh):
                 self._refreshes.pop(key, None)
@@ -222,6 +237,9 @@ class Rebuild:
         self._reloads.end_rebuild(topic)
         self._reloads.want([topic])
         self._waiting.add(topic)
+        self._forget(topic)
+
+    def _forget(self, topic: str) -> None:
         for held in (self._refreshes, self._reading):
             for key in [key for key in held if key.topic == topic]:
                 del held[key]

@@ -40,6 +40,8 @@ BACKLOG_BYTES, TURN_BYTES = 16 << 20, 1 << 20
 COMMIT_SECONDS, READ_SECONDS, RETRY_SECONDS = 0.1, 5.0, 0.5
 # A copy has about so many segments when it is full, none of them larger than this.
 SEGMENTS, SEGMENT_BYTES = 64, 16 << 20
+# So much is left to the local database; after so long without room, records are left out.
+LEAST_FREE_BYTES, FULL_SECONDS = 64 << 20, 5.0
 DAY_MS, VERIFY_BYTES = 86_400_000, 4 << 20
 _LATER = {Outcome.OVERLOADED, Outcome.DISK_FULL}
 
@@ -56,11 +58,11 @@ class CopiedPartition(NamedTuple):
 
 
 class _Feed:
-    """What was received of a partition and is not durable yet: `staged` is with the disk, `waiting` comes next. `busy`:
-    its log is being made or changed; `due`: it goes on in a moment."""
+    """What was received of a partition and is not durable yet: `staged` is with the disk, and up to which offset,
+    `waiting` comes next. `busy`: its log is being made or changed; `due`: it goes on in a moment."""
 
     def __init__(self) -> None:
-        self.waiting, self.staged = deque[Delivery](), deque[Delivery]()
+        self.waiting, self.staged = deque[Delivery](), deque[tuple[Delivery, int]]()
         self.busy = self.due = False
 
 
@@ -88,6 +90,8 @@ class SegmentCopy:
         # For any thread.
         self._logs: dict[TopicPartition, CopiedPartition] = {}
         self.failure = ""
+        # There is no room: since when, and whether for so long that what comes is left out.
+        self._full_since, self.left_out = 0.0, False
         # The first is counted by who receives, the second by the loop.
         self._received = self._settled = 0
         self._engine = SegmentStore(path, scheduler, clock, _settings(max_bytes, hours))
@@ -139,7 +143,7 @@ class SegmentCopy:
 
     @property
     def has_room(self) -> bool:
-        return self.backlog < BACKLOG_BYTES or bool(self.failure)
+        return self.backlog < BACKLOG_BYTES or self.left_out or bool(self.failure)
 
     def logs(self) -> Mapping[TopicPartition, CopiedPartition]:
         """What there is of each partition."""
@@ -147,7 +151,7 @@ class SegmentCopy:
 
     def stored(self, key: TopicPartition, next_offset: int) -> int:
         """Up to which offset, at most this one, records of a partition may be acknowledged."""
-        if self.failure:
+        if self.failure or self.left_out:
             return next_offset
         found = self._logs.get(key)
         return min(next_offset, found.end) if found is not None else -1
@@ -156,13 +160,24 @@ class SegmentCopy:
 
     def _receive(self, delivery: Delivery) -> None:
         key = TopicPartition(delivery.topic, delivery.partition)
-        if self.failure:
+        if self.failure or not delivery.batches:
+            return  # a gap shows when something follows it
+        if self._full_since:
+            self._look_for_room()
+        if self.left_out:
+            self._settled += len(delivery.batches)
             return
         feed = self._feeds.setdefault(key, _Feed())
         feed.waiting.append(delivery)
         self._go_on(key)
 
     def _go_on(self, key: TopicPartition) -> None:
+        try:
+            self._append_some(key)
+        except Exception as error:  # whatever a broker sends, views do not depend on it
+            self._fail(f"{key.topic}/{key.partition}: {error}")
+
+    def _append_some(self, key: TopicPartition) -> None:
         """Append what waits, a part of it in a turn, as far as that is possible now."""
         feed, size = self._feeds[key], 0
         while feed.waiting and not feed.busy and not self.failure:
@@ -173,18 +188,18 @@ class SegmentCopy:
             if found is None:
                 self._change(key, partial(self._engine.create_mirror, _name(key), [self._identity(key, delivery)]))
             elif self._append(key, found, delivery):
-                feed.staged.append(feed.waiting.popleft())
+                feed.staged.append((feed.waiting.popleft(), found.staged_end))
                 size += len(delivery.batches)
             else:
                 break
         found = self._log(key)
-        while found is not None and feed.staged and feed.staged[0].last < found.durable_end:
-            self._settled += len(feed.staged.popleft().batches)
+        while found is not None and feed.staged and feed.staged[0][1] <= found.durable_end:
+            self._settled += len(feed.staged.popleft()[0].batches)
 
     def _append(self, key: TopicPartition, found: Log, delivery: Delivery) -> bool:
         """Append what is new of a delivery; False: something has to be stored, or changed, before."""
         identity = found.identity
-        position, same = _new_from(delivery.batches, found.staged_end, identity)
+        position, same = _new_from(delivery, found.staged_end, identity)
         refresh = self._refreshes.get(key)
         earlier = refresh is not None and delivery.first <= refresh.from_offset < found.log_start
         if delivery.log_id != identity.log_id_bytes or not same or earlier:
@@ -235,8 +250,24 @@ class SegmentCopy:
     def _refused(self, key: TopicPartition, outcome: Outcome, why: str) -> None:
         if outcome in _LATER:
             self._go_on_later(key, RETRY_SECONDS)
+            if outcome is Outcome.DISK_FULL and not self._full_since:
+                self._full_since = self._scheduler.now()
+                self._scheduler.call_later(FULL_SECONDS, self._look_for_room)
         else:
             self._fail(why)
+
+    def _look_for_room(self) -> None:
+        """Without room for long, records are left out of the copy: nothing else is to wait for it."""
+        if self._engine.refusal() is None:
+            if self._full_since and self.left_out:
+                log.warning("the copy has room again: it goes on behind a gap")
+            self._full_since, self.left_out = 0.0, False
+        elif self._full_since and not self.left_out and self._scheduler.now() - self._full_since >= FULL_SECONDS:
+            self.left_out = True
+            log.error("there is no room for the copy of topics: records are left out of it until there is")
+            for feed in self._feeds.values():
+                self._settled += sum(len(one.batches) for one in feed.waiting)
+                feed.waiting.clear()
 
     def _go_on_later(self, key: TopicPartition, seconds: float) -> None:
         feed = self._feeds.setdefault(key, _Feed())
@@ -344,7 +375,7 @@ class SegmentCopy:
         key = _key(log.topic)
         feed = self._feeds.get(key)
         if feed is not None:
-            feed.waiting.extendleft(reversed(feed.staged))
+            feed.waiting.extendleft(one for one, _ in reversed(feed.staged))
             feed.staged.clear()
             self._refused(key, outcome, message)
 
@@ -381,7 +412,7 @@ def _settings(max_bytes: int, hours: float) -> StoreSettings:
             segment_ms=min(age_ms, DAY_MS),
             max_bytes=max_bytes,
             soft_free_bytes=-1,
-            hard_free_bytes=-1,
+            hard_free_bytes=LEAST_FREE_BYTES,
             scrub_bytes_per_second=VERIFY_BYTES,
             deleted_retention_ms=0,
         ),
@@ -402,9 +433,14 @@ def _with_history(old: Identity, epoch: int, first: int) -> Identity:
     return replace(old, epochs=[*old.epochs, (epoch, first)])
 
 
-def _new_from(batches: bytes, end: int, identity: Identity) -> tuple[int, bool]:
+def _new_from(delivery: Delivery, end: int, identity: Identity) -> tuple[int, bool]:
     """Where the first batch at or behind an offset begins; False: those before are of another history than here."""
-    position = 0
+    batches, position = delivery.batches, 0
+    if delivery.last < end and not identity.gaps and delivery.first >= identity.log_start:
+        # All of it is known: a history begins at one offset only, so first and last tell.
+        first = batch.read_header(batches)
+        same = first.epoch == identity.epoch_at(delivery.first) and delivery.epoch == identity.epoch_at(delivery.last)
+        return len(batches), same
     while position < len(batches):
         header = batch.read_header(batches, position)
         if header.base_offset >= end:

@@ -103,6 +103,9 @@ class History:
     ) -> str | None:
         """Add what is found in a partition to the page; the cursor of what is left, when that is full."""
         offset, end = search.bounds(reader, key, copied)
+        first = search.first(key)
+        if first < copied.start:
+            page.missing.append(Missing(key.partition, first, min(end, copied.start)))
         while offset < end:
             if search.full(page):
                 return cursor_of(f"{key.partition} {offset}")
@@ -176,9 +179,11 @@ class _Search:
             offset = max(offset, self._after)
         elif self._since is not None:
             offset = max(offset, reader.offset_at_time(key, self._since))
-        if self._until is not None:
-            end = min(end, reader.offset_at_time(key, self._until))
         return offset, end
+
+    def first(self, key: TopicPartition) -> int:
+        """From which offset on a partition was asked for."""
+        return self._after if key.partition == self.partition else self._query.first
 
     def full(self, page: MessagePage) -> bool:
         too_much = self._size >= MOST_PAGE_BYTES or self.searched >= MOST_SEARCHED_BYTES

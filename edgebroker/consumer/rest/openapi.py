@@ -37,7 +37,7 @@ _MESSAGES = {
     "from": "from this offset on",
     "to": "before this offset",
     "from_time": "not older than this: milliseconds since 1970, or 2026-11-30T12:00:00Z",
-    "to_time": "up to the first record that is as new as this",
+    "to_time": "older than this",
     "key": "only records with this key",
     "limit": "records of a page at most",
     "cursor": "`next` of the page before",

@@ -45,8 +45,9 @@ class StaticFiles:
         path = self._directory.joinpath(*parts)
         try:
             path = (path / INDEX if path.is_dir() else path).resolve()
-            return path if path.is_file() and path.is_relative_to(self._directory) else None
-        except OSError:
+            good = path.is_file() and path.is_relative_to(self._directory) and os.access(path, os.R_OK)
+            return path if good else None
+        except (OSError, RuntimeError):  # links that lead to each other
             return None
 
 

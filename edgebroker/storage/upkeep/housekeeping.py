@@ -281,6 +281,8 @@ class Housekeeping:
             return
         wanted = wanted if self._settings.drop_consumed else 0
         several = [one for one in logs if len(one.segments) > 1]
+        if wanted > 0:
+            several.sort(key=lambda one: one.segments[0].sealed_ms)  # what is the oldest goes first
         for first in range(0, len(several), SLICE):
             partitions = [one for one in several[first : first + SLICE] if self._serves(one) and not one.rewriting]
             found = self._plan(partitions, wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -21,7 +21,7 @@ from edgebroker.storage.types import ColdRead
 from tests.kit.storage import turn_until
 
 KEY = TopicPartition("prices", 3)
-LOGS = [bytes([number]) * 16 for number in range(3)]
+LOGS = [bytes([number]) * 16 for number in range(100)]
 
 
 class Batch(NamedTuple):
@@ -48,7 +48,8 @@ class World:
 
     def deliver(self, log_id: bytes, batches: Sequence[Batch]) -> None:
         data = b"".join(one.data for one in batches)
-        self.copy.received(Delivery(*KEY, log_id, batches[0].base, batches[-1].next - 1, data))
+        first, last, epoch = batches[0].base, batches[-1].next - 1, batches[-1].epoch
+        self.copy.received(Delivery(*KEY, log_id, epoch, first, last, data))
 
     def settle(self) -> None:
         turn_until(self.loop, lambda: not self.copy.backlog)
@@ -106,7 +107,7 @@ def test_it_has_what_was_delivered(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             log.append(batch_of(base, rng.randrange(1, 6), epoch))
         what = rng.random()
         if what < 0.05:  # the topic is made again
-            log_id, epoch, log, cursor = rng.choice([one for one in LOGS if one != log_id]), 1, [], 0
+            log_id, epoch, log, cursor = LOGS[LOGS.index(log_id) + 1], 1, [], 0
         elif what < 0.12 and log:  # a broker that is behind takes over
             place = rng.randrange(len(log))
             log, epoch, cursor = log[:place], epoch + 1, min(cursor, rng.randrange(place + 1))
@@ -224,9 +225,78 @@ def test_the_oldest_goes_when_there_is_too_much(tmp_path: Path, monkeypatch: pyt
     value = b"x" * 2000
     for number in range(200):
         data = records.restamp(batch.encode([(b"k", value, 1000)]), number, 1)
-        world.copy.received(Delivery(*KEY, LOGS[0], number, number, data))
+        world.copy.received(Delivery(*KEY, LOGS[0], 1, number, number, data))
         world.settle()
     turn_until(world.loop, lambda: world.copy.logs()[KEY].start > 0 and world.copy.bytes < 256 << 10)
     state = world.copy.logs()[KEY]
     assert (state.end, state.rebuild_from) == (200, -1)
     world.close()
+
+
+def test_gaps_alone(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    """A broker tells that records are gone with a delivery that has no batches: first of all, at last, and between."""
+    for first, last in ((0, 9), (0, 9)):
+        world.copy.received(Delivery(*KEY, LOGS[0], 1, first, last, b""))
+    world.deliver(LOGS[0], [batch_of(10, 2, 1)])
+    world.copy.received(Delivery(*KEY, LOGS[0], 1, 12, 19, b""))
+    world.deliver(LOGS[0], [batch_of(20, 2, 1)])
+    world.copy.received(Delivery(*KEY, LOGS[0], 1, 22, 30, b""))
+    world.settle()
+    assert world.copy.logs()[KEY][2:4] == (10, 22)
+    world.copy.received(Delivery(*KEY, LOGS[1], 1, 0, 3, b""))
+    world.deliver(LOGS[1], [batch_of(4, 1, 1)])
+    world.settle()
+    assert world.copy.logs()[KEY][:4] == (LOGS[1], 1, 4, 5)
+    assert not world.copy.failure and "Traceback" not in caplog.text
+
+
+def test_what_cannot_be_read_ends_the_copy_only(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.copy.received(
+        Delivery(*KEY, LOGS[0], 1, 0, 3, b"this is no batch, and long enough to have a header of one" * 2)
+    )
+    turn_until(world.loop, lambda: world.copy.failure)
+    assert world.copy.has_room and "Traceback" not in caplog.text
+
+
+def test_nothing_waits_for_long_for_room(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What comes is left out then, and acknowledged; there is one message, and one timer."""
+    monkeypatch.setattr(copy_module, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(copy_module, "FULL_SECONDS", 0.05)
+    world.deliver(LOGS[0], [batch_of(0, 5, 1)])
+    world.settle()
+    engine = world.copy._engine
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "refusal", lambda *, spare=False: (Outcome.DISK_FULL, "it is full"))
+        for number in range(1, 30):
+            world.deliver(LOGS[0], [batch_of(number * 5, 5, 1)])
+        assert world.copy.stored(KEY, 100) == 5
+        turn_until(world.loop, lambda: world.copy.left_out)
+        assert world.copy.has_room and world.copy.stored(KEY, 100) == 100 and not world.copy.backlog
+        world.deliver(LOGS[0], [batch_of(150, 5, 1)])
+        world.settle()
+        assert len(world.loop._timers) < 20
+    assert caplog.text.count("there is no room for the copy of topics") == 1
+    world.deliver(LOGS[0], [batch_of(155, 5, 1)])
+    world.settle()
+    turn_until(world.loop, lambda: world.copy.logs()[KEY].end == 160)
+    assert (world.copy.logs()[KEY].rebuild_from, world.copy.left_out) == (-1, False)
+
+
+def test_what_is_known_is_not_walked_through(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A delivery of a megabyte may have ten thousand batches."""
+    log = [batch_of(number, 1, 1) for number in range(300)]
+    world.deliver(LOGS[0], log)
+    world.settle()
+    seen = [0]
+
+    def counted(*arguments: Any) -> Any:
+        seen[0] += 1
+        return read_header(*arguments)
+
+    read_header = batch.read_header
+    monkeypatch.setattr(copy_module.batch, "read_header", counted)
+    world.deliver(LOGS[0], log)
+    world.settle()
+    assert seen[0] <= 3
