@@ -338,6 +338,11 @@ class AppDatabase:
         row = self.connection.execute(f"SELECT * FROM _dead {_THIS_DEAD}", (topic, partition, offset)).fetchone()
         return DeadRecord(*row) if row is not None else None
 
+    def newest_dead(self) -> DeadRecord | None:
+        """The record that was given up last."""
+        row = self.connection.execute("SELECT * FROM _dead ORDER BY at_ms DESC LIMIT 1").fetchone()
+        return DeadRecord(*row) if row is not None else None
+
     def drop_oldest_dead(self, count: int) -> int:
         """Keep so many of the oldest dead records no longer, and those that are as old; how many those were; within a
         transaction."""

@@ -229,6 +229,7 @@ class Instance:
             self._sync_due = now + SYNC_SECONDS
             self._acknowledge()
             self._look_at_readers(now)
+            self.dead_records.tell()
             self.dead_records.make_room()
         elif self._synced and now >= self._copy_due:
             self._copy_due = now + COPY_SECONDS

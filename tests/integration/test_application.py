@@ -44,6 +44,24 @@ def test_a_view_is_the_latest_of_each_key(broker: RunningBroker, make: Callable[
         app.until("SELECT code FROM prices ORDER BY code", [("a",), ("c",), ("d",)])
 
 
+def test_what_is_given_up_is_told(
+    broker: RunningBroker, make: Callable[[str], App], caplog: pytest.LogCaptureFixture
+) -> None:
+    """At the first, then when they are twice as many: whoever reads the log wonders no longer why nothing is there."""
+    app = make(VIEW)
+    publish(broker, ("a", {"code": "a", "cents": "1"}))
+    told = "; the last is prices/0 record"
+    with app.running():
+        wait_for(
+            lambda: f"dead records: 1{told} 0: the value is not as expected: Expected `int`, got `str`" in caplog.text,
+            "told",
+        )
+        assert "(GET /v1/dead)" in caplog.text
+        publish(broker, *[("b", b"{") for _ in range(20)])
+        wait_for(lambda: "dead records: 21; the last is" in caplog.text or f"{told} 20" in caplog.text, "told again")
+    assert caplog.text.count(told) <= 5
+
+
 def test_what_cannot_be_in_a_view_is_a_dead_record(broker: RunningBroker, make: Callable[[str], App]) -> None:
     app = make(VIEW)
     publish(broker, price("a", 1), ("b", b"{"), ("c", {"code": "c"}), price("d", 1 << 63), price("e", 2))

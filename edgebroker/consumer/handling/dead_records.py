@@ -19,6 +19,7 @@ class DeadRecords:
 
     def __init__(self, database: AppDatabase, effects: Mapping[str, Effect], observer: Observer) -> None:
         self._database, self._effects, self._observer = database, effects, observer
+        self._tell_at = 1
 
     def replay(self, topic: str, partition: int, offset: int) -> tuple[Outcome, str]:
         """Handle one once more, and keep it no longer if that succeeds."""
@@ -40,6 +41,14 @@ class DeadRecords:
         if again is not None:
             return Outcome.CONFLICT, f"{name} is given up again: {again.reason}"
         return Outcome.OK, ""
+
+    def tell(self) -> None:
+        """Say it in the log when there are some, then each time that they are twice as many."""
+        count = self._database.dead
+        if count >= self._tell_at and (newest := self._database.newest_dead()) is not None:
+            name = f"{newest.topic}/{newest.partition} record {newest.offset}"
+            log.warning("dead records: %d; the last is %s: %s (GET /v1/dead)", count, name, newest.reason)
+        self._tell_at = max(1, 2 * count) if count >= self._tell_at or not count else self._tell_at
 
     def make_room(self) -> None:
         """Of more than MOST_DEAD the oldest tenth goes: they are still in their topics."""

@@ -147,8 +147,8 @@ class History:
         if self._reader is None:
             raise HttpError(
                 Outcome.CONFLICT.status,
-                "this application keeps no copy of topics: start it with --copy on, or ask the broker (edgebroker "
-                "consume)",
+                'this application keeps no copy of topics: set copy = "on" (EDGEBROKER_APP_COPY=on), or ask the broker '
+                "(edgebroker consume)",
             )
         return self._reader
 
