@@ -23,7 +23,7 @@ from edgebroker.common import batch, records
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.common.types import Position, TopicPartition
 from edgebroker.consumer.config import AppConfig
-from edgebroker.consumer.database import AppDatabase
+from edgebroker.consumer.database import CACHE_KIB, CHECKPOINT_PAGES, AppDatabase
 from edgebroker.consumer.declare.application import load_module, read_application
 from edgebroker.consumer.handling.calls import Calls
 from edgebroker.consumer.handling.effect import Effect, Portion
@@ -127,6 +127,8 @@ def bare_database(
     database = sqlite3.connect(directory / "bare.db", isolation_level=None)
     database.execute("PRAGMA journal_mode=WAL")
     database.execute("PRAGMA synchronous=NORMAL")
+    database.execute(f"PRAGMA cache_size=-{CACHE_KIB}")  # as an application has it
+    database.execute(f"PRAGMA wal_autocheckpoint={CHECKPOINT_PAGES}")
     database.execute(
         "CREATE TABLE prices (key PRIMARY KEY, code TEXT, cents INTEGER, name TEXT, a, b, c) WITHOUT ROWID"
     )
