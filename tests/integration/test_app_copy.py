@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from edgebroker.consumer.database import AppDatabase
 from edgebroker.consumer.rest import history as history_module
 from tests.kit.applications import VIEW, App, committed, price, publish
 from tests.kit.brokers import RunningBroker, running
+from tests.kit.trees import Tree, end
 from tests.kit.waiting import wait_for
 
 from .test_app_rest import ask, found, refused
@@ -629,3 +631,36 @@ def test_live_loaded_again_and_rebuilt_are_the_same(
     with app.running():
         app.until("SELECT generation, loading FROM _state", [(2, 0)])
         assert tables() == live, "after it was lost"
+
+
+# ---- several brokers ----
+
+
+def test_a_broker_that_is_behind_takes_over(tmp_path: Path) -> None:
+    """What the application has stays, and nothing of what comes later has an effect twice or is missing."""
+    tree, text = Tree(tmp_path / "tree"), VIEW + COUNTING
+    try:
+        root = tree.start("root")
+        root.create("prices")
+        hub = tree.start("l2", "root")
+        first, second = root.server, hub.server
+        app = App(root, tmp_path / "application", text)
+        app.broker = SimpleNamespace(server=f"{first},{second}")  # type: ignore[assignment]
+        app.more = {"copy": "on"}
+        count = "SELECT count(*), (SELECT sum(sum) FROM sums) FROM prices"
+        with app.running():
+            publish(root, *[price(f"c{number}", 1) for number in range(20)])
+            app.until(count, [(20, 20)])
+            wait_for(lambda: end(hub, "prices") == 20, "the hub has it")
+            tree.stop("l2")
+            publish(root, *[price(f"c{number}", 1) for number in range(20, 30)])
+            app.until(count, [(30, 30)])
+            tree.stop("root")
+            hub = tree.start("l2", "root", listen__tcp=second)
+            wait_for(lambda: hub.call(lambda: list(hub.broker.sessions)), "it is at the hub", 20.0)
+            assert app.read(count) == [(30, 30)]
+            root = tree.start("root", listen__tcp=first)
+            publish(root, *[price(f"c{number}", 1) for number in range(25, 40)])
+            wait_for(lambda: app.read(count) == [(40, 45)], "all of it is there, once", 20.0)
+    finally:
+        tree.close()
