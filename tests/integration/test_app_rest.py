@@ -545,6 +545,7 @@ def test_files_of_a_directory(broker: RunningBroker, make: Callable[[str], App],
         (page / name).write_bytes(data)
     (tmp_path / "outside").write_text("no")
     (page / "link").symlink_to(tmp_path / "outside")
+    (page / "circle").symlink_to("circle")
     os.mkfifo(page / "pipe")
     app = make(FUNCTIONS)
     app.more = {"static_dir": str(page)}
@@ -555,8 +556,8 @@ def test_files_of_a_directory(broker: RunningBroker, make: Callable[[str], App],
             ("/x.bin", large, "application/octet-stream"), ("/empty.txt", b"", "text/plain"),
         ]:  # fmt: skip
             assert ask(app, "GET", path) == (200, data, kind), path
-        for path in ("/.secret", "/sub/../.secret", "/%2e%2e/outside", "/..%2foutside", "/link", "/pipe", "/none",
-                     "/a%00b", "/" + "x" * 5000):  # fmt: skip
+        for path in ("/.secret", "/sub/../.secret", "/%2e%2e/outside", "/..%2foutside", "/link", "/pipe", "/circle",
+                     "/none", "/a%00b", "/" + "x" * 5000):  # fmt: skip
             assert refused(app, "GET", path, 404).startswith("there is no /"), path
         assert refused(app, "POST", "/x.bin", 405).startswith("POST is not allowed for /x.bin")
         assert ask(app, "HEAD", "/x.bin")[0] == 200
