@@ -15,7 +15,10 @@ import pytest
 
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import SystemClock
+from edgebroker.common.types import TopicPartition
+from edgebroker.consumer.copy import rebuild as rebuild_module
 from edgebroker.consumer.copy import segment_copy as copy_module
+from edgebroker.consumer.copy.copy_reader import CopyPiece, CopyReader, CopyUnreadableError
 from edgebroker.consumer.database import AppDatabase
 from edgebroker.consumer.rest import history as history_module
 from tests.kit.applications import VIEW, App, committed, price, publish
@@ -261,6 +264,32 @@ def test_records_that_keep_coming(broker: RunningBroker, copying: Callable[[str]
         reached = traffic.count + 200
         wait_for(lambda: traffic.count >= reached, "more has come")
         wait_for(lambda: again.read("SELECT count(*) FROM prices WHERE code='n'")[0][0] >= reached, "it keeps up", 2.0)
+
+
+def test_a_rebuild_that_is_given_up_last_holds_up_no_other(
+    broker: RunningBroker, copying: Callable[[str], App], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Topics are read on together when nothing is left in the copy: also when the last of them cannot be read there."""
+    broker.create("promotions")
+    app = copying(TWO)
+    publish(broker, price("x", 1), topic="promotions")
+    fill(broker, app)
+    answer = CopyReader.answer
+
+    def unreadable(reader: CopyReader, inquiry: Any, key: TopicPartition, offset: int, end: int) -> CopyPiece:
+        if key.topic == "promotions":
+            raise CopyUnreadableError("it is worn out")
+        return answer(reader, inquiry, key, offset, end)
+
+    monkeypatch.setattr(CopyReader, "answer", unreadable)
+    monkeypatch.setattr(rebuild_module, "RETRY_SECONDS", 0.001)
+    again = copying(second_version(TWO))
+    with again.running():
+        again.until("SELECT version FROM _generations", [(2,), (2,)])
+        publish(broker, price("a", 9))
+        publish(broker, price("y", 2), topic="promotions")
+        again.until(PRICES, [("a", 9), ("b", 2), ("c", 3)])
+        again.until("SELECT code, cents FROM promotions ORDER BY code", [("x", 1), ("y", 2)])
 
 
 def test_topics_that_change_together_of_which_the_broker_loads_one(

@@ -34,7 +34,7 @@ MANIFEST = "BACKUP"
 TRIES = 5
 
 
-class CopyState(msgspec.Struct):
+class CopiedLog(msgspec.Struct):
     """How far a log goes in a copy: its end offset, and the bytes of its segments."""
 
     end: int
@@ -46,7 +46,7 @@ class Manifest(msgspec.Struct):
 
     made_ms: int
     uid: str
-    logs: dict[str, CopyState]
+    logs: dict[str, CopiedLog]
 
 
 def arguments(parser: Parser) -> None:
@@ -89,7 +89,7 @@ def must_be_empty(target: Path) -> None:
 
 def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
     """Copy everything; the bytes of all logs. Raises FileNotFoundError when retention removed a file meanwhile."""
-    logs: dict[str, CopyState] = {}
+    logs: dict[str, CopiedLog] = {}
     for log in found["logs"]:
         name = f"{log['topic']}/{log['partition']}"
         into, directory = copies.log_directory(target, name), copies.log_directory(source, name)
@@ -100,7 +100,7 @@ def _copy(source: Path, target: Path, found: dict[str, Any]) -> int:
             copies.no_links(source, path)
             _link_or_copy(path, into / path.name, segment["bytes"], segment["sealed"])
         files.sync_directory(into)
-        logs[name] = CopyState(log["end"], sum(segment["bytes"] for segment in log["segments"]))
+        logs[name] = CopiedLog(log["end"], sum(segment["bytes"] for segment in log["segments"]))
     offsets = {
         (group, topic, partition): msgspec.convert(fields, GroupOffset)
         for group, topic, partition, fields in found["offsets"]

@@ -53,17 +53,13 @@ class Rebuild:
         positions: Mapping[tuple[str, int], Position],
         clock: Clock,
     ) -> None:
-        self._clock = clock
-        self._reader, self._generations, self._reloads, self._subscriptions = (
-            reader,
-            generations,
-            reloads,
-            subscriptions,
-        )
+        self._reader, self._generations, self._reloads = reader, generations, reloads
+        self._subscriptions, self._clock = subscriptions, clock
         self._topics, self._effects, self._positions = topics, effects, positions
         self._refreshes: dict[TopicPartition, Refresh] = {}
-        # What is left in the copy.
+        # What is left in the copy; the topics that are read on at the broker when nothing is.
         self._reading: dict[TopicPartition, CopiedPartition] = {}
+        self._unread = set[str]()
         self._next: tuple[TopicPartition, int, Inquiry[ColdRead]] | None = None
         self._beginning, self._failures = False, 0
         # Topics that the broker has to load before anything of them has an effect.
@@ -87,6 +83,7 @@ class Rebuild:
         if rebuilt:
             log.info("rebuilt from the copy: %s", ", ".join(sorted(rebuilt)))
             self._reloads.rebuild(rebuilt)
+            self._unread = rebuilt
             for key, copied in logs.items():
                 if key.topic in rebuilt:
                     self._begin_reading(key, copied)
@@ -161,8 +158,14 @@ class Rebuild:
                     self._abandon(key.topic, str(error))
             return
         del self._reading[key]
-        if not self._reading:  # one consumer for all of them
-            self._read(sorted(self.topics), {one: refresh.position for one, refresh in self._refreshes.items()})
+        self._read_on()
+
+    def _read_on(self) -> None:
+        """Have the broker go on once nothing is left in the copy: one consumer for all topics."""
+        if not self._reading:
+            positions = dict(self._positions)
+            positions.update((key, refresh.position) for key, refresh in self._refreshes.items())
+            self._read(sorted(self._unread), positions)
 
     def _stage_piece(self, key: TopicPartition, refresh: Refresh, end: int) -> None:
         """The next one is read meanwhile. Nothing is synced: what a power cut takes back the copy still has."""
@@ -188,7 +191,7 @@ class Rebuild:
     def _abandon(self, topic: str, why: str) -> None:
         log.warning("topic %s cannot be rebuilt from the copy: %s; it is loaded from the broker", topic, why)
         self.superseded(topic)
-        self._read([topic], self._positions)
+        self._read_on()
 
     # ---- from the broker ----
 
