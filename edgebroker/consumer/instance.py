@@ -286,11 +286,12 @@ class Instance:
         if self._copy is not None and not self._copy.has_room:
             sleep(COPY_SECONDS)
             return
-        consumers, until = self.subscriptions.consumers, self._clock.monotonic() + self._wait()
+        consumers, wait = self.subscriptions.consumers, self._wait()
         if not consumers:
-            sleep(self._wait())
+            sleep(wait)
             return
-        wait = 0.0 if len(consumers) > 1 else self._wait()
+        until = self._clock.monotonic() + wait
+        wait = wait if len(consumers) == 1 else 0.0
         while not any([self._gather_from(consumer, wait) for consumer in consumers]):
             if self._clock.monotonic() >= until:
                 break

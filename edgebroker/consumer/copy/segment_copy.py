@@ -259,7 +259,7 @@ class SegmentCopy:
     def _look_for_room(self) -> None:
         """Without room for long, records are left out of the copy: nothing else is to wait for it."""
         if self._engine.refusal() is None:
-            if self._full_since and self.left_out:
+            if self.left_out:
                 log.warning("the copy has room again: it goes on behind a gap")
             self._full_since, self.left_out = 0.0, False
         elif self._full_since and not self.left_out and self._scheduler.now() - self._full_since >= FULL_SECONDS:
@@ -296,7 +296,7 @@ class SegmentCopy:
         first, log_id, snapshot = header.base_offset, delivery.log_id, (-1, -1)
         if refresh is not None and refresh.log_id == log_id:
             snapshot = (refresh.from_offset, refresh.target)
-        elif key.topic in self._from_beginning and tuple(key) not in self._positions and self._log(key) is None:
+        elif key.topic in self._from_beginning and key not in self._positions and self._log(key) is None:
             snapshot = (first, first)
         return Identity(
             log_id=log_id.hex(),

@@ -5,7 +5,8 @@ A page is bounded by its records, by their bytes and by the bytes that are searc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -88,14 +89,12 @@ class History:
         logs = {key: one for key, one in sorted(reader.copy.logs().items()) if key.topic == query.topic}
         as_of = AsOf({str(key.partition): one.end for key, one in logs.items()}, self._age_ms(query.topic))
         page, search = MessagePage([], [], None, as_of), _Search(query)
-        try:
-            for key, copied in logs.items():
-                if query.partition in (None, key.partition) and key.partition >= search.partition:
+        for key, copied in logs.items():
+            if query.partition in (None, key.partition) and key.partition >= search.partition:
+                with _readable():
                     page.next = self._search(reader, key, copied, search, page)
-                    if page.next is not None:
-                        break
-        except CopyUnreadableError as error:
-            raise HttpError(503, f"the copy cannot be read now: {error}; try again in a moment") from None
+                if page.next is not None:
+                    break
         return page
 
     def _search(
@@ -130,10 +129,8 @@ class History:
         for key in sorted(reader.copy.logs()):
             if (topic and key.topic != topic) or tuple(key) < behind[:2]:
                 continue
-            try:
+            with _readable():
                 files = reader.files(key)
-            except CopyUnreadableError as error:
-                raise HttpError(503, f"the copy cannot be read now: {error}; try again in a moment") from None
             for one in files.segments if files is not None else []:
                 segment = CopiedSegment(*key, int(one.file.partition(".")[0]), one.bytes, one.sealed)
                 if (*key, segment.first) > behind:
@@ -158,6 +155,14 @@ class History:
             raise HttpError(404, f"this application has no copy of {topic}; it has copies of {names}")
 
 
+@contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
+    except CopyUnreadableError as error:
+        raise HttpError(503, f"the copy cannot be read now: {error}; try again in a moment") from None
+
+
 class _Search:
     """A query on its way: where it begins, and what it has used."""
 
@@ -165,12 +170,9 @@ class _Search:
         self._query, self._size, self.searched = query, 0, 0
         self._since, self._until = _time("from_time", query.since), _time("to_time", query.until)
         self._key = query.key.encode() if query.key is not None else None
-        self.partition, self._first = -1, query.first
+        self.partition = -1
         if query.cursor:
-            texts = str(after_cursor(query.cursor)).split(" ")
-            if len(texts) != 2 or not all(text.isdecimal() and len(text) < 19 for text in texts):
-                raise no_cursor()
-            self.partition, self._after = map(int, texts)
+            self.partition, self._after = _numbers(str(after_cursor(query.cursor)))
 
     def bounds(self, reader: CopyReader, key: TopicPartition, copied: CopiedPartition) -> tuple[int, int]:
         """Between which offsets of a partition it is searched."""
@@ -226,10 +228,16 @@ def _time(name: str, text: str) -> int | None:
 
 
 def _place(cursor: str) -> tuple[str, int, int]:
-    topic, *rest = str(after_cursor(cursor)).split(" ")
-    if len(rest) != 2 or not all(text.isdecimal() and len(text) < 19 for text in rest):
+    topic, _, rest = str(after_cursor(cursor)).partition(" ")
+    return topic, *_numbers(rest)
+
+
+def _numbers(text: str) -> tuple[int, int]:
+    """The partition and the offset of a cursor. Raises HttpError."""
+    texts = text.split(" ")
+    if len(texts) != 2 or not all(one.isdecimal() and len(one) < 19 for one in texts):
         raise no_cursor()
-    return topic, int(rest[0]), int(rest[1])
+    return int(texts[0]), int(texts[1])
 
 
 def _invalid(why: str) -> HttpError:
