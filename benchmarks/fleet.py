@@ -31,7 +31,7 @@ def fleet(pinned: bool) -> list[Row]:
     with Chain() as chain:
         root = chain.add("root", EDGEBROKER_REGISTRY_ENABLED="true")
         empty = _memory(root)
-        with connected_child(root.admin, SENDER):
+        with connected_child(root.pipe, SENDER):
             sender = Sender(root)
             for number in range(3):
                 if number == 1:
@@ -68,7 +68,7 @@ class Sender:
     """A hub that passes on what it heard."""
 
     def __init__(self, root: BrokerProcess) -> None:
-        self._admin = root.admin
+        self._address = root.pipe
         self._nodes: list[dict[str, object]] = []
         self._bytes = 0
 
@@ -85,7 +85,7 @@ class Sender:
         batch["wall_ms"] = SystemClock().wall_ms()
         while True:
             try:
-                call(self._admin, "POST", "/v1/tree/reports", batch)
+                call(self._address, "POST", "/v1/tree/reports", batch)
                 break
             except EdgeBrokerError as error:
                 assert "new nodes" in str(error), error

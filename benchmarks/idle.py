@@ -64,7 +64,7 @@ def idle(pinned: bool) -> list[Row]:
                 call(parent.admin, "POST", "/v1/topics", {"name": topic})
             child = BrokerProcess(
                 directory / "child",
-                settings={**QUIET, "EDGEBROKER_NODE_LEVEL": "pos", "EDGEBROKER_PIPE_REGISTRY": parent.admin},
+                settings={**QUIET, "EDGEBROKER_NODE_LEVEL": "pos", "EDGEBROKER_PIPE_REGISTRY": parent.pipe},
                 command=["ip", "netns", "exec", namespace],
             )
             child.start()
@@ -90,8 +90,8 @@ def _change_seen(parent: BrokerProcess, child: str) -> float:
     hub = {"uid": "1" * 32, "name": "hub", "level": "l2", "version": "1", "boot": "1" * 16, "number": 1}
     batch = {"sender": "1" * 32, "session": "s", "number": 0, "nodes": [{"report": {**hub, "address": "hub:7421"}}]}
     begun = time.monotonic()
-    with connected_child(parent.admin, str(hub["uid"])):
-        call(parent.admin, "POST", "/v1/tree/reports", batch)
+    with connected_child(parent.pipe, str(hub["uid"])):
+        call(parent.pipe, "POST", "/v1/tree/reports", batch)
     while "hub:7421" not in call(child, "GET", "/v1/pipe")["parent"]["candidates"]:
         time.sleep(0.1)
     return time.monotonic() - begun

@@ -99,7 +99,7 @@ def main() -> None:
     logging.basicConfig(level=config.log.level.upper())
     broker = Broker(config, clock)
     broker.start()
-    found = {"tcp": broker.listeners.tcp_address, "http": broker.http_address}
+    found = {"tcp": broker.listeners.tcp_address, "http": broker.listeners.http_address}
     print(json.dumps({name: f"{host}:{port}" for name, (host, port) in found.items()}), flush=True)
     threading.Thread(target=obey, args=(broker, clock), daemon=True).start()
     gc.collect()

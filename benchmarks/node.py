@@ -64,9 +64,9 @@ def running(*, pinned: bool = False, settings: dict[str, str] | None = None, des
 
 
 @contextmanager
-def connected_child(admin: str, uid: str) -> Iterator[None]:
+def connected_child(address: str, uid: str) -> Iterator[None]:
     """A node that is connected as a child, without logs: what it reports is taken."""
-    host, _, port = admin.rpartition(":")
+    host, _, port = address.rpartition(":")
     poll = {"version": 1, "uid": uid, "name": "bench", "level": "local", "topics": [], "logs": []}
     connection = http.client.HTTPConnection(host, int(port))
     connection.request("POST", "/v1/pipe", json.dumps(poll), {"content-type": "application/json"})

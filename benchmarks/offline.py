@@ -112,7 +112,7 @@ def offline(pinned: bool) -> list[Row]:
     child: LeapingBroker | None = None
     try:
         parent.start()
-        gate = Gate(parent.admin)
+        gate = Gate(parent.pipe)
         below = {**quiet, "EDGEBROKER_NODE_LEVEL": "l2", "EDGEBROKER_PIPE_PARENTS": gate.address}
         child = LeapingBroker(directory / "child", below)
         with Producer(parent.server) as producer:

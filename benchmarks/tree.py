@@ -43,7 +43,7 @@ class Chain:
         """Another node, below the last one."""
         wanted = {**FREE, "EDGEBROKER_NODE_LEVEL": level, "EDGEBROKER_LOG_LEVEL": "warning", **settings}
         if self.nodes:
-            wanted.setdefault("EDGEBROKER_PIPE_PARENTS", self.nodes[-1].admin)
+            wanted.setdefault("EDGEBROKER_PIPE_PARENTS", self.nodes[-1].pipe)
         node = BrokerProcess(self.directory / wanted.get("EDGEBROKER_NODE_NAME", level), settings=wanted)
         node.start()
         self.nodes.append(node)
@@ -176,7 +176,7 @@ def replicated(pinned: bool) -> list[Row]:
         top = chain.add("root")
         call(top.admin, "POST", "/v1/topics", {"name": "o", "urgent": True})
         for name in ("hub-a", "hub-b"):
-            hub = chain.add("l2", EDGEBROKER_PIPE_PARENTS=top.admin, EDGEBROKER_NODE_NAME=name)
+            hub = chain.add("l2", EDGEBROKER_PIPE_PARENTS=top.pipe, EDGEBROKER_NODE_NAME=name)
             while ends(hub, "o") < 0:
                 sleep(0.02)
         host, port = top.server.rsplit(":", 1)
@@ -316,7 +316,7 @@ def narrow_line(pinned: bool) -> list[Row]:
                 producer.send("prices", os.urandom(size // 16 - 40), partition=0)
             producer.flush(60.0)
         needed = call(parent.admin, "GET", "/v1/topics/prices")["partitions"][0]["bytes"]
-        line = Line(parent.admin, rate, 0.2, 5.0)
+        line = Line(parent.pipe, rate, 0.2, 5.0)
         child = chain.add("l2", EDGEBROKER_PIPE_PARENTS=line.address)
         deadline = time.monotonic() + 10 * needed / rate
         while ends(child, "prices") < 48 and time.monotonic() < deadline:

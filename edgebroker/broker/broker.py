@@ -10,7 +10,7 @@ import logging
 
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
-from edgebroker.broker.admin.routes import routes
+from edgebroker.broker.admin.routes import pipe_routes, routes
 from edgebroker.broker.core import build_core, lease_limits, publish_limits
 from edgebroker.broker.engine_events import EngineEvents
 from edgebroker.broker.engines import make_engine, store_settings
@@ -123,9 +123,10 @@ class Broker:
         self.exposition = Exposition(context)
         # Until nodes and people have identities, every client that reaches the interface has every right.
         table, names = routes(context, self.exposition), names_of(self.config)
-        self._http = self._make_server(Router(table, lambda request, right: True, names))
-        for_children = [route for route in table if route.right == "child"]
-        self._pipe = self._make_server(Router(for_children, lambda request, right: True, names))
+        admin = Router(table, lambda request, right: True, names)
+        self.tree.remote.handler = admin.handle
+        self._http = self._make_server(admin)
+        self._pipe = self._make_server(Router(pipe_routes(context), lambda request, right: True, names))
 
     def _make_server(self, router: Router) -> HttpServer:
         receiving = self.sessions.receiving

@@ -1,4 +1,7 @@
-"""A client of the admin interface of a node, over TCP or its unix socket."""
+"""A client of the admin interface of a node, over TCP or its unix socket, and of nodes below it.
+
+An admin address is HOST:PORT or unix:PATH, with " via NODE" behind it for what a node below is asked through that one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,8 @@ from urllib.parse import quote
 from edgebroker.common.errors import ConfigError, EdgeBrokerError, UnreachableError
 from edgebroker.common.names import printable
 
-TIMEOUT_SECONDS = 30.0
+TIMEOUT_SECONDS = 35.0
+VIA = " via "
 
 
 class _UnixConnection(http.client.HTTPConnection):
@@ -27,8 +31,12 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask(admin: str, path: str) -> tuple[int, Any]:
-    """GET a path; the status, whatever it is, and the decoded JSON. Raises UnreachableError."""
-    return _exchange(admin, "GET", path, None)
+    """GET a path; the status, whatever it is, and the decoded JSON. Raises UnreachableError, also when the node below
+    that was to answer does not."""
+    status, data = _exchange(admin, "GET", path, None)
+    if VIA in admin and status in (404, 409, 503) and isinstance(data, dict) and "error" in data:
+        raise UnreachableError(str(data["error"]))
+    return status, data
 
 
 def call(admin: str, method: str, path: str, body: object = None) -> Any:
@@ -40,7 +48,10 @@ def call(admin: str, method: str, path: str, body: object = None) -> Any:
 
 
 def _exchange(admin: str, method: str, path: str, body: object) -> tuple[int, Any]:
+    admin, _, below = admin.partition(VIA)
     admin = admin.removeprefix("http://").rstrip("/")
+    if below:
+        path = f"/v1/via/{quote(below, safe='')}{path}"
     try:
         with closing(_connection(admin)) as connection:
             headers = {"content-type": "application/json"} if body is not None else {}

@@ -46,7 +46,8 @@ class BrokerProcess:
         self._command = list(command)
         self._environment = environment or {}
         self._arguments = list(arguments)
-        self._listen = self._http = f"{host}:0"
+        self._listen = self._pipe = f"{host}:0"
+        self._http = "127.0.0.1:0"
         self.process: subprocess.Popen[bytes] | None = None
         self.log_path = directory.with_name(directory.name + ".log")
 
@@ -59,6 +60,11 @@ class BrokerProcess:
         return self._http
 
     @property
+    def pipe(self) -> str:
+        """Where the nodes below reach it."""
+        return self._pipe
+
+    @property
     def pid(self) -> int:
         assert self.process is not None
         return self.process.pid
@@ -69,8 +75,8 @@ class BrokerProcess:
         ports = self.directory.with_name(self.directory.name + ".ports")
         ports.unlink(missing_ok=True)
         environment = environments.for_another_node({**self._environment, **self._settings})
-        arguments = ["serve", "--data-dir", str(self.directory), "--listen", self._listen, "--http", self._http]
-        arguments += ["--ports-file", str(ports), *self._arguments]
+        arguments = ["serve", "--data-dir", str(self.directory), "--ports-file", str(ports), *self._arguments]
+        arguments += ["--listen", self._listen, "--http", self._http, "--pipe", self._pipe]
         with self.log_path.open("ab") as log:
             self.process = subprocess.Popen(
                 [*self._command, *program(), *arguments],
@@ -86,7 +92,7 @@ class BrokerProcess:
                 break
             if ports.exists() and (text := ports.read_text()).endswith("\n"):
                 found = json.loads(text)
-                self._listen, self._http = found["tcp"], found["http"]
+                self._listen, self._http, self._pipe = found["tcp"], found["http"], found["pipe"]
                 return
             sleep(0.002)
         self.kill()

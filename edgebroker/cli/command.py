@@ -62,6 +62,12 @@ def run(handler: Handler, options: argparse.Namespace) -> int:
     """Run a handler; its exit code, or that of the error it raised, which is printed."""
     if hasattr(options, "server"):
         _print_warnings()
+    if getattr(options, "via", ""):
+        from edgebroker.cli.admin_client import VIA
+
+        if not hasattr(options, "admin") or hasattr(options, "server"):
+            return _fail("--via is for commands that ask only the admin interface of a node, as status does", USAGE)
+        options.admin += f"{VIA}{options.via}"
     try:
         code = handler(options)
         sys.stdout.flush()

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from itertools import pairwise
 from typing import NamedTuple
 
 from edgebroker.cli import command
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not word.isascii() and word.encode(errors="replace").decode() != word:
             print(f"edgebroker: {printable(word)!r} is not UTF-8; call it in a UTF-8 locale", file=sys.stderr)
             return command.USAGE
-    called = next((word for word in words if not word.startswith("-")), "")
+    called = _called(words)
     verb = next((verb for verb in VERBS if verb.name == called), None)
     if called and verb is None:
         return _unknown(called)
@@ -102,12 +103,26 @@ def build_parser(only: str | None = None) -> Parser:
         epilog="Run 'edgebroker COMMAND --help' for the flags of a command.",
     )
     parser.add_argument("--version", action="version", version=f"edgebroker {__version__}")
+    parser.add_argument(
+        "--via",
+        default="",
+        metavar="NODE",
+        help="run the command at a node below this one, through the tree: its name, or its uid",
+    )
     commands = command.subcommands(parser)
     for verb in VERBS:
         verb_parser = commands.add_parser(verb.name, help=verb.help, description=command.sentence(verb.help))
         if only is None or verb.name == only:
             verb.add_arguments(verb_parser)
     return parser
+
+
+def _called(words: Sequence[str]) -> str:
+    """The verb: the first word that is neither a flag nor the value of --via."""
+    for before, word in pairwise(["", *words]):
+        if not word.startswith("-") and before != "--via":
+            return word
+    return ""
 
 
 def _unknown(name: str) -> int:

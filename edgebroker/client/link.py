@@ -14,7 +14,7 @@ from collections.abc import Callable
 from math import inf
 from typing import Protocol
 
-from edgebroker.client.servers import PORT, Servers
+from edgebroker.client.servers import PORT, Server, Servers
 from edgebroker.common.errors import (
     AnswerError,
     Code,
@@ -22,7 +22,7 @@ from edgebroker.common.errors import (
     ProtocolError,
     UnreachableError,
 )
-from edgebroker.network.io.channel import tuned
+from edgebroker.network.io.channel import PlainChannel, tuned
 from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.network.io.transport import Transport
 from edgebroker.network.wire import frames
@@ -114,8 +114,7 @@ class Link:
         if self._closed:
             return
         try:
-            current = self._servers.current
-            sock = socket.create_connection((current.host, current.port), CONNECT_SECONDS)
+            channel = _connect(self._servers.current, CONNECT_SECONDS)
         except OSError as error:
             # A name that worked before is one of a network that is away.
             unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
@@ -125,7 +124,7 @@ class Link:
             )
             return
         self._connection = Connection(Role.CLIENT, MAX_FRAME)
-        self._transport = Transport(self._loop, tuned(sock), self._buffer, self, self.server)
+        self._transport = Transport(self._loop, channel, self._buffer, self, self.server)
         self._connect_correlation = self.next_correlation()
         self._heartbeat = self._loop.call_later(CONNECT_SECONDS, self._unanswered)
         self._transport.send(frames.write_connect(self._connect_correlation, self._connect_body()))
@@ -269,7 +268,7 @@ class Link:
         """Go back to a broker that is preferred to this one, if it is there again."""
         for server in self._servers.better:
             try:
-                socket.create_connection((server.host, server.port), TRY_SECONDS).close()
+                _connect(server, TRY_SECONDS).close()
             except OSError:
                 continue
             log.info("going back from %s to %s", self.server, server)
@@ -298,3 +297,17 @@ class Link:
 
     def _plain_connect(self) -> Connect:
         return Connect(frames.PROTOCOL_VERSION, 0, self.client_id, self.token, -1, -1, [])
+
+
+def _connect(server: Server, seconds: float) -> PlainChannel:
+    """A connection to a broker. Raises OSError."""
+    if not server.path:
+        return tuned(socket.create_connection((server.host, server.port), seconds))
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(server.path)
+    except OSError:
+        sock.close()
+        raise
+    return PlainChannel(sock)

@@ -8,16 +8,21 @@ from collections.abc import Sequence
 from edgebroker.common.errors import ArgumentError
 
 PORT = 7420
+UNIX = "unix:"
 MOST_SERVERS = 16
+# As Linux has it (sockaddr_un).
+MOST_PATH_BYTES = 107
 
 
 class Server:
-    """HOST:PORT of one broker; str() shows it."""
+    """HOST:PORT of one broker, or unix:PATH of one on this machine; str() shows it."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self.host, self.port = host, port
+    def __init__(self, host: str, port: int, path: str = "") -> None:
+        self.host, self.port, self.path = host, port, path
 
     def __str__(self) -> str:
+        if self.path:
+            return f"{UNIX}{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
@@ -58,8 +63,8 @@ class Servers:
 
 
 def parse_servers(text: str) -> list[Server]:
-    """The servers of "HOST:PORT,HOST:PORT,...". The port may be left out; an IPv6 address with a port has brackets.
-    Raises ArgumentError."""
+    """The servers of "HOST:PORT,HOST:PORT,...". The port may be left out; an IPv6 address with a port has brackets; a
+    broker of this machine may be unix:PATH. Raises ArgumentError."""
     found = [_parse(text, part.strip()) for part in text.split(",")]
     if len(found) > MOST_SERVERS:
         raise ArgumentError(f"{len(found)} servers are too many; name {MOST_SERVERS} at most")
@@ -67,6 +72,14 @@ def parse_servers(text: str) -> list[Server]:
 
 
 def _parse(text: str, part: str) -> Server:
+    if part.startswith(UNIX) and not part.startswith(f"{UNIX}//"):
+        path = part.removeprefix(UNIX)
+        if not path or len(path.encode()) > MOST_PATH_BYTES or "\0" in path:
+            raise ArgumentError(
+                f"server {text!r}: write unix:PATH, the path of a socket (listen.unix) with {MOST_PATH_BYTES} bytes at "
+                "most"
+            )
+        return Server("", 0, path)
     scheme, separator, rest = part.partition("://")
     if separator:
         address = rest.partition("/")[0] or f"127.0.0.1:{PORT}"

@@ -51,16 +51,15 @@ class NodeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 class ListenConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     tcp: Annotated[str, about("HOST:PORT of the binary protocol; port 0 takes a free one")] = "127.0.0.1:7420"
-    http: Annotated[str, about("HOST:PORT of the admin and health interface")] = "127.0.0.1:7421"
-    pipe: Annotated[str, about(
-        "HOST:PORT for the nodes below, and for nothing else: there is no administration; empty: they use listen.http",
-        )] = ""
+    http: Annotated[str, about("HOST:PORT of the admin and health interface; always on loopback")] = "127.0.0.1:7421"
+    pipe: Annotated[str, about("HOST:PORT for the nodes below; empty: this node takes none")] = ""
+    unix: Annotated[str, about(
+        "unix socket for clients on this machine; empty: clients.sock in $RUNTIME_DIRECTORY or data_dir")] = ""
     socket: Annotated[str, about(
         "unix socket of the admin interface; empty: ctl.sock in $RUNTIME_DIRECTORY or data_dir")] = ""
     names: Annotated[str, about(
         "names by which the admin interface may be called, beside addresses, localhost, and the names of the node and "
         "its machine; several with commas")] = ""
-    allow_insecure: Annotated[bool, about("allow addresses off loopback without TLS and authentication")] = False
 
 
 class StorageConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -153,14 +152,14 @@ class DeliveryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 class PipeConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     parents: Annotated[str, about(
-        "HOST:PORT of the parent's HTTP interface; several with commas, the best first; empty: this node has none",
+        "HOST:PORT of the parent's listen.pipe; several with commas, the best first; empty: this node has none",
         )] = ""
     registry: Annotated[str, about(
         "HOST:PORT of nodes through which the registry can be asked for a parent; several with commas; empty: only "
         "pipe.parents counts")] = ""
     address: Annotated[str, about(
-        "HOST:PORT at which children reach this node; empty: listen.pipe or listen.http, with the host name where that "
-        "listens on all addresses")] = ""
+        "HOST:PORT at which children reach this node; empty: listen.pipe, with the host name where that listens on all "
+        "addresses")] = ""
     topics: Annotated[str, about("topics to replicate: names or patterns (*, ?, [...]), separated by commas")] = "*"
     bytes_per_second: Annotated[_Bytes, about("take at most this much from the parent; 0: no limit")] = 0
     hours: Annotated[str, about(
@@ -202,6 +201,9 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 
 SECTIONS: dict[str, type[Struct]] = {field.name: field.type for field in msgspec.structs.fields(Config)}
 ENV_PREFIX = "EDGEBROKER_"
+# For the development of applications and of edgebroker itself: listen off loopback without TLS. What is INSTALLED, a
+# service or an image, does not obey it.
+DEVELOPMENT, INSTALLED = "EDGEBROKER_DEVELOPMENT_INSECURE", "EDGEBROKER_INSTALLED"
 # What Kubernetes and Docker set for a service or container whose name begins with ours.
 _SERVICE_LINK = re.compile(r"_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?|NAME)\Z")
 
@@ -232,7 +234,7 @@ def load_config(
     if problems:
         raise ConfigError("\n".join(problems))
     config = msgspec.convert(tree, Config)
-    problems = _check_meaning(config)
+    problems = _check_meaning(config) + _check_listeners(config.listen, environment)
     if problems:
         raise ConfigError("\n".join(problems))
     return _fill(config, environment)
@@ -330,22 +332,10 @@ def _check_tree(tree: dict[str, Any]) -> list[str]:
 
 def _check_meaning(config: Config) -> list[str]:
     problems = []
-    for key in ("tcp", "http", "pipe"):
-        address = getattr(config.listen, key)
-        host, colon, port = address.rpartition(":")
-        if key == "pipe" and not address:
-            continue
-        if not colon or not host or not port.isdigit() or int(port) > 65535:
-            problems.append(f"listen.{key} = {address!r}: HOST:PORT is expected, for example 127.0.0.1:7420")
-        elif not is_loopback(address) and not config.listen.allow_insecure:
-            problems.append(
-                f"listen.{key} = {address!r}: other machines could read and write everything, there is no TLS or "
-                "authentication yet; listen on 127.0.0.1, or set listen.allow_insecure = true"
-            )
     for key in ("parents", "registry", "address"):
         for address in split_list(getattr(config.pipe, key)):
             if not is_address(address):
-                problems.append(f"pipe.{key}: {address!r}: HOST:PORT is expected, for example hub.example:7421")
+                problems.append(f"pipe.{key}: {address!r}: HOST:PORT is expected, for example hub.example:7422")
     if config.node.region and not _REGION.fullmatch(config.node.region):
         problems.append(f"node.region = {config.node.region!r}: names with slashes between them, as north/store-12")
     try:
@@ -371,14 +361,49 @@ def _check_meaning(config: Config) -> list[str]:
     return problems
 
 
+def _check_listeners(listen: ListenConfig, environment: Mapping[str, str]) -> list[str]:
+    problems = []
+    insecure = is_insecure(environment)
+    for key in ("tcp", "http", "pipe"):
+        address = getattr(listen, key)
+        host, colon, port = address.rpartition(":")
+        if key == "pipe" and not address:
+            continue
+        if not colon or not host or not port.isdigit() or int(port) > 65535:
+            problems.append(f"listen.{key} = {address!r}: HOST:PORT is expected, for example 127.0.0.1:7420")
+        elif not is_loopback(address) and key == "http":
+            problems.append(
+                f"listen.http = {address!r}: administration is on loopback only; listen on 127.0.0.1, and reach it "
+                "from another machine with ssh, or from a node above with edgebroker --via NODE"
+            )
+        elif not is_loopback(address) and not insecure:
+            problems.append(
+                f"listen.{key} = {address!r}: other machines could read and write everything, there is no TLS or "
+                f"authentication yet; listen on 127.0.0.1, or, to develop, set {DEVELOPMENT}=1"
+            )
+    return problems
+
+
+def is_insecure(environment: Mapping[str, str] | None = None) -> bool:
+    """May this process listen off loopback without TLS? Only to develop: raises ConfigError where it is installed."""
+    environment = os.environ if environment is None else environment
+    if environment.get(DEVELOPMENT, "") not in ("1", "true"):
+        return False
+    if environment.get(INSTALLED):
+        raise ConfigError(f"{DEVELOPMENT} is for development; a service or an image does not start with it: remove it")
+    return True
+
+
 def _fill(config: Config, environment: Mapping[str, str]) -> Config:
     name = (config.node.name or "%H").replace("%H", os.uname().nodename)
     node = msgspec.structs.replace(config.node, name=name)
     runtime = environment.get("RUNTIME_DIRECTORY", "")
-    listen = config.listen
-    if not listen.socket:
-        base = Path(runtime.split(":")[0]) if runtime else Path(node.data_dir)
-        listen = msgspec.structs.replace(listen, socket=str(base / "ctl.sock"))
+    base = Path(runtime.split(":")[0]) if runtime else Path(node.data_dir)
+    listen = msgspec.structs.replace(
+        config.listen,
+        socket=config.listen.socket or str(base / "ctl.sock"),
+        unix=config.listen.unix or str(base / "clients.sock"),
+    )
     return msgspec.structs.replace(config, node=node, listen=listen)
 
 

@@ -127,6 +127,10 @@ class AnswerError(EdgeBrokerError):
         self.offset = offset
 
 
+class TrustError(EdgeBrokerError):
+    """A certificate, a key or a token cannot be used; the text says what to do."""
+
+
 class ProtocolError(EdgeBrokerError):
     """Bytes that the protocol does not allow. The connection they came from is over."""
 

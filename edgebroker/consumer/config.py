@@ -11,7 +11,7 @@ import msgspec
 import tomli
 from msgspec import Struct
 
-from edgebroker.common.config import about, is_loopback, parse_labels
+from edgebroker.common.config import DEVELOPMENT, about, is_insecure, is_loopback, parse_labels, split_list
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.names import check_group_name
 from edgebroker.common.runtime.hours import parse_hours
@@ -54,7 +54,6 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         "HOST:PORT at which it answers over HTTP; none: only at the unix socket http.sock in its data directory")
         ] = "127.0.0.1:7430"
     static_dir: Annotated[str, about("a directory whose files it answers with, at / and below; empty: none")] = ""
-    allow_insecure: Annotated[bool, about("allow an address off loopback without TLS and authentication")] = False
     stop_timeout: Annotated[float, msgspec.Meta(ge=0, le=3600), about(
         "seconds in which it finishes what it has begun when it is stopped; then it ends")] = 10.0
     force: Annotated[bool, about(
@@ -69,7 +68,8 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
 def has_copy(config: AppConfig) -> bool:
     """Is a copy of topics kept?"""
     if config.copy == "auto":
-        return not all(map(is_loopback, config.server.replace(" ", "").split(",")))
+        servers = split_list(config.server)
+        return not all(server.startswith("unix:") or is_loopback(server) for server in servers)
     return config.copy == "on"
 
 
@@ -150,12 +150,12 @@ def _wrong(config: AppConfig) -> list[tuple[str, str]]:
         pass
     elif not host or not port.isdecimal() or int(port[:6]) > 65535:
         found.append(("http", f"{config.http!r}: HOST:PORT is expected, for example 127.0.0.1:7430, or none"))
-    elif not is_loopback(config.http) and not config.allow_insecure:
+    elif not is_loopback(config.http) and not is_insecure():
         found.append(
             (
                 "http",
-                f"{config.http!r}: other machines could read everything, there is no TLS or authentication yet; "
-                "listen on 127.0.0.1, or set allow_insecure = true",
+                f"{config.http!r}: other machines could read everything without TLS and authentication; listen on "
+                f"127.0.0.1, or, to develop, set {DEVELOPMENT}=1",
             )
         )
     return [(name, why.replace("group names are", "it is")) for name, why in found if why]

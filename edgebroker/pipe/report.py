@@ -20,6 +20,8 @@ MOST_TOPICS = 200
 # The node above takes a batch in one turn of its loop.
 MAX_BATCH_BYTES = 128 << 10
 MAX_CANDIDATES = 8
+# Of a request to a node below, and of its answer.
+MAX_CALL_BYTES, MAX_ANSWER_BYTES = 64 << 10, 4 << 20
 # The codes of answers to a batch. It does not follow the one before: everything has to be sent again. Its sender is not
 # connected, or from another address.
 NEW_SESSION, NOT_A_CHILD = "NEW_SESSION", "NOT_A_CHILD"
@@ -155,7 +157,26 @@ class StandbyDirective(msgspec.Struct, frozen=True, kw_only=True, tag="standby")
     digest: int
 
 
-Directive = ParentAssignment | ResyncDirective | StandbyDirective
+class AdminCall(msgspec.Struct, frozen=True, kw_only=True, tag="call"):
+    """A request for the admin routes of a node; `target` is the path with the query."""
+
+    uid: Id
+    id: Id
+    method: Annotated[str, Meta(pattern=r"\A[A-Z]{1,10}\Z")]
+    target: Annotated[str, Meta(max_length=4096)]
+    body: Annotated[bytes, Meta(max_length=MAX_CALL_BYTES)] = b""
+
+
+class AdminAnswer(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/tree/answers: what a node answers to an AdminCall."""
+
+    id: Id
+    status: Annotated[int, Meta(ge=200, le=599)]
+    content_type: Annotated[str, Meta(max_length=200, pattern=r"\A[\x20-\x7e]*\Z")]
+    body: Annotated[bytes, Meta(max_length=MAX_ANSWER_BYTES)]
+
+
+Directive = ParentAssignment | ResyncDirective | StandbyDirective | AdminCall
 
 
 class Question(msgspec.Struct, frozen=True, kw_only=True):

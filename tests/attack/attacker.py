@@ -1,7 +1,8 @@
-"""`python -m tests.attack.attacker KIND SERVER ADMIN COUNT`: a stranger in a process of its own. Prints a line when it
-is at it, goes on until standard input ends, and prints what it got.
+"""`python -m tests.attack.attacker KIND SERVER ADMIN PIPE COUNT`: a stranger in a process of its own.
 
-Each kind is a function here; `server` speaks the binary protocol, `admin` HTTP.
+It prints a line when it is at it, goes on until standard input ends, and prints what it got.
+
+Each kind is a function here.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import count as count_from
+from typing import NamedTuple
 
 from edgebroker.common.messages import NO_LOG_ID, Wanted
 from edgebroker.common.types import AckLevel, Start
@@ -23,12 +25,22 @@ from edgebroker.network.wire.frames import Connect, Intent, Subscribe
 Address = tuple[str, int]
 TOPIC = "prices"
 UNFINISHED_BYTES = 4 << 20
+
+
+class Doors(NamedTuple):
+    """Where the node is reached: by clients, by operators, by the nodes below."""
+
+    server: Address
+    admin: Address
+    pipe: Address
+
+
 _names = count_from()
 
 
 def main() -> None:
-    kind, server, admin, count = sys.argv[1:]
-    found = KINDS[kind](_split(server), _split(admin), int(count))
+    kind, server, admin, pipe, count = sys.argv[1:]
+    found = KINDS[kind](Doors(_split(server), _split(admin), _split(pipe)), int(count))
     print(json.dumps(found), flush=True)
 
 
@@ -110,10 +122,10 @@ def trickle(
     return {"opened": opened_at_all, "still_open": len(left)}
 
 
-def frames_before_connect(server: Address, admin: Address, count: int) -> dict[str, object]:
+def frames_before_connect(doors: Doors, count: int) -> dict[str, object]:
     """The head of a long frame, as the first thing."""
     head = frames.HEADER.pack(UNFINISHED_BYTES, frames.FrameType.PUBLISH, 0, 0, 9)
-    return trickle(server, count, lambda rank: head + b"x" * (UNFINISHED_BYTES - 1000), b"x")
+    return trickle(doors.server, count, lambda rank: head + b"x" * (UNFINISHED_BYTES - 1000), b"x")
 
 
 def unfinished(server: Address, count: int, size: int) -> dict[str, object]:
@@ -122,37 +134,37 @@ def unfinished(server: Address, count: int, size: int) -> dict[str, object]:
     return trickle(server, count, lambda rank: head + b"x" * size, b"x", connect=True)
 
 
-def unfinished_frames(server: Address, admin: Address, count: int) -> dict[str, object]:
+def unfinished_frames(doors: Doors, count: int) -> dict[str, object]:
     """Most of a PUBLISH of 4 MiB, then a byte now and then."""
-    return unfinished(server, count, UNFINISHED_BYTES - 1000)
+    return unfinished(doors.server, count, UNFINISHED_BYTES - 1000)
 
 
-def begun_frames(server: Address, admin: Address, count: int) -> dict[str, object]:
+def begun_frames(doors: Doors, count: int) -> dict[str, object]:
     """So little of a PUBLISH of 4 MiB that all of them together stay within the limit."""
-    return unfinished(server, count, (28 << 20) // count)
+    return unfinished(doors.server, count, (28 << 20) // count)
 
 
-def one_byte(server: Address, admin: Address, count: int) -> dict[str, object]:
-    return trickle(server, count, lambda rank: b"\0", b"")
+def one_byte(doors: Doors, count: int) -> dict[str, object]:
+    return trickle(doors.server, count, lambda rank: b"\0", b"")
 
 
-def half_heads(server: Address, admin: Address, count: int) -> dict[str, object]:
-    return trickle(admin, count, lambda rank: b"GET /v1/node HTTP/1.1\r\nx: ", b"x")
+def half_heads(doors: Doors, count: int) -> dict[str, object]:
+    return trickle(doors.admin, count, lambda rank: b"GET /v1/node HTTP/1.1\r\nx: ", b"x")
 
 
-def half_bodies(server: Address, admin: Address, count: int) -> dict[str, object]:
+def half_bodies(doors: Doors, count: int) -> dict[str, object]:
     """A poll may be long."""
     head = request("POST", "/v1/pipe", b"x" * UNFINISHED_BYTES)
-    return trickle(admin, count, lambda rank: head[:-1000], b"x")
+    return trickle(doors.pipe, count, lambda rank: head[:-1000], b"x")
 
 
 # ---- answers that are not read ----
 
 
-def unread_answers(server: Address, admin: Address, count: int) -> dict[str, object]:
+def unread_answers(doors: Doors, count: int) -> dict[str, object]:
     """64 KB of requests whose answers are long, on each connection."""
     line = request("GET", "/v1/topics")
-    return trickle(admin, count, lambda rank: line * (65536 // len(line)), b"")
+    return trickle(doors.admin, count, lambda rank: line * (65536 // len(line)), b"")
 
 
 # ---- state without end ----
@@ -167,10 +179,10 @@ def asked(address: Address, data: bytes) -> tuple[int, bytes]:
     return int(head.split()[1]), body
 
 
-def producers(server: Address, admin: Address, count: int) -> dict[str, object]:
+def producers(doors: Doors, count: int) -> dict[str, object]:
     """A new name with every CONNECT, on one connection."""
     at_it()
-    with socket.create_connection(server, 30.0) as sock:
+    with socket.create_connection(doors.server, 30.0) as sock:
         for rank in range(count):
             sock.sendall(connect_frame(f"name-{rank}", frames.WANT_PRODUCER))
             sock.recv(1 << 16)
@@ -180,20 +192,20 @@ def producers(server: Address, admin: Address, count: int) -> dict[str, object]:
     return {"names": rank + 1}
 
 
-def subscriptions(server: Address, admin: Address, count: int) -> dict[str, object]:
+def subscriptions(doors: Doors, count: int) -> dict[str, object]:
     """Readers that want all partitions of all topics; they take what they get, and say that they are there."""
-    topics = [one["name"] for one in json.loads(asked(admin, request("GET", "/v1/topics"))[1])["topics"]]
+    topics = [one["name"] for one in json.loads(asked(doors.admin, request("GET", "/v1/topics"))[1])["topics"]]
     lines = [Wanted(topic, -1, Start.EARLIEST, NO_LOG_ID, -1, 0) for topic in topics]
     joining = frames.write_subscribe(2, Subscribe(Intent.JOIN, "", 0, 0, lines))
-    return trickle(server, count, lambda rank: joining, frames.write_heartbeat([]), connect=True)
+    return trickle(doors.server, count, lambda rank: joining, frames.write_heartbeat([]), connect=True)
 
 
-def invented_nodes(server: Address, admin: Address, count: int) -> dict[str, object]:
+def invented_nodes(doors: Doors, count: int) -> dict[str, object]:
     """A child that has heard of very many nodes below it."""
     sender = "ab" * 16
     poll = {"version": 1, "uid": sender, "name": "evil", "level": "local", "topics": [], "logs": []}
     taken, refused = 0, 0
-    with socket.create_connection(admin, 30.0) as sock:
+    with socket.create_connection(doors.pipe, 30.0) as sock:
         sock.sendall(request("POST", "/v1/pipe", json.dumps(poll).encode()))
         sock.recv(1 << 16)
         at_it()
@@ -208,7 +220,7 @@ def invented_nodes(server: Address, admin: Address, count: int) -> dict[str, obj
                 for number in range(first, first + 250)
             ]  # fmt: skip
             batch = {"sender": sender, "session": f"s{first}", "number": 0, "nodes": nodes}
-            status, _ = asked(admin, request("POST", "/v1/tree/reports", json.dumps(batch).encode()))
+            status, _ = asked(doors.pipe, request("POST", "/v1/tree/reports", json.dumps(batch).encode()))
             taken, refused = taken + (status == 200), refused + (status != 200)
         told_to_stop(3600.0)
     return {"batches_taken": taken, "batches_refused": refused}
@@ -221,7 +233,7 @@ def _until_stopped(ranks: range) -> Iterator[int]:
         yield rank
 
 
-KINDS: dict[str, Callable[[Address, Address, int], dict[str, object]]] = {
+KINDS: dict[str, Callable[[Doors, int], dict[str, object]]] = {
     "frames-before-connect": frames_before_connect,
     "unfinished-frames": unfinished_frames,
     "begun-frames": begun_frames,

@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 from edgebroker import Consumer, Producer
 from edgebroker.cli.admin_client import call
-from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.common import batch
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
@@ -49,22 +48,29 @@ class Attack(NamedTuple):
     descriptors: int = 0
 
 
-def admin_of(stand: Stand) -> tuple[str, int]:
-    host, _, port = stand.process.admin.rpartition(":")
+def _split(address: str) -> tuple[str, int]:
+    host, _, port = address.rpartition(":")
     return host, int(port)
+
+
+def admin_of(stand: Stand) -> tuple[str, int]:
+    return _split(stand.process.admin)
+
+
+def pipe_of(stand: Stand) -> tuple[str, int]:
+    return _split(stand.process.pipe)
 
 
 def server_of(stand: Stand) -> tuple[str, int]:
-    host, _, port = stand.process.server.rpartition(":")
-    return host, int(port)
+    return _split(stand.process.server)
 
 
-def post(stand: Stand, path: str, body: object) -> tuple[int, bytes]:
-    return asked(admin_of(stand), request("POST", path, json.dumps(body).encode()))
+def post(address: tuple[str, int], path: str, body: object) -> tuple[int, bytes]:
+    return asked(address, request("POST", path, json.dumps(body).encode()))
 
 
 def post_from_elsewhere(stand: Stand, path: str, body: object) -> int:
-    connection = http.client.HTTPConnection(*admin_of(stand), timeout=30.0, source_address=ELSEWHERE)
+    connection = http.client.HTTPConnection(*pipe_of(stand), timeout=30.0, source_address=ELSEWHERE)
     connection.request("POST", path, json.dumps(body), {"content-type": "application/json"})
     status = connection.getresponse().status
     connection.close()
@@ -92,12 +98,12 @@ def invented_poll(stand: Stand) -> Outcome:
     line = ["prices", 0, found["log_id"], 1, 1 << 40, 7, 0, [], True]
     end = stand.end(stand.socket)
     begun = time.monotonic()
-    with socket.create_connection(admin_of(stand), 30.0) as poll, Producer(stand.process.server) as producer:
+    with socket.create_connection(pipe_of(stand), 30.0) as poll, Producer(stand.process.server) as producer:
         poll.sendall(request("POST", "/v1/pipe", json.dumps({**hello, "logs": [line]}).encode()))
         status = poll.recv(1 << 16).split()[1].decode()
         producer.send("prices", b"honest").result(30.0)
     held = time.monotonic() - begun
-    repaired, _ = post(stand, "/v1/repair", {"from": "203.0.113.9:7421"})
+    repaired, _ = post(admin_of(stand), "/v1/repair", {"from": "203.0.113.9:7421"})
     problems = call(stand.socket, "GET", "/v1/node")["problems"]
     good = held < 7.0 and repaired == 400 and not problems and stand.end(stand.socket) == end + 1
     return Outcome(f"poll {status}; publishing held for {held:.1f} s; repair from elsewhere {repaired}", good)
@@ -124,9 +130,9 @@ def stolen_identity(stand: Stand) -> Outcome:
         "number": 1,
         "region": "north/1",
     }
-    before = post(stand, "/v1/registry", {"report": asking})[1]
-    post(stand, "/v1/registry", {"report": hub})
-    same = post(stand, "/v1/registry", {"report": asking})[1] == before
+    before = post(pipe_of(stand), "/v1/registry", {"report": asking})[1]
+    post(pipe_of(stand), "/v1/registry", {"report": hub})
+    same = post(pipe_of(stand), "/v1/registry", {"report": asking})[1] == before
     nodes = call(stand.socket, "GET", "/v1/tree/nodes")["nodes"]
     invented = [node["name"] for node in nodes if node["address"] or node["problems"]]
     figure = f"report {reported}, poll {polled}; candidates {'as before' if same else 'CHANGED'}"
@@ -216,7 +222,7 @@ def few_descriptors(stand: Stand) -> Outcome:
     with Producer(stand.process.server) as producer:
         sent = [producer.send(f"topic-{rank}", b"v") for rank in range(200)]
         stored = sum(1 for one in sent if one.result(30.0) >= 0)
-    made = [post(stand, "/v1/topics", {"name": f"wide-{rank}", "partitions": 1024})[0] for rank in range(4)]
+    made = [post(admin_of(stand), "/v1/topics", {"name": f"wide-{rank}", "partitions": 1024})[0] for rank in range(4)]
     problems = call(stand.socket, "GET", "/v1/node")["problems"]
     used = sum(1 for _ in Path(f"/proc/{stand.process.pid}/fd").iterdir())
     for sock in idle:
@@ -286,8 +292,13 @@ def strange_requests(stand: Stand) -> Outcome:
     """17, 18 and requests that two servers read differently."""
     deep = b'{"x":' + b"[" * 60_000
     answers = [
-        asked(admin_of(stand), request("POST", path, deep))[0]
-        for path in ("/v1/pipe", "/v1/registry", "/v1/topics", "/v1/tree/reports")
+        asked(door, request("POST", path, deep))[0]
+        for door, path in (
+            (pipe_of(stand), "/v1/pipe"),
+            (pipe_of(stand), "/v1/registry"),
+            (admin_of(stand), "/v1/topics"),
+            (pipe_of(stand), "/v1/tree/reports"),
+        )
     ]
     far = asked(admin_of(stand), request("PATCH", "/v1/topics/prices", json.dumps({"retention_ms": 10**30}).encode()))[
         0
@@ -326,31 +337,15 @@ def hostile_copy(stand: Stand) -> Outcome:
     )
 
 
-def _pipe_address(node: BrokerProcess) -> tuple[str, int]:
-    """The address that is neither of the other two."""
-    inodes = {os.readlink(one) for one in Path(f"/proc/{node.pid}/fd").iterdir() if one.is_symlink()}
-    others = {int(address.rpartition(":")[2]) for address in (node.server, node.admin)}
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        port = int(fields[1].rpartition(":")[2], 16)
-        if fields[3] == "0A" and f"socket:[{fields[9]}]" in inodes and port not in others:
-            return "127.0.0.1", port
-    raise AssertionError("the port for children is not open")
-
-
 def pipe_only(stand: Stand) -> Outcome:
     """1 and 12: who reaches the port for children reaches no administration."""
-    directory = Path(stand.process.directory).parent
-    settings = {"EDGEBROKER_LISTEN_PIPE": "127.0.0.1:0", "EDGEBROKER_NODE_LEVEL": "l2"}
-    with BrokerProcess(directory / "open", settings=settings) as node:
-        host, port = _pipe_address(node)
-        refused = [
-            asked((host, port), request(method, path, b"{}"))[0]
-            for method, path in (
-                ("POST", "/v1/promote"), ("DELETE", "/v1/topics/t?confirm=t"), ("PUT", "/v1/registry/x/pins"),
-                ("POST", "/v1/repair"), ("GET", "/metrics"), ("POST", "/v1/topics"), ("DELETE", "/v1/registry"),
-            )
-        ]  # fmt: skip
+    refused = [
+        asked(pipe_of(stand), request(method, path, b"{}"))[0]
+        for method, path in (
+            ("POST", "/v1/promote"), ("DELETE", "/v1/topics/t?confirm=t"), ("PUT", "/v1/registry/x/pins"),
+            ("POST", "/v1/repair"), ("GET", "/metrics"), ("POST", "/v1/topics"), ("DELETE", "/v1/registry"),
+        )
+    ]  # fmt: skip
     return Outcome(f"{refused}", set(refused) <= {404, 405})
 
 

@@ -59,7 +59,7 @@ class Stand:
 
     def start(self) -> None:
         self.process.start()
-        below = {"EDGEBROKER_NODE_LEVEL": "local", "EDGEBROKER_PIPE_PARENTS": self.process.admin}
+        below = {"EDGEBROKER_NODE_LEVEL": "local", "EDGEBROKER_PIPE_PARENTS": self.process.pipe}
         self.child = BrokerProcess(self._directory / "till", settings={**FREE, **below})
         self._running.append(self.child)
         self.child.start()
@@ -89,7 +89,8 @@ class Stand:
     @contextmanager
     def attacked(self, kind: str, count: int, module: str = "tests.attack.attacker") -> Iterator[dict[str, object]]:
         """Somebody attacks meanwhile; what that one got is in the dictionary afterwards."""
-        command = [sys.executable, "-m", module, kind, self.process.server, self.process.admin, str(count)]
+        command = [sys.executable, "-m", module, kind]
+        command += [self.process.server, self.process.admin, self.process.pipe, str(count)]
         attacker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         found: dict[str, object] = {}
         assert attacker.stdout is not None

@@ -39,7 +39,7 @@ LINES = [(name, parent) for name, (_, parents) in PLAN.items() for parent in par
 
 # A peer that vanished is noticed within seconds; no record becomes a dead letter for what is done to the machines.
 NODE = SETTINGS | {
-    "EDGEBROKER_LISTEN_ALLOW_INSECURE": "true",
+    "EDGEBROKER_DEVELOPMENT_INSECURE": "1",
     "EDGEBROKER_DELIVERY_MAX_ATTEMPTS": "0",
     "EDGEBROKER_DELIVERY_BACKOFF_MS": "50",
     "EDGEBROKER_DELIVERY_MAX_BACKOFF_MS": "500",
@@ -58,11 +58,6 @@ class Node(BrokerProcess):
     @property
     def admin(self) -> str:
         return f"unix:{self.directory / 'ctl.sock'}"
-
-    @property
-    def parent_address(self) -> str:
-        """Where children ask."""
-        return self._http
 
     @property
     def alive(self) -> bool:
@@ -143,7 +138,7 @@ class Fleet:
         if name == "local":
             settings["EDGEBROKER_DELIVERY_TIMEOUT_MS"] = "5000"
         if parents:
-            settings["EDGEBROKER_PIPE_PARENTS"] = ",".join(self[parent].parent_address for parent in parents)
+            settings["EDGEBROKER_PIPE_PARENTS"] = ",".join(self[parent].pipe for parent in parents)
         command, host = self.wires.inside(name), self.wires.address(name)
         return Node(self.directory / name, settings=settings, command=command, host=host)
 

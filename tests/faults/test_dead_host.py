@@ -66,7 +66,7 @@ def clients(broker: RunningBroker) -> set[str]:
 
 def test_a_host_that_vanishes(tmp_path: Path, far_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "DEAD_HOST_SECONDS", SECONDS)
-    settings = {"listen.tcp": f"{HERE}:0", "listen.allow_insecure": True}
+    settings = {"listen.tcp": f"{HERE}:0", "listen.pipe": ""}
     with running(tmp_path / "data", settings) as broker:
         near = broker.raw("near")
         near.publish("t", numbered(0, 1))

@@ -57,7 +57,7 @@ class Twelve:
         self.nodes: dict[str, BrokerProcess] = {}
         self._start("root", "root", "", EDGEBROKER_REGISTRY_ENABLED="true")
         for name, level, region, seed in NODES:
-            self._start(name, level, region, EDGEBROKER_PIPE_REGISTRY=self.nodes[seed].admin)
+            self._start(name, level, region, EDGEBROKER_PIPE_REGISTRY=self.nodes[seed].pipe)
 
     def _start(self, name: str, level: str, region: str, **settings: str) -> None:
         settings = {
@@ -146,7 +146,7 @@ def grow(found: Twelve, replicas: int) -> None:
     uid = {name: call(found[name].admin, "GET", "/v1/node")["uid"] for name in ("store-3", "till-4")}
 
     def known() -> bool:
-        copy = call(root.admin, "POST", "/v1/registry/copy")
+        copy = call(root.pipe, "POST", "/v1/registry/copy")
         hubs = {hub["name"] for hub in copy["hubs"]}
         standbys = [call(found[name].admin, "GET", "/v1/registry/standby") for name in HUBS]
         peers = found["hub-a"].admin in found.candidates("hub-b") and found["hub-b"].admin in found.candidates("hub-a")
@@ -222,7 +222,7 @@ def check(found: Twelve, chosen: str, acknowledged: dict[int, bytes]) -> float:
                 consumer.ack(record)
     lost = {number: value for number, value in acknowledged.items() if stored.get(number) != value}
     assert not lost, f"{len(lost)} acknowledged records are lost, the first at {min(lost)}"
-    pins = call(node.admin, "POST", "/v1/registry/copy")["pins"]
+    pins = call(node.pipe, "POST", "/v1/registry/copy")["pins"]
     assert len(pins) == 1, "the pin was carried along"
 
     found["root"].start()

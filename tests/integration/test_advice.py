@@ -56,7 +56,7 @@ def carry_out(tree: Tree, scene: Scene, command: str) -> int:
     publishes = words[0] == "publish"
     if publishes:
         words += ["--server", tree.nodes[scene.node].server, "--quiet"]
-    return main([*words, "--admin", tree.address(scene.node)])
+    return main([*words, "--admin", tree.admin(scene.node)])
 
 
 def is_over(tree: Tree, scene: Scene, problem: str) -> None:

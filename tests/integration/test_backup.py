@@ -41,9 +41,9 @@ def test_root_is_put_back(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixt
     child = tree.start("l2", "root")
     follows(root, child, "prices")
     copy = tmp_path / "copy"
-    made = run(capsys, "backup", str(copy), "--admin", tree.address("root"))
+    made = run(capsys, "backup", str(copy), "--admin", tree.admin("root"))
     assert made["logs"] == 1
-    assert "not empty" in run(capsys, "backup", str(copy), "--admin", tree.address("root"), code=2)
+    assert "not empty" in run(capsys, "backup", str(copy), "--admin", tree.admin("root"), code=2)
     log_id = root.broker.engine.log("prices", 0).identity.log_id  # type: ignore[union-attr]
     publish(root, "prices", 1000, 5)
     follows(root, child, "prices")
@@ -76,7 +76,7 @@ def restored(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     publish(root, "prices", 0, 20)
     child = tree.start("l2", "root")
     follows(root, child, "prices")
-    run(capsys, "backup", str(tmp_path / "copy"), "--admin", tree.address("root"))
+    run(capsys, "backup", str(tmp_path / "copy"), "--admin", tree.admin("root"))
     publish(root, "prices", 20, 5)
     follows(root, child, "prices")
     tree.stop("root")
@@ -98,7 +98,7 @@ def test_what_children_have_beyond_the_copy_comes_back(
         if not again:
             tree.stop("root")
             root = tree.start("root")
-    assert main(["repair", "--from", tree.address("l2"), "--admin", tree.address("root")]) == 0
+    assert main(["repair", "--from", tree.address("l2"), "--admin", tree.admin("root")]) == 0
     assert end(root, "prices") == 25
     assert root.raw("producer").publish("prices", numbered(0, 1)).offset == 25
     follows(root, child, "prices")
@@ -109,7 +109,7 @@ def test_what_children_have_beyond_the_copy_comes_back(
 def test_the_loss_is_accepted_and_counted(tree: Tree, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, child = restored(tree, tmp_path, capsys)
     wait_for(lambda: "history_lost" in problems(root), "it is told")
-    assert main(["topic", "accept", "prices", "--admin", tree.address("root")]) == 0
+    assert main(["topic", "accept", "prices", "--admin", tree.admin("root")]) == 0
     follows(root, child, "prices")
     assert (end(root, "prices"), end(child, "prices")) == (20, 20)
     assert child.counters()["records_truncated"] == 5
@@ -130,7 +130,7 @@ def test_a_copy_that_nobody_is_ahead_of(tree: Tree, tmp_path: Path, capsys: pyte
     """Its children get half a minute to say what they have; then it is written to."""
     root = tree.start("root")
     publish(root, "prices", 0, 20)
-    run(capsys, "backup", str(tmp_path / "copy"), "--admin", tree.address("root"))
+    run(capsys, "backup", str(tmp_path / "copy"), "--admin", tree.admin("root"))
     tree.stop("root")
     shutil.rmtree(tree.directory / "root")
     run(capsys, "restore", str(tmp_path / "copy"), "--data-dir", str(tree.directory / "root"))
@@ -148,7 +148,7 @@ def test_a_terminal_begins_with_a_copy_of_its_parent(
     root = tree.start("root")
     for number in range(12):
         publish(root, "prices", number * 10, 10, size=1500)
-    run(capsys, "backup", str(tmp_path / "copy"), "--admin", tree.address("root"))
+    run(capsys, "backup", str(tmp_path / "copy"), "--admin", tree.admin("root"))
     run(capsys, "restore", str(tmp_path / "copy"), "--data-dir", str(tree.directory / "pos"), "--preload")
     publish(root, "prices", 120, 2)
     terminal = tree.start("pos", "root")
@@ -180,7 +180,7 @@ def test_while_it_is_written_to_and_removed_from(
     try:
         wait_for(lambda: end(root, "prices") > 300, "there is something to copy")
         for number in range(5):
-            run(capsys, "backup", str(tmp_path / f"copy{number}"), "--admin", tree.address("root"))
+            run(capsys, "backup", str(tmp_path / f"copy{number}"), "--admin", tree.admin("root"))
     finally:
         stop.set()
         writer.join(20.0)

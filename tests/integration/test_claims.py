@@ -126,7 +126,7 @@ def test_a_poll_with_too_much_to_show(root: RunningBroker) -> None:
     for beyond in (base64.b64encode(bytes((5 << 20) + 1)).decode(), "not base64", 7):
         line = ["prices", 0, log.identity.log_id, log.epoch, 99, 1, 0, [], True, beyond]
         body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["*"], "logs": [line]}
-        status, answer = root.http("POST", "/v1/pipe", body)
+        status, answer = root.pipe("POST", "/v1/pipe", body)
         assert (status, answer["error"].startswith("the body is not as expected")) == (400, True), json.dumps(beyond)[
             :20
         ]

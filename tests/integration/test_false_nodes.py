@@ -25,7 +25,7 @@ ELSEWHERE = ("127.0.0.2", 0)
 @contextmanager
 def asked_from_elsewhere(node: RunningBroker, path: str, body: object) -> Iterator[http.client.HTTPResponse]:
     """The answer to somebody at another address."""
-    address = node.broker.listeners.http_address
+    address = node.broker.listeners.pipe_address
     connection = http.client.HTTPConnection(*address, timeout=SECONDS, source_address=ELSEWHERE)
     try:
         connection.request("POST", path, json.dumps(body), JSON)
@@ -41,16 +41,16 @@ def poll(uid: str) -> dict[str, Any]:
 
 def test_a_report_comes_from_a_child_with_its_poll(tree: Tree) -> None:
     root = root_of(tree)
-    status, answer = root.http("POST", "/v1/tree/reports", batch({"report": RAW}))
+    status, answer = root.pipe("POST", "/v1/tree/reports", batch({"report": RAW}))
     assert (status, answer["code"]) == (409, NOT_A_CHILD)
     with polled(root, uid="1" * 32, topics=[]):
         with asked_from_elsewhere(root, "/v1/tree/reports", batch({"report": RAW})) as found:
             assert found.status == 409 and json.loads(found.read())["code"] == NOT_A_CHILD
         assert nodes(root) == {}
-        assert root.http("POST", "/v1/tree/reports", batch({"report": RAW}))[0] == 200
-    assert root.http("POST", "/v1/tree/reports", batch({"report": RAW}))[0] == 200, "between two answers to its poll"
+        assert root.pipe("POST", "/v1/tree/reports", batch({"report": RAW}))[0] == 200
+    assert root.pipe("POST", "/v1/tree/reports", batch({"report": RAW}))[0] == 200, "between two answers to its poll"
     root.advance(16.0)
-    assert root.http("POST", "/v1/tree/reports", batch({"report": RAW}))[0] == 409
+    assert root.pipe("POST", "/v1/tree/reports", batch({"report": RAW}))[0] == 409
 
 
 def test_a_connected_node_is_not_replaced_from_another_address(tree: Tree) -> None:
@@ -113,12 +113,12 @@ def test_who_asks_the_registry_is_not_a_hub(tree: Tree) -> None:
     root = root_of(tree)
     joins(tree, "l2", "root")
     asked = {**RAW, "uid": "5" * 32, "level": "local", "region": "north"}
-    before = root.http("POST", "/v1/registry", {"report": asked})[1]["candidates"]
+    before = root.pipe("POST", "/v1/registry", {"report": asked})[1]["candidates"]
     false = {**RAW, "name": "false", "level": "pos", "region": "north", "address": "203.0.113.66:7421"}
-    assert root.http("POST", "/v1/registry", {"report": false})[0] == 200
+    assert root.pipe("POST", "/v1/registry", {"report": false})[0] == 200
     known = {**false, "uid": tree.nodes["l2"].broker.engine.node_uid, "boot": "f" * 16, "number": 1 << 60}
-    assert root.http("POST", "/v1/registry", {"report": known})[0] == 200
-    assert root.http("POST", "/v1/registry", {"report": asked})[1]["candidates"] == before
+    assert root.pipe("POST", "/v1/registry", {"report": known})[0] == 200
+    assert root.pipe("POST", "/v1/registry", {"report": asked})[1]["candidates"] == before
     assert nodes(root).keys() == {"l2"}
     assert nodes(root)["l2"]["address"] == tree.address("l2")
 
@@ -150,7 +150,7 @@ def test_nodes_that_are_gone_are_removed_in_bulk(tree: Tree, capsys: pytest.Capt
         for number, region in enumerate(["north/1"] * 120 + ["south/1"] * 30)
     ]
     assert reported(root, batch(*gone, sender="f" * 32))[0] == 200
-    admin = ["--admin", tree.address("root")]
+    admin = ["--admin", tree.admin("root")]
     assert main(["node", "remove", "--silent", "1d", "--label", "region=north", *admin]) == 0
     assert capsys.readouterr().out == "120 nodes removed\n"
     assert len(nodes(root)) == 31

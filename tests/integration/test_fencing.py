@@ -82,15 +82,15 @@ def test_who_is_of_no_such_history_is_left_alone(tree: Tree) -> None:
         [["u", 0, log.identity.log_id, 9]],
         [["t", 0, log.identity.log_id, log.identity.epoch]],
     ):
-        assert root.http("POST", "/v1/fence", {**request, "logs": logs}) == (200, {"name": "root", "topics": []})
-    assert root.http("POST", "/v1/fence", {**request, "logs": [["t", -1, "b", 9]]})[0] == 400
+        assert root.pipe("POST", "/v1/fence", {**request, "logs": logs}) == (200, {"name": "root", "topics": []})
+    assert root.pipe("POST", "/v1/fence", {**request, "logs": [["t", -1, "b", 9]]})[0] == 400
     assert problems(root) == {}
     assert try_to_publish(root).code is Code.OK
 
 
 def test_the_command_shows_first_what_it_would_do(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     grown(tree)
-    hub, command = tree.nodes["l2"], ["promote", "--admin", tree.address("l2")]
+    hub, command = tree.nodes["l2"], ["promote", "--admin", tree.admin("l2")]
     assert main(command) == 2
     assert (
         "the origin of 1 topic at level root. The parent root is CONNECTED: it is not lost" in capsys.readouterr().err

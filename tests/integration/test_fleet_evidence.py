@@ -114,7 +114,7 @@ def lag(node: RunningBroker) -> float:
 def test_the_verdict_tells_the_age_of_its_evidence(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     root = grown(tree, "l2", "l3")
     root.advance(5.0)
-    assert main(["tree", "--admin", tree.address("root")]) == 0
+    assert main(["tree", "--admin", tree.admin("root")]) == 0
     told = capsys.readouterr().out
     assert "every node is connected, without lag, and has applied everything, as of " in told
     found = run(root, capsys, "tree")[1]
@@ -123,7 +123,7 @@ def test_the_verdict_tells_the_age_of_its_evidence(tree: Tree, capsys: pytest.Ca
 
 def test_wait_counts_the_lowest_level_that_there_is(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     root = grown(tree, "l2", "pos")
-    admin = ["--admin", tree.address("root")]
+    admin = ["--admin", tree.admin("root")]
     root.advance(400.0)  # it knows all nodes by now
     for node in ("pos", "l2"):
         tree.nodes[node].advance(ALIVE_SECONDS)
@@ -214,7 +214,7 @@ def test_a_test_message_at_a_till_blocks_no_topic(tree: Tree) -> None:
 
 def test_the_check_of_the_fleet(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     root = grown(tree, "l2", "pos")
-    check = ["check", "fleet", "--admin", tree.address("root")]
+    check = ["check", "fleet", "--admin", tree.admin("root")]
     assert main(check) == 0
     assert "EDGEBROKER FLEET OK: 2 nodes, as of" in capsys.readouterr().out
     tree.stop("pos")

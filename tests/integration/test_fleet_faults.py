@@ -85,7 +85,7 @@ def test_deep_nesting(tree: Tree) -> None:
 
     root = root_of(tree)
     text = json.dumps(batch({"report": 7})).replace("7", "[" * 30000 + "]" * 30000)
-    host, port = root.broker.listeners.http_address
+    host, port = root.broker.listeners.pipe_address
     connection = http.client.HTTPConnection(host, port)
     connection.request("POST", "/v1/tree/reports", text, JSON)
     assert connection.getresponse().status == 400
@@ -103,7 +103,7 @@ def test_a_report_that_is_too_big_does_not_stop_those_of_others(tree: Tree) -> N
     until(tree, lambda: "l2" in nodes(root), "l2 is known")
     text = json.dumps(batch({"report": {**RAW, "labels": {}}}), separators=(",", ":"))
     text = text.replace('"labels":{}', '"x":"' + "x" * ((256 << 10) - len(text) - 5) + '"')
-    host, port = hub.broker.listeners.http_address
+    host, port = hub.broker.listeners.pipe_address
     connection = http.client.HTTPConnection(host, port)
     connection.request("POST", "/v1/tree/reports", text, JSON)
     first = connection.getresponse().status
@@ -170,7 +170,7 @@ def test_draining_the_only_hub_cuts_nobody_off(tree: Tree, capsys: pytest.Captur
     root = root_of(tree)
     publish(root, "prices", 0, 5)
     pos = joins(tree, "pos", "root")
-    main(["node", "drain", "root", "--admin", tree.address("root")])
+    main(["node", "drain", "root", "--admin", tree.admin("root")])
     pass_time(tree, 120.0, 2.0)
     publish(root, "prices", 5, 5)
     time.sleep(1.0)
@@ -183,7 +183,7 @@ def test_a_pin_to_a_dead_hub(tree: Tree, capsys: pytest.CaptureFixture[str]) -> 
     publish(root, "prices", 0, 5)
     joins(tree, "a", "root", level="l3")
     pos = joins(tree, "pos", "root")
-    assert main(["node", "pin", "pos", "a", "--admin", tree.address("root")]) == 0
+    assert main(["node", "pin", "pos", "a", "--admin", tree.admin("root")]) == 0
     until(tree, lambda: parent(pos) == "a", "pos is pinned", 5.0)
     tree.stop("a")
     until(tree, lambda: parent(pos) == "root", "pos has gone on", 2.0)
@@ -310,7 +310,7 @@ def test_wait_does_not_take_a_deleted_topic_for_the_new_one(tree: Tree, capsys: 
     assert client.acked(client.deliver().head, 50) is Code.OK
     until(tree, lambda: run(root, capsys, "wait", "--topic", "prices", "--timeout", "0s")[0] == 0, "applied")
     tree.stop("till")
-    assert main(["topic", "delete", "prices", "--yes", "--admin", tree.address("root")]) == 0
+    assert main(["topic", "delete", "prices", "--yes", "--admin", tree.admin("root")]) == 0
     wait_for(lambda: root.http("GET", "/v1/topics/prices")[0] == 404, "deleted")
     publish(root, "prices", 1000, 5)
     pass_time(tree, 100.0, 5.0)

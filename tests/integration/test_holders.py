@@ -88,8 +88,8 @@ def refreshed(node: RunningBroker, result: bool) -> bool:
 
 def test_a_child_that_is_gone_for_good_is_forgotten(root: RunningBroker, tree: Tree) -> None:
     fill(root)
-    assert main(["child", "forget", "nobody", "--admin", tree.address("root")]) == 1
-    assert main(["child", "forget", "l2", "--admin", tree.address("root")]) == 0
+    assert main(["child", "forget", "nobody", "--admin", tree.admin("root")]) == 1
+    assert main(["child", "forget", "l2", "--admin", tree.admin("root")]) == 0
     root.advance(1.1)
     assert holder(root) == {"bytes": -1}
     # Nobody has read what is there now: it stays, and producers wait.

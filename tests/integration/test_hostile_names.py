@@ -59,7 +59,7 @@ SCREENS = [
 
 @pytest.mark.parametrize("screen", SCREENS, ids=lambda words: " ".join(words)[:30].replace("\x1b", ""))
 def test_every_screen(root: RunningBroker, tree: Tree, capsys: pytest.CaptureFixture[str], screen: list[str]) -> None:
-    words = [*screen, "--admin", tree.address("root")]
+    words = [*screen, "--admin", tree.admin("root")]
     if screen[0] == "dlq" and screen[1] == "show":
         words += ["--server", root.server]
     main(words)

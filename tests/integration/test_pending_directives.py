@@ -73,7 +73,7 @@ def test_the_command_ends_when_a_node_is_lost(tree: Tree, capsys: pytest.Capture
     tree.stop("local")
     wait_for(lambda: silent(root, "local") >= 0, "it is gone")
     root.advance(90.0)
-    assert main(["resync", "--topic", "t", "--node", "local", "--admin", tree.address("root")]) == 1
+    assert main(["resync", "--topic", "t", "--node", "local", "--admin", tree.admin("root")]) == 1
     assert "not reached, silent for 90 s" in capsys.readouterr().out.replace("91 s", "90 s").replace("2 min", "90 s")
-    assert main(["resync", "--status", "--admin", tree.address("root")]) == 0
+    assert main(["resync", "--status", "--admin", tree.admin("root")]) == 0
     assert "local" in capsys.readouterr().out

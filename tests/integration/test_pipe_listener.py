@@ -18,14 +18,10 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def root(tmp_path: Path) -> Iterator[RunningBroker]:
-    settings = {"listen.pipe": "127.0.0.1:0", "node.name": "root", "node.level": "root", "registry.enabled": True}
+    settings = {"node.name": "root", "node.level": "root", "registry.enabled": True}
     with running(tmp_path / "root", settings) as found:
         found.raw().publish("t", batch_of(b"1", b"2"))
         yield found
-
-
-def pipe(node: RunningBroker) -> str:
-    return "{}:{}".format(*node.broker.listeners.pipe_address)
 
 
 def status(node: RunningBroker, method: str, path: str) -> int:
@@ -39,26 +35,25 @@ def status(node: RunningBroker, method: str, path: str) -> int:
 def test_a_tree_below_it(root: RunningBroker, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Replication, reports, the registry's answers, and the comparison with another node."""
     assert root.broker.listeners.pipe_address != root.broker.listeners.http_address
-    settings = {"node.name": "hub", "node.level": "l2", "listen.pipe": "127.0.0.1:0", "pipe.registry": pipe(root)}
+    settings = {"node.name": "hub", "node.level": "l2", "pipe.registry": root.parent_address}
     with running(tmp_path / "hub", settings) as hub:
         follows(root, hub, "t")
         wait_for(lambda: root.http("GET", "/v1/tree/nodes")[1]["nodes"], "the hub reports")
-        below = {"node.name": "till", "node.level": "local", "pipe.registry": pipe(hub)}
+        below = {"node.name": "till", "node.level": "local", "pipe.registry": hub.parent_address}
         with running(tmp_path / "till", below) as till:
             follows(root, till, "t")
             wait_for(lambda: len(root.http("GET", "/v1/tree/nodes")[1]["nodes"]) == 2, "both report")
             nodes = {node["name"]: node for node in root.http("GET", "/v1/tree/nodes")[1]["nodes"]}
-            assert nodes["hub"]["address"] == pipe(hub), "where others reach it"
-            assert till.http("GET", "/v1/pipe")[1]["parent"]["address"] == pipe(hub)
-        admin = "{}:{}".format(*hub.broker.listeners.http_address)
-        assert main(["verify", "--admin", admin, "--against", pipe(root)]) == 0
+            assert nodes["hub"]["address"] == hub.parent_address, "where others reach it"
+            assert till.http("GET", "/v1/pipe")[1]["parent"]["address"] == hub.parent_address
+        assert main(["verify", "--admin", hub.admin, "--against", root.parent_address]) == 0
         capsys.readouterr()
 
 
 @pytest.mark.parametrize(
     ("method", "path"),
     [
-        ("GET", "/metrics"), ("GET", "/healthz"), ("GET", "/v1/node"), ("GET", "/v1/clients"), ("GET", "/v1/topics"),
+        ("GET", "/metrics"), ("GET", "/readyz"), ("GET", "/v1/node"), ("GET", "/v1/clients"), ("GET", "/v1/topics"),
         ("POST", "/v1/topics"), ("DELETE", "/v1/topics/t"), ("PATCH", "/v1/topics/t"), ("POST", "/v1/promote"),
         ("GET", "/v1/backup"), ("POST", "/v1/repair"), ("GET", "/v1/groups"), ("POST", "/v1/groups/g/offsets"),
         ("POST", "/v1/resyncs"), ("GET", "/v1/tree"), ("PUT", "/v1/registry/x/drain"), ("DELETE", "/v1/registry/x"),

@@ -132,7 +132,7 @@ def test_what_is_applied_is_told_from_what_is_stored(tree: Tree, capsys: pytest.
         )
         assert nodes(root)["till"]["waiting"] == {"prices labels": 6}
         capsys.readouterr()
-        assert main(["group", "describe", "labels", "--admin", tree.address("till")]) == 0
+        assert main(["group", "describe", "labels", "--admin", tree.admin("till")]) == 0
         assert "prices/0: stored up to 10, applied up to 4\n" in capsys.readouterr().out
         consumer.applied("prices", 0, 10)
         until(tree, lambda: run(root, capsys, *wait)[0] == 0, "it is applied")
@@ -191,11 +191,11 @@ def test_draining_and_pinning(tree: Tree, capsys: pytest.CaptureFixture[str]) ->
     root = root_of(tree)
     until(tree, lambda: nodes(root).get("pos", {}).get("silent_seconds", 0) < 0, "pos is back")
     assert nodes(root)["pos"]["pins"] == [root.broker.engine.node_uid] or nodes(root)["pos"]["pins"]
-    assert main(["node", "pin", "pos", "nobody", "--admin", tree.address("root")]) == 1
+    assert main(["node", "pin", "pos", "nobody", "--admin", tree.admin("root")]) == 1
     assert "knows no node nobody" in capsys.readouterr().err
-    assert main(["node", "pin", "a", "pos", "--admin", tree.address("root")]) == 1
+    assert main(["node", "pin", "a", "pos", "--admin", tree.admin("root")]) == 1
     assert "must be above" in capsys.readouterr().err
-    assert main(["node", "drain", "a", "--admin", tree.address("a")]) == 1
+    assert main(["node", "drain", "a", "--admin", tree.admin("a")]) == 1
     assert "registry is not kept at this node" in capsys.readouterr().err
 
 
@@ -205,7 +205,7 @@ def test_a_lost_node_stays_listed_until_it_is_removed(tree: Tree, capsys: pytest
     l2 = joins(tree, "l2", "root")
     till = joins(tree, "till", "l2", level="local")
     follows(root, till, "prices")
-    assert main(["node", "remove", "till", "--admin", tree.address("root")]) == 1
+    assert main(["node", "remove", "till", "--admin", tree.admin("root")]) == 1
     assert "connected; stop it first" in capsys.readouterr().err
     tree.stop("till")
     publish(root, "prices", 20, 20)
@@ -308,12 +308,12 @@ def test_a_registry_without_a_way(tree: Tree) -> None:
     report = json.loads(
         json.dumps({"uid": "1" * 32, "name": "x", "level": "local", "version": "1", "boot": "0" * 16, "number": 1})
     )
-    status, answer = pos.http("POST", "/v1/registry", {"report": report})
+    status, answer = pos.pipe("POST", "/v1/registry", {"report": report})
     assert (status, "no registry" in answer["error"]) == (503, True)
-    status, answer = root.http("POST", "/v1/registry", {"report": report, "path": []})
+    status, answer = root.pipe("POST", "/v1/registry", {"report": report, "path": []})
     assert status == 503
-    assert root.http("POST", "/v1/registry", {"report": 5})[0] == 400
-    assert root.http("POST", "/v1/tree/reports", {"sender": "x"})[0] == 400
+    assert root.pipe("POST", "/v1/registry", {"report": 5})[0] == 400
+    assert root.pipe("POST", "/v1/tree/reports", {"sender": "x"})[0] == 400
     batch = {"sender": "1" * 32, "session": "s", "number": 4, "nodes": []}
     status, answer = reported(root, batch)
     assert (status, answer["code"]) == (409, "NEW_SESSION")
@@ -331,7 +331,7 @@ def test_the_registry_is_part_of_a_backup(tree: Tree, tmp_path: Path, capsys: py
     publish(root, "prices", 0, 5)
     joins(tree, "l2", "root")
     assert run(root, capsys, "node", "drain", "l2") == (0, {})
-    assert main(["backup", str(tmp_path / "copy"), "--admin", tree.address("root")]) == 0
+    assert main(["backup", str(tmp_path / "copy"), "--admin", tree.admin("root")]) == 0
     tree.stop("l2")
     tree.stop("root")
     shutil.rmtree(tmp_path / "root")
@@ -466,7 +466,7 @@ def test_wait_for_a_partition_that_is_not_there(tree: Tree, capsys: pytest.Captu
     topics = [["prices", [0], [["g", [0], False]], 0]]
     assert reported(root, batch({"report": {**RAW, "topics": topics}}))[0] == 200
     wanted = ["wait", "--topic", "prices", "--partition", "9", "--timeout", "0s"]
-    assert main([*wanted, "--admin", tree.address("root")]) != 0
+    assert main([*wanted, "--admin", tree.admin("root")]) != 0
     assert "--partition 9" in capsys.readouterr().err
 
 

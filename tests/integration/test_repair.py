@@ -221,7 +221,7 @@ def test_a_range_that_nobody_has(tmp_path: Path) -> None:
         ({"topic": "u"}, 404), ({"log_id": "00" * 16}, 404), ({"next": 6}, 409), ({"first": 5}, 409),
         ({"first": -1}, 400), ({"odd": 1}, 400),
     ):  # fmt: skip
-        assert root.http("POST", "/v1/pipe/range", {**wanted, **changes})[0] == status
+        assert root.pipe("POST", "/v1/pipe/range", {**wanted, **changes})[0] == status
     tree.close()
 
 

@@ -357,7 +357,7 @@ def test_ranges_are_read_a_few_at_a_time(tree: Tree, monkeypatch: pytest.MonkeyP
     body = json.dumps(wanted).encode()
 
     def ask() -> bytes:
-        with socket.create_connection(root.broker.listeners.http_address) as connection:
+        with socket.create_connection(root.broker.listeners.pipe_address) as connection:
             connection.sendall(
                 b"POST /v1/pipe/range HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
                 b"content-type: application/json\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)

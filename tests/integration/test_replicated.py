@@ -138,7 +138,7 @@ def test_who_is_no_child_confirms_nothing(tree: Tree) -> None:
         wait_for(lambda: end(root, "t") == 6, "it is stored")
         for uid, end_there in (("a" * 32, 6), (root.broker.engine.node_uid, 6)):
             receipt = {"uid": uid, "logs": [["t", 0, log.identity.log_id, 1, end_there]]}
-            assert root.http("POST", "/v1/pipe/durable", receipt) == (200, {})
+            assert root.pipe("POST", "/v1/pipe/durable", receipt) == (200, {})
         assert answered(root, client, correlation).code is Code.NOT_REPLICATED
 
 

@@ -364,7 +364,7 @@ def test_a_region_in_waves(tree: Tree, capsys: pytest.CaptureFixture[str]) -> No
     tree.stop("pos-1")
     status, found = run(root, capsys, "resync", "--topic", "t", "--node", "pos-1", "--timeout", "1s")
     assert status == 1
-    assert main(["resync", "--topic", "t", "--node", "nobody", "--admin", tree.address("root")]) == 1
+    assert main(["resync", "--topic", "t", "--node", "nobody", "--admin", tree.admin("root")]) == 1
     assert "no node below" in capsys.readouterr().err
 
 
@@ -381,7 +381,7 @@ def test_all_topics_of_a_node(tree: Tree, capsys: pytest.CaptureFixture[str]) ->
     assert run(l2, capsys, "resync", "--timeout", "40s") == (0, {"l2": "done"})
     rows = l2.http("GET", "/v1/resyncs")[1]["resyncs"]
     assert [(row["topic"], row["state"]) for row in rows] == [("t", "done"), ("u", "done")]
-    assert main(["resync", "--status", "--admin", tree.address("l2")]) == 0
+    assert main(["resync", "--status", "--admin", tree.admin("l2")]) == 0
     assert "done" in capsys.readouterr().out
 
 

@@ -316,7 +316,7 @@ def test_an_old_tombstone_deletes_no_newer_history(tree: Tree, tmp_path: Path) -
     """Hub b knows the deletion and was cut off when the topic came back; a terminal fails over to it."""
     root = grown(tree)
     follows(root, tree.start("b", "root", level="l2"), "t")
-    assert main(["backup", str(tmp_path / "copy"), "--admin", tree.address("root")]) == 0
+    assert main(["backup", str(tmp_path / "copy"), "--admin", tree.admin("root")]) == 0
     assert root.http("DELETE", "/v1/topics/t")[0] == 200
     for name in ("l2", "b"):
         wait_for(lambda name=name: "t" not in topics(tree.nodes[name]), f"{name} deletes it")  # type: ignore[misc]

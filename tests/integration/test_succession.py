@@ -108,10 +108,10 @@ def test_who_is_told_of_a_promotion_goes_only_where_the_registry_sent_it(tree: T
     hub = tree.nodes["hub-a"]
     in_step(tree, "hub-a")
     for address in ("127.0.0.1:1", tree.address("till")):
-        assert hub.http("POST", "/v1/promoted", {"address": address}) == (200, {})
+        assert hub.pipe("POST", "/v1/promoted", {"address": address}) == (200, {})
     assert parent(hub) == "root"
     tree.stop("root")
-    assert hub.http("POST", "/v1/promoted", {"address": tree.address("till")}) == (200, {})
+    assert hub.pipe("POST", "/v1/promoted", {"address": tree.address("till")}) == (200, {})
     assert tree.address("till") not in pipe(hub)["parent"]["candidates"]
 
 
@@ -125,7 +125,7 @@ def test_promote_shows_what_would_be_lost(tree: Tree, capsys: pytest.CaptureFixt
     hub = tree.start("hub-b", level="l2", pipe__registry=tree.address("root"))
 
     def says(name: str) -> str:
-        assert main(["promote", "--admin", tree.address(name)]) == 2
+        assert main(["promote", "--admin", tree.admin(name)]) == 2
         return capsys.readouterr().err
 
     assert "hub-a has 7 records MORE, which would be lost: promote that node instead" in says("hub-b")

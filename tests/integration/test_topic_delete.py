@@ -164,7 +164,7 @@ def test_an_origin_that_was_restored_to_a_time_before(tree: Tree, tmp_path: Path
 def revived(tree: Tree, tmp_path: Path) -> RunningBroker:
     """Topic t was deleted everywhere, and came back with a restored root: everybody below has its tombstone."""
     root = grown(tree)
-    assert main(["backup", str(tmp_path / "copy"), "--admin", tree.address("root")]) == 0
+    assert main(["backup", str(tmp_path / "copy"), "--admin", tree.admin("root")]) == 0
     assert delete(root, "t") == 200
     wait_for(lambda: "t" not in topics(tree.nodes["l2"]), "l2 deletes it")
     tree.stop("root")
@@ -180,10 +180,10 @@ def revived(tree: Tree, tmp_path: Path) -> RunningBroker:
 def test_the_command_asks_first(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     root = tree.start("root")
     publish(root, "t", 0, 5)
-    assert main(["topic", "delete", "t", "--admin", tree.address("root")]) == 2
+    assert main(["topic", "delete", "t", "--admin", tree.admin("root")]) == 2
     assert "5 records" in capsys.readouterr().err
     assert topics(root) == {"t"}
-    assert main(["topic", "delete", "t", "--yes", "--admin", tree.address("root")]) == 0
+    assert main(["topic", "delete", "t", "--yes", "--admin", tree.admin("root")]) == 0
     assert topics(root) == set()
 
 

@@ -41,7 +41,7 @@ def promoted_by_mistake(tree: Tree) -> RunningBroker:
 def test_a_hub_that_was_promoted_by_mistake_deletes_no_topic_of_the_root(tree: Tree, how: str) -> None:
     hub = promoted_by_mistake(tree)
     command = ["topic", "delete", "t"] if how == "delete" else ["topic", "rename", "t", "t.hub"]
-    assert main([*command, "--yes", "--admin", tree.address("l2")]) == 0
+    assert main([*command, "--yes", "--admin", tree.admin("l2")]) == 0
     follows(tree.nodes["root"], hub, "t")
     assert end(hub, "t") == 200
     if how == "rename":
@@ -70,7 +70,7 @@ def test_a_child_that_followed_the_mistake_comes_back(tree: Tree) -> None:
     tree.stop("l2")
     hub = tree.start("l2", "root")
     wait_for(lambda: "name_clash" in problems(hub), "the clash is told")
-    assert main(["topic", "rename", "t", "t.hub", "--yes", "--admin", tree.address("l2")]) == 0
+    assert main(["topic", "rename", "t", "t.hub", "--yes", "--admin", tree.admin("l2")]) == 0
     follows(root, hub, "t")
     local.advance(31.0)
     follows(root, local, "t")
@@ -142,9 +142,9 @@ def test_a_copy_can_be_taken_back_under_another_name(tree: Tree, capsys: pytest.
     tree.stop("l2")
     hub = tree.start("l2", "root")
     assert end(hub, "rescued") == 203
-    assert main(["topic", "undelete", "t", "--as", "rescued", "--admin", tree.address("l2")]) == 1
-    assert main(["topic", "undelete", "u", "--admin", tree.address("l2")]) == 1
-    assert main(["topic", "undelete", "t", "--as", "a/b", "--admin", tree.address("l2")]) == 1
+    assert main(["topic", "undelete", "t", "--as", "rescued", "--admin", tree.admin("l2")]) == 1
+    assert main(["topic", "undelete", "u", "--admin", tree.admin("l2")]) == 1
+    assert main(["topic", "undelete", "t", "--as", "a/b", "--admin", tree.admin("l2")]) == 1
 
 
 def test_nothing_is_renamed_while_nothing_can_be_stored(tree: Tree) -> None:

@@ -317,7 +317,7 @@ def test_refused_parents(tree: Tree) -> None:
     tree.start("pos")
     child = tree.start("l2", "pos")
     wait_for(lambda: "409" in pipe(child)["parent"]["error"], "a node below cannot be a parent")
-    assert tree.nodes["pos"].http("POST", "/v1/pipe", {"version": 7})[0] == 400
+    assert tree.nodes["pos"].pipe("POST", "/v1/pipe", {"version": 7})[0] == 400
     tree.stop("pos")
     wait_for(lambda: "refused" in pipe(child)["parent"]["error"].lower(), "nobody is there")
 
@@ -515,9 +515,9 @@ def test_a_child_does_not_say_the_same_again(tree: Tree) -> None:
     publish(root, "topic-7", 3, 5)
     follows(root, child, "topic-7")
     polls(1)
-    status, answer = root.http("POST", "/v1/pipe", {"uid": "1" * 32, "same": 5})
+    status, answer = root.pipe("POST", "/v1/pipe", {"uid": "1" * 32, "same": 5})
     assert (status, answer["code"]) == (409, "POLL_AGAIN")
-    assert root.http("POST", "/v1/pipe", {"uid": "1" * 32})[0] == 400
+    assert root.pipe("POST", "/v1/pipe", {"uid": "1" * 32})[0] == 400
 
 
 def test_a_parent_that_is_behind_gives_way_to_the_one_that_has_most(tree: Tree) -> None:

@@ -235,7 +235,7 @@ def test_polls_that_cannot_be(tree: Tree, changes: dict[str, object]) -> None:
 def test_what_comes_while_it_is_answered_is_not_kept(tree: Tree) -> None:
     root = tree.start("root")
     body = json.dumps({"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["x"], "logs": []})
-    with socket.create_connection(root.broker.listeners.http_address, SECONDS) as peer:
+    with socket.create_connection(root.broker.listeners.pipe_address, SECONDS) as peer:
         peer.sendall((POLL % len(body)).encode() + body.encode())
         assert peer.recv(1 << 16).startswith(b"HTTP/1.1 200")
         with pytest.raises(OSError):
@@ -371,7 +371,7 @@ def test_many_cold_logs_cost_little_memory(tree: Tree) -> None:
     data = json.dumps(body).encode()
     with socket.socket() as peer:
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        peer.connect(root.broker.listeners.http_address)
+        peer.connect(root.broker.listeners.pipe_address)
         peer.sendall((POLL % len(data)).encode() + data)
 
         def held() -> list[int]:

@@ -17,7 +17,7 @@ from tests.kit.waiting import wait_for
 
 
 def verify(tree: Tree, here: str, there: str, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any]:
-    code = main(["verify", "--admin", tree.address(here), "--against", tree.address(there), "--json", *more])
+    code = main(["verify", "--admin", tree.admin(here), "--against", tree.address(there), "--json", *more])
     return code, json.loads(capsys.readouterr().out)
 
 
@@ -54,9 +54,9 @@ def test_the_same(tree: Tree, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["compared"] == {"t/0": [0, 200], "u/0": [0, 3]}
     assert found["bytes"] > sum(path.stat().st_size for path in logs_of(tree, "l2")[:-1])
     publish(root, "v", 0, 1, partition=0)
-    assert main(["verify", "--admin", tree.address("l2"), "--against", tree.address("root"), "--topic", "t"]) == 0
+    assert main(["verify", "--admin", tree.admin("l2"), "--against", tree.address("root"), "--topic", "t"]) == 0
     assert "t/0: 200 records from offset 0: the same" in capsys.readouterr().out
-    assert main(["verify", "--admin", tree.address("l2"), "--against", tree.address("root"), "--topic", "x"]) != 0
+    assert main(["verify", "--admin", tree.admin("l2"), "--against", tree.address("root"), "--topic", "x"]) != 0
     assert "topic 'x' exists at neither node" in capsys.readouterr().err
 
 
@@ -99,7 +99,7 @@ def test_what_differs_is_named(
     expected = apart if most == 1 else [[starts[2], starts[count + 1]]]
     assert (code, found["same"], found["differing"], found["damaged"]) == (1, False, {"t/0": expected}, [])
     assert verify(tree, "l2", "root", capsys)[1]["differing"] == {"t/0": expected}
-    assert main(["verify", "--admin", tree.address("l2"), "--against", tree.address("root")]) == 1
+    assert main(["verify", "--admin", tree.admin("l2"), "--against", tree.address("root")]) == 1
     shown = capsys.readouterr().out
     assert f"t/0: records {starts[2]} to {expected[0][1] - 1} DIFFER" in shown and "NOT the same" in shown
 
@@ -131,7 +131,7 @@ def test_what_cannot_be_compared(tree: Tree, monkeypatch: pytest.MonkeyPatch) ->
         ({"topic": "u"}, 404), ({"log_id": "00" * 16}, 404), ({"next": 6}, 409), ({"first": 5}, 409),
         ({"first": -1}, 400), ({"odd": 1}, 400), ({}, 200),
     ):  # fmt: skip
-        assert root.http("POST", "/v1/pipe/digest", {**wanted, **changes})[0] == status
+        assert root.pipe("POST", "/v1/pipe/digest", {**wanted, **changes})[0] == status
     assert root.broker.digests.running == 0
     monkeypatch.setattr(digests, "MOST_AT_ONCE", 0)
-    assert root.http("POST", "/v1/pipe/digest", wanted)[0] == 503
+    assert root.pipe("POST", "/v1/pipe/digest", wanted)[0] == 503

@@ -15,7 +15,7 @@ from edgebroker.broker.broker import Broker
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common import batch
-from edgebroker.common.config import Config, load_config
+from edgebroker.common.config import DEVELOPMENT, Config, load_config
 from edgebroker.common.errors import Code
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock
@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 
 def config_for(directory: Path, settings: Mapping[str, object] | None = None) -> Config:
-    """A configuration on free loopback ports; `settings` are "section.key" -> value."""
-    free = {"node.data_dir": str(directory), "listen.tcp": "127.0.0.1:0", "listen.http": "127.0.0.1:0"}
-    return load_config(None, {**free, **(settings or {})}, {})
+    """A configuration on free loopback ports; `settings` are "section.key" -> value. It may listen anywhere."""
+    free = {f"listen.{door}": "127.0.0.1:0" for door in ("tcp", "http", "pipe")}
+    return load_config(None, {"node.data_dir": str(directory), **free, **(settings or {})}, {DEVELOPMENT: "1"})
 
 
 JSON = {"content-type": "application/json"}
@@ -124,9 +124,26 @@ class RunningBroker:
         while self.call(lambda: self.broker.core.metrics.connections_closed) == before:
             assert time.monotonic() < deadline
 
+    @property
+    def admin(self) -> str:
+        """HOST:PORT of administration."""
+        return "{}:{}".format(*self.broker.listeners.http_address)
+
+    @property
+    def parent_address(self) -> str:
+        """HOST:PORT for the nodes below."""
+        return "{}:{}".format(*self.broker.listeners.pipe_address)
+
     def http(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
         """One admin request: (status, decoded JSON)."""
-        host, port = self.broker.listeners.http_address
+        return self._ask(self.broker.listeners.http_address, method, path, body)
+
+    def pipe(self, method: str, path: str, body: object = None) -> tuple[int, Any]:
+        """One request of a node: (status, decoded JSON)."""
+        return self._ask(self.broker.listeners.pipe_address, method, path, body)
+
+    def _ask(self, address: tuple[str, int], method: str, path: str, body: object) -> tuple[int, Any]:
+        host, port = address
         connection = http.client.HTTPConnection(host, port, timeout=SECONDS)
         try:
             connection.request(method, path, json.dumps(body) if body is not None else None, JSON)

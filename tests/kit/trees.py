@@ -35,7 +35,7 @@ class Tree:
         wanted: dict[str, object] = {
             "node.name": name,
             "node.level": level or name,
-            "listen.http": f"127.0.0.1:{self._ports.get(name, 0)}",
+            "listen.pipe": f"127.0.0.1:{self._ports.get(name, 0)}",
             "storage.segment_bytes": 64 << 10,
             "topics.auto_create": True,
             **{key.replace("__", "."): value for key, value in settings.items()},
@@ -44,7 +44,7 @@ class Tree:
             wanted["pipe.parents"] = ",".join(self.address(parent) for parent in parents)
         stack = self._stacks[name] = ExitStack()
         node = self.nodes[name] = stack.enter_context(running(self.directory / name, wanted))
-        self._ports[name] = node.broker.listeners.http_address[1]
+        self._ports[name] = node.broker.listeners.pipe_address[1]
         return node
 
     def stop(self, name: str) -> None:
@@ -52,7 +52,11 @@ class Tree:
         del self.nodes[name]
 
     def address(self, name: str) -> str:
+        """Where the nodes below reach it, also while it is stopped."""
         return f"127.0.0.1:{self._ports[name]}"
+
+    def admin(self, name: str) -> str:
+        return self.nodes[name].admin
 
     def keep(self, name: str) -> None:
         """Copy the directory of a node that is stopped, for put_back()."""
@@ -74,7 +78,7 @@ class Tree:
 def polled(node: RunningBroker, **changes: object) -> Iterator[http.client.HTTPResponse]:
     """The answer to a poll of somebody who is no node."""
     body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["*"], "logs": [], **changes}
-    connection = http.client.HTTPConnection(*node.broker.listeners.http_address, timeout=SECONDS)
+    connection = http.client.HTTPConnection(*node.broker.listeners.pipe_address, timeout=SECONDS)
     try:
         connection.request("POST", "/v1/pipe", json.dumps(body), JSON)
         with connection.getresponse() as answer:
@@ -95,7 +99,7 @@ def batch(*states: dict[str, Any], sender: str = "1" * 32, **more: Any) -> dict[
 def reported(node: RunningBroker, body: dict[str, Any]) -> tuple[int, Any]:
     """The answer to a batch whose sender is connected meanwhile."""
     with polled(node, uid=body["sender"], topics=[]):
-        return node.http("POST", "/v1/tree/reports", body)
+        return node.pipe("POST", "/v1/tree/reports", body)
 
 
 def end(node: RunningBroker, topic: str, partition: int = 0) -> int:

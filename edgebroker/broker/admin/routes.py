@@ -1,4 +1,4 @@
-"""Every route of the HTTP interface, one row each; docs/protocol.md says what they do."""
+"""Every route of the two HTTP interfaces, one row each; docs/protocol.md says what they do."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from edgebroker.broker.admin.node import (
     Repaired,
 )
 from edgebroker.broker.admin.offsets import GroupOperations, MoveRequest, RefreshRequest
+from edgebroker.broker.admin.peers import PeerAdmin
 from edgebroker.broker.admin.topics import (
     DeletedTopicList,
     NewName,
@@ -32,27 +33,36 @@ from edgebroker.broker.admin.topics import (
 from edgebroker.broker.delivery.table_snapshots import SnapshotPlan
 from edgebroker.broker.feed.digests import DigestAnswer
 from edgebroker.broker.feed.ranges import RangeRequest
+from edgebroker.broker.fleet.remote_calls import ANSWERS_PATH
 from edgebroker.broker.fleet.standby import Promoted, RegistryCopy, StandbyStatus
 from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
 from edgebroker.broker.mirror.fencing import Fenced, FenceRequest
 from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.observe.health import Verdict
 from edgebroker.network.http.router import Nothing, Route
-from edgebroker.pipe.report import MAX_BATCH_BYTES, Batch, Heard, ParentAssignment, Question
+from edgebroker.pipe.report import (
+    MAX_ANSWER_BYTES,
+    MAX_BATCH_BYTES,
+    AdminAnswer,
+    Batch,
+    Heard,
+    ParentAssignment,
+    Question,
+)
 from edgebroker.pipe.stream import Receipt
 
 MAX_POLL_BYTES = 8 << 20
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 MAX_FENCE_BYTES = 1 << 20
 MAX_REPORTS_BYTES = 2 * MAX_BATCH_BYTES
 
 
 def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
-    """The table. Rights: `health` and `metrics` for monitoring, `child` for nodes below, `view` for what changes
-    nothing, `alter` for topics and groups, `operate` for the node and the tree."""
+    """The table of administration. Rights: `health` and `metrics` for monitoring, `view` for what changes nothing,
+    `alter` for topics and groups, `operate` for the node and the tree."""
     operations = GroupOperations(context.core)
     node, topics, groups = NodeAdmin(context), TopicAdmin(context, operations), GroupAdmin(context, operations)
-    fleet, view, inbox = FleetAdmin(context), context.tree.view, context.tree.inbox
-    ranges, digests, downstream = context.ranges, context.digests, context.downstream
+    fleet, view, peers = FleetAdmin(context), context.tree.view, PeerAdmin(context)
     settings = dict[str, Any]
     return [
         Route("GET", "/healthz", node.alive, Alive, "health"),
@@ -64,7 +74,6 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("POST", "/v1/repair", node.repair, Repaired, "operate", RepairRequest),
         Route("POST", "/v1/promote", node.promote, Nothing, "operate", PromoteRequest),
         Route("DELETE", "/v1/promote", node.demote, Nothing, "operate"),
-        Route("POST", "/v1/fence", node.fence, Fenced, "child", FenceRequest, MAX_FENCE_BYTES),
         Route("GET", "/v1/topics", topics.list, TopicList, "view"),
         Route("POST", "/v1/topics", topics.create, TopicStatus, "alter", NewTopic),
         Route("GET", "/v1/topics/{name}", topics.describe, TopicStatus, "view"),
@@ -86,25 +95,42 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/holders", node.holders, HolderList, "view"),
         Route("DELETE", "/v1/children/{name}", node.forget_child, Nothing, "operate"),
         Route("GET", "/v1/pipe", node.pipe, PipeStatus, "view"),
-        Route("POST", "/v1/pipe/topics", topics.list, TopicList, "child"),
-        Route("POST", "/v1/pipe", downstream.answer, None, "child", body_limit=MAX_POLL_BYTES),
-        Route("POST", "/v1/pipe/durable", downstream.receipt, Nothing, "child", Receipt),
-        Route("POST", "/v1/pipe/range", ranges.answer, None, "child", RangeRequest),
-        Route("POST", "/v1/pipe/digest", digests.answer, DigestAnswer, "child", RangeRequest),
-        Route("POST", "/v1/tree/reports", inbox.answer, Heard, "child", Batch, MAX_REPORTS_BYTES),
+        Route("POST", "/v1/pipe/range", context.ranges.answer, None, "operate", RangeRequest),
+        Route("POST", "/v1/pipe/digest", context.digests.answer, DigestAnswer, "view", RangeRequest),
+        *(Route(method, "/v1/via/{node}/{path...}", context.tree.remote.forward, None, "view") for method in METHODS),
+        Route("GET", "/v1/peers/{node}/topics", peers.topics, TopicList, "view"),
+        Route("POST", "/v1/peers/{node}/digest", peers.digest, DigestAnswer, "view", RangeRequest),
         Route("GET", "/v1/tree", view.summary, TreeSummary, "view"),
         Route("GET", "/v1/tree/nodes", view.nodes, NodePage, "view"),
         Route("GET", "/v1/tree/applied", view.applied, Applied, "view"),
         Route("GET", "/v1/resyncs", fleet.resyncs, ResyncList, "view"),
         Route("POST", "/v1/resyncs", fleet.resync, Nothing, "operate", ResyncRequest),
         Route("DELETE", "/v1/resyncs/{id}", fleet.abort_resync, Nothing, "operate"),
-        Route("POST", "/v1/promoted", fleet.promoted, Nothing, "child", Promoted),
-        Route("POST", "/v1/registry/copy", fleet.copy, RegistryCopy, "child"),
         Route("GET", "/v1/registry/standby", fleet.standby, StandbyStatus, "view"),
-        Route("POST", "/v1/registry", fleet.ask, ParentAssignment, "child", Question),
         Route("PUT", "/v1/registry/{node}/pins", fleet.pin, Nothing, "operate", PinRequest),
         Route("PUT", "/v1/registry/{node}/drain", fleet.drain, Nothing, "operate"),
         Route("DELETE", "/v1/registry/{node}/drain", fleet.undrain, Nothing, "operate"),
         Route("DELETE", "/v1/registry", fleet.remove_silent, Removed, "operate"),
         Route("DELETE", "/v1/registry/{node}", fleet.remove, Nothing, "operate"),
+    ]
+
+
+def pipe_routes(context: AdminContext) -> list[Route]:
+    """The table of listen.pipe: what the nodes below, and those beside this one, ask of it."""
+    node, topics, fleet = NodeAdmin(context), TopicAdmin(context, GroupOperations(context.core)), FleetAdmin(context)
+    downstream, inbox = context.downstream, context.tree.inbox
+    return [
+        Route("GET", "/healthz", node.alive, Alive, "health"),
+        Route("POST", "/v1/pipe", downstream.answer, None, "node", body_limit=MAX_POLL_BYTES),
+        Route("POST", "/v1/pipe/durable", downstream.receipt, Nothing, "node", Receipt),
+        Route("POST", "/v1/pipe/range", context.ranges.answer, None, "node", RangeRequest),
+        Route("POST", "/v1/pipe/digest", context.digests.answer, DigestAnswer, "node", RangeRequest),
+        Route("POST", "/v1/pipe/topics", topics.list, TopicList, "node"),
+        Route("POST", "/v1/pipe/topics/{name}", topics.describe, TopicStatus, "node"),
+        Route("POST", "/v1/tree/reports", inbox.answer, Heard, "node", Batch, MAX_REPORTS_BYTES),
+        Route("POST", ANSWERS_PATH, context.tree.remote.answered, Nothing, "node", AdminAnswer, 2 * MAX_ANSWER_BYTES),
+        Route("POST", "/v1/registry", fleet.ask, ParentAssignment, "node", Question),
+        Route("POST", "/v1/registry/copy", fleet.copy, RegistryCopy, "node"),
+        Route("POST", "/v1/promoted", fleet.promoted, Nothing, "node", Promoted),
+        Route("POST", "/v1/fence", node.fence, Fenced, "node", FenceRequest, MAX_FENCE_BYTES),
     ]

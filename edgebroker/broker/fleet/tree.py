@@ -17,6 +17,7 @@ from edgebroker.broker.core import Core
 from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.fleet.inbox import Inbox
 from edgebroker.broker.fleet.pending_directives import PendingDirectives
+from edgebroker.broker.fleet.remote_calls import RemoteCalls
 from edgebroker.broker.fleet.reports import NodeIdentity, NodeStatus, ParentLink, Reporter
 from edgebroker.broker.fleet.standby import Standby, Succession
 from edgebroker.broker.fleet.view import Decisions, FleetView
@@ -26,10 +27,10 @@ from edgebroker.common.config import Config, is_address, parse_labels, split_lis
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.http.call import HttpCall, OnResponse
-from edgebroker.network.http.server import host_of
+from edgebroker.network.io.listener import host_of
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet, FleetMember, find
-from edgebroker.pipe.report import Directive, Report, ResyncDirective, StandbyDirective, digest_of_logs
+from edgebroker.pipe.report import AdminCall, Directive, Report, ResyncDirective, StandbyDirective, digest_of_logs
 
 if TYPE_CHECKING:
     from edgebroker.broker.fleet.registrar import Registrar
@@ -41,7 +42,8 @@ EVERYWHERE = ("0.0.0.0", "[::]", "::", "")
 
 
 class Tree:
-    """Owned by the loop thread. `problems` are this node's as they are now, `listening` is its HTTP address."""
+    """Owned by the loop thread. `problems` are this node's as they are now, `listening` is the address of
+    its listen.pipe."""
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Tree:
         self._reporter = Reporter(core, loop, clock, self.fleet, identity, self._status, self._parent_link)
         self.inbox = Inbox(loop, clock, core.metrics, self.fleet, downstream, self._heard, self._reporter.look_soon)
         self.pending = PendingDirectives(Path(config.node.data_dir), loop, self.fleet, self.inbox.direct)
+        self.remote = RemoteCalls(engine.node_uid, loop, self.fleet, self.inbox.direct, self.ask_above)
         self._clock, self._downstream = clock, downstream
         self.standby = Standby(Path(config.node.data_dir), loop, self._parent_place, self._reporter.look_soon)
         self.registrar: Registrar | None = None
@@ -174,9 +177,12 @@ class Tree:
         """Handle directives received from the parent."""
         for directive in directives:
             if directive.uid != self._uid:
-                self.inbox.direct(directive)
+                if not self.inbox.direct(directive) and isinstance(directive, AdminCall):
+                    self.remote.cut_off(directive)
             elif isinstance(directive, ResyncDirective):
                 self._asked_for(directive)
+            elif isinstance(directive, AdminCall):
+                self.remote.run(directive)
             elif isinstance(directive, StandbyDirective):
                 self.standby.wanted(directive)
             elif self.discovery is not None:
@@ -221,6 +227,7 @@ class Tree:
         upstream = self._mirroring.upstream
         above = upstream.candidates.addresses if upstream is not None else []
         known = {*above, *split_list(self._config.pipe.parents), *(one.address for one in self.fleet.members.values())}
+        known.update(hub.address for hub in self.standby.describe().hubs)
         there = node in known or host_of(node) in self._downstream.peers()
         return node if there and is_address(node) else ""
 
@@ -269,7 +276,7 @@ class Tree:
 
     def _address(self) -> str:
         """Where children reach this node; "" when it takes none."""
-        if self._mirroring.level == "local" or not self._config.pipe.max_children:
+        if self._mirroring.level == "local" or not (self._config.pipe.max_children and self._config.listen.pipe):
             return ""
         if self._config.pipe.address:
             return self._config.pipe.address

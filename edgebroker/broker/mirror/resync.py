@@ -280,7 +280,7 @@ class Resyncs:
                 return
             self._begin(self._rows[row.id], upstream, there)
 
-        HttpCall(self._loop, upstream.address, "GET", f"/v1/topics/{row.topic}", b"", told)
+        HttpCall(self._loop, upstream.address, "POST", f"/v1/pipe/topics/{row.topic}", b"", told)
 
     def _begin(self, row: ResyncRow, upstream: Upstream, parts: list[ParentLog]) -> None:
         logs = self._engine.partitions(row.topic)

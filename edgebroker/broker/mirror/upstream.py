@@ -201,8 +201,8 @@ class Upstream:
             HttpCall(
                 self._loop,
                 address,
-                "GET",
-                f"/v1/topics/{line.key.topic}",
+                "POST",
+                f"/v1/pipe/topics/{line.key.topic}",
                 b"",
                 partial(told, address),
             )

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator
 from edgebroker.broker.core import Core
 from edgebroker.broker.sessions.limits import SessionLimits
 from edgebroker.broker.sessions.native import Session
-from edgebroker.common.config import LimitsConfig, is_loopback
+from edgebroker.common.config import LimitsConfig
 from edgebroker.network.io.channel import Channel
+from edgebroker.network.io.listener import host_of, is_local
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.wire.connection import RECEIVE_BYTES
@@ -40,9 +41,9 @@ class Sessions:
 
     def accept(self, channel: Channel, peer: str) -> bool:
         """Take a connection, unless there are as many as the limits allow. False: there is no place for anybody."""
-        host = peer.rpartition(":")[0]
+        host = host_of(peer)
         full = len(self._sessions) >= self.config.max_connections
-        if full or (self._per_host[host] >= self.config.per_address_connections and not is_loopback(peer)):
+        if full or (self._per_host[host] >= self.config.per_address_connections and not is_local(peer)):
             name = "max_connections" if full else "per_address_connections"
             self.core.limits.reached(name, f"a connection from {host} was refused")
             self.core.metrics.connections_refused += 1
@@ -55,16 +56,16 @@ class Sessions:
 
     def wanted_from(self, peer: str, more: int) -> int:
         """How many partitions the consumers of this address would subscribe to; 0 for those of this machine."""
-        if is_loopback(peer):
+        if is_local(peer):
             return 0
-        host = peer.rpartition(":")[0]
-        there = (session for session in self._sessions if session.transport.peer.rpartition(":")[0] == host)
+        host = host_of(peer)
+        there = (session for session in self._sessions if host_of(session.transport.peer) == host)
         return more + sum(map(self.core.membership.wanted_of, there))
 
     def closed(self, session: Session, reason: str) -> None:
         if session in self._sessions:
             del self._sessions[session]
-            host = session.transport.peer.rpartition(":")[0]
+            host = host_of(session.transport.peer)
             self._per_host[host] -= 1
             if not self._per_host[host]:
                 del self._per_host[host]

@@ -22,7 +22,7 @@ import tomli
 from edgebroker.cli.appliance import releases
 from edgebroker.cli.appliance.host import USER, Machine, point, readable_errors
 from edgebroker.cli.config_file import commented_file
-from edgebroker.common.config import is_address, is_loopback, load_config, split_list
+from edgebroker.common.config import is_address, load_config, split_list
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.runtime.text_file import read_text
@@ -174,11 +174,10 @@ def _values(machine: Machine, paths: InstallPaths, known: Values, options: argpa
             given[key] = value
     host, port = _host(options.bind or "127.0.0.1"), _port(machine, paths, known)
     listen: Values = {"listen.tcp": f"{host}:{port}", "listen.http": f"127.0.0.1:{port + 1}"}
+    if options.role != "local":
+        listen["listen.pipe"] = f"{host}:{port + 2}"
     if options.bind:
         given.update(listen)
-        if not is_loopback(f"{host}:0"):
-            # Clients and the nodes below come from other machines; administration does not.
-            given.update({"listen.pipe": f"{host}:{port + 2}", "listen.allow_insecure": True})
     fitting: Values = {"node.data_dir": paths.data, **listen}
     if paths.instance:
         fitting["node.name"] = f"%H-{paths.instance}"  # valid in clones of an image, too
@@ -198,8 +197,8 @@ def _parent_on_this_machine(machine: Machine, role: str) -> Values:
     first = InstallPaths("")
     if first not in nodes(machine) or LEVELS.index(_level(machine, first)) >= LEVELS.index(role):
         return {}
-    http = _configured(machine, first).get("listen.http", f"127.0.0.1:{FIRST_PORT + 1}")
-    return {"pipe.parents": _reached(str(http))}
+    pipe = _configured(machine, first).get("listen.pipe")
+    return {"pipe.parents": _reached(str(pipe))} if pipe else {}
 
 
 def _host(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 
-from edgebroker.cli.admin_client import call
+from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, json_flag
 from edgebroker.cli.render import counted, duration
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
@@ -58,26 +58,27 @@ def _what(options: argparse.Namespace) -> str:
     standby = call(options.admin, "GET", "/v1/registry/standby")
     if standby["root"]:
         found.append("A copy of the registry is here; it is kept here from then on")
-        uid, mine = call(options.admin, "GET", "/v1/node")["uid"], _ends(options.admin)
-        found += [_compared(hub, mine) for hub in standby["hubs"] if hub["uid"] != uid][:MOST_COMPARED]
+        admin = options.admin
+        uid, mine = call(admin, "GET", "/v1/node")["uid"], _ends(admin, "/v1/topics")
+        found += [_compared(admin, hub, mine) for hub in standby["hubs"] if hub["uid"] != uid][:MOST_COMPARED]
     else:
         found.append("No copy of the registry is here: pins and drains are lost, and other hubs do not follow by it")
     return ". ".join(found)
 
 
-def _ends(node: str) -> dict[tuple[str, str, int], int]:
-    """Up to where a node has each log."""
+def _ends(admin: str, path: str) -> dict[tuple[str, str, int], int]:
+    """Up to where a node has each log, by its answer to a path."""
     return {
         (topic["name"], log["log_id"], log["partition"]): log["durable_end"]
-        for topic in call(node, "POST", "/v1/pipe/topics")["topics"]
+        for topic in call(admin, "GET", path)["topics"]
         for log in topic["partitions"]
     }
 
 
-def _compared(hub: dict[str, str], mine: dict[tuple[str, str, int], int]) -> str:
+def _compared(admin: str, hub: dict[str, str], mine: dict[tuple[str, str, int], int]) -> str:
     """What another hub that followed the same parent has, compared with this node."""
     try:
-        theirs = _ends(hub["address"])
+        theirs = _ends(admin, api_path("peers", hub["address"], "topics"))
     except EdgeBrokerError:
         return f"{hub['name']} at {hub['address']} does not answer: what it has is not known"
     more = sum(max(0, end - mine[log]) for log, end in theirs.items() if log in mine)

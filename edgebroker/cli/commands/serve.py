@@ -14,9 +14,8 @@ def arguments(parser: Parser) -> None:
     parser.add_argument("-c", "--config", metavar="FILE", help="configuration file (TOML)")
     parser.add_argument("--data-dir", metavar="DIR", help="data directory; overrides node.data_dir")
     parser.add_argument("--listen", metavar="HOST:PORT", help="address for clients; overrides listen.tcp")
-    parser.add_argument(
-        "--http", metavar="HOST:PORT", help="address for administration, health and replication; overrides listen.http"
-    )
+    parser.add_argument("--http", metavar="HOST:PORT", help="address for administration; overrides listen.http")
+    parser.add_argument("--pipe", metavar="HOST:PORT", help="address for the nodes below; overrides listen.pipe")
     parser.add_argument(
         "--ports-file", metavar="FILE", help="once ready, write the addresses to FILE as JSON; useful with port 0"
     )

@@ -29,8 +29,8 @@ def arguments(parser: Parser) -> None:
 def status(options: argparse.Namespace) -> int:
     """0 when the node is healthy or degraded, 1 when it is not ready."""
     admin = options.admin
-    verdict = ask(admin, "/readyz")[1]
     node, pipe = call(admin, "GET", "/v1/node"), call(admin, "GET", "/v1/pipe")
+    verdict = ask(admin, "/readyz")[1]
     topics = call(admin, "GET", "/v1/topics")["topics"]
     groups = call(admin, "GET", "/v1/groups")["groups"]
     holders = call(admin, "GET", "/v1/holders")["holders"]

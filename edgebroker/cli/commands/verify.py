@@ -10,7 +10,7 @@ import argparse
 import json
 from typing import Any, NamedTuple
 
-from edgebroker.cli.admin_client import call
+from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, json_flag
 from edgebroker.cli.render import counted
 from edgebroker.common.errors import EdgeBrokerError
@@ -32,7 +32,10 @@ def arguments(parser: Parser) -> None:
         "Exits with 0 when they are the same, 1 when not."
     )
     parser.add_argument(
-        "--against", required=True, metavar="HOST:PORT", help="admin address of the other node, a parent or a child"
+        "--against",
+        required=True,
+        metavar="NODE",
+        help="the other node: the name of one below, or the HOST:PORT at which nodes reach it (listen.pipe)",
     )
     parser.add_argument("--topic", default="", help="only this topic (default: all that both nodes have)")
     admin_flag(parser)
@@ -40,16 +43,17 @@ def arguments(parser: Parser) -> None:
 
 
 class Comparison:
-    """Compares the logs of this node and another one."""
+    """Compares the logs of this node and another one, which this one asks."""
 
-    def __init__(self, here: str, there: str) -> None:
-        self._here, self._there = here, there
+    def __init__(self, admin: str, there: str) -> None:
+        self._admin, self._here, self._there = admin, "this node", there
         self.damaged: set[tuple[str, int, int]] = set()
         self.bytes = 0
 
     def shared(self, topic: str) -> tuple[list[SharedLog], list[str]]:
         """The logs that both nodes have, and descriptions of what only one of them has."""
-        here, there = _logs(self._here, topic), _logs(self._there, topic)
+        here = _logs(self._admin, "/v1/topics", topic)
+        there = _logs(self._admin, api_path("peers", self._there, "topics"), topic)
         if topic and not (here or there):
             raise EdgeBrokerError(f"topic {topic!r} exists at neither node")
         found, left_out = [], []
@@ -123,7 +127,8 @@ class Comparison:
 
     def _digests(self, log: SharedLog, first: int, end: int) -> tuple[Any, ...]:
         body = {**log.request, "first": first, "next": end}
-        return tuple(call(node, "POST", "/v1/pipe/digest", body) for node in (self._here, self._there))
+        paths = ("/v1/pipe/digest", api_path("peers", self._there, "digest"))
+        return tuple(call(self._admin, "POST", path, body) for path in paths)
 
 
 def verify(options: argparse.Namespace) -> int:
@@ -166,10 +171,10 @@ def _same(mine: Any, other: Any) -> bool:
     return bool((mine["next"], mine["sha256"]) == (other["next"], other["sha256"]))
 
 
-def _logs(node: str, topic: str) -> dict[str, dict[str, Any]]:
+def _logs(admin: str, path: str, topic: str) -> dict[str, dict[str, Any]]:
     return {
         f"{found['name']}/{log['partition']}": {**log, "topic": found["name"]}
-        for found in call(node, "POST", "/v1/pipe/topics")["topics"]
+        for found in call(admin, "GET", path)["topics"]
         if topic in ("", found["name"])
         for log in found["partitions"]
     }

@@ -122,13 +122,13 @@ class DemoTree:
                 if level == "root":
                     settings["EDGEBROKER_REGISTRY_ENABLED"] = "true"
                 else:
-                    settings["EDGEBROKER_PIPE_REGISTRY"] = self._nodes[above].admin
+                    settings["EDGEBROKER_PIPE_REGISTRY"] = self._nodes[above].pipe
                 if level == "l3":
                     settings["EDGEBROKER_PIPE_ADDRESS"] = self._proxy.address
                 node = self._nodes[level] = BrokerProcess(self._directory / level, settings=settings)
                 node.start()
                 if level == "l3":
-                    self._proxy.target = node.admin
+                    self._proxy.target = node.pipe
                 if above:
                     self._wait_for_parent(level, above)
                 above = level

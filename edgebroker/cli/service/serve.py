@@ -65,6 +65,7 @@ def _load(options: argparse.Namespace) -> Config:
             ("node.data_dir", options.data_dir),
             ("listen.tcp", options.listen),
             ("listen.http", options.http),
+            ("listen.pipe", options.pipe),
         )
         if value is not None
     }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +10,13 @@ from edgebroker.common.errors import EdgeBrokerError
 from edgebroker.consumer.rest.answers import problem
 from edgebroker.network.http.router import Route, Router
 from edgebroker.network.http.server import PHRASES, Failed, HttpServer, Response, encoded
-from edgebroker.network.io.listener import Listener, listen, listen_unix
+from edgebroker.network.io.listener import Listener, listen, listen_unix, plainly
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.receiving import Receiving
 
 log = logging.getLogger(__name__)
 
-SOCKET = "http.sock"
+SOCKET, SOCKET_MODE = "http.sock", 0o660
 # Of requests that are not complete, all connections together; and descriptors that are not for connections.
 RECEIVE_BYTES, KEPT_DESCRIPTORS = 8 << 20, 64
 SWEEP_SECONDS = 1.0
@@ -42,7 +41,11 @@ class RestServer:
             host, _, port = address.rpartition(":")
             try:
                 listener = Listener(
-                    self._loop, listen(host.strip("[]"), int(port)), self._server.accept, _rested, kept=KEPT_DESCRIPTORS
+                    self._loop,
+                    listen(host.strip("[]"), int(port)),
+                    plainly(self._server.accept),
+                    _rested,
+                    KEPT_DESCRIPTORS,
                 )
             except OSError as error:
                 raise EdgeBrokerError(
@@ -51,13 +54,12 @@ class RestServer:
             self._listeners.append(listener)
             found = listener.address
         try:
-            unix = listen_unix(socket)
-            os.chmod(socket, 0o660)
+            unix = listen_unix(socket, SOCKET_MODE)
         except OSError as error:
             log.warning("the socket %s cannot be created: %s; going on without it", socket, error.strerror or error)
         else:
             self._socket = socket
-            self._listeners.append(Listener(self._loop, unix, self._server.accept, _rested))
+            self._listeners.append(Listener(self._loop, unix, plainly(self._server.accept), _rested))
         self._sweep()
         return found
 

@@ -23,7 +23,7 @@ from edgebroker.network.http.server import MAX_BODY_BYTES, Failed, Reply, Reques
 
 # What nodes below and monitoring ask for, who find a node by names of theirs. No GET of these may tell what a page must
 # not know.
-BY_ANY_NAME = ("health", "metrics", "child")
+BY_ANY_NAME = ("health", "metrics", "node")
 
 Headers = tuple[tuple[str, str], ...]
 Query = dict[str, list[str]]
@@ -36,9 +36,10 @@ class Nothing(msgspec.Struct):
 class Call:
     """One request, decoded; answered once. `parameters` are the named parts of the path; `peer`: where it came from."""
 
-    __slots__ = ("_reply", "body", "last_event_id", "parameters", "path", "peer", "query", "raw")
+    __slots__ = ("_reply", "body", "last_event_id", "method", "parameters", "path", "peer", "query", "raw", "target")
 
     def __init__(self, request: Request, parameters: dict[str, str], body: Any, reply: Reply) -> None:
+        self.method, self.target = request.method, request.target
         self.path, _, query = request.target.partition("?")
         self.parameters, self.body, self.raw, self._reply = parameters, body, request.body, reply
         self.peer, self.last_event_id = request.peer, request.last_event_id

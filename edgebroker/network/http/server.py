@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import msgspec
 
 from edgebroker.network.io.channel import Channel
+from edgebroker.network.io.listener import UNIX, host_of
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.io.transport import FileRange, Transport
@@ -30,7 +31,6 @@ log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES, MAX_EARLY_BYTES = 64 << 10, 16 << 10
 TEXT_TYPE, BYTES_TYPE = "text/plain; charset=utf-8", "application/octet-stream"
-SOCKET = "unix"
 MAX_CONNECTIONS, MAX_SOCKET_CONNECTIONS, MAX_OF_AN_ADDRESS = 256, 64, 64
 # A request has to be complete so soon after its first byte; a body by more for every 64 KiB that it may have.
 HEAD_SECONDS, BODY_SECONDS = 10.0, 30.0
@@ -193,8 +193,8 @@ class HttpServer:
     def _is_full(self, host: str) -> bool:
         """Have others taken what this one may have? The unix socket has places of its own."""
         hosts = [host_of(one.transport.peer) for one in self.connections if one.stream is None]
-        of_socket = hosts.count(SOCKET)
-        if host == SOCKET:
+        of_socket = hosts.count(UNIX)
+        if host == UNIX:
             return of_socket >= MAX_SOCKET_CONNECTIONS
         local = host == "::1" or host.startswith("127.")
         return len(hosts) - of_socket >= MAX_CONNECTIONS or (not local and hosts.count(host) >= MAX_OF_AN_ADDRESS)
@@ -393,8 +393,3 @@ def encoded(response: Response) -> tuple[bytes, str]:
 def _head(status: int, headers: Iterable[tuple[str, str]]) -> bytes:
     lines = "".join(f"{name}: {value}\r\n" for name, value in headers)
     return f"HTTP/1.1 {status} {PHRASES.get(status, '')}\r\n{lines}\r\n".encode("latin-1")
-
-
-def host_of(peer: str) -> str:
-    """The host of HOST:PORT; SOCKET as it is."""
-    return peer.rpartition(":")[0] or peer

@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import fcntl
 import socket
+import struct
 import sys
 import termios
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from edgebroker.network.io.sendpath import send_cached
 
 DEAD_HOST_SECONDS = 30
+# struct ucred: process, user, group.
+_PEER = struct.Struct("iII")
+_PASSWD = Path("/etc/passwd")
 
 # Why send_file() sent less than it was asked to; the numbers are those of send_cached().
 WANTS_ROOM = 1
@@ -26,7 +31,14 @@ WANTS_DISK = 2
 
 
 class Channel(Protocol):
-    """One connected socket. Owned by the loop thread."""
+    """One connected socket. Owned by the loop thread. `identity`: who the peer is, where the channel itself knows it:
+    "unix:NAME" on a unix socket, the name in its certificate under TLS, "" where it does not."""
+
+    identity: str
+
+    @property
+    def pending(self) -> bool:
+        """Has something arrived that can be received although the descriptor does not say so?"""
 
     def recv_into(self, buffer: memoryview) -> int:
         """Receive what is there; 0 when the peer has closed its side."""
@@ -54,23 +66,15 @@ class Channel(Protocol):
         """Bytes that the kernel took and the peer's has not acknowledged."""
 
 
-class PlainChannel:
-    """The bytes as they are."""
+class SocketChannel:
+    """What channels over a socket have in common."""
 
-    __slots__ = ("_fd", "_socket", "close", "fileno", "recv_into")
+    __slots__ = ("_fd", "_socket", "close", "fileno", "identity")
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, identity: str) -> None:
         sock.setblocking(False)
-        self._socket, self._fd = sock, sock.fileno()
-        self.recv_into, self.close, self.fileno = sock.recv_into, sock.close, sock.fileno
-
-    def send(self, parts: Sequence[bytes | memoryview], *, more: bool = False) -> int:
-        if len(parts) == 1:  # the cheaper call, for what is sent most often
-            return self._socket.send(parts[0], socket.MSG_MORE if more else 0)
-        return self._socket.sendmsg(parts, (), socket.MSG_MORE) if more else self._socket.sendmsg(parts)
-
-    def send_file(self, fd: int, position: int, length: int) -> tuple[int, int]:
-        return send_cached(self._fd, fd, position, length)
+        self._socket, self._fd, self.identity = sock, sock.fileno(), identity
+        self.close, self.fileno = sock.close, sock.fileno
 
     def hold_back(self, unsent: int) -> None:
         try:
@@ -86,6 +90,25 @@ class PlainChannel:
             return 0
 
 
+class PlainChannel(SocketChannel):
+    """The bytes as they are."""
+
+    __slots__ = ("recv_into",)
+    pending = False
+
+    def __init__(self, sock: socket.socket, identity: str = "") -> None:
+        super().__init__(sock, identity)
+        self.recv_into = sock.recv_into
+
+    def send(self, parts: Sequence[bytes | memoryview], *, more: bool = False) -> int:
+        if len(parts) == 1:  # the cheaper call, for what is sent most often
+            return self._socket.send(parts[0], socket.MSG_MORE if more else 0)
+        return self._socket.sendmsg(parts, (), socket.MSG_MORE) if more else self._socket.sendmsg(parts)
+
+    def send_file(self, fd: int, position: int, length: int) -> tuple[int, int]:
+        return send_cached(self._fd, fd, position, length)
+
+
 def tuned(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> PlainChannel:
     """Small frames go out at once; a host that vanished is noticed by the kernel within DEAD_HOST_SECONDS when there is
     something on its way to it (TCP_USER_TIMEOUT), else half of that after `quiet_seconds` of silence (keepalive)."""
@@ -96,3 +119,22 @@ def tuned(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> P
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_HOST_SECONDS * 1000)
     return PlainChannel(sock)
+
+
+def local(sock: socket.socket) -> PlainChannel:
+    """The channel of a unix socket: the kernel says which user the peer was when it connected (SO_PEERCRED)."""
+    _, uid, _ = _PEER.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
+    return PlainChannel(sock, f"unix:{_user_name(uid)}")
+
+
+def _user_name(uid: int) -> str:
+    """As /etc/passwd has it, else the number: to ask a directory service could take its time."""
+    try:
+        lines = _PASSWD.read_text(errors="replace").splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        name, _, number, *_ = [*line.split(":"), "", ""]
+        if number == str(uid):
+            return name
+    return str(uid)

@@ -8,28 +8,31 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from edgebroker.common.config import is_loopback
 from edgebroker.network.io.channel import Channel, PlainChannel
 from edgebroker.network.io.loop import READ, Loop
 
-MakeChannel = Callable[[socket.socket], Channel]
+# The address of a peer at a unix socket.
+UNIX = "unix"
+Opened = Callable[[socket.socket, str], None]
+"""Takes a connection that was accepted, and the address of its peer."""
 
 
 class Listener:
-    """Accepts connections, with a channel each. When descriptors run out it rests and says so instead of spinning;
-    `kept` of those that the process may have, a quarter of them at most, are not for connections."""
+    """Accepts connections. When descriptors run out it rests and says so instead of spinning; `kept` of those that the
+    process may have, a quarter of them at most, are not for connections."""
 
     def __init__(
         self,
         loop: Loop,
         sock: socket.socket,
-        accepted: Callable[[Channel, str], None],
+        accepted: Opened,
         resting: Callable[[], None],
-        channel: MakeChannel = PlainChannel,
         kept: int = 0,
     ) -> None:
         sock.setblocking(False)
         self._loop, self.socket, self._accepted, self._resting = loop, sock, accepted, resting
-        self._channel, self._kept = channel, kept
+        self._kept = kept
         self._registered = False
         self._wait = 0.1
         self._register()
@@ -55,8 +58,8 @@ class Listener:
                 sock.close()
                 self.rest()
                 return
-            peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else "unix"
-            self._accepted(self._channel(sock), peer)
+            peer = f"{address[0]}:{address[1]}" if isinstance(address, tuple) else UNIX
+            self._accepted(sock, peer)
 
     def rest(self) -> None:
         """Stop accepting for a moment (0.1 to 1 s): there is no room for another connection."""
@@ -80,6 +83,11 @@ class Listener:
         self.socket.close()
 
 
+def plainly(accept: Callable[[Channel, str], None], make: Callable[[socket.socket], Channel] = PlainChannel) -> Opened:
+    """Takes connections with a channel of their own at once."""
+    return lambda sock, peer: accept(make(sock), peer)
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket; port 0 takes a free one."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -90,12 +98,12 @@ def listen(host: str, port: int) -> socket.socket:
     return sock
 
 
-def listen_unix(path: Path) -> socket.socket:
-    """A listening unix socket for its owner only (0600); one left behind by a crash is replaced."""
+def listen_unix(path: Path, mode: int) -> socket.socket:
+    """A listening unix socket with these permissions; one left behind by a crash is replaced."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.unlink(missing_ok=True)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    previous = os.umask(0o177)
+    previous = os.umask(0o777 & ~mode)
     try:
         sock.bind(str(path))
     except OSError:
@@ -105,3 +113,13 @@ def listen_unix(path: Path) -> socket.socket:
         os.umask(previous)
     sock.listen(64)
     return sock
+
+
+def host_of(peer: str) -> str:
+    """The host of HOST:PORT; UNIX as it is."""
+    return peer.rpartition(":")[0] or peer
+
+
+def is_local(peer: str) -> bool:
+    """Is the peer, HOST:PORT or UNIX, a process of this machine?"""
+    return peer == UNIX or is_loopback(peer)

@@ -79,6 +79,7 @@ class Transport:
         "_out",
         "_owner",
         "_paused",
+        "_receives_again",
         "_waiting_for_disk",
         "backlog",
         "bytes_in",
@@ -94,7 +95,7 @@ class Transport:
         self._loop, self._channel, self._buffer, self._owner, self.peer = loop, channel, buffer, owner, peer
         self._fd = channel.fileno()
         self._out: deque[bytes | memoryview | FileRange] | None = None
-        self._paused = self._waiting_for_disk = False
+        self._paused = self._waiting_for_disk = self._receives_again = False
         self.closing = ""
         self.closed = False
         self.backlog = 0
@@ -233,6 +234,11 @@ class Transport:
         return self._channel.unacknowledged
 
     @property
+    def identity(self) -> str:
+        """Who the peer is, as far as the channel knows."""
+        return self._channel.identity
+
+    @property
     def held_up(self) -> bool:
         """Does so much wait for the peer that nothing should be added?"""
         return self.backlog > HIGH_BYTES
@@ -314,6 +320,8 @@ class Transport:
         else:
             self._loop.modify(self._fd, interest, self._ready)
         self._interest = interest
+        if self._channel.pending:
+            self._receive_again()
 
     def _ready(self, mask: int) -> None:
         if mask & WRITE:
@@ -338,6 +346,19 @@ class Transport:
             self._owner.on_data(self._buffer, received)
         except ProtocolError as error:
             self.close_when_drained(str(error))
+        if not self.closed and self._channel.pending:
+            self._receive_again()
+
+    def _receive_again(self) -> None:
+        """In a turn: the descriptor will not tell of what is left."""
+        if not self._receives_again:
+            self._receives_again = True
+            self._loop.call_in_turn(self._receive_pending)
+
+    def _receive_pending(self) -> None:
+        self._receives_again = False
+        if self._interest & READ and not self.closed:
+            self._receive()
 
     def _flush(self) -> None:
         out = self._out

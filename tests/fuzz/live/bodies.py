@@ -12,7 +12,7 @@ from unittest.mock import MagicMock
 
 from msgspec import inspect
 
-from edgebroker.broker.admin.routes import routes
+from edgebroker.broker.admin.routes import pipe_routes, routes
 from edgebroker.common.types import TopicSettings
 from edgebroker.network.http.router import Route
 from edgebroker.pipe.report import Report
@@ -20,7 +20,7 @@ from edgebroker.pipe.stream import Poll, SamePoll
 from tests.fuzz.live.mutation import Pairs, Verbatim, written
 from tests.fuzz.live.node import LOG, NODE, SNAPSHOT, TABLE
 
-ROUTES = routes(MagicMock(), MagicMock())  # only the rows are looked at
+ROUTES = [*routes(MagicMock(), MagicMock()), *pipe_routes(MagicMock())]  # only the rows are looked at
 # What these take, the router does not know.
 TAKEN: dict[str, list[Any]] = {"/v1/pipe": [Poll, Poll, SamePoll], "/v1/topics/{name}": [TopicSettings]}
 WITH_BODY = [route for route in ROUTES if route.request is not None or route.path == "/v1/pipe"]

@@ -62,7 +62,7 @@ def test_the_second_role_of_a_machine_is_a_node_beside_the_first(frozen: Path, i
     install(image, "--role", "pos", "--parent", PARENT)
     install(image, "--role", "local", "--labels", "till=17")
     config = load_config(image / "etc/edgebroker/local.toml", environment={})
-    assert config.pipe.parents == "127.0.0.1:7421"
+    assert config.pipe.parents == "127.0.0.1:7422"
     assert (config.listen.tcp, config.listen.http) == ("127.0.0.1:7430", "127.0.0.1:7431")
     assert config.node.data_dir == "/var/lib/edgebroker-local"
     assert config.node.name.endswith("-local")
@@ -165,11 +165,11 @@ def test_from_source_it_says_what_to_do(image: Path, capsys: pytest.CaptureFixtu
     assert files(image) == {}
 
 
-def test_a_machine_for_others_is_told_that_it_is_open(frozen: Path, image: Path) -> None:
-    install(image, "--role", "pos", "--bind", "192.0.2.7")
+def test_other_machines_get_clients_and_nodes_but_no_administration(frozen: Path, image: Path) -> None:
+    install(image, "--role", "pos", "--bind", "127.0.0.7")
     config = load_config(image / CONFIG, environment={})
-    assert (config.listen.tcp, config.listen.pipe) == ("192.0.2.7:7420", "192.0.2.7:7422")
-    assert (config.listen.http, config.listen.allow_insecure) == ("127.0.0.1:7421", True), "administration stays here"
+    assert (config.listen.tcp, config.listen.pipe) == ("127.0.0.7:7420", "127.0.0.7:7422")
+    assert config.listen.http == "127.0.0.1:7421", "administration stays here"
 
 
 def test_uninstall_takes_away_what_was_written_and_keeps_the_data(frozen: Path, image: Path) -> None:
@@ -234,20 +234,20 @@ def test_beside_the_package_there_is_no_second_program(
 
 
 def test_what_is_not_given_stays(frozen: Path, image: Path) -> None:
-    install(image, "--role", "pos", "--id", "store-3", "--parent", PARENT, "--bind", "0.0.0.0", "--labels", "a=b")
+    install(image, "--role", "pos", "--id", "store-3", "--parent", PARENT, "--bind", "127.0.0.7", "--labels", "a=b")
     install(image, "--role", "pos", "--region", "north")
     config = load_config(image / CONFIG, environment={})
     assert (config.node.name, config.node.region, config.node.labels) == ("store-3", "north", "a=b")
-    assert (config.pipe.parents, config.listen.pipe) == ("store-3:7421", "0.0.0.0:7422")
+    assert (config.pipe.parents, config.listen.pipe) == ("store-3:7421", "127.0.0.7:7422")
 
 
 def test_every_node_has_ports_of_its_own(frozen: Path, image: Path) -> None:
-    install(image, "--role", "pos", "--bind", "0.0.0.0")
+    install(image, "--role", "pos", "--bind", "127.0.0.7")
     for name in ("a", "b", "c"):
         install(image, "--role", "local", "--instance", name)
     found = [load_config(image / f"etc/edgebroker/{name}.toml", environment={}) for name in ("edgebroker", *"abc")]
     assert [config.listen.tcp.rpartition(":")[2] for config in found] == ["7420", "7430", "7440", "7450"]
-    assert found[1].pipe.parents == "127.0.0.1:7421"
+    assert found[1].pipe.parents == "127.0.0.7:7422"
 
 
 def test_rights_that_are_wrong_are_corrected(frozen: Path, image: Path) -> None:
@@ -312,8 +312,8 @@ def test_the_port_of_a_node_stays(frozen: Path, image: Path) -> None:
     for name in ("a", "b"):
         install(image, "--role", "local", "--instance", name)
     uninstall(image, "--instance", "a", "--purge", "--yes")
-    install(image, "--role", "local", "--instance", "b", "--bind", "0.0.0.0")
-    assert load_config(image / "etc/edgebroker/b.toml", environment={}).listen.tcp == "0.0.0.0:7440"
+    install(image, "--role", "local", "--instance", "b", "--bind", "127.0.0.7")
+    assert load_config(image / "etc/edgebroker/b.toml", environment={}).listen.tcp == "127.0.0.7:7440"
 
 
 def test_limits_that_were_changed_do_not_keep_the_program(frozen: Path, image: Path) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgebroker.common.config import Config, describe_keys, is_loopback, load_config
+from edgebroker.common.config import DEVELOPMENT, INSTALLED, Config, describe_keys, is_loopback, load_config
 from edgebroker.common.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -77,7 +77,7 @@ def test_precedence(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("variable", "raw", "key", "expected"),
     [
-        ("EDGEBROKER_LISTEN_ALLOW_INSECURE", "true", "listen.allow_insecure", True),
+        ("EDGEBROKER_REGISTRY_ENABLED", "true", "registry.enabled", True),
         ("EDGEBROKER_TOPICS_AUTO_CREATE", "0", "topics.auto_create", False),
         ("EDGEBROKER_TOPICS_PARTITIONS", "8", "topics.partitions", 8),
         ("EDGEBROKER_STORAGE_SOFT_FREE_BYTES", "-1", "storage.soft_free_bytes", -1),
@@ -97,14 +97,24 @@ def test_environment_problems(tmp_path: Path) -> None:
     assert "0 to 1000" in problems(tmp_path, "", {"EDGEBROKER_STORAGE_COMMIT_INTERVAL_MS": "2000"})[0]
 
 
-@pytest.mark.parametrize("key", ["tcp", "http"])
-@pytest.mark.parametrize("address", ["0.0.0.0:7420", "[::]:7420", "192.168.1.5:7420", "broker.example:7420"])
-def test_an_open_listener_needs_consent(tmp_path: Path, key: str, address: str) -> None:
+OPEN = ["0.0.0.0:7420", "[::]:7420", "192.168.1.5:7420", "broker.example:7420"]
+
+
+@pytest.mark.parametrize("key", ["tcp", "pipe"])
+@pytest.mark.parametrize("address", OPEN)
+def test_an_open_listener_is_for_development(tmp_path: Path, key: str, address: str) -> None:
     toml = f'[listen]\n{key} = "{address}"\n'
-    assert "allow_insecure" in problems(tmp_path, toml)[0]
+    assert DEVELOPMENT in problems(tmp_path, toml)[0]
     path = tmp_path / "edgebroker.toml"
-    path.write_text(toml + "allow_insecure = true\n")
-    assert getattr(load_config(path, None, {}).listen, key) == address
+    path.write_text(toml)
+    assert getattr(load_config(path, None, {DEVELOPMENT: "1"}).listen, key) == address
+    with pytest.raises(ConfigError, match="a service or an image does not start with it"):
+        load_config(path, None, {DEVELOPMENT: "1", INSTALLED: "1"})
+
+
+@pytest.mark.parametrize("address", OPEN)
+def test_administration_is_never_open(tmp_path: Path, address: str) -> None:
+    assert "edgebroker --via NODE" in problems(tmp_path, f'[listen]\nhttp = "{address}"\n', {DEVELOPMENT: "1"})[0]
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:1", "localhost:7420", "[::1]:7420", "127.1.2.3:0"])

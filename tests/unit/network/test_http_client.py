@@ -16,7 +16,7 @@ from edgebroker.network.http import client as httpclient
 from edgebroker.network.http.call import HttpCall
 from edgebroker.network.http.client import ChunkReader, HttpClient
 from edgebroker.network.http.server import HttpServer, Response
-from edgebroker.network.io.listener import Listener, listen
+from edgebroker.network.io.listener import Listener, listen, plainly
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.receiving import Receiving
 from edgebroker.network.wire.connection import ReceiveBuffer
@@ -200,7 +200,7 @@ def test_a_finished_request_holds_no_buffer_until_the_collector_comes(loop: Loop
     """A node lets the collector come rarely: 64 KiB for each request of a day would be a leak to whoever watches it."""
     server = HttpServer(loop, Receiving(loop, 1 << 20), lambda request, reply: reply(Response(200, {})), lambda: None)
     sock = listen("127.0.0.1", 0)
-    listener = Listener(loop, sock, server.accept, lambda: None)
+    listener = Listener(loop, sock, plainly(server.accept), lambda: None)
     address = f"127.0.0.1:{sock.getsockname()[1]}"
 
     def buffers() -> int:

@@ -108,7 +108,7 @@ def five_levels(tree: Tree, **settings: object) -> None:
 def gone_on(tree: Tree, first: int, *counts: int, **settings: object) -> set[State]:
     """ROOT publishes batches of so many records, and stops; the children do not see that. The states of its log."""
     port = tree._ports["root"]
-    root = tree.start("root", listen__http="127.0.0.1:0", **settings)
+    root = tree.start("root", listen__pipe="127.0.0.1:0", **settings)
     for count in counts:
         publish(root, "t", first, count, size=100)
         first += count
@@ -262,7 +262,7 @@ def test_a_parent_that_begins_further_on(tree: Tree) -> None:
     assert tills.acked(head, 100) is Code.OK
     few = {"storage__retention_bytes": 150_000}
     port = tree._ports["root"]
-    root = tree.start("root", listen__http="127.0.0.1:0", **few)
+    root = tree.start("root", listen__pipe="127.0.0.1:0", **few)
     for number in range(60):
         publish(root, "t", 1000 + number * 100, 100, size=100)
     log = root.broker.engine.log("t", 0)

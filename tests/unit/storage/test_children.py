@@ -152,7 +152,7 @@ def test_what_was_not_compared_does_not_count(tree: Tree) -> None:
         lines = [["t", 0, log.identity.log_id, 1, offset, value, 0, points]]
         body = {"version": 1, "uid": "ee" * 16, "name": "x", "level": "local", "topics": ["t"], "logs": lines}
         polls = root.counters()["pipe_polls"]
-        connection = http.client.HTTPConnection(*root.broker.listeners.http_address, timeout=SECONDS)
+        connection = http.client.HTTPConnection(*root.broker.listeners.pipe_address, timeout=SECONDS)
         connection.request("POST", "/v1/pipe", json.dumps(body), JSON)
         assert connection.getresponse().status == 200
         wait_for(lambda polls=polls: root.counters()["pipe_polls"] > polls, "it is judged")  # type: ignore[misc]
@@ -179,7 +179,7 @@ def test_a_cut_takes_back_what_a_child_had(tree: Tree) -> None:
     tree.stop("l3")
     tree.stop("root")
     tree.put_back("root")
-    root = tree.start("root", listen__http="127.0.0.1:0")
+    root = tree.start("root", listen__pipe="127.0.0.1:0")
     for number in range(20):
         publish(root, "t", 100 + number, 1)
     tree.stop("l2")
