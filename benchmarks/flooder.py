@@ -20,7 +20,7 @@ _names = count()
 
 
 def main() -> None:
-    kind, server, admin, number = sys.argv[1:]
+    kind, server, admin, _, number = sys.argv[1:]
     selector = selectors.DefaultSelector()
     for _ in range(int(number)):
         sock = socket.create_connection(_split(admin if kind == "get" else server))

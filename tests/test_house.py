@@ -22,14 +22,19 @@ MAY_IMPORT = {
     "network": {"common"},
     "client": {"common", "network"},
     "pipe": {"common"},
-    "broker": {"common", "storage", "network", "pipe", "version"},
+    "trust": {"common", "version"},
+    "broker": {"common", "storage", "network", "pipe", "trust", "version"},
     "consumer": {"common", "storage", "network", "client", "version"},
-    "cli": {"common", "storage", "network", "client", "pipe", "broker", "consumer", "version"},
+    "cli": {"common", "storage", "network", "client", "pipe", "trust", "broker", "consumer", "version"},
 }
 TOP = ("__init__.py", "__main__.py", "version.py")
 # Within a floor a package imports only what stands before it.
 LINES = {
     "network": ["wire", "io", "http"],
+    "trust": [
+        "node_name", "directory", "token", "keys", "certificates", "messages", "contexts", "records", "issuing",
+        "joining", "worker",
+    ],
     "storage": [
         "types", "files", "copies", "quarantine", "directory", "checksummed", "identity", "log", "metadata", "commit",
         "opening", "settings", "engine", "upkeep", "rewrite", "memory", "store",
@@ -43,7 +48,7 @@ LINES = {
         "subscriptions", "reloads", "generation", "copy", "instance", "rest", "service",
     ],
     "broker": [
-        "ports", "reading", "observe", "publish", "delivery", "core", "sending", "sessions", "feed", "mirror",
+        "ports", "reading", "observe", "publish", "delivery", "core", "sending", "trust", "sessions", "feed", "mirror",
         "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
     ],
     "cli": [
@@ -67,7 +72,16 @@ HOMES = {
         "consumer/views.py",
         "consumer/staging_file.py",
         "cli/commands/selftest.py",
+        "trust/issuing.py",
     },
+    "ssl": {
+        "cli/commands/selftest.py",
+        "network/io/tls.py",
+        "trust/contexts.py",
+        "trust/joining.py",
+        "broker/trust/node_trust.py",
+    },
+    "cryptography": {"trust/keys.py", "trust/certificates.py"},
     "mmap": {"storage/log/walk.py"},
     "fcntl": {"storage/files.py", "network/io/channel.py", "cli/appliance/upgrade.py"},
     "threading.Thread": {"common/runtime/threads.py"},
@@ -85,7 +99,8 @@ HOMES = {
 }
 SOCKETS = {
     "network/io/loop.py", "network/io/channel.py", "network/io/listener.py",
-    "network/http/client.py", "client/link.py",  # they connect
+    "network/io/tls.py", "network/http/client.py", "network/http/peers.py", "client/link.py",  # they connect
+    "broker/listeners.py", "broker/trust/helper.py",
     "cli/admin_client.py", "cli/demo/tree_demo.py", "cli/service/supervisor.py", "cli/service/journal.py",
 }  # fmt: skip
 HOMES["socket"] = SOCKETS

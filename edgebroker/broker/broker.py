@@ -11,7 +11,7 @@ import logging
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
 from edgebroker.broker.admin.routes import pipe_routes, routes
-from edgebroker.broker.core import build_core, lease_limits, publish_limits
+from edgebroker.broker.core import build_core, lease_limits, problems_of, publish_limits
 from edgebroker.broker.engine_events import EngineEvents
 from edgebroker.broker.engines import make_engine, store_settings
 from edgebroker.broker.feed.digests import Digests
@@ -28,6 +28,8 @@ from edgebroker.broker.reload import Changes, merge
 from edgebroker.broker.sessions.limits import session_limits
 from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.broker.topic_deletion import TopicDeletion
+from edgebroker.broker.trust.authority import Authority
+from edgebroker.broker.trust.node_trust import NodeTrust
 from edgebroker.common.config import Config
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import in_turns
@@ -56,15 +58,17 @@ class Broker:
         self.sessions = sessions = Sessions(core, loop, session_limits(config), config.limits)
         self.downstream = self._make_downstream()
         self.topic_deletion = TopicDeletion(core, self.downstream, sessions)
+        self.trust = NodeTrust(loop, clock, config, engine.node_uid, lambda: self.mirroring.known_addresses())
+        self.downstream.rules = self.trust.rules.sender_refusal
         self.mirroring = Mirroring(
-            core, loop, clock, config, self.downstream, self.topic_deletion.follow, self._directed
+            core, self.trust.peers, clock, config, self.downstream, self.topic_deletion.follow, self._directed
         )
         self.holders = holders = Holders(core, self.downstream, config.storage, loop)
         self.events = EngineEvents(core, loop, sessions, self.downstream, self.mirroring, holders, supervisor.starting)
-        self.listeners = Listeners(loop, core.metrics, config)
+        self.listeners = Listeners(loop, core.metrics, config, self.trust)
         self.tree = Tree(
             core,
-            loop,
+            self.trust.peers,
             clock,
             config,
             self.downstream,
@@ -72,6 +76,7 @@ class Broker:
             problems=self.problems,
             listening=lambda: self.listeners.pipe_address,
         )
+        self.tree.inbox.may_report = self.trust.rules.may_report
         self.lags = Lags(engine, loop)
         self.digests = Digests(engine)
         self.health = Health(lambda: self.ready, self.problems, lambda: self.mirroring.missing_parent, supervisor)
@@ -105,6 +110,7 @@ class Broker:
         context = AdminContext(
             core=self.core,
             loop=self.loop,
+            peers=self.trust.peers,
             clock=self.clock,
             node=self.config.node,
             sessions=self.sessions,
@@ -117,16 +123,19 @@ class Broker:
             lags=self.lags,
             topic_deletion=self.topic_deletion,
             holders=self.holders,
+            trust=self.trust,
+            authority=Authority(self.trust, self.loop, self.clock, self.tree.ask_above),
             problems=self.problems,
             started_at=self.clock.monotonic(),
         )
         self.exposition = Exposition(context)
-        # Until nodes and people have identities, every client that reaches the interface has every right.
+        # Until people have identities, every client that reaches the interface has every right.
         table, names = routes(context, self.exposition), names_of(self.config)
-        admin = Router(table, lambda request, right: True, names)
+        admin = Router(table, lambda request, right: "", names)
         self.tree.remote.handler = admin.handle
         self._http = self._make_server(admin)
-        self._pipe = self._make_server(Router(pipe_routes(context), lambda request, right: True, names))
+        self._pipe = self._make_server(Router(pipe_routes(context), self.trust.rules.refusal, names))
+        self.trust.on_identity += [self.listeners.on_identity, self.mirroring.on_identity]
 
     def _make_server(self, router: Router) -> HttpServer:
         receiving = self.sessions.receiving
@@ -136,6 +145,7 @@ class Broker:
 
     def start(self) -> None:
         """Recover, then listen. Raises EdgeBrokerError when an address cannot be had."""
+        self.trust.open()
         self.engine.open(self.events)
         now = self.loop.now()
         for (group, topic, partition), offset in self.engine.group_offsets().items():
@@ -151,6 +161,7 @@ class Broker:
         self.core.snapshot_writer.start(makes_room=self.config.storage.on_full != "refuse")
         self.tree.start()
         self.mirroring.start()
+        self.trust.start()
 
     def run(self) -> bool:
         """Turn until stopped. True when the stop was clean."""
@@ -204,6 +215,7 @@ class Broker:
         self.exposition.stop()
         self.downstream.store()
         kept = self.tree.stop()
+        self.trust.stop()
         clean = self.engine.close(5.0) and kept
         self.loop.close()
         return clean
@@ -225,22 +237,8 @@ class Broker:
 
     def problems(self) -> dict[str, str]:
         """What is wrong now, by name, for an operator."""
-        found = {**self.engine.problems(), **self.core.limits.problems()}
-        if "disk_full" in found:
-            held = [one for one in self.holders.known(self.loop.now()) if one.bytes]
-            found["disk_full"] += "; held: " + "; ".join(one.sentence() for one in held[:3]) if held else ""
-        lost = self.core.publishing.lost
-        if lost:
-            found["history_lost"] = "; ".join(one.why for one in lost.values())
-        unwritten = self.core.snapshot_writer.failed
-        if unwritten:
-            found["snapshot_failed"] = "; ".join(f"{topic}: {why}" for topic, why in sorted(unwritten.items()))
-        fenced = self.core.publishing.fenced
-        if fenced:
-            names = ", ".join(sorted({log.topic for log in fenced})[:10])
-            writers = ", ".join(sorted(set(fenced.values())))
-            found["superseded"] = f"{names}: written by {writers} now, which was promoted"
-        return {**found, **self.mirroring.problems(), **self.tree.problems()}
+        found = problems_of(self.core, lambda: self.holders.sentences(self.loop.now()))
+        return {**found, **self.mirroring.problems(), **self.tree.problems(), **self.trust.problems()}
 
     def _directed(self, directives: list[Directive]) -> None:
         self.tree.directed(directives)

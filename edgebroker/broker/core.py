@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
 from edgebroker.broker.delivery.dead_letters import DeadLetters
@@ -93,3 +95,21 @@ def lease_limits(config: Config) -> LeaseLimits:
     """Those of a node with this configuration."""
     pace = config.delivery
     return LeaseLimits(pace.timeout_ms / 1000, pace.backoff_ms / 1000, pace.max_backoff_ms / 1000, pace.max_attempts)
+
+
+def problems_of(core: Core, held: Callable[[], list[str]]) -> dict[str, str]:
+    """What is wrong with the engine and the core, by name; `held` says who holds most of what fills the disk."""
+    found = {**core.engine.problems(), **core.limits.problems()}
+    if "disk_full" in found and (holders := held()):
+        found["disk_full"] += f"; held: {'; '.join(holders)}"
+    publishing = core.publishing
+    if publishing.lost:
+        found["history_lost"] = "; ".join(one.why for one in publishing.lost.values())
+    unwritten = core.snapshot_writer.failed
+    if unwritten:
+        found["snapshot_failed"] = "; ".join(f"{topic}: {why}" for topic, why in sorted(unwritten.items()))
+    if publishing.fenced:
+        names = ", ".join(sorted({log.topic for log in publishing.fenced})[:10])
+        writers = ", ".join(sorted(set(publishing.fenced.values())))
+        found["superseded"] = f"{names}: written by {writers} now, which was promoted"
+    return found

@@ -94,6 +94,10 @@ class Holders:
             self.look(lambda found: None)
         return self._known
 
+    def sentences(self, now: float) -> list[str]:
+        """Who holds most, for people."""
+        return [one.sentence() for one in self.known(now) if one.bytes][:3]
+
     def look(self, done: Callable[[list[Holder]], None]) -> None:
         """Look at everybody, a few at a time: a hub has many."""
         self._waiting.append(done)

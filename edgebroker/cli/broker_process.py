@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -14,15 +13,9 @@ from edgebroker.cli import environment as environments
 from edgebroker.cli.admin_client import call
 from edgebroker.common.errors import EdgeBrokerError, UnreachableError
 from edgebroker.common.runtime.clock import SystemClock, sleep
+from edgebroker.common.runtime.program import program
 
 START_SECONDS = 20.0
-
-
-def program() -> list[str]:
-    """The command that starts this program again, from source or as a frozen binary."""
-    if getattr(sys, "frozen", False):
-        return [sys.executable]
-    return [sys.executable, "-m", "edgebroker"]
 
 
 class BrokerProcess:

@@ -46,6 +46,10 @@ VERBS = (
     Verb("tree", "show the nodes below this one"),
     Verb("wait", "wait until the nodes below have applied a topic"),
     Verb("node", "pin, drain and remove nodes of the tree"),
+    Verb("fleet", "create the fleet that nodes belong to"),
+    Verb("token", "create, list and revoke tokens with which machines join"),
+    Verb("join", "make this node a node of a fleet"),
+    Verb("trust", "show this node's certificate and its fleet"),
     Verb("child", "list and forget the children of a node"),
     Verb("resync", "load topics again from the parent"),
     Verb("repair", "fetch corrupt ranges from another node"),
@@ -67,10 +71,15 @@ VERBS = (
 )
 
 
+HELPER = "trust-worker"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     closed = command.open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if words[:1] == [HELPER]:
+        return _help_node(words[1:])
     for word in words:
         if not word.isascii() and word.encode(errors="replace").decode() != word:
             print(f"edgebroker: {printable(word)!r} is not UTF-8; call it in a UTF-8 locale", file=sys.stderr)
@@ -115,6 +124,13 @@ def build_parser(only: str | None = None) -> Parser:
         if only is None or verb.name == only:
             verb.add_arguments(verb_parser)
     return parser
+
+
+def _help_node(words: Sequence[str]) -> int:
+    """The helper process of a node, which starts it itself."""
+    from edgebroker.trust.worker import main as work
+
+    return work(words)
 
 
 def _called(words: Sequence[str]) -> str:

@@ -177,6 +177,19 @@ class RegistryConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         "empty: the first eight hubs")] = ""
 
 
+class TrustConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    fleet: Annotated[str, about(
+        "name of the fleet: a root creates it when it has none; other nodes join only this one; empty: any",
+        max_length=63)] = ""
+    token_file: Annotated[str, about(
+        "file with a token to join with; it is read once, then overwritten and removed")] = ""
+    grace_days: Annotated[int, about(
+        "nodes whose certificate expired up to so many days ago are let in; 0: however long ago",
+        ge=0, le=36_500)] = 400
+    on_revoked: Annotated[Literal["stop", "erase"], about(
+        "what this node does when it was revoked: stop following the fleet, or erase its keys and data, too")] = "stop"
+
+
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     level: Annotated[Literal["debug", "info", "warning", "error"], about("lowest severity that is logged")] = "info"
     format: Annotated[Literal["auto", "text", "json"], about(
@@ -196,6 +209,7 @@ class Config(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     delivery: DeliveryConfig = DeliveryConfig()
     pipe: PipeConfig = PipeConfig()
     registry: RegistryConfig = RegistryConfig()
+    trust: TrustConfig = TrustConfig()
     log: LogConfig = LogConfig()
 
 
@@ -234,7 +248,7 @@ def load_config(
     if problems:
         raise ConfigError("\n".join(problems))
     config = msgspec.convert(tree, Config)
-    problems = _check_meaning(config) + _check_listeners(config.listen, environment)
+    problems = _check_meaning(config) + _check_listeners(config.listen)
     if problems:
         raise ConfigError("\n".join(problems))
     return _fill(config, environment)
@@ -361,9 +375,8 @@ def _check_meaning(config: Config) -> list[str]:
     return problems
 
 
-def _check_listeners(listen: ListenConfig, environment: Mapping[str, str]) -> list[str]:
+def _check_listeners(listen: ListenConfig) -> list[str]:
     problems = []
-    insecure = is_insecure(environment)
     for key in ("tcp", "http", "pipe"):
         address = getattr(listen, key)
         host, colon, port = address.rpartition(":")
@@ -375,11 +388,6 @@ def _check_listeners(listen: ListenConfig, environment: Mapping[str, str]) -> li
             problems.append(
                 f"listen.http = {address!r}: administration is on loopback only; listen on 127.0.0.1, and reach it "
                 "from another machine with ssh, or from a node above with edgebroker --via NODE"
-            )
-        elif not is_loopback(address) and not insecure:
-            problems.append(
-                f"listen.{key} = {address!r}: other machines could read and write everything, there is no TLS or "
-                f"authentication yet; listen on 127.0.0.1, or, to develop, set {DEVELOPMENT}=1"
             )
     return problems
 

@@ -76,6 +76,8 @@ class PollRefusal(StrEnum):
     """The node does not know the poll before; all of it has to be sent."""
     LEVEL = "LEVEL"
     """The node cannot be a child here: its level, or a cycle."""
+    IDENTITY = "IDENTITY"
+    """The certificate is for another node."""
 
 
 class Flags(IntFlag):

@@ -56,8 +56,9 @@ class Lab:
     def workload(self, *rules: str, waves: int = 5) -> None:
         """Publish in waves until segments rolled and were removed, with a consumer that acknowledges."""
         environment = shim.environment(list(rules), self.root, trace=self.trace)
-        # The trace sees files, not how a socket comes into being: keep the admin socket out of the traced directory.
-        settings = {**SETTINGS, "EDGEBROKER_LISTEN_SOCKET": str(self._path / "ctl.sock")}
+        # The trace sees files, not how a socket comes into being: keep the sockets out of the traced directory.
+        sockets = {f"EDGEBROKER_LISTEN_{door}": str(self._path / f"{door}.sock") for door in ("SOCKET", "UNIX")}
+        settings = {**SETTINGS, **sockets}
         broker = BrokerProcess(self.root, settings=settings, environment=environment)
         broker.start()
         try:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from edgebroker.common.config import DEVELOPMENT
 from edgebroker.network.io import channel
 from tests.kit.brokers import RunningBroker, numbered, running
 from tests.kit.waiting import wait_for
@@ -66,6 +67,7 @@ def clients(broker: RunningBroker) -> set[str]:
 
 def test_a_host_that_vanishes(tmp_path: Path, far_host: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(channel, "DEAD_HOST_SECONDS", SECONDS)
+    monkeypatch.setenv(DEVELOPMENT, "1")
     settings = {"listen.tcp": f"{HERE}:0", "listen.pipe": ""}
     with running(tmp_path / "data", settings) as broker:
         near = broker.raw("near")

@@ -149,7 +149,7 @@ def grow(found: Twelve, replicas: int) -> None:
         copy = call(root.pipe, "POST", "/v1/registry/copy")
         hubs = {hub["name"] for hub in copy["hubs"]}
         standbys = [call(found[name].admin, "GET", "/v1/registry/standby") for name in HUBS]
-        peers = found["hub-a"].admin in found.candidates("hub-b") and found["hub-b"].admin in found.candidates("hub-a")
+        peers = found["hub-a"].pipe in found.candidates("hub-b") and found["hub-b"].pipe in found.candidates("hub-a")
         return (
             copy["pins"] == {uid["till-4"]: [uid["store-3"]]}
             and len(hubs) == 7

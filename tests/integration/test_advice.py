@@ -229,6 +229,25 @@ def two_origins(tree: Tree, mp: pytest.MonkeyPatch) -> Scene:
     return Scene("l2", {}, ("root", "t", 200))
 
 
+def trust(tree: Tree, mp: pytest.MonkeyPatch) -> Scene:
+    """The certificate of a node is damaged."""
+    root = tree.start("root", **{"trust.fleet": "acme"})
+    wait_for(lambda: root.http("GET", "/v1/trust")[1]["node"], "the fleet is created")
+    wanted = {"tokens": [{"levels": ["l2"], "uses": 2}]}
+    token = root.http("POST", "/v1/trust/tokens", wanted)[1]["tokens"][0]
+    hub = tree.start("l2", "root")
+    hub.http("POST", "/v1/trust/join", {"token": token})
+    wait_for(lambda: hub.http("GET", "/v1/trust")[1]["node"], "it joins")
+    publish(root, "t", 0, 10)
+    follows(root, hub, "t")
+    tree.stop("l2")
+    (tree.directory / "l2" / "trust" / "node.crt").write_bytes(b"\0" * 100)
+    tree.start("l2", "root")
+    has(tree, "l2", "trust")
+    publish(root, "t", 10, 10)
+    return Scene("l2", {"TOKEN": token}, ("l2", "t", 20))
+
+
 COMMANDS: dict[str, Callable[[Tree, pytest.MonkeyPatch], Scene]] = {
     "damaged": damaged,
     "disk_full": disk_full,
@@ -239,12 +258,13 @@ COMMANDS: dict[str, Callable[[Tree, pytest.MonkeyPatch], Scene]] = {
     "replaced": replaced,
     "resync": resync,
     "snapshot_failed": snapshot_failed,
+    "trust": trust,
     "two_origins": two_origins,
 }
 # The others are ended by hand: at the disk, the line, the configuration, with a restart.
 BY_HAND = {
-    "descriptors", "disk_stalled", "limits", "metadata", "not_carried", "parent", "read_only", "registry",
-    "removed_early", "superseded", "unserved_topics",
+    "certificate", "clock", "descriptors", "disk_stalled", "limits", "metadata", "not_carried", "parent", "read_only",
+    "registry", "removed_early", "superseded", "unserved_topics",
 }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import os
 import socket
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -71,10 +72,10 @@ def test_a_socket_that_cannot_be_does_not_stop_the_start(tmp_path: Path, caplog:
 # ---- administration through the tree ----
 
 
-@pytest.fixture
-def chain(tmp_path: Path) -> Iterator[Tree]:
+@contextmanager
+def made(directory: Path) -> Iterator[Tree]:
     """root - hub - till, all of them known at the root."""
-    tree = Tree(tmp_path)
+    tree = Tree(directory)
     try:
         root = tree.start("root")
         publish(root, "prices", 0, 3)
@@ -84,6 +85,12 @@ def chain(tmp_path: Path) -> Iterator[Tree]:
         yield tree
     finally:
         tree.close()
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Tree]:
+    with made(tmp_path_factory.mktemp("chain")) as tree:
+        yield tree
 
 
 def test_commands_at_a_node_below(chain: Tree, capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,9 +134,6 @@ def test_a_node_that_does_not_answer(chain: Tree, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(till.broker.tree.remote, "handler", lambda request, reply: None)
     status, answer = root.http("GET", "/v1/via/till/v1/node")
     assert (status, answer["error"].startswith("till did not answer within 0.3 s")) == (503, True)
-    chain.stop("hub")
-    wait_for(lambda: not root.broker.downstream.children, "it is gone")
-    assert root.http("GET", "/v1/via/till/v1/node")[1]["error"].startswith("till is not connected")
 
 
 def test_an_answer_that_is_too_long(chain: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,11 +171,15 @@ def test_a_command_says_through_whom_it_asked(chain: Tree, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)
 
 
-def test_a_monitor_asks_through_the_tree(chain: Tree, capsys: pytest.CaptureFixture[str]) -> None:
-    root = chain.nodes["root"]
-    assert main(["--via", "till", "check", "ready", "--admin", root.admin]) in (0, 1)
-    chain.stop("till")
-    wait_for(lambda: not chain.nodes["hub"].broker.downstream.children, "it is gone")
-    for probe in ("live", "ready"):
-        assert main(["--via", "till", "check", probe, "--admin", root.admin]) == 2
-        assert "not connected now" in capsys.readouterr().out
+def test_a_node_that_is_not_connected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with made(tmp_path) as tree:
+        root = tree.nodes["root"]
+        assert main(["--via", "till", "check", "ready", "--admin", root.admin]) in (0, 1)
+        tree.stop("till")
+        wait_for(lambda: not tree.nodes["hub"].broker.downstream.children, "it is gone")
+        for probe in ("live", "ready"):
+            assert main(["--via", "till", "check", probe, "--admin", root.admin]) == 2
+            assert "not connected now" in capsys.readouterr().out
+        tree.stop("hub")
+        wait_for(lambda: not root.broker.downstream.children, "it is gone")
+        assert root.http("GET", "/v1/via/till/v1/node")[1]["error"].startswith("till is not connected")

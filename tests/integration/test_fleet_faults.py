@@ -19,6 +19,7 @@ from edgebroker.broker.fleet.reports import Growth
 from edgebroker.cli.main import main
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.network.http.call import HttpCall
+from edgebroker.network.http.peers import Peers
 from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet
 from edgebroker.pipe.report import Report, within_limit
@@ -419,7 +420,7 @@ def test_a_batch_that_goes_up_slowly_but_goes_on() -> None:
         loop.stop()
 
     address = f"127.0.0.1:{server.getsockname()[1]}"
-    HttpCall(loop, address, "POST", "/x", b"x" * (4 << 20), told_it, silence=0.5)
+    HttpCall(Peers(loop, open=True), address, "POST", "/x", b"x" * (4 << 20), told_it, silence=0.5)
     loop.run()
     loop.close()
     serving.join(10.0)

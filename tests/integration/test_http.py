@@ -34,10 +34,11 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
 class Raw:
     """HTTP by hand over one connection."""
 
-    def __init__(self, broker: RunningBroker, path: Path | None = None) -> None:
+    def __init__(self, broker: RunningBroker, path: Path | None = None, *, pipe: bool = False) -> None:
         self.socket = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
         self.socket.settimeout(SECONDS)
-        self.socket.connect(str(path) if path else broker.broker.listeners.http_address)
+        listeners = broker.broker.listeners
+        self.socket.connect(str(path) if path else listeners.pipe_address if pipe else listeners.http_address)
         self._file = self.socket.makefile("rb")
 
     def __enter__(self) -> Raw:
@@ -332,7 +333,7 @@ def test_a_topic_deleted_while_topics_are_listed(broker: RunningBroker) -> None:
 def test_a_poll_of_the_pipe_that_is_nested_too_deeply(broker: RunningBroker) -> None:
     body = b'{"x":' + b"[" * 30_000 + b"]" * 30_000 + b"}"
     poll = b"POST /v1/pipe HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
-    with Raw(broker) as raw:
+    with Raw(broker, pipe=True) as raw:
         raw.send(poll % len(body) + body)
         assert raw.response()[0] == 400
 

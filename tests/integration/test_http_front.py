@@ -26,10 +26,10 @@ def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningBroker]:
         yield found
 
 
-def answered(broker: RunningBroker, line: str, *headers: str, body: bytes = b"") -> tuple[int, str]:
+def answered(broker: RunningBroker, line: str, *headers: str, body: bytes = b"", pipe: bool = False) -> tuple[int, str]:
     """The status, and the error that is answered."""
     head = "".join(f"{text}\r\n" for text in (f"{line} HTTP/1.1", *headers, f"Content-Length: {len(body)}", ""))
-    with Raw(broker) as raw:
+    with Raw(broker, pipe=pipe) as raw:
         raw.send(head.encode("latin-1") + body)
         status, _, answer = raw.response()
     assert isinstance(answer, dict)
@@ -56,7 +56,7 @@ def test_a_page_that_was_bound_to_this_address_afterwards(broker: RunningBroker,
     assert answered(broker, "GET /healthz", f"Host: {name}")[0] == 200
     for path in ("/v1/pipe", "/v1/registry", "/v1/registry/copy", "/v1/promoted", "/v1/tree/reports"):
         headers = (f"Host: {name}", f"Origin: http://{name}", "Content-Type: application/json")
-        assert answered(broker, f"POST {path}", *headers, body=b"{}") == (
+        assert answered(broker, f"POST {path}", *headers, body=b"{}", pipe=True) == (
             403,
             f"this is for nodes and programs, not for pages (origin: http://{name})",
         )
@@ -97,7 +97,7 @@ def test_a_page_of_its_own(broker: RunningBroker) -> None:
 )
 def test_bodies_that_any_page_may_send(broker: RunningBroker, header: str, said: str) -> None:
     for line in ("POST /v1/topics", "POST /v1/topics/t/accept", "PATCH /v1/topics/t", "POST /v1/pipe"):
-        status, error = answered(broker, line, f"Host: {OWN}", header, body=BODY)
+        status, error = answered(broker, line, f"Host: {OWN}", header, body=BODY, pipe=line.endswith("pipe"))
         assert (status, error) == (415, f"the body must be JSON (content-type: application/json){said}"), line
     assert broker.http("GET", "/v1/topics")[1]["topics"] == []
 

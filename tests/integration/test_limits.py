@@ -121,7 +121,7 @@ def test_subscribed_partitions_of_an_address(tmp_path: Path, monkeypatch: pytest
         broker.create("prices", partitions=10)
         for number in range(4):
             assert broker.raw(f"local-{number}").subscribe("prices").code is Code.OK
-        monkeypatch.setattr(sessions, "is_loopback", lambda peer: False)
+        monkeypatch.setattr(sessions, "is_local", lambda peer: False)
         assert broker.raw("strange").subscribe("prices").code is Code.OVERLOADED
         assert broker.raw("strange").subscribe("prices", partition=0).code is Code.OVERLOADED, "those count as its own"
 
@@ -149,7 +149,7 @@ def test_connections_of_an_address(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with running(tmp_path / "data", {"limits.per_address_connections": 2}) as broker:
         for number in range(4):
             broker.raw(f"local-{number}")
-        monkeypatch.setattr(sessions, "is_loopback", lambda peer: False)
+        monkeypatch.setattr(sessions, "is_local", lambda peer: False)
         with pytest.raises((OSError, EOFError)):
             broker.raw("strange")
         assert problem(broker).startswith("limits.per_address_connections: a connection from 127.0.0.1 was refused")

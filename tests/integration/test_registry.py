@@ -257,7 +257,7 @@ def test_a_disk_that_was_cloned(tree: Tree) -> None:
     first = tree.start("one", "root", level="pos")
     follows(root, first, "prices")
     tree.stop("one")
-    shutil.copytree(tree.directory / "one", tree.directory / "two", ignore=shutil.ignore_patterns("ctl.sock"))
+    shutil.copytree(tree.directory / "one", tree.directory / "two", ignore=shutil.ignore_patterns("*.sock"))
     first, second = tree.start("one", "root", level="pos"), tree.start("two", "root", level="pos")
     assert first.broker.engine.node_uid == second.broker.engine.node_uid
     number = iter(range(100))

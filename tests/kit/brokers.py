@@ -15,7 +15,7 @@ from edgebroker.broker.broker import Broker
 from edgebroker.client.consumer import Consumer
 from edgebroker.client.producer import Producer
 from edgebroker.common import batch
-from edgebroker.common.config import DEVELOPMENT, Config, load_config
+from edgebroker.common.config import Config, load_config
 from edgebroker.common.errors import Code
 from edgebroker.common.records import Record
 from edgebroker.common.runtime.clock import SystemClock
@@ -26,9 +26,9 @@ T = TypeVar("T")
 
 
 def config_for(directory: Path, settings: Mapping[str, object] | None = None) -> Config:
-    """A configuration on free loopback ports; `settings` are "section.key" -> value. It may listen anywhere."""
+    """A configuration on free loopback ports; `settings` are "section.key" -> value."""
     free = {f"listen.{door}": "127.0.0.1:0" for door in ("tcp", "http", "pipe")}
-    return load_config(None, {"node.data_dir": str(directory), **free, **(settings or {})}, {DEVELOPMENT: "1"})
+    return load_config(None, {"node.data_dir": str(directory), **free, **(settings or {})}, {})
 
 
 JSON = {"content-type": "application/json"}

@@ -408,7 +408,7 @@ class StoreHarness(Harness):
 
 def snapshot(source: Path, target: Path) -> None:
     """Copy a data directory; the reserve is space and nothing else."""
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("reserve", "ctl.sock"))
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("reserve", "*.sock"))
 
 
 def tree(path: Path) -> dict[str, bytes | None]:

@@ -58,7 +58,7 @@ def linked(directory: Path) -> None:
     (directory / "data").symlink_to("elsewhere")
 
 
-NO_SOCKET = "the admin socket"
+NO_SOCKET = "listen.socket: the socket"
 KUBERNETES = {
     "EDGEBROKER_REGISTRY_SERVICE_HOST": "10.0.0.7",
     "EDGEBROKER_REGISTRY_SERVICE_PORT": "7421",

@@ -61,7 +61,7 @@ class Tree:
     def keep(self, name: str) -> None:
         """Copy the directory of a node that is stopped, for put_back()."""
         shutil.rmtree(self.directory / "kept", ignore_errors=True)
-        ignored = shutil.ignore_patterns("ctl.sock")
+        ignored = shutil.ignore_patterns("*.sock")
         shutil.copytree(self.directory / name, self.directory / "kept", ignore=ignored)
 
     def put_back(self, name: str) -> None:

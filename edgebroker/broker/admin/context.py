@@ -17,8 +17,11 @@ from edgebroker.broker.observe.health import Health
 from edgebroker.broker.observe.lags import Lags
 from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.broker.topic_deletion import TopicDeletion
+from edgebroker.broker.trust.authority import Authority
+from edgebroker.broker.trust.node_trust import NodeTrust
 from edgebroker.common.config import NodeConfig
 from edgebroker.common.runtime.clock import Clock
+from edgebroker.network.http.peers import Peers
 from edgebroker.network.io.loop import Loop
 
 
@@ -27,6 +30,7 @@ class AdminContext(msgspec.Struct, frozen=True, kw_only=True):
 
     core: Core
     loop: Loop
+    peers: Peers
     clock: Clock
     node: NodeConfig
     sessions: Sessions
@@ -39,5 +43,7 @@ class AdminContext(msgspec.Struct, frozen=True, kw_only=True):
     lags: Lags
     topic_deletion: TopicDeletion
     holders: Holders
+    trust: NodeTrust
+    authority: Authority
     problems: Callable[[], dict[str, str]]
     started_at: float

@@ -83,6 +83,11 @@ class FleetAdmin:
         root."""
         question = call.body
         assert isinstance(question, Question)
+        if not self._tree.inbox.may_report(call.identity, question.report):
+            call.refuse(
+                Outcome.CONFLICT, "the certificate is not for the node that asks, nor for a hub above it", "IDENTITY"
+            )
+            return
         if self._tree.registrar is not None:
             call.answer(self._tree.registrar.assign(question.report))
             return

@@ -16,7 +16,7 @@ class PeerAdmin:
     """Owned by the loop thread. `node` in a path: the name, uid or address of a node that this one can reach."""
 
     def __init__(self, context: AdminContext) -> None:
-        self._loop, self._tree = context.loop, context.tree
+        self._peers, self._tree = context.peers, context.tree
 
     def topics(self, call: Call) -> None:
         self._ask(call, "/v1/pipe/topics", "/v1/topics")
@@ -46,4 +46,4 @@ class PeerAdmin:
             else:
                 call.answer(Response(status, answer, (), "application/json"))
 
-        HttpCall(self._loop, address, "POST", path, call.raw, told, silence=SILENCE_SECONDS, most_bytes=MOST_BYTES)
+        HttpCall(self._peers, address, "POST", path, call.raw, told, silence=SILENCE_SECONDS, most_bytes=MOST_BYTES)

@@ -39,6 +39,16 @@ from edgebroker.broker.fleet.view import Applied, NodePage, TreeSummary
 from edgebroker.broker.mirror.fencing import Fenced, FenceRequest
 from edgebroker.broker.mirror.repair import RepairRequest
 from edgebroker.broker.observe.health import Verdict
+from edgebroker.broker.trust.node_trust import TrustStatus
+from edgebroker.broker.trust.trust_admin import (
+    MAX_TOKENS_BYTES,
+    FleetRequest,
+    NewTokens,
+    TokenList,
+    TokenRequests,
+    TokenUse,
+    TrustAdmin,
+)
 from edgebroker.network.http.router import Nothing, Route
 from edgebroker.pipe.report import (
     MAX_ANSWER_BYTES,
@@ -50,6 +60,7 @@ from edgebroker.pipe.report import (
     Question,
 )
 from edgebroker.pipe.stream import Receipt
+from edgebroker.trust.messages import MAX_JOIN_BYTES, Certified, Chain, JoinRequest
 
 MAX_POLL_BYTES = 8 << 20
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -59,10 +70,10 @@ MAX_REPORTS_BYTES = 2 * MAX_BATCH_BYTES
 
 def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
     """The table of administration. Rights: `health` and `metrics` for monitoring, `view` for what changes nothing,
-    `alter` for topics and groups, `operate` for the node and the tree."""
+    `alter` for topics and groups, `operate` for the node and the tree, `admin` for the fleet."""
     operations = GroupOperations(context.core)
     node, topics, groups = NodeAdmin(context), TopicAdmin(context, operations), GroupAdmin(context, operations)
-    fleet, view, peers = FleetAdmin(context), context.tree.view, PeerAdmin(context)
+    fleet, view, peers, trust = FleetAdmin(context), context.tree.view, PeerAdmin(context), TrustAdmin(context.trust)
     settings = dict[str, Any]
     return [
         Route("GET", "/healthz", node.alive, Alive, "health"),
@@ -70,6 +81,12 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/metrics", exposition.answer, None, "metrics"),
         Route("GET", "/v1/node", node.node, NodeReport, "view"),
         Route("GET", "/v1/clients", groups.clients, ClientList, "view"),
+        Route("GET", "/v1/trust", trust.status, TrustStatus, "view"),
+        Route("POST", "/v1/trust/fleet", trust.create_fleet, Nothing, "admin", FleetRequest),
+        Route("POST", "/v1/trust/join", trust.join, Nothing, "admin", TokenUse),
+        Route("GET", "/v1/trust/tokens", trust.tokens, TokenList, "admin"),
+        Route("POST", "/v1/trust/tokens", trust.create_tokens, NewTokens, "admin", TokenRequests, MAX_TOKENS_BYTES),
+        Route("DELETE", "/v1/trust/tokens/{id}", trust.revoke_token, Nothing, "admin"),
         Route("GET", "/v1/backup", node.backup, Backup, "operate"),
         Route("POST", "/v1/repair", node.repair, Repaired, "operate", RepairRequest),
         Route("POST", "/v1/promote", node.promote, Nothing, "operate", PromoteRequest),
@@ -119,18 +136,21 @@ def pipe_routes(context: AdminContext) -> list[Route]:
     """The table of listen.pipe: what the nodes below, and those beside this one, ask of it."""
     node, topics, fleet = NodeAdmin(context), TopicAdmin(context, GroupOperations(context.core)), FleetAdmin(context)
     downstream, inbox = context.downstream, context.tree.inbox
+    authority = context.authority
     return [
         Route("GET", "/healthz", node.alive, Alive, "health"),
-        Route("POST", "/v1/pipe", downstream.answer, None, "node", body_limit=MAX_POLL_BYTES),
-        Route("POST", "/v1/pipe/durable", downstream.receipt, Nothing, "node", Receipt),
-        Route("POST", "/v1/pipe/range", context.ranges.answer, None, "node", RangeRequest),
-        Route("POST", "/v1/pipe/digest", context.digests.answer, DigestAnswer, "node", RangeRequest),
-        Route("POST", "/v1/pipe/topics", topics.list, TopicList, "node"),
-        Route("POST", "/v1/pipe/topics/{name}", topics.describe, TopicStatus, "node"),
-        Route("POST", "/v1/tree/reports", inbox.answer, Heard, "node", Batch, MAX_REPORTS_BYTES),
-        Route("POST", ANSWERS_PATH, context.tree.remote.answered, Nothing, "node", AdminAnswer, 2 * MAX_ANSWER_BYTES),
-        Route("POST", "/v1/registry", fleet.ask, ParentAssignment, "node", Question),
-        Route("POST", "/v1/registry/copy", fleet.copy, RegistryCopy, "node"),
-        Route("POST", "/v1/promoted", fleet.promoted, Nothing, "node", Promoted),
-        Route("POST", "/v1/fence", node.fence, Fenced, "node", FenceRequest, MAX_FENCE_BYTES),
+        Route("GET", "/v1/trust/root", authority.root, Chain, "join"),
+        Route("POST", "/v1/trust/join", authority.join, Certified, "join", JoinRequest, MAX_JOIN_BYTES),
+        Route("POST", "/v1/pipe", downstream.answer, None, "below", body_limit=MAX_POLL_BYTES),
+        Route("POST", "/v1/pipe/durable", downstream.receipt, Nothing, "below", Receipt),
+        Route("POST", "/v1/pipe/range", context.ranges.answer, None, "peer", RangeRequest),
+        Route("POST", "/v1/pipe/digest", context.digests.answer, DigestAnswer, "peer", RangeRequest),
+        Route("POST", "/v1/pipe/topics", topics.list, TopicList, "peer"),
+        Route("POST", "/v1/pipe/topics/{name}", topics.describe, TopicStatus, "peer"),
+        Route("POST", "/v1/tree/reports", inbox.answer, Heard, "below", Batch, MAX_REPORTS_BYTES),
+        Route("POST", ANSWERS_PATH, context.tree.remote.answered, Nothing, "below", AdminAnswer, 2 * MAX_ANSWER_BYTES),
+        Route("POST", "/v1/registry", fleet.ask, ParentAssignment, "below", Question),
+        Route("POST", "/v1/registry/copy", fleet.copy, RegistryCopy, "hub"),
+        Route("POST", "/v1/promoted", fleet.promoted, Nothing, "hub", Promoted),
+        Route("POST", "/v1/fence", node.fence, Fenced, "hub", FenceRequest, MAX_FENCE_BYTES),
     ]

@@ -68,6 +68,10 @@ STORE_SECONDS = 60.0
 MOST_PLACES, MOST_PINS = 250_000, 50_000
 
 
+SenderRules = Callable[[str, str, str], str]
+"""Why a peer with this identity may not speak as the node of this uid and level ("": any); "" when it may."""
+
+
 class Downstream:
     """Owned by the loop thread. `path` tells the uids of this node's own parents, the nearest first."""
 
@@ -109,6 +113,8 @@ class Downstream:
         # How many of both there are, at least; they are counted when that reaches its limit.
         self._place_count = self._pin_count = 0
         self._look_due = 0.0
+        # What nodes may say, by their certificates.
+        self.rules: SenderRules = lambda identity, uid, level: ""
         # Logs that a promoted node writes now: they are not served from here.
         self.fenced: Mapping[Log, str] = {}
         # Whether a publisher waits until children have a log, and who is told what they have durably.
@@ -206,6 +212,10 @@ class Downstream:
             why = f"this is a {mine} node; a {poll.level} node cannot be its child"
             call.refuse(Outcome.CONFLICT, why, PollRefusal.LEVEL)
             return True
+        false = self.rules(call.identity, poll.uid, poll.level)
+        if false:
+            call.refuse(Outcome.CONFLICT, false, PollRefusal.IDENTITY)
+            return True
         if poll.uid == self._node.uid or poll.uid in self._path():
             call.refuse(Outcome.CONFLICT, "cycle: this node is already an ancestor", PollRefusal.LEVEL)
             return True
@@ -282,7 +292,7 @@ class Downstream:
         """POST /v1/pipe/durable: what a connected child has durably."""
         told = call.body
         assert isinstance(told, Receipt)
-        child = self._uids.get(told.uid)
+        child = self._uids.get(told.uid) if not self.rules(call.identity, told.uid, "") else None
         for one in told.logs if child is not None else []:
             partition = self.engine.log(one.topic, one.partition)
             if partition is None or child is None or partition.identity.log_id != one.log_id:

@@ -42,6 +42,8 @@ class Inbox:
         self._scheduler, self._clock, self._metrics = scheduler, clock, metrics
         self.fleet, self._downstream, self._heard = fleet, downstream, heard
         self._urgent = urgent
+        # May a peer pass on what a node says of itself? By its certificate.
+        self.may_report: Callable[[str, Report], bool] = lambda identity, report: True
         # Where the registry is kept, no node is forgotten until an operator says so.
         self.forgets = True
         # The last batch of each child: its session and number; and when the child was last connected.
@@ -64,7 +66,9 @@ class Inbox:
             why = "this node does not know the previous batch; start a new session with number 0"
             call.refuse(Outcome.CONFLICT, why, NEW_SESSION)
             return
-        if call.peer != self._downstream.peer_of(batch.sender, now):
+        if call.peer != self._downstream.peer_of(batch.sender, now) or self._downstream.rules(
+            call.identity, batch.sender, ""
+        ):
             self._metrics.refused(NOT_A_CHILD)
             why = f"node {batch.sender} is not connected from {call.peer}; a report comes from a child, with its poll"
             call.refuse(Outcome.CONFLICT, why, NOT_A_CHILD)
@@ -74,6 +78,9 @@ class Inbox:
         for state in batch.nodes:
             known = len(self.fleet.members)
             try:
+                if not self.may_report(call.identity, json.decode(state.report, Report)):
+                    self._metrics.reports_refused += 1
+                    continue
                 member = self.fleet.take(state, batch.sender, now, connected=True)
             except TooManyNewError:
                 why = "more new nodes than are taken at a time; tell the rest in ten seconds, in a new session"

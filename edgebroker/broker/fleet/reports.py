@@ -24,7 +24,7 @@ from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import in_turns
 from edgebroker.common.types import DEAD_LETTERS
 from edgebroker.network.http.call import HttpCall
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.pipe.fleet import Fleet
 from edgebroker.pipe.report import (
     MAX_BATCH_BYTES,
@@ -92,7 +92,7 @@ class Reporter:
     def __init__(
         self,
         core: Core,
-        loop: Loop,
+        peers: Peers,
         clock: Clock,
         fleet: Fleet,
         identity: NodeIdentity,
@@ -100,7 +100,8 @@ class Reporter:
         parent: Callable[[], ParentLink | None],
     ) -> None:
         self._engine, self._groups, self._metrics = core.engine, core.groups, core.metrics
-        self._loop, self._clock, self._fleet, self._identity = loop, clock, fleet, identity
+        self._clock, self._fleet, self._identity = clock, fleet, identity
+        self._peers, self._loop = peers, peers.loop
         self._status, self._parent = status, parent
         self._report = Report(
             uid=identity.uid,
@@ -243,7 +244,7 @@ class Reporter:
         )
         body = msgspec.json.encode(goodbye)
         self._asking = HttpCall(
-            self._loop, above.address, "POST", "/v1/tree/reports", body, lambda *told: done(), limit=LEAVE_SECONDS
+            self._peers, above.address, "POST", "/v1/tree/reports", body, lambda *told: done(), limit=LEAVE_SECONDS
         )
 
     def _tick(self) -> None:
@@ -316,7 +317,7 @@ class Reporter:
                 self._number += 1
                 self._forget(answer)
 
-        self._asking = HttpCall(self._loop, above.address, "POST", "/v1/tree/reports", body, told, limit=LIMIT_SECONDS)
+        self._asking = HttpCall(self._peers, above.address, "POST", "/v1/tree/reports", body, told, limit=LIMIT_SECONDS)
 
     def _forget(self, answer: bytes) -> None:
         """Nodes that this one lost, and that are elsewhere by now."""

@@ -23,7 +23,7 @@ from edgebroker.common import json
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.runtime.threads import Worker
 from edgebroker.network.http.call import HttpCall
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.pipe.report import Report, StandbyDirective
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 
@@ -102,9 +102,10 @@ class Standby:
     called when another copy was stored."""
 
     def __init__(
-        self, directory: Path, loop: Loop, parent: Callable[[], tuple[str, str]], kept: Callable[[], None]
+        self, directory: Path, peers: Peers, parent: Callable[[], tuple[str, str]], kept: Callable[[], None]
     ) -> None:
-        self.path, self._loop, self._parent, self._kept = directory / FILE_NAME, loop, parent, kept
+        self.path, self._parent, self._kept = directory / FILE_NAME, parent, kept
+        self._peers, self._loop = peers, peers.loop
         self.digest = 0
         self._call: HttpCall | None = None
         self._worker: Worker | None = None
@@ -144,7 +145,7 @@ class Standby:
             else:
                 self._store(copy)
 
-        self._call = HttpCall(self._loop, address, "POST", COPY_PATH, b"", told, most_bytes=MOST_COPY_BYTES)
+        self._call = HttpCall(self._peers, address, "POST", COPY_PATH, b"", told, most_bytes=MOST_COPY_BYTES)
 
     def _store(self, copy: RegistryCopy) -> None:
         if self._worker is None:
@@ -177,10 +178,11 @@ class Succession:
     """Tells the hubs that followed a lost node where its successor is, until they follow that. Owned by the loop
     thread; `follows` says whether a hub is a child now."""
 
-    def __init__(self, loop: Loop, address: str, hubs: dict[str, str], follows: Callable[[str], bool]) -> None:
-        self._loop, self._follows, self._left = loop, follows, dict(list(hubs.items())[:MOST_TOLD])
+    def __init__(self, peers: Peers, address: str, hubs: dict[str, str], follows: Callable[[str], bool]) -> None:
+        self._follows, self._left = follows, dict(list(hubs.items())[:MOST_TOLD])
+        self._peers, self._loop = peers, peers.loop
         self._body = msgspec.json.encode(Promoted(address=address))
-        self._until = loop.now() + TELL_FOR_SECONDS
+        self._until = self._loop.now() + TELL_FOR_SECONDS
         self._stopped = False
         self._tell()
 
@@ -192,5 +194,5 @@ class Succession:
         if self._stopped or not self._left or self._loop.now() >= self._until:
             return
         for address in self._left.values():
-            HttpCall(self._loop, address, "POST", "/v1/promoted", self._body, lambda *told: None)
+            HttpCall(self._peers, address, "POST", "/v1/promoted", self._body, lambda *told: None)
         self._loop.call_later(TELL_SECONDS, self._tell)

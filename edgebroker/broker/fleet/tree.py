@@ -27,8 +27,8 @@ from edgebroker.common.config import Config, is_address, parse_labels, split_lis
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.http.call import HttpCall, OnResponse
+from edgebroker.network.http.peers import Peers
 from edgebroker.network.io.listener import host_of
-from edgebroker.network.io.loop import Loop
 from edgebroker.pipe.fleet import Fleet, FleetMember, find
 from edgebroker.pipe.report import AdminCall, Directive, Report, ResyncDirective, StandbyDirective, digest_of_logs
 
@@ -48,7 +48,7 @@ class Tree:
     def __init__(
         self,
         core: Core,
-        loop: Loop,
+        peers: Peers,
         clock: Clock,
         config: Config,
         downstream: Downstream,
@@ -59,7 +59,8 @@ class Tree:
     ) -> None:
         engine = core.engine
         self._config, self._problems, self._listening = config, problems, listening
-        self._loop, self._mirroring, self._uid = loop, mirroring, engine.node_uid
+        self._peers, self._mirroring, self._uid = peers, mirroring, engine.node_uid
+        loop = self._loop = peers.loop
         self._engine, self._started_at = engine, loop.now()
         self.fleet = Fleet(engine.node_uid)
         identity = NodeIdentity(
@@ -69,12 +70,12 @@ class Tree:
             parse_labels(config.node.labels),
             bool(config.pipe.registry),
         )
-        self._reporter = Reporter(core, loop, clock, self.fleet, identity, self._status, self._parent_link)
+        self._reporter = Reporter(core, peers, clock, self.fleet, identity, self._status, self._parent_link)
         self.inbox = Inbox(loop, clock, core.metrics, self.fleet, downstream, self._heard, self._reporter.look_soon)
         self.pending = PendingDirectives(Path(config.node.data_dir), loop, self.fleet, self.inbox.direct)
         self.remote = RemoteCalls(engine.node_uid, loop, self.fleet, self.inbox.direct, self.ask_above)
         self._clock, self._downstream = clock, downstream
-        self.standby = Standby(Path(config.node.data_dir), loop, self._parent_place, self._reporter.look_soon)
+        self.standby = Standby(Path(config.node.data_dir), peers, self._parent_place, self._reporter.look_soon)
         self.registrar: Registrar | None = None
         self._succession: Succession | None = None
         if config.registry.enabled:
@@ -112,7 +113,7 @@ class Tree:
             return None
         return Discovery(
             self._mirroring.engine,
-            self._loop,
+            self._peers,
             upstream.candidates,
             split_list(pipe.parents),
             split_list(pipe.registry),
@@ -146,7 +147,7 @@ class Tree:
             log.warning("the registry of node %s is kept here from now on", copy.root)
         followers = {hub.uid: hub.address for hub in copy.hubs if hub.parent == copy.root and hub.uid != self._uid}
         self._succession = Succession(
-            self._loop, self._address(), followers, lambda uid: self._downstream.child(uid) is not None
+            self._peers, self._address(), followers, lambda uid: self._downstream.child(uid) is not None
         )
 
     def let_go(self) -> None:
@@ -236,7 +237,7 @@ class Tree:
         address = self._mirroring.parent_address
         if not address:
             return False
-        HttpCall(self._loop, address, "POST", path, body, done)
+        HttpCall(self._peers, address, "POST", path, body, done)
         return True
 
     def _heard(self, member: FleetMember) -> None:

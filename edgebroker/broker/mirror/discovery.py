@@ -14,7 +14,7 @@ import msgspec
 
 from edgebroker.common import json
 from edgebroker.network.http.call import HttpCall
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.report import ParentAssignment, Question, Report, digest
 from edgebroker.storage.engine import MirrorEngine
@@ -34,7 +34,7 @@ class Discovery:
     def __init__(
         self,
         engine: MirrorEngine,
-        loop: Loop,
+        peers: Peers,
         candidates: Candidates,
         static: list[str],
         seeds: list[str],
@@ -42,7 +42,8 @@ class Discovery:
         moved: Callable[[str], None],
         report: Callable[[], Report],
     ) -> None:
-        self._engine, self._loop, self._candidates = engine, loop, candidates
+        self._engine, self._candidates = engine, candidates
+        self._peers, self._loop = peers, peers.loop
         self._static, self._seeds = static, seeds
         self._connected, self._moved, self._report = connected, moved, report
         self._told: list[str] = []
@@ -109,7 +110,7 @@ class Discovery:
             else:  # the hubs above are perhaps just being started
                 self._ask_due = self._loop.now() + self._pause()
 
-        HttpCall(self._loop, seed, "POST", "/v1/registry", msgspec.json.encode(Question(report=self._report())), told)
+        HttpCall(self._peers, seed, "POST", "/v1/registry", msgspec.json.encode(Question(report=self._report())), told)
 
     def _pause(self) -> float:
         return min(ASK_AGAIN_SECONDS, FIRST_PAUSE_SECONDS * GROWTH ** min(self._asked - 1, 20))

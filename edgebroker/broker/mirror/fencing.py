@@ -21,7 +21,7 @@ from edgebroker.broker.core import Core
 from edgebroker.broker.ports import NodeInfo
 from edgebroker.common import json
 from edgebroker.network.http.call import HttpCall
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.storage.engine import Log, MirrorEngine
 
 log = logging.getLogger(__name__)
@@ -63,12 +63,13 @@ class Fencing:
         self,
         core: Core,
         engine: MirrorEngine,
-        loop: Loop,
+        peers: Peers,
         node: Callable[[], NodeInfo],
         former: Iterable[str],
         judge_again: Callable[[Log], None],
     ) -> None:
-        self._engine, self._loop, self._node, self._judge_again = engine, loop, node, judge_again
+        self._engine, self._node, self._judge_again = engine, node, judge_again
+        self._peers, self._loop = peers, peers.loop
         self._publishing = core.publishing
         self._former = list(former)
         self._others: dict[str, Fenced] = {}
@@ -138,7 +139,7 @@ class Fencing:
             else:
                 self._others.pop(address, None)
 
-        HttpCall(self._loop, address, "POST", "/v1/fence", msgspec.json.encode(requests[0]), told)
+        HttpCall(self._peers, address, "POST", "/v1/fence", msgspec.json.encode(requests[0]), told)
 
     # ---- the old origin ----
 

@@ -16,10 +16,11 @@ from edgebroker.broker.mirror.upstream import Upstream
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.ports import NodeInfo
 from edgebroker.common.outcome import Done, Outcome
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.storage.engine import Log, MirrorEngine
 from edgebroker.storage.types import DurableChunk
+from edgebroker.trust.node_name import OWN_DIGITS
 
 CLOSE_SECONDS = 5.0
 
@@ -27,6 +28,7 @@ CLOSE_SECONDS = 5.0
 class CopySettings(NamedTuple):
     """What the copy has from its node."""
 
+    uid: str
     name: str
     level: str
     bytes_per_second: int
@@ -36,14 +38,16 @@ class FreshCopy:
     """Owned by the loop thread; it is the listener of its store."""
 
     def __init__(
-        self, store: MirrorEngine, topic: str, parents: Sequence[str], settings: CopySettings, loop: Loop
+        self, store: MirrorEngine, topic: str, parents: Sequence[str], settings: CopySettings, peers: Peers
     ) -> None:
-        self.topic, self._loop, self._store = topic, loop, store
+        self.topic, self._loop, self._store = topic, peers.loop, store
         self._store.open(self)
-        node = NodeInfo(self._store.node_uid, f"{settings.name} (resync)"[:255], settings.level)
+        # Another node than its own, for the parent to keep what it lacks; but one of its family (trust/node_name.py).
+        uid = self._store.node_uid[:OWN_DIGITS] + settings.uid[OWN_DIGITS:]
+        node = NodeInfo(uid, f"{settings.name} (resync)"[:255], settings.level)
         self._upstream = Upstream(
             self._store,
-            loop,
+            peers,
             Metrics(),
             node,
             Candidates(parents, random.uniform),

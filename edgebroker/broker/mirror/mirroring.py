@@ -22,7 +22,7 @@ from edgebroker.broker.ports import NodeInfo
 from edgebroker.common.config import Config, split_list
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.pipe.candidates import Candidates
 from edgebroker.pipe.report import Directive
 from edgebroker.storage.engine import Log
@@ -43,14 +43,14 @@ class Mirroring:
     def __init__(
         self,
         core: Core,
-        loop: Loop,
+        peers: Peers,
         clock: Clock,
         config: Config,
         downstream: Downstream,
         delete: DeleteTopic,
         directed: Callable[[list[Directive]], None],
     ) -> None:
-        self._core, self._loop, self._config, self._downstream = core, loop, config, downstream
+        self._core, self._loop, self._config, self._downstream = core, peers.loop, config, downstream
         self.engine = core.engine.mirrors
         self.upstream: Upstream | None = None
         self.resyncs: Resyncs | None = None
@@ -72,7 +72,7 @@ class Mirroring:
             rebase = core.rebase
             self.upstream = Upstream(
                 self.engine,
-                loop,
+                peers,
                 core.metrics,
                 self.node(),
                 Candidates(split_list(config.pipe.parents), random.uniform),
@@ -83,11 +83,11 @@ class Mirroring:
                 directed,
             )
         core.publishing.name_of = self._name_of
-        self.resyncs = Resyncs(core, self.engine, loop, clock, self._copy_settings(), lambda: self.upstream)
+        self.resyncs = Resyncs(core, self.engine, peers, clock, self._copy_settings(), lambda: self.upstream)
         former = [*split_list(config.pipe.parents), *split_list(config.pipe.registry)]
-        self.fencing = Fencing(core, self.engine, loop, self.node, former, downstream.judge_again)
+        self.fencing = Fencing(core, self.engine, peers, self.node, former, downstream.judge_again)
         downstream.fenced = core.publishing.fenced
-        self.repairs = Repairs(core, self.engine, loop, lambda: self.parent_address)
+        self.repairs = Repairs(core, self.engine, peers, lambda: self.parent_address)
 
     # ---- life ----
 
@@ -111,6 +111,17 @@ class Mirroring:
         if self.upstream is not None:
             self.upstream.stop()
 
+    def on_identity(self) -> None:
+        """This node has a certificate, or another one: a parent that was reached without is reached again."""
+        if self.upstream is not None and not self.upstream.identity:
+            self.upstream.again("this node belongs to a fleet now")
+
+    def known_addresses(self) -> list[str]:
+        """Where nodes above may be, each address once."""
+        pipe, candidates = self._config.pipe, self.upstream.candidates.addresses if self.upstream is not None else []
+        told = self.engine.topology if self.engine is not None else []
+        return list(dict.fromkeys([*split_list(pipe.parents), *split_list(pipe.registry), *candidates, *told]))
+
     @property
     def idle(self) -> bool:
         """No copy of a topic is open."""
@@ -126,7 +137,7 @@ class Mirroring:
 
     def _copy_settings(self) -> CopySettings:
         node, pipe = self._config.node, self._config.pipe
-        return CopySettings(node.name, node.level, pipe.bytes_per_second)
+        return CopySettings(self._core.engine.node_uid, node.name, node.level, pipe.bytes_per_second)
 
     # ---- what others ask ----
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from edgebroker.common.types import TopicPartition
-from edgebroker.network.http.client import HttpClient
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.pipe.stream import MAX_CONFIRMED, DurableLog, Receipt
 from edgebroker.storage.engine import Log, MirrorEngine
 
@@ -22,9 +21,9 @@ RETRY_SECONDS = 0.5
 class Receipts:
     """Owned by the loop thread."""
 
-    def __init__(self, engine: MirrorEngine, loop: Loop, uid: str) -> None:
-        self._engine, self._loop, self._uid = engine, loop, uid
-        self._client = HttpClient(loop, self, RECEIVE_BYTES)
+    def __init__(self, engine: MirrorEngine, peers: Peers, uid: str) -> None:
+        self._engine, self._loop, self._uid = engine, peers.loop, uid
+        self._client = peers.client(self, RECEIVE_BYTES)
         self._address = ""
         # What the parent waits for, by log; what is durable of that, to be said next; and what is being said.
         self._wanted: dict[TopicPartition, int] = {}

@@ -20,7 +20,7 @@ from edgebroker.common.batch import EXPLANATION, STORED_BATCH_BYTES, Reason
 from edgebroker.common.outcome import Done as OutcomeOf
 from edgebroker.common.outcome import Outcome
 from edgebroker.network.http.call import HttpCall, OnResponse
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.storage.engine import Log, MirrorEngine
 from edgebroker.storage.log import segscan
 from edgebroker.storage.types import Change, begin_history
@@ -48,8 +48,9 @@ Done = Callable[[dict[str, int], str], None]
 class Repairs:
     """Owned by the loop thread. `parent` tells where this node's parent is, "" while it has none."""
 
-    def __init__(self, core: Core, engine: MirrorEngine, loop: Loop, parent: Callable[[], str]) -> None:
-        self._engine, self._loop, self._metrics, self._parent = engine, loop, core.metrics, parent
+    def __init__(self, core: Core, engine: MirrorEngine, peers: Peers, parent: Callable[[], str]) -> None:
+        self._engine, self._metrics, self._parent = engine, core.metrics, parent
+        self._peers, self._loop = peers, peers.loop
         self._publishing = core.publishing
         self._busy: HttpCall | None = None
         # Logs for which the parent was of no help, and when it is asked again.
@@ -173,7 +174,7 @@ class Repairs:
 
     def _ask(self, source: str, wanted: RangeRequest, told: OnResponse) -> HttpCall:
         return HttpCall(
-            self._loop,
+            self._peers,
             source,
             "POST",
             "/v1/pipe/range",

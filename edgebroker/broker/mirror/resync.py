@@ -25,7 +25,7 @@ from edgebroker.common.runtime.clock import Clock, second_of_day
 from edgebroker.common.runtime.gather import gather
 from edgebroker.common.runtime.hours import parse_hours
 from edgebroker.network.http.call import HttpCall
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 from edgebroker.pipe.report import ResyncDirective, ResyncReport
 from edgebroker.storage.engine import Log, MirrorEngine, TopicReplacements
 from edgebroker.storage.types import ResyncPhase, ResyncRow
@@ -61,12 +61,13 @@ class Resyncs:
         self,
         core: Core,
         engine: MirrorEngine,
-        loop: Loop,
+        peers: Peers,
         clock: Clock,
         settings: CopySettings,
         upstream: Callable[[], Upstream | None],
     ) -> None:
-        self._engine, self._loop, self._clock, self._metrics = engine, loop, clock, core.metrics
+        self._engine, self._clock, self._metrics = engine, clock, core.metrics
+        self._peers, self._loop = peers, peers.loop
         self._groups, self._refreshes, self._rebase = core.groups, core.refreshes, core.rebase
         self.settings, self._upstream = settings, upstream
         self._rows: dict[str, ResyncRow] = {}
@@ -280,7 +281,7 @@ class Resyncs:
                 return
             self._begin(self._rows[row.id], upstream, there)
 
-        HttpCall(self._loop, upstream.address, "POST", f"/v1/pipe/topics/{row.topic}", b"", told)
+        HttpCall(self._peers, upstream.address, "POST", f"/v1/pipe/topics/{row.topic}", b"", told)
 
     def _begin(self, row: ResyncRow, upstream: Upstream, parts: list[ParentLog]) -> None:
         logs = self._engine.partitions(row.topic)
@@ -357,7 +358,7 @@ class Resyncs:
                 self._says[row.id] = ("loading", error)
                 return
             try:
-                copy = FreshCopy(store, row.topic, upstream.candidates.addresses, self.settings, self._loop)
+                copy = FreshCopy(store, row.topic, upstream.candidates.addresses, self.settings, self._peers)
             except (OSError, EdgeBrokerError) as failure:
                 self._end(self._rows[row.id], "failed", f"the copy cannot be opened: {failure}")
                 return

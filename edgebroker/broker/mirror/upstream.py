@@ -25,9 +25,10 @@ from edgebroker.common.crc32c import crc32c
 from edgebroker.common.outcome import Done
 from edgebroker.common.types import TopicPartition
 from edgebroker.network.http.call import HttpCall
-from edgebroker.network.http.client import RECEIVE_BYTES, HttpClient
+from edgebroker.network.http.client import RECEIVE_BYTES
+from edgebroker.network.http.peers import Peers
 from edgebroker.network.http.server import BYTES_TYPE
-from edgebroker.network.io.loop import Loop, TimerHandle
+from edgebroker.network.io.loop import TimerHandle
 from edgebroker.pipe.candidates import LONGEST_PAUSE, Candidates
 from edgebroker.pipe.follower import (
     AppendResult,
@@ -86,7 +87,7 @@ class Upstream:
     def __init__(
         self,
         engine: MirrorEngine,
-        loop: Loop,
+        peers: Peers,
         metrics: Metrics,
         node: NodeInfo,
         candidates: Candidates,
@@ -98,13 +99,14 @@ class Upstream:
         *,
         pin: bool = False,
     ) -> None:
-        self._engine, self._loop, self._metrics, self._node = engine, loop, metrics, node
+        self._engine, self._metrics, self._node = engine, metrics, node
+        self._peers, self._loop = peers, peers.loop
         self.candidates, self._cap, self._directed = candidates, bytes_per_second, directed
         self._follower = Follower(node.uid, node.name, node.level, patterns, self, hours, pin=pin)
         receive_bytes = max(4 << 10, min(RECEIVE_BYTES, bytes_per_second or RECEIVE_BYTES))
-        self._client = HttpClient(loop, self, receive_bytes)
-        self._receipts = Receipts(engine, loop, node.uid)
-        self._mirrors = Mirrors(engine, loop, metrics, node.uid, self._follower, self, hooks)
+        self._client = peers.client(self, receive_bytes)
+        self._receipts = Receipts(engine, peers, node.uid)
+        self._mirrors = Mirrors(engine, peers.loop, metrics, node.uid, self._follower, self, hooks)
         self._timer: TimerHandle | None = None
         self._status = 0
         self._retry_after = 0.0
@@ -168,7 +170,7 @@ class Upstream:
             self._look_around()
         for address in self.candidates.to_probe(now):
             HttpCall(
-                self._loop,
+                self._peers,
                 address,
                 "GET",
                 "/healthz",
@@ -199,7 +201,7 @@ class Upstream:
 
         for address in others:
             HttpCall(
-                self._loop,
+                self._peers,
                 address,
                 "POST",
                 f"/v1/pipe/topics/{line.key.topic}",
@@ -391,8 +393,17 @@ class Upstream:
             else:
                 self._mirrors.do(event)
 
+    @property
+    def identity(self) -> str:
+        """Who the parent is, by its certificate; "" without one, or a connection."""
+        return self._client.identity
+
     def _greeted(self, event: HelloReceived) -> None:
         hello = event.hello
+        false = self._peers.parent_refusal(self._client.identity, hello.uid)
+        if false:
+            self._client.close(false)
+            return
         if not self.connected:
             self.connections += 1
             log.info("the parent is %s (%s) at %s", hello.name, hello.level, self.candidates.current)

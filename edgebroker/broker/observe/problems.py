@@ -4,6 +4,8 @@ docs/operations.md says the same at more length; a test holds the two together.
 """
 
 ADVICE = {
+    "certificate": "it is renewed by itself as soon as the root can be asked",
+    "clock": "set the clock; until then certificates are not judged by their age",
     "damaged": "it is fetched again from the parent by itself; at an origin: edgebroker repair --from NODE; to go on "
     "without the records: edgebroker topic alter TOPIC --on-damage skip",
     "descriptors": "raise the limit of open files (LimitNOFILE in the unit, ulimit -n); nothing is lost, and writing "
@@ -33,6 +35,7 @@ ADVICE = {
     "write it from the whole content: edgebroker publish TOPIC --snapshot --csv FILE --key-column COLUMN",
     "superseded": "start this node below the promoted one: node.level below it, pipe.parents = its address; what only "
     "this node has is kept aside then",
+    "trust": "give it a token of the root of the fleet: edgebroker join TOKEN",
     "two_origins": "it takes no more records for these topics; start it below this node, or undo the promotion: "
     "edgebroker promote --undo here",
     "unserved_topics": "check the disk and the rights of the topic's directory, then restart the node",

@@ -78,7 +78,7 @@ def _one_broker(directory: Path, rate: int) -> dict[str, object]:
 
 
 def _tree(directory: Path, rate: int) -> dict[str, object]:
-    print("starting a tree of five brokers: " + " - ".join(LEVELS), file=sys.stderr)
+    print("starting a tree of five brokers, with TLS between them: " + " - ".join(LEVELS), file=sys.stderr)
     with DemoTree(directory) as tree:
         result = RetailRun(tree.root, tree.local, rate, tree.disturb, ready=tree.wait_for_topic).run()
         result["same_bytes"] = tree.wait_until_same("sales", PARTITIONS)

@@ -1,8 +1,9 @@
 """The tree of the demonstration: five brokers as five processes, and the faults between them.
 
-ROOT - L2 - L3 - POS - LOCAL; the registry at ROOT assigns the parents. The connection between L3 and POS is cut, L3 and
-POS are killed, and a byte of a sealed segment at POS is flipped; then all is restored. In the end the logs of all
-nodes, read from the disk, must be identical, and ROOT must know that LOCAL has applied everything.
+ROOT - L2 - L3 - POS - LOCAL; they join a fleet with a token each and speak TLS, and the registry at ROOT assigns the
+parents. The connection between L3 and POS is cut, L3 and POS are killed, and a byte of a sealed segment at POS is
+flipped; then all is restored. In the end the logs of all nodes, read from the disk, must be identical, and ROOT must
+know that LOCAL has applied everything.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from edgebroker.common.runtime.clock import SystemClock, sleep
 from edgebroker.common.runtime.threads import start_thread
 
 LEVELS = {"root": "", "l2": "eu", "l3": "eu/north", "pos": "eu/north/store-1", "local": "eu/north/store-1"}
+FLEET = "demo"
 CUT_SECONDS = 1.5
 DEADLINE_SECONDS = 60.0
 SETTINGS = {
@@ -87,6 +89,10 @@ class CuttableProxy:
         self._listener.close()
 
 
+def _joined(node: BrokerProcess) -> bool:
+    return bool(call(node.admin, "GET", "/v1/trust")["node"])
+
+
 def _shut(sock: socket.socket) -> None:
     try:
         sock.shutdown(socket.SHUT_RDWR)
@@ -120,15 +126,17 @@ class DemoTree:
                 settings = {**SETTINGS, "EDGEBROKER_NODE_LEVEL": level, "EDGEBROKER_NODE_NAME": level}
                 settings["EDGEBROKER_NODE_REGION"] = region
                 if level == "root":
-                    settings["EDGEBROKER_REGISTRY_ENABLED"] = "true"
+                    settings["EDGEBROKER_REGISTRY_ENABLED"], settings["EDGEBROKER_TRUST_FLEET"] = "true", FLEET
                 else:
                     settings["EDGEBROKER_PIPE_REGISTRY"] = self._nodes[above].pipe
+                    settings["EDGEBROKER_TRUST_TOKEN_FILE"] = str(self._token_file(level))
                 if level == "l3":
                     settings["EDGEBROKER_PIPE_ADDRESS"] = self._proxy.address
                 node = self._nodes[level] = BrokerProcess(self._directory / level, settings=settings)
                 node.start()
                 if level == "l3":
                     self._proxy.target = node.pipe
+                self._wait_until(partial(_joined, node))
                 if above:
                     self._wait_for_parent(level, above)
                 above = level
@@ -136,6 +144,13 @@ class DemoTree:
             self._kill()
             raise
         return self
+
+    def _token_file(self, level: str) -> Path:
+        """A file with a token for one machine of a level."""
+        wanted = {"tokens": [{"levels": [level], "region": LEVELS[level]}]}
+        path = self._directory / f"{level}.token"
+        path.write_text(call(self.root.admin, "POST", "/v1/trust/tokens", wanted)["tokens"][0])
+        return path
 
     def _wait_for_parent(self, level: str, above: str) -> None:
         """Wait until a node has its parent and the registry knows it, so that it can become a parent itself."""

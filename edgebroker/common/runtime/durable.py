@@ -34,6 +34,19 @@ def write_hint(path: Path, data: bytes) -> None:
     _replace(path, data, durable=False)
 
 
+def destroy(path: Path) -> None:
+    """Overwrite a small file, and remove it. What a device keeps of old blocks is beyond a program."""
+    try:
+        size = path.stat().st_size
+        with path.open("r+b") as file:
+            file.write(bytes(size))
+            file.flush()
+            os.fsync(file.fileno())
+        path.unlink()
+    except FileNotFoundError:
+        pass
+
+
 def _replace(path: Path, data: bytes, *, durable: bool, mode: int | None = None, group: int = -1) -> None:
     """Write a temporary file, and put it in the place of the old one once it is whole (and synced)."""
     temporary = path.with_name(path.name + ".tmp")

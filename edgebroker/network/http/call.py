@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from edgebroker.network.http.client import HttpClient
-from edgebroker.network.io.loop import Loop
+from edgebroker.network.http.peers import Peers
 
 SILENCE_SECONDS, LIMIT_SECONDS = 15.0, 60.0
 MOST_ERROR_BYTES = 2000
@@ -21,7 +20,7 @@ class HttpCall:
 
     def __init__(
         self,
-        loop: Loop,
+        peers: Peers,
         address: str,
         method: str,
         path: str,
@@ -32,14 +31,15 @@ class HttpCall:
         silence: float = SILENCE_SECONDS,
         limit: float = LIMIT_SECONDS,
     ) -> None:
-        self._loop, self._method, self._path, self._body = loop, method, path, body
+        loop = self._loop = peers.loop
+        self._method, self._path, self._body = method, path, body
         self._told: OnResponse | None = told
         self._most_bytes, self._silence_seconds = most_bytes, silence
         self._data = bytearray()
         self._status = self._through = 0
         self._silence = loop.call_later(silence, self._silent)
         self._limit = loop.call_later(limit, self._late)
-        self._client = HttpClient(loop, self, RECEIVE_BYTES)
+        self._client = peers.client(self, RECEIVE_BYTES)
         self._client.open(address)
 
     # ---- the client's owner ----

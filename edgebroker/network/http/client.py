@@ -18,18 +18,21 @@ import httptools
 from edgebroker.common.config import is_address
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.runtime.threads import Worker
-from edgebroker.network.io.channel import tuned
+from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import WRITE, Loop, TimerHandle
 from edgebroker.network.io.transport import Transport
 from edgebroker.network.wire.connection import ReceiveBuffer
 
 CONNECT_SECONDS = 10.0
 ANSWER_SECONDS = 30.0
-# Longer than a parent with nothing to say is silent: a healthy line costs no probes.
-KEEPALIVE_SECONDS = 50
 RECEIVE_BYTES = 1 << 20
 MAX_LINE_BYTES, MAX_HEAD_BYTES = 200, 16 << 10
 _SIZE = re.compile(rb"([0-9a-fA-F]{1,15})(?:[ \t]*;.*)?\Z")
+
+
+Begin = Callable[[socket.socket, str, Callable[[Channel | None, str], None]], Callable[[str], None] | None]
+"""Makes the channel of a connection to a host (an IP address): calls back with it, or with why there is none. Returns
+what gives it up meanwhile; None when it is done."""
 
 
 class HttpOwner(Protocol):
@@ -127,16 +130,18 @@ class ChunkReader:
 class HttpClient:
     """Owned by the loop thread."""
 
-    def __init__(self, loop: Loop, owner: HttpOwner, receive_bytes: int = RECEIVE_BYTES) -> None:
+    def __init__(self, loop: Loop, owner: HttpOwner, receive_bytes: int, begin: Begin) -> None:
         self._loop, self._owner = loop, owner
-        self._receive_bytes = receive_bytes
+        self._receive_bytes, self._begin = receive_bytes, begin
         self._resolver: Worker | None = None
         self._connecting: socket.socket | None = None
+        # Gives up a connection that stands, and whose channel is being made.
+        self._give_up: Callable[[str], None] | None = None
         self._transport: Transport | None = None
         self._head, self._left = bytearray(), 0
         self._chunks: ChunkReader | None = None
         self._timer: TimerHandle | None = None
-        self._address = ""
+        self._address = self._host = ""
         self._addresses: list[str] = []
         # Of the last answer; and whether there was one on this connection.
         self.content_type = ""
@@ -149,6 +154,11 @@ class HttpClient:
     def transport(self) -> Transport | None:
         """The connection, once there is one."""
         return self._transport
+
+    @property
+    def identity(self) -> str:
+        """Who the peer is, by its certificate; "" without one, or a connection."""
+        return self._transport.identity if self._transport is not None else ""
 
     def open(self, address: str) -> None:
         """Connect to HOST:PORT; on_connected() or on_lost() follows."""
@@ -198,7 +208,7 @@ class HttpClient:
         self._timer = self._loop.call_later(
             CONNECT_SECONDS, lambda: self._not_connected("no answer to the attempt to connect", port)
         )
-        host = self._addresses.pop(0)
+        host = self._host = self._addresses.pop(0)
         sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
         sock.setblocking(False)
         self._connecting = sock
@@ -219,7 +229,11 @@ class HttpClient:
             self._fail(reason)
 
     def _abandon(self) -> None:
-        """Give up the socket that is being connected, if there is one."""
+        """Give up the connection that is being made, if there is one."""
+        if self._give_up is not None:
+            give_up, self._give_up = self._give_up, None
+            self._attempt += 1  # what it says then is not for anybody
+            give_up("given up")
         if self._connecting is not None:
             sock, self._connecting = self._connecting, None
             try:
@@ -242,9 +256,27 @@ class HttpClient:
             return
         self._loop.unregister(sock.fileno())
         self._connecting = None
+        attempt = self._attempt
+
+        def ready(channel: Channel | None, why: str) -> None:
+            if attempt != self._attempt:
+                if channel is not None:
+                    channel.close()
+                return
+            self._give_up = None
+            if channel is None:
+                self._not_connected(why, port)
+            else:
+                self._begun(channel)
+
+        give_up = self._begin(sock, self._host, ready)
+        if self._transport is None and attempt == self._attempt:
+            self._give_up = give_up
+
+    def _begun(self, channel: Channel) -> None:
         self._cancel()
         # The buffer goes with the connection: this object and its owner are a circle, which the collector finds late.
-        channel, buffer = tuned(sock, KEEPALIVE_SECONDS), ReceiveBuffer(self._receive_bytes)
+        buffer = ReceiveBuffer(self._receive_bytes)
         self._transport = Transport(self._loop, channel, buffer, self, self._address)
         self._answered = False
         self._owner.on_connected()

@@ -17,13 +17,14 @@ from urllib.parse import parse_qs, unquote
 import msgspec
 
 from edgebroker.common import json
+from edgebroker.common.errors import Code
 from edgebroker.common.outcome import Outcome
 from edgebroker.network.http.page import any_page, foreign_name, foreign_page
 from edgebroker.network.http.server import MAX_BODY_BYTES, Failed, Reply, Request, Response, Streamed
 
 # What nodes below and monitoring ask for, who find a node by names of theirs. No GET of these may tell what a page must
 # not know.
-BY_ANY_NAME = ("health", "metrics", "node")
+BY_ANY_NAME = ("health", "metrics", "join", "below", "hub", "peer")
 
 Headers = tuple[tuple[str, str], ...]
 Query = dict[str, list[str]]
@@ -34,15 +35,28 @@ class Nothing(msgspec.Struct):
 
 
 class Call:
-    """One request, decoded; answered once. `parameters` are the named parts of the path; `peer`: where it came from."""
+    """One request, decoded; answered once. `parameters` are the named parts of the path; `peer`: where it came from;
+    `identity`: who that is, as far as the connection says."""
 
-    __slots__ = ("_reply", "body", "last_event_id", "method", "parameters", "path", "peer", "query", "raw", "target")
+    __slots__ = (
+        "_reply",
+        "body",
+        "identity",
+        "last_event_id",
+        "method",
+        "parameters",
+        "path",
+        "peer",
+        "query",
+        "raw",
+        "target",
+    )
 
     def __init__(self, request: Request, parameters: dict[str, str], body: Any, reply: Reply) -> None:
         self.method, self.target = request.method, request.target
         self.path, _, query = request.target.partition("?")
         self.parameters, self.body, self.raw, self._reply = parameters, body, request.body, reply
-        self.peer, self.last_event_id = request.peer, request.last_event_id
+        self.peer, self.identity, self.last_event_id = request.peer, request.identity, request.last_event_id
         self.query: Query = parse_qs(query) if query else {}
 
     def answer(self, body: object, status: int = 200) -> None:
@@ -97,13 +111,13 @@ class _Place:
 
 
 class Router:
-    """`allowed` says whether a request has a right; `names` are those by which this node may be called, beside its
-    addresses (in lower case)."""
+    """`refusal` says why a request does not have a right, "" when it has; `names` are those by which this node may be
+    called, beside its addresses (in lower case)."""
 
     def __init__(
-        self, routes: Sequence[Route], allowed: Callable[[Request, str], bool], names: Set[str] = frozenset()
+        self, routes: Sequence[Route], refusal: Callable[[Request, str], str], names: Set[str] = frozenset()
     ) -> None:
-        self._allowed, self._names = allowed, names
+        self._refusal, self._names = refusal, names
         # By how many parts they have; -1: the others.
         self._places: dict[int, list[_Place]] = {}
         for route in routes:
@@ -140,8 +154,9 @@ class Router:
         if foreign:
             _refuse(reply, 403, foreign)
             return
-        if not self._allowed(request, route.right):
-            _refuse(reply, 403, f"the right {route.right} is needed for this")
+        missing = self._refusal(request, route.right)
+        if missing:
+            reply(Response(403, Failed(missing, Code.UNAUTHORISED.name)))
             return
         body: object = None
         if request.body:

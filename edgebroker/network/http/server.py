@@ -43,7 +43,7 @@ PHRASES = {status.value: status.phrase for status in HTTPStatus}
 class Request(NamedTuple):
     """`target` is the path with the query. Of the headers those that matter, "" when they were not sent: `fetch_site`
     is Sec-Fetch-Site, `last_event_id` Last-Event-ID. `peer` is the address from which it came, without the port; "unix"
-    for the unix socket."""
+    for the unix socket. `identity`: who the peer is, as far as its connection says."""
 
     method: str
     target: str
@@ -54,6 +54,7 @@ class Request(NamedTuple):
     fetch_site: str = ""
     last_event_id: str = ""
     peer: str = ""
+    identity: str = ""
 
 
 class Failed(msgspec.Struct, omit_defaults=True):
@@ -199,6 +200,12 @@ class HttpServer:
         local = host == "::1" or host.startswith("127.")
         return len(hosts) - of_socket >= MAX_CONNECTIONS or (not local and hosts.count(host) >= MAX_OF_AN_ADDRESS)
 
+    def close_if(self, whose: Callable[[str], bool], reason: str) -> None:
+        """Cut the connections of peers with these identities."""
+        for connection in list(self.connections):
+            if whose(connection.transport.identity):
+                connection.transport.close(reason)
+
     def close(self) -> None:
         for connection in list(self.connections):
             connection.transport.close("the node is stopping")
@@ -317,7 +324,8 @@ class HttpConnection:
     def _dispatch(self, parsed: ParsedRequest) -> None:
         kind, host, origin, site, last = (parsed.headers.get(name, b"").decode("latin-1") for name in _OF_INTEREST)
         peer = host_of(self.transport.peer)
-        request = Request(parsed.method, parsed.target, parsed.body, kind, host, origin, site, last, peer)
+        who = self.transport.identity
+        request = Request(parsed.method, parsed.target, parsed.body, kind, host, origin, site, last, peer, who)
         self._server.on_request()
         try:
             self._server.handler(request, self._reply)

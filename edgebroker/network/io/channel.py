@@ -110,6 +110,12 @@ class PlainChannel(SocketChannel):
 
 
 def tuned(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> PlainChannel:
+    """The channel of a TCP connection, see tune()."""
+    tune(sock, quiet_seconds)
+    return PlainChannel(sock)
+
+
+def tune(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> None:
     """Small frames go out at once; a host that vanished is noticed by the kernel within DEAD_HOST_SECONDS when there is
     something on its way to it (TCP_USER_TIMEOUT), else half of that after `quiet_seconds` of silence (keepalive)."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -118,7 +124,6 @@ def tuned(sock: socket.socket, quiet_seconds: int = DEAD_HOST_SECONDS // 2) -> P
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, DEAD_HOST_SECONDS // 6)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, DEAD_HOST_SECONDS * 1000)
-    return PlainChannel(sock)
 
 
 def local(sock: socket.socket) -> PlainChannel:

@@ -20,7 +20,8 @@ from edgebroker.pipe.stream import Poll, SamePoll
 from tests.fuzz.live.mutation import Pairs, Verbatim, written
 from tests.fuzz.live.node import LOG, NODE, SNAPSHOT, TABLE
 
-ROUTES = [*routes(MagicMock(), MagicMock()), *pipe_routes(MagicMock())]  # only the rows are looked at
+FOR_NODES = pipe_routes(MagicMock())
+ROUTES = [*routes(MagicMock(), MagicMock()), *FOR_NODES]  # only the rows are looked at
 # What these take, the router does not know.
 TAKEN: dict[str, list[Any]] = {"/v1/pipe": [Poll, Poll, SamePoll], "/v1/topics/{name}": [TopicSettings]}
 WITH_BODY = [route for route in ROUTES if route.request is not None or route.path == "/v1/pipe"]

@@ -8,12 +8,12 @@ from typing import Any
 from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.network.http.client import ChunkReader
 from edgebroker.pipe.stream import FrameReader
-from tests.fuzz.live.bodies import CHILD, OTHER, ROUTES, made, posted
+from tests.fuzz.live.bodies import CHILD, FOR_NODES, OTHER, made, posted
 from tests.fuzz.live.mutation import Pairs, mutated_json, written
 from tests.fuzz.live.node import LOG, TABLE, Finding, Node
 from tests.fuzz.live.target import Target
 
-CHILDREN = [route for route in ROUTES if route.right == "child"]
+CHILDREN = [route for route in FOR_NODES if route.method == "POST"]
 
 
 class Pipe(Target):

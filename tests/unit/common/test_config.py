@@ -8,7 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from edgebroker.common.config import DEVELOPMENT, INSTALLED, Config, describe_keys, is_loopback, load_config
+from edgebroker.common.config import (
+    DEVELOPMENT,
+    INSTALLED,
+    Config,
+    describe_keys,
+    is_insecure,
+    is_loopback,
+    load_config,
+)
 from edgebroker.common.errors import ConfigError
 
 ROOT = Path(__file__).parents[3]
@@ -102,14 +110,17 @@ OPEN = ["0.0.0.0:7420", "[::]:7420", "192.168.1.5:7420", "broker.example:7420"]
 
 @pytest.mark.parametrize("key", ["tcp", "pipe"])
 @pytest.mark.parametrize("address", OPEN)
-def test_an_open_listener_is_for_development(tmp_path: Path, key: str, address: str) -> None:
-    toml = f'[listen]\n{key} = "{address}"\n'
-    assert DEVELOPMENT in problems(tmp_path, toml)[0]
+def test_clients_and_nodes_may_be_anywhere(tmp_path: Path, key: str, address: str) -> None:
+    """Whether a node opens such an address depends on its certificate."""
     path = tmp_path / "edgebroker.toml"
-    path.write_text(toml)
-    assert getattr(load_config(path, None, {DEVELOPMENT: "1"}).listen, key) == address
+    path.write_text(f'[listen]\n{key} = "{address}"\n')
+    assert getattr(load_config(path, None, {}).listen, key) == address
+
+
+def test_without_tls_is_for_development() -> None:
+    assert (is_insecure({}), is_insecure({DEVELOPMENT: "0"}), is_insecure({DEVELOPMENT: "1"})) == (False, False, True)
     with pytest.raises(ConfigError, match="a service or an image does not start with it"):
-        load_config(path, None, {DEVELOPMENT: "1", INSTALLED: "1"})
+        is_insecure({DEVELOPMENT: "1", INSTALLED: "1"})
 
 
 @pytest.mark.parametrize("address", OPEN)
@@ -168,7 +179,8 @@ def test_every_key_is_described() -> None:
 
 def test_every_key_is_documented() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
-    documented = set(re.findall(r"`((?:node|listen|storage|topics|limits|delivery|pipe|registry|log)\.[a-z_]+)`", text))
+    sections = "node|listen|storage|topics|limits|delivery|pipe|registry|trust|log"
+    documented = set(re.findall(rf"`((?:{sections})\.[a-z_]+)`", text))
     assert documented == {key for key, *_ in describe_keys()}
 
 

@@ -14,7 +14,8 @@ from edgebroker.common.errors import RemoteProtocolError
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.network.http import client as httpclient
 from edgebroker.network.http.call import HttpCall
-from edgebroker.network.http.client import ChunkReader, HttpClient
+from edgebroker.network.http.client import ChunkReader
+from edgebroker.network.http.peers import Peers
 from edgebroker.network.http.server import HttpServer, Response
 from edgebroker.network.io.listener import Listener, listen, plainly
 from edgebroker.network.io.loop import Loop
@@ -96,7 +97,7 @@ def test_requests_on_one_connection(loop: Loop) -> None:
     busy = b"HTTP/1.1 503 Busy\r\nretry-after: 7\r\ncontent-length: 4\r\n\r\nbusy"
     port, asked = serve(head + CHUNKED, busy, head + CHUNKED)
     owner = Owner()
-    client = HttpClient(loop, owner)
+    client = Peers(loop, open=True).client(owner)
     client.open(f"127.0.0.1:{port}")
     for number in range(3):
         turn_until(loop, lambda number=number: owner.log.count("complete") == number and "connected" in owner.log)  # type: ignore[misc]
@@ -112,7 +113,7 @@ def test_requests_on_one_connection(loop: Loop) -> None:
 def test_a_connection_that_ends_within_a_chunk(loop: Loop) -> None:
     port, _ = serve(b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\nff\r\nhal")
     owner = Owner()
-    client = HttpClient(loop, owner)
+    client = Peers(loop, open=True).client(owner)
     client.open(f"127.0.0.1:{port}")
     turn_until(loop, lambda: owner.log)
     client.request("GET", "/", b"")
@@ -125,7 +126,7 @@ def test_nobody_there(loop: Loop) -> None:
     port = listener.getsockname()[1]
     listener.close()
     owner = Owner()
-    client = HttpClient(loop, owner)
+    client = Peers(loop, open=True).client(owner)
     client.open(f"127.0.0.1:{port}")
     turn_until(loop, lambda: owner.log)
     assert owner.log == ["lost: Connection refused"]
@@ -141,7 +142,7 @@ def test_the_next_address_of_a_name(loop: Loop, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(socket, "getaddrinfo", found)
     owner = Owner()
-    client = HttpClient(loop, owner)
+    client = Peers(loop, open=True).client(owner)
     client.open(f"hub.example:{port}")
     turn_until(loop, lambda: owner.log)
     assert owner.log == ["connected"]
@@ -151,7 +152,7 @@ def test_the_next_address_of_a_name(loop: Loop, monkeypatch: pytest.MonkeyPatch)
     client.stop()
     addresses = ["::1", "255.255.255.255"]
     owner = Owner()
-    client = HttpClient(loop, owner)
+    client = Peers(loop, open=True).client(owner)
     client.open(f"hub.example:{port}")
     turn_until(loop, lambda: owner.log)
     assert len(owner.log) == 1 and owner.log[0].startswith("lost: ")
@@ -170,7 +171,7 @@ def test_a_name_that_is_found_too_late(loop: Loop, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(socket, "getaddrinfo", late)
     owner = Owner()
-    client = HttpClient(loop, owner)
+    client = Peers(loop, open=True).client(owner)
     client.open(f"slow.example:{port}")
     turn_until(loop, lambda: owner.log)
     client.open(f"slow.example:{port}")
@@ -190,7 +191,14 @@ def test_questions_leave_nothing_behind(loop: Loop) -> None:
     told: list[int] = []
     before = threading.active_count()
     for number in range(5):
-        HttpCall(loop, f"localhost:{port}", "GET", "/healthz", b"", lambda status, body, error: told.append(status))
+        HttpCall(
+            Peers(loop, open=True),
+            f"localhost:{port}",
+            "GET",
+            "/healthz",
+            b"",
+            lambda status, body, error: told.append(status),
+        )
         turn_until(loop, lambda number=number: len(told) > number)  # type: ignore[misc]
     assert told == [0] * 5
     assert threading.active_count() <= before + 1
@@ -208,7 +216,7 @@ def test_a_finished_request_holds_no_buffer_until_the_collector_comes(loop: Loop
 
     def ask() -> None:
         told: list[int] = []
-        HttpCall(loop, address, "GET", "/", b"", lambda status, body, error: told.append(status))
+        HttpCall(Peers(loop, open=True), address, "GET", "/", b"", lambda status, body, error: told.append(status))
         turn_until(loop, lambda: told == [200])
 
     gc.collect()

@@ -49,7 +49,9 @@ def ask(
     method: str, target: str, body: bytes = b"", kind: str = "application/json", rights: str = "view alter"
 ) -> Response:
     answers: list[Response] = []
-    router = Router(ROUTES, lambda request, right: right in rights.split())
+    router = Router(
+        ROUTES, lambda request, right: "" if right in rights.split() else f"the right {right} is needed for this"
+    )
     router.handle(Request(method, target, body, kind), answers.append)
     assert len(answers) == 1
     return answers[0]
@@ -131,7 +133,7 @@ def test_a_body_that_is_not_json(kind: str) -> None:
 
 
 def test_the_limit_of_a_body_is_that_of_its_route() -> None:
-    router = Router(ROUTES, lambda request, right: True)
+    router = Router(ROUTES, lambda request, right: "")
     assert router.body_limit("POST", "/items?x=1") == 100
     for method, target in (("GET", "/items"), ("DELETE", "/items"), ("POST", "/nowhere")):
         assert router.body_limit(method, target) == MAX_BODY_BYTES
@@ -186,7 +188,7 @@ def test_the_rest_of_a_path(target: str, parameters: dict[str, str]) -> None:
 def test_the_rest_of_a_path_comes_last() -> None:
     routes = [Route("GET", "/{path...}", refuse, None, "view"), *ROUTES]
     answers: list[Response] = []
-    router = Router(routes, lambda request, right: True)
+    router = Router(routes, lambda request, right: "")
     for target in ("/items", "/items/x", "/other", "/"):
         router.handle(Request("GET", target, b"", "", "", "", "", "", "unix"), answers.append)
     assert [one.status for one in answers] == [201, 201, 404, 404]

@@ -1,0 +1,402 @@
+"""This node's place in a fleet: its certificate, how it gets and renews one, and whom it lets in.
+
+    token, or trust.fleet at a root -> helper process -> certificate -> TLS for its listeners and its connections
+    60 days after it was issued    -> helper process -> the next one, for the same key
+
+Whose certificate has expired is let in for `trust.grace_days` more: expiry is hygiene, revocation is the lock. While
+the clock is behind what this node has seen before, it judges no certificate by its age.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgebroker.broker.trust.helper import TrustHelper
+from edgebroker.broker.trust.rules import NodeRules
+from edgebroker.common.config import DEVELOPMENT, Config, is_insecure
+from edgebroker.common.errors import ConfigError, TrustError
+from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.durable import destroy
+from edgebroker.common.runtime.newest import Newest
+from edgebroker.network.http.peers import Peers
+from edgebroker.network.io.loop import Loop
+from edgebroker.storage.checksummed import read_if_whole, write_checked
+from edgebroker.trust.directory import Issued, TrustDirectory
+from edgebroker.trust.messages import CreateFleet, Join, RenewOwn
+from edgebroker.trust.node_name import NodeName, parse_node_name
+from edgebroker.version import RELEASED_MS
+
+if TYPE_CHECKING:
+    import ssl
+
+    from edgebroker.network.io.tls import Handshakes
+
+log = logging.getLogger(__name__)
+
+DAY_MS = 86_400_000
+RENEW_DAYS, EXPIRING_DAYS = 60, 15
+TICK_SECONDS = 60.0
+FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
+# The newest time is stored so often: a clock that is set back by less is not noticed at the next start.
+FLOOR_SECONDS = 3600.0
+# Refusals of one address for one reason are logged once in an hour; so many are remembered.
+MOST_LOGGED, LOG_AGAIN_SECONDS = 256, 3600.0
+
+
+class _Seen(msgspec.Struct):
+    """The file `state`: the newest time that was seen."""
+
+    floor_ms: int = 0
+
+
+class TrustStatus(msgspec.Struct, kw_only=True):
+    """For `edgebroker trust status`. `node`: the name in the certificate, "" without one; `clock`: `plausible`, or why
+    certificates are not judged by their age; `joining`: why it has not joined yet, "" when it has, or is not to."""
+
+    fleet: str
+    node: str
+    pin: str
+    issuer: int
+    issued_ms: int
+    expires_ms: int
+    issues: bool
+    root_key_here: bool
+    clock: str
+    joining: str
+
+
+class NodeTrust:
+    """Owned by the loop thread. `addresses` tells where nodes of the fleet may be; `on_identity` are called when there
+    is a certificate, or another one; `revoked` tells whether a node is shut out, `retired` whether an issuer is."""
+
+    def __init__(self, loop: Loop, clock: Clock, config: Config, uid: str, addresses: Callable[[], list[str]]) -> None:
+        self._loop, self._clock, self._config, self._uid = loop, clock, config, uid
+        self._addresses = addresses
+        self.insecure = is_insecure()
+        self.peers = Peers(loop, open=self.insecure)
+        data_dir = Path(config.node.data_dir)
+        self.directory = TrustDirectory(data_dir)
+        self.helper = TrustHelper(self._loop, data_dir)
+        self.name: NodeName | None = None
+        self.rules = NodeRules(lambda: self.name)
+        self.peers.parent_refusal = self.rules.parent_refusal
+        self.issued: Issued | None = None
+        self.handshakes: Handshakes | None = None
+        self.on_identity: list[Callable[[], None]] = []
+        self.revoked: Callable[[str], bool] = lambda uid: False
+        self.retired: Callable[[int], bool] = lambda issuer: False
+        self._server: ssl.SSLContext | None = None
+        self._client: ssl.SSLContext | None = None
+        self._problem = self._joining = ""
+        self._busy = self._stopped = False
+        self._pause, self._due = FIRST_PAUSE, 0.0
+        self._renew_after_ms = int(random.uniform(RENEW_DAYS, RENEW_DAYS + EXPIRING_DAYS / 3) * DAY_MS)
+        self._floor_ms = RELEASED_MS
+        self._floor_stored = 0.0
+        self._logged = Newest[tuple[str, str], float](MOST_LOGGED)
+        self.refused = 0
+
+    # ---- life ----
+
+    def open(self) -> None:
+        """Take over what an earlier run had. Blocks for a moment. Raises ConfigError for a node of a fleet that is to
+        listen without TLS."""
+        self._floor_ms = max(RELEASED_MS, read_if_whole(self.directory.state, _Seen, _Seen()).floor_ms)
+        try:
+            found = self.directory.identity()
+            if found is not None:
+                self._use(*found)
+        except (TrustError, OSError) as error:
+            self._problem = f"{error}; join the fleet again: edgebroker join TOKEN"
+        if self.name is not None and self.insecure:
+            raise ConfigError(f"this node belongs to the fleet {self.name.fleet}: remove {DEVELOPMENT}")
+
+    def start(self) -> None:
+        """Get a certificate, if there is to be one, and see to it from then on."""
+        self._tick()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self.helper.stop()
+        if self.handshakes is not None:
+            self.handshakes.close()
+        if self.name is not None:
+            self._store_floor()
+
+    def _tick(self) -> None:
+        if self._stopped:
+            return
+        self._loop.call_later(TICK_SECONDS, self._tick)
+        now = self._loop.now()
+        if self.name is not None and now >= self._floor_stored + FLOOR_SECONDS:
+            self._store_floor()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Create the fleet, join it, or renew, when it is time."""
+        if self._busy or self._stopped or self._loop.now() < self._due:
+            return
+        config = self._config
+        if self.name is None and not self._problem and config.trust.fleet and config.node.level == "root":
+            self.create_fleet(config.trust.fleet, self._told)
+        elif self.name is None:
+            token = self._token()
+            if token:
+                self._join(token)
+        elif self.issued is not None and self._now_ms() - self.issued.issued_ms > self._renew_after_ms:
+            self._renew()
+
+    def _renew(self) -> None:
+        """Through the fleet; where certificates are issued, here."""
+        if not self.directory.issues:
+            self._join("")
+            return
+        self._busy = True
+
+        def told(issued: Issued | None, error: str, code: str) -> None:
+            self._busy = False
+            if issued is None:
+                self._not_joined(error)
+            else:
+                self._reload()
+
+        self.helper.do(RenewOwn(uid=self._uid, now_ms=self._now_ms()), Issued, told)
+
+    def _told(self, outcome: Outcome, why: str) -> None:
+        if outcome is not Outcome.OK:
+            self._problem = why
+            log.error("the fleet cannot be created: %s", why)
+
+    def _token(self) -> str:
+        """The token to join with. One from trust.token_file moves into the directory of the node first."""
+        path = Path(self._config.trust.token_file) if self._config.trust.token_file else None
+        try:
+            if path is not None and path.exists():
+                self.directory.write_token(path.read_text().strip())
+                destroy(path)
+        except (OSError, UnicodeDecodeError) as error:
+            self._problem = f"trust.token_file {path} cannot be read and removed: {error}"
+        return self.directory.read_token()
+
+    # ---- getting a certificate ----
+
+    def create_fleet(self, fleet: str, done: Done) -> None:
+        """Make a fleet, with this node as its root."""
+        self._busy = True
+
+        def told(value: object, error: str, code: str) -> None:
+            self._busy = False
+            if error:
+                done(Outcome.CONFLICT, error)
+                return
+            self._reload()
+            log.warning("this node is the root of the fleet %s now", fleet)
+            done(Outcome.OK, "")
+
+        self.helper.do(CreateFleet(fleet=fleet, uid=self._uid, now_ms=self._now_ms()), object, told)
+
+    def join_with(self, token: str, done: Done) -> None:
+        """Join with this token, now or when a node of the fleet answers."""
+        try:
+            self.directory.write_token(token)
+        except OSError as error:
+            done(Outcome.READ_ONLY, f"the token cannot be stored: {error.strerror}")
+            return
+        self._problem, self._due, self._pause = "", 0.0, FIRST_PAUSE
+        if self.name is None:
+            self._go_on()
+        elif not self._busy:
+            self._join(token)
+        done(Outcome.OK, "")
+
+    def _join(self, token: str) -> None:
+        node = self._config.node
+        wanted = Join(
+            addresses=self._addresses(),
+            token=token,
+            fleet=self._config.trust.fleet,
+            uid=self._uid,
+            name=node.name,
+            level=node.level,
+            region=node.region,
+        )
+        self._busy = True
+
+        def told(issued: Issued | None, error: str, code: str) -> None:
+            self._busy = False
+            if self._stopped:
+                return
+            if issued is None:
+                self._not_joined(error)
+            else:
+                self._joining, self._pause = "", FIRST_PAUSE
+                log.warning("this node is %s; its certificate is for %d days", issued.node, _days(issued))
+                self._reload()
+
+        self.helper.do(wanted, Issued, told)
+
+    def _not_joined(self, error: str) -> None:
+        self._due = self._loop.now() + self._pause * random.uniform(0.8, 1.2)
+        self._loop.call_later(self._due - self._loop.now(), self._go_on)
+        self._pause = min(LONGEST_PAUSE, self._pause * 2)
+        if error != self._joining:
+            log.warning("no certificate yet: %s", error)
+        self._joining = error
+
+    def _reload(self) -> None:
+        """Use the certificate that was stored."""
+        try:
+            found = self.directory.identity()
+            if found is not None:
+                self._use(*found)
+                for told in self.on_identity:
+                    told()
+        except (TrustError, OSError) as error:
+            self._problem = f"{error}; join the fleet again: edgebroker join TOKEN"
+
+    def _use(self, name: NodeName, issued: Issued) -> None:
+        from edgebroker.network.io.tls import Handshakes
+        from edgebroker.trust.contexts import client_context, server_context
+
+        directory = self.directory
+        root = directory.root.read_bytes()
+        try:
+            self._server = server_context(directory.certificate, directory.key, root)
+            self._client = client_context(root, directory.certificate, directory.key)
+        except (OSError, ValueError) as error:
+            raise TrustError(
+                f"{directory.certificate}, {directory.key} and {directory.root} do not fit together"
+            ) from error
+        self.name, self.issued, self._problem = name, issued, ""
+        if self.handshakes is None:
+            self.handshakes = Handshakes(
+                self._loop, self._server_context, self._client_context, self.identify, self._refused
+            )
+        self.peers.secure = self.handshakes
+        node = self._config.node
+        if (name.uid, name.level, name.region) != (self._uid, node.level, node.region):
+            self._problem = (
+                f"the certificate is for {name}; this node is a {node.level} node of region {node.region or '(all)'} "
+                f"with uid {self._uid}: put the configuration back, or join with an empty data directory"
+            )
+
+    def _server_context(self) -> ssl.SSLContext:
+        assert self._server is not None
+        return self._server
+
+    def _client_context(self) -> ssl.SSLContext:
+        assert self._client is not None
+        return self._client
+
+    # ---- judging peers ----
+
+    def identify(self, sock: ssl.SSLSocket) -> str:
+        """Who is at the other end of a TLS connection; "" for one without a certificate. Raises PeerRefusedError."""
+        from edgebroker.network.io.tls import PeerRefusedError
+
+        shown = sock.getpeercert()
+        if not shown:
+            return ""
+        uris = [str(entry[1]) for entry in shown.get("subjectAltName", ()) if entry[0] == "URI"]
+        name = parse_node_name(uris[0]) if len(uris) == 1 else None
+        if name is None or self.name is None or name.fleet != self.name.fleet:
+            raise PeerRefusedError("its certificate is not one of a node of this fleet")
+        if self.revoked(name.uid):
+            raise PeerRefusedError(f"node {name.uid} was revoked")
+        if self.retired(_issuer_of(shown)):
+            raise PeerRefusedError(f"the certificate of node {name.uid} was issued by an issuer that is retired")
+        late = self.expired_days(shown)
+        if late > self._config.trust.grace_days > 0:
+            raise PeerRefusedError(f"the certificate of node {name.uid} expired {late:.0f} days ago")
+        return str(name)
+
+    def expired_days(self, shown: object) -> float:
+        """For how many days a certificate has been out of date; 0 for a valid one, and where this node cannot judge:
+        its clock is behind, or its own certificate is as old (it was away, or its clock is years ahead)."""
+        import ssl
+
+        assert isinstance(shown, dict)
+        own_end = self.issued.expires_ms if self.issued is not None else 0
+        if self.clock_problem or self._clock.wall_ms() > own_end + self._config.trust.grace_days * DAY_MS:
+            return 0.0
+        end_ms = ssl.cert_time_to_seconds(str(shown["notAfter"])) * 1000
+        return max(0.0, (self._clock.wall_ms() - end_ms) / DAY_MS)
+
+    @property
+    def clock_problem(self) -> str:
+        """Why this node's clock is not believed; "" when it is."""
+        behind = (self._floor_ms - self._clock.wall_ms()) / 1000
+        if behind <= 0:
+            return ""
+        return f"it is {behind / 86400:.1f} days behind a time that was seen before; set the clock"
+
+    def seen(self, wall_ms: int) -> None:
+        """A time that is past, by the word of the fleet."""
+        self._floor_ms = max(self._floor_ms, wall_ms)
+
+    def _now_ms(self) -> int:
+        return max(self._clock.wall_ms(), self._floor_ms)
+
+    def _store_floor(self) -> None:
+        self._floor_stored = self._loop.now()
+        self._floor_ms = max(self._floor_ms, self._clock.wall_ms())
+        try:
+            write_checked(self.directory.state, _Seen(self._floor_ms))
+        except OSError as error:
+            log.error("%s cannot be stored: %s", self.directory.state, error.strerror)
+
+    def _refused(self, peer: str, why: str) -> None:
+        self.refused += 1
+        key, now = (peer.rpartition(":")[0], why), self._loop.now()
+        if now - self._logged.get(key, -LOG_AGAIN_SECONDS) >= LOG_AGAIN_SECONDS:
+            self._logged.put(key, now)
+            log.warning("%s was not let in: %s", peer, why)
+
+    # ---- telling ----
+
+    def problems(self) -> dict[str, str]:
+        found = {}
+        if self._problem:
+            found["trust"] = self._problem
+        elif self.name is None and self._joining:
+            found["trust"] = f"this node has not joined its fleet yet: {self._joining}"
+        if self.name is not None and self.clock_problem:
+            found["clock"] = self.clock_problem
+        issued = self.issued
+        if issued is not None and self._now_ms() > issued.expires_ms - EXPIRING_DAYS * DAY_MS:
+            found["certificate"] = f"the certificate was not renewed: {self._joining or 'the fleet was not asked yet'}"
+        return found
+
+    def status(self) -> TrustStatus:
+        name, issued = self.name, self.issued
+        return TrustStatus(
+            fleet=name.fleet if name is not None else "",
+            node=str(name) if name is not None else "",
+            pin=issued.pin if issued is not None else "",
+            issuer=issued.issuer if issued is not None else 0,
+            issued_ms=issued.issued_ms if issued is not None else 0,
+            expires_ms=issued.expires_ms if issued is not None else 0,
+            issues=self.directory.issues,
+            root_key_here=self.directory.root_key.exists(),
+            clock=self.clock_problem or "plausible",
+            joining=self._joining,
+        )
+
+
+def _days(issued: Issued) -> int:
+    return (issued.expires_ms - issued.issued_ms) // DAY_MS
+
+
+def _issuer_of(shown: object) -> int:
+    """The number of the issuer of a certificate, as ssl describes it."""
+    assert isinstance(shown, dict)
+    names = [value for part in shown.get("issuer", ()) for kind, value in part if kind == "commonName"]
+    digits = str(names[0]).removeprefix("issuer ") if names else ""
+    return int(digits) if digits.isdecimal() else 0

@@ -1,0 +1,114 @@
+"""`edgebroker token`: tokens with which machines join the fleet, at its root."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from typing import Any
+
+from edgebroker.cli.admin_client import api_path, call
+from edgebroker.cli.command import Parser, admin_flag, at_least, duration, json_flag, subcommand, subcommands
+from edgebroker.cli.render import print_table
+from edgebroker.common.errors import ConfigError
+from edgebroker.common.levels import LEVELS
+from edgebroker.common.runtime.clock import SystemClock
+
+STORE_USES = 50
+
+
+def arguments(parser: Parser) -> None:
+    commands = subcommands(parser)
+    create_parser = subcommand(commands, "create", "create a token, or one for each store of a file", create)
+    create_parser.add_argument("--join", action="store_true", required=True, help="a token with which machines join")
+    create_parser.add_argument("--level", default="pos,local", help="levels that it is for (default pos,local)")
+    create_parser.add_argument("--region", default="", help="region that it is for, and all that is in it")
+    create_parser.add_argument(
+        "--stores", metavar="FILE", help="CSV with a column `region`, and perhaps `uses`: a token for each line"
+    )
+    create_parser.add_argument(
+        "--uses", type=at_least(1), default=0, help=f"how many machines may use it (default 1; of a store {STORE_USES})"
+    )
+    create_parser.add_argument("--expires", type=duration, default=30 * 86400.0, help="for how long (default 30d)")
+    create_parser.add_argument("--label", default="", help="what it is for, as it is listed")
+    create_parser.add_argument("--hold", action="store_true", help="machines wait for `edgebroker node approve`")
+    list_parser = subcommand(commands, "list", "list tokens, and how often they were used", list_tokens)
+    revoke_parser = subcommand(commands, "revoke", "revoke a token; machines that have joined stay", revoke)
+    revoke_parser.add_argument("id", metavar="ID", help="as `token list` shows it")
+    for each in (create_parser, list_parser, revoke_parser):
+        admin_flag(each)
+        json_flag(each)
+
+
+def create(options: argparse.Namespace) -> int:
+    levels = [level.strip() for level in options.level.split(",")]
+    if unknown := [level for level in levels if level not in LEVELS[1:]]:
+        raise ConfigError(f"--level {unknown[0]}: levels of a token are {', '.join(LEVELS[1:])}")
+    expires = SystemClock().wall_ms() + int(options.expires * 1000) if options.expires else 0
+    common = {"levels": levels, "label": options.label, "expires_ms": expires, "hold": options.hold}
+    if options.stores:
+        stores = _stores(options.stores, options.uses or STORE_USES)
+    else:
+        stores = [{"region": options.region, "uses": options.uses or 1}]
+    made = call(options.admin, "POST", "/v1/trust/tokens", {"tokens": [{**common, **store} for store in stores]})
+    tokens = made["tokens"]
+    if options.json:
+        print(json.dumps([{**store, "token": token} for store, token in zip(stores, tokens, strict=True)]))
+    elif options.stores:
+        writer = csv.writer(sys.stdout, lineterminator="\n")
+        writer.writerow(["region", "uses", "token"])
+        writer.writerows([store["region"], store["uses"], token] for store, token in zip(stores, tokens, strict=True))
+    else:
+        print(tokens[0])
+    return 0
+
+
+def _stores(path: str, uses: int) -> list[dict[str, Any]]:
+    """The lines of a CSV file. Raises ConfigError for one that is not as it should be."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigError(f"--stores {path}: {getattr(error, 'strerror', None) or error}") from error
+    if not rows or "region" not in rows[0]:
+        raise ConfigError(f"--stores {path}: a first line with a column `region` is expected, then a line a store")
+    found = []
+    for number, row in enumerate(rows, 2):
+        region, count = (row["region"] or "").strip(), (row.get("uses") or "").strip() or str(uses)
+        if not region or not (count.isascii() and count.isdigit() and int(count)):
+            raise ConfigError(f"--stores {path}: line {number} has no region, or uses that are not a number")
+        found.append({"region": region, "uses": int(count)})
+    return found
+
+
+def list_tokens(options: argparse.Namespace) -> int:
+    tokens = call(options.admin, "GET", "/v1/trust/tokens")["tokens"]
+    if options.json:
+        print(json.dumps(tokens))
+        return 0
+    rows = [
+        (
+            token["id"],
+            ",".join(token["levels"]),
+            token["region"] or "(all)",
+            f"{token['used']} of {token['uses']}",
+            _until(token["expires_ms"]),
+            token["label"] or "-",
+        )
+        for token in tokens
+    ]
+    print_table(("id", "levels", "region", "used", "expires", "label"), rows)
+    return 0
+
+
+def _until(expires_ms: int) -> str:
+    from datetime import UTC, datetime
+
+    return datetime.fromtimestamp(expires_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M") if expires_ms else "never"
+
+
+def revoke(options: argparse.Namespace) -> int:
+    call(options.admin, "DELETE", api_path("trust", "tokens", options.id))
+    print(json.dumps({"revoked": options.id}) if options.json else f"token {options.id} is revoked")
+    return 0

@@ -1,0 +1,410 @@
+"""A fleet of real nodes: created, joined, renewed, with TLS between all of them; and what is not let in."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import ssl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from edgebroker.broker.trust import authority, node_trust
+from edgebroker.cli.main import main
+from edgebroker.common.config import DEVELOPMENT
+from edgebroker.common.errors import ConfigError
+from edgebroker.common.runtime.clock import SystemClock
+from edgebroker.network.io.loop import Loop
+from edgebroker.trust.contexts import client_context, unverified_context
+from edgebroker.trust.directory import TrustDirectory
+from edgebroker.trust.issuing import Issuer
+from edgebroker.trust.keys import read_key
+from edgebroker.trust.node_name import NodeName
+from tests.kit.brokers import JSON, RunningBroker, config_for, running
+from tests.kit.fleets import NOW_MS, TestFleet
+from tests.kit.trees import end, follows, publish
+from tests.kit.waiting import SECONDS, wait_for
+
+pytestmark = pytest.mark.slow
+DAY_MS = 86_400_000
+
+
+class Fleet:
+    """Nodes of one test; each asks the one above it."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory, self.nodes = directory, dict[str, RunningBroker]()
+        self._stacks: dict[str, ExitStack] = {}
+
+    def start(self, name: str, level: str, region: str = "", above: str = "", **settings: object) -> RunningBroker:
+        wanted: dict[str, object] = {"node.name": name, "node.level": level, "node.region": region}
+        if above:
+            wanted["pipe.parents"] = self.nodes[above].parent_address
+        if level == "root":
+            wanted.update({"trust.fleet": "acme", "topics.auto_create": True})
+        wanted.update({key.replace("__", "."): value for key, value in settings.items()})
+        stack = self._stacks[name] = ExitStack()
+        node = self.nodes[name] = stack.enter_context(running(self.directory / name, wanted))
+        return node
+
+    def root(self) -> RunningBroker:
+        root = self.start("root", "root")
+        wait_for(lambda: root.http("GET", "/v1/trust")[1]["node"], "the fleet is created")
+        return root
+
+    def token(self, **wanted: object) -> str:
+        row = {"levels": ["l2", "l3", "pos", "local"], "uses": 10, **wanted}
+        status, answer = self.nodes["root"].http("POST", "/v1/trust/tokens", {"tokens": [row]})
+        assert status == 201, answer
+        return str(answer["tokens"][0])
+
+    def join(self, name: str, level: str, region: str, above: str, token: str) -> RunningBroker:
+        node = self.start(name, level, region, above)
+        assert node.http("POST", "/v1/trust/join", {"token": token})[0] == 200
+        wait_for(lambda: node.http("GET", "/v1/trust")[1]["node"], f"{name} joins")
+        return node
+
+    def stop(self, name: str) -> None:
+        self._stacks.pop(name).close()
+        del self.nodes[name]
+
+    def close(self) -> None:
+        for name in reversed(list(self._stacks)):
+            self.stop(name)
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    found = Fleet(tmp_path)
+    yield found
+    found.close()
+
+
+def status(node: RunningBroker) -> dict[str, Any]:
+    return dict(node.http("GET", "/v1/trust")[1])
+
+
+@contextmanager
+def connected(node: RunningBroker, context: ssl.SSLContext) -> Iterator[http.client.HTTPSConnection]:
+    connection = http.client.HTTPSConnection(*node.broker.listeners.pipe_address, timeout=SECONDS, context=context)
+    try:
+        yield connection
+    finally:
+        connection.close()
+
+
+def asked(node: RunningBroker, context: ssl.SSLContext, method: str, path: str, body: object = None) -> tuple[int, Any]:
+    with connected(node, context) as connection:
+        connection.request(method, path, json.dumps(body) if body is not None else None, JSON)
+        response = connection.getresponse()
+        return response.status, json.loads(response.read() or b"null")
+
+
+def of_node(node: RunningBroker) -> ssl.SSLContext:
+    """With the certificate of a node."""
+    files = TrustDirectory(Path(node.config.node.data_dir))
+    return client_context(files.root.read_bytes(), files.certificate, files.key)
+
+
+# ---- the whole way ----
+
+
+def test_prices_arrive_over_tls(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    """Root, hub, store and terminal; the terminal joins through all of them."""
+    root = fleet.root()
+    token = fleet.token()
+    fleet.join("hub", "l2", "eu", "root", token)
+    fleet.join("store", "pos", "eu/1", "hub", token)
+    till = fleet.join("till", "local", "eu/1", "store", token)
+    publish(root, "prices", 0, 10)
+    follows(root, till, "prices")
+    assert [name for name, node in fleet.nodes.items() if node.http("GET", "/v1/node")[1]["problems"]] == []
+    assert status(till)["node"].startswith("edgebroker://acme/local/eu/1/")
+    assert till.broker.mirroring.upstream.identity == status(fleet.nodes["store"])["node"]  # type: ignore[union-attr]
+    wait_for(lambda: len(root.http("GET", "/v1/tree/nodes")[1]["nodes"]) == 3, "all report", 40.0)
+    assert main(["--via", "till", "trust", "status", "--admin", root.admin]) == 0
+    assert "fleet:        acme" in capsys.readouterr().out
+    assert not TrustDirectory(Path(till.config.node.data_dir)).token.exists(), "the token was destroyed"
+    assert root.http("GET", "/v1/trust/tokens")[1]["tokens"][0]["used"] == 3
+
+
+def test_a_node_comes_back_with_its_certificate(fleet: Fleet) -> None:
+    root = fleet.root()
+    fleet.join("hub", "l2", "eu", "root", fleet.token())
+    fleet.stop("hub")
+    publish(root, "prices", 0, 5)
+    hub = fleet.start("hub", "l2", "eu", "root")
+    follows(root, hub, "prices")
+
+
+def test_a_machine_waits_for_the_line(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_trust, "FIRST_PAUSE", 0.1)
+    root = fleet.root()
+    token, port = fleet.token(), root.broker.listeners.pipe_address[1]
+    fleet.stop("root")
+    hub = fleet.start("hub", "l2", "eu", pipe__parents=f"127.0.0.1:{port}")
+    assert hub.http("POST", "/v1/trust/join", {"token": token})[0] == 200
+    wait_for(lambda: "Connection refused" in hub.http("GET", "/v1/node")[1]["problems"].get("trust", ""), "it says so")
+    fleet.start("root", "root", listen__pipe=f"127.0.0.1:{port}")
+    wait_for(lambda: status(hub)["node"], "it joins")
+    assert hub.http("GET", "/v1/node")[1]["problems"] == {}
+
+
+def test_a_token_from_a_file(fleet: Fleet, tmp_path: Path) -> None:
+    fleet.root()
+    path = tmp_path / "token"
+    path.write_text(fleet.token() + "\n")
+    hub = fleet.start("hub", "l2", "eu", "root", trust__token_file=str(path))
+    wait_for(lambda: status(hub)["node"], "it joins")
+    assert not path.exists()
+
+
+def test_renewal(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = fleet.root()
+    hub = fleet.join("hub", "l2", "eu", "root", fleet.token())
+    before = status(hub)["expires_ms"]
+    monkeypatch.setattr(hub.broker.trust, "_renew_after_ms", -1)
+    hub.advance(node_trust.TICK_SECONDS + 1)
+    wait_for(lambda: status(hub)["issued_ms"] > 0 and status(hub)["expires_ms"] >= before, "renewed")
+    wait_for(lambda: not hub.broker.trust._busy, "renewed")
+    publish(root, "prices", 0, 5)
+    follows(root, hub, "prices")
+    assert root.http("GET", "/v1/trust/tokens")[1]["tokens"][0]["used"] == 1
+
+
+# ---- what is not let in ----
+
+
+def test_who_is_no_node(fleet: Fleet) -> None:
+    """Without a certificate one may ask to join, and nothing else."""
+    root = fleet.root()
+    publish(root, "prices", 0, 1)
+    stranger = unverified_context()
+    assert asked(root, stranger, "GET", "/v1/trust/root")[0] == 200
+    poll = {"version": 1, "uid": "e" * 32, "name": "x", "level": "local", "topics": ["*"], "logs": []}
+    for method, path, body in (
+        ("GET", "/healthz", None), ("POST", "/v1/pipe", poll), ("POST", "/v1/pipe/topics", None),
+        ("POST", "/v1/registry", {}), ("POST", "/v1/fence", {}), ("POST", "/v1/tree/reports", {}),
+    ):  # fmt: skip
+        answered, answer = asked(root, stranger, method, path, body)
+        assert (answered, answer["code"]) == (403, "UNAUTHORISED"), path
+    plain = http.client.HTTPConnection(*root.broker.listeners.pipe_address, timeout=SECONDS)
+    with pytest.raises((http.client.HTTPException, OSError)):
+        plain.request("GET", "/v1/trust/root")
+        plain.getresponse()
+    plain.close()
+
+
+def test_another_fleet(fleet: Fleet, tmp_path: Path) -> None:
+    """Neither its certificates nor its tokens are of use, and it is told nothing of a token."""
+    root = fleet.root()
+    other = TestFleet(tmp_path / "other", "other")
+    machine = other.admit("e" * 32)
+    context = client_context(
+        TrustDirectory(Path(root.config.node.data_dir)).root.read_bytes(),
+        machine.directory.certificate,
+        machine.directory.key,
+    )
+    with pytest.raises((OSError, http.client.HTTPException)):
+        asked(root, context, "GET", "/v1/trust/root")
+    hub = fleet.start("hub", "l2", "eu", "root")
+    assert hub.http("POST", "/v1/trust/join", {"token": other.token()})[0] == 200
+    wait_for(lambda: "is of another fleet than the token" in status(hub)["joining"], "it says so")
+    assert hub.http("POST", "/v1/trust/join", {"token": "EB1XYZ"})[0] == 400
+
+
+def test_what_a_token_is_not_for(fleet: Fleet) -> None:
+    """The machine hears that it is refused, the operator hears why."""
+    fleet.root()
+    hub = fleet.start("hub", "l2", "eu", "root")
+    assert hub.http("POST", "/v1/trust/join", {"token": fleet.token(region="us")})[0] == 200
+    wait_for(lambda: "the log of its root says why" in status(hub)["joining"], "it is refused")
+    assert status(hub)["node"] == ""
+
+
+def test_too_many_bad_requests(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(authority, "REFUSAL_SECONDS", 0.0)
+    root = fleet.root()
+    machine = TestFleet(fleet.directory / "other").machine("e" * 32)
+    request = TestFleet(fleet.directory / "third").request(machine, "")
+    body = json.loads(msgspec.json.encode(request))
+    codes = [
+        asked(root, unverified_context(), "POST", "/v1/trust/join", body)[0] for _ in range(authority.MOST_BAD + 1)
+    ]
+    assert codes == [403] * authority.MOST_BAD + [503]
+
+
+# ---- what certificates are for ----
+
+
+def test_nodes_speak_for_themselves_only(fleet: Fleet) -> None:
+    """A poll, a report and a question of another node, with a certificate of the fleet."""
+    root = fleet.root()
+    token = fleet.token()
+    fleet.join("hub", "l2", "eu", "root", token)
+    till = fleet.join("till", "local", "eu/1", "hub", token)
+    hub, mine = fleet.nodes["hub"], of_node(till)
+    uid = hub.broker.engine.node_uid
+    poll = {"version": 1, "uid": "e" * 32, "name": "x", "level": "local", "topics": ["*"], "logs": []}
+    answered, answer = asked(hub, mine, "POST", "/v1/pipe", poll)
+    assert (answered, answer["code"]) == (409, "IDENTITY")
+    answered, answer = asked(
+        hub, mine, "POST", "/v1/pipe", {**poll, "uid": till.broker.engine.node_uid, "level": "pos"}
+    )
+    assert (answered, answer["code"]) == (409, "IDENTITY"), "another level than that of the certificate"
+    report = {
+        "uid": uid,
+        "name": "x",
+        "level": "l2",
+        "version": "1",
+        "boot": "0" * 16,
+        "number": 10**15,
+        "region": "eu",
+    }
+    batch = {"sender": till.broker.engine.node_uid, "session": "s", "number": 0, "nodes": [{"report": report}]}
+    asked(hub, mine, "POST", "/v1/tree/reports", batch)
+    assert all(node["uid"] != uid for node in hub.http("GET", "/v1/tree/nodes")[1]["nodes"])
+    assert asked(root, mine, "POST", "/v1/registry", {"report": report})[0] == 409
+    for path, body in (("/v1/registry/copy", None), ("/v1/fence", {"uid": uid, "name": "x", "logs": []})):
+        assert asked(root, mine, "POST", path, body)[0] == 403
+
+
+def test_a_store_is_nothing_to_another_one(fleet: Fleet) -> None:
+    root = fleet.root()
+    token = fleet.token()
+    first = fleet.join("store-1", "pos", "eu/1", "root", token)
+    second = fleet.join("till-2", "local", "eu/2", "root", token)
+    answered, answer = asked(first, of_node(second), "POST", "/v1/pipe/topics")
+    assert answered == 403, answer
+    assert "may not do this at a pos node of region eu/1" in answer["error"]
+    answered, _ = asked(second, of_node(first), "POST", "/v1/pipe/topics")
+    assert answered == 403
+    publish(root, "prices", 0, 1)
+    fleet.stop("till-2")
+    wrong = fleet.start("till-2", "local", "eu/2", "store-1")
+    wait_for(lambda: "cannot be above" in wrong.http("GET", "/v1/pipe")[1]["parent"]["error"] or
+             "answered 403" in wrong.http("GET", "/v1/pipe")[1]["parent"]["error"], "it says so")  # fmt: skip
+    assert end(wrong, "prices") == -1
+
+
+def test_another_place_needs_another_certificate(fleet: Fleet) -> None:
+    fleet.root()
+    fleet.join("hub", "l2", "eu", "root", fleet.token())
+    fleet.stop("hub")
+    hub = fleet.start("hub", "l2", "us", "root")
+    assert "put the configuration back" in hub.http("GET", "/v1/node")[1]["problems"]["trust"]
+
+
+# ---- clocks ----
+
+
+@pytest.mark.parametrize("days", [-20_000, 25_000])
+def test_a_clock_that_is_wrong_joins_and_follows(fleet: Fleet, monkeypatch: pytest.MonkeyPatch, days: int) -> None:
+    """1970, and 2095."""
+    root = fleet.root()
+    publish(root, "prices", 0, 5)
+    hub = fleet.start("hub", "l2", "eu", "root")
+    real = hub.clock.wall_ms
+    monkeypatch.setattr(hub.clock, "wall_ms", lambda: max(0, real() + days * DAY_MS))
+    assert hub.http("POST", "/v1/trust/join", {"token": fleet.token()})[0] == 200
+    wait_for(lambda: status(hub)["node"], "it joins")
+    follows(root, hub, "prices")
+    assert ("set the clock" in status(hub)["clock"]) == (days < 0)
+
+
+@pytest.mark.parametrize(("days", "follows_on"), [(399, True), (401, False)])
+def test_how_old_a_certificate_may_be(fleet: Fleet, tmp_path: Path, days: int, follows_on: bool) -> None:
+    made = TestFleet(tmp_path / "made", now_ms=NOW_MS - 600 * DAY_MS)
+    made.root.directory.path.rename(tmp_path / "kept")
+    root = fleet.start("root", "root", trust__fleet="")
+    assert status(root)["node"] == ""
+    uid = root.broker.engine.node_uid
+    fleet.stop("root")
+    (tmp_path / "kept").rename(tmp_path / "root" / "trust")
+    directory = TrustDirectory(tmp_path / "root")
+    issuer = Issuer(directory)
+    certified = issuer.admit(NodeName("acme", "root", "", uid), read_key(directory.key).public_key(), NOW_MS)
+    directory.write_certificate(certified.issued, certified.chain)
+    hub = fleet.start("hub", "l2", "eu")
+    node_uid = hub.broker.engine.node_uid
+    fleet.stop("hub")
+    made.issuer = issuer
+    machine = made.machine(node_uid, "l2", "eu")
+    key = read_key(machine.directory.key).public_key()
+    old = issuer.admit(NodeName("acme", "l2", "eu", node_uid), key, NOW_MS - (days + 90) * DAY_MS)
+    made.store(machine, old)
+    machine.directory.path.rename(tmp_path / "hub" / "trust")
+    issuer.close()
+    root = fleet.start("root", "root")
+    publish(root, "prices", 0, 3)
+    hub = fleet.start("hub", "l2", "eu", "root")
+    hub.broker.trust._stopped = not follows_on  # it does not renew meanwhile
+    if follows_on:
+        follows(root, hub, "prices")
+    else:
+        wait_for(lambda: root.broker.trust.refused, "it is refused")
+        assert end(hub, "prices") == -1
+        hub.broker.trust._stopped = False
+        hub.call(hub.broker.trust._go_on)
+        follows(root, hub, "prices")
+
+
+# ---- starting ----
+
+
+def test_a_fleet_is_not_for_development(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet.root()
+    fleet.stop("root")
+    monkeypatch.setenv(DEVELOPMENT, "1")
+    loop, config = Loop(SystemClock()), config_for(fleet.directory / "root")
+    trust = node_trust.NodeTrust(loop, SystemClock(), config, "0" * 32, list)
+    with pytest.raises(ConfigError, match=f"belongs to the fleet acme: remove {DEVELOPMENT}"):
+        trust.open()
+    loop.close()
+
+
+@pytest.mark.parametrize("damage", ["key is missing", "rights", "another key", "certificate is damaged"])
+def test_files_that_cannot_be_used(fleet: Fleet, damage: str) -> None:
+    """The node starts, and says what to do."""
+    fleet.root()
+    fleet.stop("root")
+    directory = TrustDirectory(fleet.directory / "root")
+    if damage == "key is missing":
+        directory.key.unlink()
+    elif damage == "rights":
+        directory.key.chmod(0o644)
+    elif damage == "another key":
+        other = TestFleet(fleet.directory / "other")
+        directory.key.write_bytes(other.root.directory.key.read_bytes())
+    else:
+        directory.certificate.write_bytes(b"edgebroker {}\n")
+    root = fleet.start("root", "root")
+    assert "join the fleet again: edgebroker join TOKEN" in root.http("GET", "/v1/node")[1]["problems"]["trust"]
+    assert status(root)["node"] == ""
+
+
+def test_addresses_of_others_wait_for_the_certificate(fleet: Fleet, tmp_path: Path) -> None:
+    """Until then clients are served on loopback, and nodes not at all."""
+    root = fleet.root()
+    token = fleet.token()
+    with running(
+        tmp_path / "hub",
+        {
+            "node.level": "l2",
+            "node.region": "eu",
+            "pipe.parents": root.parent_address,
+            "listen.tcp": "0.0.0.0:0",
+            "listen.pipe": "0.0.0.0:0",
+        },
+    ) as hub:
+        listeners = hub.broker.listeners
+        assert (listeners.tcp_address[0], listeners.pipe_address) == ("127.0.0.1", ("", 0))
+        assert hub.http("POST", "/v1/trust/join", {"token": token})[0] == 200
+        wait_for(lambda: listeners.pipe_address[0] == listeners.tcp_address[0] == "0.0.0.0", "they are opened")
+        follows_topics = asked(hub, of_node(root), "POST", "/v1/pipe/topics")
+        assert follows_topics[0] == 200
+        hub.raw("local")  # a client of this machine needs no TLS
