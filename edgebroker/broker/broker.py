@@ -58,13 +58,14 @@ class Broker:
         self.sessions = sessions = Sessions(core, loop, session_limits(config), config.limits)
         self.downstream = self._make_downstream()
         self.topic_deletion = TopicDeletion(core, self.downstream, sessions)
-        self.trust = NodeTrust(loop, clock, config, engine.node_uid, lambda: self.mirroring.known_addresses())
+        self.trust = NodeTrust(core, loop, clock, config, lambda: self.mirroring.known_addresses())
         self.downstream.rules = self.trust.rules.sender_refusal
         self.mirroring = Mirroring(
             core, self.trust.peers, clock, config, self.downstream, self.topic_deletion.follow, self._directed
         )
         self.holders = holders = Holders(core, self.downstream, config.storage, loop)
-        self.events = EngineEvents(core, loop, sessions, self.downstream, self.mirroring, holders, supervisor.starting)
+        topic, opening = self.trust.topic, supervisor.starting
+        self.events = EngineEvents(core, loop, sessions, self.downstream, self.mirroring, holders, topic, opening)
         self.listeners = Listeners(loop, core.metrics, config, self.trust)
         self.tree = Tree(
             core,
@@ -136,6 +137,8 @@ class Broker:
         self._http = self._make_server(admin)
         self._pipe = self._make_server(Router(pipe_routes(context), self.trust.rules.refusal, names))
         self.trust.on_identity += [self.listeners.on_identity, self.mirroring.on_identity]
+        self.trust.lonely = lambda: bool(self.mirroring.missing_parent)
+        self.trust.on_revoked += [self._pipe.shut_out, self.sessions.shut_out, self.mirroring.shut_out]
 
     def _make_server(self, router: Router) -> HttpServer:
         receiving = self.sessions.receiving

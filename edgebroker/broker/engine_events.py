@@ -9,6 +9,7 @@ from edgebroker.broker.feed.downstream import Downstream
 from edgebroker.broker.holders import Holders
 from edgebroker.broker.mirror.mirroring import Mirroring
 from edgebroker.broker.sessions.sessions import Sessions
+from edgebroker.broker.trust.trust_topic import TrustTopic
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.storage.engine import Log
@@ -26,10 +27,12 @@ class EngineEvents:
         downstream: Downstream,
         mirroring: Mirroring,
         holders: Holders,
+        trust: TrustTopic,
         opening: Callable[[int, int], None],
     ) -> None:
         self._core, self._scheduler, self._sessions, self._downstream = core, scheduler, sessions, downstream
         self._mirroring, self._holders, self._opening = mirroring, holders, opening
+        self._trust = trust
 
     def on_opening(self, done: int, topics: int) -> None:
         self._opening(done, topics)
@@ -44,6 +47,7 @@ class EngineEvents:
         self._downstream.on_durable(log)
         core.table_snapshots.on_durable(log)
         self._mirroring.on_durable(log)
+        self._trust.on_durable(log)
 
     def on_failed(self, log: Log, outcome: Outcome, message: str) -> None:
         self._core.publishing.on_failed(log, outcome, message)

@@ -110,7 +110,7 @@ class Listeners:
     def on_identity(self) -> None:
         """There is a certificate: nodes that came without have to come again."""
         if self._pipe is not None:
-            self._pipe.close_if(lambda identity: not identity, "this node belongs to a fleet now: connect with TLS")
+            self._pipe.shut_out(lambda identity: not identity)
         waiting, self._waiting = self._waiting, []
         for again in waiting:
             try:

@@ -186,8 +186,6 @@ class TrustConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True)
     grace_days: Annotated[int, about(
         "nodes whose certificate expired up to so many days ago are let in; 0: however long ago",
         ge=0, le=36_500)] = 400
-    on_revoked: Annotated[Literal["stop", "erase"], about(
-        "what this node does when it was revoked: stop following the fleet, or erase its keys and data, too")] = "stop"
 
 
 class LogConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

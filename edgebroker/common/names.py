@@ -4,12 +4,19 @@ import re
 
 # What the client id of a producer that writes a snapshot of a table begins with.
 SNAPSHOT_CLIENTS = "__snapshot-"
+# What the root of a fleet has decided: a topic of the broker that every node has.
+TRUST_TOPIC = "__trust"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\Z")
 
 
 def is_name(name: str) -> bool:
     """Could a topic be called so? Those of the broker are included."""
     return _NAME.match(name) is not None and name not in (".", "..")
+
+
+def is_own(name: str) -> bool:
+    """Is this a topic that only the broker itself writes?"""
+    return name.startswith("__") or name.endswith(".dlq")
 
 
 def check_topic_name(name: str) -> str:

@@ -30,6 +30,7 @@ from msgspec import Meta
 
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import RemoteProtocolError
+from edgebroker.common.names import TRUST_TOPIC
 from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 
 VERSION = 1
@@ -182,7 +183,8 @@ class TopicInfo(msgspec.Struct, frozen=True):
 
 
 class Patterns:
-    """The topics that a node wants: shell wildcards. What belongs to one node alone is matched by none."""
+    """The topics that a node wants: shell wildcards. What belongs to one node alone is matched by none, what the fleet
+    has decided by all."""
 
     def __init__(self, patterns: list[str]) -> None:
         wild = wildcards(patterns)
@@ -190,7 +192,8 @@ class Patterns:
         self._match = re.compile("|".join(translate(pattern) for pattern in wild) or r"(?!)").match
 
     def __contains__(self, topic: str) -> bool:
-        return is_shared(topic) and (topic in self._names or self._match(topic) is not None)
+        wanted = topic in self._names or self._match(topic) is not None or topic == TRUST_TOPIC
+        return wanted and is_shared(topic)
 
 
 def wildcards(patterns: list[str]) -> list[str]:
@@ -199,7 +202,9 @@ def wildcards(patterns: list[str]) -> list[str]:
 
 
 def is_shared(topic: str) -> bool:
-    """True for the name of a topic that may leave its node: no dead letters, nothing internal."""
+    """True for the name of a topic that may leave its node: no dead letters, and of what is internal only __trust."""
+    if topic == TRUST_TOPIC:
+        return True
     own = topic.startswith("__") or topic.endswith(DEAD_LETTERS) or topic in (".", "..")
     return _TOPIC.match(topic) is not None and not own
 

@@ -294,14 +294,21 @@ class Issuer:
         ).fetchone()
         return _Node(*row) if row is not None else None
 
-    def set_state(self, uids: Sequence[str], state: str) -> list[str]:
-        """Revoke or approve nodes; those that are known here."""
+    def set_state(self, nodes: Sequence[str], state: str) -> list[str]:
+        """Revoke or approve nodes, by name or uid: their uids. Raises TrustError when one is not known, or several have
+        its name; nothing is changed then."""
+        uids = [self._uid_of(node) for node in nodes]
         with self._transaction():
-            return [
-                uid
-                for uid in uids
-                if self._database.execute("UPDATE nodes SET state = ? WHERE uid = ?", (state, uid)).rowcount
-            ]
+            self._database.executemany("UPDATE nodes SET state = ? WHERE uid = ?", [(state, uid) for uid in uids])
+        return uids
+
+    def _uid_of(self, node: str) -> str:
+        rows = self._database.execute("SELECT uid FROM nodes WHERE uid = ? OR name = ?", (node, node)).fetchall()
+        if not rows:
+            raise TrustError(f"no node {printable(node)} has joined")
+        if len(rows) > 1:
+            raise TrustError(f"{len(rows)} nodes are called {printable(node)}; use the uid")
+        return str(rows[0][0])
 
     @property
     def number(self) -> int:

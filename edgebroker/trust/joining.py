@@ -22,7 +22,8 @@ from edgebroker.trust import certificates
 from edgebroker.trust.contexts import client_context, unverified_context
 from edgebroker.trust.directory import PUBLIC_MODE, TrustDirectory
 from edgebroker.trust.keys import digest, make_key, read_key, write_key
-from edgebroker.trust.messages import Certified, Chain, Join, JoinRefusedError, JoinRequest
+from edgebroker.trust.messages import Certified, Chain, Join, JoinRefusedError, JoinRequest, RevokedAnswer
+from edgebroker.trust.records import verify_records
 from edgebroker.trust.token import PIN_BYTES, JoinToken, parse_token, proof
 
 T = TypeVar("T")
@@ -87,7 +88,23 @@ def _ask(directory: TrustDirectory, address: str, root: bytes, token: JoinToken 
         if token is not None:
             shown_proof = proof(token.key, csr, server, *request.claims())
             request = msgspec.structs.replace(request, token=token.id, proof=shown_proof)
-        return _exchange(connection, "POST", JOIN_PATH, msgspec.json.encode(request), Certified)
+        try:
+            return _exchange(connection, "POST", JOIN_PATH, msgspec.json.encode(request), Certified)
+        except JoinRefusedError as refused:
+            if refused.revoked and not _is_revoked(root, wanted.uid, refused.said):
+                raise JoinRefusedError(f"{address} says that this node was revoked, and does not prove it") from None
+            raise
+
+
+def _is_revoked(root: bytes, uid: str, data: bytes) -> bool:
+    """Is it signed that this node was revoked?"""
+    try:
+        said = json.decode(data, RevokedAnswer)
+        state = json.decode(said.record.value, _State).state
+    except msgspec.DecodeError:
+        return False
+    good = verify_records(root, {said.record.issuer: said.issuer}, [said.record])
+    return good == [True] and said.record.key == f"revoked/{uid}" and state == "revoked"
 
 
 def _store(directory: TrustDirectory, root: bytes, certified: Certified, wanted: Join) -> None:
@@ -122,8 +139,12 @@ def _exchange(connection: http.client.HTTPSConnection, method: str, path: str, b
             raise TrustError(f"{connection.host} does not answer as a node does: {error}") from error
     code, why = _said(data)
     if response.status == 403:
-        raise JoinRefusedError(why, held=code == "HELD", revoked=code == "REVOKED")
+        raise JoinRefusedError(why, held=code == "HELD", revoked=code == "REVOKED", said=data)
     raise http.client.HTTPException(why or f"it answered {response.status}")
+
+
+class _State(msgspec.Struct):
+    state: str = ""
 
 
 class _Said(msgspec.Struct):

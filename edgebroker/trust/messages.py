@@ -50,11 +50,12 @@ class Chain(msgspec.Struct, frozen=True):
 
 
 class JoinRefusedError(Exception):
-    """A certificate is not given, for this reason. `held`: not yet; `revoked`: never again."""
+    """A certificate is not given, for this reason. `held`: not yet; `revoked`: never again. `said`: the answer, as it
+    came."""
 
-    def __init__(self, why: str, *, held: bool = False, revoked: bool = False) -> None:
+    def __init__(self, why: str, *, held: bool = False, revoked: bool = False, said: bytes = b"") -> None:
         super().__init__(why)
-        self.held, self.revoked = held, revoked
+        self.held, self.revoked, self.said = held, revoked, said
 
 
 class TokenRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -88,6 +89,15 @@ class SignedRecord(msgspec.Struct, frozen=True, kw_only=True):
     value: bytes
     issuer: int
     signature: bytes
+
+
+class RevokedAnswer(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to a node that was revoked: the record, and the certificate (PEM) of the issuer that signed it."""
+
+    error: str
+    record: SignedRecord
+    issuer: bytes
+    code: str = "REVOKED"
 
 
 # ---- to the helper process ----
@@ -136,7 +146,9 @@ class RevokeToken(msgspec.Struct, frozen=True, kw_only=True, tag="revoke-token")
 
 
 class SetState(msgspec.Struct, frozen=True, kw_only=True, tag="set-state"):
-    uids: list[str]
+    """Revoke or approve nodes, by name or uid."""
+
+    nodes: list[str]
     state: str
 
 

@@ -87,7 +87,7 @@ class TrustWorker:
             issuer.revoke_token(task.id)
             return None
         if isinstance(task, SetState):
-            return issuer.set_state(task.uids, task.state)
+            return issuer.set_state(task.nodes, task.state)
         signed = [issuer.sign(signed_text(key, value)) for key, value in task.records]
         return Signed(issuer=issuer.number, certificate=issuer.certificate_pem, signatures=signed)
 

@@ -13,18 +13,18 @@ from typing import Any
 import msgspec
 import pytest
 
+from edgebroker.broker.broker import Broker
 from edgebroker.broker.trust import authority, node_trust
 from edgebroker.cli.main import main
 from edgebroker.common.config import DEVELOPMENT
-from edgebroker.common.errors import ConfigError
+from edgebroker.common.errors import Code, ConfigError
 from edgebroker.common.runtime.clock import SystemClock
-from edgebroker.network.io.loop import Loop
 from edgebroker.trust.contexts import client_context, unverified_context
 from edgebroker.trust.directory import TrustDirectory
 from edgebroker.trust.issuing import Issuer
 from edgebroker.trust.keys import read_key
 from edgebroker.trust.node_name import NodeName
-from tests.kit.brokers import JSON, RunningBroker, config_for, running
+from tests.kit.brokers import JSON, RunningBroker, config_for, numbered, running
 from tests.kit.fleets import NOW_MS, TestFleet
 from tests.kit.trees import end, follows, publish
 from tests.kit.waiting import SECONDS, wait_for
@@ -86,6 +86,10 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 
 def status(node: RunningBroker) -> dict[str, Any]:
     return dict(node.http("GET", "/v1/trust")[1])
+
+
+def problems(node: RunningBroker) -> dict[str, str]:
+    return dict(node.http("GET", "/v1/node")[1]["problems"])
 
 
 @contextmanager
@@ -299,6 +303,127 @@ def test_another_place_needs_another_certificate(fleet: Fleet) -> None:
     assert "put the configuration back" in hub.http("GET", "/v1/node")[1]["problems"]["trust"]
 
 
+# ---- revoking ----
+
+
+def test_a_node_that_is_revoked_is_shut_out_everywhere(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also by nodes that have never seen it, and by those that start later; and it hears it."""
+    root = fleet.root()
+    token = fleet.token()
+    hub = fleet.join("hub", "l2", "eu", "root", token)
+    store = fleet.join("store", "pos", "eu/1", "hub", token)
+    till = fleet.join("till", "local", "eu/1", "store", token)
+    publish(root, "prices", 0, 3)
+    follows(root, till, "prices")
+    uid, mine = till.broker.engine.node_uid, of_node(till)
+    assert main(["node", "revoke", "till", "--admin", root.admin]) == 0
+    assert "till is revoked" in capsys.readouterr().out
+    wait_for(lambda: all(one.broker.trust.topic.revoked(uid) for one in (root, hub, store)), "all know it")
+    wait_for(lambda: "was revoked" in problems(till).get("trust", ""), "it hears it")
+    wait_for(lambda: not store.broker.downstream.children, "it is cut off")
+    publish(root, "prices", 3, 3)
+    follows(root, store, "prices")
+    for node in (root, hub, store):
+        before = node.broker.trust.refused
+        with pytest.raises((OSError, http.client.HTTPException)):
+            asked(node, mine, "POST", "/v1/pipe/topics")
+        wait_for(lambda node=node, before=before: node.broker.trust.refused > before, "refused")  # type: ignore[misc]
+    assert end(till, "prices") == 3
+    till.call(lambda: till.broker.trust._renew())
+    wait_for(lambda: till.broker.trust._revoked, "also when it asks")
+    fleet.stop("store")
+    store = fleet.start("store", "pos", "eu/1", "hub")
+    assert store.broker.trust.topic.revoked(uid), "from the start"
+    assert main(["node", "approve", uid, "--admin", root.admin]) == 0
+    wait_for(lambda: not store.broker.trust.topic.revoked(uid), "it may come again")
+
+
+def test_a_parent_that_is_revoked(fleet: Fleet) -> None:
+    root = fleet.root()
+    token = fleet.token()
+    fleet.join("hub", "l2", "eu", "root", token)
+    till = fleet.join("till", "local", "eu/1", "hub", token)
+    publish(root, "prices", 0, 3)
+    follows(root, till, "prices")
+    uid = fleet.nodes["hub"].broker.engine.node_uid
+    assert root.http("POST", "/v1/trust/revoke", {"nodes": [uid]})[0] == 200
+    wait_for(lambda: till.broker.trust.topic.revoked(uid), "the terminal hears it, from the hub itself")
+    wait_for(lambda: not till.broker.mirroring.upstream.connected, "it leaves it")  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("node", ["nobody", "e" * 32])
+def test_a_node_that_is_not_known_is_not_revoked(fleet: Fleet, node: str) -> None:
+    root = fleet.root()
+    for path in ("/v1/trust/revoke", "/v1/trust/approve"):
+        status, answer = root.http("POST", path, {"nodes": [node]})
+        assert (status, answer["error"]) == (409, f"no node {node} has joined")
+
+
+def test_who_says_that_a_node_was_revoked_has_to_prove_it(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hub on the way cannot make it up."""
+    root = fleet.root()
+    hub = fleet.join("hub", "l2", "eu", "root", fleet.token())
+    monkeypatch.setattr(authority, "REFUSAL_SECONDS", 0.0)
+    lie = authority.Failed("this node was revoked", "REVOKED")
+    monkeypatch.setattr(
+        authority.Authority, "_issue", lambda self, call, request: call.answer(authority.Response(403, lie))
+    )
+    hub.call(lambda: hub.broker.trust._renew())
+    wait_for(lambda: "does not prove it" in status(hub)["joining"], "it is not believed")
+    assert "trust" not in hub.http("GET", "/v1/node")[1]["problems"]
+    publish(root, "prices", 0, 1)
+    follows(root, hub, "prices")
+
+
+def test_machines_that_wait_for_approval(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(node_trust, "FIRST_PAUSE", 0.1)
+    monkeypatch.setattr(authority, "REFUSAL_SECONDS", 0.0)
+    root = fleet.root()
+    hub = fleet.start("hub", "l2", "eu", "root")
+    assert hub.http("POST", "/v1/trust/join", {"token": fleet.token(hold=True)})[0] == 200
+    wait_for(lambda: "waits for approval" in status(hub)["joining"], "it waits")
+    assert main(["node", "approve", "hub", "--admin", root.admin]) == 0
+    wait_for(lambda: status(hub)["node"], "it has joined")
+
+
+def test_no_client_writes_or_changes_what_the_fleet_decides(fleet: Fleet) -> None:
+    root = fleet.root()
+    hub = fleet.join("hub", "l2", "eu", "root", fleet.token())
+    root.http("POST", "/v1/trust/revoke", {"nodes": ["hub"]})
+    client = root.raw("client")
+    assert client.publish("__trust", numbered(0, 1)).code is Code.UNKNOWN_TOPIC
+    assert client.subscribe("__trust", "").code is Code.UNKNOWN_TOPIC
+    for method, path, body in (
+        ("DELETE", "/v1/topics/__trust", None), ("PATCH", "/v1/topics/__trust", {"retention_ms": 1}),
+        ("POST", "/v1/topics/__trust/rename", {"name": "x"}),
+        ("POST", "/v1/topics/__trust/snapshot", {"client_id": "__snapshot-1"}),
+    ):  # fmt: skip
+        assert root.http(method, path, body)[0] == 400, path
+    assert hub.broker.engine.node_uid in root.broker.trust.topic._revoked
+
+
+# ---- another issuer ----
+
+
+def test_another_issuer(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
+    """The pin stays, tokens stay, and nodes with certificates of before go on."""
+    root = fleet.root()
+    token = fleet.token()
+    hub = fleet.join("hub", "l2", "eu", "root", token)
+    assert main(["fleet", "rotate", "--admin", root.admin]) == 0
+    assert "issuer 2" in capsys.readouterr().out
+    wait_for(lambda: status(root)["issuer"] == 2, "the root has a certificate of the new issuer")
+    till = fleet.join("till", "local", "eu/1", "hub", token)
+    assert (status(till)["issuer"], status(hub)["issuer"]) == (2, 1)
+    publish(root, "prices", 0, 3)
+    follows(root, till, "prices")
+    hub.call(lambda: hub.broker.trust._renew())
+    wait_for(lambda: status(hub)["issuer"] == 2, "renewed")
+    assert root.http("POST", "/v1/trust/revoke", {"nodes": ["till"]})[0] == 200
+    uid = till.broker.engine.node_uid
+    wait_for(lambda: hub.broker.trust.topic.revoked(uid), "signed by the new issuer, and believed")
+
+
 # ---- clocks ----
 
 
@@ -360,11 +485,11 @@ def test_a_fleet_is_not_for_development(fleet: Fleet, monkeypatch: pytest.Monkey
     fleet.root()
     fleet.stop("root")
     monkeypatch.setenv(DEVELOPMENT, "1")
-    loop, config = Loop(SystemClock()), config_for(fleet.directory / "root")
-    trust = node_trust.NodeTrust(loop, SystemClock(), config, "0" * 32, list)
+    config = config_for(fleet.directory / "root")
+    broker = Broker(config, SystemClock())
     with pytest.raises(ConfigError, match=f"belongs to the fleet acme: remove {DEVELOPMENT}"):
-        trust.open()
-    loop.close()
+        broker.trust.open()
+    broker.loop.close()
 
 
 @pytest.mark.parametrize("damage", ["key is missing", "rights", "another key", "certificate is damaged"])

@@ -19,7 +19,7 @@ from edgebroker.broker.feed.child_stream import IDLE_SECONDS
 from edgebroker.broker.mirror.upstream import SILENT_SECONDS
 from edgebroker.common.errors import Code
 from edgebroker.common.types import TopicSettings
-from edgebroker.network.http.client import KEEPALIVE_SECONDS
+from edgebroker.network.http.peers import KEEPALIVE_SECONDS
 from edgebroker.network.io.transport import Transport
 from edgebroker.pipe.candidates import LONGEST_PAUSE
 from edgebroker.pipe.stream import HEADER_BYTES, Kind, LogPosition

@@ -44,6 +44,9 @@ from edgebroker.broker.trust.trust_admin import (
     MAX_TOKENS_BYTES,
     FleetRequest,
     NewTokens,
+    NodeNames,
+    NodesChanged,
+    Rotated,
     TokenList,
     TokenRequests,
     TokenUse,
@@ -73,7 +76,12 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
     `alter` for topics and groups, `operate` for the node and the tree, `admin` for the fleet."""
     operations = GroupOperations(context.core)
     node, topics, groups = NodeAdmin(context), TopicAdmin(context, operations), GroupAdmin(context, operations)
-    fleet, view, peers, trust = FleetAdmin(context), context.tree.view, PeerAdmin(context), TrustAdmin(context.trust)
+    fleet, view, peers, trust = (
+        FleetAdmin(context),
+        context.tree.view,
+        PeerAdmin(context),
+        TrustAdmin(context.trust, context.clock),
+    )
     settings = dict[str, Any]
     return [
         Route("GET", "/healthz", node.alive, Alive, "health"),
@@ -84,6 +92,9 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/trust", trust.status, TrustStatus, "view"),
         Route("POST", "/v1/trust/fleet", trust.create_fleet, Nothing, "admin", FleetRequest),
         Route("POST", "/v1/trust/join", trust.join, Nothing, "admin", TokenUse),
+        Route("POST", "/v1/trust/rotate", trust.rotate, Rotated, "admin"),
+        Route("POST", "/v1/trust/revoke", trust.revoke, NodesChanged, "admin", NodeNames, MAX_TOKENS_BYTES),
+        Route("POST", "/v1/trust/approve", trust.approve, NodesChanged, "admin", NodeNames, MAX_TOKENS_BYTES),
         Route("GET", "/v1/trust/tokens", trust.tokens, TokenList, "admin"),
         Route("POST", "/v1/trust/tokens", trust.create_tokens, NewTokens, "admin", TokenRequests, MAX_TOKENS_BYTES),
         Route("DELETE", "/v1/trust/tokens/{id}", trust.revoke_token, Nothing, "admin"),

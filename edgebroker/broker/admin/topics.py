@@ -119,6 +119,16 @@ class TopicAdmin:
     def describe(self, call: Call) -> None:
         self._tell(call, call.parameters["name"])
 
+    def _changeable(self, name: str, call: Call) -> bool:
+        """Is it there, and may users change it?"""
+        return self._users(name, call) and self._exists(name, call)
+
+    def _users(self, name: str, call: Call) -> bool:
+        """Is it a topic of users, not one of the broker?"""
+        if name.startswith("__"):
+            call.refuse(Outcome.INVALID, check_topic_name(name))
+        return not name.startswith("__")
+
     def _exists(self, name: str, call: Call) -> bool:
         if self._engine.partitions(name):
             return True
@@ -170,7 +180,7 @@ class TopicAdmin:
 
     def alter(self, call: Call) -> None:
         name = call.parameters["name"]
-        if not self._exists(name, call):
+        if not self._changeable(name, call):
             return
         logs, changes = self._engine.partitions(name), call.body
         old, origin = logs[0].settings, logs[0].identity.origin
@@ -202,13 +212,13 @@ class TopicAdmin:
     def delete(self, call: Call) -> None:
         """At its origin, here and at every node below; anywhere else the copy of this node."""
         name = call.parameters["name"]
-        if self._deletable(name, call):
+        if self._users(name, call) and self._deletable(name, call):
             self._context.topic_deletion.delete(name, self._freed(name, call))
 
     def rename(self, call: Call) -> None:
         """A topic under another name is another topic with the same records."""
         name, new = call.parameters["name"], call.body.name
-        if self._exists(name, call) and self._deletable(name, call) and self._nameable(new, call):
+        if self._changeable(name, call) and self._deletable(name, call) and self._nameable(new, call):
             self._context.topic_deletion.rename(name, new, self._freed(name, call))
 
     def deleted(self, call: Call) -> None:
@@ -264,7 +274,7 @@ class TopicAdmin:
 
     def begin_snapshot(self, call: Call) -> None:
         name = call.parameters["name"]
-        if not self._exists(name, call):
+        if not self._changeable(name, call):
             return
 
         def begun(outcome: Outcome, message: str, snapshot: TableSnapshot | None) -> None:

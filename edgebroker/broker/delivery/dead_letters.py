@@ -10,16 +10,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from edgebroker.broker.publish.own import publish_own
 from edgebroker.broker.publish.publishing import Publishing
 from edgebroker.common import batch, records
-from edgebroker.common.batch import EXPLANATION, Reason
-from edgebroker.common.errors import Code, CorruptBatchError
-from edgebroker.common.messages import PublishRun
-from edgebroker.common.outcome import Done, Outcome, outcome_of
+from edgebroker.common.errors import CorruptBatchError
+from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.records import BatchBuilder
 from edgebroker.common.runtime.clock import Clock
-from edgebroker.common.spans import ANSWER, pack_span
-from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
+from edgebroker.common.types import DEAD_LETTERS, TopicSettings
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.types import ColdRead
 
@@ -35,35 +33,6 @@ class Failure(NamedTuple):
     group: str
     attempts: int
     reason: str
-
-
-class _DeadLetter:
-    """The publisher of one dead letter."""
-
-    client_id = "dead letters"
-    producer_id = -1
-
-    def __init__(self, done: Done) -> None:
-        self._done = done
-
-    def answered(self, spans: bytes, answers: bytes) -> None:
-        _, code, reason = ANSWER.unpack(answers)
-        if code == Code.OK:
-            self._done(Outcome.OK, "")
-        else:
-            self._done(outcome_of(Code(code)), EXPLANATION.get(Reason(reason), "it was not stored"))
-
-    def refused(self, spans: bytes, outcome: Outcome, why: str) -> None:
-        self._done(outcome, why)
-
-    def rejected(self, spans: bytes, code: int, why: str) -> None:
-        self._done(outcome_of(Code(code)), why)
-
-    def hold(self) -> None:
-        """One record is not a flood."""
-
-    def release(self) -> None:
-        """It was not held."""
 
 
 class DeadLetters:
@@ -113,8 +82,7 @@ class DeadLetters:
             if outcome not in (Outcome.OK, Outcome.NAME_CLASH):
                 done(outcome, message)
                 return
-            run = PublishRun(AckLevel.DURABLE, topic, 0, memoryview(dead_letter), pack_span(1, 0, len(dead_letter)))
-            self._publishing.submit(_DeadLetter(done), run, internal=True)
+            publish_own(self._publishing, "dead letters", topic, dead_letter, done)
 
         if self._engine.log(topic, 0) is not None:
             created(Outcome.OK, "")

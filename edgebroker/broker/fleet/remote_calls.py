@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -26,6 +27,8 @@ ANSWER_SECONDS = 30.0
 # So many are asked, and so many answered, at a time.
 MOST_ASKED, MOST_ANSWERED = 64, 8
 FROM_ABOVE = "above"
+# How often, and after what pause, a request is sent to a child that is not connected.
+TRIES, RETRY_SECONDS = 20, 0.1
 ANSWERS_PATH = "/v1/tree/answers"
 
 
@@ -72,11 +75,22 @@ class RemoteCalls:
             call.refuse(Outcome.OVERLOADED, f"{MOST_ASKED} requests to nodes below wait for their answers; try again")
             return
         asked = AdminCall(uid=member.uid, id=os.urandom(16).hex(), method=call.method, target=target, body=call.raw)
-        if not self._send(asked):
-            call.refuse(Outcome.BEHIND, f"{name} is not connected now; see edgebroker tree {name}")
-            return
         timer = self._scheduler.call_later(ANSWER_SECONDS, lambda: self._late(asked.id))
         self._asked[asked.id] = _Asked(call, name, timer)
+        self.pass_on(asked)
+
+    def pass_on(self, asked: AdminCall, tries: int = TRIES) -> None:
+        """Send a request down. A child that is not connected has a moment: between two polls it is not."""
+        if self._send(asked):
+            return
+        if tries:
+            self._scheduler.call_later(RETRY_SECONDS, partial(self.pass_on, asked, tries - 1))
+        elif asked.id in self._asked:
+            waiting = self._asked.pop(asked.id)
+            waiting.timer.cancel()
+            waiting.call.refuse(Outcome.BEHIND, f"{waiting.name} is not connected now; see edgebroker tree")
+        else:
+            self._reply(asked, _refusal(503, "it is not connected now; see edgebroker tree"))
 
     def _late(self, id: str) -> None:
         asked = self._asked.pop(id)
@@ -115,10 +129,6 @@ class RemoteCalls:
         else:
             kind = "application/json" if asked.body else ""
             self.handler(Request(asked.method, asked.target, asked.body, kind, peer=FROM_ABOVE), reply)
-
-    def cut_off(self, asked: AdminCall) -> None:
-        """A request from above cannot be passed on to the node that it is for."""
-        self._reply(asked, _refusal(503, "it is not connected now; see edgebroker tree"))
 
     def _reply(self, asked: AdminCall, response: Response) -> None:
         """Send an answer up."""

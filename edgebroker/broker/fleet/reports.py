@@ -20,6 +20,7 @@ from edgebroker.broker.core import Core
 from edgebroker.broker.delivery.state import Group
 from edgebroker.broker.ports import Key
 from edgebroker.common import json
+from edgebroker.common.names import is_own
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import in_turns
 from edgebroker.common.types import DEAD_LETTERS
@@ -173,7 +174,7 @@ class Reporter:
                 yield
         for topic in sorted(self._engine.topics()):
             logs = self._engine.partitions(topic)
-            if not is_shared(topic) or not logs:
+            if not is_shared(topic) or is_own(topic) or not logs:
                 continue
             found.add(
                 TopicReport(

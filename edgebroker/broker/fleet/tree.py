@@ -178,8 +178,10 @@ class Tree:
         """Handle directives received from the parent."""
         for directive in directives:
             if directive.uid != self._uid:
-                if not self.inbox.direct(directive) and isinstance(directive, AdminCall):
-                    self.remote.cut_off(directive)
+                if isinstance(directive, AdminCall):
+                    self.remote.pass_on(directive)
+                else:
+                    self.inbox.direct(directive)
             elif isinstance(directive, ResyncDirective):
                 self._asked_for(directive)
             elif isinstance(directive, AdminCall):

@@ -116,6 +116,11 @@ class Mirroring:
         if self.upstream is not None and not self.upstream.identity:
             self.upstream.again("this node belongs to a fleet now")
 
+    def shut_out(self, refused: Callable[[str], bool]) -> None:
+        """Some nodes are not let in any more: the parent, perhaps."""
+        if self.upstream is not None and refused(self.upstream.identity):
+            self.upstream.again("the parent was revoked")
+
     def known_addresses(self) -> list[str]:
         """Where nodes above may be, each address once."""
         pipe, candidates = self._config.pipe, self.upstream.candidates.addresses if self.upstream is not None else []

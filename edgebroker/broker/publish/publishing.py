@@ -24,12 +24,12 @@ from edgebroker.common import answers as packed
 from edgebroker.common.batch import STORED_BATCH_BYTES, Reason
 from edgebroker.common.errors import Code
 from edgebroker.common.messages import PublishRun
-from edgebroker.common.names import SNAPSHOT_CLIENTS, check_topic_name
+from edgebroker.common.names import SNAPSHOT_CLIENTS, check_topic_name, is_own
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.runtime.threads import Worker
 from edgebroker.common.spans import ANSWER, SPAN, pack_span, payload_bytes
-from edgebroker.common.types import DEAD_LETTERS, AckLevel, TopicSettings
+from edgebroker.common.types import AckLevel, TopicSettings
 from edgebroker.storage.engine import Engine, Log
 from edgebroker.storage.log import segscan
 
@@ -128,7 +128,7 @@ class Publishing:
         if log.identity.origin != self._engine.node_uid:
             writer = self.name_of(log.identity.origin)
             refusal = (Outcome.NOT_ORIGIN, f"{log.name} is written by {writer} only; publish there")
-        if not internal and run.topic.endswith(DEAD_LETTERS):
+        if not internal and is_own(run.topic):
             refusal = (Outcome.NOT_FOUND, check_topic_name(run.topic))
         elif self._exclusive and self._exclusive.get(log, publisher.client_id) != publisher.client_id:
             refusal = (Outcome.OVERLOADED, f"a snapshot is being written to {log.name}; try again in a moment")

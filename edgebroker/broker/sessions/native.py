@@ -23,7 +23,7 @@ from edgebroker.broker.sessions.limits import SessionLimits
 from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.common.errors import Code, RemoteProtocolError
 from edgebroker.common.messages import GapReason, Holding, PublishRun, Wanted
-from edgebroker.common.names import check_group_name
+from edgebroker.common.names import TRUST_TOPIC, check_group_name, check_topic_name
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.spans import SPAN
 from edgebroker.network.io.channel import Channel
@@ -413,6 +413,9 @@ class Session:
                 known = core.engine.log(wanted.topic, 0) is not None
                 what = f"topic {wanted.topic}" + (f" partition {wanted.partition}" if known else "")
                 self._answer(correlation, Code.UNKNOWN_TOPIC, f"{what} does not exist on this node")
+                return
+            if wanted.topic == TRUST_TOPIC:
+                self._answer(correlation, Code.UNKNOWN_TOPIC, check_topic_name(wanted.topic))
                 return
         reached = self._reached_limit(subscribe)
         if reached is not None:

@@ -130,6 +130,12 @@ class Sessions:
             if which(session):
                 session.transport.close(f"{why}: connect again")
 
+    def shut_out(self, whose: Callable[[str], bool]) -> None:
+        """Cut the connections of peers with these identities."""
+        for session in self:
+            if whose(session.transport.identity):
+                session.transport.close("it is not let in any more")
+
     def say_farewell(self) -> None:
         """The node is stopping."""
         for session in self:

@@ -14,7 +14,7 @@ from edgebroker.network.http.call import OnResponse
 from edgebroker.network.http.router import Call
 from edgebroker.network.http.server import Failed, Response
 from edgebroker.network.io.loop import Loop
-from edgebroker.trust.messages import Certified, Chain, Issue, JoinRequest
+from edgebroker.trust.messages import Certified, Chain, Issue, JoinRequest, RevokedAnswer
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,13 @@ class Authority:
         why = {"HELD": "this node waits for approval", "REVOKED": "this node was revoked"}.get(
             code, "the fleet does not take this node: the log of its root says why"
         )
-        self._loop.call_later(REFUSAL_SECONDS, partial(call.answer, Response(403, Failed(why, code))))
+        said: Failed | RevokedAnswer = Failed(why, code)
+        request = call.body
+        assert isinstance(request, JoinRequest)
+        signed = self._trust.topic.record(f"revoked/{request.uid}")
+        if code == "REVOKED" and signed is not None:  # no node on the way can make it up
+            said = RevokedAnswer(error=why, record=signed, issuer=self._trust.topic.issuer(signed.issuer))
+        self._loop.call_later(REFUSAL_SECONDS, partial(call.answer, Response(403, said)))
 
     def _pass_on(self, call: Call) -> None:
         def told(status: int, answer: bytes, error: str) -> None:

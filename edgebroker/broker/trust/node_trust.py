@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from edgebroker.broker.core import Core
 from edgebroker.broker.trust.helper import TrustHelper
 from edgebroker.broker.trust.rules import NodeRules
+from edgebroker.broker.trust.trust_topic import TrustTopic
 from edgebroker.common.config import DEVELOPMENT, Config, is_insecure
 from edgebroker.common.errors import ConfigError, TrustError
 from edgebroker.common.outcome import Done, Outcome
@@ -43,7 +45,12 @@ log = logging.getLogger(__name__)
 DAY_MS = 86_400_000
 RENEW_DAYS, EXPIRING_DAYS = 60, 15
 TICK_SECONDS = 60.0
+# A node that has no parent asks for a certificate so often: it learns so that it was revoked, or is let in again.
+ALONE_SECONDS = 600.0
+# A connection to a node that is revoked stands for so long: through it the node hears it, and those below do.
+CUT_SECONDS = 2.0
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
+REVOKED = "this node was revoked: the fleet does not take it any more; what it has is served on"
 # The newest time is stored so often: a clock that is set back by less is not noticed at the next start.
 FLOOR_SECONDS = 3600.0
 # Refusals of one address for one reason are logged once in an hour; so many are remembered.
@@ -74,10 +81,12 @@ class TrustStatus(msgspec.Struct, kw_only=True):
 
 class NodeTrust:
     """Owned by the loop thread. `addresses` tells where nodes of the fleet may be; `on_identity` are called when there
-    is a certificate, or another one; `revoked` tells whether a node is shut out, `retired` whether an issuer is."""
+    is a certificate, or another one."""
 
-    def __init__(self, loop: Loop, clock: Clock, config: Config, uid: str, addresses: Callable[[], list[str]]) -> None:
-        self._loop, self._clock, self._config, self._uid = loop, clock, config, uid
+    def __init__(
+        self, core: Core, loop: Loop, clock: Clock, config: Config, addresses: Callable[[], list[str]]
+    ) -> None:
+        self._loop, self._clock, self._config, self._uid = loop, clock, config, core.engine.node_uid
         self._addresses = addresses
         self.insecure = is_insecure()
         self.peers = Peers(loop, open=self.insecure)
@@ -90,11 +99,15 @@ class NodeTrust:
         self.issued: Issued | None = None
         self.handshakes: Handshakes | None = None
         self.on_identity: list[Callable[[], None]] = []
-        self.revoked: Callable[[str], bool] = lambda uid: False
-        self.retired: Callable[[int], bool] = lambda issuer: False
+        # Has it no parent, although it should? And who cuts the connections of peers that are refused now.
+        self.lonely: Callable[[], bool] = lambda: False
+        self.on_revoked: list[Callable[[Callable[[str], bool]], None]] = []
+        self.topic = TrustTopic(core, loop, clock, self.helper, self.directory.path)
+        self.topic.changed.append(self._decided)
+        self._asked_at = 0.0
         self._server: ssl.SSLContext | None = None
         self._client: ssl.SSLContext | None = None
-        self._problem = self._joining = ""
+        self._problem = self._joining = self._revoked = ""
         self._busy = self._stopped = False
         self._pause, self._due = FIRST_PAUSE, 0.0
         self._renew_after_ms = int(random.uniform(RENEW_DAYS, RENEW_DAYS + EXPIRING_DAYS / 3) * DAY_MS)
@@ -108,6 +121,7 @@ class NodeTrust:
     def open(self) -> None:
         """Take over what an earlier run had. Blocks for a moment. Raises ConfigError for a node of a fleet that is to
         listen without TLS."""
+        self.topic.open()
         self._floor_ms = max(RELEASED_MS, read_if_whole(self.directory.state, _Seen, _Seen()).floor_ms)
         try:
             found = self.directory.identity()
@@ -120,10 +134,12 @@ class NodeTrust:
 
     def start(self) -> None:
         """Get a certificate, if there is to be one, and see to it from then on."""
+        self.topic.start()
         self._tick()
 
     def stop(self) -> None:
         self._stopped = True
+        self.topic.stop()
         self.helper.stop()
         if self.handshakes is not None:
             self.handshakes.close()
@@ -150,8 +166,21 @@ class NodeTrust:
             token = self._token()
             if token:
                 self._join(token)
-        elif self.issued is not None and self._now_ms() - self.issued.issued_ms > self._renew_after_ms:
+        elif self.issued is not None and (self._is_old(self.issued) or self._is_alone()):
+            self._asked_at = self._loop.now()
             self._renew()
+
+    def renew_now(self) -> None:
+        """Get another certificate for the key of this node."""
+        if not self._busy and self.name is not None:
+            self._renew()
+
+    def _is_old(self, issued: Issued) -> bool:
+        return self._now_ms() - issued.issued_ms > self._renew_after_ms
+
+    def _is_alone(self) -> bool:
+        """The nodes above do not let it in, perhaps: it hears why when it asks for a certificate."""
+        return self.lonely() and not self._revoked and self._loop.now() - self._asked_at >= ALONE_SECONDS
 
     def _renew(self) -> None:
         """Through the fleet; where certificates are issued, here."""
@@ -234,9 +263,10 @@ class NodeTrust:
             if self._stopped:
                 return
             if issued is None:
+                self._revoked = REVOKED if code == "REVOKED" else ""
                 self._not_joined(error)
             else:
-                self._joining, self._pause = "", FIRST_PAUSE
+                self._joining, self._pause, self._revoked = "", FIRST_PAUSE, ""
                 log.warning("this node is %s; its certificate is for %d days", issued.node, _days(issued))
                 self._reload()
 
@@ -308,9 +338,9 @@ class NodeTrust:
         name = parse_node_name(uris[0]) if len(uris) == 1 else None
         if name is None or self.name is None or name.fleet != self.name.fleet:
             raise PeerRefusedError("its certificate is not one of a node of this fleet")
-        if self.revoked(name.uid):
+        if self.topic.revoked(name.uid):
             raise PeerRefusedError(f"node {name.uid} was revoked")
-        if self.retired(_issuer_of(shown)):
+        if self.topic.retired(_issuer_of(shown)):
             raise PeerRefusedError(f"the certificate of node {name.uid} was issued by an issuer that is retired")
         late = self.expired_days(shown)
         if late > self._config.trust.grace_days > 0:
@@ -337,9 +367,19 @@ class NodeTrust:
             return ""
         return f"it is {behind / 86400:.1f} days behind a time that was seen before; set the clock"
 
-    def seen(self, wall_ms: int) -> None:
-        """A time that is past, by the word of the fleet."""
-        self._floor_ms = max(self._floor_ms, wall_ms)
+    def _decided(self, keys: Sequence[str]) -> None:
+        """Records of the fleet came into force."""
+        self._floor_ms = max(self._floor_ms, self.topic.newest_ms)
+        if any(key.startswith(("revoked/", "retired/")) for key in keys):
+            self._loop.call_later(CUT_SECONDS, self._cut)
+
+    def _cut(self) -> None:
+        for shut_out in self.on_revoked:
+            shut_out(self._is_revoked)
+
+    def _is_revoked(self, identity: str) -> bool:
+        name = parse_node_name(identity)
+        return name is not None and self.topic.revoked(name.uid)
 
     def _now_ms(self) -> int:
         return max(self._clock.wall_ms(), self._floor_ms)
@@ -363,7 +403,9 @@ class NodeTrust:
 
     def problems(self) -> dict[str, str]:
         found = {}
-        if self._problem:
+        if self._revoked or self.topic.revoked(self._uid):
+            found["trust"] = REVOKED
+        elif self._problem:
             found["trust"] = self._problem
         elif self.name is None and self._joining:
             found["trust"] = f"this node has not joined its fleet yet: {self._joining}"

@@ -8,10 +8,12 @@ import msgspec
 from msgspec import Meta
 
 from edgebroker.broker.trust.node_trust import NodeTrust
+from edgebroker.broker.trust.trust_topic import TrustRecord
 from edgebroker.common.errors import TrustError
 from edgebroker.common.outcome import Outcome
+from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.http.router import Call
-from edgebroker.trust.messages import CreateTokens, ListTokens, RevokeToken, TokenInfo, TokenRequest
+from edgebroker.trust.messages import CreateTokens, ListTokens, RevokeToken, Rotate, SetState, TokenInfo, TokenRequest
 from edgebroker.trust.token import parse_token
 
 MOST_TOKENS = 10_000
@@ -42,6 +44,24 @@ class NewTokens(msgspec.Struct, frozen=True):
     tokens: list[str]
 
 
+class NodeNames(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/trust/revoke and /v1/trust/approve: nodes by name or uid."""
+
+    nodes: Annotated[list[str], Meta(min_length=1, max_length=MOST_TOKENS)]
+
+
+class NodesChanged(msgspec.Struct, frozen=True):
+    """The answer: the uids of these nodes."""
+
+    nodes: list[str]
+
+
+class Rotated(msgspec.Struct, frozen=True):
+    """The answer to POST /v1/trust/rotate: the number of the issuer that signs from now on."""
+
+    issuer: int
+
+
 class TokenList(msgspec.Struct, frozen=True):
     """The answer to GET /v1/trust/tokens."""
 
@@ -51,8 +71,8 @@ class TokenList(msgspec.Struct, frozen=True):
 class TrustAdmin:
     """Owned by the loop thread."""
 
-    def __init__(self, trust: NodeTrust) -> None:
-        self._trust = trust
+    def __init__(self, trust: NodeTrust, clock: Clock) -> None:
+        self._trust, self._clock = trust, clock
 
     def status(self, call: Call) -> None:
         call.answer(self._trust.status())
@@ -92,6 +112,56 @@ class TrustAdmin:
                 call.answer(NewTokens(tokens), 201)
 
         self._trust.helper.do(CreateTokens(wanted=wanted.tokens), list[str], told)
+
+    def revoke(self, call: Call) -> None:
+        """Shut nodes out, everywhere: the book first, so that they get no other certificate."""
+        self._decide(call, "revoked")
+
+    def approve(self, call: Call) -> None:
+        """Let nodes in that wait for approval, or were revoked."""
+        self._decide(call, "joined")
+
+    def _decide(self, call: Call, state: str) -> None:
+        wanted = call.body
+        assert isinstance(wanted, NodeNames)
+
+        def told(uids: list[str] | None, error: str, code: str) -> None:
+            if uids is None:
+                call.refuse(Outcome.CONFLICT, error)
+                return
+            said = [(f"revoked/{uid}", TrustRecord(serial=0, state=state)) for uid in uids]
+
+            def published(outcome: Outcome, why: str) -> None:
+                if outcome is Outcome.OK:
+                    call.answer(NodesChanged(uids))
+                else:
+                    call.refuse(
+                        outcome, f"it is in the book of the root, but the nodes cannot be told: {why}; try again"
+                    )
+
+            self._trust.topic.publish(said, published)
+
+        self._trust.helper.do(SetState(nodes=wanted.nodes, state=state), list[str], told)
+
+    def rotate(self, call: Call) -> None:
+        """Make another issuer, and tell the nodes of it."""
+
+        def told(number: int | None, error: str, code: str) -> None:
+            if number is None:
+                call.refuse(Outcome.CONFLICT, error)
+                return
+            self._trust.topic.publish([], lambda outcome, why: published(number, outcome, why))
+
+        def published(number: int, outcome: Outcome, why: str) -> None:
+            if outcome is Outcome.OK:
+                self._trust.renew_now()
+                call.answer(Rotated(number))
+            else:
+                call.refuse(
+                    outcome, f"issuer {number} signs from now on, but the nodes cannot be told: {why}; try again"
+                )
+
+        self._trust.helper.do(Rotate(now_ms=self._clock.wall_ms()), int, told)
 
     def revoke_token(self, call: Call) -> None:
         def told(value: object, error: str, code: str) -> None:

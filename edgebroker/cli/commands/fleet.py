@@ -13,7 +13,8 @@ def arguments(parser: Parser) -> None:
     commands = subcommands(parser)
     init_parser = subcommand(commands, "init", "create a fleet, with this node as its root", init)
     init_parser.add_argument("name", metavar="NAME", help="name of the fleet")
-    for each in (init_parser,):
+    rotate_parser = subcommand(commands, "rotate", "make another issuing key; pin, tokens and nodes stay", rotate)
+    for each in (init_parser, rotate_parser):
         admin_flag(each)
         json_flag(each)
 
@@ -26,4 +27,11 @@ def init(options: argparse.Namespace) -> int:
         return 0
     print(f"the fleet {found['fleet']} is created; its pin is {found['pin']}")
     print("next: edgebroker token create --join --level pos,local --region REGION, and give the token to the machines")
+    return 0
+
+
+def rotate(options: argparse.Namespace) -> int:
+    found = call(options.admin, "POST", "/v1/trust/rotate")
+    text = f"issuer {found['issuer']} signs from now on; nodes get its certificates as they renew theirs"
+    print(json.dumps(found) if options.json else text)
     return 0

@@ -1,4 +1,4 @@
-"""`edgebroker node pin|unpin|drain|undrain|remove`: which parents and children the nodes of a tree have."""
+"""`edgebroker node`: which parents and children the nodes of a tree have, and who belongs to its fleet."""
 
 from __future__ import annotations
 
@@ -29,7 +29,11 @@ def arguments(parser: Parser) -> None:
         "--silent", type=duration, metavar="TIME", help="all nodes that were silent for so long: 90s, 30m, 12h or 2d"
     )
     label_flag(remove_parser)
-    for each in every:
+    revoke_parser = subcommand(commands, "revoke", "shut nodes out of the fleet, at its root", revoke)
+    approve_parser = subcommand(commands, "approve", "let nodes in that wait for it, or were revoked", approve)
+    for each in (revoke_parser, approve_parser):
+        each.add_argument("names", nargs="+", metavar="NODE", help="names or uids of the nodes, as they joined")
+    for each in (*every, revoke_parser, approve_parser):
         admin_flag(each)
         json_flag(each)
 
@@ -58,6 +62,24 @@ def remove(options: argparse.Namespace) -> int:
     query = f"silent={options.silent:g}&{label_query(options.label)}"
     answer = call(options.admin, "DELETE", f"/v1/registry?{query}")
     print(json.dumps(answer) if options.json else f"{counted(answer['removed'], 'node')} removed")
+    return 0
+
+
+def revoke(options: argparse.Namespace) -> int:
+    return _decide(options, "revoke", "revoked: every node that is connected shuts it out within seconds")
+
+
+def approve(options: argparse.Namespace) -> int:
+    return _decide(options, "approve", "approved: it gets a certificate when it asks again")
+
+
+def _decide(options: argparse.Namespace, what: str, said: str) -> int:
+    answer = call(options.admin, "POST", f"/v1/trust/{what}", {"nodes": options.names})
+    if options.json:
+        print(json.dumps(answer))
+    else:
+        for name in options.names:
+            print(f"{name} is {said}")
     return 0
 
 

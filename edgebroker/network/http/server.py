@@ -200,11 +200,11 @@ class HttpServer:
         local = host == "::1" or host.startswith("127.")
         return len(hosts) - of_socket >= MAX_CONNECTIONS or (not local and hosts.count(host) >= MAX_OF_AN_ADDRESS)
 
-    def close_if(self, whose: Callable[[str], bool], reason: str) -> None:
+    def shut_out(self, whose: Callable[[str], bool]) -> None:
         """Cut the connections of peers with these identities."""
         for connection in list(self.connections):
             if whose(connection.transport.identity):
-                connection.transport.close(reason)
+                connection.transport.close("it is not let in any more")
 
     def close(self) -> None:
         for connection in list(self.connections):

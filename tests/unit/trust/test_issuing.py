@@ -168,7 +168,9 @@ def test_another_level_or_region_is_another_node(fleet: TestFleet) -> None:
 def test_revoked_and_held(fleet: TestFleet) -> None:
     machine = fleet.machine(A)
     fleet.join(machine, fleet.token())
-    assert fleet.issuer.set_state([A, B], REVOKED) == [A]
+    with pytest.raises(TrustError, match=f"no node {B} has joined"):
+        fleet.issuer.set_state([A, B], REVOKED)
+    assert fleet.issuer.set_state([A], REVOKED) == [A]
     assert refused(fleet, "") == refused(fleet, fleet.token()) == f"node {A} was revoked"
     fleet.issuer.set_state([A], JOINED)
     fleet.join(machine)

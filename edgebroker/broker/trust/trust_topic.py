@@ -1,0 +1,269 @@
+"""The topic __trust: what the root has decided about nodes and issuers, at every node of the fleet.
+
+    root     revoke, approve, a new issuer -> helper process signs -> __trust/0, a table that is urgent
+    node     replicated like any other topic -> helper process verifies -> `trust/records` -> in force
+
+A record that is not signed as it has to be, or is older than what is in force, is ignored. What is in force is stored:
+it counts from the start, also where the topic is lost, and is replaced record by record, never dropped as a whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import msgspec
+
+from edgebroker.broker.core import Core
+from edgebroker.broker.publish.own import publish_own
+from edgebroker.broker.trust.helper import TrustHelper
+from edgebroker.common import batch, json, records
+from edgebroker.common.errors import CorruptBatchError
+from edgebroker.common.names import TRUST_TOPIC
+from edgebroker.common.outcome import Done, Outcome
+from edgebroker.common.records import BatchBuilder
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.common.runtime.threads import Worker
+from edgebroker.common.types import TopicSettings
+from edgebroker.storage.checksummed import read_if_whole, write_checked
+from edgebroker.storage.engine import Log
+from edgebroker.storage.types import ColdRead
+from edgebroker.trust.messages import Sign, Signed, SignedRecord, Verify
+
+log = logging.getLogger(__name__)
+
+FILE_NAME = "records"
+HEADER = "sig"
+READ_BYTES = 128 << 10
+RETRY_SECONDS = 1.0
+MOST_RECORDS = 1_000_000
+
+
+class TrustRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """What a record says. `serial` grows; `made_ms`: when it was made, by the root's clock."""
+
+    serial: int
+    made_ms: int = 0
+    state: str = ""
+    erase: bool = False
+
+
+class _InForce(msgspec.Struct):
+    """The file `trust/records`: up to where which log was read, and the records by key."""
+
+    log_id: str = ""
+    offset: int = 0
+    records: dict[str, SignedRecord] = {}
+
+
+class TrustTopic:
+    """Owned by the loop thread. `changed` gets the keys of records that came into force."""
+
+    def __init__(self, core: Core, scheduler: Scheduler, clock: Clock, helper: TrustHelper, directory: Path) -> None:
+        self._core, self._scheduler, self._clock, self._helper = core, scheduler, clock, helper
+        self._path = directory / FILE_NAME
+        self._in_force = _InForce()
+        self._said: dict[str, TrustRecord] = {}
+        self._revoked: set[str] = set()
+        self.changed: list[Callable[[Sequence[str]], None]] = []
+        self._busy = self._stopped = False
+        self._worker: Worker | None = None
+        self.ignored = 0
+
+    # ---- what is in force ----
+
+    def revoked(self, uid: str) -> bool:
+        """Is a node shut out?"""
+        return uid in self._revoked
+
+    def retired(self, issuer: int) -> bool:
+        """Is an issuer not to be believed any more?"""
+        return f"retired/{issuer}" in self._said
+
+    def record(self, key: str) -> SignedRecord | None:
+        """A record as it was signed."""
+        return self._in_force.records.get(key)
+
+    @property
+    def newest_ms(self) -> int:
+        """When the newest record in force was made, by the root's clock."""
+        return max((one.made_ms for one in self._said.values()), default=0)
+
+    def issuer(self, number: int) -> bytes:
+        """The certificate of an issuer (PEM); b"" for one that is not known."""
+        found = self._in_force.records.get(f"issuer/{number}")
+        return found.value if found is not None else b""
+
+    # ---- life ----
+
+    def open(self) -> None:
+        """Take over what was in force. Blocks for a moment."""
+        self._in_force = read_if_whole(self._path, _InForce, _InForce())
+        for key, signed in self._in_force.records.items():
+            self._take(key, signed)
+
+    def start(self) -> None:
+        """Read what came since."""
+        self._read_on()
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._worker is not None:
+            self._worker.stop(5.0)
+
+    def on_durable(self, partition: Log) -> None:
+        if partition.topic == TRUST_TOPIC:
+            self._read_on()
+
+    # ---- publishing, at the root ----
+
+    def publish(self, said: Sequence[tuple[str, TrustRecord]], done: Done) -> None:
+        """Sign records and publish them: done(OK, "") once they are durable."""
+        made_ms = self._clock.wall_ms()
+        first = max([made_ms, *(one.serial + 1 for one in self._said.values())])
+        numbered = [
+            (key, msgspec.structs.replace(record, serial=first + rank, made_ms=made_ms))
+            for rank, (key, record) in enumerate(said)
+        ]
+        rows = [(key, msgspec.json.encode(record)) for key, record in numbered]
+
+        def told(signed: Signed | None, error: str, code: str) -> None:
+            if signed is None:
+                done(Outcome.CONFLICT, error)
+                return
+            builder = BatchBuilder()
+            if self.issuer(signed.issuer) != signed.certificate:
+                builder.append(signed.certificate, f"issuer/{signed.issuer}".encode(), made_ms)
+            for (key, value), signature in zip(rows, signed.signatures, strict=True):
+                header = signed.issuer.to_bytes(2, "big") + signature
+                builder.append(value, key.encode(), made_ms, *records.encode_headers([(HEADER, header)]))
+            self._publish(builder.build(), done)
+
+        self._helper.do(Sign(records=rows), Signed, told)
+
+    def _publish(self, data: bytes, done: Done) -> None:
+        def created(outcome: Outcome, message: str) -> None:
+            if outcome in (Outcome.OK, Outcome.NAME_CLASH):
+                publish_own(self._core.publishing, "trust", TRUST_TOPIC, data, done)
+            else:
+                done(outcome, message)
+
+        if self._core.engine.log(TRUST_TOPIC, 0) is not None:
+            created(Outcome.OK, "")
+        else:
+            self._core.engine.create_topic(TRUST_TOPIC, TopicSettings(kind="table", urgent=True), created)
+
+    # ---- reading ----
+
+    def _read_on(self) -> None:
+        partition = self._core.engine.log(TRUST_TOPIC, 0)
+        if partition is None or self._busy or self._stopped:
+            return
+        state = self._in_force
+        if state.log_id != partition.identity.log_id:  # another log of this name: what is in force stays
+            state.log_id, state.offset = partition.identity.log_id, 0
+        offset = max(state.offset, partition.log_start)
+        if offset < partition.durable_end:
+            self._busy = True
+            self._core.engine.read_cold(partition, offset, READ_BYTES, partial(self._read, partition, offset))
+
+    def _read(self, partition: Log, offset: int, result: ColdRead) -> None:
+        if result.error:
+            self._again()
+            return
+        if result.corrupt is not None:
+            self._done(result.corrupt.next, [], [])
+            return
+        try:
+            found = batch.decode(result.data, partition.topic, partition.partition, offset, result.next_offset - 1)
+        except CorruptBatchError as error:
+            log.error("%s at %d cannot be read: %s", TRUST_TOPIC, offset, error)
+            found = []
+        signed = [one for one in map(_signed, found) if one is not None]
+        if not signed:
+            self._done(result.next_offset, [], [])
+            return
+        issuers = {
+            int(key.partition("/")[2]): one.value
+            for key, one in self._in_force.records.items()
+            if key.startswith("issuer/")
+        }
+
+        def told(good: list[bool] | None, error: str, code: str) -> None:
+            if good is None:
+                log.warning("records of %s cannot be verified now: %s", TRUST_TOPIC, error)
+                self._again()
+            else:
+                self._done(result.next_offset, signed, good)
+
+        self._helper.do(Verify(records=signed, issuers=issuers), list[bool], told)
+
+    def _again(self) -> None:
+        self._busy = False
+        self._scheduler.call_later(RETRY_SECONDS, self._read_on)
+
+    def _done(self, next_offset: int, signed: Sequence[SignedRecord], good: Sequence[bool]) -> None:
+        """Put into force what is signed as it has to be, store it, and read on."""
+        changed = []
+        for record, verified in zip(signed, good, strict=True):
+            if not verified:
+                self.ignored += 1
+                log.error("a record of %s is not signed by an issuer of this fleet: %s", TRUST_TOPIC, record.key)
+            elif len(self._in_force.records) < MOST_RECORDS and self._take(record.key, record):
+                self._in_force.records[record.key] = record
+                changed.append(record.key)
+        self._in_force.offset = next_offset
+        self._store()
+        if changed:
+            for told in self.changed:
+                told(changed)
+
+    def _store(self) -> None:
+        if self._worker is None:
+            self._worker = Worker("trust-records")
+        state = _InForce(self._in_force.log_id, self._in_force.offset, dict(self._in_force.records))
+
+        def work() -> None:
+            try:
+                write_checked(self._path, state)
+            except OSError as error:
+                log.error("%s cannot be stored: %s", self._path, error.strerror)
+            self._scheduler.call_soon_threadsafe(stored)
+
+        def stored() -> None:
+            self._busy = False
+            self._read_on()
+
+        self._worker.submit(work)
+
+    def _take(self, key: str, signed: SignedRecord) -> bool:
+        """Obey a record, unless a newer one is in force. One of a kind that only a later release knows is kept."""
+        kind, _, name = key.partition("/")
+        if kind == "issuer":
+            return key not in self._in_force.records or self._in_force.records[key] is signed
+        try:
+            said = json.decode(signed.value, TrustRecord)
+        except msgspec.DecodeError:
+            return False
+        known = self._said.get(key)
+        if known is not None and known.serial >= said.serial:
+            return False
+        self._said[key] = said
+        if kind == "revoked":
+            (self._revoked.add if said.state == "revoked" else self._revoked.discard)(name)
+        return True
+
+
+def _signed(record: records.Record) -> SignedRecord | None:
+    """A record as it was signed; None for one that says nothing."""
+    if record.key is None or record.value is None:
+        return None
+    header = dict(record.headers).get(HEADER) or b"\0\0"
+    try:
+        key = record.key.decode("ascii")
+    except UnicodeDecodeError:
+        return None
+    return SignedRecord(key=key, value=record.value, issuer=int.from_bytes(header[:2], "big"), signature=header[2:])
