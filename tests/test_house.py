@@ -52,8 +52,8 @@ LINES = {
         "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
     ],
     "cli": [
-        "environment", "admin_client", "render", "totals", "progress", "pace", "config_file", "csv_file", "command",
-        "broker_process", "main", "service", "appliance", "bench", "demo", "commands",
+        "environment", "token_argument", "admin_client", "render", "totals", "progress", "pace", "config_file",
+        "csv_file", "command", "broker_process", "main", "service", "appliance", "bench", "demo", "commands",
     ],
 }  # fmt: skip
 # These speak no protocol: packed facts in, packed facts out.

@@ -23,6 +23,7 @@ from . import builds
 from .machine import Machine
 
 ROOT_ADMIN, POS, LOCAL = "127.0.0.1:7441", "127.0.0.1:7421", "127.0.0.1:7431"
+ROOT_PIPE = "127.0.0.1:7442"
 ROOT_SERVER, LOCAL_SERVER = "127.0.0.1:7440", "127.0.0.1:7430"
 COPY = "/root/edgebroker"
 POS_UNIT, LOCAL_UNIT = "edgebroker.service", "edgebroker@local.service"
@@ -75,7 +76,7 @@ def test_one_file_is_all_that_is_copied(terminal: Machine, program: Path) -> Non
 
 
 def test_a_dry_run_changes_nothing(terminal: Machine) -> None:
-    said = terminal.run(COPY, "install", "--role", "pos", "--parent", f"http://{ROOT_ADMIN}", "--start", "--dry-run")
+    said = terminal.run(COPY, "install", "--role", "pos", "--parent", f"https://{ROOT_PIPE}", "--start", "--dry-run")
     assert "would write /etc/edgebroker/edgebroker.toml" in said
     assert "would run systemctl start edgebroker.service" in said
     assert not terminal.file("/etc/edgebroker").exists()
@@ -83,24 +84,36 @@ def test_a_dry_run_changes_nothing(terminal: Machine) -> None:
 
 
 def test_a_wrong_argument_is_refused_before_anything_is_written(terminal: Machine) -> None:
-    said = terminal.run(COPY, "install", "--role", "pos", "--parent", "https://store:7421", codes=(2,))
-    assert "supports only http://" in said
+    said = terminal.run(COPY, "install", "--role", "pos", "--parent", "ftp://store:7421", codes=(2,))
+    assert "not https://HOST:PORT" in said
     assert not terminal.file("/etc/edgebroker").exists()
 
 
 def test_a_store_and_a_terminal_are_installed_and_started(terminal: Machine) -> None:
     terminal.run(
-        "systemd-run", "--unit=top", COPY, "serve", "--data-dir", "/var/lib/top", "--listen", ROOT_SERVER,
-        "--http", ROOT_ADMIN,
+        "systemd-run", "--unit=top", "--setenv=EDGEBROKER_TRUST_FLEET=acme",
+        COPY, "serve", "--data-dir", "/var/lib/top", "--listen", ROOT_SERVER, "--http", ROOT_ADMIN, "--pipe", ROOT_PIPE,
     )  # fmt: skip
     terminal.wait_for(COPY, "check", "ready", "--admin", ROOT_ADMIN, has="OK")
-    terminal.run(COPY, "install", "--role", "pos", "--id", "store-3", "--parent", f"http://{ROOT_ADMIN}")
+    terminal.wait_for(COPY, "trust", "status", "--admin", ROOT_ADMIN, has="fleet:        acme")
+    token = terminal.run(COPY, "token", "create", "--join", "--uses", "2", "--admin", ROOT_ADMIN).strip()
+    store = ("--role", "pos", "--id", "store-3", "--parent", f"https://{ROOT_PIPE}")
+    terminal.run(COPY, "install", *store, "--token", "-", text=token)
     terminal.run("systemctl", "start", "edgebroker")
-    said = terminal.run(COPY, "install", "--role", "local", "--id", "till-17", "--start")
+    said = terminal.run(COPY, "install", "--role", "local", "--id", "till-17", "--token", token, "--start")
     assert "installed:  edgebroker@local" in said
     for unit, _ in BOTH:
         assert terminal.shown(unit, "ActiveState") == "active"
         assert terminal.run("systemctl", "is-enabled", unit).strip() == "enabled"
+
+
+def test_they_join_the_fleet_and_the_token_is_gone(terminal: Machine) -> None:
+    for admin, level in ((POS, "pos"), (LOCAL, "local")):
+        terminal.wait_for("edgebroker", "trust", "status", "--admin", admin, has=f"edgebroker://acme/{level}/")
+    kept = terminal.run("sh", "-c", "grep -rl ^EB1 /etc/edgebroker /var/lib/edgebroker* /boot || true").strip()
+    assert kept == ""
+    said = terminal.run("ls", "-la", "/var/lib/edgebroker/trust")
+    assert "-rw-------" in [line.split()[0] for line in said.splitlines() if line.endswith("node.key")]
 
 
 def test_what_is_published_at_the_top_is_consumed_at_the_terminal(terminal: Machine) -> None:
@@ -111,7 +124,7 @@ def test_what_is_published_at_the_top_is_consumed_at_the_terminal(terminal: Mach
 def test_installing_again_changes_nothing(terminal: Machine) -> None:
     before = {unit: terminal.shown(unit, "MainPID") for unit, _ in BOTH}
     for role, more in (
-        ("pos", ("--id", "store-3", "--parent", f"http://{ROOT_ADMIN}")),
+        ("pos", ("--id", "store-3", "--parent", f"https://{ROOT_PIPE}")),
         ("local", ("--id", "till-17")),
     ):
         said = terminal.run("edgebroker", "install", "--role", role, *more, "--start")

@@ -42,7 +42,7 @@ class Authority:
         if self._trust.name is None:
             call.refuse(Outcome.NOT_FOUND, "this node does not belong to a fleet")
         else:
-            call.answer(Chain(self._trust.directory.root.read_bytes()))
+            call.answer(Chain(self._trust.root))
 
     def join(self, call: Call) -> None:
         """POST /v1/trust/join."""

@@ -13,7 +13,7 @@ import logging
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
@@ -27,6 +27,7 @@ from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.durable import destroy
 from edgebroker.common.runtime.newest import Newest
+from edgebroker.common.runtime.threads import Worker
 from edgebroker.network.http.peers import Peers
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage.checksummed import read_if_whole, write_checked
@@ -50,6 +51,7 @@ ALONE_SECONDS = 600.0
 # A connection to a node that is revoked stands for so long: through it the node hears it, and those below do.
 CUT_SECONDS = 2.0
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
+AGAIN = "join the fleet again: edgebroker join TOKEN"
 REVOKED = "this node was revoked: the fleet does not take it any more; what it has is served on"
 # The newest time is stored so often: a clock that is set back by less is not noticed at the next start.
 FLOOR_SECONDS = 3600.0
@@ -61,6 +63,16 @@ class _Seen(msgspec.Struct):
     """The file `state`: the newest time that was seen."""
 
     floor_ms: int = 0
+
+
+class _Prepared(NamedTuple):
+    """What a certificate is used with."""
+
+    name: NodeName
+    issued: Issued
+    root: bytes
+    server: ssl.SSLContext
+    client: ssl.SSLContext
 
 
 class TrustStatus(msgspec.Struct, kw_only=True):
@@ -105,6 +117,8 @@ class NodeTrust:
         self.topic = TrustTopic(core, loop, clock, self.helper, self.directory.path)
         self.topic.changed.append(self._decided)
         self._asked_at = 0.0
+        self._worker: Worker | None = None
+        self.root = b""
         self._server: ssl.SSLContext | None = None
         self._client: ssl.SSLContext | None = None
         self._problem = self._joining = self._revoked = ""
@@ -123,12 +137,9 @@ class NodeTrust:
         listen without TLS."""
         self.topic.open()
         self._floor_ms = max(RELEASED_MS, read_if_whole(self.directory.state, _Seen, _Seen()).floor_ms)
-        try:
-            found = self.directory.identity()
-            if found is not None:
-                self._use(*found)
-        except (TrustError, OSError) as error:
-            self._problem = f"{error}; join the fleet again: edgebroker join TOKEN"
+        found, self._problem = self._prepared()
+        if found is not None:
+            self._use(found)
         if self.name is not None and self.insecure:
             raise ConfigError(f"this node belongs to the fleet {self.name.fleet}: remove {DEVELOPMENT}")
 
@@ -145,6 +156,8 @@ class NodeTrust:
             self.handshakes.close()
         if self.name is not None:
             self._store_floor()
+        if self._worker is not None:
+            self._worker.stop(5.0)
 
     def _tick(self) -> None:
         if self._stopped:
@@ -163,9 +176,7 @@ class NodeTrust:
         if self.name is None and not self._problem and config.trust.fleet and config.node.level == "root":
             self.create_fleet(config.trust.fleet, self._told)
         elif self.name is None:
-            token = self._token()
-            if token:
-                self._join(token)
+            self._look_for_token()
         elif self.issued is not None and (self._is_old(self.issued) or self._is_alone()):
             self._asked_at = self._loop.now()
             self._renew()
@@ -203,16 +214,29 @@ class NodeTrust:
             self._problem = why
             log.error("the fleet cannot be created: %s", why)
 
-    def _token(self) -> str:
-        """The token to join with. One from trust.token_file moves into the directory of the node first."""
+    def _look_for_token(self) -> None:
+        """One from trust.token_file moves into the directory of the node first."""
+        self._busy = True
         path = Path(self._config.trust.token_file) if self._config.trust.token_file else None
-        try:
-            if path is not None and path.exists():
-                self.directory.write_token(path.read_text().strip())
-                destroy(path)
-        except (OSError, UnicodeDecodeError) as error:
-            self._problem = f"trust.token_file {path} cannot be read and removed: {error}"
-        return self.directory.read_token()
+
+        def work() -> None:
+            problem = ""
+            try:
+                if path is not None and path.exists():
+                    self.directory.write_token(path.read_text().strip())
+                    destroy(path)
+            except (OSError, UnicodeDecodeError) as error:
+                problem = f"trust.token_file {path} cannot be read and removed: {error}"
+            token = self.directory.read_token()
+            self._loop.call_soon_threadsafe(lambda: found(token, problem))
+
+        def found(token: str, problem: str) -> None:
+            self._busy = False
+            self._problem = problem or self._problem
+            if token and not self._stopped:
+                self._join(token)
+
+        self._work(work)
 
     # ---- getting a certificate ----
 
@@ -225,25 +249,32 @@ class NodeTrust:
             if error:
                 done(Outcome.CONFLICT, error)
                 return
-            self._reload()
             log.warning("this node is the root of the fleet %s now", fleet)
-            done(Outcome.OK, "")
+            self._reload(lambda: done(Outcome.OK, ""))
 
         self.helper.do(CreateFleet(fleet=fleet, uid=self._uid, now_ms=self._now_ms()), object, told)
 
     def join_with(self, token: str, done: Done) -> None:
         """Join with this token, now or when a node of the fleet answers."""
-        try:
-            self.directory.write_token(token)
-        except OSError as error:
-            done(Outcome.READ_ONLY, f"the token cannot be stored: {error.strerror}")
-            return
-        self._problem, self._due, self._pause = "", 0.0, FIRST_PAUSE
-        if self.name is None:
-            self._go_on()
-        elif not self._busy:
-            self._join(token)
-        done(Outcome.OK, "")
+
+        def work() -> None:
+            try:
+                self.directory.write_token(token)
+                error = ""
+            except OSError as failed:
+                error = f"the token cannot be stored: {failed.strerror}"
+            self._loop.call_soon_threadsafe(lambda: stored(error))
+
+        def stored(error: str) -> None:
+            if error:
+                done(Outcome.READ_ONLY, error)
+                return
+            self._problem, self._due, self._pause = "", 0.0, FIRST_PAUSE
+            if not self._busy:
+                self._join(token)
+            done(Outcome.OK, "")
+
+        self._work(work)
 
     def _join(self, token: str) -> None:
         node = self._config.node
@@ -280,31 +311,51 @@ class NodeTrust:
             log.warning("no certificate yet: %s", error)
         self._joining = error
 
-    def _reload(self) -> None:
-        """Use the certificate that was stored."""
-        try:
-            found = self.directory.identity()
-            if found is not None:
-                self._use(*found)
+    def _reload(self, then: Callable[[], None] = lambda: None) -> None:
+        """Use the certificate that was stored, if there is one. To load what it needs takes a while."""
+
+        def work() -> None:
+            found, problem = self._prepared()
+            self._loop.call_soon_threadsafe(lambda: loaded(found, problem))
+
+        def loaded(found: _Prepared | None, problem: str) -> None:
+            if self._stopped:
+                return
+            if problem:
+                self._problem = problem
+            elif found is not None:
+                self._use(found)
                 for told in self.on_identity:
                     told()
-        except (TrustError, OSError) as error:
-            self._problem = f"{error}; join the fleet again: edgebroker join TOKEN"
+            then()
 
-    def _use(self, name: NodeName, issued: Issued) -> None:
-        from edgebroker.network.io.tls import Handshakes
-        from edgebroker.trust.contexts import client_context, server_context
+        self._work(work)
 
+    def _prepared(self) -> tuple[_Prepared | None, str]:
+        """What there is to use, and why it cannot be used. Blocks; any thread."""
         directory = self.directory
-        root = directory.root.read_bytes()
         try:
-            self._server = server_context(directory.certificate, directory.key, root)
-            self._client = client_context(root, directory.certificate, directory.key)
-        except (OSError, ValueError) as error:
-            raise TrustError(
-                f"{directory.certificate}, {directory.key} and {directory.root} do not fit together"
-            ) from error
-        self.name, self.issued, self._problem = name, issued, ""
+            found = directory.identity()
+            if found is None:
+                return None, ""
+            from edgebroker.network.io import tls  # noqa: F401  # here, where it keeps no record waiting
+            from edgebroker.trust.contexts import client_context, server_context
+
+            root = directory.root.read_bytes()
+            server = server_context(directory.certificate, directory.key, root)
+            client = client_context(root, directory.certificate, directory.key)
+        except TrustError as error:
+            return None, f"{error}; {AGAIN}"
+        except (OSError, ValueError):
+            return None, f"the files in {directory.path} do not fit together; {AGAIN}"
+        return _Prepared(*found, root, server, client), ""
+
+    def _use(self, found: _Prepared) -> None:
+        from edgebroker.network.io.tls import Handshakes
+
+        self._server, self._client, self.root = found.server, found.client, found.root
+        name = found.name
+        self.name, self.issued, self._problem = name, found.issued, ""
         if self.handshakes is None:
             self.handshakes = Handshakes(
                 self._loop, self._server_context, self._client_context, self.identify, self._refused
@@ -316,6 +367,12 @@ class NodeTrust:
                 f"the certificate is for {name}; this node is a {node.level} node of region {node.region or '(all)'} "
                 f"with uid {self._uid}: put the configuration back, or join with an empty data directory"
             )
+
+    def _work(self, job: Callable[[], None]) -> None:
+        """What waits for the disk is done by a thread."""
+        if self._worker is None:
+            self._worker = Worker("trust-files")
+        self._worker.submit(job)
 
     def _server_context(self) -> ssl.SSLContext:
         assert self._server is not None
@@ -387,10 +444,15 @@ class NodeTrust:
     def _store_floor(self) -> None:
         self._floor_stored = self._loop.now()
         self._floor_ms = max(self._floor_ms, self._clock.wall_ms())
-        try:
-            write_checked(self.directory.state, _Seen(self._floor_ms))
-        except OSError as error:
-            log.error("%s cannot be stored: %s", self.directory.state, error.strerror)
+        seen = _Seen(self._floor_ms)
+
+        def work() -> None:
+            try:
+                write_checked(self.directory.state, seen)
+            except OSError as error:
+                log.error("%s cannot be stored: %s", self.directory.state, error.strerror)
+
+        self._work(work)
 
     def _refused(self, peer: str, why: str) -> None:
         self.refused += 1

@@ -72,6 +72,12 @@ class Machine:
             self._remember(name, new)
             self.changed = True
 
+    def secret(self, name: str, text: str) -> None:
+        """Write a file for root only, of which nothing is remembered or shown."""
+        self.say(f"write {self.path(name)}")
+        self._put(self.path(name), text.encode() + b"\n", 0o600)
+        self.changed = True
+
     def _show(self, old: str, new: str) -> None:
         """Print what a dry run would change in a file."""
         for line in difflib.unified_diff(old.splitlines(), new.splitlines(), n=0, lineterm=""):

@@ -22,10 +22,12 @@ import tomli
 from edgebroker.cli.appliance import releases
 from edgebroker.cli.appliance.host import USER, Machine, point, readable_errors
 from edgebroker.cli.config_file import commented_file
+from edgebroker.cli.token_argument import read_token
 from edgebroker.common.config import is_address, load_config, split_list
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.levels import LEVELS
 from edgebroker.common.runtime.text_file import read_text
+from edgebroker.trust.token import parse_token
 from edgebroker.version import __version__
 
 UNITS, COMMAND = "etc/systemd/system", "usr/local/bin/edgebroker"
@@ -69,6 +71,11 @@ class InstallPaths(NamedTuple):
         return f"etc/edgebroker/{self.instance or 'edgebroker'}.toml"
 
     @property
+    def token(self) -> str:
+        """A token to join with; the unit takes it to the node, and destroys this file."""
+        return f"etc/edgebroker/{self.instance or 'edgebroker'}.token"
+
+    @property
     def name(self) -> str:
         """Of its directories below /var/lib, /var/cache and /run."""
         return f"edgebroker-{self.instance}" if self.instance else "edgebroker"
@@ -90,6 +97,7 @@ def install(options: argparse.Namespace) -> int:
             return _refresh(machine)
         if not options.role:
             raise ConfigError("--role is required: root, l2, l3, pos or local")
+        token = str(parse_token(read_token(options.token))) if options.token else ""
         paths = _chosen_node(machine, options)
         known = _configured(machine, paths)
         values = _values(machine, paths, known, options)
@@ -101,6 +109,8 @@ def install(options: argparse.Namespace) -> int:
             # The default file of the package is no one's decision and may be overwritten.
             over = known == _defaults(paths)
             machine.write(paths.config, commented_file(values), 0o640, over=over)
+        if token:
+            machine.secret(paths.token, token)
         machine.link(f"{WANTS}/{paths.unit}", f"{_unit_home(machine)}/{paths.template}")
         if (
             machine.changed
@@ -167,6 +177,7 @@ def _values(machine: Machine, paths: InstallPaths, known: Values, options: argpa
         ("node.name", options.id),
         ("node.region", options.region),
         ("node.labels", options.labels),
+        ("trust.fleet", options.fleet),
         ("pipe.parents", ",".join(_address("--parent", parent) for parent in options.parent)),
         ("pipe.registry", ",".join(_address("--registry", one) for one in split_list(options.registry))),
     ):
@@ -178,7 +189,7 @@ def _values(machine: Machine, paths: InstallPaths, known: Values, options: argpa
         listen["listen.pipe"] = f"{host}:{port + 2}"
     if options.bind:
         given.update(listen)
-    fitting: Values = {"node.data_dir": paths.data, **listen}
+    fitting: Values = {"node.data_dir": paths.data, "trust.token_file": f"{paths.data}/token", **listen}
     if paths.instance:
         fitting["node.name"] = f"%H-{paths.instance}"  # valid in clones of an image, too
         if not options.registry and "pipe.registry" not in known:
@@ -239,17 +250,17 @@ def _reached(address: str) -> str:
 
 
 def _address(flag: str, text: str) -> str:
-    """HOST:PORT of http://HOST:PORT/, HOST:PORT or HOST."""
+    """HOST:PORT of https://HOST:PORT/, HOST:PORT or HOST. Whether there is TLS is not said here: a fleet has it."""
     scheme, slashes, rest = text.rpartition("://")
-    if slashes and scheme != "http":
-        raise ConfigError(f"{flag} {text}: this release supports only http://")
+    if slashes and scheme not in ("http", "https"):
+        raise ConfigError(f"{flag} {text}: not https://HOST:PORT or HOST:PORT")
     found = rest.rstrip("/")
     if not re.search(r":\d+$", found):
         found += f":{DEFAULT_PARENT_PORT}"
     host = found.rpartition(":")[0]
     named = _HOST.fullmatch(host) or re.fullmatch(r"\[[0-9A-Fa-f:.]+\]", host)
     if not (named and is_address(found)):
-        raise ConfigError(f"{flag} {text}: not http://HOST:PORT or HOST:PORT")
+        raise ConfigError(f"{flag} {text}: not https://HOST:PORT or HOST:PORT")
     return found
 
 
@@ -379,7 +390,7 @@ def _print_next_steps(paths: InstallPaths, values: Values) -> None:
     print(f"status:     edgebroker status{'' if admin == '127.0.0.1:7421' else f' --admin {admin}'}")
     print(f"log:        journalctl -u {name}")
     if pipe := values.get("listen.pipe"):
-        print(f"children:   edgebroker install --parent http://THIS-MACHINE:{str(pipe).rpartition(':')[2]} ...")
+        print(f"children:   edgebroker install --parent https://THIS-MACHINE:{str(pipe).rpartition(':')[2]} ...")
     if values["node.level"] != "root" and not values.get("pipe.parents") and not values.get("pipe.registry"):
         print("It has no parent and replicates nothing; add one with --parent URL or --registry URL.")
 

@@ -18,10 +18,10 @@ def arguments(parser: Parser) -> None:
         action="append",
         default=[],
         metavar="URL",
-        help="http://HOST:PORT of a parent; repeat it for alternatives, the preferred one first",
+        help="https://HOST:PORT of a parent; repeat it for alternatives, the preferred one first",
     )
     parser.add_argument(
-        "--registry", default="", metavar="URL", help="http://HOST:PORT of a node that can reach the registry"
+        "--registry", default="", metavar="URL", help="https://HOST:PORT of a node that can reach the registry"
     )
     parser.add_argument("--region", default="", help="region of the node, for example north/store-12")
     parser.add_argument("--labels", default="", metavar="NAME=VALUE,...", help="labels of the node")
@@ -30,6 +30,10 @@ def arguments(parser: Parser) -> None:
         default="",
         metavar="ADDRESS",
         help="address to listen on, to be reachable from other machines (default 127.0.0.1)",
+    )
+    parser.add_argument("--fleet", default="", metavar="NAME", help="name of the fleet, which a root creates")
+    parser.add_argument(
+        "--token", default="", metavar="TOKEN", help="token to join the fleet with; - reads it, @FILE from a file"
     )
     parser.add_argument("--start", action="store_true", help="start the service and wait until it is ready")
     parser.add_argument("--refresh", action="store_true", help="only update the unit files to this release")

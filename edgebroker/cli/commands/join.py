@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, json_flag
-from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.cli.token_argument import read_token
 from edgebroker.common.runtime.clock import SystemClock, sleep
 
 WAIT_SECONDS = 20.0
@@ -40,15 +38,3 @@ def join(options: argparse.Namespace) -> int:
     else:
         print(f"not joined yet: {found['joining'] or 'no answer'}; the node goes on trying (edgebroker trust)")
     return 0 if found["node"] else 1
-
-
-def read_token(text: str) -> str:
-    """A token as it is given on the command line. Raises EdgeBrokerError for a file that cannot be read."""
-    if text == "-":
-        return sys.stdin.readline().strip()
-    if text.startswith("@"):
-        try:
-            return Path(text[1:]).read_text().strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise EdgeBrokerError(f"{text[1:]}: {getattr(error, 'strerror', None) or error}") from error
-    return text

@@ -13,6 +13,7 @@ import pytest
 
 from edgebroker.cli.main import main
 from edgebroker.common.config import load_config
+from edgebroker.trust.token import make_token
 from tests.kit.programs import frozen, script
 
 __all__ = ["frozen"]
@@ -137,7 +138,7 @@ def test_a_dry_run_writes_nothing(frozen: Path, image: Path, capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("--parent", "https://hub:7421"), "supports only http://"),
+        (("--parent", "ftp://hub:7421"), "not https://HOST:PORT"),
         (("--parent", "hub:99999"), "HOST:PORT"),
         (("--instance", "../etc"), "lower-case letters"),
         (("--instance", "edgebroker"), "not edgebroker"),
@@ -170,6 +171,38 @@ def test_other_machines_get_clients_and_nodes_but_no_administration(frozen: Path
     config = load_config(image / CONFIG, environment={})
     assert (config.listen.tcp, config.listen.pipe) == ("127.0.0.7:7420", "127.0.0.7:7422")
     assert config.listen.http == "127.0.0.1:7421", "administration stays here"
+
+
+TOKEN = str(make_token(bytes(16)))
+
+
+def test_a_token_is_for_the_node_alone(frozen: Path, image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In a file that the unit takes away, and nowhere else: not in the configuration, not on the screen."""
+    assert install(image, "--role", "pos", "--parent", "https://hub", "--token", TOKEN.lower()) == 0
+    path = image / "etc/edgebroker/edgebroker.token"
+    assert (path.read_text(), path.stat().st_mode & 0o777) == (f"{TOKEN}\n", 0o600)
+    config = load_config(image / CONFIG, environment={})
+    assert (config.trust.token_file, config.pipe.parents) == ("/var/lib/edgebroker/token", "hub:7422")
+    held = [name for name, data in files(image).items() if TOKEN.encode() in data]
+    assert held == ["etc/edgebroker/edgebroker.token"]
+    assert TOKEN not in capsys.readouterr().out
+    assert "/etc/edgebroker/edgebroker.token" in (image / UNITS / "edgebroker.service").read_text()
+
+
+def test_a_token_from_a_file(frozen: Path, image: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "stick"
+    path.write_text(f"  {TOKEN}\n")
+    assert install(image, "--role", "local", "--instance", "b", "--token", f"@{path}") == 0
+    assert (image / "etc/edgebroker/b.token").read_text() == f"{TOKEN}\n"
+    for wrong, why in (("EB1XY", "not a join token"), (f"@{tmp_path}/none", "No such file")):
+        assert install(image, "--role", "pos", "--token", wrong) != 0
+        assert why in capsys.readouterr().err
+
+
+def test_a_root_creates_its_fleet(frozen: Path, image: Path) -> None:
+    assert install(image, "--role", "root", "--fleet", "acme", "--bind", "0.0.0.0") == 0
+    config = load_config(image / CONFIG, environment={})
+    assert (config.trust.fleet, config.listen.pipe) == ("acme", "0.0.0.0:7422")
 
 
 def test_uninstall_takes_away_what_was_written_and_keeps_the_data(frozen: Path, image: Path) -> None:
