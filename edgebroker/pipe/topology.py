@@ -2,7 +2,8 @@
 
     pinned parents, as the operator wrote them, while they are hubs
     hubs of the nearest level above, then of the levels above that; among them
-        those whose region contains the node's, the closest first; then those of other regions (not pos)
+        those whose region contains the node's, the closest first; then those of other regions (not pos, and not in a
+        fleet)
         in an order of the node's own, so that the children of a region spread over its hubs; at most four of the first
         place and two of each other one, those that are lost behind the others
 
@@ -45,6 +46,8 @@ class Topology:
         self.draining: set[str] = set()
         # Hubs that keep a copy of the registry.
         self.standbys: set[str] = set()
+        # Only hubs whose region contains a node's: in a fleet no other one may be above it.
+        self.strict: Callable[[], bool] = lambda: False
         # Hubs that were not heard of for long: they come last.
         self.lost: set[str] = set()
         # The hubs of a place with many, by the hash of their uid.
@@ -99,7 +102,8 @@ class Topology:
         if pins and parent not in pins and any(connected(pinned) for pinned in pins):
             return True
         hub = self._hubs.get(parent)
-        elsewhere = hub is not None and hub.level == "pos" and hub.region not in _containing(region)
+        bound = hub is not None and (hub.level == "pos" or self.strict())
+        elsewhere = bound and hub is not None and hub.region not in _containing(region)
         return parent in self.draining or elsewhere
 
     def _pinned(self, uid: str) -> list[str]:
@@ -115,7 +119,7 @@ class Topology:
                 found = self._spread(uid, (upper, place), most)
                 most = OTHER_PLACES if found else most
                 yield from found
-        for upper in above:
+        for upper in above if not self.strict() else ():
             if upper != "pos":
                 yield from (hub for hub in self._spread(uid, (upper, None), MAX_CANDIDATES) if hub.region not in own)
 

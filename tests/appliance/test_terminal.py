@@ -23,7 +23,7 @@ from . import builds
 from .machine import Machine
 
 ROOT_ADMIN, POS, LOCAL = "127.0.0.1:7441", "127.0.0.1:7421", "127.0.0.1:7431"
-ROOT_PIPE = "127.0.0.1:7442"
+ROOT_PIPE, POS_PIPE = "127.0.0.1:7442", "127.0.0.1:7422"
 ROOT_SERVER, LOCAL_SERVER = "127.0.0.1:7440", "127.0.0.1:7430"
 COPY = "/root/edgebroker"
 POS_UNIT, LOCAL_UNIT = "edgebroker.service", "edgebroker@local.service"
@@ -167,7 +167,7 @@ def test_the_units_are_tight_and_as_configured(terminal: Machine) -> None:
 def test_one_screen_says_how_it_is(terminal: Machine) -> None:
     said = terminal.run("edgebroker", "status", "--admin", LOCAL)
     assert said.startswith("HEALTHY: till-17 (local)")
-    assert f"parent    store-3 at {POS}, connected" in said
+    assert f"parent    store-3 at {POS_PIPE}, connected" in said
     assert "prices" in said
     assert "labels" in said
     assert terminal.run("edgebroker", "check", "live", "--admin", LOCAL).startswith("EDGEBROKER LIVE OK")

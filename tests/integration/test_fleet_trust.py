@@ -26,7 +26,7 @@ from edgebroker.trust.keys import read_key
 from edgebroker.trust.node_name import NodeName
 from tests.kit.brokers import JSON, RunningBroker, config_for, numbered, running
 from tests.kit.fleets import NOW_MS, TestFleet
-from tests.kit.trees import end, follows, publish
+from tests.kit.trees import end, follows, pipe, publish
 from tests.kit.waiting import SECONDS, wait_for
 
 pytestmark = pytest.mark.slow
@@ -422,6 +422,30 @@ def test_another_issuer(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> Non
     assert root.http("POST", "/v1/trust/revoke", {"nodes": ["till"]})[0] == 200
     uid = till.broker.engine.node_uid
     wait_for(lambda: hub.broker.trust.topic.revoked(uid), "signed by the new issuer, and believed")
+
+
+# ---- the root is lost ----
+
+
+def test_a_hub_that_is_promoted_has_the_others_below_it(fleet: Fleet) -> None:
+    """Its certificate says l2 still: hubs of its level follow it, terminals of another region do not."""
+    root = fleet.root()
+    token = fleet.token()
+    first = fleet.join("hub-a", "l2", "eu", "root", token)
+    second = fleet.join("hub-b", "l2", "us", "root", token)
+    publish(root, "prices", 0, 3)
+    for hub in (first, second):
+        follows(root, hub, "prices")
+    poll = {"version": 1, "uid": second.broker.engine.node_uid, "name": "x", "level": "l2", "topics": ["*"], "logs": []}
+    assert asked(first, of_node(second), "POST", "/v1/pipe", poll)[0] == 403, "not before"
+    fleet.stop("root")
+    assert first.http("POST", "/v1/promote", {"level": "root"})[0] == 200
+    address = first.parent_address
+    fleet.stop("hub-b")
+    second = fleet.start("hub-b", "l2", "us", "hub-a")
+    publish(first, "prices", 3, 3)
+    follows(first, second, "prices")
+    assert pipe(second)["parent"]["address"] == address
 
 
 # ---- clocks ----

@@ -104,7 +104,9 @@ class Tree:
 
         store = RegistryStore(Path(self._config.node.data_dir), self._loop, self._clock)
         standbys = split_list(self._config.registry.standbys)
-        return Registrar(self._loop, self._clock, self.inbox, store, self.report, self.pending, standbys)
+        made = Registrar(self._loop, self._clock, self.inbox, store, self.report, self.pending, standbys)
+        made.topology.strict = lambda: self._peers.secure is not None
+        return made
 
     def _discovery(self) -> Discovery | None:
         """Where the parent is looked for; None for a node without one."""

@@ -77,7 +77,8 @@ class _Prepared(NamedTuple):
 
 class TrustStatus(msgspec.Struct, kw_only=True):
     """For `edgebroker trust status`. `node`: the name in the certificate, "" without one; `clock`: `plausible`, or why
-    certificates are not judged by their age; `joining`: why it has not joined yet, "" when it has, or is not to."""
+    certificates are not judged by their age; `joining`: why it has not joined yet, "" when it has, or is not to;
+    `problem`: what has to be mended."""
 
     fleet: str
     node: str
@@ -89,6 +90,7 @@ class TrustStatus(msgspec.Struct, kw_only=True):
     root_key_here: bool
     clock: str
     joining: str
+    problem: str
 
 
 class NodeTrust:
@@ -106,7 +108,8 @@ class NodeTrust:
         self.directory = TrustDirectory(data_dir)
         self.helper = TrustHelper(self._loop, data_dir)
         self.name: NodeName | None = None
-        self.rules = NodeRules(lambda: self.name)
+        mirrors = core.engine.mirrors
+        self.rules = NodeRules(lambda: self.name, lambda: mirrors is not None and mirrors.promoted)
         self.peers.parent_refusal = self.rules.parent_refusal
         self.issued: Issued | None = None
         self.handshakes: Handshakes | None = None
@@ -491,6 +494,7 @@ class NodeTrust:
             root_key_here=self.directory.root_key.exists(),
             clock=self.clock_problem or "plausible",
             joining=self._joining,
+            problem=self.problems().get("trust", "") if self._problem or self._revoked else "",
         )
 
 

@@ -22,10 +22,11 @@ OPEN = "join"
 
 
 class NodeRules:
-    """`own` tells who this node is, None while it has no certificate."""
+    """`own` tells who this node is, None while it has no certificate; `promoted` whether it took the place of a node
+    above: hubs of its own level may follow it then."""
 
-    def __init__(self, own: Callable[[], NodeName | None]) -> None:
-        self._own = own
+    def __init__(self, own: Callable[[], NodeName | None], promoted: Callable[[], bool] = lambda: False) -> None:
+        self._own, self._promoted = own, promoted
 
     def refusal(self, request: Request, right: str) -> str:
         """Why a request at listen.pipe does not have a right; "" when it has."""
@@ -35,7 +36,8 @@ class NodeRules:
         peer = parse_node_name(request.identity)
         if peer is None:
             return "a certificate of the fleet is needed for this; join it: edgebroker join TOKEN"
-        below, near = own.serves(peer), peer.level in HUBS or peer.serves(own)
+        below = own.serves(peer) or (self._promoted() and _are_equal_hubs(own, peer))
+        near = peer.level in HUBS or peer.serves(own)
         if right == "health" or (below and right in ("below", "peer")) or (near and right in ("hub", "peer")):
             return ""
         return f"{_words(peer)} may not do this at {_words(own)}"
@@ -62,9 +64,14 @@ class NodeRules:
         own, peer = self._own(), parse_node_name(identity)
         if own is None:
             return ""
-        if peer is None or not peer.serves(own):
+        if peer is None or not (peer.serves(own) or _are_equal_hubs(own, peer)):
             return f"{_words(peer) if peer is not None else 'it'} cannot be above {_words(own)}"
         return "" if peer.uid == uid else f"the certificate is for {_words(peer)}, and it says that it is {uid}"
+
+
+def _are_equal_hubs(one: NodeName, other: NodeName) -> bool:
+    """One of them may have been promoted; its level is another one then, which its certificate does not say."""
+    return one.fleet == other.fleet and one.level == other.level and one.level in HUBS
 
 
 def _words(name: NodeName) -> str:

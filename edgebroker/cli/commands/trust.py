@@ -23,7 +23,7 @@ def status(options: argparse.Namespace) -> int:
         print(json.dumps(found))
         return 0
     if not found["node"]:
-        why = found["joining"] or "it was given no token (edgebroker join TOKEN)"
+        why = found["problem"] or found["joining"] or "it was given no token (edgebroker join TOKEN)"
         print(f"this node belongs to no fleet: {why}")
         return 0
     print(f"fleet:        {found['fleet']} (pin {found['pin']})")
@@ -34,6 +34,8 @@ def status(options: argparse.Namespace) -> int:
         print("issues:       certificates are issued here (keep a copy: edgebroker fleet export-key FILE)")
     if found["root_key_here"]:
         print("root key:     is here; take it away with edgebroker fleet export-key FILE")
+    if found["problem"]:
+        print(f"problem:      {found['problem']}")
     if found["joining"]:
         print(f"renewal:      {found['joining']}")
     return 0

@@ -52,8 +52,9 @@ def _replace(path: Path, data: bytes, *, durable: bool, mode: int | None = None,
     temporary = path.with_name(path.name + ".tmp")
     fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o640)
     try:
-        if mode is not None:
+        if group >= 0:  # the units of services allow no other call of it
             os.fchown(fd, -1, group)
+        if mode is not None:
             os.fchmod(fd, mode)
         _write_all(fd, data)
         if durable:
