@@ -125,7 +125,7 @@ class Broker:
             topic_deletion=self.topic_deletion,
             holders=self.holders,
             trust=self.trust,
-            authority=Authority(self.trust, self.loop, self.clock, self.tree.ask_above),
+            authority=Authority(self.trust, self.core.metrics, self.loop, self.clock, self.tree.ask_above),
             problems=self.problems,
             started_at=self.clock.monotonic(),
         )

@@ -127,8 +127,15 @@ class Listeners:
                 accept(tuned(sock), peer)
                 return
             tune(sock)
-            may_be_plain = is_local(peer) or self._insecure
-            handshakes.serve(sock, peer, accept, (lambda: accept(PlainChannel(sock), peer)) if may_be_plain else None)
+            plain = (lambda: accept(PlainChannel(sock), peer)) if is_local(peer) or self._insecure else None
+            handshakes.serve(sock, peer, known, plain)
+
+        def known(channel: Channel, peer: str) -> None:
+            if channel.identity or is_local(peer):
+                accept(channel, peer)
+            else:
+                channel.close()
+                self._trust.refuse(peer, "a client of another machine needs a certificate of the fleet")
 
         return opened
 

@@ -148,7 +148,7 @@ def test_a_node_that_knows_no_parent_is_degraded(tree: Tree) -> None:
     ("answer", "says"),
     [
         (b"HTTP/1.1 200 OK\r\ncontent-type: text/html\r\ncontent-length: 5\r\n\r\nhello", "text/html: not a node"),
-        (b"", "without an answer; is this the HTTP interface of a node?"),
+        (b"", "without an answer; is this the listen.pipe of a node, of the same fleet?"),
     ],
 )
 def test_a_parent_that_is_something_else_is_named(tree: Tree, answer: bytes, says: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import ssl
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,12 +14,14 @@ from typing import Any
 import msgspec
 import pytest
 
+from edgebroker.broker import listeners as listeners_module
 from edgebroker.broker.broker import Broker
 from edgebroker.broker.trust import authority, node_trust
 from edgebroker.cli.main import main
 from edgebroker.common.config import DEVELOPMENT
 from edgebroker.common.errors import Code, ConfigError
 from edgebroker.common.runtime.clock import SystemClock
+from edgebroker.network.wire import frames
 from edgebroker.trust.contexts import client_context, unverified_context
 from edgebroker.trust.directory import TrustDirectory
 from edgebroker.trust.issuing import Issuer
@@ -324,10 +327,10 @@ def test_a_node_that_is_revoked_is_shut_out_everywhere(fleet: Fleet, capsys: pyt
     publish(root, "prices", 3, 3)
     follows(root, store, "prices")
     for node in (root, hub, store):
-        before = node.broker.trust.refused
+        before = node.counters()["peers_refused"]
         with pytest.raises((OSError, http.client.HTTPException)):
             asked(node, mine, "POST", "/v1/pipe/topics")
-        wait_for(lambda node=node, before=before: node.broker.trust.refused > before, "refused")  # type: ignore[misc]
+        wait_for(lambda node=node, before=before: node.counters()["peers_refused"] > before, "refused")  # type: ignore[misc]
     assert end(till, "prices") == 3
     till.call(lambda: till.broker.trust._renew())
     wait_for(lambda: till.broker.trust._revoked, "also when it asks")
@@ -495,7 +498,7 @@ def test_how_old_a_certificate_may_be(fleet: Fleet, tmp_path: Path, days: int, f
     if follows_on:
         follows(root, hub, "prices")
     else:
-        wait_for(lambda: root.broker.trust.refused, "it is refused")
+        wait_for(lambda: root.counters()["peers_refused"], "it is refused")
         assert end(hub, "prices") == -1
         hub.broker.trust._stopped = False
         hub.call(hub.broker.trust._go_on)
@@ -536,7 +539,9 @@ def test_files_that_cannot_be_used(fleet: Fleet, damage: str) -> None:
     assert status(root)["node"] == ""
 
 
-def test_addresses_of_others_wait_for_the_certificate(fleet: Fleet, tmp_path: Path) -> None:
+def test_addresses_of_others_wait_for_the_certificate(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Until then clients are served on loopback, and nodes not at all."""
     root = fleet.root()
     token = fleet.token()
@@ -557,3 +562,20 @@ def test_addresses_of_others_wait_for_the_certificate(fleet: Fleet, tmp_path: Pa
         follows_topics = asked(hub, of_node(root), "POST", "/v1/pipe/topics")
         assert follows_topics[0] == 200
         hub.raw("local")  # a client of this machine needs no TLS
+        monkeypatch.setattr(listeners_module, "is_local", lambda peer: False)
+        before = hub.counters()["peers_refused"]
+        for context, let_in in ((of_node(root), True), (unverified_context(), False)):
+            with context.wrap_socket(socket.create_connection(("127.0.0.1", listeners.tcp_address[1]))) as client:
+                client.settimeout(SECONDS)
+                client.sendall(frames.write_connect(1, frames.Connect(1, 0, "far", b"", -1, -1, [])))
+                try:
+                    answered = client.recv(100) != b""
+                except OSError:
+                    answered = False
+                assert answered == let_in
+        with socket.create_connection(("127.0.0.1", listeners.tcp_address[1])) as plain:
+            plain.settimeout(SECONDS)
+            plain.sendall(frames.write_connect(1, frames.Connect(1, 0, "far", b"", -1, -1, [])))
+            with pytest.raises(ConnectionResetError):
+                plain.recv(100)
+        wait_for(lambda: hub.counters()["peers_refused"] == before + 2, "both are counted")

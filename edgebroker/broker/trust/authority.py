@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from functools import partial
 
+from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.trust.node_trust import NodeTrust
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import Clock
@@ -29,13 +30,18 @@ class Authority:
     """Owned by the loop thread. `up` asks the parent, False when there is none."""
 
     def __init__(
-        self, trust: NodeTrust, loop: Loop, clock: Clock, up: Callable[[str, bytes, OnResponse], bool]
+        self,
+        trust: NodeTrust,
+        metrics: Metrics,
+        loop: Loop,
+        clock: Clock,
+        up: Callable[[str, bytes, OnResponse], bool],
     ) -> None:
+        self._metrics = metrics
         self._trust, self._loop, self._clock, self._up = trust, loop, clock, up
         self._passed = 0
         # How often an address was refused of late, and since when that is counted.
         self._bad = Newest[str, tuple[int, float]](MOST_ADDRESSES)
-        self.joined = self.refused = 0
 
     def root(self, call: Call) -> None:
         """GET /v1/trust/root: the certificate of the fleet; who asks compares it with a token."""
@@ -48,7 +54,7 @@ class Authority:
         """POST /v1/trust/join."""
         request = call.body
         assert isinstance(request, JoinRequest)
-        if self._too_bad(call.peer):
+        if self._too_bad(call):
             call.refuse(Outcome.OVERLOADED, "too many requests to join were refused; try again in a minute")
         elif self._trust.directory.issues:
             self._issue(call, request)
@@ -60,7 +66,7 @@ class Authority:
     def _issue(self, call: Call, request: JoinRequest) -> None:
         def told(certified: Certified | None, error: str, code: str) -> None:
             if certified is not None:
-                self.joined += 1
+                self._metrics.joins_issued += 1
                 log.info("%s (%s) has a certificate", certified.issued.node, request.name)
                 call.answer(certified)
             elif code in ("JOIN_REFUSED", "HELD", "REVOKED"):
@@ -74,8 +80,8 @@ class Authority:
 
     def _refuse(self, call: Call, code: str) -> None:
         """After a moment, and without the reason: that is for the operator."""
-        self.refused += 1
-        self._count_bad(call.peer)
+        self._metrics.joins_refused += 1
+        self._count_bad(call)
         why = {"HELD": "this node waits for approval", "REVOKED": "this node was revoked"}.get(
             code, "the fleet does not take this node: the log of its root says why"
         )
@@ -94,7 +100,7 @@ class Authority:
                 call.refuse(Outcome.BEHIND, f"the root cannot be asked now: {error}")
                 return
             if status == 403:
-                self._count_bad(call.peer)
+                self._count_bad(call)
             call.answer(Response(status, answer, (), "application/json"))
 
         self._passed += 1
@@ -102,12 +108,16 @@ class Authority:
             self._passed -= 1
             call.refuse(Outcome.BEHIND, "the root cannot be asked now: this node has no connection to its parent")
 
-    def _count_bad(self, peer: str) -> None:
+    def _count_bad(self, call: Call) -> None:
+        """Who is a node passes on what others ask: it is at the first node that they are counted."""
+        peer = call.peer
+        if call.identity:
+            return
         count, since = self._bad.get(peer, (0, self._loop.now()))
         if self._loop.now() - since > BAD_SECONDS:
             count, since = 0, self._loop.now()
         self._bad.put(peer, (count + 1, since))
 
-    def _too_bad(self, peer: str) -> bool:
-        count, since = self._bad.get(peer, (0, 0.0))
-        return count >= MOST_BAD and self._loop.now() - since <= BAD_SECONDS
+    def _too_bad(self, call: Call) -> bool:
+        count, since = self._bad.get(call.peer, (0, 0.0))
+        return not call.identity and count >= MOST_BAD and self._loop.now() - since <= BAD_SECONDS

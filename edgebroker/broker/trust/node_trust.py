@@ -131,7 +131,7 @@ class NodeTrust:
         self._floor_ms = RELEASED_MS
         self._floor_stored = 0.0
         self._logged = Newest[tuple[str, str], float](MOST_LOGGED)
-        self.refused = 0
+        self._metrics = core.metrics
 
     # ---- life ----
 
@@ -361,7 +361,7 @@ class NodeTrust:
         self.name, self.issued, self._problem = name, found.issued, ""
         if self.handshakes is None:
             self.handshakes = Handshakes(
-                self._loop, self._server_context, self._client_context, self.identify, self._refused
+                self._loop, self._server_context, self._client_context, self.identify, self.refuse
             )
         self.peers.secure = self.handshakes
         node = self._config.node
@@ -457,8 +457,9 @@ class NodeTrust:
 
         self._work(work)
 
-    def _refused(self, peer: str, why: str) -> None:
-        self.refused += 1
+    def refuse(self, peer: str, why: str) -> None:
+        """A peer was not let in: count it, and log it once in an hour."""
+        self._metrics.peers_refused += 1
         key, now = (peer.rpartition(":")[0], why), self._loop.now()
         if now - self._logged.get(key, -LOG_AGAIN_SECONDS) >= LOG_AGAIN_SECONDS:
             self._logged.put(key, now)

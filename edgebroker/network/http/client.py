@@ -336,7 +336,7 @@ class HttpClient:
         self._transport = None
         self._cancel()
         if not self._answered:
-            reason = f"{reason} without an answer; is this the HTTP interface of a node?"
+            reason = f"{reason} without an answer; is this the listen.pipe of a node, of the same fleet?"
         self._lost(reason)
 
     def _take_head(self) -> None:
