@@ -20,6 +20,7 @@ from benchmarks import (
     rows,
     silence,
     tree,
+    trust,
 )
 from benchmarks.rows import Row
 
@@ -46,6 +47,7 @@ ALL: dict[str, Callable[[bool], list[Row]]] = {
     "fleet": fleet.fleet,
     "offline": offline.offline,
     "idle": idle.idle,
+    "trust": trust.trust,
     "start": rows.start_after_kill,
     "memory": resources.memory,
     "topics": resources.many_topics,

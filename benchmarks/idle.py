@@ -51,7 +51,7 @@ def idle(pinned: bool) -> list[Row]:
         settings={
             **QUIET,
             "EDGEBROKER_NODE_LEVEL": "root",
-            "EDGEBROKER_LISTEN_ALLOW_INSECURE": "true",
+            "EDGEBROKER_DEVELOPMENT_INSECURE": "1",
             "EDGEBROKER_REGISTRY_ENABLED": "true",
         },
         host=PARENT,
