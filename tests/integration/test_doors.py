@@ -111,6 +111,7 @@ def test_commands_at_a_node_below(chain: Tree, capsys: pytest.CaptureFixture[str
     ("method", "path", "status", "why"),
     [
         ("GET", "/v1/via/nobody/v1/node", 404, "no node nobody is known below; see edgebroker tree --all"),
+        ("GET", "/v1/via/till", 404, "there is no /"),
         ("GET", "/v1/via/till/v1/none", 404, "there is no /v1/none"),
         ("DELETE", "/v1/via/till/v1/node", 405, "DELETE is not allowed for /v1/node; use GET, HEAD"),
         ("POST", "/v1/via/till/v1/pipe", 405, "POST is not allowed for /v1/pipe"),

@@ -60,7 +60,7 @@ class RemoteCalls:
     def forward(self, call: Call) -> None:
         """METHOD /v1/via/{node}/{path...}: the request, at a node below."""
         name, (path, _, query) = call.parameters["node"], call.target.partition("?")
-        target = "/" + path.split("/", 4)[4] + (f"?{query}" if query else "")
+        target = "/" + "".join(path.split("/", 4)[4:]) + (f"?{query}" if query else "")
         found = find(self._fleet.members.values(), name)
         if len(found) != 1:
             why = f"several nodes below are called {name}: use the uid" if found else f"no node {name} is known below"

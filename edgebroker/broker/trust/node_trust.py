@@ -299,6 +299,8 @@ class NodeTrust:
             if issued is None:
                 self._revoked = REVOKED if code == "REVOKED" else ""
                 self._not_joined(error)
+                if self.name is not None:  # it has what the token was to get
+                    self._work(self.directory.forget_token)
             else:
                 self._joining, self._pause, self._revoked = "", FIRST_PAUSE, ""
                 log.warning("this node is %s; its certificate is for %d days", issued.node, _days(issued))
