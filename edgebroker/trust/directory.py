@@ -98,6 +98,9 @@ class TrustDirectory:
     def forget_token(self) -> None:
         destroy(self.token)
 
+    def forget_root_key(self) -> None:
+        destroy(self.root_key)
+
     def erase(self) -> None:
         """Destroy the keys of this node, then the rest of its identity."""
         for path in (self.key, self.token, self.issuer, self.root_key):

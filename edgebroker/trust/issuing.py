@@ -7,8 +7,10 @@ certificate is made: a crash in between costs nothing, since the same key gets i
 from __future__ import annotations
 
 import hmac
+import os
 import sqlite3
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from edgebroker.common.errors import TrustError
@@ -16,8 +18,18 @@ from edgebroker.common.levels import LEVELS
 from edgebroker.common.names import printable
 from edgebroker.common.runtime.durable import write_durable
 from edgebroker.trust import certificates
-from edgebroker.trust.directory import PUBLIC_MODE, Issued, TrustDirectory
-from edgebroker.trust.keys import PrivateKey, PublicKey, digest, make_key, read_key, read_private, sign, write_key
+from edgebroker.trust.directory import PRIVATE_MODE, PUBLIC_MODE, Issued, TrustDirectory
+from edgebroker.trust.keys import (
+    PrivateKey,
+    PublicKey,
+    digest,
+    key_to_pem,
+    make_key,
+    read_key,
+    read_private,
+    sign,
+    write_key,
+)
 from edgebroker.trust.messages import (
     Certified,
     JoinRefusedError,
@@ -104,12 +116,50 @@ def rotate(directory: TrustDirectory, now_ms: int) -> int:
     """Make another issuer, which signs from now on; its number. The root key has to be here. Raises TrustError."""
     if not directory.root_key.exists():
         raise TrustError(
-            f"the key of the root is not here: put it back as {directory.root_key}, and take it away after"
+            "the root key is not here: name the file that has it (edgebroker fleet rotate --root-key FILE)"
         )
     [issuer] = certificates.from_pem(read_private(directory.issuer))
     number = certificates.number_of(issuer) + 1
     _make_issuer(directory, read_key(directory.root_key), number, now_ms)
     return number
+
+
+def export_root_key(directory: TrustDirectory, target: Path, passphrase: bytes) -> None:
+    """Move the root key into a file that needs the passphrase: durable, and read back, before the key here is
+    destroyed. Raises TrustError: there is none, or the file exists."""
+    if target.exists():
+        raise TrustError(f"{target} exists: name a file that does not")
+    if not directory.root_key.exists():
+        raise TrustError("the root key is not here; it was taken away, or this node is not the root of its fleet")
+    key = read_key(directory.root_key)
+    try:
+        write_durable(target, key_to_pem(key, passphrase), mode=PRIVATE_MODE)
+        _require_root_key(directory, target, passphrase)
+    except OSError as error:
+        raise TrustError(f"{target}: {error.strerror}; the root key is where it was") from error
+    except TrustError:
+        target.unlink()
+        raise
+    directory.forget_root_key()
+
+
+def import_root_key(directory: TrustDirectory, source: Path, passphrase: bytes) -> None:
+    """Put the root key of this fleet back from such a file, for the user of the directory. Raises TrustError."""
+    key = _require_root_key(directory, source, passphrase)
+    try:
+        write_key(directory.root_key, key)
+        owner = directory.path.stat()
+        os.chown(directory.root_key, owner.st_uid, owner.st_gid)
+    except OSError as error:
+        raise TrustError(f"{error.filename or directory.path}: {error.strerror}") from error
+
+
+def _require_root_key(directory: TrustDirectory, path: Path, passphrase: bytes) -> PrivateKey:
+    """The key in a file. Raises TrustError when it is not that of this fleet."""
+    key = read_key(path, passphrase)
+    if digest(key.public_key()) != digest(certificates.public_key(_root(directory))):
+        raise TrustError(f"{path} has the key of another fleet")
+    return key
 
 
 def _make_issuer(directory: TrustDirectory, root_key: PrivateKey, number: int, now_ms: int) -> None:

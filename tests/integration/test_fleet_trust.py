@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
 import socket
 import ssl
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -408,12 +410,24 @@ def test_no_client_writes_or_changes_what_the_fleet_decides(fleet: Fleet) -> Non
 # ---- another issuer ----
 
 
-def test_another_issuer(fleet: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
-    """The pin stays, tokens stay, and nodes with certificates of before go on."""
+def test_another_issuer(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The pin stays, tokens stay, and nodes with certificates of before go on. The root key is offline otherwise."""
     root = fleet.root()
     token = fleet.token()
     hub = fleet.join("hub", "l2", "eu", "root", token)
-    assert main(["fleet", "rotate", "--admin", root.admin]) == 0
+    file, passphrase = tmp_path / "root.key", io.StringIO("correct horse battery\n" * 3)
+    monkeypatch.setattr(sys, "stdin", passphrase)
+    assert main(["fleet", "export-key", str(file), "--admin", root.admin]) == 0
+    assert f"the root key is in {file} now, and not on this node" in capsys.readouterr().out
+    assert main(["fleet", "rotate", "--admin", root.admin]) == 1
+    assert "edgebroker fleet rotate --root-key FILE" in capsys.readouterr().err
+    elsewhere = ["--admin", hub.admin]
+    assert main(["fleet", "export-key", str(tmp_path / "other"), *elsewhere]) == 1
+    assert "the root key is not here; it was taken away, or this node" in capsys.readouterr().err
+    assert main(["fleet", "rotate", "--root-key", str(file), "--admin", root.admin]) == 0
+    assert not root.broker.trust.directory.root_key.exists(), "only where it was"
     assert "issuer 2" in capsys.readouterr().out
     wait_for(lambda: status(root)["issuer"] == 2, "the root has a certificate of the new issuer")
     till = fleet.join("till", "local", "eu/1", "hub", token)

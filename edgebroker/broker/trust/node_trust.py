@@ -78,7 +78,7 @@ class _Prepared(NamedTuple):
 class TrustStatus(msgspec.Struct, kw_only=True):
     """For `edgebroker trust status`. `node`: the name in the certificate, "" without one; `clock`: `plausible`, or why
     certificates are not judged by their age; `joining`: why it has not joined yet, "" when it has, or is not to;
-    `problem`: what has to be mended."""
+    `problem`: what has to be mended; `data_dir`: where `edgebroker fleet export-key` finds the root key."""
 
     fleet: str
     node: str
@@ -91,6 +91,7 @@ class TrustStatus(msgspec.Struct, kw_only=True):
     clock: str
     joining: str
     problem: str
+    data_dir: str
 
 
 class NodeTrust:
@@ -498,6 +499,7 @@ class NodeTrust:
             clock=self.clock_problem or "plausible",
             joining=self._joining,
             problem=self.problems().get("trust", "") if self._problem or self._revoked else "",
+            data_dir=str(self.directory.path.parent.absolute()),
         )
 
 

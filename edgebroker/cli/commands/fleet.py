@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
+import sys
+from pathlib import Path
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
+from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.trust.directory import TrustDirectory
+
+SHORTEST_PASSPHRASE = 12
 
 
 def arguments(parser: Parser) -> None:
@@ -14,7 +21,12 @@ def arguments(parser: Parser) -> None:
     init_parser = subcommand(commands, "init", "create a fleet, with this node as its root", init)
     init_parser.add_argument("name", metavar="NAME", help="name of the fleet")
     rotate_parser = subcommand(commands, "rotate", "make another issuing key; pin, tokens and nodes stay", rotate)
-    for each in (init_parser, rotate_parser):
+    rotate_parser.add_argument("--root-key", metavar="FILE", help="the file that export-key made of the root key")
+    export_parser = subcommand(
+        commands, "export-key", "take the root key away from this machine, into a file with a passphrase", export_key
+    )
+    export_parser.add_argument("file", metavar="FILE", help="a new file, on a medium that you keep offline")
+    for each in (init_parser, rotate_parser, export_parser):
         admin_flag(each)
         json_flag(each)
 
@@ -31,7 +43,48 @@ def init(options: argparse.Namespace) -> int:
 
 
 def rotate(options: argparse.Namespace) -> int:
-    found = call(options.admin, "POST", "/v1/trust/rotate")
+    from edgebroker.trust.issuing import import_root_key  # cryptography takes a while to import
+
+    directory = _directory(options.admin)
+    imported = options.root_key is not None and not directory.root_key.exists()
+    if imported:
+        import_root_key(directory, Path(options.root_key), _passphrase("passphrase of the root key: "))
+    try:
+        found = call(options.admin, "POST", "/v1/trust/rotate")
+    finally:
+        if imported:
+            directory.forget_root_key()
     text = f"issuer {found['issuer']} signs from now on; nodes get its certificates as they renew theirs"
     print(json.dumps(found) if options.json else text)
     return 0
+
+
+def export_key(options: argparse.Namespace) -> int:
+    from edgebroker.trust.issuing import export_root_key
+
+    directory, target = _directory(options.admin), Path(options.file)
+    passphrase = _passphrase("new passphrase: ")
+    if len(passphrase) < SHORTEST_PASSPHRASE:
+        raise EdgeBrokerError(f"the passphrase is too short: use {SHORTEST_PASSPHRASE} characters or more")
+    if sys.stdin.isatty() and _passphrase("once more: ") != passphrase:
+        raise EdgeBrokerError("the passphrases differ; the root key is where it was")
+    export_root_key(directory, target, passphrase)
+    text = f"the root key is in {target} now, and not on this node; keep two copies offline, and the passphrase apart"
+    print(json.dumps({"file": str(target.absolute())}) if options.json else text)
+    return 0
+
+
+def _directory(admin: str) -> TrustDirectory:
+    """The files of the node that answers. Raises EdgeBrokerError when they are not here, or not to be read."""
+    found = call(admin, "GET", "/v1/trust")
+    directory = TrustDirectory(Path(found["data_dir"]))
+    identity = directory.identity()
+    if identity is None or str(identity[0]) != found["node"]:
+        raise EdgeBrokerError("the root key never crosses the network: run this on the root of the fleet itself")
+    return directory
+
+
+def _passphrase(prompt: str) -> bytes:
+    """Asked for at a terminal, a line of standard input otherwise."""
+    text = getpass.getpass(prompt) if sys.stdin.isatty() else sys.stdin.readline().rstrip("\n")
+    return text.encode()

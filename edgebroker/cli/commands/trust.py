@@ -31,9 +31,9 @@ def status(options: argparse.Namespace) -> int:
     print(f"certificate:  until {_day(found['expires_ms'])}, by issuer {found['issuer']}; it renews itself")
     print(f"clock:        {found['clock']}")
     if found["issues"]:
-        print("issues:       certificates are issued here (keep a copy: edgebroker fleet export-key FILE)")
+        print("issues:       certificates are issued here")
     if found["root_key_here"]:
-        print("root key:     is here; take it away with edgebroker fleet export-key FILE")
+        print("root key:     is here; take it away (edgebroker fleet export-key FILE)")
     if found["problem"]:
         print(f"problem:      {found['problem']}")
     if found["joining"]:

@@ -8,9 +8,19 @@ from pathlib import Path
 import pytest
 
 from edgebroker.common.errors import TrustError
-from edgebroker.trust import certificates
+from edgebroker.common.runtime.durable import write_durable
+from edgebroker.trust import certificates, issuing
 from edgebroker.trust.directory import TrustDirectory
-from edgebroker.trust.issuing import HELD, JOINED, REVOKED, Issuer, create_fleet, rotate
+from edgebroker.trust.issuing import (
+    HELD,
+    JOINED,
+    REVOKED,
+    Issuer,
+    create_fleet,
+    export_root_key,
+    import_root_key,
+    rotate,
+)
 from edgebroker.trust.keys import digest, make_key, read_key, write_key
 from edgebroker.trust.messages import JoinRefusedError, SignedRecord
 from edgebroker.trust.node_name import NodeName, contains, parse_node_name
@@ -212,8 +222,53 @@ def test_an_issuer_is_replaced_and_the_pin_stays(fleet: TestFleet) -> None:
 
 def test_rotation_needs_the_root_key(fleet: TestFleet) -> None:
     fleet.root.directory.root_key.unlink()
-    with pytest.raises(TrustError, match="the key of the root is not here"):
+    with pytest.raises(TrustError, match="the root key is not here"):
         rotate(fleet.root.directory, NOW_MS)
+
+
+def test_the_root_key_is_taken_away_and_put_back(fleet: TestFleet, tmp_path: Path) -> None:
+    directory, file, passphrase = fleet.root.directory, tmp_path / "root.key", b"correct horse battery"
+    before = read_key(directory.root_key).private_numbers()
+    export_root_key(directory, file, passphrase)
+    assert not directory.root_key.exists()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert b"ENCRYPTED" in file.read_bytes()
+    with pytest.raises(TrustError, match="exists: name a file that does not"):
+        export_root_key(directory, file, passphrase)
+    with pytest.raises(TrustError, match="the root key is not here; it was taken away"):
+        export_root_key(directory, tmp_path / "other", passphrase)
+    for wrong, why in ((b"", "has a passphrase"), (b"wrong", "the passphrase is wrong")):
+        with pytest.raises(TrustError, match=why):
+            import_root_key(directory, file, wrong)
+    assert not directory.root_key.exists()
+    import_root_key(directory, file, passphrase)
+    assert read_key(directory.root_key).private_numbers() == before
+    assert rotate(directory, NOW_MS) == 2
+
+
+def test_the_root_key_of_another_fleet_is_not_taken(fleet: TestFleet, tmp_path: Path) -> None:
+    other, passphrase = TrustDirectory(tmp_path / "other"), b"correct horse battery"
+    create_fleet(other, "acme", ROOT_UID, NOW_MS)
+    export_root_key(other, tmp_path / "root.key", passphrase)
+    with pytest.raises(TrustError, match="has the key of another fleet"):
+        import_root_key(fleet.root.directory, tmp_path / "root.key", passphrase)
+
+
+def test_the_root_key_stays_while_its_copy_is_not_whole(
+    fleet: TestFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No space for the file, or not the bytes that were written."""
+    directory = fleet.root.directory
+    with pytest.raises(TrustError, match="No such file or directory"):
+        export_root_key(directory, tmp_path / "none" / "root.key", b"correct horse battery")
+
+    def torn(path: Path, data: bytes, mode: int) -> None:
+        write_durable(path, data[:100], mode=mode)
+
+    monkeypatch.setattr(issuing, "write_durable", torn)
+    with pytest.raises(TrustError, match="does not hold a key"):
+        export_root_key(directory, tmp_path / "root.key", b"correct horse battery")
+    assert directory.root_key.exists() and not (tmp_path / "root.key").exists()
 
 
 def test_creating_a_fleet_goes_on_where_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
