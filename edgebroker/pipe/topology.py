@@ -82,7 +82,7 @@ class Topology:
     def candidates(self, uid: str, level: str, region: str) -> list[str]:
         """The addresses at which a node shall look for a parent, the best first."""
         found: dict[str, None] = dict.fromkeys(
-            [self._hubs[pinned].address for pinned in self._pinned(uid)][:MAX_CANDIDATES]
+            [self._hubs[pinned].address for pinned in self._pinned(uid, region)][:MAX_CANDIDATES]
         )
         for hub in self._automatic(uid, level, region):
             if len(found) >= MAX_CANDIDATES:
@@ -98,17 +98,24 @@ class Topology:
 
     def must_leave(self, uid: str, parent: str, region: str, connected: Callable[[str], bool]) -> bool:
         """Shall a node give up the parent that it has? Pins count while one of them is `connected`."""
-        pins = self._pinned(uid)
+        pins = self._pinned(uid, region)
         if pins and parent not in pins and any(connected(pinned) for pinned in pins):
             return True
-        hub = self._hubs.get(parent)
-        bound = hub is not None and (hub.level == "pos" or self.strict())
-        elsewhere = bound and hub is not None and hub.region not in _containing(region)
+        hub, own = self._hubs.get(parent), self._hubs.get(uid)
+        beside = hub is not None and own is not None and own.level == hub.level  # it was promoted
+        elsewhere = hub is not None and not beside and not self.may_serve(hub.level, hub.region, region)
         return parent in self.draining or elsewhere
 
-    def _pinned(self, uid: str) -> list[str]:
-        """The pinned parents that there are: not those that were removed, or are being drained."""
-        return [pinned for pinned in self.pins.get(uid, ()) if pinned in self._hubs and pinned not in self.draining]
+    def may_serve(self, level: str, region: str, below: str) -> bool:
+        """May a hub of this level and region be asked by nodes of the region `below`?"""
+        return region in _containing(below) or not (level == "pos" or self.strict())
+
+    def _pinned(self, uid: str, region: str) -> list[str]:
+        """The pinned parents that may serve: not those that were removed, are being drained, or are elsewhere now."""
+        hubs = [self._hubs[pinned] for pinned in self.pins.get(uid, ()) if pinned in self._hubs]
+        return [
+            hub.uid for hub in hubs if hub.uid not in self.draining and self.may_serve(hub.level, hub.region, region)
+        ]
 
     def _automatic(self, uid: str, level: str, region: str) -> Iterator[Hub]:
         above = list(reversed(LEVELS[: LEVELS.index(level)])) if level in LEVELS else []

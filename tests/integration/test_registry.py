@@ -195,6 +195,10 @@ def test_draining_and_pinning(tree: Tree, capsys: pytest.CaptureFixture[str]) ->
     assert "knows no node nobody" in capsys.readouterr().err
     assert main(["node", "pin", "a", "pos", "--admin", tree.admin("root")]) == 1
     assert "must be above" in capsys.readouterr().err
+    joins(tree, "till", "pos", level="local", **{"node.region": "south/2"})
+    until(tree, lambda: "till" in nodes(root), "the till is known")
+    assert main(["node", "pin", "till", "pos", "--admin", tree.admin("root")]) == 1
+    assert "pos is in region 'north/1', till in 'south/2'" in capsys.readouterr().err
     assert main(["node", "drain", "a", "--admin", tree.admin("a")]) == 1
     assert "registry is not kept at this node" in capsys.readouterr().err
 

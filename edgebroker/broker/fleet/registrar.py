@@ -308,6 +308,10 @@ class Registrar:
             if LEVELS.index(hub.level) >= LEVELS.index(node.level):
                 done(Outcome.CONFLICT, f"{levels}; a parent must be above its child")
                 return
+            if not self.topology.may_serve(hub.level, hub.region, node.region):
+                regions = f"{hub.name} is in region {hub.region!r}, {node.name} in {node.region!r}"
+                done(Outcome.CONFLICT, f"{regions}; that of a parent has to contain that of its child")
+                return
             if not hub.address:
                 done(Outcome.CONFLICT, f"{hub.name} has no address for children; set pipe.address there")
                 return

@@ -77,6 +77,8 @@ def export_key(options: argparse.Namespace) -> int:
 def _directory(admin: str) -> TrustDirectory:
     """The files of the node that answers. Raises EdgeBrokerError when they are not here, or not to be read."""
     found = call(admin, "GET", "/v1/trust")
+    if not found["node"]:
+        raise EdgeBrokerError("this node belongs to no fleet; create one with edgebroker fleet init NAME")
     directory = TrustDirectory(Path(found["data_dir"]))
     identity = directory.identity()
     if identity is None or str(identity[0]) != found["node"]:

@@ -444,6 +444,32 @@ def test_a_pin_to_a_hub_that_is_gone_does_not_drive_the_node_from_a_parent() -> 
     assert not topology.must_leave(uid(99), uid(32), "eu/north/1", lambda pin: True)
 
 
+def test_in_a_fleet_with_certificates_a_parent_is_of_a_region_around_the_node() -> None:
+    topology = hubs()
+    topology.strict = lambda: True
+    assert topology.candidates(uid(99), "local", "eu/north/41")[3:] == ["l2:1", "root:1"]
+    assert topology.candidates(uid(99), "pos", "asia/7") == ["root:1"]
+    assert topology.must_leave(uid(99), uid(33), "eu/north/41", lambda pin: True)
+    assert not topology.must_leave(uid(99), uid(31), "eu/north/41", lambda pin: True)
+
+
+def test_a_hub_stays_below_another_one_that_was_promoted() -> None:
+    topology = hubs()
+    topology.strict = lambda: True
+    assert not topology.must_leave(uid(31), uid(33), "eu/north", lambda pin: True)
+    assert topology.must_leave(uid(41), uid(33), "eu/north/41", lambda pin: True)
+
+
+@pytest.mark.parametrize(("strict", "hub"), [(True, 33), (False, 42)])
+def test_a_pin_to_a_hub_that_may_not_serve_the_node_is_passed_over(strict: bool, hub: int) -> None:
+    """The node moved to another region since; it would be told to go there, and to leave again."""
+    topology = hubs()
+    topology.strict = lambda: strict
+    topology.pins[uid(99)] = [uid(hub)]
+    assert topology.candidates(uid(99), "local", "eu/north/41")[0] == "pos-41:1"
+    assert not topology.must_leave(uid(99), uid(31), "eu/north/41", lambda pin: True)
+
+
 def test_removing_a_dead_hub_does_not_make_its_children_connected() -> None:
     fleet = Fleet(TOP)
     fleet.take(state(report(1)), uid(1), 0.0)
