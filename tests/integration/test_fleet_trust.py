@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import json
+import shutil
 import socket
 import ssl
 import sys
@@ -18,6 +19,7 @@ import pytest
 
 from edgebroker.broker import listeners as listeners_module
 from edgebroker.broker.broker import Broker
+from edgebroker.broker.publish import publishing
 from edgebroker.broker.trust import authority, node_trust
 from edgebroker.cli.main import main
 from edgebroker.common.config import DEVELOPMENT
@@ -463,6 +465,36 @@ def test_a_hub_that_is_promoted_has_the_others_below_it(fleet: Fleet) -> None:
     publish(first, "prices", 3, 3)
     follows(first, second, "prices")
     assert pipe(second)["parent"]["address"] == address
+
+
+def test_a_root_that_is_restored_with_its_identity(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logs from the backup, `trust` from a copy of its own: nodes follow, join and are revoked as before."""
+    monkeypatch.setattr(publishing, "COMPARE_SECONDS", 2.0)
+    root = fleet.root()
+    token = fleet.token()
+    fleet.join("hub", "l2", "eu", "root", token)
+    publish(root, "prices", 0, 3)
+    assert root.http("POST", "/v1/trust/revoke", {"nodes": ["hub"]})[0] == 200
+    assert root.http("POST", "/v1/trust/approve", {"nodes": ["hub"]})[0] == 200
+    assert main(["backup", str(tmp_path / "copy"), "--admin", root.admin]) == 0
+    before = status(root)
+    fleet.stop("hub")
+    fleet.stop("root")
+    shutil.copytree(tmp_path / "root" / "trust", tmp_path / "identity")
+    shutil.rmtree(tmp_path / "root")
+    assert main(["restore", str(tmp_path / "copy"), "--data-dir", str(tmp_path / "root")]) == 0
+    shutil.copytree(tmp_path / "identity", tmp_path / "root" / "trust")
+    root = fleet.root()
+    assert status(root) == before
+    hub = fleet.start("hub", "l2", "eu", "root")
+    publish(root, "items", 0, 3)  # restored topics take no records for a while
+    follows(root, hub, "items")
+    fleet.join("store", "pos", "eu/1", "hub", token)
+    wait_for(lambda: root.http("POST", "/v1/trust/revoke", {"nodes": ["store"]})[0] == 200, "so does __trust")
+    uid = fleet.nodes["store"].broker.engine.node_uid
+    wait_for(lambda: hub.broker.trust.topic.revoked(uid), "newer than what was said before")
 
 
 # ---- clocks ----
