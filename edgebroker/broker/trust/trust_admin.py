@@ -136,7 +136,7 @@ class TrustAdmin:
                     call.answer(NodesChanged(uids))
                 else:
                     call.refuse(
-                        outcome, f"it is in the book of the root, but the nodes cannot be told: {why}; try again"
+                        outcome, f"it is in the book of the root, but the nodes are not told yet: {why}; run this again"
                     )
 
             self._trust.topic.publish(said, published)
@@ -158,7 +158,7 @@ class TrustAdmin:
                 call.answer(Rotated(number))
             else:
                 call.refuse(
-                    outcome, f"issuer {number} signs from now on, but the nodes cannot be told: {why}; try again"
+                    outcome, f"issuer {number} signs from now on, but the nodes are not told yet: {why}; run this again"
                 )
 
         self._trust.helper.do(Rotate(now_ms=self._clock.wall_ms()), int, told)
