@@ -9,14 +9,18 @@ from pathlib import Path
 
 import pytest
 
+from edgebroker.broker.sessions import native
 from edgebroker.common import batch, codecs
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import Code
+from edgebroker.common.outcome import Outcome
 from edgebroker.common.types import AckLevel
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import FrameType
+from edgebroker.storage.rewrite.creation import TopicCreation
 from tests.kit.brokers import RunningBroker, batch_of, numbered, running
 from tests.kit.raw_client import write_publish
+from tests.kit.waiting import wait_for
 
 
 @pytest.fixture(params=["segment", "memory"])
@@ -103,6 +107,42 @@ def test_published_bytes_and_frames_are_counted_once(broker: RunningBroker) -> N
     assert counters["publish_frames"] == 100
     assert counters["records_published"] == 200
     assert size <= counters["bytes_published"] <= sum(map(len, out))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_what_is_sent_at_once_to_new_topics_is_stored_in_order(
+    broker: RunningBroker, monkeypatch: pytest.MonkeyPatch, share: float
+) -> None:
+    """More frames than are taken at a time, in a turn each, or all in one; creating a topic may take no time at all."""
+    monkeypatch.setattr(native, "SHARE_SECONDS", share)
+    client, count = broker.raw(), 200
+    client.send(
+        *(
+            write_publish(1000 + rank, frames.publish_prefix(2, "tu"[rank % 2], 0), numbered(rank, 1))
+            for rank in range(count)
+        )
+    )
+    answers = [client.answer(1000 + rank) for rank in range(count)]
+    assert [(answer.code, answer.offset) for answer in answers] == [(Code.OK, rank // 2) for rank in range(count)]
+    wait_for(lambda: not next(iter(broker.broker.sessions)).transport.paused, "it is read again")
+
+
+def test_each_of_many_frames_is_answered_whose_topics_are_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The store says so before its call returns: the publisher is held and released while its frame is handled."""
+    monkeypatch.setattr(native, "SHARE_SECONDS", 0.0)
+    monkeypatch.setattr(TopicCreation, "_refusal", lambda creation, name: (Outcome.OVERLOADED, "it is being deleted"))
+    with running(tmp_path / "data") as broker:
+        client = broker.raw()
+        client.send(
+            *(
+                write_publish(1000 + rank, frames.publish_prefix(2, "tu"[rank % 2], 0), numbered(rank, 1))
+                for rank in range(200)
+            )
+        )
+        answered = [client.take(FrameType.ACK).correlation for _ in range(200)]
+        assert answered == [*range(1000, 1200)]
 
 
 def test_an_empty_frame_is_refused(broker: RunningBroker) -> None:

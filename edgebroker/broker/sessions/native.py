@@ -85,6 +85,7 @@ class Session:
         "_core",
         "_deferred",
         "_drain_first",
+        "_handling",
         "_holds",
         "_host",
         "_in_turn",
@@ -105,7 +106,8 @@ class Session:
         self._holds = self._copied = 0
         # CONNECTs of late, and when the last one was.
         self._connects = self._connected_at = 0.0
-        self._in_turn = self._drain_first = False
+        # A frame is being handled: what holds and releases meanwhile leaves the next ones to that loop.
+        self._handling = self._in_turn = self._drain_first = False
         self.client_id = ""
         self.group: Group | None = None
         self.opened_at = host.loop.now()
@@ -137,8 +139,11 @@ class Session:
         except RemoteProtocolError:
             self._core.metrics.protocol_errors += 1
             raise
-        if not self._holds and (self._deferred or self._connection.waiting):
-            self._wait_for_turn()
+        if not self._holds:
+            if self._deferred or self._connection.waiting:
+                self._wait_for_turn()
+            else:
+                self.transport.resume()
         self._count_bytes(begun=bool(events))
 
     def on_drained(self) -> None:
@@ -175,7 +180,7 @@ class Session:
     def release(self) -> None:
         """Handle what was read, then read on."""
         self._holds -= 1
-        if not self._holds and not self._in_turn:
+        if not self._holds and not self._in_turn and not self._handling:
             self._work()
 
     def _work(self) -> None:
@@ -282,6 +287,13 @@ class Session:
     # ---- frames ----
 
     def _handle(self, event: Event) -> None:
+        self._handling = True
+        try:
+            self._dispatch(event)
+        finally:
+            self._handling = False
+
+    def _dispatch(self, event: Event) -> None:
         if isinstance(event, PublishRun):
             self._core.publishing.submit(self, event)
         elif isinstance(event, Refused):

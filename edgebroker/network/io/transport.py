@@ -259,8 +259,8 @@ class Transport:
             self._update()
 
     def resume(self) -> None:
-        """Read the peer again; its idle clock starts again."""
-        if self._paused:
+        """Read the peer again, unless this is closing; its idle clock starts again."""
+        if self._paused and not self.closing:
             self._paused = False
             self._update()
 
