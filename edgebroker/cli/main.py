@@ -18,6 +18,7 @@ from typing import NamedTuple
 from edgebroker.cli import command
 from edgebroker.cli.command import Parser
 from edgebroker.common.names import printable
+from edgebroker.common.runtime.program import TRUST_WORKER
 from edgebroker.version import __version__
 
 
@@ -71,14 +72,11 @@ VERBS = (
 )
 
 
-HELPER = "trust-worker"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     closed = command.open_standard_streams()
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words[:1] == [HELPER]:
+    if words[:1] == [TRUST_WORKER]:
         return _help_node(words[1:])
     for word in words:
         if not word.isascii() and word.encode(errors="replace").decode() != word:

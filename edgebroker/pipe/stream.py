@@ -30,8 +30,8 @@ from msgspec import Meta
 
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import RemoteProtocolError
-from edgebroker.common.names import TRUST_TOPIC
-from edgebroker.common.types import DEAD_LETTERS, TopicSettings
+from edgebroker.common.names import TRUST_TOPIC, is_own
+from edgebroker.common.types import TopicSettings
 
 VERSION = 1
 HEADER = struct.Struct(">IBBHIqIq")
@@ -205,8 +205,7 @@ def is_shared(topic: str) -> bool:
     """True for the name of a topic that may leave its node: no dead letters, and of what is internal only __trust."""
     if topic == TRUST_TOPIC:
         return True
-    own = topic.startswith("__") or topic.endswith(DEAD_LETTERS) or topic in (".", "..")
-    return _TOPIC.match(topic) is not None and not own
+    return _TOPIC.match(topic) is not None and not is_own(topic) and topic not in (".", "..")
 
 
 def describe_topic(name: str, settings: TopicSettings, partitions: list[PartitionInfo]) -> TopicInfo:

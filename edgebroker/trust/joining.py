@@ -22,12 +22,20 @@ from edgebroker.trust import certificates
 from edgebroker.trust.contexts import client_context, unverified_context
 from edgebroker.trust.directory import PUBLIC_MODE, TrustDirectory
 from edgebroker.trust.keys import digest, make_key, read_key, write_key
-from edgebroker.trust.messages import Certified, Chain, Join, JoinRefusedError, JoinRequest, RevokedAnswer
+from edgebroker.trust.messages import (
+    JOIN_PATH,
+    ROOT_PATH,
+    Certified,
+    Chain,
+    Join,
+    JoinRefusedError,
+    JoinRequest,
+    RevokedAnswer,
+)
 from edgebroker.trust.records import verify_records
 from edgebroker.trust.token import PIN_BYTES, JoinToken, parse_token, proof
 
 T = TypeVar("T")
-ROOT_PATH, JOIN_PATH = "/v1/trust/root", "/v1/trust/join"
 TIMEOUT_SECONDS = 20.0
 MOST_BYTES = 64 << 10
 

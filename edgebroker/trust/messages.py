@@ -9,6 +9,7 @@ from msgspec import Meta
 
 from edgebroker.trust.directory import Issued
 
+ROOT_PATH, JOIN_PATH = "/v1/trust/root", "/v1/trust/join"
 MAX_JOIN_BYTES = 16 << 10
 _Uid = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 _Level = Annotated[str, Meta(pattern=r"\A(root|l2|l3|pos|local)\Z")]

@@ -35,8 +35,6 @@ from edgebroker.trust.messages import (
 )
 from edgebroker.trust.records import signed_text, verify_records
 
-VERB = "trust-worker"
-
 
 class TrustWorker:
     """Does tasks, one after the other."""

@@ -382,6 +382,29 @@ def test_who_says_that_a_node_was_revoked_has_to_prove_it(fleet: Fleet, monkeypa
     follows(root, hub, "prices")
 
 
+def test_a_token_for_each_store(fleet: Fleet, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, file = fleet.root(), tmp_path / "stores.csv"
+    create = ["token", "create", "--join", "--stores", str(file), "--admin", root.admin]
+    file.write_text('region,uses,name\neu/1,6,"Main Street, 1"\neu/2,,Market\n')
+    assert main(create) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header == "region,uses,token"
+    assert [line.split(",")[:2] for line in lines] == [["eu/1", "6"], ["eu/2", "50"]]
+    assert len({line.split(",")[2] for line in lines}) == 2
+    for text, why in (
+        ("name\nx\n", "has no column 'region'; its columns are name"),
+        ("region\n", "has no stores; a line with a region is expected for each"),
+        ("region,uses\neu/1,many\n", "line 2: no region, or uses that are not a number"),
+        ("region,uses\neu/1,0\n", "line 2: no region, or uses that are not a number"),
+        ("region,uses\neu/1\n", "line 2: 1 columns, and the header has 2"),
+    ):
+        file.write_text(text)
+        assert main(create) == 2
+        assert why in capsys.readouterr().err
+    assert main(["token", "list", "--json", "--admin", root.admin]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 2, "all or none"
+
+
 def test_machines_that_wait_for_approval(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(node_trust, "FIRST_PAUSE", 0.1)
     monkeypatch.setattr(authority, "REFUSAL_SECONDS", 0.0)

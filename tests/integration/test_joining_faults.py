@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -140,6 +141,14 @@ def turn(loop: Loop, until: object) -> None:
         loop.turn(0.05)
 
 
+def started(loop: Loop, found: TrustHelper, told: Told) -> subprocess.Popen[bytes]:
+    """Its process, which has done a task."""
+    found.do(ListTokens(), list[TokenInfo], told)
+    turn(loop, lambda: told.results and found._process is not None)
+    assert found._process is not None
+    return found._process
+
+
 def test_tasks_one_after_the_other(helper: tuple[Loop, TrustHelper]) -> None:
     loop, found = helper
     told = Told()
@@ -153,13 +162,11 @@ def test_tasks_one_after_the_other(helper: tuple[Loop, TrustHelper]) -> None:
 def test_a_helper_that_dies_is_started_again(helper: tuple[Loop, TrustHelper]) -> None:
     loop, found = helper
     told = Told()
-    found.do(ListTokens(), list[TokenInfo], told)
-    turn(loop, lambda: told.results and found._process is not None)
-    assert found._process is not None
-    os.kill(found._process.pid, signal.SIGSTOP)
+    process = started(loop, found, told)
+    os.kill(process.pid, signal.SIGSTOP)
     found.do(ListTokens(), list[TokenInfo], told)
     loop.turn(0.0)
-    os.kill(found._process.pid, signal.SIGKILL)
+    os.kill(process.pid, signal.SIGKILL)
     turn(loop, lambda: len(told.results) == 2)
     assert told.results[1] == (None, "the helper process ended")
     found.do(ListTokens(), list[TokenInfo], told)
@@ -170,11 +177,7 @@ def test_a_helper_that_dies_is_started_again(helper: tuple[Loop, TrustHelper]) -
 def test_a_helper_with_nothing_to_do_ends(helper: tuple[Loop, TrustHelper], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(helpers, "IDLE_SECONDS", 0.05)
     loop, found = helper
-    told = Told()
-    found.do(ListTokens(), list[TokenInfo], told)
-    turn(loop, lambda: told.results)
-    process = found._process
-    assert process is not None
+    process = started(loop, found, Told())
     turn(loop, lambda: found._process is None)
     wait_for(lambda: process.poll() is not None, "it has ended")
 
@@ -183,10 +186,7 @@ def test_one_that_does_not_answer(helper: tuple[Loop, TrustHelper], monkeypatch:
     monkeypatch.setattr(helpers, "END_SECONDS", 0.1)
     loop, found = helper
     told = Told()
-    found.do(ListTokens(), list[TokenInfo], told)
-    turn(loop, lambda: told.results)
-    process = found._process
-    assert process is not None
+    process = started(loop, found, told)
     os.kill(process.pid, signal.SIGSTOP)
     monkeypatch.setattr(helpers, "TASK_SECONDS", 0.1)
     found.do(ListTokens(), list[TokenInfo], told)

@@ -63,7 +63,7 @@ from edgebroker.pipe.report import (
     Question,
 )
 from edgebroker.pipe.stream import Receipt
-from edgebroker.trust.messages import MAX_JOIN_BYTES, Certified, Chain, JoinRequest
+from edgebroker.trust.messages import JOIN_PATH, MAX_JOIN_BYTES, ROOT_PATH, Certified, Chain, JoinRequest
 
 MAX_POLL_BYTES = 8 << 20
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -150,8 +150,8 @@ def pipe_routes(context: AdminContext) -> list[Route]:
     authority = context.authority
     return [
         Route("GET", "/healthz", node.alive, Alive, "health"),
-        Route("GET", "/v1/trust/root", authority.root, Chain, "join"),
-        Route("POST", "/v1/trust/join", authority.join, Certified, "join", JoinRequest, MAX_JOIN_BYTES),
+        Route("GET", ROOT_PATH, authority.root, Chain, "join"),
+        Route("POST", JOIN_PATH, authority.join, Certified, "join", JoinRequest, MAX_JOIN_BYTES),
         Route("POST", "/v1/pipe", downstream.answer, None, "below", body_limit=MAX_POLL_BYTES),
         Route("POST", "/v1/pipe/durable", downstream.receipt, Nothing, "below", Receipt),
         Route("POST", "/v1/pipe/range", context.ranges.answer, None, "peer", RangeRequest),

@@ -15,11 +15,10 @@ from edgebroker.network.http.call import OnResponse
 from edgebroker.network.http.router import Call
 from edgebroker.network.http.server import Failed, Response
 from edgebroker.network.io.loop import Loop
-from edgebroker.trust.messages import Certified, Chain, Issue, JoinRequest, RevokedAnswer
+from edgebroker.trust.messages import JOIN_PATH, Certified, Chain, Issue, JoinRequest, RevokedAnswer
 
 log = logging.getLogger(__name__)
 
-JOIN_PATH = "/v1/trust/join"
 # What is passed on to the parent at a time; how many refusals a minute one address may get before it is not asked any
 # further; for how long a refusal is kept back.
 MOST_PASSED, MOST_BAD, BAD_SECONDS, REFUSAL_SECONDS = 16, 10, 60.0, 1.0

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import msgspec
 
 from edgebroker.common import json
-from edgebroker.common.runtime.program import program
+from edgebroker.common.runtime.program import TRUST_WORKER, program
 from edgebroker.common.runtime.threads import Worker
 from edgebroker.network.io.channel import PlainChannel
 from edgebroker.network.io.loop import Loop, TimerHandle
@@ -26,7 +26,6 @@ from edgebroker.trust.messages import Result, Task
 
 log = logging.getLogger(__name__)
 
-VERB = "trust-worker"
 IDLE_SECONDS, TASK_SECONDS, END_SECONDS = 30.0, 180.0, 5.0
 MOST_WAITING, MOST_RESULT_BYTES = 4096, 8 << 20
 T = TypeVar("T")
@@ -96,7 +95,7 @@ class TrustHelper:
             process: subprocess.Popen[bytes] | None = None
             try:
                 process = subprocess.Popen(
-                    [*program(), VERB, str(self._data_dir)], stdin=theirs.fileno(), stdout=theirs.fileno()
+                    [*program(), TRUST_WORKER, str(self._data_dir)], stdin=theirs.fileno(), stdout=theirs.fileno()
                 )
             except OSError as error:
                 log.error("the helper process cannot be started: %s", error.strerror)

@@ -29,6 +29,7 @@ from edgebroker.common.runtime.durable import destroy
 from edgebroker.common.runtime.newest import Newest
 from edgebroker.common.runtime.threads import Worker
 from edgebroker.network.http.peers import Peers
+from edgebroker.network.io.listener import host_of
 from edgebroker.network.io.loop import Loop
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.trust.directory import Issued, TrustDirectory
@@ -463,7 +464,7 @@ class NodeTrust:
     def refuse(self, peer: str, why: str) -> None:
         """A peer was not let in: count it, and log it once in an hour."""
         self._metrics.peers_refused += 1
-        key, now = (peer.rpartition(":")[0], why), self._loop.now()
+        key, now = (host_of(peer), why), self._loop.now()
         if now - self._logged.get(key, -LOG_AGAIN_SECONDS) >= LOG_AGAIN_SECONDS:
             self._logged.put(key, now)
             log.warning("%s was not let in: %s", peer, why)

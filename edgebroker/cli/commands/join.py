@@ -36,5 +36,5 @@ def join(options: argparse.Namespace) -> int:
     elif found["node"]:
         print(f"this node is {found['node']}")
     else:
-        print(f"not joined yet: {found['joining'] or 'no answer'}; the node goes on trying (edgebroker trust)")
+        print(f"not joined yet: {found['joining'] or 'no answer'}; the node goes on trying (edgebroker trust status)")
     return 0 if found["node"] else 1

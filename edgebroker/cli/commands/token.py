@@ -10,6 +10,7 @@ from typing import Any
 
 from edgebroker.cli.admin_client import api_path, call
 from edgebroker.cli.command import Parser, admin_flag, at_least, duration, json_flag, subcommand, subcommands
+from edgebroker.cli.csv_file import read_rows
 from edgebroker.cli.render import print_table
 from edgebroker.common.errors import ConfigError
 from edgebroker.common.levels import LEVELS
@@ -65,20 +66,15 @@ def create(options: argparse.Namespace) -> int:
 
 
 def _stores(path: str, uses: int) -> list[dict[str, Any]]:
-    """The lines of a CSV file. Raises ConfigError for one that is not as it should be."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ConfigError(f"--stores {path}: {getattr(error, 'strerror', None) or error}") from error
-    if not rows or "region" not in rows[0]:
-        raise ConfigError(f"--stores {path}: a first line with a column `region` is expected, then a line a store")
+    """The rows of a CSV file. Raises ConfigError for one that is not as it should be."""
     found = []
-    for number, row in enumerate(rows, 2):
-        region, count = (row["region"] or "").strip(), (row.get("uses") or "").strip() or str(uses)
+    for line, fields in read_rows(path, "region"):
+        region, count = fields["region"].strip(), fields.get("uses", "").strip() or str(uses)
         if not region or not (count.isascii() and count.isdigit() and int(count)):
-            raise ConfigError(f"--stores {path}: line {number} has no region, or uses that are not a number")
+            raise ConfigError(f"{path}, line {line}: no region, or uses that are not a number")
         found.append({"region": region, "uses": int(count)})
+    if not found:
+        raise ConfigError(f"{path} has no stores; a line with a region is expected for each")
     return found
 
 
