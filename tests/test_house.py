@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "common": set(),
     "storage": {"common", "version"},
     "network": {"common"},
-    "client": {"common", "network"},
+    "client": {"common", "network", "trust"},
     "pipe": {"common"},
     "trust": {"common", "version"},
     "broker": {"common", "storage", "network", "pipe", "trust", "version"},
@@ -40,16 +40,17 @@ LINES = {
         "opening", "settings", "engine", "upkeep", "rewrite", "memory", "store",
     ],
     "client": [
-        "arguments", "lifetime", "servers", "link", "refresh", "consume", "publish", "consumer", "producer",
-        "asynchronous",
+        "arguments", "lifetime", "servers", "credentials", "link", "refresh", "consume", "publish", "consumer",
+        "producer", "asynchronous",
     ],
     "consumer": [
         "config", "declare", "database", "reader", "views", "staging_file", "handling", "loaded_records",
         "subscriptions", "reloads", "generation", "copy", "instance", "rest", "service",
     ],
     "broker": [
-        "ports", "reading", "observe", "publish", "delivery", "core", "sending", "trust", "sessions", "feed", "mirror",
-        "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload", "broker",
+        "ports", "reading", "observe", "publish", "delivery", "core", "sending", "trust", "access", "sessions", "feed",
+        "mirror", "topic_deletion", "holders", "fleet", "admin", "listeners", "engine_events", "engines", "reload",
+        "broker",
     ],
     "cli": [
         "environment", "token_argument", "admin_client", "render", "totals", "progress", "pace", "config_file",
@@ -80,6 +81,7 @@ HOMES = {
         "trust/contexts.py",
         "trust/joining.py",
         "broker/trust/node_trust.py",
+        "client/credentials.py",
     },
     "cryptography": {"trust/keys.py", "trust/certificates.py"},
     "mmap": {"storage/log/walk.py"},
@@ -91,7 +93,7 @@ HOMES = {
     "os.pread": {"storage/files.py"},
     "os.rename": {"common/runtime/durable.py", "storage/files.py"},
     "os.ftruncate": {"storage/files.py"},
-    "os.environ": {"common/config.py", "cli/environment.py"},
+    "os.environ": {"common/config.py", "cli/environment.py", "client/credentials.py"},
     "time": {"common/runtime/clock.py"},
     "psutil": {"broker/observe/host.py", "cli/bench/target.py"},
     "prometheus_client": {"broker/admin/exposition.py", "consumer/rest/metrics.py"},
@@ -99,7 +101,8 @@ HOMES = {
 }
 SOCKETS = {
     "network/io/loop.py", "network/io/channel.py", "network/io/listener.py",
-    "network/io/tls.py", "network/http/client.py", "network/http/peers.py", "client/link.py",  # they connect
+    "network/io/tls.py", "network/http/client.py", "network/http/peers.py", "client/credentials.py",
+    "client/link.py",  # they connect
     "broker/listeners.py", "broker/trust/helper.py",
     "cli/admin_client.py", "cli/demo/tree_demo.py", "cli/service/supervisor.py", "cli/service/journal.py",
 }  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 
+from edgebroker.broker.access.access import Access
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
 from edgebroker.broker.admin.routes import pipe_routes, routes
@@ -55,28 +56,19 @@ class Broker:
         self.loop = loop = Loop(clock)
         self.engine = engine = make_engine(config, loop, clock)
         self.core = core = build_core(engine, loop, clock, publish_limits(config), lease_limits(config))
-        self.sessions = sessions = Sessions(core, loop, session_limits(config), config.limits)
+        self.trust = NodeTrust(core, loop, clock, config, lambda: self.mirroring.known_addresses())
+        self.access = Access(self.trust, core.metrics, loop, clock, config.node.region)
+        self.sessions = sessions = Sessions(core, loop, session_limits(config), config.limits, self.access)
         self.downstream = self._make_downstream()
         self.topic_deletion = TopicDeletion(core, self.downstream, sessions)
-        self.trust = NodeTrust(core, loop, clock, config, lambda: self.mirroring.known_addresses())
         self.downstream.rules = self.trust.rules.sender_refusal
-        self.mirroring = Mirroring(
-            core, self.trust.peers, clock, config, self.downstream, self.topic_deletion.follow, self._directed
-        )
+        peers, follow = self.trust.peers, self.topic_deletion.follow
+        self.mirroring = Mirroring(core, peers, clock, config, self.downstream, follow, self._directed)
         self.holders = holders = Holders(core, self.downstream, config.storage, loop)
         topic, opening = self.trust.topic, supervisor.starting
         self.events = EngineEvents(core, loop, sessions, self.downstream, self.mirroring, holders, topic, opening)
-        self.listeners = Listeners(loop, core.metrics, config, self.trust)
-        self.tree = Tree(
-            core,
-            self.trust.peers,
-            clock,
-            config,
-            self.downstream,
-            self.mirroring,
-            problems=self.problems,
-            listening=lambda: self.listeners.pipe_address,
-        )
+        self.listeners = Listeners(loop, core.metrics, config, self.trust, self.access.bans)
+        self.tree = Tree(core, peers, clock, config, self.downstream, self.mirroring, self.problems, self._listening)
         self.tree.inbox.may_report = self.trust.rules.may_report
         self.lags = Lags(engine, loop)
         self.digests = Digests(engine)
@@ -125,14 +117,14 @@ class Broker:
             topic_deletion=self.topic_deletion,
             holders=self.holders,
             trust=self.trust,
+            access=self.access,
             authority=Authority(self.trust, self.core.metrics, self.loop, self.clock, self.tree.ask_above),
             problems=self.problems,
             started_at=self.clock.monotonic(),
         )
         self.exposition = Exposition(context)
-        # Until people have identities, every client that reaches the interface has every right.
         table, names = routes(context, self.exposition), names_of(self.config)
-        admin = Router(table, lambda request, right: "", names)
+        admin = Router(table, self.access.refusal, names)
         self.tree.remote.handler = admin.handle
         self._http = self._make_server(admin)
         self._pipe = self._make_server(Router(pipe_routes(context), self.trust.rules.refusal, names))
@@ -149,6 +141,7 @@ class Broker:
     def start(self) -> None:
         """Recover, then listen. Raises EdgeBrokerError when an address cannot be had."""
         self.trust.open()
+        self.access.open()
         self.engine.open(self.events)
         now = self.loop.now()
         for (group, topic, partition), offset in self.engine.group_offsets().items():
@@ -245,6 +238,9 @@ class Broker:
 
     def _directed(self, directives: list[Directive]) -> None:
         self.tree.directed(directives)
+
+    def _listening(self) -> tuple[str, int]:
+        return self.listeners.pipe_address
 
     def _count_request(self) -> None:
         self.core.metrics.http_requests += 1

@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 
+from edgebroker.broker.access.bans import Bans
 from edgebroker.broker.observe.metrics import Metrics
 from edgebroker.broker.sessions.sessions import Sessions
 from edgebroker.broker.trust.node_trust import NodeTrust
@@ -46,8 +47,8 @@ class Listeners:
     """Owned by the loop thread. `socket_path` and `clients_path` are the unix sockets: in the data directory, under
     systemd in the runtime directory. Children use `pipe_address`; ("", 0): this node takes none."""
 
-    def __init__(self, loop: Loop, metrics: Metrics, config: Config, trust: NodeTrust) -> None:
-        self._loop, self._metrics, self._config, self._trust = loop, metrics, config.listen, trust
+    def __init__(self, loop: Loop, metrics: Metrics, config: Config, trust: NodeTrust, bans: Bans) -> None:
+        self._loop, self._metrics, self._config, self._trust, self._bans = loop, metrics, config.listen, trust, bans
         self._insecure = trust.insecure
         self.socket_path, self.clients_path = Path(config.listen.socket), Path(config.listen.unix)
         self._listeners: list[Listener] = []
@@ -119,23 +120,19 @@ class Listeners:
                 log.error("%s", error)
 
     def _for_clients(self, accept: Callable[[Channel, str], None]) -> Opened:
-        """TLS for other machines; those of this one may do without."""
+        """TLS for other machines; programs of this one may do without."""
 
         def opened(sock: socket.socket, peer: str) -> None:
             handshakes = self._trust.handshakes
-            if handshakes is None:
+            if self._bans.refuses(peer):
+                self._metrics.connections_refused += 1
+                sock.close()
+            elif handshakes is None:
                 accept(tuned(sock), peer)
-                return
-            tune(sock)
-            plain = (lambda: accept(PlainChannel(sock), peer)) if is_local(peer) or self._insecure else None
-            handshakes.serve(sock, peer, known, plain)
-
-        def known(channel: Channel, peer: str) -> None:
-            if channel.identity or is_local(peer):
-                accept(channel, peer)
             else:
-                channel.close()
-                self._trust.refuse(peer, "a client of another machine needs a certificate of the fleet")
+                tune(sock)
+                plain = (lambda: accept(PlainChannel(sock), peer)) if is_local(peer) or self._insecure else None
+                handshakes.serve(sock, peer, accept, plain)
 
         return opened
 

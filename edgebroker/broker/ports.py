@@ -20,6 +20,10 @@ Key = tuple[str, int]
 """Topic and partition."""
 
 
+FROM_ABOVE = "above"
+"""The peer of a request of administration that a node above has passed on."""
+
+
 class NodeInfo(NamedTuple):
     """Who this node is, for its neighbours."""
 

@@ -196,6 +196,16 @@ def server_flag(parser: Parser) -> None:
     )
 
 
+def credentials_flag(parser: Parser) -> None:
+    parser.add_argument(
+        "--credentials",
+        default="",
+        metavar="FILE",
+        help="who this program is, for a broker of another machine: what `edgebroker token create --app` wrote "
+        "(default $EDGEBROKER_CREDENTIALS)",
+    )
+
+
 def admin_flag(parser: Parser) -> None:
     parser.add_argument(
         "--admin",

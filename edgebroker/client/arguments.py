@@ -13,7 +13,7 @@ StartFrom = str | int
 MOST_OFFSET = (1 << 63) - 1
 MOST_WINDOW = (1 << 32) - 1
 MOST_PARTITION = (1 << 31) - 1
-MOST_NAME_BYTES, MOST_TOKEN_BYTES = 200, 65_535
+MOST_NAME_BYTES = 200
 _NAMED = {"committed": Start.COMMITTED, "earliest": Start.EARLIEST, "latest": Start.LATEST}
 
 
@@ -37,16 +37,12 @@ def check_topic(topic: str) -> None:
         raise ArgumentError(f"topic names are 1 to 200 of A-Z a-z 0-9 . _ -, and not . or ..; {topic!r} is not")
 
 
-def check_identity(client_id: str, token: bytes) -> None:
+def check_client_id(client_id: str) -> None:
     """Raises TypeError or ArgumentError."""
     if not isinstance(client_id, str):
         raise TypeError(f"client_id is a str, not {client_id!r}")
     if len(client_id.encode(errors="surrogatepass")) > MOST_NAME_BYTES or not client_id.isprintable():
         raise ArgumentError(f"client_id is up to {MOST_NAME_BYTES} bytes of printable text; {client_id[:50]!r} is not")
-    if not isinstance(token, bytes):
-        raise TypeError("token is bytes")
-    if len(token) > MOST_TOKEN_BYTES:
-        raise ArgumentError(f"a token of {len(token)} bytes is too long; it may have {MOST_TOKEN_BYTES}")
 
 
 def check_whole(name: str, value: int, least: int, most: int) -> None:

@@ -20,6 +20,7 @@ from edgebroker.client.consume.positions import PositionFile
 from edgebroker.client.consume.receiver import Callbacks, Receiver
 from edgebroker.client.consume.refresh_loader import RefreshLoader
 from edgebroker.client.consume.subscriber import Subscriber
+from edgebroker.client.credentials import read_credentials
 from edgebroker.client.link import default_client_id
 from edgebroker.client.refresh import Staging
 from edgebroker.client.servers import Servers
@@ -72,7 +73,8 @@ class Consumer:
             the topic is there.
         timeout: seconds without a connection until polling raises UnreachableError; None: it waits for ever.
         client_id: the name of this member. Empty: a new one.
-        token: bytes that the broker gets with the connection; today it ignores them.
+        credentials: the file that `edgebroker token create --app` wrote, for brokers of other machines; empty: that of
+            $EDGEBROKER_CREDENTIALS, or none.
 
     Raises:
         ArgumentError: an argument has a value that is not allowed.
@@ -107,14 +109,14 @@ class Consumer:
         missing_topic: Literal["wait", "raise"] = "wait",
         timeout: float | None = None,
         client_id: str = "",
-        token: bytes = b"",
+        credentials: str | Path = "",
     ) -> None:
         topics = arguments.check_topics(topics)
         if problem := check_group_name(group):
             raise ArgumentError(problem)
         if missing_topic not in ("wait", "raise"):
             raise ArgumentError(f"missing_topic={missing_topic!r}: use wait or raise")
-        arguments.check_identity(client_id, token)
+        arguments.check_client_id(client_id)
         arguments.check_whole("window_records", window_records, 0, arguments.MOST_WINDOW)
         arguments.check_whole("window_bytes", window_bytes, 0, arguments.MOST_WINDOW)
         arguments.check_time("timeout", timeout)
@@ -127,7 +129,7 @@ class Consumer:
         self._subscriber = Subscriber(
             Servers(server),
             client_id=client_id or default_client_id("consumer"),
-            token=token,
+            credentials=read_credentials(credentials),
             group=group,
             topics=topics,
             start=begin,

@@ -14,7 +14,9 @@ from collections.abc import Callable
 from math import inf
 from typing import Protocol
 
+from edgebroker.client.credentials import Credentials
 from edgebroker.client.servers import PORT, Server, Servers
+from edgebroker.common.config import is_loopback
 from edgebroker.common.errors import (
     AnswerError,
     Code,
@@ -22,7 +24,6 @@ from edgebroker.common.errors import (
     ProtocolError,
     UnreachableError,
 )
-from edgebroker.network.io.channel import PlainChannel, tuned
 from edgebroker.network.io.loop import Loop, TimerHandle
 from edgebroker.network.io.transport import Transport
 from edgebroker.network.wire import frames
@@ -35,6 +36,9 @@ CONNECT_SECONDS = 5.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.05, 2.0
 # Of several brokers a client prefers those that are named first: how often it looks for them, and how long.
 RETURN_SECONDS, TRY_SECONDS = 300.0, 1.0
+NEEDS_CREDENTIALS = (
+    "a node of a fleet listens to programs of other machines only with credentials (edgebroker token create --app NAME)"
+)
 # DELIVER frames carry up to 1 MiB, or one batch of any size that a broker allows.
 MAX_FRAME = (16 << 20) + 65536
 
@@ -74,10 +78,11 @@ class Link:
         client_id: str,
         owner: LinkOwner,
         *,
-        token: bytes = b"",
+        credentials: Credentials,
         connect_body: Callable[[], Connect] | None = None,
     ) -> None:
-        self._loop, self._servers, self.client_id, self._owner, self.token = loop, servers, client_id, owner, token
+        self._loop, self._servers, self.client_id, self._owner = loop, servers, client_id, owner
+        self._credentials, self.token = credentials, credentials.token
         self._buffer = ReceiveBuffer()
         self._transport: Transport | None = None
         self._connection = Connection(Role.CLIENT, MAX_FRAME)
@@ -103,6 +108,12 @@ class Link:
         """HOST:PORT of the broker that is used, or tried, now."""
         return str(self._servers.current)
 
+    @property
+    def _is_far(self) -> bool:
+        """Is the broker on another machine?"""
+        server = self._servers.current
+        return not server.path and not is_loopback(str(server))
+
     def next_correlation(self) -> int:
         """A number for a request, never used before on this link."""
         self._correlation += 1
@@ -114,7 +125,7 @@ class Link:
         if self._closed:
             return
         try:
-            channel = _connect(self._servers.current, CONNECT_SECONDS)
+            channel = self._credentials.channel(_connect(self._servers.current, CONNECT_SECONDS))
         except OSError as error:
             # A name that worked before is one of a network that is away.
             unknown = isinstance(error, socket.gaierror) and error.errno == socket.EAI_NONAME
@@ -202,7 +213,8 @@ class Link:
         if was_up:
             self._owner.disconnected(reason)
         if not self._closed:
-            self._failed(UnreachableError(f"the connection to {self.server} ended: {reason}"), reported=was_up)
+            hint = "" if was_up or self._credentials.secure or not self._is_far else f"; {NEEDS_CREDENTIALS}"
+            self._failed(UnreachableError(f"the connection to {self.server} ended: {reason}{hint}"), reported=was_up)
 
     def _failed(self, error: EdgeBrokerError, *, reported: bool = False, permanent: bool = False) -> None:
         if not reported:
@@ -299,10 +311,10 @@ class Link:
         return Connect(frames.PROTOCOL_VERSION, 0, self.client_id, self.token, -1, -1, [])
 
 
-def _connect(server: Server, seconds: float) -> PlainChannel:
+def _connect(server: Server, seconds: float) -> socket.socket:
     """A connection to a broker. Raises OSError."""
     if not server.path:
-        return tuned(socket.create_connection((server.host, server.port), seconds))
+        return socket.create_connection((server.host, server.port), seconds)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.settimeout(seconds)
@@ -310,4 +322,4 @@ def _connect(server: Server, seconds: float) -> PlainChannel:
     except OSError:
         sock.close()
         raise
-    return PlainChannel(sock)
+    return sock

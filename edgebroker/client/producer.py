@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from pathlib import Path
 from types import TracebackType
 
-from edgebroker.client.arguments import MOST_OFFSET, check_identity, check_time, check_whole
+from edgebroker.client.arguments import MOST_OFFSET, check_client_id, check_time, check_whole
+from edgebroker.client.credentials import read_credentials
 from edgebroker.client.link import default_client_id
 from edgebroker.client.publish.accumulator import Sent
 from edgebroker.client.publish.sender import Sender
@@ -47,7 +49,8 @@ class Producer:
         max_unacked_bytes: send() blocks while this many bytes are unacknowledged.
         timeout: seconds until a batch that is not acknowledged fails with UnreachableError; None: never.
         client_id: the name of this producer; a second producer with the same name fences the first. Empty: a new name.
-        token: bytes that the broker gets with the connection; today it ignores them.
+        credentials: the file that `edgebroker token create --app` wrote, for brokers of other machines; empty: that of
+            $EDGEBROKER_CREDENTIALS, or none.
 
     Raises:
         ArgumentError: an argument has a value that is not allowed.
@@ -75,13 +78,13 @@ class Producer:
         max_unacked_bytes: int = 32 << 20,
         timeout: float | None = 120.0,
         client_id: str = "",
-        token: bytes = b"",
+        credentials: str | Path = "",
     ) -> None:
         if ack not in ACK_LEVELS:
             raise ArgumentError(f"ack {ack!r} is unknown; use one of {', '.join(ACK_LEVELS)}")
         if compression not in codecs.CODEC_BITS:
             raise ArgumentError(f"compression {compression!r} is unknown; use one of {', '.join(codecs.CODEC_BITS)}")
-        check_identity(client_id, token)
+        check_client_id(client_id)
         check_whole("batch_records", batch_records, 1, 1_000_000)
         check_whole("batch_bytes", batch_bytes, 1, 1 << 30)
         check_whole("max_unacked", max_unacked, 1, MOST_OFFSET)
@@ -91,7 +94,7 @@ class Producer:
         self._sender = Sender(
             Servers(server),
             client_id=client_id or default_client_id("producer"),
-            token=token,
+            credentials=read_credentials(credentials),
             level=ACK_LEVELS[ack],
             codec=codecs.CODEC_BITS[compression],
             linger_seconds=linger_ms / 1000,

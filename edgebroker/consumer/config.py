@@ -39,6 +39,9 @@ class AppConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
         "labels of the node, for {label.NAME} in topics: NAME=VALUE, with commas between them")] = ""
     server: Annotated[str, about(
         "HOST:PORT of the broker; several with commas, the best first")] = "127.0.0.1:7420"
+    credentials: Annotated[str, about(
+        "file with the credentials for a broker of another machine, as `edgebroker token create --app` writes them; "
+        "empty: that of EDGEBROKER_CREDENTIALS, or none")] = ""
     data_dir: Annotated[str, about("where the local database is; empty: edgebroker-NAME in the current directory")] = ""
     activate_refresh: Annotated[str, about(
         "when readers see a topic that was loaded again: now, within hours (22:00-04:00), or command "

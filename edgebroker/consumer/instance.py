@@ -97,10 +97,11 @@ class Instance:
         self._topics = application.topics
         self.dead_records = DeadRecords(database, self._effects, observer)
         self._in_hand = InHand(database.path.parent)
-        self._outgoing, self._full_outbox = OutboxSender(database.path, settings.server, self._clock), False
+        server, credentials = settings.server, settings.credentials
+        self._outgoing, self._full_outbox = OutboxSender(database.path, server, credentials, self._clock), False
         received = self._copy.received if self._copy is not None else None
         self.subscriptions = Subscriptions(
-            settings.name, settings.node, settings.server, self._clock, self._lost, received
+            settings.name, settings.node, server, credentials, self._clock, self._lost, received
         )
         self._reloads = Reloads(self._topics, self.subscriptions, settings.activate_refresh, self._clock)
         self._loaded = LoadedRecords(database, self._effects, self._in_hand, self._clock, lambda: self._stopping)

@@ -40,12 +40,13 @@ class Subscriptions:
         name: str,
         node: str,
         server: str,
+        credentials: str,
         clock: Clock,
         lost: Callable[[Sequence[TopicPartition]], None],
         received: Callable[[Delivery], None] | None,
     ) -> None:
         self._received = received
-        self._name, self._node, self._server, self._clock = name, node, server, clock
+        self._name, self._node, self._server, self._credentials, self._clock = name, node, server, credentials, clock
         self._lost, self._away_due = lost, 0.0
         self._topics: dict[Consumer, list[str]] = {}
         self._of_topic: dict[str, Consumer] = {}
@@ -64,6 +65,7 @@ class Subscriptions:
                 self._server,
                 names,
                 f"{self._name}.{self._node}" if scope == "each" else self._name,
+                credentials=self._credentials,
                 start="latest" if start == "latest" else "earliest",
                 positions=own if scope == "each" else None,
                 auto_ack=False,

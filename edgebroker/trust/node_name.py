@@ -56,3 +56,10 @@ def parse_node_name(text: str) -> NodeName | None:
     name = NodeName(parts[0], parts[1], "/".join(parts[2:-1]), parts[-1])
     known = is_fleet_name(name.fleet) and name.level in LEVELS and _UID.match(name.uid)
     return name if known and _REGION.match(name.region) else None
+
+
+def name_in(shown: object) -> NodeName | None:
+    """The name in a certificate, as ssl describes it (getpeercert); None for one that is not a node's."""
+    assert isinstance(shown, dict)
+    uris = [str(entry[1]) for entry in shown.get("subjectAltName", ()) if entry[0] == "URI"]
+    return parse_node_name(uris[0]) if len(uris) == 1 else None

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from edgebroker.broker.access.access import Access
 from edgebroker.broker.core import Core
 from edgebroker.broker.feed.digests import Digests
 from edgebroker.broker.feed.downstream import Downstream
@@ -44,6 +45,7 @@ class AdminContext(msgspec.Struct, frozen=True, kw_only=True):
     topic_deletion: TopicDeletion
     holders: Holders
     trust: NodeTrust
+    access: Access
     authority: Authority
     problems: Callable[[], dict[str, str]]
     started_at: float

@@ -4,6 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from edgebroker.broker.access.access_admin import (
+    MAX_ACCESS_BYTES,
+    AccessAdmin,
+    AccessChange,
+    AccessList,
+    AccessTest,
+    AppTokenRequest,
+    NewAppToken,
+    PrincipalInfo,
+)
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
 from edgebroker.broker.admin.fleet import FleetAdmin, PinRequest, Removed, ResyncList, ResyncRequest
@@ -52,7 +62,7 @@ from edgebroker.broker.trust.trust_admin import (
     TokenUse,
     TrustAdmin,
 )
-from edgebroker.network.http.router import Nothing, Route
+from edgebroker.network.http.router import PASSED_ON, Nothing, Route
 from edgebroker.pipe.report import (
     MAX_ANSWER_BYTES,
     MAX_BATCH_BYTES,
@@ -76,11 +86,12 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
     `alter` for topics and groups, `operate` for the node and the tree, `admin` for the fleet."""
     operations = GroupOperations(context.core)
     node, topics, groups = NodeAdmin(context), TopicAdmin(context, operations), GroupAdmin(context, operations)
+    access = AccessAdmin(context.access, context.trust, context.loop)
     fleet, view, peers, trust = (
         FleetAdmin(context),
         context.tree.view,
         PeerAdmin(context),
-        TrustAdmin(context.trust, context.clock),
+        TrustAdmin(context.trust, context.clock, access.revoke_token),
     )
     settings = dict[str, Any]
     return [
@@ -98,6 +109,13 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/trust/tokens", trust.tokens, TokenList, "admin"),
         Route("POST", "/v1/trust/tokens", trust.create_tokens, NewTokens, "admin", TokenRequests, MAX_TOKENS_BYTES),
         Route("DELETE", "/v1/trust/tokens/{id}", trust.revoke_token, Nothing, "admin"),
+        Route("GET", ROOT_PATH, context.authority.root, Chain, "view"),
+        Route("GET", "/v1/access", access.list, AccessList, "admin"),
+        Route("GET", "/v1/access/{name}", access.describe, PrincipalInfo, "admin"),
+        Route("POST", "/v1/access/{name}", access.change, PrincipalInfo, "admin", AccessChange, MAX_ACCESS_BYTES),
+        Route("DELETE", "/v1/access/{name}", access.delete, Nothing, "admin"),
+        Route("GET", "/v1/access/{name}/test", access.test, AccessTest, "admin"),
+        Route("POST", "/v1/access/{name}/tokens", access.create_token, NewAppToken, "admin", AppTokenRequest),
         Route("GET", "/v1/backup", node.backup, Backup, "operate"),
         Route("POST", "/v1/repair", node.repair, Repaired, "operate", RepairRequest),
         Route("POST", "/v1/promote", node.promote, Nothing, "operate", PromoteRequest),
@@ -125,7 +143,10 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/pipe", node.pipe, PipeStatus, "view"),
         Route("POST", "/v1/pipe/range", context.ranges.answer, None, "operate", RangeRequest),
         Route("POST", "/v1/pipe/digest", context.digests.answer, DigestAnswer, "view", RangeRequest),
-        *(Route(method, "/v1/via/{node}/{path...}", context.tree.remote.forward, None, "view") for method in METHODS),
+        *(
+            Route(method, "/v1/via/{node}/{path...}", context.tree.remote.forward, None, PASSED_ON)
+            for method in METHODS
+        ),
         Route("GET", "/v1/peers/{node}/topics", peers.topics, TopicList, "view"),
         Route("POST", "/v1/peers/{node}/digest", peers.digest, DigestAnswer, "view", RangeRequest),
         Route("GET", "/v1/tree", view.summary, TreeSummary, "view"),

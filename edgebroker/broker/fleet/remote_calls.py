@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from edgebroker.broker.ports import FROM_ABOVE
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.scheduler import Scheduler, Timer
 from edgebroker.network.http.call import OnResponse
@@ -26,7 +27,6 @@ from edgebroker.pipe.report import MAX_ANSWER_BYTES, AdminAnswer, AdminCall, Dir
 ANSWER_SECONDS = 30.0
 # So many are asked, and so many answered, at a time.
 MOST_ASKED, MOST_ANSWERED = 64, 8
-FROM_ABOVE = "above"
 # How often, and after what pause, a request is sent to a child that is not connected.
 TRIES, RETRY_SECONDS = 20, 0.1
 ANSWERS_PATH = "/v1/tree/answers"

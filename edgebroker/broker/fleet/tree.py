@@ -53,7 +53,6 @@ class Tree:
         config: Config,
         downstream: Downstream,
         mirroring: Mirroring,
-        *,
         problems: Callable[[], dict[str, str]],
         listening: Callable[[], tuple[str, int]],
     ) -> None:

@@ -38,6 +38,8 @@ class Metrics:
     idle_timeouts: int = _count("connections cut for silence")
     in_progress_acks: int = _count("acknowledgements that asked for more time")
     negative_acks: int = _count("records that a consumer refused")
+    access_refused: int = _count("clients not let in: without a token, or with one that does not count")
+    rights_missing: int = _count("requests refused because who asked lacks a right")
     peers_refused: int = _count("connections not let in: without TLS, or with a certificate that does not count")
     pipe_bytes_in: int = _count("stored bytes taken from the parent")
     pipe_bytes_out: int = _count("stored bytes sent to children")

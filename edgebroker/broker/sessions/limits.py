@@ -1,11 +1,18 @@
-"""What a session grants its client, from the configuration."""
+"""What a session grants its client, from the configuration, and what it refuses because of a limit."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import msgspec
 
+from edgebroker.broker.core import Core
+from edgebroker.broker.delivery.state import Cursor
+from edgebroker.broker.ports import Member
 from edgebroker.common.config import Config
+from edgebroker.common.messages import Wanted
 from edgebroker.common.types import TopicSettings
+from edgebroker.network.wire.frames import Subscribe
 
 
 class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,3 +55,53 @@ def session_limits(config: Config) -> SessionLimits:
         auto_create=topics.auto_create,
         new_topics=TopicSettings(kind=topics.kind, partitions=topics.partitions),
     )
+
+
+def reached_limit(
+    core: Core,
+    limits: SessionLimits,
+    member: Member[Cursor],
+    subscribe: Subscribe,
+    wanted_from: Callable[[int], int],
+) -> tuple[str, str, str] | None:
+    """The limit that a JOIN would exceed: its name, what happens because of it, and what the client is told."""
+    name = subscribe.group
+    if name and core.groups.find(name) is None and len(core.groups) >= limits.max_groups:
+        return (
+            "max_groups",
+            f"group {name} was not begun",
+            f"group {name} cannot begin: this node may have {limits.max_groups} groups; delete some that have no "
+            "use (edgebroker group delete), or raise limits.max_groups",
+        )
+    more, most = core.membership.more_wanted(member, subscribe.wanted), limits.max_subscribed_partitions
+    share = most // 4
+    crowded = core.membership.wanted + more > share
+    if crowded and (core.membership.wanted + more > most or wanted_from(more) > share):
+        return (
+            "max_subscribed_partitions",
+            f"{member.client_id} did not get {more} partitions more",
+            f"{more} partitions more are too many: all consumers together may subscribe to {most}, those of one "
+            "address of another machine to a quarter of that; subscribe to fewer topics, or raise "
+            "limits.max_subscribed_partitions",
+        )
+    most = limits.max_committed_offsets
+    if name and core.groups.offsets + more > most:
+        new = _more_offsets(core, name, subscribe.wanted)
+        if core.groups.offsets + new > most:
+            return (
+                "max_committed_offsets",
+                f"group {name} did not begin in {new} partitions",
+                f"group {name} cannot begin in {new} partitions: this node may have {most} committed offsets; "
+                "delete groups that have no use (edgebroker group delete), or raise limits.max_committed_offsets",
+            )
+    return None
+
+
+def _more_offsets(core: Core, name: str, wanted: list[Wanted]) -> int:
+    """In how many partitions of these a group has no committed offset yet."""
+    group = core.groups.find(name)
+    known = group.committed_offsets if group is not None else {}
+    keys = {(line.topic, line.partition) for line in wanted if line.partition != -1}
+    for topic in {line.topic for line in wanted if line.partition == -1}:
+        keys.update((topic, log.partition) for log in core.engine.partitions(topic))
+    return len(keys.difference(known))

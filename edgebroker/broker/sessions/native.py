@@ -11,21 +11,24 @@ The core knows a session as a Publisher and a Member (broker/ports.py): this is 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from itertools import islice
 from typing import Protocol
 
+from edgebroker.broker.access.access import Access, Caller
 from edgebroker.broker.core import Core
 from edgebroker.broker.delivery.state import Cursor, Group
 from edgebroker.broker.ports import Key
 from edgebroker.broker.publish.producers import ProducerId
 from edgebroker.broker.sending import file_range
-from edgebroker.broker.sessions.limits import SessionLimits
+from edgebroker.broker.sessions.limits import SessionLimits, reached_limit
 from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.common.errors import Code, RemoteProtocolError
-from edgebroker.common.messages import GapReason, Holding, PublishRun, Wanted
+from edgebroker.common.messages import GapReason, Holding, PublishRun
 from edgebroker.common.names import TRUST_TOPIC, check_group_name, check_topic_name
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.spans import SPAN
+from edgebroker.common.types import AckLevel
 from edgebroker.network.io.channel import Channel
 from edgebroker.network.io.loop import Loop
 from edgebroker.network.io.receiving import Receiving
@@ -53,6 +56,8 @@ SHARE_SECONDS = 0.0005
 FRAME_SECONDS, MIB = 10.0, 1 << 20
 # Topics that are remembered for the operator when a client waits for them.
 MOST_WAITED = 3
+# Who is not known may try again after this.
+REFUSED_SECONDS = 1.0
 # CONNECTs on a connection that are answered at once, and how many a second beyond that.
 CONNECTS_AT_ONCE, CONNECTS_A_SECOND = 100, 20
 _EXPLANATIONS = [EXPLANATION.get(reason, "").encode() for reason in Reason]
@@ -66,6 +71,7 @@ class SessionHost(Protocol):
     loop: Loop
     receiving: Receiving
     receive_buffer: ReceiveBuffer
+    access: Access
 
     def closed(self, session: Session, reason: str) -> None:
         """The connection is over."""
@@ -89,6 +95,8 @@ class Session:
         "_holds",
         "_host",
         "_in_turn",
+        "_rights_seen",
+        "caller",
         "client_id",
         "cursors",
         "expects_topics",
@@ -109,6 +117,9 @@ class Session:
         # A frame is being handled: what holds and releases meanwhile leaves the next ones to that loop.
         self._handling = self._in_turn = self._drain_first = False
         self.client_id = ""
+        # Who it is, once it said CONNECT, and which of its rights were looked at.
+        self.caller: Caller | None = None
+        self._rights_seen = 0
         self.group: Group | None = None
         self.opened_at = host.loop.now()
         self.cursors: dict[Key, Cursor] = {}
@@ -295,7 +306,8 @@ class Session:
 
     def _dispatch(self, event: Event) -> None:
         if isinstance(event, PublishRun):
-            self._core.publishing.submit(self, event)
+            if self._may_publish(event):
+                self._core.publishing.submit(self, event)
         elif isinstance(event, Refused):
             self._core.metrics.frames_refused += 1
             limit = self._host.limits.max_frame
@@ -335,22 +347,30 @@ class Session:
             return
         if not connect.client_id:
             raise RemoteProtocolError("CONNECT without a client id")
+        caller, why = self._host.access.caller(connect.token, self.transport.identity, self.transport.peer)
+        if caller is None:
+            self._answer(event.correlation, Code.UNAUTHORISED, why)
+            self.hold()  # nothing more is heard
+            self._host.loop.call_later(REFUSED_SECONDS, lambda: self.transport.close(why))
+            return
+        self.caller, self._rights_seen = caller, caller.changes
         producers = self._core.producers
         if self.client_id:
             producers.gone(self.client_id)
-        self.client_id = connect.client_id
+        # Applications may have clients of the same name: each is another one.
+        self.client_id = f"{caller.name}/{connect.client_id}" if caller.remote else connect.client_id
         producers.arrived(self.client_id)
         producer = ProducerId()
         if connect.flags & frames.WANT_PRODUCER:
             own = ProducerId(connect.producer_id, connect.producer_epoch)
-            if producers.is_fenced(connect.client_id, own):
+            if producers.is_fenced(self.client_id, own):
                 self._answer(
                     event.correlation,
                     Code.FENCED,
                     f"another producer named {connect.client_id} began after this one; give each its own client id",
                 )
                 return
-            producer = producers.grant(connect.client_id, own, new_epoch=bool(connect.flags & frames.NEW_EPOCH))
+            producer = producers.grant(self.client_id, own, new_epoch=bool(connect.flags & frames.NEW_EPOCH))
         self.producer_id = producer.id
         limits = self._host.limits
         metadata = {topic: self._metadata(topic) for topic in dict.fromkeys(connect.topics)}
@@ -393,6 +413,19 @@ class Session:
         new = limits.new_topics
         return TopicMetadata(topic, Code.UNKNOWN_TOPIC, new.partitions if limits.auto_create else 0, new.kind)
 
+    def _may_publish(self, run: PublishRun) -> bool:
+        """Has the client the right to? Else its batches are answered here."""
+        assert self.caller is not None  # the protocol begins with CONNECT
+        access = self._host.access
+        missing = access.missing(self.caller, "produce", run.topic)
+        if not missing and self._core.engine.log(run.topic, 0) is None:
+            missing = access.missing(self.caller, "create", run.topic)
+        if missing:
+            self._core.metrics.refused(Code.UNAUTHORISED.name)
+            if run.level != AckLevel.NONE:
+                self.rejected(run.spans, Code.UNAUTHORISED, missing)
+        return not missing
+
     # ---- consuming ----
 
     def _on_subscribe(self, correlation: int, subscribe: Subscribe) -> None:
@@ -420,6 +453,9 @@ class Session:
         if core.membership.frozen:
             self._answer(correlation, Code.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
             return
+        if missing := self._not_allowed([one.topic for one in subscribe.wanted], subscribe.group):
+            self._answer(correlation, Code.UNAUTHORISED, missing)
+            return
         for wanted in subscribe.wanted:
             if wanted.partition < -1 or core.engine.log(wanted.topic, max(wanted.partition, 0)) is None:
                 known = core.engine.log(wanted.topic, 0) is not None
@@ -429,7 +465,7 @@ class Session:
             if wanted.topic == TRUST_TOPIC:
                 self._answer(correlation, Code.UNKNOWN_TOPIC, check_topic_name(wanted.topic))
                 return
-        reached = self._reached_limit(subscribe)
+        reached = reached_limit(core, limits, self, subscribe, self._wanted_here)
         if reached is not None:
             name, what, why = reached
             core.limits.reached(name, what)
@@ -445,49 +481,29 @@ class Session:
             return
         core.membership.subscribe(self, self.group, subscribe.wanted, correlation, (records, size))
 
-    def _reached_limit(self, subscribe: Subscribe) -> tuple[str, str, str] | None:
-        """The limit that a JOIN would exceed: its name, what happens because of it, and what the client is told."""
-        core, limits, name = self._core, self._host.limits, subscribe.group
-        if name and core.groups.find(name) is None and len(core.groups) >= limits.max_groups:
-            return (
-                "max_groups",
-                f"group {name} was not begun",
-                f"group {name} cannot begin: this node may have {limits.max_groups} groups; delete some that have no "
-                "use (edgebroker group delete), or raise limits.max_groups",
-            )
-        more, most = core.membership.more_wanted(self, subscribe.wanted), limits.max_subscribed_partitions
-        share = most // 4
-        crowded = core.membership.wanted + more > share
-        if crowded and (
-            core.membership.wanted + more > most or self._host.wanted_from(self.transport.peer, more) > share
-        ):
-            return (
-                "max_subscribed_partitions",
-                f"{self.client_id} did not get {more} partitions more",
-                f"{more} partitions more are too many: all consumers together may subscribe to {most}, those of one "
-                "address of another machine to a quarter of that; subscribe to fewer topics, or raise "
-                "limits.max_subscribed_partitions",
-            )
-        most = limits.max_committed_offsets
-        if name and core.groups.offsets + more > most:
-            new = self._more_offsets(name, subscribe.wanted)
-            if core.groups.offsets + new > most:
-                return (
-                    "max_committed_offsets",
-                    f"group {name} did not begin in {new} partitions",
-                    f"group {name} cannot begin in {new} partitions: this node may have {most} committed offsets; "
-                    "delete groups that have no use (edgebroker group delete), or raise limits.max_committed_offsets",
-                )
-        return None
+    def _not_allowed(self, topics: Iterable[str], group: str) -> str:
+        """Why these topics may not be read in this group; "" when they may."""
+        assert self.caller is not None  # the protocol begins with CONNECT
+        for topic in topics:
+            if missing := self._host.access.missing(self.caller, "consume", topic, group):
+                return missing
+        return ""
 
-    def _more_offsets(self, name: str, wanted: list[Wanted]) -> int:
-        """In how many partitions of these a group has no committed offset yet."""
-        group = self._core.groups.find(name)
-        known = group.committed_offsets if group is not None else {}
-        keys = {(line.topic, line.partition) for line in wanted if line.partition != -1}
-        for topic in {line.topic for line in wanted if line.partition == -1}:
-            keys.update((topic, log.partition) for log in self._core.engine.partitions(topic))
-        return len(keys.difference(known))
+    def check_rights(self) -> None:
+        """Who is not known any more is cut, and who reads what it may not read any more."""
+        caller, access = self.caller, self._host.access
+        if caller is None or self.transport.closed:
+            return
+        if access.is_over(caller):
+            self.transport.close("the token does not count any more")
+        elif caller.changes != self._rights_seen:
+            self._rights_seen = caller.changes
+            held = self.cursors.items()
+            if missing := next(filter(None, (self._not_allowed([key[0]], one.group.name) for key, one in held)), ""):
+                self.transport.close(missing)
+
+    def _wanted_here(self, more: int) -> int:
+        return self._host.wanted_from(self.transport.peer, more)
 
     def _on_ack(self, event: Frame) -> None:
         ack = frames.read_ack(event.body)

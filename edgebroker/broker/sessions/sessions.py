@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 
+from edgebroker.broker.access.access import Access
 from edgebroker.broker.core import Core
 from edgebroker.broker.sessions.limits import SessionLimits
 from edgebroker.broker.sessions.native import Session
@@ -24,8 +25,8 @@ log = logging.getLogger(__name__)
 class Sessions:
     """Owned by the loop thread. `config` holds the limits that may change while the node runs."""
 
-    def __init__(self, core: Core, loop: Loop, limits: SessionLimits, config: LimitsConfig) -> None:
-        self.core, self.loop, self.limits, self.config = core, loop, limits, config
+    def __init__(self, core: Core, loop: Loop, limits: SessionLimits, config: LimitsConfig, access: Access) -> None:
+        self.core, self.loop, self.limits, self.config, self.access = core, loop, limits, config, access
         self.receiving = Receiving(loop, config.receive_bytes)
         self.receive_buffer = self.receiving.buffer(RECEIVE_BYTES)
         self._sessions: dict[Session, None] = {}
@@ -103,8 +104,10 @@ class Sessions:
                 # A member with records in flight may be busy with them: the delivery timeout judges it.
                 self.core.metrics.idle_timeouts += 1
                 transport.close("idle for too long")
-            elif session.granted and beat:
-                session.heartbeat()
+            else:
+                session.check_rights()
+                if session.granted and beat and not transport.closed:
+                    session.heartbeat()
         for cursor in self.core.push.overdue(now):
             self.core.membership.timed_out(cursor)
             yield

@@ -34,7 +34,7 @@ from edgebroker.network.io.loop import Loop
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.trust.directory import Issued, TrustDirectory
 from edgebroker.trust.messages import CreateFleet, Join, RenewOwn
-from edgebroker.trust.node_name import NodeName, parse_node_name
+from edgebroker.trust.node_name import NodeName, name_in, parse_node_name
 from edgebroker.version import RELEASED_MS
 
 if TYPE_CHECKING:
@@ -398,8 +398,7 @@ class NodeTrust:
         shown = sock.getpeercert()
         if not shown:
             return ""
-        uris = [str(entry[1]) for entry in shown.get("subjectAltName", ()) if entry[0] == "URI"]
-        name = parse_node_name(uris[0]) if len(uris) == 1 else None
+        name = name_in(shown)
         if name is None or self.name is None or name.fleet != self.name.fleet:
             raise PeerRefusedError("its certificate is not one of a node of this fleet")
         if self.topic.revoked(name.uid):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from edgebroker.network.http.router import Denial
 from edgebroker.network.http.server import Request
 from edgebroker.pipe.report import Report
 from edgebroker.trust.node_name import NodeName, parse_node_name
@@ -28,19 +29,19 @@ class NodeRules:
     def __init__(self, own: Callable[[], NodeName | None], promoted: Callable[[], bool] = lambda: False) -> None:
         self._own, self._promoted = own, promoted
 
-    def refusal(self, request: Request, right: str) -> str:
-        """Why a request at listen.pipe does not have a right; "" when it has."""
+    def refusal(self, request: Request, right: str) -> Denial | None:
+        """Why a request at listen.pipe does not have a right; None when it has."""
         own = self._own()
         if own is None or right == OPEN:
-            return ""
+            return None
         peer = parse_node_name(request.identity)
         if peer is None:
-            return "a certificate of the fleet is needed for this; join it: edgebroker join TOKEN"
+            return Denial("a certificate of the fleet is needed for this; join it: edgebroker join TOKEN")
         below = own.serves(peer) or (self._promoted() and _are_equal_hubs(own, peer))
         near = peer.level in HUBS or peer.serves(own)
         if right == "health" or (below and right in ("below", "peer")) or (near and right in ("hub", "peer")):
-            return ""
-        return f"{_words(peer)} may not do this at {_words(own)}"
+            return None
+        return Denial(f"{_words(peer)} may not do this at {_words(own)}")
 
     def sender_refusal(self, identity: str, uid: str, level: str = "") -> str:
         """Why a peer may not speak as the node of this uid (and level); "" when it may."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated
 
 import msgspec
@@ -69,10 +70,11 @@ class TokenList(msgspec.Struct, frozen=True):
 
 
 class TrustAdmin:
-    """Owned by the loop thread."""
+    """Owned by the loop thread. `revoke_app_token` answers a call about the token of an application; False: none has
+    this id."""
 
-    def __init__(self, trust: NodeTrust, clock: Clock) -> None:
-        self._trust, self._clock = trust, clock
+    def __init__(self, trust: NodeTrust, clock: Clock, revoke_app_token: Callable[[Call, str], bool]) -> None:
+        self._trust, self._clock, self._revoke_app_token = trust, clock, revoke_app_token
 
     def status(self, call: Call) -> None:
         call.answer(self._trust.status())
@@ -164,6 +166,10 @@ class TrustAdmin:
         self._trust.helper.do(Rotate(now_ms=self._clock.wall_ms()), int, told)
 
     def revoke_token(self, call: Call) -> None:
+        """One to join with, or one of an application."""
+        if self._revoke_app_token(call, call.parameters["id"]):
+            return
+
         def told(value: object, error: str, code: str) -> None:
             call.done(Outcome.NOT_FOUND if error else Outcome.OK, error)
 

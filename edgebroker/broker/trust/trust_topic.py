@@ -42,13 +42,31 @@ RETRY_SECONDS = 1.0
 MOST_RECORDS = 1_000_000
 
 
-class TrustRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """What a record says. `serial` grows; `made_ms`: when it was made, by the root's clock."""
+class TokenDigest(msgspec.Struct, frozen=True, kw_only=True):
+    """A token of an application, as nodes know it: SHA-256 of its secret (hex). `expires_ms` 0: never."""
+
+    id: str
+    digest: str
+    expires_ms: int = 0
+
+
+class Principal(msgspec.Struct, frozen=True, kw_only=True):
+    """Who may do what: the rules as they were written. Its tokens count at nodes of the region, and of those in it."""
+
+    region: str = ""
+    tokens: list[TokenDigest] = []
+    allow: list[str] = []
+    deny: list[str] = []
+
+
+class TrustRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """What a record says. `serial` grows; `made_ms`: when it was made, by the root's clock. `state` of revoked/UID;
+    `principal` of principal/NAME, None when there is no such principal any more."""
 
     serial: int
     made_ms: int = 0
     state: str = ""
-    erase: bool = False
+    principal: Principal | None = None
 
 
 class _InForce(msgspec.Struct):
@@ -86,6 +104,11 @@ class TrustTopic:
     def record(self, key: str) -> SignedRecord | None:
         """A record as it was signed."""
         return self._in_force.records.get(key)
+
+    def principals(self) -> dict[str, Principal]:
+        """Those that records are about, by name."""
+        said = ((key.partition("/"), one.principal) for key, one in self._said.items())
+        return {name: principal for (kind, _, name), principal in said if kind == "principal" and principal}
 
     @property
     def newest_ms(self) -> int:

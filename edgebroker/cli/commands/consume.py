@@ -7,7 +7,7 @@ import base64
 import sys
 from collections.abc import Sequence
 
-from edgebroker.cli.command import Parser, at_least, duration, server_flag
+from edgebroker.cli.command import Parser, at_least, credentials_flag, duration, server_flag
 from edgebroker.cli.render import json_line
 from edgebroker.client.arguments import parse_from
 from edgebroker.client.consumer import Consumer
@@ -25,6 +25,7 @@ def arguments(parser: Parser) -> None:
     )
     parser.add_argument("topic", nargs="+")
     server_flag(parser)
+    credentials_flag(parser)
     parser.add_argument("--group", default="", help="consumer group (default: none, nothing is committed)")
     parser.add_argument(
         "--from",
@@ -61,6 +62,7 @@ def consume(options: argparse.Namespace) -> int:
         options.server,
         options.topic,
         options.group,
+        credentials=options.credentials,
         start=options.start,
         on_gap=_report_gap,
         timeout=options.timeout or 30.0,

@@ -14,7 +14,16 @@ from collections.abc import Iterator
 from typing import Any
 
 from edgebroker.cli.admin_client import api_path, call
-from edgebroker.cli.command import Parser, admin_flag, at_least, json_flag, server_flag, subcommand, subcommands
+from edgebroker.cli.command import (
+    Parser,
+    admin_flag,
+    at_least,
+    credentials_flag,
+    json_flag,
+    server_flag,
+    subcommand,
+    subcommands,
+)
 from edgebroker.cli.commands.consume import as_json
 from edgebroker.cli.render import counted, print_table
 from edgebroker.cli.totals import DLQ_GROUP, dead_letter_counts, dead_letter_range
@@ -44,6 +53,7 @@ def arguments(parser: Parser) -> None:
         each.add_argument("--count", type=at_least(0), default=0, metavar="N", help="only the first N (default 0: all)")
     for each in (show_parser, replay_parser):
         server_flag(each)
+        credentials_flag(each)
     show_parser.add_argument("--all", action="store_true", help="also those that were replayed or dropped")
     replay_parser.add_argument(
         "--to", metavar="HOST:PORT", help="broker to publish to, for example the origin (default: that of --server)"
@@ -81,7 +91,9 @@ def replay(options: argparse.Namespace) -> int:
     done = 0
     source = options.topic.removesuffix(DEAD_LETTERS)
     try:
-        with Producer(options.to or options.server, timeout=TIMEOUT_SECONDS) as producer:
+        with Producer(
+            options.to or options.server, credentials=options.credentials, timeout=TIMEOUT_SECONDS
+        ) as producer:
             for record in _dead_letters(options):
                 headers = [header for header in record.headers if not header[0].startswith(PREFIX)]
                 partition = int(_source(record)["partition"])
@@ -118,7 +130,12 @@ def _dead_letters(options: argparse.Namespace, *, every: bool = False) -> Iterat
     if begin >= end:
         return
     with Consumer(
-        options.server, [topic["name"]], start=begin, missing_topic="raise", timeout=TIMEOUT_SECONDS
+        options.server,
+        [topic["name"]],
+        credentials=options.credentials,
+        start=begin,
+        missing_topic="raise",
+        timeout=TIMEOUT_SECONDS,
     ) as consumer:
         for record in consumer:
             yield record

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from edgebroker.cli.command import Parser, admin_flag, at_least, json_flag, rate, server_flag
+from edgebroker.cli.command import Parser, admin_flag, at_least, credentials_flag, json_flag, rate, server_flag
 from edgebroker.cli.csv_file import read_rows
 from edgebroker.cli.pace import Pace
 from edgebroker.cli.progress import progress
@@ -32,6 +32,7 @@ def arguments(parser: Parser) -> None:
     )
     parser.add_argument("topic")
     server_flag(parser)
+    credentials_flag(parser)
     parser.add_argument("--key", help="key of every record")
     parser.add_argument("--csv", metavar="FILE", help="publish each row of a CSV file as JSON; it may be gzipped (.gz)")
     parser.add_argument("--key-column", metavar="COLUMN", help="with --csv: the column that holds the key")
@@ -103,6 +104,7 @@ def publish(options: argparse.Namespace) -> int:
     try:
         with Producer(
             options.server,
+            credentials=options.credentials,
             ack=options.ack,
             compression=options.compression,
             timeout=None,

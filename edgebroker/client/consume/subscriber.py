@@ -15,6 +15,7 @@ from threading import Condition
 from edgebroker.client import lifetime
 from edgebroker.client.consume.missing_topics import MissingTopics
 from edgebroker.client.consume.partition_state import AssignmentChange, Incoming, PartitionState, ReceivedDelivery
+from edgebroker.client.credentials import Credentials
 from edgebroker.client.link import Link
 from edgebroker.client.servers import Servers
 from edgebroker.common.errors import AnswerError, Code, EdgeBrokerError
@@ -48,7 +49,7 @@ class Subscriber:
         servers: Servers,
         *,
         client_id: str,
-        token: bytes,
+        credentials: Credentials,
         group: str,
         topics: Sequence[str],
         start: tuple[Start, int],
@@ -67,7 +68,7 @@ class Subscriber:
         self.changed = Condition()
         self.durable_ends: dict[TopicPartition, int] = {}
         self.loop = Loop(SystemClock(), slow_level=logging.DEBUG)
-        self.link = Link(self.loop, servers, client_id, self, token=token)
+        self.link = Link(self.loop, servers, client_id, self, credentials=credentials)
         self.down_since: float | None = self.loop.clock_now()
         self.last_error: EdgeBrokerError | None = None
         self.closed = False

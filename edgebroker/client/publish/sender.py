@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 
 from edgebroker.client import lifetime
 from edgebroker.client.arguments import check_time, check_topic
+from edgebroker.client.credentials import Credentials
 from edgebroker.client.link import Link
 from edgebroker.client.publish.accumulator import Accumulator, PendingBatch, TopicBatches
 from edgebroker.client.publish.lane import Lane
@@ -51,7 +52,7 @@ class Sender:
         servers: Servers,
         *,
         client_id: str,
-        token: bytes,
+        credentials: Credentials,
         level: AckLevel,
         codec: int,
         linger_seconds: float,
@@ -72,7 +73,7 @@ class Sender:
         self._level, self._codec = level, codec
         self._linger, self._timeout = linger_seconds, timeout
         self.loop = Loop(SystemClock(), slow_level=logging.DEBUG)
-        self.link = Link(self.loop, servers, client_id, self, token=token, connect_body=self._connect_body)
+        self.link = Link(self.loop, servers, client_id, self, credentials=credentials, connect_body=self._connect_body)
         self._producer_id, self._producer_epoch = -1, -1
         # A new producer epoch is needed: nothing new is sent before it is known what of the old one is stored.
         self._renewing = self._reconnecting = False

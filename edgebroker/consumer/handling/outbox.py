@@ -41,8 +41,8 @@ class Settled(NamedTuple):
 class OutboxSender:
     """wake(), settled(), removed() and close() belong to the thread of the database."""
 
-    def __init__(self, path: Path, server: str, clock: Clock) -> None:
-        self._path, self._server, self._clock = path, server, clock
+    def __init__(self, path: Path, server: str, credentials: str, clock: Clock) -> None:
+        self._path, self._server, self._credentials, self._clock = path, server, credentials, clock
         self._wake, self._closed = threading.Event(), False
         self._begun, self._ended = False, threading.Event()
         self._producer: Producer | None = None
@@ -84,7 +84,7 @@ class OutboxSender:
 
     def _run(self) -> None:
         reader = Reader(self._path)
-        self._producer = producer = Producer(self._server, timeout=None)
+        self._producer = producer = Producer(self._server, credentials=self._credentials, timeout=None)
         while self._wake.wait() and not self._closed:
             self._wake.clear()
             if self._refusing and not self._settled and self._clock.monotonic() >= self._retry_due:

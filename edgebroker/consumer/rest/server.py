@@ -28,7 +28,7 @@ class RestServer:
 
     def __init__(self, loop: Loop, routes: Sequence[Route], names: frozenset[str]) -> None:
         self._loop, self._receiving = loop, Receiving(loop, RECEIVE_BYTES)
-        router = Router(routes, lambda request, right: "", names)
+        router = Router(routes, lambda request, right: None, names)
         self._server = HttpServer(loop, self._receiving, router.handle, self._count, router.body_limit, _encoded)
         self._listeners: list[Listener] = []
         self._socket: Path | None = None

@@ -1,7 +1,7 @@
 """A table of routes, and the router that answers for all of them what has nothing to do with any:
 
     400  the body or the query is not what the route takes          405  another method, with Allow
-    403  the right that the route needs is missing                   413  the body is too long (the server, as it comes)
+    401  the token is not known; 403  a right is missing             413  the body is too long (the server, as it comes)
     404  there is no such path                                       415  the body is not JSON
 
 A row says everything about a route: method, path, the structs of request and response, the right, the limit of a body.
@@ -25,6 +25,10 @@ from edgebroker.network.http.server import MAX_BODY_BYTES, Failed, Reply, Reques
 # What nodes below and monitoring ask for, who find a node by names of theirs. No GET of these may tell what a page must
 # not know.
 BY_ANY_NAME = ("health", "metrics", "join", "below", "hub", "peer")
+
+# The right of a route that passes a request on to another node, in its last part, {path...}; and that of a route which
+# only that node has.
+PASSED_ON, UNKNOWN_ROUTE = "via", "admin"
 
 Headers = tuple[tuple[str, str], ...]
 Query = dict[str, list[str]]
@@ -110,12 +114,19 @@ class _Place:
         return found
 
 
+class Denial(NamedTuple):
+    """Why a request does not have a right. `status` 401: who asks is not known."""
+
+    why: str
+    status: int = 403
+
+
 class Router:
-    """`refusal` says why a request does not have a right, "" when it has; `names` are those by which this node may be
+    """`refusal` says why a request does not have a right, None when it has; `names` are those by which this node may be
     called, beside its addresses (in lower case)."""
 
     def __init__(
-        self, routes: Sequence[Route], refusal: Callable[[Request, str], str], names: Set[str] = frozenset()
+        self, routes: Sequence[Route], refusal: Callable[[Request, str], Denial | None], names: Set[str] = frozenset()
     ) -> None:
         self._refusal, self._names = refusal, names
         # By how many parts they have; -1: the others.
@@ -154,9 +165,10 @@ class Router:
         if foreign:
             _refuse(reply, 403, foreign)
             return
-        missing = self._refusal(request, route.right)
-        if missing:
-            reply(Response(403, Failed(missing, Code.UNAUTHORISED.name)))
+        missing = self._refusal(request, self._right(route, parameters))
+        if missing is not None:
+            headers = (("www-authenticate", "Bearer"),) if missing.status == 401 else ()
+            reply(Response(missing.status, Failed(missing.why, Code.UNAUTHORISED.name), headers))
             return
         body: object = None
         if request.body:
@@ -172,6 +184,15 @@ class Router:
                 reply(Response(400, Failed(f"the body is not as expected: {error}", Outcome.INVALID.name)))
                 return
         route.handler(Call(request, parameters, body, reply))
+
+    def _right(self, route: Route, parameters: dict[str, str]) -> str:
+        """What is needed for a route; for one that passes a request on, what that needs where it arrives."""
+        right = route.right
+        while right == PASSED_ON:
+            place, inner = self._find("/" + parameters["path"])
+            found = place.routes.get(route.method) if place is not None else None
+            right, parameters = (found.right, inner) if found is not None else (UNKNOWN_ROUTE, {})
+        return right
 
     def _find(self, target: str) -> tuple[_Place | None, dict[str, str]]:
         parts = target.partition("?")[0].strip("/").split("/")

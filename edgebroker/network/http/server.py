@@ -42,8 +42,9 @@ PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 class Request(NamedTuple):
     """`target` is the path with the query. Of the headers those that matter, "" when they were not sent: `fetch_site`
-    is Sec-Fetch-Site, `last_event_id` Last-Event-ID. `peer` is the address from which it came, without the port; "unix"
-    for the unix socket. `identity`: who the peer is, as far as its connection says."""
+    is Sec-Fetch-Site, `last_event_id` Last-Event-ID, `token` that of Authorization: Bearer. `peer` is the address from
+    which it came, without the port; "unix" for the unix socket. `identity`: who the peer is, as far as its connection
+    says."""
 
     method: str
     target: str
@@ -55,6 +56,7 @@ class Request(NamedTuple):
     last_event_id: str = ""
     peer: str = ""
     identity: str = ""
+    token: str = ""
 
 
 class Failed(msgspec.Struct, omit_defaults=True):
@@ -322,10 +324,24 @@ class HttpConnection:
             self._dispatch(request)
 
     def _dispatch(self, parsed: ParsedRequest) -> None:
-        kind, host, origin, site, last = (parsed.headers.get(name, b"").decode("latin-1") for name in _OF_INTEREST)
+        kind, host, origin, site, last, who_asks = (
+            parsed.headers.get(name, b"").decode("latin-1") for name in _OF_INTEREST
+        )
         peer = host_of(self.transport.peer)
-        who = self.transport.identity
-        request = Request(parsed.method, parsed.target, parsed.body, kind, host, origin, site, last, peer, who)
+        scheme, _, token = who_asks.partition(" ")
+        request = Request(
+            parsed.method,
+            parsed.target,
+            parsed.body,
+            kind,
+            host,
+            origin,
+            site,
+            last,
+            peer,
+            self.transport.identity,
+            token.strip() if scheme.lower() == "bearer" else "",
+        )
         self._server.on_request()
         try:
             self._server.handler(request, self._reply)
@@ -386,7 +402,7 @@ class HttpConnection:
             self._server.loop.call_in_turn(self._read_on)
 
 
-_OF_INTEREST = (b"content-type", b"host", b"origin", b"sec-fetch-site", b"last-event-id")
+_OF_INTEREST = (b"content-type", b"host", b"origin", b"sec-fetch-site", b"last-event-id", b"authorization")
 
 
 def encoded(response: Response) -> tuple[bytes, str]:

@@ -16,7 +16,7 @@ import ssl
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 
-from edgebroker.network.io.channel import WANTS_DISK, WANTS_ROOM, SocketChannel
+from edgebroker.network.io.channel import WANTS_DISK, WANTS_ROOM, SocketChannel, tune
 from edgebroker.network.io.listener import host_of, is_local
 from edgebroker.network.io.loop import READ, WRITE, Loop, TimerHandle
 from edgebroker.network.io.sendpath import resident
@@ -36,6 +36,10 @@ Context = Callable[[], ssl.SSLContext]
 """The settings of the next handshake: certificates may have been renewed."""
 Identify = Callable[[ssl.SSLSocket], str]
 """Who the peer is, "" when it showed no certificate. Raises PeerRefusedError."""
+
+
+Named = Callable[[object], object]
+"""Who a certificate is for, as ssl describes it (getpeercert); None for one that does not count."""
 
 
 class PeerRefusedError(Exception):
@@ -159,6 +163,25 @@ def _why(error: OSError) -> str:
     if isinstance(error, ssl.SSLError) and error.reason:
         return str(error.reason).lower().replace("_", " ")
     return error.strerror or str(error) or "the peer closed the connection"
+
+
+def open_channel(sock: socket.socket, context: ssl.SSLContext, named: Named) -> TlsChannel:
+    """Begin TLS on a connection of ours, and wait for it as long as the timeout of the socket says. Owns the socket.
+    Raises OSError."""
+    try:
+        wrapped = context.wrap_socket(sock)
+    except TimeoutError as error:
+        sock.close()
+        raise OSError(errno.ETIMEDOUT, "no TLS handshake in time") from error
+    except OSError as error:
+        sock.close()
+        raise OSError(errno.EPROTO, f"TLS is not possible: {_why(error)}") from error
+    tune(wrapped)
+    name = named(wrapped.getpeercert())
+    if name is None:
+        wrapped.close()
+        raise OSError(errno.EPROTO, "TLS is not possible: the certificate of the peer is not that of a node")
+    return TlsChannel(wrapped, str(name))
 
 
 class _Handshake:

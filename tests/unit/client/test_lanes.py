@@ -17,6 +17,7 @@ from unittest.mock import patch
 
 import pytest
 
+from edgebroker.client.credentials import Credentials
 from edgebroker.client.publish import sender as module
 from edgebroker.client.publish.accumulator import Sent, TopicBatches
 from edgebroker.client.publish.sender import Sender
@@ -126,9 +127,15 @@ class Link:
     """edgebroker.client.link.Link, to a Broker."""
 
     def __init__(
-        self, loop: Loop, server: str, client_id: str, sender: Sender, *, token: bytes, connect_body: Any
+        self, loop: Loop, server: str, client_id: str, sender: Sender, *, credentials: Credentials, connect_body: Any
     ) -> None:
-        self.loop, self.server, self.client_id, self.sender, self.token = loop, server, client_id, sender, token
+        self.loop, self.server, self.client_id, self.sender, self.token = (
+            loop,
+            server,
+            client_id,
+            sender,
+            credentials.token,
+        )
         self.connect_body: Callable[[], frames.Connect] = connect_body
         self.grants: Grants | None = None
         self.broker: Broker | None = None
@@ -203,8 +210,9 @@ class World:
         self.sent: list[tuple[str, bytes | None, int, Sent]] = []
         with patch.object(module, "Loop", lambda clock, slow_level: self.loop), patch.object(module, "Link", Link):
             self.sender = Sender(
-                cast("Any", "broker:1"), client_id="p", token=b"", level=level, codec=0, linger_seconds=0.0,
-                timeout=None, batch_records=3, batch_bytes=MAX, max_unacked=1 << 20, max_unacked_bytes=1 << 30,
+                cast("Any", "broker:1"), client_id="p", credentials=Credentials(), level=level, codec=0,
+                linger_seconds=0.0, timeout=None, batch_records=3, batch_bytes=MAX, max_unacked=1 << 20,
+                max_unacked_bytes=1 << 30,
             )  # fmt: skip
         self.link = cast("Link", self.sender.link)
         self.link.broker, self.broker.link = self.broker, self.link

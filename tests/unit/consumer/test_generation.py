@@ -103,7 +103,7 @@ class World:
         calls = Calls(self.database, Watch(clock.monotonic), clock, "till-7", logging.getLogger("app"))
         self.effects = {name: Effect(topic, self.database, views, calls, lambda: 1) for name, topic in topics.items()}
         self.reloads = WillingReloads(
-            topics, Subscriptions("app", "till-7", "", clock, lambda gone: None, None), "now", clock
+            topics, Subscriptions("app", "till-7", "", "", clock, lambda gone: None, None), "now", clock
         )
         loaded = LoadedRecords(self.database, self.effects, InHand(directory), clock, lambda: False)
         self.generations = Generations(

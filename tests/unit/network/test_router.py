@@ -11,7 +11,7 @@ import pytest
 
 from edgebroker.broker.admin.listing import list_in_slices
 from edgebroker.common.outcome import Outcome
-from edgebroker.network.http.router import Call, Nothing, Route, Router
+from edgebroker.network.http.router import Call, Denial, Nothing, Route, Router
 from edgebroker.network.http.server import MAX_BODY_BYTES, Request, Response
 from tests.kit.clock import ManualClock, ManualScheduler
 
@@ -50,7 +50,7 @@ def ask(
 ) -> Response:
     answers: list[Response] = []
     router = Router(
-        ROUTES, lambda request, right: "" if right in rights.split() else f"the right {right} is needed for this"
+        ROUTES, lambda request, right: None if right in rights.split() else Denial(f"the right {right} is needed")
     )
     router.handle(Request(method, target, body, kind), answers.append)
     assert len(answers) == 1
@@ -133,7 +133,7 @@ def test_a_body_that_is_not_json(kind: str) -> None:
 
 
 def test_the_limit_of_a_body_is_that_of_its_route() -> None:
-    router = Router(ROUTES, lambda request, right: "")
+    router = Router(ROUTES, lambda request, right: None)
     assert router.body_limit("POST", "/items?x=1") == 100
     for method, target in (("GET", "/items"), ("DELETE", "/items"), ("POST", "/nowhere")):
         assert router.body_limit(method, target) == MAX_BODY_BYTES
@@ -188,7 +188,7 @@ def test_the_rest_of_a_path(target: str, parameters: dict[str, str]) -> None:
 def test_the_rest_of_a_path_comes_last() -> None:
     routes = [Route("GET", "/{path...}", refuse, None, "view"), *ROUTES]
     answers: list[Response] = []
-    router = Router(routes, lambda request, right: "")
+    router = Router(routes, lambda request, right: None)
     for target in ("/items", "/items/x", "/other", "/"):
         router.handle(Request("GET", target, b"", "", "", "", "", "", "unix"), answers.append)
     assert [one.status for one in answers] == [201, 201, 404, 404]

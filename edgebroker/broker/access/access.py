@@ -1,0 +1,192 @@
+"""Who a client is, and what it may do: by its token, by the user that the kernel names, or as one of this machine.
+
+    token EBT.ID.SECRET           -> the principal that it was made for, at nodes of its region
+    the unix socket               -> unix:USER
+    loopback, without a token     -> local
+    another machine, without one  -> refused
+
+Rules come with the topic __trust and count as soon as they are in force. Without rules about them, programs of this
+machine may do everything, others nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from edgebroker.broker.access.app_token import has_secret, split_app_token
+from edgebroker.broker.access.bans import Bans
+from edgebroker.broker.access.rights import EVERYTHING, Rights, Rule, missing, parse_rule
+from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.ports import FROM_ABOVE
+from edgebroker.broker.trust.node_trust import NodeTrust
+from edgebroker.broker.trust.trust_topic import Principal, TokenDigest
+from edgebroker.common.errors import ArgumentError
+from edgebroker.common.runtime.clock import Clock
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.network.http.router import Denial
+from edgebroker.network.http.server import Request
+from edgebroker.network.io.listener import is_local
+from edgebroker.trust.node_name import contains
+
+log = logging.getLogger(__name__)
+
+LOCAL, UNIX = "local", "unix:"
+NEEDS_TOKEN = "a program of another machine needs a token (edgebroker token create --app NAME, at the root)"
+BAD_TOKEN = "the token is not known at this node: it was revoked, has expired, or is not for this region"
+
+
+class Caller:
+    """A principal as it came: with which token. `rights` are replaced when rules change, and `changes` counts how
+    often; `ended`: its token does not count any more."""
+
+    __slots__ = ("changes", "ended", "expires_ms", "name", "rights", "token_id")
+
+    def __init__(self, name: str, rights: Rights, token_id: str = "", expires_ms: int = 0) -> None:
+        self.name, self.rights, self.token_id, self.expires_ms = name, rights, token_id, expires_ms
+        self.changes, self.ended = 0, False
+
+    @property
+    def remote(self) -> bool:
+        """Does it have a token?"""
+        return bool(self.token_id)
+
+
+class Access:
+    """Owned by the loop thread. `region` is that of this node."""
+
+    def __init__(self, trust: NodeTrust, metrics: Metrics, scheduler: Scheduler, clock: Clock, region: str) -> None:
+        self._topic, self._metrics, self._clock, self._region = trust.topic, metrics, clock, region
+        # In development other machines count as this one.
+        self._open = trust.insecure
+        self.bans = Bans(scheduler.now)
+        self._principals: dict[str, Principal] = {}
+        self._tokens: dict[str, tuple[str, TokenDigest]] = {}
+        # By name, or name and id of the token: as many as there are tokens, and users of this machine.
+        self._callers: dict[str, Caller] = {}
+        self._topic.changed.append(self._decided)
+
+    def open(self) -> None:
+        """Take over what was in force."""
+        self._compile()
+
+    # ---- who is it ----
+
+    def caller(self, token: bytes, identity: str, peer: str) -> tuple[Caller | None, str]:
+        """Who sent this token over a connection of this identity and address; None, and why not."""
+        if token[:4] == b"EBT.":
+            known = self._by_token(token)
+            if known is None:
+                self.failed(peer)
+                return None, BAD_TOKEN
+            return known, ""
+        if identity.startswith(UNIX):
+            return self._known(identity, identity), ""
+        if is_local(peer) or self._open:
+            return self._known(LOCAL, LOCAL), ""
+        self.failed(peer)
+        return None, NEEDS_TOKEN
+
+    def refusal(self, request: Request, right: str) -> Denial | None:
+        """Why a request of administration does not have a right; None when it has. Who uses the unix socket of it is
+        root or the user of the node; a request from a node above was judged where it was asked."""
+        if right == "health" or (not request.token and (request.identity or request.peer == FROM_ABOVE)):
+            return None
+        caller = self._by_token(request.token.encode()) if request.token else self._known(LOCAL, LOCAL)
+        if caller is None:
+            self._metrics.access_refused += 1
+            return Denial(BAD_TOKEN, 401)
+        lacks = self.missing(caller, "view" if right == "metrics" else right)
+        return Denial(lacks) if lacks else None
+
+    def failed(self, peer: str) -> None:
+        """Who it is could not be found out: after some of these its address is not listened to."""
+        self._metrics.access_refused += 1
+        self.bans.failed(peer)
+
+    def is_over(self, caller: Caller) -> bool:
+        """Does the token of this caller not count any more?"""
+        return caller.ended or bool(caller.expires_ms and self._clock.wall_ms() > caller.expires_ms)
+
+    def missing(self, caller: Caller, right: str, topic: str = "", group: str = "") -> str:
+        """Why a caller may not do this; "" when it may."""
+        if caller.rights.allows(right, topic, group):
+            return ""
+        self._metrics.rights_missing += 1
+        return missing(caller.name, right, topic, group)
+
+    def _by_token(self, token: bytes) -> Caller | None:
+        split = split_app_token(token)
+        found = self._tokens.get(split[0]) if split is not None else None
+        if split is None or found is None or not has_secret(split[1], found[1].digest):
+            return None
+        name, digest = found
+        if not contains(self._principals[name].region, self._region):
+            return None
+        known = self._known(f"{name} {digest.id}", name, digest)
+        return known if not self.is_over(known) else None
+
+    def _known(self, key: str, name: str, token: TokenDigest | None = None) -> Caller:
+        found = self._callers.get(key)
+        if found is None:
+            rights = self.rights(name)
+            found = self._callers[key] = (
+                Caller(name, rights, token.id, token.expires_ms) if token is not None else Caller(name, rights)
+            )
+        return found
+
+    # ---- what may it do ----
+
+    def rights(self, name: str) -> Rights:
+        """What follows from the rules about a principal, at this node."""
+        principal = self._principals.get(name, Principal())
+        allow = [rule for rule in map(_readable, principal.allow) if rule is not None]
+        deny = [rule for rule in map(_readable, principal.deny) if rule is not None]
+        if is_of_machine(name):
+            allow = [*EVERYTHING, *allow]
+        return Rights(allow, deny, name, self._region)
+
+    @property
+    def principals(self) -> dict[str, Principal]:
+        """Those that there are rules or tokens for, by name."""
+        return self._principals
+
+    def principal_of_token(self, token_id: str) -> str:
+        """Whose token has this id; "" when there is none."""
+        found = self._tokens.get(token_id)
+        return found[0] if found is not None else ""
+
+    def _decided(self, keys: Sequence[str]) -> None:
+        if any(key.startswith("principal/") for key in keys):
+            self._compile()
+
+    def _compile(self) -> None:
+        """Rules are in force: so that callers that are connected have other rights at once."""
+        before, self._principals = self._principals, self._topic.principals()
+        self._tokens = {
+            token.id: (name, token) for name, principal in self._principals.items() for token in principal.tokens
+        }
+        for key, caller in list(self._callers.items()):
+            if before.get(caller.name) != self._principals.get(caller.name):
+                caller.rights = self.rights(caller.name)
+                caller.changes += 1
+                principal = self._principals.get(caller.name, Principal())
+                caller.ended = caller.remote and (
+                    caller.token_id not in self._tokens or not contains(principal.region, self._region)
+                )
+                if caller.ended:
+                    del self._callers[key]
+
+
+def is_of_machine(name: str) -> bool:
+    """Is this principal a program of the machine of the node?"""
+    return name == LOCAL or name.startswith(UNIX)
+
+
+def _readable(text: str) -> Rule | None:
+    """A rule; None for one that only a later release knows, which allows and denies nothing."""
+    try:
+        return parse_rule(text)
+    except ArgumentError as error:
+        log.warning("a rule is not obeyed: %s", error)
+        return None

@@ -1,0 +1,262 @@
+"""Rights over the admin interface: who may do what, tokens of applications, and what a principal could do here.
+
+Changes are made at the root of the fleet, one after the other, each to what is in force then; they are answered once
+they are in force here, and reach the other nodes with __trust.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Annotated, NamedTuple
+
+import msgspec
+from msgspec import Meta
+
+from edgebroker.broker.access.access import Access, is_of_machine
+from edgebroker.broker.access.app_token import make_app_token
+from edgebroker.broker.access.rights import ADMIN_RIGHTS, TOPIC_RIGHTS, missing, parse_rule
+from edgebroker.broker.trust.node_trust import NodeTrust
+from edgebroker.broker.trust.trust_topic import Principal, TokenDigest, TrustRecord
+from edgebroker.common.errors import ArgumentError
+from edgebroker.common.names import printable
+from edgebroker.common.outcome import Outcome
+from edgebroker.common.runtime.scheduler import Scheduler
+from edgebroker.network.http.router import Call
+
+MOST_PRINCIPALS, MOST_RULES, MOST_TOKENS = 10_000, 100, 100
+MOST_WAITING, IN_FORCE_SECONDS = 64, 5.0
+MAX_ACCESS_BYTES = 128 << 10
+_NAME = re.compile(r"(local|unix:[A-Za-z0-9._-]{1,64}|[A-Za-z0-9][A-Za-z0-9._-]{0,62})\Z")
+_Rules = Annotated[list[str], Meta(max_length=MOST_RULES)]
+_Region = Annotated[str, Meta(max_length=120, pattern=r"\A([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?\Z")]
+
+
+class AccessChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/access/{name}: rules to add, and rules to remove from both."""
+
+    allow: _Rules = []
+    deny: _Rules = []
+    remove: _Rules = []
+
+
+class AppTokenRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/access/{name}/tokens. `region`: of a principal that is new; `expires_ms` 0: never."""
+
+    allow: _Rules = []
+    region: _Region = ""
+    expires_ms: Annotated[int, Meta(ge=0, le=1 << 53)] = 0
+
+
+class NewAppToken(msgspec.Struct, frozen=True):
+    """The answer: the token, which is told once, and its id."""
+
+    token: str
+    id: str
+
+
+class AppTokenInfo(msgspec.Struct, frozen=True):
+    id: str
+    expires_ms: int
+
+
+class PrincipalInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A principal, and what the rules say about it."""
+
+    name: str
+    region: str
+    allow: list[str]
+    deny: list[str]
+    tokens: list[AppTokenInfo]
+
+
+class AccessList(msgspec.Struct, frozen=True):
+    """The answer to GET /v1/access."""
+
+    principals: list[PrincipalInfo]
+
+
+class AccessTest(msgspec.Struct, frozen=True):
+    """The answer to GET /v1/access/{name}/test: at this node."""
+
+    allowed: bool
+    why: str
+
+
+class _Change(NamedTuple):
+    call: Call
+    name: str
+    make: Callable[[Principal | None], Principal | None]
+    answer: Callable[[], None]
+
+
+class AccessAdmin:
+    """Owned by the loop thread."""
+
+    def __init__(self, access: Access, trust: NodeTrust, scheduler: Scheduler) -> None:
+        self._access, self._trust, self._scheduler = access, trust, scheduler
+        self._waiting: deque[_Change] = deque()
+        # The change that is under way, and what it makes.
+        self._under_way: tuple[_Change, Principal | None] | None = None
+        trust.topic.changed.append(self._in_force)
+
+    # ---- looking ----
+
+    def list(self, call: Call) -> None:
+        call.answer(AccessList([_info(name, one) for name, one in sorted(self._access.principals.items())]))
+
+    def describe(self, call: Call) -> None:
+        name = call.parameters["name"]
+        found = self._access.principals.get(name)
+        if found is None and not is_of_machine(name):
+            call.refuse(Outcome.NOT_FOUND, f"there is no principal {printable(name)}; see edgebroker access show")
+        else:
+            call.answer(_info(name, found or Principal()))
+
+    def test(self, call: Call) -> None:
+        """GET /v1/access/{name}/test?right=produce&topic=prices: may it?"""
+        name = call.parameters["name"]
+        right, topic, group = (call.query.get(key, [""])[0] for key in ("right", "topic", "group"))
+        if right not in (*TOPIC_RIGHTS, *ADMIN_RIGHTS) or (right in TOPIC_RIGHTS and not topic):
+            ways = ", ".join((*TOPIC_RIGHTS, *ADMIN_RIGHTS))
+            call.refuse(Outcome.INVALID, f"name a right ({ways}), and a topic where it is for topics")
+        else:
+            allowed = self._access.rights(name).allows(right, topic, group)
+            call.answer(AccessTest(allowed, "" if allowed else missing(name, right, topic, group)))
+
+    # ---- changing ----
+
+    def change(self, call: Call) -> None:
+        """POST /v1/access/{name}"""
+        wanted, name = call.body, call.parameters["name"]
+        assert isinstance(wanted, AccessChange)
+
+        def make(known: Principal | None) -> Principal | None:
+            known = known or Principal()
+            gone = {_rule(text) for text in wanted.remove}
+            allow = _added(known.allow, wanted.allow, gone)
+            return msgspec.structs.replace(known, allow=allow, deny=_added(known.deny, wanted.deny, gone))
+
+        self._begin(call, name, make, lambda: call.answer(_info(name, self._access.principals.get(name, Principal()))))
+
+    def delete(self, call: Call) -> None:
+        """DELETE /v1/access/{name}: its rules and its tokens."""
+        name = call.parameters["name"]
+        if name not in self._access.principals:
+            call.refuse(Outcome.NOT_FOUND, f"there is no principal {printable(name)}; see edgebroker access show")
+        else:
+            self._begin(call, name, lambda known: None, lambda: call.done(Outcome.OK, ""))
+
+    def create_token(self, call: Call) -> None:
+        """POST /v1/access/{name}/tokens"""
+        wanted, name = call.body, call.parameters["name"]
+        assert isinstance(wanted, AppTokenRequest)
+        token = make_app_token()
+
+        def make(known: Principal | None) -> Principal | None:
+            if is_of_machine(name):
+                raise ArgumentError(f"programs of the machine need no token; {name} has none")
+            if known is not None and wanted.region not in ("", known.region):
+                raise ArgumentError(f"{name} is for region {known.region or '(all)'}: use another name for another")
+            known = known or Principal(region=wanted.region)
+            digest = TokenDigest(id=token.id, digest=token.digest, expires_ms=wanted.expires_ms)
+            if len(known.tokens) >= MOST_TOKENS:
+                raise ArgumentError(f"{name} may have {MOST_TOKENS} tokens; revoke some (edgebroker token revoke)")
+            allow = _added(known.allow, wanted.allow, set())
+            return msgspec.structs.replace(known, allow=allow, tokens=[*known.tokens, digest])
+
+        self._begin(call, name, make, lambda: call.answer(NewAppToken(str(token), token.id), 201))
+
+    def revoke_token(self, call: Call, id: str) -> bool:
+        """Take a token of an application away. False when there is none with this id."""
+        name = self._access.principal_of_token(id)
+        if not name:
+            return False
+
+        def make(known: Principal | None) -> Principal | None:
+            known = known or Principal()
+            return msgspec.structs.replace(known, tokens=[one for one in known.tokens if one.id != id])
+
+        self._begin(call, name, make, lambda: call.done(Outcome.OK, ""))
+        return True
+
+    def _begin(
+        self,
+        call: Call,
+        name: str,
+        make: Callable[[Principal | None], Principal | None],
+        answer: Callable[[], None],
+    ) -> None:
+        if not self._trust.directory.issues:
+            where = "run this there, or through the tree" if self._trust.name is not None else "there is none yet"
+            call.refuse(Outcome.CONFLICT, f"rights and tokens are given at the root of a fleet: {where}")
+        elif not _NAME.match(name):
+            call.refuse(
+                Outcome.INVALID,
+                f"{printable(name)!r} is not a principal: use up to 63 of A-Z a-z 0-9 . _ -, local, or unix:USER",
+            )
+        elif name not in self._access.principals and len(self._access.principals) >= MOST_PRINCIPALS:
+            call.refuse(Outcome.OVERLOADED, f"there may be {MOST_PRINCIPALS} principals; delete some")
+        elif len(self._waiting) >= MOST_WAITING:
+            call.refuse(Outcome.OVERLOADED, f"{MOST_WAITING} changes of rights wait; try again")
+        else:
+            self._waiting.append(_Change(call, name, make, answer))
+            self._next()
+
+    def _next(self) -> None:
+        if self._under_way is not None or not self._waiting:
+            return
+        change = self._waiting.popleft()
+        known = self._access.principals.get(change.name)
+        try:
+            made = change.make(known)
+        except ArgumentError as error:
+            change.call.refuse(Outcome.INVALID, str(error))
+            self._next()
+            return
+        if made == known:
+            change.answer()
+            self._next()
+            return
+        self._under_way = change, made
+        record = TrustRecord(serial=0, principal=made)
+        self._trust.topic.publish([(f"principal/{change.name}", record)], partial(self._published, change))
+
+    def _published(self, change: _Change, outcome: Outcome, why: str) -> None:
+        if outcome is not Outcome.OK:
+            self._under_way = None
+            change.call.refuse(outcome, f"the nodes are not told: {why}; run this again")
+            self._next()
+        else:
+            self._scheduler.call_later(IN_FORCE_SECONDS, partial(self._end, change))
+
+    def _in_force(self, keys: Sequence[str]) -> None:
+        if self._under_way is not None and f"principal/{self._under_way[0].name}" in keys:
+            self._end(self._under_way[0])
+
+    def _end(self, change: _Change) -> None:
+        """It is in force, or stored at least."""
+        if self._under_way is not None and self._under_way[0] is change:
+            self._under_way = None
+            change.answer()
+            self._next()
+
+
+def _info(name: str, principal: Principal) -> PrincipalInfo:
+    tokens = [AppTokenInfo(token.id, token.expires_ms) for token in principal.tokens]
+    return PrincipalInfo(name=name, region=principal.region, allow=principal.allow, deny=principal.deny, tokens=tokens)
+
+
+def _rule(text: str) -> str:
+    """A rule in the form in which it is kept. Raises ArgumentError."""
+    return str(parse_rule(text))
+
+
+def _added(known: Sequence[str], new: Sequence[str], gone: set[str]) -> list[str]:
+    """Rules with further ones, and without some. Raises ArgumentError."""
+    found = [rule for rule in dict.fromkeys([*known, *map(_rule, new)]) if rule not in gone]
+    if len(found) > MOST_RULES:
+        raise ArgumentError(f"a principal may have {MOST_RULES} rules of a kind; use patterns")
+    return found
