@@ -57,7 +57,7 @@ class Broker:
         self.engine = engine = make_engine(config, loop, clock)
         self.core = core = build_core(engine, loop, clock, publish_limits(config), lease_limits(config))
         self.trust = NodeTrust(core, loop, clock, config, lambda: self.mirroring.known_addresses())
-        self.access = Access(self.trust, core.metrics, loop, clock, config.node.region)
+        self.access = Access(self.trust, core, loop, clock, config.node.region)
         self.sessions = sessions = Sessions(core, loop, session_limits(config), config.limits, self.access)
         self.downstream = self._make_downstream()
         self.topic_deletion = TopicDeletion(core, self.downstream, sessions)
@@ -118,13 +118,15 @@ class Broker:
             holders=self.holders,
             trust=self.trust,
             access=self.access,
-            authority=Authority(self.trust, self.core.metrics, self.loop, self.clock, self.tree.ask_above),
+            authority=Authority(
+                self.trust, self.core.metrics, self.loop, self.clock, self.tree.ask_above, self.access.audit.record
+            ),
             problems=self.problems,
             started_at=self.clock.monotonic(),
         )
         self.exposition = Exposition(context)
         table, names = routes(context, self.exposition), names_of(self.config)
-        admin = Router(table, self.access.refusal, names)
+        admin = Router(table, self.access.refusal, names, self.access.done)
         self.tree.remote.handler = admin.handle
         self._http = self._make_server(admin)
         self._pipe = self._make_server(Router(pipe_routes(context), self.trust.rules.refusal, names))

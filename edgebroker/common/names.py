@@ -6,6 +6,8 @@ import re
 SNAPSHOT_CLIENTS = "__snapshot-"
 # What the root of a fleet has decided: a topic of the broker that every node has.
 TRUST_TOPIC = "__trust"
+# Who changed what at a node, and who was refused; its own.
+AUDIT_TOPIC = "__audit"
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,200}\Z")
 
 

@@ -8,6 +8,9 @@ from pathlib import Path
 from tests.kit.brokers import RunningBroker, running
 from tests.kit.waiting import wait_for
 
+# A first attempt that fails is repeated some seconds later.
+JOIN_SECONDS = 40.0
+
 
 class Fleet:
     """Nodes of one test; each asks the one above it."""
@@ -41,7 +44,7 @@ class Fleet:
     def join(self, name: str, level: str, region: str, above: str, token: str) -> RunningBroker:
         node = self.start(name, level, region, above)
         assert node.http("POST", "/v1/trust/join", {"token": token})[0] == 200
-        wait_for(lambda: node.http("GET", "/v1/trust")[1]["node"], f"{name} joins")
+        wait_for(lambda: node.http("GET", "/v1/trust")[1]["node"], f"{name} joins", JOIN_SECONDS)
         return node
 
     def stop(self, name: str) -> None:

@@ -15,9 +15,10 @@ import logging
 from collections.abc import Sequence
 
 from edgebroker.broker.access.app_token import has_secret, split_app_token
+from edgebroker.broker.access.audit import Audit
 from edgebroker.broker.access.bans import Bans
 from edgebroker.broker.access.rights import EVERYTHING, Rights, Rule, missing, parse_rule
-from edgebroker.broker.observe.metrics import Metrics
+from edgebroker.broker.core import Core
 from edgebroker.broker.ports import FROM_ABOVE
 from edgebroker.broker.trust.node_trust import NodeTrust
 from edgebroker.broker.trust.trust_topic import Principal, TokenDigest
@@ -26,11 +27,13 @@ from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.router import Denial
 from edgebroker.network.http.server import Request
-from edgebroker.network.io.listener import is_local
+from edgebroker.network.io.listener import host_of, is_local
 from edgebroker.trust.node_name import contains
 
 log = logging.getLogger(__name__)
 
+# Rights of requests that change nothing.
+LOOKING = ("health", "metrics", "view")
 LOCAL, UNIX = "local", "unix:"
 NEEDS_TOKEN = "a program of another machine needs a token (edgebroker token create --app NAME, at the root)"
 BAD_TOKEN = "the token is not known at this node: it was revoked, has expired, or is not for this region"
@@ -52,11 +55,16 @@ class Caller:
         return bool(self.token_id)
 
 
+# Who has a token that does not count.
+UNKNOWN = Caller("(unknown)", Rights([], []))
+
+
 class Access:
     """Owned by the loop thread. `region` is that of this node."""
 
-    def __init__(self, trust: NodeTrust, metrics: Metrics, scheduler: Scheduler, clock: Clock, region: str) -> None:
-        self._topic, self._metrics, self._clock, self._region = trust.topic, metrics, clock, region
+    def __init__(self, trust: NodeTrust, core: Core, scheduler: Scheduler, clock: Clock, region: str) -> None:
+        self._topic, self._metrics, self._clock, self._region = trust.topic, core.metrics, clock, region
+        self.audit = Audit(core, scheduler, clock, lambda: trust.name is not None)
         # In development other machines count as this one.
         self._open = trust.insecure
         self.bans = Bans(scheduler.now)
@@ -75,47 +83,63 @@ class Access:
     def caller(self, token: bytes, identity: str, peer: str) -> tuple[Caller | None, str]:
         """Who sent this token over a connection of this identity and address; None, and why not."""
         if token[:4] == b"EBT.":
-            known = self._by_token(token)
+            known = self._by_token(token, peer)
             if known is None:
-                self.failed(peer)
+                self._failed(peer, BAD_TOKEN)
                 return None, BAD_TOKEN
             return known, ""
         if identity.startswith(UNIX):
             return self._known(identity, identity), ""
         if is_local(peer) or self._open:
             return self._known(LOCAL, LOCAL), ""
-        self.failed(peer)
+        self._failed(peer, NEEDS_TOKEN)
         return None, NEEDS_TOKEN
 
     def refusal(self, request: Request, right: str) -> Denial | None:
         """Why a request of administration does not have a right; None when it has. Who uses the unix socket of it is
         root or the user of the node; a request from a node above was judged where it was asked."""
-        if right == "health" or (not request.token and (request.identity or request.peer == FROM_ABOVE)):
+        caller = self._who_asks(request) if right != "health" else None
+        if right == "health" or caller is None:
             return None
-        caller = self._by_token(request.token.encode()) if request.token else self._known(LOCAL, LOCAL)
-        if caller is None:
-            self._metrics.access_refused += 1
+        if caller is UNKNOWN:
+            self._failed(request.peer, BAD_TOKEN)
             return Denial(BAD_TOKEN, 401)
-        lacks = self.missing(caller, "view" if right == "metrics" else right)
+        lacks = self.missing(caller, request.peer, "view" if right == "metrics" else right)
         return Denial(lacks) if lacks else None
 
-    def failed(self, peer: str) -> None:
+    def done(self, request: Request, right: str, status: int) -> None:
+        """A request of administration was answered: what changes something is recorded."""
+        if right not in LOOKING:
+            caller = self._who_asks(request)
+            name = caller.name if caller is not None else request.identity or request.peer
+            path, _, _ = request.target.partition("?")
+            self.audit.record(name, request.peer, request.method, path, "OK" if status < 400 else str(status))
+
+    def _who_asks(self, request: Request) -> Caller | None:
+        """None for who may do everything."""
+        if request.token:
+            return self._by_token(request.token.encode(), request.peer) or UNKNOWN
+        return None if request.identity or request.peer == FROM_ABOVE else self._known(LOCAL, LOCAL)
+
+    def _failed(self, peer: str, why: str) -> None:
         """Who it is could not be found out: after some of these its address is not listened to."""
         self._metrics.access_refused += 1
         self.bans.failed(peer)
+        self.audit.refused("", host_of(peer), "connect", why)
 
     def is_over(self, caller: Caller) -> bool:
         """Does the token of this caller not count any more?"""
         return caller.ended or bool(caller.expires_ms and self._clock.wall_ms() > caller.expires_ms)
 
-    def missing(self, caller: Caller, right: str, topic: str = "", group: str = "") -> str:
+    def missing(self, caller: Caller, peer: str, right: str, topic: str = "", group: str = "") -> str:
         """Why a caller may not do this; "" when it may."""
         if caller.rights.allows(right, topic, group):
             return ""
         self._metrics.rights_missing += 1
+        self.audit.refused(caller.name, host_of(peer), right, f"{topic} as {group}" if group else topic)
         return missing(caller.name, right, topic, group)
 
-    def _by_token(self, token: bytes) -> Caller | None:
+    def _by_token(self, token: bytes, peer: str) -> Caller | None:
         split = split_app_token(token)
         found = self._tokens.get(split[0]) if split is not None else None
         if split is None or found is None or not has_secret(split[1], found[1].digest):
@@ -124,7 +148,10 @@ class Access:
         if not contains(self._principals[name].region, self._region):
             return None
         known = self._known(f"{name} {digest.id}", name, digest)
-        return known if not self.is_over(known) else None
+        if self.is_over(known):
+            return None
+        self.audit.used(name, host_of(peer), digest.id)
+        return known
 
     def _known(self, key: str, name: str, token: TokenDigest | None = None) -> Caller:
         found = self._callers.get(key)

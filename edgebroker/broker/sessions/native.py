@@ -416,10 +416,10 @@ class Session:
     def _may_publish(self, run: PublishRun) -> bool:
         """Has the client the right to? Else its batches are answered here."""
         assert self.caller is not None  # the protocol begins with CONNECT
-        access = self._host.access
-        missing = access.missing(self.caller, "produce", run.topic)
+        access, peer = self._host.access, self.transport.peer
+        missing = access.missing(self.caller, peer, "produce", run.topic)
         if not missing and self._core.engine.log(run.topic, 0) is None:
-            missing = access.missing(self.caller, "create", run.topic)
+            missing = access.missing(self.caller, peer, "create", run.topic)
         if missing:
             self._core.metrics.refused(Code.UNAUTHORISED.name)
             if run.level != AckLevel.NONE:
@@ -485,7 +485,7 @@ class Session:
         """Why these topics may not be read in this group; "" when they may."""
         assert self.caller is not None  # the protocol begins with CONNECT
         for topic in topics:
-            if missing := self._host.access.missing(self.caller, "consume", topic, group):
+            if missing := self._host.access.missing(self.caller, self.transport.peer, "consume", topic, group):
                 return missing
         return ""
 

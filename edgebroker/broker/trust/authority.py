@@ -26,7 +26,8 @@ MOST_ADDRESSES = 4096
 
 
 class Authority:
-    """Owned by the loop thread. `up` asks the parent, False when there is none."""
+    """Owned by the loop thread. `up` asks the parent, False when there is none; `audit` records who did what at which
+    address, with what result."""
 
     def __init__(
         self,
@@ -35,8 +36,9 @@ class Authority:
         loop: Loop,
         clock: Clock,
         up: Callable[[str, bytes, OnResponse], bool],
+        audit: Callable[[str, str, str, str, str], None],
     ) -> None:
-        self._metrics = metrics
+        self._metrics, self._audit = metrics, audit
         self._trust, self._loop, self._clock, self._up = trust, loop, clock, up
         self._passed = 0
         # How often an address was refused of late, and since when that is counted.
@@ -66,10 +68,11 @@ class Authority:
         def told(certified: Certified | None, error: str, code: str) -> None:
             if certified is not None:
                 self._metrics.joins_issued += 1
-                log.info("%s (%s) has a certificate", certified.issued.node, request.name)
+                self._audit(request.name, call.peer, "join", certified.issued.node, "OK")
                 call.answer(certified)
             elif code in ("JOIN_REFUSED", "HELD", "REVOKED"):
                 log.warning("%s %s (%s) at %s: %s", request.level, request.uid, request.name, call.peer, error)
+                self._audit(request.name, call.peer, "join", f"{request.level} {request.uid}: {error}", code)
                 self._refuse(call, code)
             else:
                 log.error("no certificate for %s: %s", request.uid, error)

@@ -123,12 +123,17 @@ class Denial(NamedTuple):
 
 class Router:
     """`refusal` says why a request does not have a right, None when it has; `names` are those by which this node may be
-    called, beside its addresses (in lower case)."""
+    called, beside its addresses (in lower case); `done` is told of each request that a handler got, the right that it
+    needed, and the status of its answer."""
 
     def __init__(
-        self, routes: Sequence[Route], refusal: Callable[[Request, str], Denial | None], names: Set[str] = frozenset()
+        self,
+        routes: Sequence[Route],
+        refusal: Callable[[Request, str], Denial | None],
+        names: Set[str] = frozenset(),
+        done: Callable[[Request, str, int], None] = lambda request, right, status: None,
     ) -> None:
-        self._refusal, self._names = refusal, names
+        self._refusal, self._names, self._done = refusal, names, done
         # By how many parts they have; -1: the others.
         self._places: dict[int, list[_Place]] = {}
         for route in routes:
@@ -165,7 +170,8 @@ class Router:
         if foreign:
             _refuse(reply, 403, foreign)
             return
-        missing = self._refusal(request, self._right(route, parameters))
+        right = self._right(route, parameters)
+        missing = self._refusal(request, right)
         if missing is not None:
             headers = (("www-authenticate", "Bearer"),) if missing.status == 401 else ()
             reply(Response(missing.status, Failed(missing.why, Code.UNAUTHORISED.name), headers))
@@ -183,7 +189,12 @@ class Router:
             except msgspec.DecodeError as error:
                 reply(Response(400, Failed(f"the body is not as expected: {error}", Outcome.INVALID.name)))
                 return
-        route.handler(Call(request, parameters, body, reply))
+
+        def answered(response: Response) -> None:
+            self._done(request, right, response.status)
+            reply(response)
+
+        route.handler(Call(request, parameters, body, answered))
 
     def _right(self, route: Route, parameters: dict[str, str]) -> str:
         """What is needed for a route; for one that passes a request on, what that needs where it arrives."""

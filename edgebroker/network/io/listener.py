@@ -116,10 +116,11 @@ def listen_unix(path: Path, mode: int) -> socket.socket:
 
 
 def host_of(peer: str) -> str:
-    """The host of HOST:PORT; UNIX as it is."""
-    return peer.rpartition(":")[0] or peer
+    """The host of HOST:PORT; one without a port, and UNIX, as they are."""
+    host, _, port = peer.rpartition(":")
+    return host if host and port.isdigit() else peer
 
 
 def is_local(peer: str) -> bool:
-    """Is the peer, HOST:PORT or UNIX, a process of this machine?"""
-    return peer == UNIX or is_loopback(peer)
+    """Is the peer, HOST:PORT, HOST or UNIX, a process of this machine?"""
+    return peer == UNIX or is_loopback(f"{host_of(peer)}:0")

@@ -112,7 +112,7 @@ def test_a_clock_that_is_ahead_at_the_start(tmp_path: Path) -> None:
     harness.close()
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
     st.lists(
         st.tuples(
