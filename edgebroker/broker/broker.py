@@ -131,6 +131,7 @@ class Broker:
         self._http = self._make_server(admin)
         self._pipe = self._make_server(Router(pipe_routes(context), self.trust.rules.refusal, names))
         self.trust.on_identity += [self.listeners.on_identity, self.mirroring.on_identity]
+        self.trust.on_erase = self.stop
         self.trust.lonely = lambda: bool(self.mirroring.missing_parent)
         self.trust.on_revoked += [self._pipe.shut_out, self.sessions.shut_out, self.mirroring.shut_out]
 

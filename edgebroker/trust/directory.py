@@ -5,6 +5,7 @@
     root.crt     the certificate of the fleet: whom this node trusts
     state        what was learned from the topic __trust, and the newest time that was seen (checksummed)
     token        a join token, until it was used
+    erasing      the root said that everything here is to be erased; until that is done
     root.key     only where the fleet was made, until it is taken away: signs issuers
     issuer.pem, joins.db    only where certificates are issued: the issuing key with its certificate, and the book
 
@@ -14,6 +15,7 @@ Each file is replaced as a whole, and node.crt last: a node that has it has the 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import msgspec
@@ -44,6 +46,7 @@ class TrustDirectory:
         self.path = path = data_dir / FOLDER
         self.key, self.certificate, self.root = path / "node.key", path / "node.crt", path / "root.crt"
         self.state, self.token = path / "state", path / "token"
+        self.erasing = path / "erasing"
         self.root_key, self.issuer, self.joins = path / "root.key", path / "issuer.pem", path / "joins.db"
 
     def create(self) -> None:
@@ -101,9 +104,30 @@ class TrustDirectory:
     def forget_root_key(self) -> None:
         destroy(self.root_key)
 
-    def erase(self) -> None:
-        """Destroy the keys of this node, then the rest of its identity."""
-        for path in (self.key, self.token, self.issuer, self.root_key):
-            destroy(path)
-        for path in (self.certificate, self.root, self.state):
-            path.unlink(missing_ok=True)
+
+def erase_if_told(data_dir: Path) -> bool:
+    """Where the root said so (`erasing`): destroy the keys of this node, then remove all that is stored here. Goes on
+    where it was interrupted. True when it was done. Raises OSError."""
+    directory = TrustDirectory(data_dir)
+    if not directory.erasing.exists():
+        return False
+    for key in (directory.key, directory.token):
+        destroy(key)
+    sync_directory(directory.path)
+    for entry in data_dir.iterdir():
+        if entry != directory.path:
+            _remove(entry)
+    for entry in directory.path.iterdir():
+        if entry != directory.erasing:
+            _remove(entry)
+    sync_directory(data_dir)
+    shutil.rmtree(directory.path)
+    sync_directory(data_dir)
+    return True
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

@@ -294,14 +294,14 @@ class Issuer:
                 ),
             )
         if state == HELD:
-            raise JoinRefusedError("it waits for approval (edgebroker node approve)", held=True)
+            raise JoinRefusedError("it waits for approval (edgebroker node approve)", "HELD")
         return self.certify(NodeName(self.fleet, request.level, request.region, request.uid), key, now_ms)
 
     def _renewed(self, request: JoinRequest, node: _Node, key: PublicKey, now_ms: int) -> Certified:
         if node.state == REVOKED:
-            raise JoinRefusedError(f"node {request.uid} was revoked", revoked=True)
+            raise JoinRefusedError(f"node {request.uid} was revoked", "REVOKED")
         if node.state == HELD:
-            raise JoinRefusedError("it waits for approval (edgebroker node approve)", held=True)
+            raise JoinRefusedError("it waits for approval (edgebroker node approve)", "HELD")
         if (request.level, request.region) != (node.level, node.region):
             raise JoinRefusedError(
                 f"node {request.uid} joined as {node.level} in {node.region or 'every region'}; as something else it "
@@ -348,6 +348,8 @@ class Issuer:
         """Revoke or approve nodes, by name or uid: their uids. Raises TrustError when one is not known, or several have
         its name; nothing is changed then."""
         uids = [self._uid_of(node) for node in nodes]
+        if state == REVOKED and any(known.level == "root" for uid in uids if (known := self._node(uid)) is not None):
+            raise TrustError("the root of the fleet cannot be revoked")
         with self._transaction():
             self._database.executemany("UPDATE nodes SET state = ? WHERE uid = ?", [(state, uid) for uid in uids])
         return uids

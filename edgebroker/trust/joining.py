@@ -99,20 +99,23 @@ def _ask(directory: TrustDirectory, address: str, root: bytes, token: JoinToken 
         try:
             return _exchange(connection, "POST", JOIN_PATH, msgspec.json.encode(request), Certified)
         except JoinRefusedError as refused:
-            if refused.revoked and not _is_revoked(root, wanted.uid, refused.said):
+            if refused.code != "REVOKED":
+                raise
+            state = _revoked_state(root, wanted.uid, refused.said)
+            if state is None:
                 raise JoinRefusedError(f"{address} says that this node was revoked, and does not prove it") from None
-            raise
+            raise JoinRefusedError(str(refused), "ERASE" if state.erase else "REVOKED") from None
 
 
-def _is_revoked(root: bytes, uid: str, data: bytes) -> bool:
-    """Is it signed that this node was revoked?"""
+def _revoked_state(root: bytes, uid: str, data: bytes) -> _State | None:
+    """What is signed about a node that was revoked; None when that is not signed."""
     try:
         said = json.decode(data, RevokedAnswer)
-        state = json.decode(said.record.value, _State).state
+        found = json.decode(said.record.value, _State)
     except msgspec.DecodeError:
-        return False
-    good = verify_records(root, {said.record.issuer: said.issuer}, [said.record])
-    return good == [True] and said.record.key == f"revoked/{uid}" and state == "revoked"
+        return None
+    good = verify_records(root, {said.record.issuer: said.issuer}, [said.record]) == [True]
+    return found if good and said.record.key == f"revoked/{uid}" and found.state == "revoked" else None
 
 
 def _store(directory: TrustDirectory, root: bytes, certified: Certified, wanted: Join) -> None:
@@ -147,12 +150,13 @@ def _exchange(connection: http.client.HTTPSConnection, method: str, path: str, b
             raise TrustError(f"{connection.host} does not answer as a node does: {error}") from error
     code, why = _said(data)
     if response.status == 403:
-        raise JoinRefusedError(why, held=code == "HELD", revoked=code == "REVOKED", said=data)
+        raise JoinRefusedError(why, code if code in ("HELD", "REVOKED") else "JOIN_REFUSED", data)
     raise http.client.HTTPException(why or f"it answered {response.status}")
 
 
 class _State(msgspec.Struct):
     state: str = ""
+    erase: bool = False
 
 
 class _Said(msgspec.Struct):

@@ -51,12 +51,12 @@ class Chain(msgspec.Struct, frozen=True):
 
 
 class JoinRefusedError(Exception):
-    """A certificate is not given, for this reason. `held`: not yet; `revoked`: never again. `said`: the answer, as it
-    came."""
+    """A certificate is not given, for this reason. `code`: HELD, not yet; REVOKED, never again; ERASE, and everything
+    is to be erased; JOIN_REFUSED. `said`: the answer, as it came."""
 
-    def __init__(self, why: str, *, held: bool = False, revoked: bool = False, said: bytes = b"") -> None:
+    def __init__(self, why: str, code: str = "JOIN_REFUSED", said: bytes = b"") -> None:
         super().__init__(why)
-        self.held, self.revoked, self.said = held, revoked, said
+        self.code, self.said = code, said
 
 
 class TokenRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -184,7 +184,8 @@ Task = (
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """The answer to a task: what was asked for, or an error and its code: JOIN_REFUSED, HELD, REVOKED, UNREACHABLE."""
+    """The answer to a task: what was asked for, or an error and its code: JOIN_REFUSED, HELD, REVOKED, ERASE,
+    UNREACHABLE."""
 
     value: msgspec.Raw = msgspec.Raw(b"null")
     error: str = ""

@@ -48,8 +48,7 @@ class TrustWorker:
         try:
             value = self._do(msgspec.json.decode(line, type=Task))
         except JoinRefusedError as refused:
-            code = "REVOKED" if refused.revoked else "HELD" if refused.held else "JOIN_REFUSED"
-            return msgspec.json.encode(Result(error=str(refused), code=code))
+            return msgspec.json.encode(Result(error=str(refused), code=refused.code))
         except EdgeBrokerError as error:
             code = "UNREACHABLE" if isinstance(error, UnreachableError) else "TRUST"
             return msgspec.json.encode(Result(error=str(error), code=code))

@@ -22,18 +22,25 @@ from edgebroker.broker.access import access as access_module
 from edgebroker.broker.broker import Broker
 from edgebroker.broker.publish import publishing
 from edgebroker.broker.trust import authority, node_trust
+from edgebroker.cli.admin_client import call
+from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.main import main
+from edgebroker.client.consumer import Consumer
+from edgebroker.client.producer import Producer
 from edgebroker.common.config import DEVELOPMENT
-from edgebroker.common.errors import Code, ConfigError
+from edgebroker.common.errors import AnswerError, Code, ConfigError
 from edgebroker.common.runtime.clock import SystemClock
 from edgebroker.network.wire import frames
+from edgebroker.pipe import candidates
 from edgebroker.trust.contexts import client_context, unverified_context
-from edgebroker.trust.directory import TrustDirectory
+from edgebroker.trust.directory import TrustDirectory, erase_if_told
 from edgebroker.trust.issuing import Issuer
-from edgebroker.trust.keys import read_key
+from edgebroker.trust.keys import make_key, read_key, write_key
+from edgebroker.trust.messages import SignedRecord
 from edgebroker.trust.node_name import NodeName
+from edgebroker.trust.records import signed_text
 from tests.kit.brokers import JSON, RunningBroker, config_for, numbered, running
-from tests.kit.fleet_nodes import Fleet
+from tests.kit.fleet_nodes import JOIN_SECONDS, Fleet
 from tests.kit.fleets import NOW_MS, TestFleet
 from tests.kit.trees import end, follows, pipe, publish
 from tests.kit.waiting import SECONDS, wait_for
@@ -390,6 +397,80 @@ def test_no_client_writes_or_changes_what_the_fleet_decides(fleet: Fleet) -> Non
     assert hub.broker.engine.node_uid in root.broker.trust.topic._revoked
 
 
+def test_a_stolen_node_erases_what_it_has(fleet: Fleet, tmp_path: Path) -> None:
+    """It hears it from the node above, and ends; nothing is left, and a start makes an empty node."""
+    root = fleet.root()
+    hub = fleet.join("hub", "l2", "eu", "root", fleet.token())
+    publish(root, "prices", 0, 10)
+    token = tmp_path / "token"
+    token.write_text(fleet.token())
+    settings = {
+        "EDGEBROKER_NODE_NAME": "till", "EDGEBROKER_NODE_LEVEL": "local", "EDGEBROKER_NODE_REGION": "eu/1",
+        "EDGEBROKER_PIPE_PARENTS": hub.parent_address, "EDGEBROKER_TRUST_TOKEN_FILE": str(token),
+    }  # fmt: skip
+    till = BrokerProcess(tmp_path / "till", environment=settings)
+    with till:
+        wait_for(lambda: any(till.directory.glob("topics/prices/*/*.log")), "it has prices", JOIN_SECONDS)
+        assert main(["node", "revoke", "till", "--erase", "--admin", root.admin]) == 0
+        assert till.process is not None
+        till.process.wait(JOIN_SECONDS)
+    assert list(till.directory.rglob("*")) == []
+    assert "its keys and all that it had stored" in till.log_path.read_text()
+    with till:
+        assert call(till.admin, "GET", "/v1/trust")["node"] == ""
+
+
+def test_a_stolen_node_that_was_away_is_told_when_it_asks(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The nodes above let it in no more; it asks for a certificate, and gets the word of the root."""
+    monkeypatch.setattr(node_trust, "ALONE_SECONDS", 0.5)
+    monkeypatch.setattr(node_trust, "TICK_SECONDS", 0.2)
+    root = fleet.root()
+    fleet.join("till", "local", "eu/1", "root", fleet.token())
+    fleet.stop("till")
+    assert root.http("POST", "/v1/trust/revoke", {"nodes": ["till"], "erase": True})[0] == 200
+    till = fleet.start("till", "local", "eu/1", "root")
+    wait_for(lambda: till.broker.trust.directory.erasing.exists(), "it is to be erased", JOIN_SECONDS)
+    fleet.stop("till")
+    assert erase_if_told(Path(till.config.node.data_dir))
+    assert not erase_if_told(Path(till.config.node.data_dir))
+    assert list(Path(till.config.node.data_dir).iterdir()) == []
+
+
+def test_an_erasure_that_was_interrupted_is_ended(tmp_path: Path) -> None:
+    till = BrokerProcess(tmp_path / "till")
+    with till, Producer(till.server) as producer:
+        producer.send("prices", b"1").result(SECONDS)
+    files = TrustDirectory(till.directory)
+    files.create()
+    files.key.write_bytes(b"secret")
+    (till.directory / "link").symlink_to(tmp_path)
+    (tmp_path / "other").write_text("stays")
+    files.erasing.touch()
+    with till, Consumer(till.server, ["prices"], missing_topic="raise") as consumer, pytest.raises(AnswerError):
+        consumer.poll(SECONDS)
+    assert not files.key.exists()
+    assert (tmp_path / "other").read_text() == "stays"
+    assert "its keys and all that it had stored" in till.log_path.read_text()
+
+
+def test_the_root_is_not_revoked(fleet: Fleet) -> None:
+    root = fleet.root()
+    answer = root.http("POST", "/v1/trust/revoke", {"nodes": [root.broker.engine.node_uid], "erase": True})
+    assert answer == (409, {"error": "the root of the fleet cannot be revoked", "code": "CONFLICT"})
+
+
+def test_a_node_that_has_joined_does_not_wait(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its attempts without a certificate failed, and the next one was to come much later."""
+    root = fleet.root()
+    publish(root, "prices", 0, 1)
+    monkeypatch.setattr(candidates, "FIRST_PAUSE", 3600.0)
+    monkeypatch.setattr(candidates, "LONGEST_PAUSE", 3600.0)
+    till = fleet.start("till", "local", "eu/1", "root")
+    wait_for(lambda: till.counters()["pipe_lost"], "an attempt fails")
+    assert till.http("POST", "/v1/trust/join", {"token": fleet.token()})[0] == 200
+    wait_for(lambda: end(till, "prices") == 1, "it follows", JOIN_SECONDS)
+
+
 # ---- another issuer ----
 
 
@@ -422,6 +503,57 @@ def test_another_issuer(
     assert root.http("POST", "/v1/trust/revoke", {"nodes": ["till"]})[0] == 200
     uid = till.broker.engine.node_uid
     wait_for(lambda: hub.broker.trust.topic.revoked(uid), "signed by the new issuer, and believed")
+
+
+def test_an_issuer_that_was_stolen_is_retired(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has its key is not let in any more, and what it signs counts for nothing; nodes renew by themselves, also
+    one that was away. What the root had decided stands."""
+    monkeypatch.setattr(node_trust, "RETIRED_SECONDS", 0.5)
+    monkeypatch.setattr(node_trust, "ALONE_SECONDS", 1.0)
+    monkeypatch.setattr(node_trust, "TICK_SECONDS", 0.5)
+    root = fleet.root()
+    token = fleet.token(uses=20)
+    hub = fleet.join("hub", "l2", "eu", "root", token)
+    fleet.join("away", "l2", "us", "root", token)
+    fleet.join("gone", "local", "eu/2", "hub", token)
+    gone = fleet.nodes["gone"].broker.engine.node_uid
+    assert root.http("POST", "/v1/trust/revoke", {"nodes": ["gone"]})[0] == 200
+    wait_for(lambda: hub.broker.trust.topic.revoked(gone), "revoked")
+    for name in ("away", "gone"):
+        fleet.stop(name)
+    # A thief has the key of issuer 1, and makes a hub with it.
+    files = root.broker.trust.directory
+    stolen, thief = Issuer(files), TrustDirectory(fleet.directory / "thief")
+    thief.create()
+    write_key(thief.key, make_key())
+    name = NodeName("acme", "l2", "eu", "f" * 32)
+    made = stolen.certify(name, read_key(thief.key).public_key(), NOW_MS)
+    thief.root.write_bytes(made.root)
+    thief.write_certificate(made.issued, made.chain)
+    context = client_context(made.root, thief.certificate, thief.key)
+    assert asked(hub, context, "POST", "/v1/pipe/topics")[0] == 200
+    assert main(["fleet", "rotate", "--retire", "--admin", root.admin]) == 0
+    assert "issuer 2 signs from now on" in capsys.readouterr().out
+    wait_for(lambda: status(hub)["issuer"] == 2, "the hub renews", 40.0)
+    for node in (root, hub):
+        wait_for(lambda node=node: node.broker.trust.topic.retired(1), "it is retired")  # type: ignore[misc]
+        with pytest.raises((OSError, http.client.HTTPException)):
+            asked(node, context, "POST", "/v1/pipe/topics")
+        assert node.broker.trust.topic.revoked(gone)
+        in_force = node.broker.trust.topic._in_force.records
+        assert {one.issuer for key, one in in_force.items() if not key.startswith("issuer/")} == {2}
+    key, value = "revoked/" + hub.broker.engine.node_uid, b'{"serial": 1152921504606846976, "state": "revoked"}'
+    forged = SignedRecord(key=key, value=value, issuer=1, signature=stolen.sign(signed_text(key, value)))
+    hub.call(lambda: hub.broker.trust.topic._done(0, [forged], [True]))
+    assert not hub.broker.trust.topic.revoked(hub.broker.engine.node_uid)
+    stolen.close()
+    away = fleet.start("away", "l2", "us", "root")
+    wait_for(lambda: status(away)["issuer"] == 2, "who was away renews when it is back", 60.0)
+    publish(root, "prices", 0, 3)
+    for node in (hub, away):
+        follows(root, node, "prices")
 
 
 # ---- the root is lost ----

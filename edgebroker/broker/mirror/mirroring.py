@@ -114,7 +114,7 @@ class Mirroring:
     def on_identity(self) -> None:
         """This node has a certificate, or another one: a parent that was reached without is reached again."""
         if self.upstream is not None and not self.upstream.identity:
-            self.upstream.again("this node belongs to a fleet now")
+            self.upstream.at_once("this node belongs to a fleet now")
 
     def shut_out(self, refused: Callable[[str], bool]) -> None:
         """Some nodes are not let in any more: the parent, perhaps."""

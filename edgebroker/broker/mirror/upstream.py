@@ -277,6 +277,15 @@ class Upstream:
             self._reconnecting = True
             self._client.close(reason)
 
+    def at_once(self, reason: str) -> None:
+        """Why the parent could not be reached is over: do not wait for the next attempt."""
+        self.candidates.answered()
+        if self._timer is not None and not self.stopped:
+            self._timer.cancel()
+            self._open()
+        else:
+            self.again(reason)
+
     def look_at(self, address: str) -> None:
         """A candidate may have become a parent: ask it at once, while there is none."""
         if self.connected or self.stopped or address not in self.candidates.addresses:

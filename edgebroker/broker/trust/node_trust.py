@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 import random
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -25,7 +26,7 @@ from edgebroker.common.config import DEVELOPMENT, Config, is_insecure
 from edgebroker.common.errors import ConfigError, TrustError
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.runtime.clock import Clock
-from edgebroker.common.runtime.durable import destroy
+from edgebroker.common.runtime.durable import destroy, write_durable
 from edgebroker.common.runtime.newest import Newest
 from edgebroker.common.runtime.threads import Worker
 from edgebroker.network.http.peers import Peers
@@ -52,6 +53,8 @@ ALONE_SECONDS = 600.0
 # A connection to a node that is revoked stands for so long: through it the node hears it, and those below do.
 CUT_SECONDS = 2.0
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
+# Nodes whose issuer is retired renew within this time; until then those above do not let them in.
+RETIRED_SECONDS = 60.0
 AGAIN = "join the fleet again: edgebroker join TOKEN"
 REVOKED = "this node was revoked: the fleet does not take it any more; what it has is served on"
 # The newest time is stored so often: a clock that is set back by less is not noticed at the next start.
@@ -116,6 +119,9 @@ class NodeTrust:
         self.issued: Issued | None = None
         self.handshakes: Handshakes | None = None
         self.on_identity: list[Callable[[], None]] = []
+        # The root said that everything here is to be erased: the node stops, and who runs it does that.
+        self.erasing = False
+        self.on_erase: Callable[[], None] = lambda: None
         # Has it no parent, although it should? And who cuts the connections of peers that are refused now.
         self.lonely: Callable[[], bool] = lambda: False
         self.on_revoked: list[Callable[[Callable[[str], bool]], None]] = []
@@ -151,6 +157,8 @@ class NodeTrust:
     def start(self) -> None:
         """Get a certificate, if there is to be one, and see to it from then on."""
         self.topic.start()
+        if self.topic.erased(self._uid):
+            self._erase()
         self._tick()
 
     def stop(self) -> None:
@@ -299,7 +307,9 @@ class NodeTrust:
             if self._stopped:
                 return
             if issued is None:
-                self._revoked = REVOKED if code == "REVOKED" else ""
+                self._revoked = REVOKED if code in ("REVOKED", "ERASE") else ""
+                if code == "ERASE":
+                    self._erase()
                 self._not_joined(error)
                 if self.name is not None:  # it has what the token was to get
                     self._work(self.directory.forget_token)
@@ -433,12 +443,37 @@ class NodeTrust:
     def _decided(self, keys: Sequence[str]) -> None:
         """Records of the fleet came into force."""
         self._floor_ms = max(self._floor_ms, self.topic.newest_ms)
-        if any(key.startswith(("revoked/", "retired/")) for key in keys):
-            self._loop.call_later(CUT_SECONDS, self._cut)
+        if self.topic.erased(self._uid):
+            self._erase()
+        if any(key.startswith("revoked/") for key in keys):
+            self._loop.call_later(CUT_SECONDS, partial(self._cut, self._is_revoked))
+        if any(key.startswith("retired/") for key in keys):
+            # Who signed the certificate of a peer is looked at when it connects again.
+            self._loop.call_later(
+                CUT_SECONDS, partial(self._cut, lambda identity: parse_node_name(identity) is not None)
+            )
+            if self.issued is not None and self.topic.retired(self.issued.issuer):
+                self._loop.call_later(random.uniform(0.0, RETIRED_SECONDS), self.renew_now)
 
-    def _cut(self) -> None:
+    def _erase(self) -> None:
+        """The root has signed that this node is to erase what it has: remember it, and stop."""
+        if self.directory.issues or self.erasing:
+            return
+        self.erasing = True
+
+        def work() -> None:
+            try:
+                write_durable(self.directory.erasing, b"")
+            except OSError as error:
+                log.critical("%s cannot be stored: %s", self.directory.erasing, error.strerror)
+            self._loop.call_soon_threadsafe(self.on_erase)
+
+        log.critical("this node was revoked, and erases all that it has")
+        self._work(work)
+
+    def _cut(self, whose: Callable[[str], bool]) -> None:
         for shut_out in self.on_revoked:
-            shut_out(self._is_revoked)
+            shut_out(whose)
 
     def _is_revoked(self, identity: str) -> bool:
         name = parse_node_name(identity)

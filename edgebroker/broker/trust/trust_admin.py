@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Annotated
 
 import msgspec
@@ -46,15 +47,28 @@ class NewTokens(msgspec.Struct, frozen=True):
 
 
 class NodeNames(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The body of POST /v1/trust/revoke and /v1/trust/approve: nodes by name or uid."""
+    """The body of POST /v1/trust/approve: nodes by name or uid."""
 
     nodes: Annotated[list[str], Meta(min_length=1, max_length=MOST_TOKENS)]
+
+
+class Revocation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/trust/revoke. `erase`: they shall erase all that they have, as soon as they hear of it."""
+
+    nodes: Annotated[list[str], Meta(min_length=1, max_length=MOST_TOKENS)]
+    erase: bool = False
 
 
 class NodesChanged(msgspec.Struct, frozen=True):
     """The answer: the uids of these nodes."""
 
     nodes: list[str]
+
+
+class Rotation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The body of POST /v1/trust/rotate. `retire`: the issuers before are not believed any more."""
+
+    retire: bool = False
 
 
 class Rotated(msgspec.Struct, frozen=True):
@@ -117,21 +131,22 @@ class TrustAdmin:
 
     def revoke(self, call: Call) -> None:
         """Shut nodes out, everywhere: the book first, so that they get no other certificate."""
-        self._decide(call, "revoked")
+        wanted = call.body
+        assert isinstance(wanted, Revocation)
+        self._decide(call, wanted.nodes, TrustRecord(serial=0, state="revoked", erase=wanted.erase))
 
     def approve(self, call: Call) -> None:
         """Let nodes in that wait for approval, or were revoked."""
-        self._decide(call, "joined")
-
-    def _decide(self, call: Call, state: str) -> None:
         wanted = call.body
         assert isinstance(wanted, NodeNames)
+        self._decide(call, wanted.nodes, TrustRecord(serial=0, state="joined"))
 
+    def _decide(self, call: Call, nodes: list[str], record: TrustRecord) -> None:
         def told(uids: list[str] | None, error: str, code: str) -> None:
             if uids is None:
                 call.refuse(Outcome.CONFLICT, error)
                 return
-            said = [(f"revoked/{uid}", TrustRecord(serial=0, state=state)) for uid in uids]
+            said = [(f"revoked/{uid}", record) for uid in uids]
 
             def published(outcome: Outcome, why: str) -> None:
                 if outcome is Outcome.OK:
@@ -143,16 +158,22 @@ class TrustAdmin:
 
             self._trust.topic.publish(said, published)
 
-        self._trust.helper.do(SetState(nodes=wanted.nodes, state=state), list[str], told)
+        self._trust.helper.do(SetState(nodes=nodes, state=record.state), list[str], told)
 
     def rotate(self, call: Call) -> None:
         """Make another issuer, and tell the nodes of it."""
+        wanted = call.body
+        assert isinstance(wanted, Rotation)
 
         def told(number: int | None, error: str, code: str) -> None:
             if number is None:
                 call.refuse(Outcome.CONFLICT, error)
                 return
-            self._trust.topic.publish([], lambda outcome, why: published(number, outcome, why))
+            told_nodes = partial(published, number)
+            if wanted.retire:
+                self._trust.topic.retire(number, told_nodes)
+            else:
+                self._trust.topic.publish([], told_nodes)
 
         def published(number: int, outcome: Outcome, why: str) -> None:
             if outcome is Outcome.OK:

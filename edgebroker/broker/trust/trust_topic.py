@@ -40,6 +40,8 @@ HEADER = "sig"
 READ_BYTES = 128 << 10
 RETRY_SECONDS = 1.0
 MOST_RECORDS = 1_000_000
+# Records of one batch.
+MOST_AT_ONCE = 1000
 
 
 class TokenDigest(msgspec.Struct, frozen=True, kw_only=True):
@@ -60,12 +62,13 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TrustRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """What a record says. `serial` grows; `made_ms`: when it was made, by the root's clock. `state` of revoked/UID;
-    `principal` of principal/NAME, None when there is no such principal any more."""
+    """What a record says. `serial` grows; `made_ms`: when it was made, by the root's clock. `state` of
+    revoked/UID, and whether that node shall erase what it has; `principal` of principal/NAME, None when it is gone."""
 
     serial: int
     made_ms: int = 0
     state: str = ""
+    erase: bool = False
     principal: Principal | None = None
 
 
@@ -97,6 +100,10 @@ class TrustTopic:
         """Is a node shut out?"""
         return uid in self._revoked
 
+    def erased(self, uid: str) -> bool:
+        """Is a node to erase all that it has?"""
+        return uid in self._revoked and self._said[f"revoked/{uid}"].erase
+
     def retired(self, issuer: int) -> bool:
         """Is an issuer not to be believed any more?"""
         return f"retired/{issuer}" in self._said
@@ -125,7 +132,7 @@ class TrustTopic:
     def open(self) -> None:
         """Take over what was in force. Blocks for a moment."""
         self._in_force = read_if_whole(self._path, _InForce, _InForce())
-        for key, signed in self._in_force.records.items():
+        for key, signed in list(self._in_force.records.items()):
             self._take(key, signed)
 
     def start(self) -> None:
@@ -144,7 +151,24 @@ class TrustTopic:
     # ---- publishing, at the root ----
 
     def publish(self, said: Sequence[tuple[str, TrustRecord]], done: Done) -> None:
-        """Sign records and publish them: done(OK, "") once they are durable."""
+        """Sign records and publish them, in their order: done(OK, "") once they are durable."""
+        rest = said[MOST_AT_ONCE:]
+
+        def published(outcome: Outcome, why: str) -> None:
+            if outcome is Outcome.OK and rest:
+                self.publish(rest, done)
+            else:
+                done(outcome, why)
+
+        self._sign(said[:MOST_AT_ONCE], published)
+
+    def retire(self, before: int, done: Done) -> None:
+        """Have the issuers before this one not believed any more: what is in force is signed again first."""
+        again = [(key, one) for key, one in self._said.items() if not key.startswith("retired/")]
+        retired = [f"retired/{number}" for number in range(1, before) if not self.retired(number)]
+        self.publish([*again, *((key, TrustRecord(serial=0)) for key in retired)], done)
+
+    def _sign(self, said: Sequence[tuple[str, TrustRecord]], done: Done) -> None:
         made_ms = self._clock.wall_ms()
         first = max([made_ms, *(one.serial + 1 for one in self._said.values())])
         numbered = [
@@ -271,13 +295,27 @@ class TrustTopic:
             said = json.decode(signed.value, TrustRecord)
         except msgspec.DecodeError:
             return False
+        if self.retired(signed.issuer):
+            log.error("a record of %s is signed by an issuer that is retired: %s", TRUST_TOPIC, key)
+            return False
         known = self._said.get(key)
         if known is not None and known.serial >= said.serial:
             return False
         self._said[key] = said
         if kind == "revoked":
             (self._revoked.add if said.state == "revoked" else self._revoked.discard)(name)
+        elif kind == "retired":
+            self._drop_records_of(name)
         return True
+
+    def _drop_records_of(self, issuer: str) -> None:
+        """What only a retired issuer has signed counts for nothing: the root has signed again what is to count."""
+        signed = {key: str(one.issuer) for key, one in self._in_force.records.items() if not key.startswith("issuer/")}
+        for key in [key for key, number in signed.items() if number == issuer]:
+            del self._in_force.records[key]
+            self._said.pop(key, None)
+            if key.startswith("revoked/"):
+                self._revoked.discard(key.partition("/")[2])
 
 
 def _signed(record: records.Record) -> SignedRecord | None:

@@ -22,6 +22,9 @@ def arguments(parser: Parser) -> None:
     init_parser.add_argument("name", metavar="NAME", help="name of the fleet")
     rotate_parser = subcommand(commands, "rotate", "make another issuing key; pin, tokens and nodes stay", rotate)
     rotate_parser.add_argument("--root-key", metavar="FILE", help="the file that export-key made of the root key")
+    rotate_parser.add_argument(
+        "--retire", action="store_true", help="do not believe the keys before it any more: one may have been stolen"
+    )
     export_parser = subcommand(
         commands, "export-key", "take the root key away from this machine, into a file with a passphrase", export_key
     )
@@ -50,11 +53,12 @@ def rotate(options: argparse.Namespace) -> int:
     if imported:
         import_root_key(directory, Path(options.root_key), _passphrase("passphrase of the root key: "))
     try:
-        found = call(options.admin, "POST", "/v1/trust/rotate")
+        found = call(options.admin, "POST", "/v1/trust/rotate", {"retire": options.retire})
     finally:
         if imported:
             directory.forget_root_key()
-    text = f"issuer {found['issuer']} signs from now on; nodes get its certificates as they renew theirs"
+    when = "now; until then they are not let in" if options.retire else "as they renew theirs"
+    text = f"issuer {found['issuer']} signs from now on; nodes get its certificates {when}"
     print(json.dumps(found) if options.json else text)
     return 0
 

@@ -31,6 +31,9 @@ def arguments(parser: Parser) -> None:
     label_flag(remove_parser)
     revoke_parser = subcommand(commands, "revoke", "shut nodes out of the fleet, at its root", revoke)
     approve_parser = subcommand(commands, "approve", "let nodes in that wait for it, or were revoked", approve)
+    revoke_parser.add_argument(
+        "--erase", action="store_true", help="they destroy their keys, then all that they store, when they hear of it"
+    )
     for each in (revoke_parser, approve_parser):
         each.add_argument("names", nargs="+", metavar="NODE", help="names or uids of the nodes, as they joined")
     for each in (*every, revoke_parser, approve_parser):
@@ -66,15 +69,16 @@ def remove(options: argparse.Namespace) -> int:
 
 
 def revoke(options: argparse.Namespace) -> int:
-    return _decide(options, "revoke", "revoked: every node that is connected shuts it out within seconds")
+    body = {"nodes": options.names, "erase": options.erase}
+    return _decide(options, "revoke", body, "revoked: every node that is connected shuts it out within seconds")
 
 
 def approve(options: argparse.Namespace) -> int:
-    return _decide(options, "approve", "approved: it gets a certificate when it asks again")
+    return _decide(options, "approve", {"nodes": options.names}, "approved: it gets a certificate when it asks again")
 
 
-def _decide(options: argparse.Namespace, what: str, said: str) -> int:
-    answer = call(options.admin, "POST", f"/v1/trust/{what}", {"nodes": options.names})
+def _decide(options: argparse.Namespace, what: str, body: object, said: str) -> int:
+    answer = call(options.admin, "POST", f"/v1/trust/{what}", body)
     if options.json:
         print(json.dumps(answer))
     else:

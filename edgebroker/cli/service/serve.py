@@ -15,9 +15,10 @@ from edgebroker.cli import environment
 from edgebroker.cli.service import journal
 from edgebroker.cli.service.supervisor import Systemd
 from edgebroker.common.config import Config, load_config, warnings
-from edgebroker.common.errors import ConfigError
+from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.runtime.clock import Clock, SystemClock
 from edgebroker.storage.log.staging import give_back_large
+from edgebroker.trust.directory import erase_if_told
 from edgebroker.version import __version__
 
 log = logging.getLogger("edgebroker")
@@ -30,7 +31,8 @@ def serve(options: argparse.Namespace) -> int:
     journal.set_up(config.log.level, config.log.format, config.node.name, clock, environment.current())
     for warning in warnings():
         log.warning("%s", warning)
-    systemd = Systemd(environment.current())
+    systemd, data_dir = Systemd(environment.current()), Path(config.node.data_dir)
+    _erase_if_told(data_dir)
     broker = Broker(config, clock, systemd)
     broker.start()
     # What starts a node may have blocked signals, or rotate logs with some that would end it.
@@ -54,8 +56,18 @@ def serve(options: argparse.Namespace) -> int:
     systemd.ready()
     systemd.feed_watchdog(broker.loop)
     clean = broker.run()
+    _erase_if_told(data_dir)
     log.info("stopped%s", "" if clean else " uncleanly; the next start checks the logs")
     return 0 if clean else 1
+
+
+def _erase_if_told(data_dir: Path) -> None:
+    """A node that was revoked, and is to erase what it has, does so when it runs no more; what was begun is ended."""
+    try:
+        if erase_if_told(data_dir):
+            log.critical("this node was revoked: its keys and all that it had stored in %s are erased", data_dir)
+    except OSError as error:
+        raise EdgeBrokerError(f"{data_dir} cannot be erased: {error}; remove it") from error
 
 
 def _load(options: argparse.Namespace) -> Config:

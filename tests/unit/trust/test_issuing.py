@@ -10,7 +10,7 @@ import pytest
 from edgebroker.common.errors import TrustError
 from edgebroker.common.runtime.durable import write_durable
 from edgebroker.trust import certificates, issuing
-from edgebroker.trust.directory import TrustDirectory
+from edgebroker.trust.directory import TrustDirectory, erase_if_told
 from edgebroker.trust.issuing import (
     HELD,
     JOINED,
@@ -341,13 +341,19 @@ def test_files_that_are_missing_or_damaged(fleet: TestFleet) -> None:
 
 
 def test_erasing(fleet: TestFleet) -> None:
-    machine = fleet.admit(A)
-    fd = os.open(machine.directory.key, os.O_RDONLY)
-    machine.directory.erase()
+    """Keys are overwritten before they are removed; nothing happens to who was not told."""
+    directory = fleet.admit(A).directory
+    data_dir = directory.path.parent
+    (data_dir / "topics").mkdir()
+    (data_dir / "topics" / "x").write_bytes(b"x")
+    assert not erase_if_told(data_dir)
+    assert (data_dir / "topics" / "x").exists()
+    directory.erasing.touch()
+    fd = os.open(directory.key, os.O_RDONLY)
+    assert erase_if_told(data_dir)
     assert os.pread(fd, 10_000, 0).strip(b"\0") == b"", "overwritten before it was removed"
     os.close(fd)
-    assert list(machine.directory.path.iterdir()) == []
-    machine.directory.erase()
+    assert list(data_dir.iterdir()) == []
 
 
 # ---- records of __trust ----
