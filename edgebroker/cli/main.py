@@ -50,6 +50,7 @@ VERBS = (
     Verb("fleet", "create the fleet that nodes belong to"),
     Verb("token", "create, list and revoke tokens: of machines that join, and of applications"),
     Verb("access", "show and change who may do what"),
+    Verb("tenant", "show and set what tenants of a fleet may have"),
     Verb("audit", "show who changed what at a node, and who was refused"),
     Verb("join", "make this node a node of a fleet"),
     Verb("trust", "show this node's certificate and its fleet"),

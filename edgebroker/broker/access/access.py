@@ -18,11 +18,12 @@ from edgebroker.broker.access.app_token import has_secret, split_app_token
 from edgebroker.broker.access.audit import Audit
 from edgebroker.broker.access.bans import Bans
 from edgebroker.broker.access.rights import EVERYTHING, Rights, Rule, missing, parse_rule
+from edgebroker.broker.access.tenants import Tenants
 from edgebroker.broker.core import Core
 from edgebroker.broker.ports import FROM_ABOVE
 from edgebroker.broker.trust.node_trust import NodeTrust
 from edgebroker.broker.trust.trust_topic import Principal, TokenDigest
-from edgebroker.common.errors import ArgumentError
+from edgebroker.common.errors import ArgumentError, Code
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.router import Denial
@@ -68,6 +69,7 @@ class Access:
         # In development other machines count as this one.
         self._open = trust.insecure
         self.bans = Bans(scheduler.now)
+        self.tenants = Tenants(core, self._topic, scheduler)
         self._principals: dict[str, Principal] = {}
         self._tokens: dict[str, tuple[str, TokenDigest]] = {}
         # By name, or name and id of the token: as many as there are tokens, and users of this machine.
@@ -77,6 +79,7 @@ class Access:
     def open(self) -> None:
         """Take over what was in force."""
         self._compile()
+        self.tenants.open()
 
     # ---- who is it ----
 
@@ -138,6 +141,20 @@ class Access:
         self._metrics.rights_missing += 1
         self.audit.refused(caller.name, host_of(peer), right, f"{topic} as {group}" if group else topic)
         return missing(caller.name, right, topic, group)
+
+    def publish_refusal(
+        self, caller: Caller, peer: str, topic: str, size: int, new_partitions: int
+    ) -> tuple[Code, str] | None:
+        """Why a caller may not publish so many bytes to a topic, which would be created with so many partitions (0: it
+        is there); None when it may."""
+        missing = self.missing(caller, peer, "produce", topic)
+        if not missing and new_partitions:
+            missing = self.missing(caller, peer, "create", topic)
+        if missing:
+            return Code.UNAUTHORISED, missing
+        crowded = self.tenants.refusal(topic, "stored_bytes", size)
+        crowded = crowded or self.tenants.refusal(topic, "partitions", new_partitions)
+        return (Code.OVERLOADED, crowded) if crowded else None
 
     def _by_token(self, token: bytes, peer: str) -> Caller | None:
         split = split_app_token(token)

@@ -18,17 +18,18 @@ from msgspec import Meta
 from edgebroker.broker.access.access import Access, is_of_machine
 from edgebroker.broker.access.app_token import make_app_token
 from edgebroker.broker.access.rights import ADMIN_RIGHTS, TOPIC_RIGHTS, missing, parse_rule
+from edgebroker.broker.access.tenants import MOST_TENANTS, Tenant
 from edgebroker.broker.trust.node_trust import NodeTrust
-from edgebroker.broker.trust.trust_topic import Principal, TokenDigest, TrustRecord
+from edgebroker.broker.trust.trust_topic import Principal, Quota, TokenDigest, TrustRecord
 from edgebroker.common.errors import ArgumentError
 from edgebroker.common.names import printable
 from edgebroker.common.outcome import Outcome
-from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.network.http.router import Call
 
 MOST_PRINCIPALS, MOST_RULES, MOST_TOKENS = 10_000, 100, 100
-MOST_WAITING, IN_FORCE_SECONDS = 64, 5.0
+MOST_WAITING = 64
 MAX_ACCESS_BYTES = 128 << 10
+_TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")
 _NAME = re.compile(r"(local|unix:[A-Za-z0-9._-]{1,64}|[A-Za-z0-9][A-Za-z0-9._-]{0,62})\Z")
 _Rules = Annotated[list[str], Meta(max_length=MOST_RULES)]
 _Region = Annotated[str, Meta(max_length=120, pattern=r"\A([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?\Z")]
@@ -92,15 +93,32 @@ class _Change(NamedTuple):
     answer: Callable[[], None]
 
 
+class TenantInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """A tenant: its quota, and what it has at this node. `received_bytes` and `sent_bytes` are since the start."""
+
+    name: str
+    quota: Quota
+    stored_bytes: int
+    connections: int
+    partitions: int
+    groups: int
+    received_bytes: int
+    sent_bytes: int
+
+
+class TenantList(msgspec.Struct, frozen=True):
+    """The answer to GET /v1/tenants."""
+
+    tenants: list[TenantInfo]
+
+
 class AccessAdmin:
     """Owned by the loop thread."""
 
-    def __init__(self, access: Access, trust: NodeTrust, scheduler: Scheduler) -> None:
-        self._access, self._trust, self._scheduler = access, trust, scheduler
+    def __init__(self, access: Access, trust: NodeTrust) -> None:
+        self._access, self._trust = access, trust
         self._waiting: deque[_Change] = deque()
-        # The change that is under way, and what it makes.
-        self._under_way: tuple[_Change, Principal | None] | None = None
-        trust.topic.changed.append(self._in_force)
+        self._busy = False
 
     # ---- looking ----
 
@@ -126,7 +144,35 @@ class AccessAdmin:
             allowed = self._access.rights(name).allows(right, topic, group)
             call.answer(AccessTest(allowed, "" if allowed else missing(name, right, topic, group)))
 
+    def tenants(self, call: Call) -> None:
+        """GET /v1/tenants"""
+        call.answer(TenantList([_tenant(one) for one in sorted(self._access.tenants, key=lambda one: one.name)]))
+
     # ---- changing ----
+
+    def set_tenant(self, call: Call) -> None:
+        """PUT /v1/tenants/{name}: its quota is this."""
+        name, known = call.parameters["name"], [one.name for one in self._access.tenants]
+        assert isinstance(call.body, Quota)
+        if not _TENANT.match(name):
+            call.refuse(Outcome.INVALID, f"{printable(name)!r} is not a tenant: use up to 63 of A-Z a-z 0-9 _ -")
+        elif name not in known and len(known) >= MOST_TENANTS:
+            call.refuse(Outcome.OVERLOADED, f"there may be {MOST_TENANTS} tenants; delete some")
+        else:
+            self._decide_tenant(call, call.body)
+
+    def delete_tenant(self, call: Call) -> None:
+        """DELETE /v1/tenants/{name}: there is no limit any more."""
+        if call.parameters["name"] not in [one.name for one in self._access.tenants]:
+            call.refuse(Outcome.NOT_FOUND, f"there is no tenant {printable(call.parameters['name'])}")
+        else:
+            self._decide_tenant(call, None)
+
+    def _decide_tenant(self, call: Call, quota: Quota | None) -> None:
+        if not self._is_root(call):
+            return
+        record = TrustRecord(serial=0, quota=quota)
+        self._trust.topic.decide(f"tenant/{call.parameters['name']}", record, call.done)
 
     def change(self, call: Call) -> None:
         """POST /v1/access/{name}"""
@@ -189,10 +235,9 @@ class AccessAdmin:
         make: Callable[[Principal | None], Principal | None],
         answer: Callable[[], None],
     ) -> None:
-        if not self._trust.directory.issues:
-            where = "run this there, or through the tree" if self._trust.name is not None else "there is none yet"
-            call.refuse(Outcome.CONFLICT, f"rights and tokens are given at the root of a fleet: {where}")
-        elif not _NAME.match(name):
+        if not self._is_root(call):
+            return
+        if not _NAME.match(name):
             call.refuse(
                 Outcome.INVALID,
                 f"{printable(name)!r} is not a principal: use up to 63 of A-Z a-z 0-9 . _ -, local, or unix:USER",
@@ -205,8 +250,16 @@ class AccessAdmin:
             self._waiting.append(_Change(call, name, make, answer))
             self._next()
 
+    def _is_root(self, call: Call) -> bool:
+        """Is this where rights are given? Else the call is refused."""
+        if self._trust.directory.issues:
+            return True
+        where = "run this there" if self._trust.name is not None else "there is none yet (edgebroker fleet init)"
+        call.refuse(Outcome.CONFLICT, f"rights and tokens are given at the root of a fleet: {where}")
+        return False
+
     def _next(self) -> None:
-        if self._under_way is not None or not self._waiting:
+        if self._busy or not self._waiting:
             return
         change = self._waiting.popleft()
         known = self._access.principals.get(change.name)
@@ -220,33 +273,35 @@ class AccessAdmin:
             change.answer()
             self._next()
             return
-        self._under_way = change, made
+        self._busy = True
         record = TrustRecord(serial=0, principal=made)
-        self._trust.topic.publish([(f"principal/{change.name}", record)], partial(self._published, change))
+        self._trust.topic.decide(f"principal/{change.name}", record, partial(self._decided, change))
 
-    def _published(self, change: _Change, outcome: Outcome, why: str) -> None:
-        if outcome is not Outcome.OK:
-            self._under_way = None
-            change.call.refuse(outcome, f"the nodes are not told: {why}; run this again")
-            self._next()
-        else:
-            self._scheduler.call_later(IN_FORCE_SECONDS, partial(self._end, change))
-
-    def _in_force(self, keys: Sequence[str]) -> None:
-        if self._under_way is not None and f"principal/{self._under_way[0].name}" in keys:
-            self._end(self._under_way[0])
-
-    def _end(self, change: _Change) -> None:
-        """It is in force, or stored at least."""
-        if self._under_way is not None and self._under_way[0] is change:
-            self._under_way = None
+    def _decided(self, change: _Change, outcome: Outcome, why: str) -> None:
+        self._busy = False
+        if outcome is Outcome.OK:
             change.answer()
-            self._next()
+        else:
+            change.call.refuse(outcome, why)
+        self._next()
 
 
 def _info(name: str, principal: Principal) -> PrincipalInfo:
     tokens = [AppTokenInfo(token.id, token.expires_ms) for token in principal.tokens]
     return PrincipalInfo(name=name, region=principal.region, allow=principal.allow, deny=principal.deny, tokens=tokens)
+
+
+def _tenant(one: Tenant) -> TenantInfo:
+    return TenantInfo(
+        name=one.name,
+        quota=one.quota,
+        stored_bytes=one.stored_bytes,
+        connections=one.connections,
+        partitions=one.partitions,
+        groups=one.groups,
+        received_bytes=one.received.total,
+        sent_bytes=one.sent.total,
+    )
 
 
 def _rule(text: str) -> str:

@@ -74,6 +74,10 @@ _FAMILIES = (
     Family(
         "edgebroker_limit_reached_total", "counter", "times that a limit of the configuration was reached", ("limit",)
     ),
+    Family("edgebroker_tenant_stored_bytes", "gauge", "bytes that the topics of a tenant take", ("tenant",)),
+    Family("edgebroker_tenant_connections", "gauge", "connections of a tenant's applications", ("tenant",)),
+    Family("edgebroker_tenant_received_bytes_total", "counter", "bytes that they sent", ("tenant",)),
+    Family("edgebroker_tenant_sent_bytes_total", "counter", "bytes that were delivered to them", ("tenant",)),
     Family("edgebroker_append_latency_seconds", "histogram", "from the first batch of a commit group to its sync"),
     Family("edgebroker_sync_duration_seconds", "histogram", "syncs of log files"),
     Family(
@@ -248,6 +252,14 @@ class Exposition:
             _add(noted, "edgebroker_requests_refused_total", Sample((code,), count))
         for name, count in metrics.limits_reached.items():
             _add(noted, "edgebroker_limit_reached_total", Sample((name,), count))
+        for tenant in context.access.tenants:
+            for name, count in (
+                ("stored_bytes", tenant.stored_bytes),
+                ("connections", tenant.connections),
+                ("received_bytes_total", tenant.received.total),
+                ("sent_bytes_total", tenant.sent.total),
+            ):
+                _add(noted, f"edgebroker_tenant_{name}", Sample((tenant.name,), count))
         node, problems = context.node, context.health.problems()
         for name, labels in (
             ("edgebroker_build_info", (__version__, platform.python_version())),

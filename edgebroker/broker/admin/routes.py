@@ -13,6 +13,7 @@ from edgebroker.broker.access.access_admin import (
     AppTokenRequest,
     NewAppToken,
     PrincipalInfo,
+    TenantList,
 )
 from edgebroker.broker.admin.context import AdminContext
 from edgebroker.broker.admin.exposition import Exposition
@@ -64,6 +65,7 @@ from edgebroker.broker.trust.trust_admin import (
     TokenUse,
     TrustAdmin,
 )
+from edgebroker.broker.trust.trust_topic import Quota
 from edgebroker.network.http.router import PASSED_ON, Nothing, Route
 from edgebroker.pipe.report import (
     MAX_ANSWER_BYTES,
@@ -88,7 +90,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
     `alter` for topics and groups, `operate` for the node and the tree, `admin` for the fleet."""
     operations = GroupOperations(context.core)
     node, topics, groups = NodeAdmin(context), TopicAdmin(context, operations), GroupAdmin(context, operations)
-    access = AccessAdmin(context.access, context.trust, context.loop)
+    access = AccessAdmin(context.access, context.trust)
     fleet, view, peers, trust = (
         FleetAdmin(context),
         context.tree.view,
@@ -118,6 +120,9 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("DELETE", "/v1/access/{name}", access.delete, Nothing, "admin"),
         Route("GET", "/v1/access/{name}/test", access.test, AccessTest, "admin"),
         Route("POST", "/v1/access/{name}/tokens", access.create_token, NewAppToken, "admin", AppTokenRequest),
+        Route("GET", "/v1/tenants", access.tenants, TenantList, "view"),
+        Route("PUT", "/v1/tenants/{name}", access.set_tenant, Nothing, "admin", Quota),
+        Route("DELETE", "/v1/tenants/{name}", access.delete_tenant, Nothing, "admin"),
         Route("GET", "/v1/backup", node.backup, Backup, "operate"),
         Route("POST", "/v1/repair", node.repair, Repaired, "operate", RepairRequest),
         Route("POST", "/v1/promote", node.promote, Nothing, "operate", PromoteRequest),

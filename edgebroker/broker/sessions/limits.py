@@ -9,10 +9,11 @@ import msgspec
 from edgebroker.broker.core import Core
 from edgebroker.broker.delivery.state import Cursor
 from edgebroker.broker.ports import Member
+from edgebroker.broker.publish.producers import ProducerId
 from edgebroker.common.config import Config
 from edgebroker.common.messages import Wanted
 from edgebroker.common.types import TopicSettings
-from edgebroker.network.wire.frames import Subscribe
+from edgebroker.network.wire.frames import PROTOCOL_VERSION, Grants, Subscribe, TopicMetadata
 
 
 class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,6 +34,24 @@ class SessionLimits(msgspec.Struct, frozen=True, kw_only=True):
     max_subscribed_partitions: int
     auto_create: bool
     new_topics: TopicSettings
+
+    def grants(self, node_uid: bytes, producer: ProducerId, topics: list[TopicMetadata]) -> Grants:
+        """The answer to a CONNECT."""
+        return Grants(
+            version=PROTOCOL_VERSION,
+            node_uid=node_uid,
+            heartbeat_ms=self.heartbeat_ms,
+            idle_ms=self.idle_ms,
+            max_frame=self.max_frame,
+            max_batch=self.max_batch,
+            max_record=self.max_record,
+            window_batches=self.window_batches,
+            window_bytes=self.window_bytes,
+            delivery_ms=self.delivery_ms,
+            producer_id=producer.id,
+            producer_epoch=producer.epoch,
+            topics=topics,
+        )
 
 
 def session_limits(config: Config) -> SessionLimits:

@@ -16,11 +16,13 @@ from itertools import islice
 from typing import Protocol
 
 from edgebroker.broker.access.access import Access, Caller
+from edgebroker.broker.access.tenants import Share
 from edgebroker.broker.core import Core
 from edgebroker.broker.delivery.state import Cursor, Group
 from edgebroker.broker.ports import Key
 from edgebroker.broker.publish.producers import ProducerId
 from edgebroker.broker.sending import file_range
+from edgebroker.broker.sessions.deliveries import deliver_head
 from edgebroker.broker.sessions.limits import SessionLimits, reached_limit
 from edgebroker.common.batch import EXPLANATION, Reason
 from edgebroker.common.errors import Code, RemoteProtocolError
@@ -41,7 +43,6 @@ from edgebroker.network.wire.frames import (
     Assignment,
     FrameType,
     Gap,
-    Grants,
     Intent,
     Ready,
     Reset,
@@ -50,7 +51,6 @@ from edgebroker.network.wire.frames import (
 )
 from edgebroker.storage.types import FileSlice, GroupOffset
 
-MAX_AGE_MS = (1 << 32) - 1
 SHARE_SECONDS = 0.0005
 # A frame has to be complete so soon after it began, and a second later for each MiB of it.
 FRAME_SECONDS, MIB = 10.0, 1 << 20
@@ -103,6 +103,7 @@ class Session:
         "group",
         "opened_at",
         "producer_id",
+        "share",
         "transport",
         "waits_for",
     )
@@ -120,6 +121,8 @@ class Session:
         # Who it is, once it said CONNECT, and which of its rights were looked at.
         self.caller: Caller | None = None
         self._rights_seen = 0
+        # Of a tenant, if the application is one's.
+        self.share: Share | None = None
         self.group: Group | None = None
         self.opened_at = host.loop.now()
         self.cursors: dict[Key, Cursor] = {}
@@ -156,6 +159,9 @@ class Session:
             else:
                 self.transport.resume()
         self._count_bytes(begun=bool(events))
+        if self.share is not None and (seconds := self.share.tenant.received.take(received)):
+            self.hold()
+            self._host.loop.call_later(seconds, self.release)
 
     def on_drained(self) -> None:
         if self._drain_first:
@@ -169,6 +175,7 @@ class Session:
         if self.client_id:
             self._core.producers.gone(self.client_id)
         self._deferred = None
+        self._join_tenant(None)
         self._host.receiving.handled(self.transport)
         self._host.closed(self, reason)
 
@@ -265,18 +272,26 @@ class Session:
     @property
     def writable(self) -> bool:
         transport = self.transport
-        return not transport.backlog and not transport.closed
+        return not transport.backlog and not transport.closed and (self.share is None or self.share.may_send)
 
     def deliver(self, cursor: Cursor, first: int, next_offset: int, data: memoryview, age_ms: int) -> None:
-        self.transport.send_pair(_head(cursor, first, next_offset, len(data), age_ms), data)
+        self.transport.send_pair(deliver_head(cursor, first, next_offset, len(data), age_ms), data)
+        if self.share is not None:
+            self.share.sent(len(data))
 
     def deliver_file(self, cursor: Cursor, first: int, next_offset: int, piece: FileSlice, age_ms: int) -> None:
-        head, file, transport = _head(cursor, first, next_offset, piece.length, age_ms), piece.file, self.transport
+        head, file, transport = (
+            deliver_head(cursor, first, next_offset, piece.length, age_ms),
+            piece.file,
+            self.transport,
+        )
         file.hold()
         transport.send_file(head, file_range(self._core.engine, file, piece.position, piece.length, transport.supply))
+        if self.share is not None:
+            self.share.sent(piece.length)
 
     def gap(self, cursor: Cursor, first: int, next_offset: int, reason: GapReason) -> None:
-        self.transport.send(_head(cursor, first, next_offset, 0, 0, [Gap(first, next_offset - 1, reason)]))
+        self.transport.send(deliver_head(cursor, first, next_offset, 0, 0, [Gap(first, next_offset - 1, reason)]))
 
     def assigned(self, cursor: Cursor, holding: Holding) -> None:
         line = Assignment(*cursor.key, holding, cursor.lease, cursor.next_offset)
@@ -353,6 +368,10 @@ class Session:
             self.hold()  # nothing more is heard
             self._host.loop.call_later(REFUSED_SECONDS, lambda: self.transport.close(why))
             return
+        if crowded := self._join_tenant(caller):
+            self._answer(event.correlation, Code.OVERLOADED, crowded)
+            self.transport.close_when_drained(crowded)
+            return
         self.caller, self._rights_seen = caller, caller.changes
         producers = self._core.producers
         if self.client_id:
@@ -377,21 +396,8 @@ class Session:
         unknown = [name for name, found in metadata.items() if found.code is not Code.OK]
         self.waits_for = unknown[:MOST_WAITED] if not connect.flags & frames.WANT_PRODUCER else []
         self.expects_topics = bool(unknown) and limits.auto_create and producer.id >= 0
-        grants = Grants(
-            version=frames.PROTOCOL_VERSION,
-            node_uid=bytes.fromhex(self._core.engine.node_uid),
-            heartbeat_ms=limits.heartbeat_ms,
-            idle_ms=limits.idle_ms,
-            max_frame=limits.max_frame,
-            max_batch=limits.max_batch,
-            max_record=limits.max_record,
-            window_batches=limits.window_batches,
-            window_bytes=limits.window_bytes,
-            delivery_ms=limits.delivery_ms,
-            producer_id=producer.id,
-            producer_epoch=producer.epoch,
-            topics=[metadata[topic] for topic in connect.topics],
-        )
+        topics = [metadata[topic] for topic in connect.topics]
+        grants = limits.grants(bytes.fromhex(self._core.engine.node_uid), producer, topics)
         self._connection.granted = True
         self.transport.send(frames.write_grants(event.correlation, grants))
         self._rest_after_many()
@@ -414,17 +420,30 @@ class Session:
         return TopicMetadata(topic, Code.UNKNOWN_TOPIC, new.partitions if limits.auto_create else 0, new.kind)
 
     def _may_publish(self, run: PublishRun) -> bool:
-        """Has the client the right to? Else its batches are answered here."""
+        """Has the client the right to, and room? Else its batches are answered here."""
         assert self.caller is not None  # the protocol begins with CONNECT
-        access, peer = self._host.access, self.transport.peer
-        missing = access.missing(self.caller, peer, "produce", run.topic)
-        if not missing and self._core.engine.log(run.topic, 0) is None:
-            missing = access.missing(self.caller, peer, "create", run.topic)
-        if missing:
-            self._core.metrics.refused(Code.UNAUTHORISED.name)
-            if run.level != AckLevel.NONE:
-                self.rejected(run.spans, Code.UNAUTHORISED, missing)
-        return not missing
+        new = self._host.limits.new_topics.partitions if self._core.engine.log(run.topic, 0) is None else 0
+        refusal = self._host.access.publish_refusal(self.caller, self.transport.peer, run.topic, len(run.data), new)
+        if refusal is None:
+            return True
+        code, why = refusal
+        self._core.metrics.refused(code.name)
+        if run.level != AckLevel.NONE:
+            self.rejected(run.spans, code, why)
+        return False
+
+    def _join_tenant(self, caller: Caller | None) -> str:
+        """Be a connection of the tenant of this caller, and of no other; why that is not possible, "" when it is."""
+        tenant = self._host.access.tenants.of(caller.name) if caller is not None and caller.remote else None
+        share = self.share
+        if tenant is not (share.tenant if share is not None else None):
+            if tenant is not None and (crowded := tenant.refusal("connections", 1)):
+                return crowded
+            if share is not None:
+                share.leave()
+            loop, push = self._host.loop, self._core.push
+            self.share = Share(tenant, loop, lambda: push.pump_all(self)) if tenant is not None else None
+        return ""
 
     # ---- consuming ----
 
@@ -453,8 +472,12 @@ class Session:
         if core.membership.frozen:
             self._answer(correlation, Code.SHUTTING_DOWN, "this node is stopping; connect again in a moment")
             return
+        new = bool(subscribe.group) and core.groups.find(subscribe.group) is None
         if missing := self._not_allowed([one.topic for one in subscribe.wanted], subscribe.group):
             self._answer(correlation, Code.UNAUTHORISED, missing)
+            return
+        if crowded := self._host.access.tenants.refusal(subscribe.group, "groups", int(new)):
+            self._answer(correlation, Code.OVERLOADED, crowded)
             return
         for wanted in subscribe.wanted:
             if wanted.partition < -1 or core.engine.log(wanted.topic, max(wanted.partition, 0)) is None:
@@ -496,6 +519,8 @@ class Session:
             return
         if access.is_over(caller):
             self.transport.close("the token does not count any more")
+        elif crowded := self._join_tenant(caller):
+            self.transport.close(crowded)
         elif caller.changes != self._rights_seen:
             self._rights_seen = caller.changes
             held = self.cursors.items()
@@ -572,23 +597,3 @@ class Session:
         """The node is stopping: say so, then close."""
         self.transport.send(frames.write_answer(0, Code.SHUTTING_DOWN, "this node is stopping"))
         self.transport.close_when_drained("the node is stopping")
-
-
-def _head(cursor: Cursor, first: int, next_offset: int, size: int, age_ms: int, gaps: list[Gap] | None = None) -> bytes:
-    """Everything of a DELIVER frame before its batches. What it begins with is the same for a log and an epoch."""
-    partition = cursor.log
-    known = cursor.prefix
-    if known is None or known[0] is not partition.identity or known[1] != partition.epoch:
-        prefix = frames.deliver_prefix(*cursor.key, partition.identity.log_id_bytes, partition.epoch)
-        known = cursor.prefix = (partition.identity, partition.epoch, prefix)
-    return frames.deliver_head(
-        known[2],
-        cursor.generation,
-        cursor.lease,
-        first,
-        next_offset - 1,
-        partition.durable_end,
-        min(age_ms, MAX_AGE_MS),
-        gaps or [],
-        size,
-    )

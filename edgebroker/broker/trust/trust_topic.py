@@ -13,8 +13,10 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
+from msgspec import Meta
 
 from edgebroker.broker.core import Core
 from edgebroker.broker.publish.own import publish_own
@@ -40,6 +42,8 @@ HEADER = "sig"
 READ_BYTES = 128 << 10
 RETRY_SECONDS = 1.0
 MOST_RECORDS = 1_000_000
+# How long to wait for what is stored to be in force.
+IN_FORCE_SECONDS = 5.0
 # Records of one batch.
 MOST_AT_ONCE = 1000
 
@@ -61,15 +65,28 @@ class Principal(msgspec.Struct, frozen=True, kw_only=True):
     deny: list[str] = []
 
 
+class Quota(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a tenant may have at each node; 0: any number."""
+
+    stored_bytes: Annotated[int, Meta(ge=0, le=1 << 60)] = 0
+    in_bytes_per_second: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
+    out_bytes_per_second: Annotated[int, Meta(ge=0, le=1 << 50)] = 0
+    connections: Annotated[int, Meta(ge=0, le=1 << 30)] = 0
+    partitions: Annotated[int, Meta(ge=0, le=1 << 30)] = 0
+    groups: Annotated[int, Meta(ge=0, le=1 << 30)] = 0
+
+
 class TrustRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a record says. `serial` grows; `made_ms`: when it was made, by the root's clock. `state` of
-    revoked/UID, and whether that node shall erase what it has; `principal` of principal/NAME, None when it is gone."""
+    revoked/UID, and whether that node shall erase what it has; `principal` of principal/NAME and `quota` of
+    tenant/NAME, None when it is gone."""
 
     serial: int
     made_ms: int = 0
     state: str = ""
     erase: bool = False
     principal: Principal | None = None
+    quota: Quota | None = None
 
 
 class _InForce(msgspec.Struct):
@@ -117,6 +134,11 @@ class TrustTopic:
         said = ((key.partition("/"), one.principal) for key, one in self._said.items())
         return {name: principal for (kind, _, name), principal in said if kind == "principal" and principal}
 
+    def quotas(self) -> dict[str, Quota]:
+        """Those of tenants, by name."""
+        said = ((key.partition("/"), one.quota) for key, one in self._said.items())
+        return {name: quota for (kind, _, name), quota in said if kind == "tenant" and quota}
+
     @property
     def newest_ms(self) -> int:
         """When the newest record in force was made, by the root's clock."""
@@ -161,6 +183,30 @@ class TrustTopic:
                 done(outcome, why)
 
         self._sign(said[:MOST_AT_ONCE], published)
+
+    def decide(self, key: str, record: TrustRecord, done: Done) -> None:
+        """Publish a record: done(OK, "") once it is in force here, or a while after it was stored."""
+        waiting = [done]
+
+        def end() -> None:
+            if waiting:
+                waiting.pop()(Outcome.OK, "")
+            if in_force in self.changed:
+                self.changed.remove(in_force)
+
+        def in_force(keys: Sequence[str]) -> None:
+            if key in keys:
+                end()
+
+        def published(outcome: Outcome, why: str) -> None:
+            if outcome is Outcome.OK:
+                self._scheduler.call_later(IN_FORCE_SECONDS, end)
+                return
+            self.changed.remove(in_force)
+            waiting.pop()(outcome, f"the nodes are not told: {why}; run this again")
+
+        self.changed.append(in_force)
+        self.publish([(key, record)], published)
 
     def retire(self, before: int, done: Done) -> None:
         """Have the issuers before this one not believed any more: what is in force is signed again first."""
@@ -265,7 +311,7 @@ class TrustTopic:
         self._in_force.offset = next_offset
         self._store()
         if changed:
-            for told in self.changed:
+            for told in list(self.changed):
                 told(changed)
 
     def _store(self) -> None:
