@@ -32,10 +32,13 @@ from edgebroker.trust.keys import (
 )
 from edgebroker.trust.messages import (
     Certified,
+    FleetBook,
     JoinRefusedError,
     JoinRequest,
+    LabelInfo,
     TokenInfo,
     TokenRequest,
+    WaitingNode,
 )
 from edgebroker.trust.node_name import NodeName, contains, is_fleet_name
 from edgebroker.trust.token import PIN_BYTES, make_token, proof
@@ -55,6 +58,8 @@ _INSERT = "INSERT OR REPLACE INTO nodes VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 # Of a node: it waits for approval (a token with hold), may have certificates, or may not have any more.
 HELD, JOINED, REVOKED = "held", "joined", "revoked"
 MOST_TOKENS = 100_000
+# Nodes and labels that are shown.
+MOST_SHOWN = 100
 
 
 class _Token(NamedTuple):
@@ -353,6 +358,25 @@ class Issuer:
         with self._transaction():
             self._database.executemany("UPDATE nodes SET state = ? WHERE uid = ?", [(state, uid) for uid in uids])
         return uids
+
+    def view(self) -> FleetBook:
+        """The fleet as the book has it."""
+        states = dict(self._database.execute("SELECT state, count(*) FROM nodes GROUP BY state"))
+        waiting = self._database.execute(
+            "SELECT uid, name, level, region FROM nodes WHERE state = ? ORDER BY joined_ms LIMIT ?", (HELD, MOST_SHOWN)
+        )
+        labels = self._database.execute(
+            "SELECT label, sum(used), sum(uses) FROM tokens GROUP BY label ORDER BY label LIMIT ?", (MOST_SHOWN,)
+        )
+        return FleetBook(
+            joined=states.get(JOINED, 0),
+            held=states.get(HELD, 0),
+            revoked=states.get(REVOKED, 0),
+            waiting=[
+                WaitingNode(uid=uid, name=name, level=level, region=region) for uid, name, level, region in waiting
+            ],
+            labels=[LabelInfo(label=label, joined=joined, uses=uses) for label, joined, uses in labels],
+        )
 
     def _uid_of(self, node: str) -> str:
         rows = self._database.execute("SELECT uid FROM nodes WHERE uid = ? OR name = ?", (node, node)).fetchall()

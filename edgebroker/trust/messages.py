@@ -153,6 +153,37 @@ class SetState(msgspec.Struct, frozen=True, kw_only=True, tag="set-state"):
     state: str
 
 
+class LabelInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """The tokens with one label: how many nodes have joined with them, of how many that may."""
+
+    label: str
+    joined: int
+    uses: int
+
+
+class WaitingNode(msgspec.Struct, frozen=True, kw_only=True):
+    """A node, as it asked."""
+
+    uid: str
+    name: str
+    level: str
+    region: str
+
+
+class FleetBook(msgspec.Struct, frozen=True, kw_only=True):
+    """What the book of the root says: nodes by state, the first that wait for approval, tokens by label."""
+
+    joined: int
+    held: int
+    revoked: int
+    waiting: list[WaitingNode]
+    labels: list[LabelInfo]
+
+
+class ShowFleet(msgspec.Struct, frozen=True, kw_only=True, tag="show-fleet"):
+    """What does the book say?"""
+
+
 class Rotate(msgspec.Struct, frozen=True, kw_only=True, tag="rotate"):
     now_ms: int
 
@@ -179,7 +210,18 @@ class Verify(msgspec.Struct, frozen=True, kw_only=True, tag="verify"):
 
 
 Task = (
-    CreateFleet | RenewOwn | Join | Issue | CreateTokens | ListTokens | RevokeToken | SetState | Rotate | Sign | Verify
+    CreateFleet
+    | ShowFleet
+    | RenewOwn
+    | Join
+    | Issue
+    | CreateTokens
+    | ListTokens
+    | RevokeToken
+    | SetState
+    | Rotate
+    | Sign
+    | Verify
 )
 
 

@@ -28,6 +28,7 @@ from edgebroker.trust.messages import (
     RevokeToken,
     Rotate,
     SetState,
+    ShowFleet,
     Sign,
     Signed,
     Task,
@@ -73,11 +74,15 @@ class TrustWorker:
             return renew_own(self._directory, self._opened(), task.uid, task.now_ms).issued
         return self._issue(task, self._opened())
 
-    def _issue(self, task: Issue | CreateTokens | ListTokens | RevokeToken | SetState | Sign, issuer: Issuer) -> object:
+    def _issue(
+        self, task: ShowFleet | Issue | CreateTokens | ListTokens | RevokeToken | SetState | Sign, issuer: Issuer
+    ) -> object:
         if isinstance(task, Issue):
             return issuer.join(task.request, task.now_ms)
         if isinstance(task, CreateTokens):
             return issuer.create_tokens(task.wanted)
+        if isinstance(task, ShowFleet):
+            return issuer.view()
         if isinstance(task, ListTokens):
             return issuer.tokens()
         if isinstance(task, RevokeToken):

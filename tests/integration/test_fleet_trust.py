@@ -370,13 +370,24 @@ def test_a_token_for_each_store(fleet: Fleet, tmp_path: Path, capsys: pytest.Cap
     assert len(json.loads(capsys.readouterr().out)) == 2, "all or none"
 
 
-def test_machines_that_wait_for_approval(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_that_wait_for_approval(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(node_trust, "FIRST_PAUSE", 0.1)
     monkeypatch.setattr(authority, "REFUSAL_SECONDS", 0.0)
     root = fleet.root()
     hub = fleet.start("hub", "l2", "eu", "root")
-    assert hub.http("POST", "/v1/trust/join", {"token": fleet.token(hold=True)})[0] == 200
+    assert hub.http("POST", "/v1/trust/join", {"token": fleet.token(hold=True, label="wave1")})[0] == 200
     wait_for(lambda: "waits for approval" in status(hub)["joining"], "it waits")
+    assert main(["fleet", "show", "--admin", root.admin]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "nodes:    1 joined, 1 wait for approval (edgebroker node approve), 0 revoked"
+    assert lines[2] == "tokens:   wave1: 1 of 10 have joined"
+    assert lines[4].split() == ["hub", "l2", "eu", hub.broker.engine.node_uid]
+    assert main(["fleet", "show", "--json", "--admin", root.admin]) == 0
+    assert json.loads(capsys.readouterr().out)["held"] == 1
+    assert main(["fleet", "show", "--admin", hub.admin]) == 1
+    assert "certificates are not issued here" in capsys.readouterr().err
     assert main(["node", "approve", "hub", "--admin", root.admin]) == 0
     wait_for(lambda: status(hub)["node"], "it has joined")
 

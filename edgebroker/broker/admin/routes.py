@@ -77,7 +77,7 @@ from edgebroker.pipe.report import (
     Question,
 )
 from edgebroker.pipe.stream import Receipt
-from edgebroker.trust.messages import JOIN_PATH, MAX_JOIN_BYTES, ROOT_PATH, Certified, Chain, JoinRequest
+from edgebroker.trust.messages import JOIN_PATH, MAX_JOIN_BYTES, ROOT_PATH, Certified, Chain, FleetBook, JoinRequest
 
 MAX_POLL_BYTES = 8 << 20
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -105,6 +105,7 @@ def routes(context: AdminContext, exposition: Exposition) -> list[Route]:
         Route("GET", "/v1/node", node.node, NodeReport, "view"),
         Route("GET", "/v1/clients", groups.clients, ClientList, "view"),
         Route("GET", "/v1/trust", trust.status, TrustStatus, "view"),
+        Route("GET", "/v1/trust/fleet", trust.fleet, FleetBook, "view"),
         Route("POST", "/v1/trust/fleet", trust.create_fleet, Nothing, "admin", FleetRequest),
         Route("POST", "/v1/trust/join", trust.join, Nothing, "admin", TokenUse),
         Route("POST", "/v1/trust/rotate", trust.rotate, Rotated, "admin", Rotation),

@@ -15,7 +15,17 @@ from edgebroker.common.errors import TrustError
 from edgebroker.common.outcome import Outcome
 from edgebroker.common.runtime.clock import Clock
 from edgebroker.network.http.router import Call
-from edgebroker.trust.messages import CreateTokens, ListTokens, RevokeToken, Rotate, SetState, TokenInfo, TokenRequest
+from edgebroker.trust.messages import (
+    CreateTokens,
+    FleetBook,
+    ListTokens,
+    RevokeToken,
+    Rotate,
+    SetState,
+    ShowFleet,
+    TokenInfo,
+    TokenRequest,
+)
 from edgebroker.trust.token import parse_token
 
 MOST_TOKENS = 10_000
@@ -92,6 +102,17 @@ class TrustAdmin:
 
     def status(self, call: Call) -> None:
         call.answer(self._trust.status())
+
+    def fleet(self, call: Call) -> None:
+        """GET /v1/trust/fleet: at the root."""
+
+        def told(view: FleetBook | None, error: str, code: str) -> None:
+            if view is None:
+                call.refuse(Outcome.CONFLICT, error)
+            else:
+                call.answer(view)
+
+        self._trust.helper.do(ShowFleet(), FleetBook, told)
 
     def create_fleet(self, call: Call) -> None:
         wanted = call.body

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.command import Parser, admin_flag, json_flag, subcommand, subcommands
+from edgebroker.cli.render import print_table
 from edgebroker.common.errors import EdgeBrokerError
+from edgebroker.common.names import printable
 from edgebroker.trust.directory import TrustDirectory
 
 SHORTEST_PASSPHRASE = 12
@@ -20,6 +22,7 @@ def arguments(parser: Parser) -> None:
     commands = subcommands(parser)
     init_parser = subcommand(commands, "init", "create a fleet, with this node as its root", init)
     init_parser.add_argument("name", metavar="NAME", help="name of the fleet")
+    show_parser = subcommand(commands, "show", "show how many nodes have joined, and which wait for approval", show)
     rotate_parser = subcommand(commands, "rotate", "make another issuing key; pin, tokens and nodes stay", rotate)
     rotate_parser.add_argument("--root-key", metavar="FILE", help="the file that export-key made of the root key")
     rotate_parser.add_argument(
@@ -29,7 +32,7 @@ def arguments(parser: Parser) -> None:
         commands, "export-key", "take the root key away from this machine, into a file with a passphrase", export_key
     )
     export_parser.add_argument("file", metavar="FILE", help="a new file, on a medium that you keep offline")
-    for each in (init_parser, rotate_parser, export_parser):
+    for each in (init_parser, show_parser, rotate_parser, export_parser):
         admin_flag(each)
         json_flag(each)
 
@@ -42,6 +45,25 @@ def init(options: argparse.Namespace) -> int:
         return 0
     print(f"the fleet {found['fleet']} is created; its pin is {found['pin']}")
     print("next: edgebroker token create --join --level pos,local --region REGION, and give the token to the machines")
+    return 0
+
+
+def show(options: argparse.Namespace) -> int:
+    status = call(options.admin, "GET", "/v1/trust")
+    found = call(options.admin, "GET", "/v1/trust/fleet")
+    if options.json:
+        print(json.dumps({"fleet": status["fleet"], "pin": status["pin"], "issuer": status["issuer"], **found}))
+        return 0
+    print(f"fleet:    {status['fleet']} (pin {status['pin']}), issuer {status['issuer']}")
+    waits = f", {found['held']} wait for approval (edgebroker node approve)" if found["held"] else ""
+    print(f"nodes:    {found['joined']} joined{waits}, {found['revoked']} revoked")
+    for one in found["labels"]:
+        print(f"tokens:   {printable(one['label']) or '(no label)'}: {one['joined']} of {one['uses']} have joined")
+    if found["waiting"]:
+        print_table(
+            ("waiting", "level", "region", "uid"),
+            [(one["name"], one["level"], one["region"] or "(all)", one["uid"]) for one in found["waiting"]],
+        )
     return 0
 
 
