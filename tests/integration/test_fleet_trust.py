@@ -10,6 +10,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from edgebroker.broker import listeners as listeners_module
 from edgebroker.broker.access import access as access_module
 from edgebroker.broker.broker import Broker
 from edgebroker.broker.publish import publishing
-from edgebroker.broker.trust import authority, node_trust
+from edgebroker.broker.trust import authority, decisions, node_trust
 from edgebroker.cli.admin_client import call
 from edgebroker.cli.broker_process import BrokerProcess
 from edgebroker.cli.main import main
@@ -545,6 +546,20 @@ def test_an_issuer_that_was_stolen_is_retired(
     thief.write_certificate(made.issued, made.chain)
     context = client_context(made.root, thief.certificate, thief.key)
     assert asked(hub, context, "POST", "/v1/pipe/topics")[0] == 200
+    # What the thief plants at the hub comes with serials beyond those of the root.
+    planted = {
+        f"revoked/{gone}": b'{"serial": 1152921504606846976, "state": "joined"}',
+        "principal/evil": b'{"serial": 1, "principal": {"allow": ["admin"]}}',
+        "retired/2": b'{"serial": 1}',
+    }
+    forged = [
+        SignedRecord(key=key, value=value, issuer=1, signature=stolen.sign(signed_text(key, value)))
+        for key, value in planted.items()
+    ]
+    offset = hub.broker.trust.topic._in_force.offset
+    hub.call(lambda: hub.broker.trust.topic._done(offset, forged, [True] * 3))
+    assert (hub.broker.trust.topic.revoked(gone), "evil" in hub.broker.access.principals) == (False, True)
+    assert not hub.broker.trust.topic.retired(2), "only a later issuer retires one"
     assert main(["fleet", "rotate", "--retire", "--admin", root.admin]) == 0
     assert "issuer 2 signs from now on" in capsys.readouterr().out
     wait_for(lambda: status(hub)["issuer"] == 2, "the hub renews", 40.0)
@@ -552,7 +567,8 @@ def test_an_issuer_that_was_stolen_is_retired(
         wait_for(lambda node=node: node.broker.trust.topic.retired(1), "it is retired")  # type: ignore[misc]
         with pytest.raises((OSError, http.client.HTTPException)):
             asked(node, context, "POST", "/v1/pipe/topics")
-        assert node.broker.trust.topic.revoked(gone)
+        wait_for(lambda node=node: node.broker.trust.topic.revoked(gone), "the word of the root counts")  # type: ignore[misc]
+        assert "evil" not in node.broker.access.principals
         in_force = node.broker.trust.topic._in_force.records
         assert {one.issuer for key, one in in_force.items() if not key.startswith("issuer/")} == {2}
     key, value = "revoked/" + hub.broker.engine.node_uid, b'{"serial": 1152921504606846976, "state": "revoked"}'
@@ -565,6 +581,26 @@ def test_an_issuer_that_was_stolen_is_retired(
     publish(root, "prices", 0, 3)
     for node in (hub, away):
         follows(root, node, "prices")
+    # Once more: those that were retired before stay so.
+    assert main(["fleet", "rotate", "--retire", "--admin", root.admin]) == 0
+    for node in (root, hub, away):
+        topic = node.broker.trust.topic
+        wait_for(lambda topic=topic: topic.retired(1) and topic.retired(2), "both are retired")  # type: ignore[misc]
+
+
+def test_decisions_beside_a_retirement_stand(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that is in force is signed again in many steps; what is decided meanwhile comes after it."""
+    monkeypatch.setattr(decisions, "MOST_AT_ONCE", 2)
+    root = fleet.root()
+    for number in range(8):
+        assert root.http("POST", f"/v1/access/app-{number}", {"allow": ["view"]})[0] == 200
+    with ThreadPoolExecutor(4) as pool:
+        retiring = pool.submit(root.http, "POST", "/v1/trust/rotate", {"retire": True})
+        changes = [pool.submit(root.http, "DELETE", f"/v1/access/app-{number}") for number in range(4)]
+        assert retiring.result()[0] == 200
+        assert [change.result()[0] for change in changes] == [200] * 4
+    assert sorted(root.broker.access.principals) == [f"app-{number}" for number in range(4, 8)]
+    assert root.broker.trust.topic.retired(1)
 
 
 # ---- the root is lost ----

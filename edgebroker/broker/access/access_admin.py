@@ -172,7 +172,7 @@ class AccessAdmin:
         if not self._is_root(call):
             return
         record = TrustRecord(serial=0, quota=quota)
-        self._trust.topic.decide(f"tenant/{call.parameters['name']}", record, call.done)
+        self._trust.decisions.publish([(f"tenant/{call.parameters['name']}", record)], call.done)
 
     def change(self, call: Call) -> None:
         """POST /v1/access/{name}"""
@@ -275,14 +275,14 @@ class AccessAdmin:
             return
         self._busy = True
         record = TrustRecord(serial=0, principal=made)
-        self._trust.topic.decide(f"principal/{change.name}", record, partial(self._decided, change))
+        self._trust.decisions.publish([(f"principal/{change.name}", record)], partial(self._decided, change))
 
     def _decided(self, change: _Change, outcome: Outcome, why: str) -> None:
         self._busy = False
         if outcome is Outcome.OK:
             change.answer()
         else:
-            change.call.refuse(outcome, why)
+            change.call.refuse(outcome, f"the nodes are not told: {why}; run this again")
         self._next()
 
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from edgebroker.broker.core import Core
+from edgebroker.broker.trust.decisions import Decisions
 from edgebroker.broker.trust.helper import TrustHelper
 from edgebroker.broker.trust.rules import NodeRules
 from edgebroker.broker.trust.trust_topic import TrustTopic
@@ -125,8 +126,9 @@ class NodeTrust:
         # Has it no parent, although it should? And who cuts the connections of peers that are refused now.
         self.lonely: Callable[[], bool] = lambda: False
         self.on_revoked: list[Callable[[Callable[[str], bool]], None]] = []
-        self.topic = TrustTopic(core, loop, clock, self.helper, self.directory.path)
+        self.topic = TrustTopic(core, loop, self.helper, self.directory.path)
         self.topic.changed.append(self._decided)
+        self.decisions = Decisions(core, loop, clock, self.helper, self.topic)
         self._asked_at = 0.0
         self._worker: Worker | None = None
         self.root = b""

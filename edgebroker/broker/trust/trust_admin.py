@@ -177,7 +177,7 @@ class TrustAdmin:
                         outcome, f"it is in the book of the root, but the nodes are not told yet: {why}; run this again"
                     )
 
-            self._trust.topic.publish(said, published)
+            self._trust.decisions.publish(said, published)
 
         self._trust.helper.do(SetState(nodes=nodes, state=record.state), list[str], told)
 
@@ -192,9 +192,9 @@ class TrustAdmin:
                 return
             told_nodes = partial(published, number)
             if wanted.retire:
-                self._trust.topic.retire(number, told_nodes)
+                self._trust.decisions.retire(number, told_nodes)
             else:
-                self._trust.topic.publish([], told_nodes)
+                self._trust.decisions.publish([], told_nodes)
 
         def published(number: int, outcome: Outcome, why: str) -> None:
             if outcome is Outcome.OK:

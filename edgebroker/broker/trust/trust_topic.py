@@ -10,7 +10,7 @@ it counts from the start, also where the topic is lost, and is replaced record b
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,21 +19,16 @@ import msgspec
 from msgspec import Meta
 
 from edgebroker.broker.core import Core
-from edgebroker.broker.publish.own import publish_own
 from edgebroker.broker.trust.helper import TrustHelper
 from edgebroker.common import batch, json, records
 from edgebroker.common.errors import CorruptBatchError
 from edgebroker.common.names import TRUST_TOPIC
-from edgebroker.common.outcome import Done, Outcome
-from edgebroker.common.records import BatchBuilder
-from edgebroker.common.runtime.clock import Clock
 from edgebroker.common.runtime.scheduler import Scheduler
 from edgebroker.common.runtime.threads import Worker
-from edgebroker.common.types import TopicSettings
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.storage.engine import Log
 from edgebroker.storage.types import ColdRead
-from edgebroker.trust.messages import Sign, Signed, SignedRecord, Verify
+from edgebroker.trust.messages import SignedRecord, Verify
 
 log = logging.getLogger(__name__)
 
@@ -42,10 +37,6 @@ HEADER = "sig"
 READ_BYTES = 128 << 10
 RETRY_SECONDS = 1.0
 MOST_RECORDS = 1_000_000
-# How long to wait for what is stored to be in force.
-IN_FORCE_SECONDS = 5.0
-# Records of one batch.
-MOST_AT_ONCE = 1000
 
 
 class TokenDigest(msgspec.Struct, frozen=True, kw_only=True):
@@ -100,13 +91,15 @@ class _InForce(msgspec.Struct):
 class TrustTopic:
     """Owned by the loop thread. `changed` gets the keys of records that came into force."""
 
-    def __init__(self, core: Core, scheduler: Scheduler, clock: Clock, helper: TrustHelper, directory: Path) -> None:
-        self._core, self._scheduler, self._clock, self._helper = core, scheduler, clock, helper
+    def __init__(self, core: Core, scheduler: Scheduler, helper: TrustHelper, directory: Path) -> None:
+        self._core, self._scheduler, self._helper = core, scheduler, helper
         self._path = directory / FILE_NAME
         self._in_force = _InForce()
         self._said: dict[str, TrustRecord] = {}
         self._revoked: set[str] = set()
         self.changed: list[Callable[[Sequence[str]], None]] = []
+        # Of records that count no more, until it is told.
+        self._dropped: list[str] = []
         self._busy = self._stopped = False
         self._worker: Worker | None = None
         self.ignored = 0
@@ -124,6 +117,21 @@ class TrustTopic:
     def retired(self, issuer: int) -> bool:
         """Is an issuer not to be believed any more?"""
         return f"retired/{issuer}" in self._said
+
+    @property
+    def said(self) -> Mapping[str, TrustRecord]:
+        """What is in force, by key; without the issuers."""
+        return self._said
+
+    def has(self, key: str, serial: int) -> bool:
+        """Is a record with this serial, or a later one, in force?"""
+        if key.startswith("issuer/"):
+            return key in self._in_force.records
+        return key in self._said and self._said[key].serial >= serial
+
+    @property
+    def newest_serial(self) -> int:
+        return max((one.serial for one in self._said.values()), default=0)
 
     def record(self, key: str) -> SignedRecord | None:
         """A record as it was signed."""
@@ -169,85 +177,6 @@ class TrustTopic:
     def on_durable(self, partition: Log) -> None:
         if partition.topic == TRUST_TOPIC:
             self._read_on()
-
-    # ---- publishing, at the root ----
-
-    def publish(self, said: Sequence[tuple[str, TrustRecord]], done: Done) -> None:
-        """Sign records and publish them, in their order: done(OK, "") once they are durable."""
-        rest = said[MOST_AT_ONCE:]
-
-        def published(outcome: Outcome, why: str) -> None:
-            if outcome is Outcome.OK and rest:
-                self.publish(rest, done)
-            else:
-                done(outcome, why)
-
-        self._sign(said[:MOST_AT_ONCE], published)
-
-    def decide(self, key: str, record: TrustRecord, done: Done) -> None:
-        """Publish a record: done(OK, "") once it is in force here, or a while after it was stored."""
-        waiting = [done]
-
-        def end() -> None:
-            if waiting:
-                waiting.pop()(Outcome.OK, "")
-            if in_force in self.changed:
-                self.changed.remove(in_force)
-
-        def in_force(keys: Sequence[str]) -> None:
-            if key in keys:
-                end()
-
-        def published(outcome: Outcome, why: str) -> None:
-            if outcome is Outcome.OK:
-                self._scheduler.call_later(IN_FORCE_SECONDS, end)
-                return
-            self.changed.remove(in_force)
-            waiting.pop()(outcome, f"the nodes are not told: {why}; run this again")
-
-        self.changed.append(in_force)
-        self.publish([(key, record)], published)
-
-    def retire(self, before: int, done: Done) -> None:
-        """Have the issuers before this one not believed any more: what is in force is signed again first."""
-        again = [(key, one) for key, one in self._said.items() if not key.startswith("retired/")]
-        retired = [f"retired/{number}" for number in range(1, before) if not self.retired(number)]
-        self.publish([*again, *((key, TrustRecord(serial=0)) for key in retired)], done)
-
-    def _sign(self, said: Sequence[tuple[str, TrustRecord]], done: Done) -> None:
-        made_ms = self._clock.wall_ms()
-        first = max([made_ms, *(one.serial + 1 for one in self._said.values())])
-        numbered = [
-            (key, msgspec.structs.replace(record, serial=first + rank, made_ms=made_ms))
-            for rank, (key, record) in enumerate(said)
-        ]
-        rows = [(key, msgspec.json.encode(record)) for key, record in numbered]
-
-        def told(signed: Signed | None, error: str, code: str) -> None:
-            if signed is None:
-                done(Outcome.CONFLICT, error)
-                return
-            builder = BatchBuilder()
-            if self.issuer(signed.issuer) != signed.certificate:
-                builder.append(signed.certificate, f"issuer/{signed.issuer}".encode(), made_ms)
-            for (key, value), signature in zip(rows, signed.signatures, strict=True):
-                header = signed.issuer.to_bytes(2, "big") + signature
-                builder.append(value, key.encode(), made_ms, *records.encode_headers([(HEADER, header)]))
-            self._publish(builder.build(), done)
-
-        self._helper.do(Sign(records=rows), Signed, told)
-
-    def _publish(self, data: bytes, done: Done) -> None:
-        def created(outcome: Outcome, message: str) -> None:
-            if outcome in (Outcome.OK, Outcome.NAME_CLASH):
-                publish_own(self._core.publishing, "trust", TRUST_TOPIC, data, done)
-            else:
-                done(outcome, message)
-
-        if self._core.engine.log(TRUST_TOPIC, 0) is not None:
-            created(Outcome.OK, "")
-        else:
-            self._core.engine.create_topic(TRUST_TOPIC, TopicSettings(kind="table", urgent=True), created)
 
     # ---- reading ----
 
@@ -308,7 +237,10 @@ class TrustTopic:
             elif len(self._in_force.records) < MOST_RECORDS and self._take(record.key, record):
                 self._in_force.records[record.key] = record
                 changed.append(record.key)
-        self._in_force.offset = next_offset
+        dropped, self._dropped = self._dropped, []
+        # What a thief had planted may have kept a decision of the root from being in force: all is read again.
+        self._in_force.offset = next_offset if not dropped else 0
+        changed += dropped
         self._store()
         if changed:
             for told in list(self.changed):
@@ -341,7 +273,7 @@ class TrustTopic:
             said = json.decode(signed.value, TrustRecord)
         except msgspec.DecodeError:
             return False
-        if self.retired(signed.issuer):
+        if self.retired(signed.issuer) or (kind == "retired" and not _may_retire(signed.issuer, name)):
             log.error("a record of %s is signed by an issuer that is retired: %s", TRUST_TOPIC, key)
             return False
         known = self._said.get(key)
@@ -356,12 +288,22 @@ class TrustTopic:
 
     def _drop_records_of(self, issuer: str) -> None:
         """What only a retired issuer has signed counts for nothing: the root has signed again what is to count."""
-        signed = {key: str(one.issuer) for key, one in self._in_force.records.items() if not key.startswith("issuer/")}
+        signed = {
+            key: str(one.issuer)
+            for key, one in self._in_force.records.items()
+            if not key.startswith(("issuer/", "retired/"))
+        }
         for key in [key for key, number in signed.items() if number == issuer]:
             del self._in_force.records[key]
             self._said.pop(key, None)
             if key.startswith("revoked/"):
                 self._revoked.discard(key.partition("/")[2])
+            self._dropped.append(key)
+
+
+def _may_retire(issuer: int, name: str) -> bool:
+    """Only an issuer that came later retires one."""
+    return name.isdecimal() and issuer > int(name[:9])
 
 
 def _signed(record: records.Record) -> SignedRecord | None:
