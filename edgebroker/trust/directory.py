@@ -105,29 +105,33 @@ class TrustDirectory:
         destroy(self.root_key)
 
 
-def erase_if_told(data_dir: Path) -> bool:
-    """Where the root said so (`erasing`): destroy the keys of this node, then remove all that is stored here. Goes on
-    where it was interrupted. True when it was done. Raises OSError."""
+def erase_if_told(data_dir: Path, *, told: bool = False) -> bool:
+    """Where the root said so (`erasing`, or `told` where that cannot be written): destroy the keys of this node, then
+    remove all that is stored here. Goes on where it was interrupted. True when it was done. Raises OSError when
+    something cannot be removed; everything else is, and the next attempt goes on."""
     directory = TrustDirectory(data_dir)
-    if not directory.erasing.exists():
+    if not told and not directory.erasing.exists():
         return False
     for key in (directory.key, directory.token):
         destroy(key)
-    sync_directory(directory.path)
-    for entry in data_dir.iterdir():
-        if entry != directory.path:
-            _remove(entry)
-    for entry in directory.path.iterdir():
-        if entry != directory.erasing:
-            _remove(entry)
+    failed: list[OSError] = []
+    others = [entry for entry in directory.path.iterdir() if entry != directory.erasing]
+    for entry in (*others, *(entry for entry in data_dir.iterdir() if entry != directory.path)):
+        _remove(entry, failed)
     sync_directory(data_dir)
-    shutil.rmtree(directory.path)
+    if failed:
+        raise failed[0]
+    _remove(directory.path, failed)
     sync_directory(data_dir)
     return True
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Path, failed: list[OSError]) -> None:
+    """Remove it and all that is in it; what is behind a link stays."""
     if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+        shutil.rmtree(path, onerror=lambda function, name, error: failed.append(OSError(*error[1].args)))
+        return
+    try:
         path.unlink()
+    except OSError as error:
+        failed.append(error)

@@ -32,6 +32,7 @@ from edgebroker.trust.messages import (
     JoinRequest,
     RevokedAnswer,
 )
+from edgebroker.trust.node_name import issuer_in
 from edgebroker.trust.records import verify_records
 from edgebroker.trust.token import PIN_BYTES, JoinToken, parse_token, proof
 
@@ -89,6 +90,8 @@ def _ask(directory: TrustDirectory, address: str, root: bytes, token: JoinToken 
         assert isinstance(sock, ssl.SSLSocket)
         shown = sock.getpeercert(binary_form=True)
         assert shown is not None
+        if issuer_in(sock.getpeercert()) in wanted.retired:
+            raise OSError(f"{address} has a certificate of an issuer that is retired")
         server = digest(certificates.key_of_certificate(shown))
         request = JoinRequest(
             csr=csr, uid=wanted.uid, name=wanted.name, level=wanted.level, region=wanted.region, server=server
@@ -101,21 +104,22 @@ def _ask(directory: TrustDirectory, address: str, root: bytes, token: JoinToken 
         except JoinRefusedError as refused:
             if refused.code != "REVOKED":
                 raise
-            state = _revoked_state(root, wanted.uid, refused.said)
+            state = _revoked_state(root, wanted, refused.said)
             if state is None:
                 raise JoinRefusedError(f"{address} says that this node was revoked, and does not prove it") from None
             raise JoinRefusedError(str(refused), "ERASE" if state.erase else "REVOKED") from None
 
 
-def _revoked_state(root: bytes, uid: str, data: bytes) -> _State | None:
-    """What is signed about a node that was revoked; None when that is not signed."""
+def _revoked_state(root: bytes, wanted: Join, data: bytes) -> _State | None:
+    """What is signed about a node that was revoked; None when that is not signed, or is not the last word."""
     try:
         said = json.decode(data, RevokedAnswer)
         found = json.decode(said.record.value, _State)
     except msgspec.DecodeError:
         return None
     good = verify_records(root, {said.record.issuer: said.issuer}, [said.record]) == [True]
-    return found if good and said.record.key == f"revoked/{uid}" and found.state == "revoked" else None
+    good = good and said.record.key == f"revoked/{wanted.uid}" and said.record.issuer not in wanted.retired
+    return found if good and found.state == "revoked" and found.serial >= wanted.serial else None
 
 
 def _store(directory: TrustDirectory, root: bytes, certified: Certified, wanted: Join) -> None:
@@ -157,6 +161,7 @@ def _exchange(connection: http.client.HTTPSConnection, method: str, path: str, b
 class _State(msgspec.Struct):
     state: str = ""
     erase: bool = False
+    serial: int = 0
 
 
 class _Said(msgspec.Struct):

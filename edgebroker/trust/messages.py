@@ -118,7 +118,8 @@ class RenewOwn(msgspec.Struct, frozen=True, kw_only=True, tag="renew-own"):
 
 
 class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
-    """Get a certificate for this node from one of these addresses. Without a token: for the key that it has."""
+    """Get a certificate for this node from one of these addresses. Without a token: for the key that it has. `retired`
+    are issuers that do not count, `serial` is that of what is in force about this node: older words do not count."""
 
     addresses: list[str]
     token: str
@@ -127,6 +128,8 @@ class Join(msgspec.Struct, frozen=True, kw_only=True, tag="join"):
     name: str
     level: str
     region: str
+    retired: list[int] = []
+    serial: int = 0
 
 
 class Issue(msgspec.Struct, frozen=True, kw_only=True, tag="issue"):

@@ -63,3 +63,11 @@ def name_in(shown: object) -> NodeName | None:
     assert isinstance(shown, dict)
     uris = [str(entry[1]) for entry in shown.get("subjectAltName", ()) if entry[0] == "URI"]
     return parse_node_name(uris[0]) if len(uris) == 1 else None
+
+
+def issuer_in(shown: object) -> int:
+    """The number of the issuer of a certificate, as ssl describes it."""
+    assert isinstance(shown, dict)
+    names = [value for part in shown.get("issuer", ()) for kind, value in part if kind == "commonName"]
+    digits = str(names[0]).removeprefix("issuer ") if names else ""
+    return int(digits) if digits.isdecimal() else 0

@@ -188,6 +188,43 @@ def test_what_may_be_read_no_more_is_read_no_more(root: RunningBroker) -> None:
     assert [record.value for record in two.deliver().records] == [b"v"]
 
 
+def test_a_connection_is_of_one_principal(root: RunningBroker) -> None:
+    """CONNECT again with another token would leave what the first one reads to nobody's rules."""
+    root.create("t")
+    token, other = app(root, "x", "consume t"), app(root, "y")
+    client = connected(root, token)
+    assert client.subscribe("t", "g").code is Code.OK
+    client.connect("app", token=token.encode())
+    with pytest.raises(AssertionError, match="this connection belongs to another principal or token"):
+        client.connect("app", token=other.encode())
+    assert client.ended()
+
+
+def test_who_waits_for_a_partition_is_looked_at_as_well(root: RunningBroker) -> None:
+    """It has none, and would get that of a member that is cut."""
+    root.create("t")
+    token = app(root, "x", "consume *")
+    one, two = connected(root, token, "1"), connected(root, token, "2")
+    for client in (one, two):
+        assert client.subscribe("t", "g").code is Code.OK
+    wait_for(lambda: len(root.http("GET", "/v1/groups/g")[1]["members"]) == 2, "both are members")
+    change(root, "x", deny=["consume t"])
+    root.advance(1.5)
+    assert one.ended()
+    assert two.ended()
+
+
+def test_the_clients_of_an_application_are_its_own(root: RunningBroker) -> None:
+    """Not those of a program of the machine that calls itself so."""
+    app(root, "till-app")
+    client = root.raw(granted=False)
+    with pytest.raises(
+        AssertionError, match="client ids that begin with till-app/ are those of the application till-app"
+    ):
+        client.connect("till-app/p1")
+    assert root.raw("other/p1").publish("t", batch_of(b"v")).code is Code.OK
+
+
 # ---- machines ----
 
 
@@ -305,6 +342,11 @@ def test_administration_with_a_token(root: RunningBroker) -> None:
     assert ask(root, "GET", "/v1/node", "EBT.none") == (401, "Bearer")
     assert ask(root, "GET", "/v1/node", "something") == (401, "Bearer")
     assert ask(root, "GET", "/healthz", "EBT.none") == (200, None)
+    # From node to node: the right of what is asked there, and not without end.
+    nested = "/v1/via/x" * 8
+    assert ask(root, "GET", f"/v1/via/x{nested}/v1/topics", viewer) == (403, None)
+    assert ask(root, "GET", "/v1/via/x/v1/via/y/v1/topics", viewer) == (404, None)
+    assert ask(root, "DELETE", "/v1/via/x/v1/via/y/v1/topics/t", viewer) == (403, None)
 
 
 RIGHTS_OF_ROUTES = ("health", "metrics", *ADMIN_RIGHTS, PASSED_ON)

@@ -89,6 +89,25 @@ def test_who_did_what(fleet: Fleet, capsys: pytest.CaptureFixture[str], caplog: 
     assert [secret for secret in secrets for text in texts if secret.encode() in text] == []
 
 
+def test_refusals_do_not_push_out_the_rest(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a client without a right asks for, it is one line a minute; and all together are not many."""
+    root = fleet.root()
+    token = root.http("POST", "/v1/access/app/tokens", {})[1]["token"]
+    client = root.raw(granted=False)
+    client.connect("c", token=token.encode())
+    for number in range(50):
+        assert client.publish(f"topic-{number}", batch_of(b"v")).code is Code.UNAUTHORISED
+    assert recorded(root, 3)[1:] == [("app", "use", f"token {token.split('.')[1]}", "OK"), (
+        "app", "produce", "topic-0", "UNAUTHORISED",
+    )]  # fmt: skip
+    monkeypatch.setattr(audit_module, "MOST_REFUSED", 3)
+    audit = root.broker.access.audit
+    root.call(lambda: [audit.refused("", f"10.0.0.{number}", "connect", "x") for number in range(10)])
+    root.call(lambda: audit.record("op", "a", "do", "that"))
+    found = recorded(root, 6)
+    assert [line[1] for line in found[3:]] == ["connect", "connect", "do"]
+
+
 def test_a_minute_later_it_is_recorded_again(fleet: Fleet) -> None:
     root = fleet.root()
     root.http("POST", "/v1/access/local", {"deny": ["produce t"]})

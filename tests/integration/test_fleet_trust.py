@@ -448,6 +448,30 @@ def test_a_stolen_node_that_was_away_is_told_when_it_asks(fleet: Fleet, monkeypa
     assert list(Path(till.config.node.data_dir).iterdir()) == []
 
 
+def test_a_word_that_was_taken_back_erases_nothing(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor in the topic, where both words come, nor from a node that has kept the old one."""
+    monkeypatch.setattr(node_trust, "ERASE_SECONDS", 0.3)
+    root = fleet.root()
+    till = fleet.join("till", "local", "eu/1", "root", fleet.token())
+    uid = till.broker.engine.node_uid
+    fleet.stop("till")
+    assert root.http("POST", "/v1/trust/revoke", {"nodes": ["till"], "erase": True})[0] == 200
+    old = root.broker.trust.topic.record(f"revoked/{uid}")
+    assert root.http("POST", "/v1/trust/approve", {"nodes": ["till"]})[0] == 200
+    till = fleet.start("till", "local", "eu/1", "root")
+    wait_for(lambda: f"revoked/{uid}" in till.broker.trust.topic.said, "both have come")
+    said = authority.RevokedAnswer(error="x", record=old, issuer=root.broker.trust.topic.issuer(1))  # type: ignore[arg-type]
+    monkeypatch.setattr(authority, "REFUSAL_SECONDS", 0.0)
+    monkeypatch.setattr(
+        authority.Authority, "_issue", lambda self, call, request: call.answer(authority.Response(403, said))
+    )
+    till.call(till.broker.trust._renew)
+    wait_for(lambda: "does not prove it" in status(till)["joining"], "it is not believed")
+    publish(root, "prices", 0, 1)
+    follows(root, till, "prices")
+    assert not till.broker.trust.erasing
+
+
 def test_an_erasure_that_was_interrupted_is_ended(tmp_path: Path) -> None:
     till = BrokerProcess(tmp_path / "till")
     with till, Producer(till.server) as producer:

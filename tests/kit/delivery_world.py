@@ -13,6 +13,8 @@ from types import SimpleNamespace
 from typing import Any, Protocol, cast
 from unittest.mock import patch
 
+from edgebroker.broker.access.access import Caller
+from edgebroker.broker.access.rights import EVERYTHING, Rights
 from edgebroker.broker.admin.offsets import GroupOperations
 from edgebroker.broker.core import build_core
 from edgebroker.broker.delivery.dead_letters import DeadLetters, Failure
@@ -132,6 +134,8 @@ class Watcher(Protocol):
 class Wire:
     """A member's transport. It may be full: what is sent waits. It breaks at the send that `fuse` counts down to."""
 
+    peer = "127.0.0.1:1"
+
     def __init__(self, member: Member) -> None:
         self._member = member
         self.backlog = 0
@@ -181,7 +185,7 @@ class Member(Session):
         self._deferred, self._holds, self._in_turn, self._drain_first = None, 0, False, False
         self.client_id, self.group, self.opened_at = client_id, None, 0.0
         self.cursors, self.waits_for, self.producer_id = {}, [], -1
-        self.expects_topics = False
+        self.expects_topics, self.share, self.caller = False, None, Caller(client_id, Rights(EVERYTHING, []))
         self._core.producers.arrived(client_id)
         self.wire = Wire(self)
         self.transport = cast("Any", self.wire)
@@ -285,9 +289,15 @@ class World(CoreListener):
         self.engine = FaultyEngine(self.loop, self.clock)
         self.limits = SimpleNamespace(consume_records=50, consume_bytes=1 << 20, max_groups=1000, **MOST)
         self.receiving = Receiving(self.loop, 1 << 20)
+        # Everybody may do everything.
+        free = SimpleNamespace(refusal=lambda name, what, more: "", of=lambda name: None)
+        self.access = SimpleNamespace(missing=lambda *asked: "", tenants=free)
         self.members: list[Member] = []
         self.letters: list[Record] = []
         self.settled = True
+
+    def wanted_from(self, peer: str, more: int) -> int:
+        return 0  # of this machine
 
     def start(self, watcher: Watcher) -> None:
         """Begin, or begin again with what the engine has stored."""

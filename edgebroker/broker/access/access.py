@@ -72,29 +72,34 @@ class Access:
         self.tenants = Tenants(core, self._topic, scheduler)
         self._principals: dict[str, Principal] = {}
         self._tokens: dict[str, tuple[str, TokenDigest]] = {}
-        # By name, or name and id of the token: as many as there are tokens, and users of this machine.
-        self._callers: dict[str, Caller] = {}
+        # By name, then by the id of the token ("": none): as many as there are tokens, and users of this machine.
+        self._callers: dict[str, dict[str, Caller]] = {}
         self._topic.changed.append(self._decided)
 
     def open(self) -> None:
         """Take over what was in force."""
-        self._compile()
+        for name, principal in self._topic.principals().items():
+            self._take(name, principal)
         self.tenants.open()
 
     # ---- who is it ----
 
-    def caller(self, token: bytes, identity: str, peer: str) -> tuple[Caller | None, str]:
+    def caller(self, token: bytes, identity: str, peer: str, client_id: str) -> tuple[Caller | None, str]:
         """Who sent this token over a connection of this identity and address; None, and why not."""
         if token[:4] == b"EBT.":
             known = self._by_token(token, peer)
             if known is None:
                 self._failed(peer, BAD_TOKEN)
                 return None, BAD_TOKEN
+            self.bans.known(peer)
             return known, ""
+        application = client_id.partition("/")[0] if "/" in client_id else ""
+        if application in self._principals:
+            return None, f"client ids that begin with {application}/ are those of the application {application}"
         if identity.startswith(UNIX):
-            return self._known(identity, identity), ""
+            return self._known(identity), ""
         if is_local(peer) or self._open:
-            return self._known(LOCAL, LOCAL), ""
+            return self._known(LOCAL), ""
         self._failed(peer, NEEDS_TOKEN)
         return None, NEEDS_TOKEN
 
@@ -122,7 +127,7 @@ class Access:
         """None for who may do everything."""
         if request.token:
             return self._by_token(request.token.encode(), request.peer) or UNKNOWN
-        return None if request.identity or request.peer == FROM_ABOVE else self._known(LOCAL, LOCAL)
+        return None if request.identity or request.peer == FROM_ABOVE else self._known(LOCAL)
 
     def _failed(self, peer: str, why: str) -> None:
         """Who it is could not be found out: after some of these its address is not listened to."""
@@ -144,9 +149,9 @@ class Access:
 
     def publish_refusal(
         self, caller: Caller, peer: str, topic: str, size: int, new_partitions: int
-    ) -> tuple[Code, str] | None:
+    ) -> tuple[Code, str]:
         """Why a caller may not publish so many bytes to a topic, which would be created with so many partitions (0: it
-        is there); None when it may."""
+        is there); OK when it may."""
         missing = self.missing(caller, peer, "produce", topic)
         if not missing and new_partitions:
             missing = self.missing(caller, peer, "create", topic)
@@ -154,7 +159,7 @@ class Access:
             return Code.UNAUTHORISED, missing
         crowded = self.tenants.refusal(topic, "stored_bytes", size)
         crowded = crowded or self.tenants.refusal(topic, "partitions", new_partitions)
-        return (Code.OVERLOADED, crowded) if crowded else None
+        return (Code.OVERLOADED, crowded) if crowded else (Code.OK, "")
 
     def _by_token(self, token: bytes, peer: str) -> Caller | None:
         split = split_app_token(token)
@@ -164,19 +169,20 @@ class Access:
         name, digest = found
         if not contains(self._principals[name].region, self._region):
             return None
-        known = self._known(f"{name} {digest.id}", name, digest)
+        known = self._known(name, digest)
         if self.is_over(known):
             return None
         self.audit.used(name, host_of(peer), digest.id)
         return known
 
-    def _known(self, key: str, name: str, token: TokenDigest | None = None) -> Caller:
-        found = self._callers.get(key)
+    def _known(self, name: str, token: TokenDigest | None = None) -> Caller:
+        """All callers of a name have the same rights, and share them."""
+        of_name = self._callers.setdefault(name, {})
+        id, expires_ms = (token.id, token.expires_ms) if token is not None else ("", 0)
+        found = of_name.get(id)
         if found is None:
-            rights = self.rights(name)
-            found = self._callers[key] = (
-                Caller(name, rights, token.id, token.expires_ms) if token is not None else Caller(name, rights)
-            )
+            rights = next((other.rights for other in of_name.values()), None) or self.rights(name)
+            found = of_name[id] = Caller(name, rights, id, expires_ms)
         return found
 
     # ---- what may it do ----
@@ -201,25 +207,29 @@ class Access:
         return found[0] if found is not None else ""
 
     def _decided(self, keys: Sequence[str]) -> None:
-        if any(key.startswith("principal/") for key in keys):
-            self._compile()
+        for key in keys:
+            kind, _, name = key.partition("/")
+            if kind == "principal":
+                self._take(name, self._topic.principal(name))
 
-    def _compile(self) -> None:
-        """Rules are in force: so that callers that are connected have other rights at once."""
-        before, self._principals = self._principals, self._topic.principals()
-        self._tokens = {
-            token.id: (name, token) for name, principal in self._principals.items() for token in principal.tokens
-        }
-        for key, caller in list(self._callers.items()):
-            if before.get(caller.name) != self._principals.get(caller.name):
-                caller.rights = self.rights(caller.name)
-                caller.changes += 1
-                principal = self._principals.get(caller.name, Principal())
-                caller.ended = caller.remote and (
-                    caller.token_id not in self._tokens or not contains(principal.region, self._region)
-                )
-                if caller.ended:
-                    del self._callers[key]
+    def _take(self, name: str, principal: Principal | None) -> None:
+        """Rules are in force: callers that are connected have other rights at once."""
+        before = self._principals.pop(name, Principal())
+        for token in before.tokens:
+            self._tokens.pop(token.id, None)
+        if principal is not None:
+            self._principals[name] = principal
+            self._tokens.update({token.id: (name, token) for token in principal.tokens})
+        known = principal or Principal()
+        away = not contains(known.region, self._region)
+        rights = self.rights(name) if name in self._callers else None
+        for id, caller in list(self._callers.get(name, {}).items()):
+            assert rights is not None
+            caller.rights = rights
+            caller.changes += 1
+            if caller.remote and (id not in self._tokens or away):
+                caller.ended = True
+                del self._callers[name][id]
 
 
 def is_of_machine(name: str) -> bool:

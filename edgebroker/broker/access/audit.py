@@ -3,7 +3,8 @@
 A record is JSON: {"time", "principal", "address", "action", "object", "result"}. The topic is this node's own and keeps
 64 MiB. There is one in a fleet only; without one a node is used by programs of its machine.
 
-What comes often is recorded seldom: a right that a principal lacks, once a minute; the use of a token, once a day.
+What comes often is recorded seldom: that a principal lacks a right, or is not known, once a minute for each, whatever
+it asked for, and a hundred times a minute in all; the use of a token, once a day.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ log = logging.getLogger(__name__)
 
 SETTINGS = TopicSettings(retention_bytes=64 << 20, segment_bytes=8 << 20)
 COLLECT_SECONDS, MOST_WAITING, MOST_TEXT = 0.5, 1000, 300
-REFUSED_SECONDS, USED_SECONDS = 60.0, 86_400.0
+REFUSED_SECONDS, USED_SECONDS, MOST_REFUSED = 60.0, 86_400.0, 100
 MOST_REMEMBERED = 4096
 
 
@@ -51,6 +52,8 @@ class Audit:
         self._waiting: deque[AuditRecord] = deque()
         self._dropped = 0
         self._busy = False
+        # Refusals that were recorded since then.
+        self._refused, self._refused_since = 0, 0.0
         self._seldom = Newest[tuple[str, str, str], float](MOST_REMEMBERED)
 
     def record(self, principal: str, address: str, action: str, what: str, result: str = "OK") -> None:
@@ -72,8 +75,16 @@ class Audit:
 
     def refused(self, principal: str, address: str, action: str, what: str) -> None:
         """A right is missing, or who it is is not known: once a minute for each."""
-        if self._is_due(REFUSED_SECONDS, principal or address, action, what):
+        if not self._is_due(REFUSED_SECONDS, principal or address, action, ""):
+            return
+        now = self._scheduler.now()
+        if now - self._refused_since >= REFUSED_SECONDS:
+            self._refused_since, self._refused = now, 0
+        self._refused += 1
+        if self._refused <= MOST_REFUSED:
             self.record(principal, address, action, what, "UNAUTHORISED")
+        elif self._refused == MOST_REFUSED + 1:
+            log.warning("more than %d kinds of refusals within a minute; further ones are counted only", MOST_REFUSED)
 
     def used(self, principal: str, address: str, token_id: str) -> None:
         """A token was used: once a day."""

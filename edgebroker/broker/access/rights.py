@@ -27,6 +27,8 @@ MOST_RULE_BYTES = 300
 WAYS = "produce TOPICS, consume TOPICS [as GROUPS], create TOPICS, or one of view, alter, operate, admin"
 # Answers about names that are remembered; a client may ask about any name.
 MOST_REMEMBERED = 4096
+_WILD = frozenset("*?[")
+_Match = Callable[[str, str], bool]
 _PATTERN = re.compile(r"(?:[A-Za-z0-9._*?\[\]!-]|%name|%store){1,200}\Z")
 
 
@@ -64,7 +66,9 @@ class Rights:
 
     def __init__(self, allow: Sequence[Rule], deny: Sequence[Rule], name: str = "", region: str = "") -> None:
         words = {"%name": name, "%store": region.rpartition("/")[2]}
-        self._topics = {right: (_matcher(allow, right, words), _matcher(deny, right, words)) for right in TOPIC_RIGHTS}
+        self._rules, self._words = (allow, deny), words
+        # Made when a right is first asked for: to compile patterns takes a while.
+        self._topics: dict[str, tuple[_Match, _Match]] = {}
         denied = [ADMIN_RIGHTS.index(rule.right) for rule in deny if rule.right in ADMIN_RIGHTS]
         allowed = [ADMIN_RIGHTS.index(rule.right) for rule in allow if rule.right in ADMIN_RIGHTS]
         self._level = min(max(allowed, default=-1), min(denied, default=len(ADMIN_RIGHTS)) - 1)
@@ -79,9 +83,14 @@ class Rights:
         if found is None:
             if len(self._remembered) >= MOST_REMEMBERED:
                 self._remembered.clear()
-            allowed, denied = self._topics[right]
+            allowed, denied = self._topics.get(right) or self._prepare(right)
             found = self._remembered[key] = allowed(topic, group) and not denied(topic, group)
         return found
+
+    def _prepare(self, right: str) -> tuple[_Match, _Match]:
+        allow, deny = self._rules
+        made = self._topics[right] = _matcher(allow, right, self._words), _matcher(deny, right, self._words)
+        return made
 
 
 def missing(name: str, right: str, topic: str = "", group: str = "") -> str:
@@ -93,7 +102,7 @@ def missing(name: str, right: str, topic: str = "", group: str = "") -> str:
     return f"{name} may not {what} {topic}{f' as {group}' if group else ''}: it needs the right {rule}"
 
 
-def _matcher(rules: Sequence[Rule], right: str, words: Mapping[str, str]) -> Callable[[str, str], bool]:
+def _matcher(rules: Sequence[Rule], right: str, words: Mapping[str, str]) -> _Match:
     """Does one of the rules about this right match a topic and a group?"""
     found = [
         (_pattern(rule.topics, words), _pattern(rule.groups or "*", words), rule.topics.startswith("__"))
@@ -112,6 +121,11 @@ def _pattern(text: str, words: Mapping[str, str]) -> Callable[[str], bool]:
     for word, value in words.items():
         # A node without a region has no store: nothing is matched then.
         text = text.replace(word, value or "\0")
+    if not _WILD.intersection(text):
+        return text.__eq__
+    if text[-1] == "*" and not _WILD.intersection(text[:-1]):
+        beginning = text[:-1]
+        return lambda name: name.startswith(beginning)
     match = re.compile(translate(text)).match
     return lambda name: match(name) is not None
 

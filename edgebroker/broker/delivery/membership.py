@@ -55,6 +55,14 @@ class Membership:
         group = self._groups_of.get(member)
         return group.members[member].size if group is not None else 0
 
+    def topics_of(self, member: Consumer) -> set[str]:
+        """The topics of which a member wants partitions, whether it has some or waits for them."""
+        group = self._groups_of.get(member)
+        if group is None:
+            return set()
+        entry = group.members[member]
+        return {*entry.topics, *(topic for topic, _ in entry.pins)}
+
     def more_wanted(self, member: Consumer, wanted: list[Wanted]) -> int:
         """How many more it would want with these lines (at most: a line may be about a partition of a topic that it
         wants)."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -362,15 +363,18 @@ class Session:
             return
         if not connect.client_id:
             raise RemoteProtocolError("CONNECT without a client id")
-        caller, why = self._host.access.caller(connect.token, self.transport.identity, self.transport.peer)
+        access, transport = self._host.access, self.transport
+        caller, why = access.caller(connect.token, transport.identity, transport.peer, connect.client_id)
+        if self.caller not in (None, caller):
+            caller, why = None, why or "this connection belongs to another principal or token; open one for each"
         if caller is None:
             self._answer(event.correlation, Code.UNAUTHORISED, why)
             self.hold()  # nothing more is heard
-            self._host.loop.call_later(REFUSED_SECONDS, lambda: self.transport.close(why))
+            self._host.loop.call_later(REFUSED_SECONDS, lambda: transport.close(why))
             return
         if crowded := self._join_tenant(caller):
             self._answer(event.correlation, Code.OVERLOADED, crowded)
-            self.transport.close_when_drained(crowded)
+            transport.close_when_drained(crowded)
             return
         self.caller, self._rights_seen = caller, caller.changes
         producers = self._core.producers
@@ -423,10 +427,9 @@ class Session:
         """Has the client the right to, and room? Else its batches are answered here."""
         assert self.caller is not None  # the protocol begins with CONNECT
         new = self._host.limits.new_topics.partitions if self._core.engine.log(run.topic, 0) is None else 0
-        refusal = self._host.access.publish_refusal(self.caller, self.transport.peer, run.topic, len(run.data), new)
-        if refusal is None:
+        code, why = self._host.access.publish_refusal(self.caller, self.transport.peer, run.topic, len(run.data), new)
+        if code is Code.OK:
             return True
-        code, why = refusal
         self._core.metrics.refused(code.name)
         if run.level != AckLevel.NONE:
             self.rejected(run.spans, code, why)
@@ -488,7 +491,7 @@ class Session:
             if wanted.topic == TRUST_TOPIC:
                 self._answer(correlation, Code.UNKNOWN_TOPIC, check_topic_name(wanted.topic))
                 return
-        reached = reached_limit(core, limits, self, subscribe, self._wanted_here)
+        reached = reached_limit(core, limits, self, subscribe, partial(self._host.wanted_from, self.transport.peer))
         if reached is not None:
             name, what, why = reached
             core.limits.reached(name, what)
@@ -523,12 +526,9 @@ class Session:
             self.transport.close(crowded)
         elif caller.changes != self._rights_seen:
             self._rights_seen = caller.changes
-            held = self.cursors.items()
-            if missing := next(filter(None, (self._not_allowed([key[0]], one.group.name) for key, one in held)), ""):
+            wanted = self._core.membership.topics_of(self)
+            if self.group is not None and (missing := self._not_allowed(wanted, self.group.name)):
                 self.transport.close(missing)
-
-    def _wanted_here(self, more: int) -> int:
-        return self._host.wanted_from(self.transport.peer, more)
 
     def _on_ack(self, event: Frame) -> None:
         ack = frames.read_ack(event.body)

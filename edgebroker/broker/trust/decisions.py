@@ -37,7 +37,7 @@ class _Decision(NamedTuple):
     done: Done
 
 
-class Decisions:
+class TrustDecisions:
     """Owned by the loop thread."""
 
     def __init__(self, core: Core, scheduler: Scheduler, clock: Clock, helper: TrustHelper, topic: TrustTopic) -> None:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 
 from edgebroker.broker.core import Core
-from edgebroker.broker.trust.decisions import Decisions
+from edgebroker.broker.trust.decisions import TrustDecisions
 from edgebroker.broker.trust.helper import TrustHelper
 from edgebroker.broker.trust.rules import NodeRules
 from edgebroker.broker.trust.trust_topic import TrustTopic
@@ -36,7 +36,7 @@ from edgebroker.network.io.loop import Loop
 from edgebroker.storage.checksummed import read_if_whole, write_checked
 from edgebroker.trust.directory import Issued, TrustDirectory
 from edgebroker.trust.messages import CreateFleet, Join, RenewOwn
-from edgebroker.trust.node_name import NodeName, name_in, parse_node_name
+from edgebroker.trust.node_name import NodeName, issuer_in, name_in, parse_node_name
 from edgebroker.version import RELEASED_MS
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ CUT_SECONDS = 2.0
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 600.0
 # Nodes whose issuer is retired renew within this time; until then those above do not let them in.
 RETIRED_SECONDS = 60.0
+# A node that is to erase what it has waits so long: the word that takes it back may come with the same records.
+ERASE_SECONDS = 3.0
 AGAIN = "join the fleet again: edgebroker join TOKEN"
 REVOKED = "this node was revoked: the fleet does not take it any more; what it has is served on"
 # The newest time is stored so often: a clock that is set back by less is not noticed at the next start.
@@ -128,7 +130,7 @@ class NodeTrust:
         self.on_revoked: list[Callable[[Callable[[str], bool]], None]] = []
         self.topic = TrustTopic(core, loop, self.helper, self.directory.path)
         self.topic.changed.append(self._decided)
-        self.decisions = Decisions(core, loop, clock, self.helper, self.topic)
+        self.decisions = TrustDecisions(core, loop, clock, self.helper, self.topic)
         self._asked_at = 0.0
         self._worker: Worker | None = None
         self.root = b""
@@ -159,8 +161,7 @@ class NodeTrust:
     def start(self) -> None:
         """Get a certificate, if there is to be one, and see to it from then on."""
         self.topic.start()
-        if self.topic.erased(self._uid):
-            self._erase()
+        self._loop.call_later(ERASE_SECONDS, self._erase_if_so)
         self._tick()
 
     def stop(self) -> None:
@@ -301,6 +302,8 @@ class NodeTrust:
             name=node.name,
             level=node.level,
             region=node.region,
+            retired=self.topic.retired_issuers,
+            serial=self.topic.serial(f"revoked/{self._uid}"),
         )
         self._busy = True
 
@@ -415,7 +418,7 @@ class NodeTrust:
             raise PeerRefusedError("its certificate is not one of a node of this fleet")
         if self.topic.revoked(name.uid):
             raise PeerRefusedError(f"node {name.uid} was revoked")
-        if self.topic.retired(_issuer_of(shown)):
+        if self.topic.retired(issuer_in(shown)):
             raise PeerRefusedError(f"the certificate of node {name.uid} was issued by an issuer that is retired")
         late = self.expired_days(shown)
         if late > self._config.trust.grace_days > 0:
@@ -446,7 +449,7 @@ class NodeTrust:
         """Records of the fleet came into force."""
         self._floor_ms = max(self._floor_ms, self.topic.newest_ms)
         if self.topic.erased(self._uid):
-            self._erase()
+            self._loop.call_later(ERASE_SECONDS, self._erase_if_so)
         if any(key.startswith("revoked/") for key in keys):
             self._loop.call_later(CUT_SECONDS, partial(self._cut, self._is_revoked))
         if any(key.startswith("retired/") for key in keys):
@@ -456,6 +459,11 @@ class NodeTrust:
             )
             if self.issued is not None and self.topic.retired(self.issued.issuer):
                 self._loop.call_later(random.uniform(0.0, RETIRED_SECONDS), self.renew_now)
+
+    def _erase_if_so(self) -> None:
+        """Is that the last word still?"""
+        if not self._stopped and self.topic.erased(self._uid):
+            self._erase()
 
     def _erase(self) -> None:
         """The root has signed that this node is to erase what it has: remember it, and stop."""
@@ -542,11 +550,3 @@ class NodeTrust:
 
 def _days(issued: Issued) -> int:
     return (issued.expires_ms - issued.issued_ms) // DAY_MS
-
-
-def _issuer_of(shown: object) -> int:
-    """The number of the issuer of a certificate, as ssl describes it."""
-    assert isinstance(shown, dict)
-    names = [value for part in shown.get("issuer", ()) for kind, value in part if kind == "commonName"]
-    digits = str(names[0]).removeprefix("issuer ") if names else ""
-    return int(digits) if digits.isdecimal() else 0

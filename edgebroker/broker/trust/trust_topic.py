@@ -129,6 +129,14 @@ class TrustTopic:
             return key in self._in_force.records
         return key in self._said and self._said[key].serial >= serial
 
+    def serial(self, key: str) -> int:
+        """That of the record in force; 0: there is none."""
+        return self._said[key].serial if key in self._said else 0
+
+    @property
+    def retired_issuers(self) -> list[int]:
+        return [int(key.partition("/")[2]) for key in self._said if key.startswith("retired/")]
+
     @property
     def newest_serial(self) -> int:
         return max((one.serial for one in self._said.values()), default=0)
@@ -141,6 +149,11 @@ class TrustTopic:
         """Those that records are about, by name."""
         said = ((key.partition("/"), one.principal) for key, one in self._said.items())
         return {name: principal for (kind, _, name), principal in said if kind == "principal" and principal}
+
+    def principal(self, name: str) -> Principal | None:
+        """What a record says about one."""
+        found = self._said.get(f"principal/{name}")
+        return found.principal if found is not None else None
 
     def quotas(self) -> dict[str, Quota]:
         """Those of tenants, by name."""

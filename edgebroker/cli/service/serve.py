@@ -56,15 +56,15 @@ def serve(options: argparse.Namespace) -> int:
     systemd.ready()
     systemd.feed_watchdog(broker.loop)
     clean = broker.run()
-    _erase_if_told(data_dir)
+    _erase_if_told(data_dir, told=broker.trust.erasing)
     log.info("stopped%s", "" if clean else " uncleanly; the next start checks the logs")
     return 0 if clean else 1
 
 
-def _erase_if_told(data_dir: Path) -> None:
+def _erase_if_told(data_dir: Path, *, told: bool = False) -> None:
     """A node that was revoked, and is to erase what it has, does so when it runs no more; what was begun is ended."""
     try:
-        if erase_if_told(data_dir):
+        if erase_if_told(data_dir, told=told):
             log.critical("this node was revoked: its keys and all that it had stored in %s are erased", data_dir)
     except OSError as error:
         raise EdgeBrokerError(f"{data_dir} cannot be erased: {error}; remove it") from error

@@ -29,6 +29,8 @@ BY_ANY_NAME = ("health", "metrics", "join", "below", "hub", "peer")
 # The right of a route that passes a request on to another node, in its last part, {path...}; and that of a route which
 # only that node has.
 PASSED_ON, UNKNOWN_ROUTE = "via", "admin"
+# From node to node to node: so often.
+MOST_PASSED_ON = 8
 
 Headers = tuple[tuple[str, str], ...]
 Query = dict[str, list[str]]
@@ -199,11 +201,13 @@ class Router:
     def _right(self, route: Route, parameters: dict[str, str]) -> str:
         """What is needed for a route; for one that passes a request on, what that needs where it arrives."""
         right = route.right
-        while right == PASSED_ON:
+        for _ in range(MOST_PASSED_ON):
+            if right != PASSED_ON:
+                return right
             place, inner = self._find("/" + parameters["path"])
             found = place.routes.get(route.method) if place is not None else None
             right, parameters = (found.right, inner) if found is not None else (UNKNOWN_ROUTE, {})
-        return right
+        return right if right != PASSED_ON else UNKNOWN_ROUTE
 
     def _find(self, target: str) -> tuple[_Place | None, dict[str, str]]:
         parts = target.partition("?")[0].strip("/").split("/")

@@ -66,6 +66,25 @@ def test_never_this_machine() -> None:
         assert not world.bans.refuses(peer)
 
 
+def test_not_an_address_with_a_good_token() -> None:
+    """Behind it there may be many."""
+    world = World()
+    world.bans.known(PEER)
+    world.fail(100)
+    assert not world.bans.refuses(PEER)
+    world.clock.advance(3601.0)
+    world.fail(5)
+    assert world.bans.refuses(PEER)
+
+
+def test_a_site_with_many_addresses_is_one() -> None:
+    world = World()
+    for number in range(5):
+        world.fail(1, f"[2001:db8:1:2::{number}]:4711")
+    assert world.bans.refuses("[2001:db8:1:2:ffff::1]:1")
+    assert not world.bans.refuses("[2001:db8:1:3::1]:1")
+
+
 def test_only_so_many_addresses_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bans_module, "MOST_ADDRESSES", 10)
     world = World()

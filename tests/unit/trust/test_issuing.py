@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -354,6 +355,39 @@ def test_erasing(fleet: TestFleet) -> None:
     assert os.pread(fd, 10_000, 0).strip(b"\0") == b"", "overwritten before it was removed"
     os.close(fd)
     assert list(data_dir.iterdir()) == []
+
+
+def test_erasing_goes_on_behind_what_cannot_be_removed(
+    fleet: TestFleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = fleet.admit(A).directory
+    data_dir = directory.path.parent
+    for name in ("a", "lost+found", "z"):
+        (data_dir / name).mkdir()
+        (data_dir / name / "x").write_bytes(b"x")
+    outside = tmp_path / "outside"
+    outside.write_text("stays")
+    (data_dir / "link").symlink_to(outside)
+    directory.erasing.touch()
+    rmdir = os.rmdir
+
+    def kept(path: object, **options: Any) -> None:
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        rmdir(path, **options)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rmdir", kept)
+        with pytest.raises(OSError, match="Permission denied"):
+            erase_if_told(data_dir)
+    assert sorted(path.name for path in data_dir.iterdir()) == ["lost+found", "trust"]
+    assert [path.name for path in directory.path.iterdir()] == ["erasing"]
+    assert erase_if_told(data_dir)
+    assert (list(data_dir.iterdir()), outside.read_text()) == ([], "stays")
+    # Where the word cannot be written down, it counts all the same.
+    again = fleet.admit("b" * 32).directory
+    assert erase_if_told(again.path.parent, told=True)
+    assert list(again.path.parent.iterdir()) == []
 
 
 # ---- records of __trust ----
