@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.kit import watchdog
+from tests.kit.fleet_nodes import Fleet
 from tests.kit.trees import Tree
 
 EXTENSIONS = (
@@ -46,5 +47,12 @@ def no_callback_keeps_a_loop() -> Iterator[None]:
 @pytest.fixture
 def tree(tmp_path: Path) -> Iterator[Tree]:
     found = Tree(tmp_path)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def fleet(tmp_path: Path) -> Iterator[Fleet]:
+    found = Fleet(tmp_path)
     yield found
     found.close()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import http.client
 import socket
 from base64 import b64decode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +30,6 @@ from tests.kit.trees import follows, publish
 from tests.kit.waiting import wait_for
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    found = Fleet(tmp_path)
-    yield found
-    found.close()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,6 @@ from tests.kit.trees import follows, publish
 from tests.kit.waiting import SECONDS, wait_for
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    found = Fleet(tmp_path)
-    yield found
-    found.close()
 
 
 def recorded(node: RunningBroker, count: int) -> list[tuple[str, str, str, str]]:

@@ -50,13 +50,6 @@ pytestmark = pytest.mark.slow
 DAY_MS = 86_400_000
 
 
-@pytest.fixture
-def fleet(tmp_path: Path) -> Iterator[Fleet]:
-    found = Fleet(tmp_path)
-    yield found
-    found.close()
-
-
 def status(node: RunningBroker) -> dict[str, Any]:
     return dict(node.http("GET", "/v1/trust")[1])
 

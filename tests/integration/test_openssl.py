@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -18,12 +16,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("openssl") is No
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Iterator[RunningBroker]:
-    fleet = Fleet(tmp_path)
-    try:
-        yield fleet.root()
-    finally:
-        fleet.close()
+def root(fleet: Fleet) -> RunningBroker:
+    return fleet.root()
 
 
 def s_client(address: str, *options: str, said: str = "Q\n") -> str:

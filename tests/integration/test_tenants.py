@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from edgebroker.broker.access import tenants as tenants_module
@@ -19,13 +16,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RunningBroker]:
+def root(fleet: Fleet, monkeypatch: pytest.MonkeyPatch) -> RunningBroker:
     monkeypatch.setattr(tenants_module, "SAMPLE_SECONDS", 0.05)
-    fleet = Fleet(tmp_path)
-    try:
-        yield fleet.root()
-    finally:
-        fleet.close()
+    return fleet.root()
 
 
 def quota(root: RunningBroker, **limits: int) -> None:
