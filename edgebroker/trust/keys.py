@@ -1,4 +1,4 @@
-"""Keys and signatures: ECDSA on P-256 with SHA-256, by `cryptography`."""
+"""Keys and signatures, by `cryptography`: ECDSA on P-256 with SHA-256 in a fleet, Ed25519 of releases."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from edgebroker.common.errors import TrustError
 from edgebroker.common.runtime.durable import write_durable
@@ -79,5 +79,14 @@ def verified(key: PublicKey, signature: bytes, data: bytes) -> bool:
     try:
         key.verify(signature, data, _ECDSA)
     except InvalidSignature:
+        return False
+    return True
+
+
+def is_signed_by(public: bytes, signature: bytes, data: bytes) -> bool:
+    """Ed25519: is this the signature over data by the key with these 32 bytes?"""
+    try:
+        ed25519.Ed25519PublicKey.from_public_bytes(public).verify(signature, data)
+    except (InvalidSignature, ValueError):
         return False
     return True

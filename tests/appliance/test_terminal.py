@@ -327,9 +327,9 @@ def test_support_gets_what_it_needs(terminal: Machine) -> None:
 def test_a_newer_release_is_taken_and_undone(terminal: Machine) -> None:
     program = builds.newer()
     terminal.copy(program, "/root/newer")
-    said = terminal.run("edgebroker", "upgrade", "/root/newer", "--sha256", "0" * 64, codes=(1,))
+    said = terminal.run("edgebroker", "upgrade", "/root/newer", "--unsigned", "--sha256", "0" * 64, codes=(1,))
     assert "copy the file again" in said
-    said = terminal.run("edgebroker", "upgrade", "/root/newer", "--sha256", builds.digest_of(program))
+    said = terminal.run("edgebroker", "upgrade", "/root/newer", "--unsigned", "--sha256", builds.digest_of(program))
     assert f"release {builds.NEWER}-" in said
     for _, admin in BOTH:
         assert f"edgebroker {builds.NEWER}" in terminal.run("edgebroker", "status", "--admin", admin)
@@ -344,7 +344,15 @@ def test_a_release_that_does_not_come_up_is_rolled_back(terminal: Machine) -> No
     program = builds.broken()
     terminal.copy(program, "/root/broken")
     said = terminal.run(
-        "edgebroker", "upgrade", "/root/broken", "--sha256", builds.digest_of(program), "--timeout", "15", codes=(1,)
+        "edgebroker",
+        "upgrade",
+        "/root/broken",
+        "--unsigned",
+        "--sha256",
+        builds.digest_of(program),
+        "--timeout",
+        "15",
+        codes=(1,),
     )
     assert "rolled back" in said
     for unit, admin in BOTH:
@@ -359,7 +367,9 @@ def test_a_release_that_does_not_come_up_is_rolled_back(terminal: Machine) -> No
 def test_an_upgrade_that_the_power_ends_is_finished_at_the_next_boot(terminal: Machine) -> None:
     """The machine comes back with a release that does not work, and nobody is there."""
     digest = builds.digest_of(builds.broken())
-    upgrade = subprocess.Popen(terminal.inside("edgebroker", "upgrade", "/root/broken", "--sha256", digest))
+    upgrade = subprocess.Popen(
+        terminal.inside("edgebroker", "upgrade", "/root/broken", "--unsigned", "--sha256", digest)
+    )
     current = terminal.root / "opt/edgebroker/current"
     wait_for(lambda: builds.BROKEN in os.readlink(current), "the link is switched", 60.0)
     terminal.cut_power()

@@ -1,6 +1,6 @@
 """`edgebroker upgrade`: switch to another release of the program, or back to the one before, unattended.
 
-    copy it to where only root can change it -> verify the digest -> run its self-test -> switch by rename -> restart
+    copy it to where only root can change it -> verify its signature -> run its self-test -> switch by rename -> restart
     -> ready and stable: the release stays
     -> not in time: switch back, restart, report it, exit 1
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import os
+import re
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -24,8 +25,10 @@ from edgebroker.cli import environment
 from edgebroker.cli.appliance import releases
 from edgebroker.cli.appliance.host import Machine, readable_errors, tell
 from edgebroker.cli.appliance.releases import ReleaseSwitch
+from edgebroker.cli.appliance.signature import check_signature
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.common.runtime.clock import SystemClock, sleep
+from edgebroker.version import RELEASE_KEYS
 
 POLL_SECONDS = 0.25
 SELFTEST_SECONDS = 120
@@ -62,8 +65,12 @@ def upgrade(options: argparse.Namespace) -> int:
 
 def prepare(machine: Machine, options: argparse.Namespace) -> str:
     """Check a program and add it to the releases; its name there."""
-    if not options.file or not options.sha256:
-        raise ConfigError("upgrade needs FILE and --sha256 HEX, or --undo")
+    if not options.file:
+        raise ConfigError("upgrade needs FILE, with FILE.minisig beside it, or --undo")
+    if options.unsigned and not options.sha256:
+        raise ConfigError("--unsigned needs --sha256 HEX, the digest of the file as published")
+    if not options.unsigned and not RELEASE_KEYS:
+        raise ConfigError("this program has no keys of releases: give --sha256 HEX --unsigned")
     given = Path(options.file).resolve()
     if not given.is_file():
         raise ConfigError(f"{given}: no such file")
@@ -71,9 +78,18 @@ def prepare(machine: Machine, options: argparse.Namespace) -> str:
         raise ConfigError(f"{given} belongs to the folder form, which has no single digest; use the one-file form")
     with releases.staged(machine, given) as program:
         found = releases.digest_of(program)
-        if found != options.sha256.lower():
+        if options.sha256 and found != options.sha256.lower():
             raise EdgeBrokerError(f"{given} has the SHA-256 digest {found}, not {options.sha256}; copy the file again")
+        signed = None
+        if options.unsigned:
+            tell(f"warning: nothing but its digest says where {given} is from (--unsigned)")
+        else:
+            signature = Path(options.signature or f"{given}.minisig")
+            signed = check_signature(program, signature, RELEASE_KEYS)
         version = _check_format(machine, program, options)
+        if signed is not None and signed.version != version:
+            raise EdgeBrokerError(f"{given} is signed as release {signed.version}, and says that it is {version}")
+        _check_age(machine, version, options)
         machine.say(f"run the self-test of release {version}")
         if not machine.dry:
             _selftest(program)
@@ -107,6 +123,18 @@ def _check_format(machine: Machine, program: Path, options: argparse.Namespace) 
             "nothing was changed"
         )
     return str(new["version"])
+
+
+def _check_age(machine: Machine, version: str, options: argparse.Namespace) -> None:
+    """An older release may have faults that are known: it has to be asked for."""
+    here = str(releases.ask_version(machine.path(f"{releases.CURRENT}/{releases.PROGRAM}"))["version"])
+    if _numbers(version) < _numbers(here) and not options.downgrade:
+        raise EdgeBrokerError(f"release {version} is older than {here}, which runs; if you mean it, add --downgrade")
+
+
+def _numbers(version: str) -> list[int]:
+    """0.10.2 is after 0.9."""
+    return [int(part) for part in re.findall(r"\d+", version.partition("+")[0])]
 
 
 def _selftest(program: Path) -> None:

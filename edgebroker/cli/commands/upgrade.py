@@ -12,7 +12,10 @@ def arguments(parser: Parser) -> None:
         "become ready in time, switch back to the release before."
     )
     parser.add_argument("file", nargs="?", help="the program of the new release")
+    parser.add_argument("--signature", default="", metavar="FILE", help="its signature (default FILE.minisig)")
     parser.add_argument("--sha256", default="", metavar="HEX", help="its SHA-256 digest, as published")
+    parser.add_argument("--unsigned", action="store_true", help="take it without a signature, by its digest alone")
+    parser.add_argument("--downgrade", action="store_true", help="take a release that is older than the running one")
     parser.add_argument("--undo", action="store_true", help="switch back to the previous release")
     parser.add_argument("--resume", action="store_true", help="only finish an upgrade that was interrupted")
     parser.add_argument(

@@ -20,6 +20,7 @@ from edgebroker.cli.appliance.host import Machine, point
 from edgebroker.cli.appliance.upgrade import judge, prepare
 from edgebroker.common.errors import ConfigError, EdgeBrokerError
 from edgebroker.version import DATA_FORMAT
+from tests.kit.minisign import SigningKey
 from tests.kit.programs import frozen, script
 
 __all__ = ["frozen"]
@@ -41,9 +42,13 @@ def kept(machine: Machine) -> set[str]:
     return {path.name.split("-")[0] for path in machine.path(releases.RELEASES).iterdir()}
 
 
-def options(program: Path | None, sha256: str = "", *, accept_format: bool = False) -> argparse.Namespace:
-    digest = sha256 or (releases.digest_of(program) if program is not None and program.exists() else "")
-    return argparse.Namespace(file=str(program or ""), sha256=digest, accept_format=accept_format)
+def options(program: Path | None, sha256: str | None = None, **changes: object) -> argparse.Namespace:
+    """An unsigned release, with its digest."""
+    digest = sha256
+    if digest is None:
+        digest = releases.digest_of(program) if program is not None and program.exists() else ""
+    wanted = {"file": str(program or ""), "sha256": digest, "unsigned": True, "signature": "", "downgrade": False}
+    return argparse.Namespace(**{"accept_format": False, **wanted, **changes})
 
 
 def test_a_good_release_is_put_beside_the_running_one(machine: Machine, tmp_path: Path) -> None:
@@ -59,9 +64,43 @@ def test_another_digest_is_refused(machine: Machine, tmp_path: Path, sha256: str
         prepare(machine, options(script(tmp_path / "new"), sha256))
 
 
-def test_a_digest_must_be_given(machine: Machine, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--sha256"):
-        prepare(machine, argparse.Namespace(file=str(script(tmp_path / "new")), sha256="", accept_format=False))
+def test_a_digest_or_a_signature_must_be_given(machine: Machine, tmp_path: Path) -> None:
+    program = script(tmp_path / "new")
+    with pytest.raises(ConfigError, match="--unsigned needs --sha256 HEX"):
+        prepare(machine, options(program, ""))
+    with pytest.raises(ConfigError, match="this program has no keys of releases"):
+        prepare(machine, options(program, unsigned=False))
+    with pytest.raises(ConfigError, match=r"upgrade needs FILE, with FILE\.minisig beside it"):
+        prepare(machine, options(None))
+
+
+def test_an_older_release_has_to_be_asked_for(machine: Machine, tmp_path: Path) -> None:
+    for version in ("0.9.9", "0.10.0"):
+        program = script(tmp_path / version, version)
+        with pytest.raises(EdgeBrokerError, match=rf"release {version} is older than 1\.0\.0, which runs"):
+            prepare(machine, options(program))
+        assert prepare(machine, options(program, downgrade=True)).startswith(version)
+
+
+def test_a_signed_release(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    key = SigningKey()
+    monkeypatch.setattr(module, "RELEASE_KEYS", (key.public,))
+    program = script(tmp_path / "new", "2.0.0")
+    key.sign(program, f"edgebroker version=2.0.0 data_format={DATA_FORMAT}")
+    signed = options(program, unsigned=False, sha256="")
+    assert prepare(machine, signed).startswith("2.0.0-")
+    key.sign(program, f"edgebroker version=2.0.1 data_format={DATA_FORMAT}")
+    with pytest.raises(EdgeBrokerError, match=r"is signed as release 2\.0\.1, and says that it is 2\.0\.0"):
+        prepare(machine, signed)
+    elsewhere = (tmp_path / "new.minisig").rename(tmp_path / "other")
+    with pytest.raises(EdgeBrokerError, match=r"new\.minisig is missing: download it with the release"):
+        prepare(machine, signed)
+    key.sign(program, f"edgebroker version=2.0.0 data_format={DATA_FORMAT}", elsewhere)
+    program.write_bytes(program.read_bytes() + b"#")
+    marker = tmp_path / "ran"
+    with pytest.raises(EdgeBrokerError, match="the file was changed, or is another one"):
+        prepare(machine, options(program, unsigned=False, sha256="", signature=str(elsewhere)))
+    assert not marker.exists()
 
 
 def test_a_file_that_is_not_there(machine: Machine, tmp_path: Path) -> None:
