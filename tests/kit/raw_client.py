@@ -19,7 +19,7 @@ from edgebroker.common.types import AckLevel, Start
 from edgebroker.network.wire import frames
 from edgebroker.network.wire.frames import Answer, Connect, Deliver, FrameType, Grants, Intent, Ready, Reset, Subscribe
 
-SECONDS = 10.0
+SECONDS = 30.0
 HEADER = struct.Struct(">IBBHQ")
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from edgebroker.common.runtime.clock import SystemClock, sleep
 
 CLOCK = SystemClock()
-SECONDS = 10.0
+SECONDS = 30.0
 """After which a test gives up."""
 
 
