@@ -9,20 +9,19 @@ The first line alone is enough for a broker of the same machine.
 from __future__ import annotations
 
 import os
-import re
 import socket
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgebroker.common.errors import ArgumentError
 from edgebroker.network.io.channel import Channel, PlainChannel, tuned
+from edgebroker.trust.token import APP_TOKEN
 
 if TYPE_CHECKING:
     import ssl
 
 VARIABLE = "EDGEBROKER_CREDENTIALS"
 MOST_BYTES = 64 << 10
-_TOKEN = re.compile(rb"EBT\.[0-9a-f]{16}\.[A-Za-z0-9_-]{43}\Z")
 _BEGIN = b"-----BEGIN CERTIFICATE-----"
 
 
@@ -69,7 +68,7 @@ def read_credentials(path: str | Path) -> Credentials:
         raise ArgumentError(f"credentials {str(path)!r} cannot be read: {error.strerror}") from error
     token, _, rest = data.partition(b"\n")
     root = rest.strip()
-    if not _TOKEN.match(token.strip()) or (root and not root.startswith(_BEGIN)) or len(data) > MOST_BYTES:
+    if not APP_TOKEN.match(token.strip()) or (root and not root.startswith(_BEGIN)) or len(data) > MOST_BYTES:
         raise ArgumentError(
             f"credentials {str(path)!r} are not those of an application; write them with: edgebroker token create "
             "--app NAME"

@@ -13,8 +13,8 @@ ROOT_PATH, JOIN_PATH = "/v1/trust/root", "/v1/trust/join"
 MAX_JOIN_BYTES = 16 << 10
 _Uid = Annotated[str, Meta(pattern=r"\A[0-9a-f]{32}\Z")]
 _Level = Annotated[str, Meta(pattern=r"\A(root|l2|l3|pos|local)\Z")]
-_Region = Annotated[str, Meta(max_length=120, pattern=r"\A([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?\Z")]
-_Ms = Annotated[int, Meta(ge=0, le=1 << 53)]
+Region = Annotated[str, Meta(max_length=120, pattern=r"\A([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?\Z")]
+Milliseconds = Annotated[int, Meta(ge=0, le=1 << 53)]
 
 
 class JoinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -26,7 +26,7 @@ class JoinRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     uid: _Uid
     name: Annotated[str, Meta(max_length=255)]
     level: _Level
-    region: _Region = ""
+    region: Region = ""
     server: Annotated[bytes, Meta(max_length=32)] = b""
     token: Annotated[bytes, Meta(max_length=8)] = b""
     proof: Annotated[bytes, Meta(max_length=32)] = b""
@@ -63,10 +63,10 @@ class TokenRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """A token to be made. `expires_ms` 0: never; `hold`: who joins with it waits for approval."""
 
     levels: Annotated[list[_Level], Meta(min_length=1, max_length=4)]
-    region: _Region = ""
+    region: Region = ""
     label: Annotated[str, Meta(max_length=80)] = ""
     uses: Annotated[int, Meta(ge=1, le=1_000_000)] = 1
-    expires_ms: _Ms = 0
+    expires_ms: Milliseconds = 0
     hold: bool = False
 
 

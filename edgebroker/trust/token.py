@@ -12,12 +12,15 @@ import binascii
 import hashlib
 import hmac
 import os
+import re
 from typing import NamedTuple
 
 from edgebroker.common.crc32c import crc32c
 from edgebroker.common.errors import TrustError
 
 PREFIX = "EB1"
+# The token of an application: EBT.ID.SECRET.
+APP_TOKEN = re.compile(rb"EBT\.([0-9a-f]{16})\.([A-Za-z0-9_-]{43})\Z")
 PIN_BYTES, ID_BYTES, SECRET_BYTES, CHECK_BYTES = 16, 8, 24, 2
 
 

@@ -106,8 +106,7 @@ class Access:
     def refusal(self, request: Request, right: str) -> Denial | None:
         """Why a request of administration does not have a right; None when it has. Who uses the unix socket of it is
         root or the user of the node; a request from a node above was judged where it was asked."""
-        caller = self._who_asks(request) if right != "health" else None
-        if right == "health" or caller is None:
+        if right == "health" or (caller := self._who_asks(request)) is None:
             return None
         if caller is UNKNOWN:
             self._failed(request.peer, BAD_TOKEN)

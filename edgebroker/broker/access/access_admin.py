@@ -7,10 +7,9 @@ they are in force here, and reach the other nodes with __trust.
 from __future__ import annotations
 
 import re
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 import msgspec
 from msgspec import Meta
@@ -19,12 +18,14 @@ from edgebroker.broker.access.access import Access, is_of_machine
 from edgebroker.broker.access.app_token import make_app_token
 from edgebroker.broker.access.rights import ADMIN_RIGHTS, TOPIC_RIGHTS, missing, parse_rule
 from edgebroker.broker.access.tenants import MOST_TENANTS, Tenant
+from edgebroker.broker.trust.decisions import Said
 from edgebroker.broker.trust.node_trust import NodeTrust
 from edgebroker.broker.trust.trust_topic import Principal, Quota, TokenDigest, TrustRecord
 from edgebroker.common.errors import ArgumentError
 from edgebroker.common.names import printable
 from edgebroker.common.outcome import Outcome
 from edgebroker.network.http.router import Call
+from edgebroker.trust.messages import Milliseconds, Region
 
 MOST_PRINCIPALS, MOST_RULES, MOST_TOKENS = 10_000, 100, 100
 MOST_WAITING = 64
@@ -32,7 +33,8 @@ MAX_ACCESS_BYTES = 128 << 10
 _TENANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}\Z")
 _NAME = re.compile(r"(local|unix:[A-Za-z0-9._-]{1,64}|[A-Za-z0-9][A-Za-z0-9._-]{0,62})\Z")
 _Rules = Annotated[list[str], Meta(max_length=MOST_RULES)]
-_Region = Annotated[str, Meta(max_length=120, pattern=r"\A([A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*)?\Z")]
+Make = Callable[[Principal | None], Principal | None]
+"""What a principal becomes, of what it is; None: there is none. Raises ArgumentError."""
 
 
 class AccessChange(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -47,8 +49,8 @@ class AppTokenRequest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The body of POST /v1/access/{name}/tokens. `region`: of a principal that is new; `expires_ms` 0: never."""
 
     allow: _Rules = []
-    region: _Region = ""
-    expires_ms: Annotated[int, Meta(ge=0, le=1 << 53)] = 0
+    region: Region = ""
+    expires_ms: Milliseconds = 0
 
 
 class NewAppToken(msgspec.Struct, frozen=True):
@@ -86,13 +88,6 @@ class AccessTest(msgspec.Struct, frozen=True):
     why: str
 
 
-class _Change(NamedTuple):
-    call: Call
-    name: str
-    make: Callable[[Principal | None], Principal | None]
-    answer: Callable[[], None]
-
-
 class TenantInfo(msgspec.Struct, frozen=True, kw_only=True):
     """A tenant: its quota, and what it has at this node. `received_bytes` and `sent_bytes` are since the start."""
 
@@ -117,8 +112,6 @@ class AccessAdmin:
 
     def __init__(self, access: Access, trust: NodeTrust) -> None:
         self._access, self._trust = access, trust
-        self._waiting: deque[_Change] = deque()
-        self._busy = False
 
     # ---- looking ----
 
@@ -228,13 +221,7 @@ class AccessAdmin:
         self._begin(call, name, make, lambda: call.done(Outcome.OK, ""))
         return True
 
-    def _begin(
-        self,
-        call: Call,
-        name: str,
-        make: Callable[[Principal | None], Principal | None],
-        answer: Callable[[], None],
-    ) -> None:
+    def _begin(self, call: Call, name: str, make: Make, answer: Callable[[], None]) -> None:
         if not self._is_root(call):
             return
         if not _NAME.match(name):
@@ -244,11 +231,17 @@ class AccessAdmin:
             )
         elif name not in self._access.principals and len(self._access.principals) >= MOST_PRINCIPALS:
             call.refuse(Outcome.OVERLOADED, f"there may be {MOST_PRINCIPALS} principals; delete some")
-        elif len(self._waiting) >= MOST_WAITING:
+        elif self._trust.decisions.waiting >= MOST_WAITING:
             call.refuse(Outcome.OVERLOADED, f"{MOST_WAITING} changes of rights wait; try again")
         else:
-            self._waiting.append(_Change(call, name, make, answer))
-            self._next()
+            self._trust.decisions.decide(self._changes(name, make), partial(_decided, call, answer))
+
+    def _changes(self, name: str, make: Make) -> Iterator[Said]:
+        """The record of a principal, if there is another one."""
+        known = self._access.principals.get(name)
+        made = make(known)
+        if made != known:
+            yield [(f"principal/{name}", TrustRecord(serial=0, principal=made))]
 
     def _is_root(self, call: Call) -> bool:
         """Is this where rights are given? Else the call is refused."""
@@ -258,32 +251,14 @@ class AccessAdmin:
         call.refuse(Outcome.CONFLICT, f"rights and tokens are given at the root of a fleet: {where}")
         return False
 
-    def _next(self) -> None:
-        if self._busy or not self._waiting:
-            return
-        change = self._waiting.popleft()
-        known = self._access.principals.get(change.name)
-        try:
-            made = change.make(known)
-        except ArgumentError as error:
-            change.call.refuse(Outcome.INVALID, str(error))
-            self._next()
-            return
-        if made == known:
-            change.answer()
-            self._next()
-            return
-        self._busy = True
-        record = TrustRecord(serial=0, principal=made)
-        self._trust.decisions.publish([(f"principal/{change.name}", record)], partial(self._decided, change))
 
-    def _decided(self, change: _Change, outcome: Outcome, why: str) -> None:
-        self._busy = False
-        if outcome is Outcome.OK:
-            change.answer()
-        else:
-            change.call.refuse(outcome, f"the nodes are not told: {why}; run this again")
-        self._next()
+def _decided(call: Call, answer: Callable[[], None], outcome: Outcome, why: str) -> None:
+    if outcome is Outcome.OK:
+        answer()
+    elif outcome is Outcome.INVALID:
+        call.refuse(outcome, why)
+    else:
+        call.refuse(outcome, f"the nodes are not told: {why}; run this again")
 
 
 def _info(name: str, principal: Principal) -> PrincipalInfo:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import re
 import secrets
 from typing import NamedTuple
 
+from edgebroker.trust.token import APP_TOKEN
+
 PREFIX = "EBT"
-_TOKEN = re.compile(rb"EBT\.([0-9a-f]{16})\.([A-Za-z0-9_-]{43})\Z")
 
 
 class AppToken(NamedTuple):
@@ -31,7 +31,7 @@ def make_app_token() -> AppToken:
 
 def split_app_token(token: bytes) -> tuple[str, bytes] | None:
     """The id and the secret of what a client sent; None for what is no token."""
-    found = _TOKEN.match(token)
+    found = APP_TOKEN.match(token)
     return (found[1].decode(), found[2]) if found is not None else None
 
 

@@ -280,22 +280,22 @@ class Upstream:
     def at_once(self, reason: str) -> None:
         """Why the parent could not be reached is over: do not wait for the next attempt."""
         self.candidates.answered()
-        if self._timer is not None and not self.stopped:
-            self._timer.cancel()
-            self._open()
-        else:
-            self.again(reason)
+        self._open_now(reason)
 
     def look_at(self, address: str) -> None:
         """A candidate may have become a parent: ask it at once, while there is none."""
         if self.connected or self.stopped or address not in self.candidates.addresses:
             return
         self.candidates.go_to(address)
+        self._open_now("another candidate was promoted")
+
+    def _open_now(self, reason: str) -> None:
+        """Connect without a pause, on another connection if there is one."""
         if self._timer is not None:
             self._timer.cancel()
             self._open()
         else:
-            self.again("another candidate was promoted")
+            self.again(reason)
 
     def _poll(self) -> None:
         if self._client.transport is None:

@@ -281,11 +281,8 @@ class Session:
             self.share.sent(len(data))
 
     def deliver_file(self, cursor: Cursor, first: int, next_offset: int, piece: FileSlice, age_ms: int) -> None:
-        head, file, transport = (
-            deliver_head(cursor, first, next_offset, piece.length, age_ms),
-            piece.file,
-            self.transport,
-        )
+        head = deliver_head(cursor, first, next_offset, piece.length, age_ms)
+        file, transport = piece.file, self.transport
         file.hold()
         transport.send_file(head, file_range(self._core.engine, file, piece.position, piece.length, transport.supply))
         if self.share is not None:

@@ -16,6 +16,7 @@ from edgebroker.broker.publish.own import publish_own
 from edgebroker.broker.trust.helper import TrustHelper
 from edgebroker.broker.trust.trust_topic import HEADER, TrustRecord, TrustTopic
 from edgebroker.common import records
+from edgebroker.common.errors import ArgumentError
 from edgebroker.common.names import TRUST_TOPIC
 from edgebroker.common.outcome import Done, Outcome
 from edgebroker.common.records import BatchBuilder
@@ -52,7 +53,12 @@ class TrustDecisions:
 
     def publish(self, said: Said, done: Done) -> None:
         """Sign records and publish them: done(OK, "") once they are in force here. None: the issuer alone."""
-        self._begin(iter([said]), done)
+        self.decide(iter([said]), done)
+
+    @property
+    def waiting(self) -> int:
+        """Decisions whose turn has not come."""
+        return len(self._waiting)
 
     def retire(self, before: int, done: Done) -> None:
         """Have the issuers before this one not believed any more: what is in force is signed again first."""
@@ -65,9 +71,11 @@ class TrustDecisions:
             # Those that were retired before as well: the issuer that said so is one of them now.
             yield [(f"retired/{number}", TrustRecord(serial=0)) for number in range(1, before)]
 
-        self._begin(batches(), done)
+        self.decide(batches(), done)
 
-    def _begin(self, batches: Iterator[Said], done: Done) -> None:
+    def decide(self, batches: Iterator[Said], done: Done) -> None:
+        """publish() these batches, one after the other. Each is made when its turn comes, of what is in force then; an
+        ArgumentError that making it raises is INVALID."""
         if len(self._waiting) >= MOST_WAITING:
             done(Outcome.OVERLOADED, f"{MOST_WAITING} decisions wait; try again")
             return
@@ -81,7 +89,11 @@ class TrustDecisions:
 
     def _go_on(self) -> None:
         assert self._current is not None
-        batch = next(self._current.batches, None)
+        try:
+            batch = next(self._current.batches, None)
+        except ArgumentError as error:
+            self._end(Outcome.INVALID, str(error))
+            return
         if batch is None:
             self._end(Outcome.OK, "")
         else:
@@ -91,7 +103,7 @@ class TrustDecisions:
         assert self._current is not None
         done, self._current = self._current.done, None
         done(outcome, why)
-        self._next()
+        self._scheduler.call_later(0.0, self._next)
 
     def _sign(self, said: Said) -> None:
         made_ms = self._clock.wall_ms()
@@ -147,9 +159,9 @@ class TrustDecisions:
         if self._timer is not None and all(self._topic.has(key, serial) for key, serial in self._awaited.items()):
             # When all have heard of it: what comes next may be made of it.
             self._timer.cancel()
-            self._timer, self._awaited = None, {}
+            self._timer = None
             self._scheduler.call_later(0.0, self._go_on)
 
     def _late(self) -> None:
-        self._timer, self._awaited = None, {}
+        self._timer = None
         self._go_on()

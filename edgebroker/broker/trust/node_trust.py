@@ -161,7 +161,8 @@ class NodeTrust:
     def start(self) -> None:
         """Get a certificate, if there is to be one, and see to it from then on."""
         self.topic.start()
-        self._loop.call_later(ERASE_SECONDS, self._erase_if_so)
+        if self.topic.erased(self._uid):
+            self._loop.call_later(ERASE_SECONDS, self._erase_if_so)
         self._tick()
 
     def stop(self) -> None:
