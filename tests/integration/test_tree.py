@@ -10,6 +10,7 @@ import pytest
 from edgebroker.cli.main import main
 from edgebroker.common.errors import Code
 from edgebroker.common.messages import GapReason, Start
+from edgebroker.network.http.client import HttpClient
 from edgebroker.network.wire.frames import Gap
 from tests.kit.brokers import RunningBroker, numbered
 from tests.kit.trees import LEVELS, Tree, chain, digest, end, follows, line, pipe, publish
@@ -544,3 +545,38 @@ def test_a_parent_that_is_behind_gives_way_to_the_one_that_has_most(tree: Tree) 
     assert line(pos, "t")["state"] == "live"
     pos.advance(1.0)
     wait_for(lambda: pos.counters()["pipe_failovers"] == 1, "it is counted")
+
+
+def test_one_poll_at_a_time(tree: Tree, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A poll that was to come on a connection that ended does not come on the next one: what answers the one before it
+    would be taken for its answer, and nothing be understood any more."""
+    root, child = tree.start("root"), tree.start("l2", "root")
+    publish(root, "prices", 0, 1)
+    follows(root, child, "prices")
+    upstream, request = child.broker.mirroring.upstream, HttpClient.request
+    assert upstream is not None
+    # The connection of the last poll, and polls beside which there was another one.
+    last, beside = list[object]([None]), list[str]()
+
+    def watched(client: HttpClient, method: str, path: str, body: bytes) -> None:
+        if path == "/v1/pipe":
+            unanswered = client._timer is not None or client._chunks is not None
+            if unanswered and client.transport is last[0]:
+                beside.append(path)
+            last[0] = client.transport
+        request(client, method, path, body)
+
+    def connect_again() -> None:
+        upstream._pause_seconds, upstream._taken_before = 0.2, upstream._follower.bytes_taken
+        upstream._polled_at, upstream._complete = child.broker.loop.now(), True
+        upstream._advance()
+        upstream.again("a test")
+
+    monkeypatch.setattr(HttpClient, "request", watched)
+    child.call(connect_again)
+    wait_for(lambda: upstream.connected and upstream._client.transport is not None, "it is connected")
+    for _ in range(3):
+        child.advance(1.0)
+    publish(root, "prices", 1, 1)
+    follows(root, child, "prices")
+    assert beside == []

@@ -120,6 +120,8 @@ class Upstream:
         # What the parent was asked last: it need not be sent again while nothing of it changes.
         self._said, self._asked_same = b"", False
         self._pause_seconds = POLL_GAP_SECONDS
+        # There is one at most: the answer to another one would be taken for that to the first.
+        self._next_poll: TimerHandle | None = None
         self._taken_before = -1
         self.connected = False
         # Grows with every connection that a parent answered; who is told then.
@@ -298,6 +300,7 @@ class Upstream:
             self.again(reason)
 
     def _poll(self) -> None:
+        self._next_poll = None
         if self._client.transport is None:
             return
         if self._busy or self._throttled:
@@ -319,7 +322,9 @@ class Upstream:
             return
         if self._complete and not self._throttled:
             self._complete = False
-            self._loop.call_later(self._gap(), self._poll)
+            if self._next_poll is not None:  # of a connection that has ended meanwhile
+                self._next_poll.cancel()
+            self._next_poll = self._loop.call_later(self._gap(), self._poll)
         self._resume()
 
     def _gap(self) -> float:
